@@ -1,0 +1,96 @@
+"""What an encoder gives and a similarity takes: pooled vectors, tokens, and which tokens are real."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Embeddings of a batch of images or of sentences.
+
+    Attributes:
+        pooled: one vector an item, `(batch, embed_dim)`.
+        tokens: its fragments (patches, words), `(batch, length, embed_dim)`, or None.
+        mask: which tokens are real, `(batch, length)` bool, or None when all are.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooled.ndim != 2:
+            raise ValueError(f"pooled must be (batch, embed_dim), got {tuple(self.pooled.shape)}")
+        if self.tokens is not None and (
+            self.tokens.ndim != 3 or self.tokens.shape[0] != len(self) or self.tokens.shape[2] != self.pooled.shape[1]
+        ):
+            expected = f"({len(self)}, length, {self.pooled.shape[1]})"
+            raise ValueError(f"tokens must be {expected} to go with pooled, got {tuple(self.tokens.shape)}")
+        if self.mask is not None:
+            if self.tokens is None:
+                raise ValueError("a mask was given without tokens")
+            if self.mask.dtype != torch.bool or self.mask.shape != self.tokens.shape[:2]:
+                expected = f"bool of shape {tuple(self.tokens.shape[:2])}"
+                raise ValueError(f"mask must be {expected}, got {self.mask.dtype} of shape {tuple(self.mask.shape)}")
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Features:
+        """Some of the items, in the order asked for; `rows` is a slice, a list or an index tensor."""
+        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows, dtype=torch.long)
+        return Features(
+            self.pooled[index],
+            None if self.tokens is None else self.tokens[index],
+            None if self.mask is None else self.mask[index],
+        )
+
+    def to(self, *args: torch.device | torch.dtype | str) -> Features:
+        """Move to a device or convert the floating-point parts, as `Tensor.to`."""
+        return Features(
+            self.pooled.to(*args),
+            None if self.tokens is None else self.tokens.to(*args),
+            None if self.mask is None else self.mask.to(*(a for a in args if not isinstance(a, torch.dtype))),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Features]) -> Features:
+        """Join batches in order; shorter token sequences are padded with zeros and masked out."""
+        if not parts:
+            raise ValueError("nothing to join: an empty list of Features")
+        pooled = torch.cat([part.pooled for part in parts])
+        if any(part.tokens is None for part in parts):
+            if not all(part.tokens is None for part in parts):
+                raise ValueError("some parts have tokens and some have not")
+            return Features(pooled)
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        longest = max(t.shape[1] for t in tokens)
+        if all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts):
+            return Features(pooled, torch.cat(tokens))
+        padded = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
+        masks = [
+            F.pad(part.real_tokens(), (0, longest - t.shape[1]), value=False)
+            for part, t in zip(parts, tokens, strict=True)
+        ]
+        return Features(pooled, padded, torch.cat(masks))
+
+    def real_tokens(self) -> Tensor:
+        """The mask, made where there is none: `(batch, length)` bool.
+
+        Raises:
+            ValueError: if there are no tokens.
+        """
+        if self.tokens is None:
+            raise ValueError("these features have no tokens; encode with output='features'")
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)

@@ -1,0 +1,75 @@
+"""What every loss is: the shape checks, the same-image mask and the float32 island."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class RankingLoss(nn.Module, ABC):
+    """A loss over the scores of a batch of matching image-text pairs.
+
+    Row i and column i of the scores belong to the same pair. Off the diagonal, two pairs that
+    share an image id match as well: they are never negatives.
+    """
+
+    def forward(self, scores: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Compute the loss outside autocast, in float32 (or float64 for float64 scores).
+
+        Args:
+            scores: `(n, n)`, images in rows, texts in columns, higher is closer.
+            image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
+            raise ValueError(f"scores must be square, got {tuple(scores.shape)}")
+        n = scores.shape[0]
+        if image_ids is None:
+            negatives = ~torch.eye(n, dtype=torch.bool, device=scores.device)
+        else:
+            if image_ids.shape != (n,):
+                raise ValueError(f"image_ids must be ({n},), got {tuple(image_ids.shape)}")
+            negatives = image_ids[:, None] != image_ids[None, :]
+        with torch.autocast(scores.device.type, enabled=False):
+            return self.compute(scores if scores.dtype == torch.float64 else scores.float(), negatives)
+
+    @abstractmethod
+    def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:
+        """Compute the scalar from float `scores` and the bool mask of negatives, both `(n, n)`."""
+
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027 - most losses have no schedule
+        """Tell the loss how many epochs are complete, for losses that follow a schedule."""
+
+
+class DistillationLoss(nn.Module, ABC):
+    """A distance between the student's embeddings and the teacher's; no gradient flows to the teacher."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the loss outside autocast, in float32 (or float64 for float64 input).
+
+        Args:
+            student: `(n, embed_dim)`.
+            teacher: `(n, embed_dim)`, detached here.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        if student.shape != teacher.shape or student.ndim != 2:
+            raise ValueError(f"student and teacher must both be (n, embed_dim), got {student.shape}, {teacher.shape}")
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        with torch.autocast(student.device.type, enabled=False):
+            return self.compute(student.to(dtype), teacher.detach().to(dtype))
+
+    @abstractmethod
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the scalar from two float tensors of the same shape."""

@@ -1,0 +1,52 @@
+"""InfoNCE: softmax over the batch, in both directions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2svse.losses.base import RankingLoss
+
+MAX_LOGIT_SCALE = 100.0
+
+
+class InfoNCE(RankingLoss):
+    """Symmetric cross-entropy over the rows and the columns of scores / temperature (CLIP).
+
+    Every other image of the batch is a negative, so it learns from all of them at once and does
+    not collapse at small budgets as the hardest-negative hinge can. Pairs of the same image are
+    left out of each other's denominators.
+
+    Args:
+        temperature: softmax temperature; the start of it if learned.
+        learn_temperature: learn the logarithm of 1 / temperature, which is kept below 100.
+
+    Attributes:
+        log_scale: log(1 / temperature), a scalar tensor; a parameter if it is learned.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, temperature: float = 0.05, learn_temperature: bool = False) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        log_scale = torch.tensor(-math.log(temperature))
+        self.learn_temperature = learn_temperature
+        if learn_temperature:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
+        scale = self.log_scale.to(scores.dtype).exp().clamp(max=MAX_LOGIT_SCALE)
+        kept = negatives | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        logits = (scores * scale).masked_fill(~kept, float("-inf"))
+        target = torch.arange(len(scores), device=scores.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

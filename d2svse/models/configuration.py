@@ -1,0 +1,57 @@
+"""Everything that decides a model's architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+POOLING_NAMES = ("gpo", "mean", "max", "cls")
+
+
+@strict
+class D2SVSEConfig(PreTrainedConfig):
+    """Configuration of a `D2SVSE` model.
+
+    Args:
+        vision_config: configuration (or its dictionary, with `model_type`) of any transformers
+            vision backbone that yields a sequence or a grid of tokens; ViT-B/16 by default.
+        text_config: the same for any transformers text backbone; BERT-base by default.
+        embed_dim: width of the joint space, 512 in the published checkpoints.
+        image_pooling: "gpo", "mean", "max" or "cls".
+        text_pooling: the same for sentences.
+        context_decoder: constructor arguments of `ContextDecoder`, for the sparse branch of stage 2, or
+            None for a model without it (stage 1).
+        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`.
+        logit_scale_init_value: log(1 / temperature) by which scores become logits.
+
+    Raises:
+        ValueError: if a pooling is unknown or the width is not positive.
+    """
+
+    model_type = "d2svse"
+    sub_configs_defaults = {  # noqa: RUF012 - read as a class attribute by transformers
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+    }
+
+    vision_config: PreTrainedConfig | dict | None = None
+    text_config: PreTrainedConfig | dict | None = None
+    embed_dim: int = 512
+    image_pooling: str = "gpo"
+    text_pooling: str = "gpo"
+    context_decoder: dict[str, Any] | None = None
+    similarity: dict[str, Any] | None = None
+    logit_scale_init_value: float | int = 2.995732273553991
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.similarity is None:
+            self.similarity = {"name": "cosine"}
+        for name in (self.image_pooling, self.text_pooling):
+            if name not in POOLING_NAMES:
+                raise ValueError(f"unknown pooling {name!r}; known are {', '.join(POOLING_NAMES)}")
+        if self.embed_dim < 1:
+            raise ValueError(f"embed_dim must be positive, got {self.embed_dim}")
+        super().__post_init__(**kwargs)

@@ -1,0 +1,86 @@
+"""The context decoder: learnable tokens that supply what a sparse sentence leaves out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Placement = Literal["prefix", "postfix", "surround"]
+
+
+class ContextDecoder(nn.Module):
+    """Learnable tokens around the words of a sentence, read out after a few transformer layers.
+
+    Computes mean(Decoder([words, tokens])) over the outputs at the learnable tokens, the second
+    term of D2S-VSE's Eq. 3; the caller adds the pooled sentence. Layers are pre-norm with GELU
+    and a feed-forward width of 4 · embed_dim; a layer norm closes the stack.
+
+    Args:
+        embed_dim: width of words and tokens.
+        num_tokens: learnable tokens, 100 in the paper.
+        num_layers: 4 in the paper.
+        num_heads: 4 in the paper.
+        placement: tokens before the words, after them, or half on each side ("surround", the
+            paper's best).
+        positions: add a learned position embedding; the sentence's own length decides where the
+            tokens behind it stand, so padding changes nothing.
+        max_positions: longest sentence plus tokens that the position embedding covers.
+        mask_padding: hide padded words from the attention. The published code does not.
+
+    Raises:
+        ValueError: if `placement` is unknown.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_tokens: int = 100,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        placement: Placement = "surround",
+        positions: bool = True,
+        max_positions: int = 640,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        before = {"prefix": num_tokens, "postfix": 0, "surround": num_tokens // 2}
+        if placement not in before:
+            raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
+        self.num_before, self.mask_padding = before[placement], mask_padding
+        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
+        self.position_embeddings = nn.Embedding(max_positions, embed_dim) if positions else None
+        layer = nn.TransformerEncoderLayer(
+            embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(embed_dim), enable_nested_tensor=False)
+
+    def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Decode a batch of sentences.
+
+        Args:
+            words: projected word features, `(batch, length, embed_dim)`.
+            mask: which words are real, `(batch, length)` bool, or None when all are.
+
+        Returns:
+            `(batch, embed_dim)`: the mean of the outputs at the learnable tokens.
+
+        Raises:
+            ValueError: if a sentence is too long for the position embedding.
+        """
+        batch, length, _ = words.shape
+        tokens = self.tokens.expand(batch, -1, -1)
+        before, after = tokens[:, : self.num_before], tokens[:, self.num_before :]
+        sequence = torch.cat([before, words, after.to(words.dtype)], dim=1)
+        if mask is None:
+            mask = torch.ones(batch, length, dtype=torch.bool, device=words.device)
+        real = F.pad(F.pad(mask, (self.num_before, 0), value=True), (0, after.shape[1]), value=True)
+        if self.position_embeddings is not None:
+            if sequence.shape[1] > self.position_embeddings.num_embeddings:
+                limit = self.position_embeddings.num_embeddings - len(self.tokens)
+                raise ValueError(f"a sentence of {length} tokens is longer than the decoder's {limit}; truncate it")
+            sequence = sequence + self.position_embeddings((real.cumsum(1) - 1).clamp(min=0))
+        decoded = self.layers(sequence, src_key_padding_mask=~real if self.mask_padding else None)
+        return torch.cat([decoded[:, : self.num_before], decoded[:, self.num_before + length :]], dim=1).mean(1)

@@ -1,0 +1,161 @@
+"""A transformers backbone, a projection into the joint space and a pooling, for each side."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from d2svse.features import Features
+from d2svse.models.pooling import POOLINGS
+
+_WITHOUT_CLS_TOKEN = ("swin", "swinv2", "convnext", "convnextv2", "resnet")
+
+
+class ImageEncoder(nn.Module):
+    """Pixels to `Features`: backbone, linear projection of every token, pooling.
+
+    Args:
+        config: configuration of a vision backbone.
+        embed_dim: width of the joint space.
+        pooling: name of the pooling.
+        backbone: a loaded backbone; a random one is made from `config` without it.
+
+    Raises:
+        ValueError: if "cls" pooling is asked of a backbone without a class token.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__()
+        if pooling == "cls" and config.model_type in _WITHOUT_CLS_TOKEN:
+            raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
+        self.backbone = make_backbone(config) if backbone is None else backbone
+        self.projection = nn.Linear(token_width(config), embed_dim)
+        self.pooling = POOLINGS[pooling]()
+        self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+
+    def forward(self, pixel_values: Tensor, token_mask: Tensor | None = None) -> Features:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`; position embeddings are interpolated
+                where the size is not the backbone's own.
+            token_mask: which of the backbone's tokens to keep, `(batch, length)` bool (token
+                dropping in training), or None for all.
+
+        Returns:
+            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the mask.
+
+        Raises:
+            ValueError: if the mask does not fit the number of tokens.
+        """
+        tokens = self.projection(self.backbone_tokens(pixel_values))
+        if token_mask is not None and token_mask.shape != tokens.shape[:2]:
+            raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])}, got {tuple(token_mask.shape)}")
+        return Features(self.pooling(tokens, token_mask).to(tokens.dtype), tokens, token_mask)
+
+    def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
+        """The backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened."""
+        arguments: dict[str, Any] = {}
+        if self._interpolates and list(pixel_values.shape[-2:]) != image_size(self.backbone.config):
+            arguments["interpolate_pos_encoding"] = True
+        hidden = self.backbone(pixel_values=pixel_values, **arguments).last_hidden_state
+        return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+
+    @torch.no_grad()
+    def count_tokens(self, height: int, width: int) -> int:
+        """How many tokens the backbone gives for an image of this size, special tokens included."""
+        weight = self.projection.weight
+        channels = getattr(self.backbone.config, "num_channels", 3)
+        return self.backbone_tokens(weight.new_zeros(1, channels, height, width)).shape[1]
+
+
+class TextEncoder(nn.Module):
+    """Token ids to `Features`: backbone, linear projection of every word, pooling, layer norm.
+
+    The layer norm acts on the pooled vector, as in the published model. Special tokens such as
+    [CLS] and [SEP] count as words.
+
+    Args:
+        config: configuration of a text backbone.
+        embed_dim: width of the joint space.
+        pooling: name of the pooling.
+        backbone: a loaded backbone; a random one is made from `config` without it.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = make_backbone(config) if backbone is None else backbone
+        self.projection = nn.Linear(token_width(config), embed_dim)
+        self.pooling = POOLINGS[pooling]()
+        self.layer_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Features:
+        """Encode sentences.
+
+        Args:
+            input_ids: `(batch, length)` int64.
+            attention_mask: `(batch, length)`, non-zero where a token is real, or None for all.
+
+        Returns:
+            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        words = self.projection(hidden)
+        mask = None if attention_mask is None else attention_mask.bool()
+        pooled = self.layer_norm(self.pooling(words, mask).to(words.dtype))
+        return Features(pooled.to(words.dtype), words, mask)
+
+
+def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights, without the pooling head that nothing here uses.
+
+    Raises:
+        ValueError: if transformers has no base model for the configuration.
+    """
+    model_class = _backbone_class(config)
+    return model_class(config, **_no_pooler(model_class))
+
+
+def load_backbone(name: str, part: str) -> PreTrainedModel:
+    """Load a pretrained backbone from the Hub or a folder.
+
+    Args:
+        name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
+        part: "vision_config" or "text_config".
+    """
+    config = AutoConfig.from_pretrained(name)
+    config = getattr(config, part, None) or config
+    model_class = _backbone_class(config)
+    return model_class.from_pretrained(name, config=config, **_no_pooler(model_class))
+
+
+def token_width(config: PreTrainedConfig) -> int:
+    """Width of a backbone's tokens: `hidden_size`, or the last stage's of a convolutional one."""
+    stages = getattr(config, "hidden_sizes", None)
+    return stages[-1] if stages else config.hidden_size
+
+
+def image_size(config: PreTrainedConfig) -> list[int]:
+    """The `[height, width]` a vision backbone was made for, `[0, 0]` where it has no such size."""
+    size = getattr(config, "image_size", None) or 0
+    return [size, size] if isinstance(size, int) else list(size)
+
+
+def _backbone_class(config: PreTrainedConfig) -> Any:
+    try:
+        return MODEL_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(f"transformers has no base model for a {type(config).__name__}") from None
+
+
+def _no_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:
+    takes_it = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}

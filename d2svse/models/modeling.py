@@ -1,0 +1,255 @@
+"""The model: an image encoder, a text encoder, the context decoder and a similarity."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from d2svse.features import Features
+from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
+from d2svse.models.configuration import D2SVSEConfig
+from d2svse.models.decoder import ContextDecoder
+from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
+from d2svse.models.encoding import EncodingMixin
+from d2svse.models.processing import D2SVSEProcessor
+from d2svse.similarity import Similarity, build_similarity
+
+PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+
+
+@dataclass
+class D2SVSEOutput(ModelOutput):
+    """What `D2SVSE.forward` gives.
+
+    Attributes:
+        loss: InfoNCE at the model's logit scale, if `return_loss`.
+        logits_per_image: scores × logit scale, `(n_images, n_texts)`, if both sides are given.
+        logits_per_text: its transpose.
+        image_embeds: pooled image vectors, `(n_images, embed_dim)`, not normalised.
+        text_embeds: pooled sentence vectors (fused, with the decoder), `(n_texts, embed_dim)`.
+        image_features: the same with tokens and mask.
+        text_features: the same with words and mask.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_features: Features | None = None
+    text_features: Features | None = None
+
+
+class D2SVSE(EncodingMixin, PreTrainedModel):
+    """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
+
+    Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
+    branch); with it the decoder's output is added (stage 2, Eq. 3).
+
+    Args:
+        config: the architecture; the weights are random.
+        vision_backbone: a loaded backbone for the image side, instead of a random one.
+        text_backbone: the same for the text side.
+
+    Attributes:
+        processor: prepares pictures and sentences; saved and loaded with the model.
+        similarity_fn: the `Similarity` module.
+        logit_scale: log(1 / temperature) by which scores become logits.
+    """
+
+    config_class = D2SVSEConfig
+    base_model_prefix = "d2svse"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        config: D2SVSEConfig,
+        vision_backbone: PreTrainedModel | None = None,
+        text_backbone: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        vision_config: Any = config.vision_config
+        text_config: Any = config.text_config
+        self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
+        self.text_encoder = TextEncoder(text_config, config.embed_dim, config.text_pooling, text_backbone)
+        self.decoder = ContextDecoder(config.embed_dim, **config.context_decoder) if config.context_decoder else None
+        self.similarity_fn = build_similarity(config.similarity or "cosine")
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.processor: D2SVSEProcessor | None = None
+        self.post_init()
+
+    @classmethod
+    def from_backbones(
+        cls, vision: str | os.PathLike[str], text: str | os.PathLike[str], *, max_length: int | None = None, **options: Any
+    ) -> D2SVSE:
+        """Join two pretrained backbones; projections, poolings and decoder start random.
+
+        Args:
+            vision: Hub id or folder of a vision backbone (of CLIP the vision side is taken).
+            text: Hub id or folder of a text backbone.
+            max_length: longest sentence in tokens; the backbone's limit without it.
+            **options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
+        """
+        vision, text = os.fspath(vision), os.fspath(text)
+        vision_backbone = load_backbone(vision, "vision_config")
+        text_backbone = load_backbone(text, "text_config")
+        config = D2SVSEConfig(
+            vision_config=vision_backbone.config.to_dict(), text_config=text_backbone.config.to_dict(), **options
+        )
+        for backbone in (vision_backbone, text_backbone):
+            for parameter in backbone.parameters():
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = cls(config, vision_backbone, text_backbone)
+        model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load a model and its processor from the Hub or a folder; arguments as in transformers.
+
+        Raises:
+            FileNotFoundError: if a local folder lacks a file of the model; the message names it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        subfolder = kwargs.get("subfolder", "")
+        if folder.is_dir():
+            check_model_folder(folder / subfolder)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not folder.is_dir() or (folder / subfolder / PROCESSOR_FILES[0]).is_file():
+            known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            options = {name: kwargs[name] for name in known if name in kwargs}
+            model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save weights (safetensors), configuration and processor; arguments as in transformers."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.processor is not None and kwargs.get("is_main_process", True):
+            self.processor.save_pretrained(save_directory)
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
+        features = self.image_encoder(pixel_values)
+        return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """Encode sentences: `pooler_output (batch, embed_dim)` (fused, with the decoder), `last_hidden_state` the words."""
+        features = self.fuse(self.text_encoder(input_ids, attention_mask))
+        return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        return_loss: bool = False,
+        return_logits: bool = True,
+    ) -> D2SVSEOutput:
+        """Encode either side or both, and score all pairs.
+
+        Args:
+            pixel_values: `(n_images, channels, height, width)`.
+            input_ids: `(n_texts, length)`.
+            attention_mask: `(n_texts, length)`, non-zero where a token is real.
+            image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
+            return_loss: also compute InfoNCE; image i must match text i.
+            return_logits: score all pairs; training tasks leave it out and score by themselves.
+
+        Raises:
+            ValueError: if neither side is given, or a loss is asked of one side.
+        """
+        if pixel_values is None and input_ids is None:
+            raise ValueError("give pixel_values, input_ids or both")
+        images = None if pixel_values is None else self.image_encoder(pixel_values, image_token_mask)
+        texts = None if input_ids is None else self.fuse(self.text_encoder(input_ids, attention_mask))
+        output = D2SVSEOutput(
+            image_embeds=None if images is None else images.pooled,
+            text_embeds=None if texts is None else texts.pooled,
+            image_features=images,
+            text_features=texts,
+        )
+        if images is not None and texts is not None and (return_logits or return_loss):
+            logits = self.similarity_fn(images, texts) * self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+            output.logits_per_image, output.logits_per_text = logits, logits.T
+            if return_loss:
+                output.loss = InfoNCE(temperature=1.0)(logits)
+        elif return_loss:
+            raise ValueError("a loss needs both pixel_values and input_ids")
+        return output
+
+    def fuse(self, texts: Features) -> Features:
+        """Add the context decoder's output to the pooled sentence (D2S-VSE, Eq. 3), if there is a decoder."""
+        if self.decoder is None:
+            return texts
+        context = self.decoder(texts.tokens, texts.mask)
+        return Features(texts.pooled + context.to(texts.pooled.dtype), texts.tokens, texts.mask)
+
+    def add_decoder(self, **arguments: Any) -> ContextDecoder:
+        """Give a stage-1 model the context decoder of stage 2, with fresh weights.
+
+        Args:
+            **arguments: constructor arguments of `ContextDecoder`.
+
+        Raises:
+            ValueError: if the model has a decoder already.
+        """
+        if self.decoder is not None:
+            raise ValueError("the model has a context decoder already")
+        decoder = ContextDecoder(self.config.embed_dim, **arguments)
+        decoder.apply(self._init_weights)
+        self.decoder = decoder.to(self.device, self.dtype)
+        self.config.context_decoder = arguments
+        return self.decoder
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ImageEncoder | TextEncoder):
+            init.xavier_uniform_(module.projection.weight)
+        elif isinstance(module, nn.GRU):
+            bound = module.hidden_size**-0.5
+            for parameter in module.parameters():
+                init.uniform_(parameter, -bound, bound)
+        elif isinstance(module, ContextDecoder):
+            init.normal_(module.tokens, std=0.02)
+        elif isinstance(module, Similarity):
+            module.reset_parameters()
+        elif isinstance(module, D2SVSE):
+            init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+
+
+def check_model_folder(folder: str | os.PathLike[str], processor: bool = False) -> None:
+    """Check that a folder holds what a saved model needs.
+
+    Args:
+        folder: the local folder.
+        processor: the processor is needed too.
+
+    Raises:
+        FileNotFoundError: naming the first file that is missing and what it is.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: config.json is missing; expected a folder written by save_pretrained")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise FileNotFoundError(f"{folder}: model.safetensors is missing; expected a folder written by save_pretrained")
+    if processor or (folder / PROCESSOR_FILES[0]).is_file():
+        for name in PROCESSOR_FILES:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: {name} is missing; expected the processor beside the weights")

@@ -1,0 +1,135 @@
+"""From tokens to one vector: generalized pooling (GPO), mean, max, cls."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+
+class GeneralizedPooling(nn.Module):
+    """Generalized pooling operator (Chen et al., "Learning the Best Pooling Strategy", CVPR 2021).
+
+    Every dimension is sorted over the tokens, largest first, and the sorted values are averaged
+    with coefficients that a small bidirectional GRU makes from the positions 1..length. Mean,
+    max and k-max pooling are special cases. The coefficients depend on the length alone, so they
+    are made once for each distinct length of a batch and, without gradient, kept until the
+    weights change.
+
+    Args:
+        position_dim: width of the sinusoidal position encoding.
+        hidden_dim: width of the GRU.
+    """
+
+    softmax_temperature = 0.1
+
+    def __init__(self, position_dim: int = 32, hidden_dim: int = 32) -> None:
+        super().__init__()
+        self.position_dim, self.hidden_dim = position_dim, hidden_dim
+        self.gru = nn.GRU(position_dim, hidden_dim, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(hidden_dim, 1, bias=False)
+        self._kept: dict[int, Tensor] = {}
+        self._kept_for: tuple[object, ...] = ()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)`; `mask` `(batch, length)` bool marks real tokens.
+
+        Raises:
+            ValueError: if a row has no real token.
+        """
+        batch, length, _ = tokens.shape
+        with torch.autocast(tokens.device.type, enabled=False):
+            values = tokens.transpose(1, 2).float()
+            if mask is None:
+                return sort_descending(values) @ self._coefficients([length])[0].to(values.device)
+            counts = mask.sum(1)
+            distinct, row = torch.unique(counts, return_inverse=True)
+            lengths = distinct.tolist()
+            if lengths[0] == 0:
+                raise ValueError("cannot pool a row of which every token is masked")
+            values = values.masked_fill(~mask[:, None, :], -torch.inf)
+            values = sort_descending(values)[..., : lengths[-1]]
+            real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
+            values = values.masked_fill(~real[:, None, :], 0)
+            return (values @ self._coefficients(lengths)[row].unsqueeze(-1)).squeeze(-1)
+
+    def _coefficients(self, lengths: list[int]) -> Tensor:
+        """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return self._compute(lengths)
+        state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        if state != self._kept_for:
+            self._kept, self._kept_for = {}, state
+        missing = [n for n in lengths if n not in self._kept]
+        if missing:
+            self._kept.update(zip(missing, self._compute(missing).detach(), strict=True))
+        rows = [self._kept[n][:n] for n in lengths]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def _compute(self, lengths: list[int]) -> Tensor:
+        device, longest = self.linear.weight.device, lengths[-1]
+        positions = sinusoidal_positions(longest, self.position_dim, device).to(self.linear.weight.dtype)
+        packed = pack_padded_sequence(positions.expand(len(lengths), -1, -1), torch.tensor(lengths), True, False)
+        hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=longest)
+        forwards, backwards = hidden.split(self.hidden_dim, dim=-1)
+        scores = self.linear((forwards + backwards) / 2).squeeze(-1).float()
+        real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        return (scores.masked_fill(~real, -torch.inf) / self.softmax_temperature).softmax(-1)
+
+
+class MeanPooling(nn.Module):
+    """Mean over the real tokens."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        tokens = tokens.float()
+        if mask is None:
+            return tokens.mean(1)
+        return tokens.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True)
+
+
+class MaxPooling(nn.Module):
+    """Maximum over the real tokens."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        tokens = tokens.float()
+        return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
+
+
+class ClsPooling(nn.Module):
+    """The first token, whether or not token dropping masked it."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        return tokens[:, 0].float()
+
+
+POOLINGS: dict[str, type[nn.Module]] = {
+    "gpo": GeneralizedPooling,
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "cls": ClsPooling,
+}
+
+
+def sort_descending(values: Tensor) -> Tensor:
+    """Sort the last dimension, largest first, with gradient.
+
+    On the CPU the order comes from NumPy's vectorised argsort, several times faster than
+    `torch.sort` on the short rows of token features (see docs/benchmarks.md).
+    """
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        order = np.argsort(-values.detach().numpy(), axis=-1)
+        return values.gather(-1, torch.from_numpy(order))
+    return values.sort(dim=-1, descending=True).values
+
+
+def sinusoidal_positions(length: int, dim: int, device: torch.device) -> Tensor:
+    """Sine in the even and cosine in the odd columns, frequencies from 1 to 1/10000: `(length, dim)`."""
+    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)[:, :dim]

@@ -1,0 +1,26 @@
+"""Cosine of the pooled vectors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2svse.features import Features
+from d2svse.similarity.base import Similarity, register_similarity
+
+
+@register_similarity("cosine")
+class Cosine(Similarity):
+    """Cosine of the two pooled vectors: xᵀy with x and y L2-normalised. Range [-1, 1]."""
+
+    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        return F.normalize(images.pooled, dim=-1) @ F.normalize(texts.pooled, dim=-1).T
+
+    def score_pairs(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        return (F.normalize(images.pooled, dim=-1) * F.normalize(texts.pooled, dim=-1)).sum(-1)
+
+    def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
+        """L2-normalise: the inner product of normalised vectors is the cosine."""
+        return F.normalize(vectors, dim=-1)
