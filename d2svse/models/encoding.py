@@ -117,10 +117,8 @@ class EncodingMixin:
         rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
         def encode(batch: list[int]) -> Features:
-            padded = processor.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding=True, return_tensors="pt")
-            features = model.text_encoder(
-                padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
-            )
+            padded = processor.pad([ids[i] for i in batch]).to(model.device)
+            features = model.text_encoder(padded["input_ids"], padded["attention_mask"])
             return features if dense else model.fuse(features)
 
         with _inference(model):

@@ -215,6 +215,20 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         self.config.context_decoder = arguments
         return self.decoder
 
+    def freeze(self, *, vision: bool = False, text: bool = False) -> None:
+        """Freeze the backbones named, or free them again; a frozen backbone stays in eval mode."""
+        self.image_encoder.backbone.requires_grad_(not vision)
+        self.text_encoder.backbone.requires_grad_(not text)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> D2SVSE:
+        """Set the training mode, of all but frozen backbones."""
+        super().train(mode)
+        for backbone in (self.image_encoder.backbone, self.text_encoder.backbone):
+            if not any(parameter.requires_grad for parameter in backbone.parameters()):
+                backbone.eval()
+        return self
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

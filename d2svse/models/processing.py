@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
 from d2svse.images import ImageSource, load_image
 
@@ -61,8 +61,7 @@ class D2SVSEProcessor(ProcessorMixin):
             data["pixel_values"] = self.pixel_values(images, **kwargs)
         if text is not None:
             sentences = [text] if isinstance(text, str) else list(text)
-            encoded = self.tokenize(sentences)
-            data |= self.tokenizer.pad({"input_ids": encoded}, padding=True, return_tensors="pt")
+            data |= self.pad(self.tokenize(sentences))
         if not data:
             raise ValueError("give images, text or both")
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
@@ -85,6 +84,10 @@ class D2SVSEProcessor(ProcessorMixin):
                 raise ValueError(f"sentence {row} is empty or not a string: {sentence!r}")
         limit = min(n for n in (max_length, self.max_length, self.tokenizer.model_max_length) if n is not None)
         return self.tokenizer(list(sentences), truncation=True, max_length=limit)["input_ids"]
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
+        """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
+        return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
 
     @property
     def model_input_names(self) -> list[str]:

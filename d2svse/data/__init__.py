@@ -1,0 +1,21 @@
+"""Reading and drawing data: manifests, datasets, training samples, augmentation, synthetic scenes."""
+
+from d2svse.data.collate import Collator
+from d2svse.data.dataset import ImageTextDataset
+from d2svse.data.manifest import ManifestError, Record, join_dense, read_manifest, write_manifest
+from d2svse.data.samples import EpochSampler, TrainingSamples
+from d2svse.data.scenes import make_scene, write_scenes
+
+__all__ = [
+    "Collator",
+    "EpochSampler",
+    "ImageTextDataset",
+    "ManifestError",
+    "Record",
+    "TrainingSamples",
+    "join_dense",
+    "make_scene",
+    "read_manifest",
+    "write_manifest",
+    "write_scenes",
+]

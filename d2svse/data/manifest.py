@@ -1,0 +1,197 @@
+"""The native format: one JSON object a line, {"image": ..., "captions": [...], "dense"?: ...}."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from d2svse.files import write_text
+from d2svse.images import check_images
+
+DenseSource = Literal["auto", "field", "concat"]
+OnBadImage = Literal["error", "skip"]
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; the message names the file and the line and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An image and its text.
+
+    Attributes:
+        image: path of the picture.
+        captions: its sparse captions, at least one.
+        dense: its dense caption, or None.
+        line: line of the manifest, from 1.
+    """
+
+    image: Path
+    captions: tuple[str, ...]
+    dense: str | None = None
+    line: int = 0
+
+
+def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
+    """Read and check a manifest.
+
+    Args:
+        path: the JSONL file; empty lines are passed over.
+        image_folder: where relative image paths start; the manifest's own folder without it.
+
+    Raises:
+        ManifestError: if a line is not JSON, lacks a field, has an empty caption or an empty list
+            of them, or names a picture that is not there.
+    """
+    path = Path(path)
+    folder = Path(image_folder) if image_folder is not None else path.parent
+    records = []
+    for line, row in read_json_lines(path):
+        where = f"{path}:{line}"
+        image, captions, dense = row.get("image"), row.get("captions"), row.get("dense")
+        if not isinstance(image, str) or not image:
+            raise ManifestError(f'{where}: expected "image" with the path of a picture, got {image!r}')
+        if not isinstance(captions, list) or not captions:
+            raise ManifestError(f'{where}: expected "captions" with at least one sentence, got {captions!r}')
+        for caption in captions:
+            if not isinstance(caption, str) or not caption.strip():
+                raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r}")
+        if dense is not None and (not isinstance(dense, str) or not dense.strip()):
+            raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r}')
+        file = folder / image
+        if not file.is_file():
+            raise ManifestError(f"{where}: the picture {file} is not there; paths are relative to {folder}")
+        records.append(Record(file, tuple(captions), dense, line))
+    if not records:
+        raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
+    return records
+
+
+def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Write records as a manifest, with image paths relative to it where they lie below its folder."""
+    path = Path(path)
+
+    def row(record: Record) -> str:
+        inside = record.image.is_relative_to(path.parent)
+        image = record.image.relative_to(path.parent) if inside else record.image.resolve()
+        data: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
+        if record.dense is not None:
+            data["dense"] = record.dense
+        return json.dumps(data, ensure_ascii=False)
+
+    write_text(path, "".join(row(record) + "\n" for record in records))
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each non-empty line.
+
+    Raises:
+        ManifestError: if the file is missing or not text, or a line is not a JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ManifestError(f"{path}:{line}: not JSON ({error}); expected one object a line") from None
+                if not isinstance(row, dict):
+                    raise ManifestError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
+                yield line, row
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise ManifestError(f"{path}: not a text file ({error})") from None
+
+
+def check_pictures(
+    records: Sequence[Record],
+    manifest: str | os.PathLike[str],
+    on_bad_image: OnBadImage = "error",
+    progress: Callable[[Iterator[str | None], int], Iterable[str | None]] = lambda found, _: found,
+) -> tuple[list[Record], list[str]]:
+    """Decode every picture once, before anything is computed from them.
+
+    Args:
+        records: what `read_manifest` gave.
+        manifest: the file, for the messages.
+        on_bad_image: "error" to stop at the first bad picture, "skip" to leave bad ones out.
+        progress: wraps the iteration, for a progress bar; given the iterator and its length.
+
+    Returns:
+        The records with good pictures, and a message for each that was left out.
+
+    Raises:
+        ManifestError: at the first bad picture with "error", or if none is good.
+    """
+    good, bad = [], []
+    found = progress(check_images(record.image for record in records), len(records))
+    for record, error in zip(records, found, strict=True):
+        if error is None:
+            good.append(record)
+            continue
+        message = f"{os.fspath(manifest)}:{record.line}: {error}"
+        if on_bad_image == "error":
+            raise ManifestError(f"{message}; mend it, or leave such pictures out with --on-bad-image skip")
+        bad.append(message)
+    if not good:
+        raise ManifestError(f"{os.fspath(manifest)}: none of its {len(records)} pictures can be read")
+    return good, bad
+
+
+def join_dense(
+    records: Sequence[Record], source: DenseSource | str | os.PathLike[str], base: str | os.PathLike[str] = "."
+) -> list[Record]:
+    """Give every record its dense text.
+
+    Args:
+        records: what `read_manifest` gave.
+        source: "field" takes the manifest's own field and wants it in every row; "concat" joins
+            an image's captions; "auto" takes the field where there is one and joins the captions
+            where there is none; anything else is the path of a JSONL file with rows
+            `{"image": ..., "dense": ...}`, or `{"text": ...}` with one line an image in the
+            order of the records.
+        base: folder that the image paths of a JSONL file are relative to.
+
+    Raises:
+        ManifestError: if a record is left without dense text.
+    """
+    joined = [" ".join(caption.strip() for caption in record.captions) for record in records]
+    if source == "concat":
+        texts: list[str | None] = list(joined)
+    elif source in ("field", "auto"):
+        texts = [record.dense for record in records]
+    else:
+        texts = _dense_from_file(Path(source), records, Path(base))
+    result = []
+    for record, text, substitute in zip(records, texts, joined, strict=True):
+        if text is None and source == "auto":
+            text = substitute
+        if text is None:
+            raise ManifestError(f"line {record.line}: {record.image} has no dense text from {os.fspath(source)!r}")
+        result.append(Record(record.image, record.captions, text, record.line))
+    return result
+
+
+def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[str | None]:
+    rows = list(read_json_lines(path))
+    if not all("image" in row for _, row in rows):
+        if len(rows) != len(records):
+            raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one each")
+        return [_text_of(path, line, row) for line, row in rows]
+    by_image = {(base / str(row["image"])).resolve(): _text_of(path, line, row) for line, row in rows}
+    return [by_image.get(record.image.resolve()) for record in records]
+
+
+def _text_of(path: Path, line: int, row: dict[str, Any]) -> str:
+    text = row.get("dense", row.get("text"))
+    if not isinstance(text, str) or not text.strip():
+        raise ManifestError(f'{path}:{line}: expected "dense" (or "text") with a text, got {text!r}')
+    return text

@@ -1,0 +1,144 @@
+"""Training samples: one image and one sentence, drawn and augmented by (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from d2svse.data import augment
+from d2svse.data.dataset import ImageTextDataset
+from d2svse.images import ImageError, load_image
+from d2svse.models.processing import D2SVSEProcessor
+
+
+class Draw(NamedTuple):
+    """A sample asked for: which row, in which epoch."""
+
+    epoch: int
+    index: int
+
+
+class EpochSampler(Sampler[Draw]):
+    """Shuffled rows of an epoch, from the seed and the epoch alone.
+
+    The epoch travels with every index, so samples do not depend on which worker makes them.
+
+    Args:
+        length: rows an epoch.
+        seed: seed of the order.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Draw]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return (Draw(self.epoch, int(index)) for index in order)
+
+
+class TrainingSamples(Dataset[dict[str, Any]]):
+    """The rows of a dataset as training samples.
+
+    Args:
+        dataset: images and captions.
+        processor: prepares pictures and sentences.
+        text: train on "sparse" captions or on "dense" ones.
+        captions_per_epoch: "one" draws one sparse caption of each image an epoch, "all" goes
+            through all of them; dense text is one an image either way.
+        seed: seed of all draws.
+        augment_images: crop and mirror pictures.
+        augment_words: mask, replace and drop words.
+        num_image_tokens: tokens of the vision backbone, to drop some of; None drops none.
+        max_length: longest sentence in tokens; the processor's limit without it.
+        teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
+
+    Raises:
+        ValueError: if dense text is asked for and an image has none.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageTextDataset,
+        processor: D2SVSEProcessor,
+        *,
+        text: Literal["sparse", "dense"] = "sparse",
+        captions_per_epoch: Literal["one", "all"] = "one",
+        seed: int = 0,
+        augment_images: bool = True,
+        augment_words: bool = True,
+        num_image_tokens: int | None = None,
+        max_length: int | None = None,
+        teacher_embeddings: Tensor | None = None,
+    ) -> None:
+        self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
+        self.augment_images, self.augment_words = augment_images, augment_words
+        self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
+        tokenizer = processor.tokenizer
+        self.max_length = min(n for n in (max_length, processor.max_length, tokenizer.model_max_length) if n)
+        self.dense_captions = dataset.dense_captions if text == "dense" else None
+        self.image_of_row = dataset.image_of_caption if text == "sparse" and captions_per_epoch == "all" else None
+        if self.image_of_row is not None:
+            self.first_caption = np.searchsorted(self.image_of_row, np.arange(len(dataset)))
+        self.replacements = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.image_of_row is None else len(self.image_of_row)
+
+    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+        """Make a sample: `pixel_values`, `input_ids`, `image_ids` and, as asked for, `image_token_mask`, `teacher_embeds`.
+
+        Raises:
+            ImageError: if the picture cannot be read; the message names the manifest's line.
+        """
+        epoch, index = draw if isinstance(draw, tuple) else (0, draw)
+        row = index if self.image_of_row is None else int(self.image_of_row[index])
+        sample: dict[str, Any] = {
+            "pixel_values": self._pixels(epoch, index, row),
+            "input_ids": self._token_ids(self._sentence(epoch, index, row), epoch, index),
+            "image_ids": row,
+        }
+        if self.num_image_tokens is not None:
+            rng = augment.generator(self.seed, epoch, index, augment.IMAGE_TOKENS)
+            sample["image_token_mask"] = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
+        if self.teacher_embeddings is not None:
+            sample["teacher_embeds"] = self.teacher_embeddings[row]
+        return sample
+
+    def _sentence(self, epoch: int, index: int, row: int) -> str:
+        if self.dense_captions is not None:
+            return self.dense_captions[row]
+        captions = self.dataset.records[row].captions
+        if self.image_of_row is not None:
+            return captions[index - int(self.first_caption[row])]
+        return captions[augment.generator(self.seed, epoch, index, augment.CAPTION).integers(len(captions))]
+
+    def _pixels(self, epoch: int, index: int, row: int) -> Tensor:
+        record = self.dataset.records[row]
+        try:
+            image = load_image(record.image)
+        except ImageError as error:
+            raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
+        if self.augment_images:
+            image = augment.augment_image(image, augment.generator(self.seed, epoch, index, augment.IMAGE))
+        return self.processor.pixel_values([image])[0]
+
+    def _token_ids(self, sentence: str, epoch: int, index: int) -> list[int]:
+        encoded = self.processor.tokenizer(sentence, truncation=True, max_length=self.max_length)
+        if not self.augment_words:
+            return encoded["input_ids"]
+        rng = augment.generator(self.seed, epoch, index, augment.WORDS)
+        return augment.augment_words(
+            encoded["input_ids"], encoded.word_ids(), rng, self.processor.tokenizer.mask_token_id, self.replacements
+        )

@@ -1,0 +1,189 @@
+"""Training arguments: those of transformers, and those of the two stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments as TransformersTrainingArguments
+
+from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
+
+Stage = Literal["pretrain", "distill", "align"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # D2S-VSE, Section 4.1 and Table 4.
+    "paper": {
+        "learning_rate": 5e-4,
+        "lr_milestones": [9, 15, 20, 25],
+        "lr_gamma": 0.1,
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 128,
+        "loss": "hinge",
+        "margin": 0.2,
+        "mining": "hardest",
+        "distill_loss": "cosine",
+        "num_context_tokens": 100,
+        "decoder_layers": 4,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+    },
+    # The published code, where it differs from the paper.
+    "published": {
+        "learning_rate": 2e-4,
+        "lr_milestones": [9, 15, 20, 25],
+        "lr_gamma": 0.3,
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "hinge",
+        "margin": 0.2,
+        "mining": "schedule",
+        "warmup_loss_epochs": 1,
+        "distill_loss": "cosine",
+        "num_context_tokens": 100,
+        "decoder_layers": 4,
+        "decoder_heads": 4,
+        "token_placement": "postfix",
+    },
+    # Chosen by what was measured on real photos: docs/results.md.
+    "recommended": {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "infonce",
+        "temperature": 0.05,
+        "distill_loss": "cosine",
+        "num_context_tokens": 16,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+    },
+}
+
+
+@dataclass
+class TrainingArguments(TransformersTrainingArguments):
+    """Arguments of one training stage, on top of `transformers.TrainingArguments`.
+
+    Evaluation and saving happen every epoch, and the model with the best rSum on the validation
+    set is kept, unless said otherwise.
+
+    Args:
+        stage: "pretrain" aligns images with dense captions (stage 1); "distill" aligns them with
+            sparse captions and distils the dense embedding into the sparse one (stage 2, Eq. 6);
+            "align" aligns them with sparse captions alone.
+        loss: name of the ranking loss, "infonce" or "hinge".
+        temperature: softmax temperature of InfoNCE (the start of it, if learned).
+        learn_temperature: learn it, as the model's `logit_scale`.
+        margin: margin of the hinge loss.
+        mining: "sum", "hardest" or "schedule", of the hinge loss.
+        warmup_loss_epochs: epochs of "sum" in the schedule.
+        distill_loss: "cosine", "l1" or "l2".
+        distill_weight: weight of the distillation term.
+        num_context_tokens: learnable tokens of the context decoder.
+        decoder_layers: its layers.
+        decoder_heads: its attention heads.
+        token_placement: "prefix", "postfix" or "surround".
+        backbone_lr_scale: learning rate of both backbones, as a share of `learning_rate`.
+        lr_milestones: epochs after which the learning rate is multiplied by `lr_gamma`; without
+            them `lr_scheduler_type` decides.
+        lr_gamma: see `lr_milestones`.
+        freeze_vision: keep the vision backbone as it is.
+        freeze_text: keep the text backbone as it is.
+        captions_per_epoch: "one" draws one sparse caption of each image, "all" takes each.
+        augment_images: crop and mirror pictures.
+        augment_words: mask, replace and drop words.
+        drop_image_tokens: drop some of the vision backbone's tokens.
+        max_length: longest sparse caption in tokens; the processor's limit without it.
+        dense_max_length: longest dense caption in tokens; the processor's limit without it.
+
+    Raises:
+        ValueError: if a value is none of those named.
+    """
+
+    output_dir: str | None = "runs"
+    stage: Stage = "pretrain"
+    loss: str = "infonce"
+    temperature: float = 0.05
+    learn_temperature: bool = False
+    margin: float = 0.2
+    mining: str = "schedule"
+    warmup_loss_epochs: int = 1
+    distill_loss: str = "cosine"
+    distill_weight: float = 1.0
+    num_context_tokens: int = 100
+    decoder_layers: int = 4
+    decoder_heads: int = 4
+    token_placement: str = "surround"
+    backbone_lr_scale: float = 0.1
+    lr_milestones: list[int] = field(default_factory=list)
+    lr_gamma: float = 0.1
+    freeze_vision: bool = False
+    freeze_text: bool = False
+    captions_per_epoch: str = "one"
+    augment_images: bool = True
+    augment_words: bool = True
+    drop_image_tokens: bool = True
+    max_length: int | None = None
+    dense_max_length: int | None = None
+
+    eval_strategy: Any = "epoch"
+    save_strategy: Any = "epoch"
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "rsum"
+    greater_is_better: bool | None = True
+    remove_unused_columns: bool = False
+    report_to: Any = "none"
+    logging_steps: float = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("stage", get_args(Stage)),
+            ("captions_per_epoch", ("one", "all")),
+            ("token_placement", ("prefix", "postfix", "surround")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        build_distillation_loss(self.distill_loss)
+        self.build_loss()
+        super().__post_init__()
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:
+        """Start from "paper", "published" or "recommended" and override single values.
+
+        Raises:
+            ValueError: if the preset is unknown.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[preset], **overrides})
+
+    def build_loss(self) -> RankingLoss:
+        """Make the ranking loss that these arguments describe.
+
+        Raises:
+            ValueError: if the loss is unknown or a value does not fit it.
+        """
+        if self.loss == "hinge":
+            schedule = {"margin": self.margin, "mining": self.mining, "warmup_epochs": self.warmup_loss_epochs}
+            return build_loss({"name": "hinge", **schedule})
+        if self.loss == "infonce":
+            softmax = {"temperature": self.temperature, "learn_temperature": self.learn_temperature}
+            return build_loss({"name": "infonce", **softmax})
+        return build_loss(self.loss)
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Constructor arguments of the `ContextDecoder` that stage 2 adds."""
+        return {
+            "num_tokens": self.num_context_tokens,
+            "num_layers": self.decoder_layers,
+            "num_heads": self.decoder_heads,
+            "placement": self.token_placement,
+        }

@@ -1,0 +1,61 @@
+"""Progress of training on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class RichProgressCallback(TrainerCallback):
+    """A bar with the rate and the remaining time, and a line for every epoch's evaluation.
+
+    Args:
+        enabled: show the bar; the lines are printed either way.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.console = Console(stderr=True)
+        self.enabled = enabled and self.console.is_terminal
+        self.progress: Progress | None = None
+        self.loss = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if not (self.enabled and state.is_world_process_zero):
+            return
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.progress.add_task(args.stage, total=state.max_steps, completed=state.global_step, note="")
+        self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.progress is not None:
+            rate = self.progress.tasks[0].speed
+            samples = f"{rate * args.train_batch_size:.0f} samples/s" if rate else ""
+            self.progress.update(self.task, completed=state.global_step, note=f"loss {self.loss:.3f}  {samples}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:  # noqa: D102
+        if state.is_world_process_zero and metrics:
+            recalls = "  ".join(
+                f"{direction} R@1 {100 * metrics[f'eval_{direction}_recall_at_1']:.1f}" for direction in ("i2t", "t2i")
+            )
+            epoch = f"{args.stage} epoch {state.epoch or 0:.0f}/{args.num_train_epochs:.0f}"
+            rsum = f"rSum {100 * metrics['eval_rsum']:.1f}"
+            self.console.print(f"{epoch}  loss {self.loss:.3f}  {recalls}  {rsum}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None

@@ -1,0 +1,52 @@
+"""The frozen dense text encoder that stage 2 learns from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from d2svse.models import D2SVSE
+
+
+class Teacher:
+    """A frozen copy of a model's text encoder, in eval mode, without the context decoder.
+
+    It is run on clean text, so the embedding of each dense caption is computed once and kept.
+    It is no part of the model and is never saved with it.
+
+    Args:
+        model: the stage-1 model.
+        max_length: longest dense caption in tokens; the processor's limit without it.
+
+    Raises:
+        ValueError: if the model has no processor.
+    """
+
+    def __init__(self, model: D2SVSE, max_length: int | None = None) -> None:
+        if model.processor is None:
+            raise ValueError("the teacher needs the model's processor to read dense captions")
+        self.text_encoder = copy.deepcopy(model.text_encoder).eval().requires_grad_(False)
+        self.processor, self.max_length = model.processor, max_length
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> Tensor:
+        """Embed dense captions: `(n_texts, embed_dim)` float32 on the CPU, not normalised.
+
+        Raises:
+            ValueError: if a text is empty.
+        """
+        ids = self.processor.tokenize(texts, self.max_length)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        device = next(self.text_encoder.parameters()).device
+        embeddings: list[Tensor] = [torch.empty(0)] * len(ids)
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for rows in track(batches, "Embedding dense captions", disable=not show_progress_bar, transient=True):
+            batch = self.processor.pad([ids[row] for row in rows]).to(device)
+            pooled = self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled
+            for row, embedding in zip(rows, pooled.float().cpu(), strict=True):
+                embeddings[row] = embedding
+        return torch.stack(embeddings)

@@ -1,0 +1,231 @@
+"""The trainer of both stages, on transformers' own."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import Trainer as TransformersTrainer
+
+from d2svse.data import Collator, EpochSampler, ImageTextDataset, TrainingSamples
+from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
+from d2svse.models import D2SVSE
+from d2svse.retrieval.evaluation import evaluate
+from d2svse.training.arguments import TrainingArguments
+from d2svse.training.progress import RichProgressCallback
+from d2svse.training.tasks import DistillTask, PretrainTask
+from d2svse.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(TransformersTrainer):
+    """Train a `D2SVSE` model through one stage.
+
+    For stage 2 give it the stage-1 model: its text encoder is copied and frozen as the teacher,
+    and the context decoder is added to the model.
+
+    Args:
+        model: the model, with its processor.
+        args: the stage and everything about it.
+        train_dataset: images and captions, with dense text for stages 1 and 2.
+        eval_dataset: the validation set, by whose rSum the best model is chosen; None turns
+            evaluation and the choice off.
+        loss: a ranking loss of your own, instead of the one `args` names.
+        teacher: the dense text encoder of stage 2; made from the model without it.
+        callbacks: further transformers callbacks.
+
+    Raises:
+        ValueError: if the model has no processor, dense text is missing, or a stage-2 model is
+            trained on without a teacher.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        model: D2SVSE,
+        args: TrainingArguments,
+        train_dataset: ImageTextDataset,
+        eval_dataset: ImageTextDataset | None = None,
+        *,
+        loss: RankingLoss | None = None,
+        teacher: Teacher | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if model.processor is None:
+            raise ValueError("the model has no processor; set model.processor before training")
+        if eval_dataset is None:
+            args.eval_strategy, args.load_best_model_at_end = "no", False  # type: ignore[assignment]
+        set_seed(args.seed)
+        teacher_embeddings = None
+        if args.stage == "distill":
+            if teacher is None and model.decoder is not None:
+                raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
+            teacher = teacher or Teacher(model.to(args.device), args.dense_max_length)
+            texts = train_dataset.dense_captions
+            teacher_embeddings = teacher.embed(texts, args.per_device_eval_batch_size, not args.disable_tqdm)
+            if model.decoder is None:
+                model.add_decoder(**args.decoder_arguments())
+        model.freeze(vision=args.freeze_vision, text=args.freeze_text)
+        loss = loss or args.build_loss()
+        _tie_temperature(model, loss)
+        self.task = make_task(args, loss)
+        samples = make_samples(model, args, train_dataset, teacher_embeddings)
+        _warn_of_truncation(samples)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(model.processor.tokenizer.pad_token_id),
+            train_dataset=samples,
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            callbacks=[LossScheduleCallback(loss), *(callbacks or [])],
+        )
+        if hasattr(model.config, "use_cache"):
+            del model.config.use_cache  # set by transformers' Trainer for language models
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        self._sums: dict[str, Tensor] = {}
+        self._num_batches = 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Sum what the task names `*_loss`; keep all its scalars for the log."""
+        parts = self.task(model, inputs)
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
+        self._num_batches += 1
+        return sum(value for name, value in parts.items() if name.endswith("_loss"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the task's scalars since the last time."""
+        if "loss" in logs and self._num_batches:
+            logs |= {name: total.item() / self._num_batches for name, total in self._sums.items()}
+            self._sums, self._num_batches = {}, 0
+        super().log(logs, start_time)
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: ImageTextDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Rank the validation set; every metric of `retrieval_metrics` behind the prefix."""
+        dataset: Any = eval_dataset or self.eval_dataset
+        model: Any = self.accelerator.unwrap_model(self.model)
+        metrics = evaluate(
+            model, dataset, batch_size=self.args.per_device_eval_batch_size, show_progress_bar=not self.args.disable_tqdm
+        )
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(named)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of `args.optim`, with a learning rate of their own for the backbones."""
+        if self.optimizer is None:
+            model = model or self.model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
+            groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            steps_per_epoch = num_training_steps / self.args.num_train_epochs
+            milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, self.args.lr_gamma)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(len(train_dataset or self.train_dataset), self.args.data_seed or self.args.seed)
+
+
+class LossScheduleCallback(TrainerCallback):
+    """Tells the loss how many epochs are complete."""
+
+    def __init__(self, loss: RankingLoss) -> None:
+        self.loss = loss
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
+    """The task of a stage."""
+    if args.stage == "distill":
+        return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight)
+    return PretrainTask(loss)
+
+
+def make_samples(
+    model: D2SVSE, args: TrainingArguments, dataset: ImageTextDataset, teacher_embeddings: Tensor | None = None
+) -> TrainingSamples:
+    """The training samples of a stage."""
+    processor: Any = model.processor
+    dense = args.stage == "pretrain"
+    samples = TrainingSamples(
+        dataset,
+        processor,
+        text="dense" if dense else "sparse",
+        captions_per_epoch=args.captions_per_epoch,  # type: ignore[arg-type]
+        seed=args.data_seed or args.seed,
+        augment_images=args.augment_images,
+        augment_words=args.augment_words,
+        max_length=args.dense_max_length if dense else args.max_length,
+        teacher_embeddings=teacher_embeddings,
+    )
+    if args.drop_image_tokens:
+        height, width = samples[0]["pixel_values"].shape[-2:]
+        samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
+    return samples
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups: backbones or not, weight decay or not.
+
+    Args:
+        model: the model.
+        args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
+        decayed: names of the parameters that weight decay acts on.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((".backbone." in name, name in decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": args.learning_rate * (args.backbone_lr_scale if backbone else 1.0),
+            "weight_decay": args.weight_decay if decay else 0.0,
+        }
+        for (backbone, decay), parameters in groups.items()
+    ]
+
+
+def _tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
+    """Make the model's logit scale the loss's: shared if it is learned, so that it is trained and saved with the model."""
+    model.logit_scale.requires_grad_(False)
+    if isinstance(loss, InfoNCE):
+        with torch.no_grad():
+            model.logit_scale.copy_(loss.log_scale)
+        if loss.learn_temperature:
+            loss.log_scale = model.logit_scale.requires_grad_(True)
+
+
+def _warn_of_truncation(samples: TrainingSamples) -> None:
+    if samples.dense_captions is None:
+        return
+    lengths = [len(ids) for ids in samples.processor.tokenizer(samples.dense_captions, verbose=False)["input_ids"]]
+    cut = sum(length > samples.max_length for length in lengths)
+    if cut:
+        logger.warning(
+            "%d of %d dense captions are longer than %d tokens and are cut; raise dense_max_length to keep them whole",
+            cut,
+            len(lengths),
+            samples.max_length,
+        )
