@@ -59,6 +59,7 @@ class GeneralizedPooling(nn.Module):
     def _coefficients(self, lengths: list[int]) -> Tensor:
         """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            self._kept = {}  # fused optimizers change weights without raising their version
             return self._compute(lengths)
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         if state != self._kept_for:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
@@ -49,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by what was measured on real photos: docs/results.md.
     "recommended": {
         "learning_rate": 1e-3,
+        "backbone_lr_scale": 0.3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
@@ -152,6 +154,8 @@ class TrainingArguments(TransformersTrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers wants it said before it allows bf16 there
         super().__post_init__()
 
     @classmethod

@@ -47,7 +47,7 @@ class RichProgressCallback(TrainerCallback):
         self.loss = (logs or {}).get("loss", self.loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:  # noqa: D102
-        if state.is_world_process_zero and metrics:
+        if state.is_world_process_zero and metrics and "eval_rsum" in metrics:
             recalls = "  ".join(
                 f"{direction} R@1 {100 * metrics[f'eval_{direction}_recall_at_1']:.1f}" for direction in ("i2t", "t2i")
             )

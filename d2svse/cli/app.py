@@ -1,0 +1,73 @@
+"""The `d2svse` command: one typer application, a file a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from d2svse.cli import demo, encode, evaluate, index, search, train
+from d2svse.version import __version__
+
+app = typer.Typer(
+    name="d2svse",
+    help="Image-text retrieval: train in two stages, evaluate, encode, search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("encode")(encode.encode)
+app.command("index")(index.index)
+app.command("search")(search.search)
+app.command("demo")(demo.demo)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a user's error prints one line and exits with 2.
+
+    With `D2SVSE_DEBUG` set in the environment the traceback is shown as well.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        _fail(error)
+    except Exception as error:  # usage errors of typer's own, which name the option
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def main_train() -> None:
+    """`d2svse-train` is `d2svse train`."""
+    main(["train", *sys.argv[1:]])
+
+
+def _fail(error: Exception) -> None:
+    if os.environ.get("D2SVSE_DEBUG"):
+        raise error
+    message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
+    if message.strip():  # without a command typer has printed the help already
+        typer.echo(f"d2svse: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,89 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from d2svse.models import D2SVSE
+
+
+def quiet_transformers() -> None:
+    """Show errors only, and no bars of transformers' own beside ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def load_model(name: str) -> D2SVSE:
+    """Load a model for use, with its processor."""
+    quiet_transformers()
+    from d2svse.models import D2SVSE
+    from d2svse.models.modeling import check_model_folder
+
+    if Path(name).is_dir():
+        check_model_folder(name, processor=True)
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such model folder")
+    return D2SVSE.from_pretrained(name)
+
+
+def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as a dictionary, values read as YAML (numbers, booleans, lists)."""
+    import yaml
+
+    result = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} takes KEY=VALUE, got {assignment!r}")
+        result[key.strip()] = yaml.safe_load(value)
+    return result
+
+
+def good_images(paths: list[Path], on_bad_image: str) -> list[Path]:
+    """Decode all pictures before anything is computed; stop at the first bad one, or list and leave out the bad."""
+    from rich.progress import track
+
+    from d2svse.images import ImageError, check_images
+
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"--on-bad-image takes error or skip, got {on_bad_image!r}")
+    good, bad = [], []
+    for path, error in zip(
+        paths, track(check_images(paths), "Checking pictures", total=len(paths), transient=True), strict=True
+    ):
+        if error is None:
+            good.append(path)
+        elif on_bad_image == "error":
+            raise ImageError(f"{error}; mend it, or leave such pictures out with --on-bad-image skip")
+        else:
+            bad.append(error)
+    if bad:
+        typer.echo("\n  ".join([f"skipped {len(bad)} of {len(paths)} pictures:", *bad]), err=True)
+    if not good:
+        raise ImageError("none of the pictures can be read")
+    return good
+
+
+def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
+    """A table of recalls in percent, one row a name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from d2svse.retrieval.metrics import as_percent
+
+    table = Table(title=title)
+    table.add_column("")
+    for direction in ("I2T", "T2I"):
+        for k in (1, 5, 10):
+            table.add_column(f"{direction} R@{k}", justify="right")
+    table.add_column("rSum", justify="right")
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{value:.1f}" for value in as_percent(dict(metrics)).values()))
+    Console().print(table)

@@ -1,0 +1,47 @@
+"""`d2svse encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2svse.cli.common import good_images, load_model
+
+
+def encode(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file; its rows' names go beside it.")],
+    images: Annotated[Path | None, typer.Option(help="A folder of pictures.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
+    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
+) -> None:
+    """Encode pictures or sentences to L2-normalised float32 vectors.
+
+    Writes OUTPUT.npy, (n, embed_dim), and OUTPUT.txt with the picture or the sentence of each row.
+    """
+    if (images is None) == (texts is None):
+        raise ValueError("give either --images FOLDER or --texts FILE")
+    import numpy as np
+
+    from d2svse.files import write_text, written_aside
+    from d2svse.images import find_images
+
+    if images is not None:
+        paths = good_images(find_images(images), on_bad_image)
+        names = [str(path) for path in paths]
+        vectors = load_model(model).encode_image(paths, batch_size=batch_size, show_progress_bar=True)
+    else:
+        assert texts is not None
+        names = texts.read_text(encoding="utf-8").splitlines()
+        for line, sentence in enumerate(names, start=1):
+            if not sentence.strip():
+                raise ValueError(f"{texts}:{line}: an empty line, expected a sentence")
+        vectors = load_model(model).encode_text(names, batch_size=batch_size, show_progress_bar=True)
+    output = output.with_suffix(".npy")
+    with written_aside(output) as aside, aside.open("wb") as file:
+        np.save(file, vectors)
+    write_text(output.with_suffix(".txt"), "".join(f"{name}\n" for name in names))
+    typer.echo(f"{output}: {len(vectors)} vectors of width {vectors.shape[1]}")

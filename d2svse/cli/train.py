@@ -1,0 +1,111 @@
+"""`d2svse train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2svse.cli.common import parse_assignments, print_recalls, quiet_transformers
+
+_DATA, _MODEL, _TRAINING = "Data", "Model", "Training"
+
+
+def train(
+    config: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win.")] = None,
+    train: Annotated[str | None, typer.Option(help="Manifest of the training set.", rich_help_panel=_DATA)] = None,
+    val: Annotated[str | None, typer.Option(help="Manifest of the validation set.", rich_help_panel=_DATA)] = None,
+    image_folder: Annotated[
+        str | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_DATA)
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Dense text: auto, field, concat or a JSONL file. [default: auto]", rich_help_panel=_DATA),
+    ] = None,
+    on_bad_image: Annotated[
+        str | None, typer.Option(help="error or skip. [default: error]", rich_help_panel=_DATA)
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision backbone: Hub id or folder.", rich_help_panel=_MODEL)
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text backbone: Hub id or folder.", rich_help_panel=_MODEL)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Start from this model instead of backbones.", rich_help_panel=_MODEL)
+    ] = None,
+    embed_dim: Annotated[int | None, typer.Option(help="Width of the joint space.", rich_help_panel=_MODEL)] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="Name of the similarity. [default: cosine]", rich_help_panel=_MODEL)
+    ] = None,
+    similarity_arg: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the similarity.", rich_help_panel=_MODEL)
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for all results.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="In order: pretrain, distill, align. [default: pretrain,distill]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="paper, published or recommended. [default: recommended]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of each stage.", rich_help_panel=_TRAINING)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pairs a batch.", rich_help_panel=_TRAINING)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=_TRAINING)] = None,
+    loss: Annotated[str | None, typer.Option(help="infonce or hinge.", rich_help_panel=_TRAINING)] = None,
+    freeze_vision: Annotated[
+        bool, typer.Option("--freeze-vision", help="Keep the vision backbone as it is.", rich_help_panel=_TRAINING)
+    ] = False,
+    freeze_text: Annotated[
+        bool, typer.Option("--freeze-text", help="Keep the text backbone as it is.", rich_help_panel=_TRAINING)
+    ] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Train in bfloat16 mixed precision.", rich_help_panel=_TRAINING)
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that prepare samples.", rich_help_panel=_TRAINING)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="KEY=VALUE of any TrainingArguments field, STAGE.KEY=VALUE for one stage.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed of the run. [default: 42]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run with this output stopped.")] = False,
+) -> None:
+    """Train a model in two stages, or in one of them."""
+    quiet_transformers()
+    from d2svse.training.recipe import STAGES, Recipe, read_recipe, run_recipe
+
+    values: dict[str, Any] = read_recipe(config) if config else {}
+    given = {
+        "train": train, "val": val, "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
+        "vision": vision, "text": text, "model": model, "output": output, "preset": preset, "seed": seed,
+        "stages": [stage.strip() for stage in stages.split(",")] if stages else None, "resume": resume or None,
+    }  # fmt: skip
+    values |= {name: value for name, value in given.items() if value is not None}
+
+    def section(name: str) -> dict[str, Any]:
+        values[name] = dict(values.get(name) or {})
+        return values[name]
+
+    if embed_dim is not None:
+        section("model_options")["embed_dim"] = embed_dim
+    if similarity is not None or similarity_arg:
+        arguments = parse_assignments(similarity_arg or [], "--similarity-arg")
+        section("model_options")["similarity"] = {"name": similarity or "cosine", **arguments}
+    training = {
+        "num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "loss": loss,
+        "freeze_vision": freeze_vision or None, "freeze_text": freeze_text or None, "bf16": bf16 or None,
+        "dataloader_num_workers": workers,
+    }  # fmt: skip
+    section("training").update({name: value for name, value in training.items() if value is not None})
+    for key, value in parse_assignments(set_ or [], "--set").items():
+        stage, dot, name = key.partition(".")
+        if dot and stage not in STAGES:
+            raise ValueError(f"--set {key}: no stage {stage!r}; known are {', '.join(STAGES)}")
+        section(stage if dot else "training")[name if dot else key] = value
+
+    recipe = Recipe.from_mapping(values, config or "options")
+    results = run_recipe(recipe)
+    print_recalls(results, f"validation, {Path(recipe.val).name}")
+    typer.echo(f"model: {recipe.model_folder(recipe.stages[-1])}")

@@ -1,0 +1,202 @@
+"""A whole training run, from files to a saved model: what `d2svse train` carries out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import track
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from d2svse.data import ImageTextDataset, join_dense, read_manifest
+from d2svse.data.manifest import OnBadImage, check_pictures
+from d2svse.files import write_json, write_text, written_aside
+from d2svse.models import D2SVSE
+from d2svse.models.modeling import check_model_folder
+from d2svse.training.arguments import PRESETS, TrainingArguments
+from d2svse.training.trainer import Trainer
+
+STAGES = ("pretrain", "distill", "align")
+
+
+@dataclass
+class Recipe:
+    """Everything a training run needs; the keys of a `--config` YAML file are these names.
+
+    Attributes:
+        train: manifest of the training set.
+        val: manifest of the validation set.
+        output: folder for checkpoints, models, configuration and results.
+        vision: Hub id or folder of the vision backbone.
+        text: Hub id or folder of the text backbone.
+        model: Hub id or folder of a model to start from, instead of backbones.
+        stages: the stages in order: "pretrain", "distill", "align".
+        preset: "paper", "published" or "recommended".
+        dense: where dense text comes from: "auto", "field", "concat" or a JSONL file.
+        image_folder: where relative image paths start; the manifest's folder without it.
+        on_bad_image: "error" or "skip".
+        model_options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
+        training: fields of `TrainingArguments` for all stages.
+        pretrain: fields of `TrainingArguments` for that stage alone.
+        distill: the same.
+        align: the same.
+        seed: the one seed that all randomness flows from.
+        resume: go on where a run with this output stopped.
+        show_progress_bar: show bars on the terminal.
+    """
+
+    train: str
+    val: str
+    output: str
+    vision: str | None = None
+    text: str | None = None
+    model: str | None = None
+    stages: list[str] = field(default_factory=lambda: ["pretrain", "distill"])
+    preset: str = "recommended"
+    dense: str = "auto"
+    image_folder: str | None = None
+    on_bad_image: OnBadImage = "error"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    align: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    resume: bool = False
+    show_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or not self.stages:
+            raise ValueError(f"unknown stage {', '.join(unknown) or '(none)'}; known are {', '.join(STAGES)}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(PRESETS)}")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}")
+        if self.model is None and (self.vision is None or self.text is None):
+            raise ValueError("give a model to start from, or both a vision and a text backbone")
+        known = {item.name for item in dataclasses.fields(TrainingArguments)}
+        for section in ("training", *STAGES):
+            wrong = sorted(set(getattr(self, section)) - known)
+            if wrong:
+                raise ValueError(f"unknown option {wrong[0]!r} in {section}; see d2svse.TrainingArguments")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "configuration") -> Recipe:
+        """Make a recipe from names and values.
+
+        Raises:
+            ValueError: if a name is unknown or one that is needed is missing.
+        """
+        known = {item.name for item in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{os.fspath(source)}: unknown option {name!r}; known are {', '.join(sorted(known))}")
+        for name in ("train", "val", "output"):
+            if values.get(name) is None:
+                raise ValueError(f"{os.fspath(source)}: {name!r} is missing")
+        return cls(**values)
+
+    def arguments(self, stage: str) -> TrainingArguments:
+        """The training arguments of a stage: preset, then `training`, then the stage's own."""
+        values = {**PRESETS[self.preset], **self.training, **getattr(self, stage)}
+        values = {"seed": self.seed, "disable_tqdm": not self.show_progress_bar, **values}
+        return TrainingArguments(output_dir=str(Path(self.output) / stage / "checkpoints"), stage=stage, **values)  # type: ignore[arg-type]
+
+    def model_folder(self, stage: str) -> Path:
+        """Where a stage's model is saved: `output/model` for the last, `output/STAGE/model` for others."""
+        last = stage == self.stages[-1]
+        return Path(self.output) / "model" if last else Path(self.output) / stage / "model"
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of `Recipe` fields.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{os.fspath(path)}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{os.fspath(path)}: expected names and values, got {type(values).__name__}")
+    return values
+
+
+def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Train all stages of a recipe and save the models.
+
+    Writes, below `output`, the effective configuration (`recipe.yaml`), a model for each stage
+    and `results.json` with the validation metrics of each.
+
+    Returns:
+        The validation metrics (see `retrieval_metrics`) of each stage's best model.
+
+    Raises:
+        ManifestError: if a manifest or a picture cannot be used; before anything is trained.
+        ValueError: if an option does not fit.
+    """
+    stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
+    output = Path(recipe.output)
+    if not recipe.resume and any(get_last_checkpoint_of(recipe, stage) for stage in recipe.stages):
+        raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
+    train_dataset = _read(recipe, recipe.train, recipe.dense)
+    eval_dataset = _read(recipe, recipe.val, None)
+    write_text(output / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    set_seed(recipe.seed)
+    model = _start(recipe)
+    results: dict[str, dict[str, float]] = {}
+    for stage in recipe.stages:
+        folder = recipe.model_folder(stage)
+        args = stage_arguments[stage]
+        trainer = Trainer(model, args, train_dataset, eval_dataset)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint_of(recipe, stage) if recipe.resume else None)
+        metrics = trainer.evaluate(metric_key_prefix="final")
+        results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
+        with written_aside(folder) as aside:
+            model.save_pretrained(aside)
+        write_json(output / stage / "log.json", trainer.state.log_history)
+        write_json(output / "results.json", results)
+        del trainer
+        gc.collect()
+    return results
+
+
+def get_last_checkpoint_of(recipe: Recipe, stage: str) -> str | None:
+    """The newest checkpoint of a stage, or None."""
+    folder = Path(recipe.output) / stage / "checkpoints"
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _read(recipe: Recipe, manifest: str, dense: str | None) -> ImageTextDataset:
+    records = read_manifest(manifest, recipe.image_folder)
+    if dense is not None:
+        records = join_dense(records, dense, recipe.image_folder or Path(manifest).parent)
+
+    def progress(found: Any, count: int) -> Any:
+        shown = recipe.show_progress_bar
+        return track(found, f"Checking {Path(manifest).name}", total=count, disable=not shown, transient=True)
+
+    records, skipped = check_pictures(records, manifest, recipe.on_bad_image, progress)
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(records) + len(skipped)} pictures:", *skipped, sep="\n  ")
+    return ImageTextDataset(records, manifest)
+
+
+def _start(recipe: Recipe) -> D2SVSE:
+    if recipe.model is not None:
+        if Path(recipe.model).is_dir():
+            check_model_folder(recipe.model, processor=True)
+        return D2SVSE.from_pretrained(recipe.model)
+    assert recipe.vision is not None
+    assert recipe.text is not None
+    return D2SVSE.from_backbones(recipe.vision, recipe.text, **recipe.model_options)
