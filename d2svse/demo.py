@@ -51,7 +51,7 @@ TRAINING: dict[str, Any] = {
 
 def build_model(texts: list[str], seed: int = 42) -> D2SVSE:
     """A small model with random weights: a ViT, a BERT and a word-level tokenizer for these texts."""
-    tokenizer = _build_tokenizer(texts)
+    tokenizer = build_tokenizer(texts)
     vision = ViTConfig(
         hidden_size=WIDTH,
         num_hidden_layers=4,
@@ -156,7 +156,8 @@ def run_demo(
     return results
 
 
-def _build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of exactly the words of these texts, lower case."""
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *sorted(words)])}

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEnc
 
 from d2svse.images import ImageSource, load_image
 
+DEFAULT_MAX_LENGTH = 512
+
 
 class D2SVSEProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
@@ -29,10 +31,9 @@ class D2SVSEProcessor(ProcessorMixin):
     @classmethod
     def from_backbones(cls, vision: str, text: str, max_length: int | None = None) -> D2SVSEProcessor:
         """Take the image processor and the tokenizer of two pretrained backbones (Hub ids or folders)."""
-        limit = getattr(AutoConfig.from_pretrained(text), "max_position_embeddings", None)
         tokenizer = AutoTokenizer.from_pretrained(text)
         if max_length is None:
-            max_length = min(n for n in (tokenizer.model_max_length, limit or 512) if n is not None)
+            max_length = min(tokenizer.model_max_length, _longest_sentence(AutoConfig.from_pretrained(text)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil"), tokenizer, max_length=max_length)
 
     def __call__(  # type: ignore[override]
@@ -93,3 +94,11 @@ class D2SVSEProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The names of the tensors that the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
+
+
+def _longest_sentence(config: Any) -> int:
+    """Tokens that a text backbone has positions for."""
+    config = getattr(config, "text_config", None) or config
+    positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+    # RoBERTa and its kin count positions from behind the padding id.
+    return positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions

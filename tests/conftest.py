@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import BertConfig, ViTConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset
+from d2svse.data import write_scenes
+from d2svse.demo import build_tokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+IMAGE_SIZE = 32
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 48 training and 16 validation scenes of 32 × 32 pixels."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, "train", 48, size=IMAGE_SIZE)
+    write_scenes(folder, "val", 16, first=48, size=IMAGE_SIZE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_dataset(scenes: Path) -> ImageTextDataset:
+    return ImageTextDataset.from_manifest(scenes / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def val_dataset(scenes: Path) -> ImageTextDataset:
+    return ImageTextDataset.from_manifest(scenes / "val.jsonl")
+
+
+def tiny_config(**options) -> D2SVSEConfig:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    vision = ViTConfig(**small, image_size=IMAGE_SIZE, patch_size=8)
+    text = BertConfig(**small, vocab_size=100, max_position_embeddings=96)
+    return D2SVSEConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), **{"embed_dim": 24, **options}
+    )
+
+
+@pytest.fixture(scope="session")
+def processor(train_dataset: ImageTextDataset) -> D2SVSEProcessor:
+    texts = [text for record in train_dataset.records for text in (*record.captions, record.dense)]
+    image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return D2SVSEProcessor(image_processor, build_tokenizer(texts), max_length=96)
+
+
+@pytest.fixture
+def make_model(processor: D2SVSEProcessor) -> Callable[..., D2SVSE]:
+    def make(seed: int = 0, **options) -> D2SVSE:
+        torch.manual_seed(seed)
+        model = D2SVSE(tiny_config(**options)).eval()
+        model.processor = processor
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: Callable[..., D2SVSE]) -> D2SVSE:
+    """A tiny stage-2 model with random weights."""
+    return make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+from PIL import Image
+
+from d2svse import ImageTextDataset
+from d2svse.data import ManifestError, Record, join_dense, read_manifest, write_manifest
+from d2svse.data.manifest import check_pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder, *rows):
+    path = folder / "m.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+GOOD = {"image": "a.jpg", "captions": ["one", "two"]}
+
+
+def test_reads_rows_with_paths_relative_to_the_manifest(folder):
+    path = write(folder, GOOD, "", {"image": "b.jpg", "captions": ["three"], "dense": "all of it"})
+    records = read_manifest(path)
+    assert records == [
+        Record(folder / "a.jpg", ("one", "two"), None, 1),
+        Record(folder / "b.jpg", ("three",), "all of it", 3),
+    ]
+    moved = folder / "elsewhere.jsonl"
+    moved.parent.mkdir(exist_ok=True)
+    write_manifest(moved, records)
+    assert [(r.image, r.captions, r.dense) for r in read_manifest(moved)] == [(r.image, r.captions, r.dense) for r in records]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "expected a JSON object, got list"),
+        ({"captions": ["x"]}, 'expected "image"'),
+        ({"image": "a.jpg"}, 'expected "captions"'),
+        ({"image": "a.jpg", "captions": []}, "at least one sentence"),
+        ({"image": "a.jpg", "captions": ["x", " "]}, "every caption to be a sentence"),
+        ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
+        ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg is not there"),
+    ],
+)
+def test_a_bad_line_is_named(folder, row, message):
+    with pytest.raises(ManifestError, match=rf"m\.jsonl:2: .*{message}"):
+        read_manifest(write(folder, GOOD, row))
+
+
+def test_a_missing_or_empty_file_is_named(folder):
+    with pytest.raises(ManifestError, match="no such file"):
+        read_manifest(folder / "none.jsonl")
+    with pytest.raises(ManifestError, match="no rows"):
+        read_manifest(write(folder))
+    (folder / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ManifestError, match="not a text file"):
+        read_manifest(folder / "binary.jsonl")
+
+
+def test_bad_pictures_stop_or_are_listed(folder):
+    (folder / "b.jpg").write_bytes(b"no picture")
+    path = write(folder, GOOD, {**GOOD, "image": "b.jpg"}, {**GOOD, "image": "c.jpg"})
+    records = read_manifest(path)
+    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not a picture.*--on-bad-image skip"):
+        check_pictures(records, path)
+    good, bad = check_pictures(records, path, "skip")
+    assert [record.line for record in good] == [1, 3]
+    assert len(bad) == 1
+    assert "m.jsonl:2" in bad[0]
+    with pytest.raises(ManifestError, match="none of its 1 pictures"):
+        check_pictures(records[1:2], path, "skip")
+
+
+def test_dense_text_from_field_concat_auto_and_files(folder):
+    records = read_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"], "dense": "all of it"}))
+
+    def dense(source, base=folder):
+        return [record.dense for record in join_dense(records, source, base)]
+
+    assert dense("concat") == ["one two", "three"]
+    assert dense("auto") == ["one two", "all of it"]
+    with pytest.raises(ManifestError, match=r"line 1: .*a\.jpg has no dense text"):
+        dense("field")
+    by_image, in_order = folder / "by_image.jsonl", folder / "in_order.jsonl"
+    by_image.write_text('{"image": "b.jpg", "dense": "B"}\n{"image": "a.jpg", "dense": "A"}\n')
+    in_order.write_text('{"text": "first"}\n{"text": "second"}\n')
+    assert dense(by_image) == ["A", "B"]
+    assert dense(in_order) == ["first", "second"]
+    in_order.write_text('{"text": "first"}\n')
+    with pytest.raises(ManifestError, match="1 dense captions for 2 images"):
+        dense(in_order)
+    by_image.write_text('{"image": "b.jpg"}\n')
+    with pytest.raises(ManifestError, match=r"by_image\.jsonl:1: expected \"dense\""):
+        dense(by_image)
+
+
+def test_a_dataset_lists_captions_with_their_images(folder):
+    dataset = ImageTextDataset.from_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}), dense="concat")
+    assert dataset.captions == ["one", "two", "three"]
+    assert dataset.image_of_caption.tolist() == [0, 0, 1]
+    assert dataset.dense_captions == ["one two", "three"]
+    with pytest.raises(ValueError, match=r"m\.jsonl:1: .* has no dense caption"):
+        _ = ImageTextDataset.from_manifest(folder / "m.jsonl").dense_captions
+    with pytest.raises(ValueError, match="no images"):
+        ImageTextDataset([])

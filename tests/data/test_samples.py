@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from d2svse.data import Collator, EpochSampler, TrainingSamples
+from d2svse.data.samples import Draw
+from d2svse.images import ImageError
+
+
+@pytest.fixture
+def make(train_dataset, processor):
+    return lambda **options: TrainingSamples(train_dataset, processor, **{"num_image_tokens": 17, "seed": 3, **options})
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
+    )
+
+
+def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(make):
+    samples = make()
+    assert same(samples[Draw(2, 5)], make()[Draw(2, 5)])
+    assert not same(samples[Draw(2, 5)], samples[Draw(3, 5)])
+    assert not same(samples[Draw(2, 5)], make(seed=4)[Draw(2, 5)])
+
+
+def test_one_caption_an_epoch_or_all_of_them(make, train_dataset):
+    plain = {"augment_words": False, "augment_images": False, "num_image_tokens": None}
+    samples = make(**plain)
+    assert len(samples) == len(train_dataset)
+    seen = {tuple(samples[Draw(epoch, 0)]["input_ids"]) for epoch in range(40)}
+    assert len(seen) == len(set(train_dataset.records[0].captions))
+    every = make(captions_per_epoch="all", **plain)
+    assert len(every) == len(train_dataset.captions)
+    ids = [every[Draw(0, index)]["input_ids"] for index in range(len(every))]
+    assert ids == every.processor.tokenize(train_dataset.captions)
+    assert [every[Draw(0, i)]["image_ids"] for i in range(len(every))] == train_dataset.image_of_caption.tolist()
+
+
+def test_dense_text_is_one_an_image_and_cut_at_the_length_asked(make, train_dataset):
+    samples = make(text="dense", augment_words=False, max_length=9)
+    assert len(samples) == len(train_dataset)
+    assert len(samples[0]["input_ids"]) == 9
+
+
+def test_teacher_embeddings_go_with_their_image(make, train_dataset):
+    embeddings = torch.arange(len(train_dataset)).float()[:, None]
+    batch = Collator(0)([make(teacher_embeddings=embeddings)[Draw(0, i)] for i in (4, 2)])
+    assert batch["teacher_embeds"].tolist() == [[4], [2]]
+    assert batch["image_ids"].tolist() == [4, 2]
+
+
+def test_a_batch_is_padded_to_its_own_longest(make):
+    samples = [make()[Draw(0, index)] for index in range(6)]
+    batch = Collator(7)(samples)
+    assert batch["input_ids"].shape[1] == max(len(sample["input_ids"]) for sample in samples)
+    for row, sample in enumerate(samples):
+        n = len(sample["input_ids"])
+        assert batch["input_ids"][row, :n].tolist() == sample["input_ids"]
+        assert (batch["input_ids"][row, n:] == 7).all()
+        assert batch["attention_mask"][row].sum() == n
+    assert batch["image_token_mask"].shape == (6, 17)
+
+
+def test_the_order_is_a_permutation_that_changes_with_the_epoch():
+    sampler = EpochSampler(20, seed=0)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        draws = list(sampler)
+        assert {draw.epoch for draw in draws} == {epoch}
+        assert sorted(draw.index for draw in draws) == list(range(20))
+        orders.append(draws)
+        assert draws == list(sampler)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(make, workers):
+    def batches(num_workers):
+        loader = DataLoader(make(), 8, sampler=EpochSampler(48, 0), collate_fn=Collator(0), num_workers=num_workers)
+        return list(loader)
+
+    for a, b in zip(batches(0), batches(workers), strict=True):
+        assert same(a, b)
+
+
+def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset, tmp_path):
+    from dataclasses import replace
+
+    samples = make()
+    samples.dataset = type(train_dataset)([replace(train_dataset.records[0], image=tmp_path / "gone.png")], "m.jsonl")
+    with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such picture"):
+        samples[Draw(0, 0)]
+
+
+def test_replacements_hold_no_special_token(make):
+    samples = make()
+    assert not np.isin(samples.processor.tokenizer.all_special_ids, samples.replacements).any()

@@ -1,0 +1,98 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from d2svse.losses import InfoNCE, TripletLoss, build_loss
+
+IDS = torch.tensor([0, 1, 2, 1, 4, 0])
+
+
+def naive_hinge(scores: np.ndarray, ids: np.ndarray, margin: float, hardest: bool) -> float:
+    total = 0.0
+    n = len(scores)
+    for i in range(n):
+        text, image = [0.0], [0.0]
+        for j in range(n):
+            if ids[i] != ids[j]:
+                text.append(max(0.0, margin + scores[i, j] - scores[i, i]))
+                image.append(max(0.0, margin + scores[j, i] - scores[i, i]))
+        total += max(text) + max(image) if hardest else sum(text) + sum(image)
+    return total
+
+
+def naive_infonce(scores: np.ndarray, ids: np.ndarray, temperature: float) -> float:
+    n, total = len(scores), 0.0
+    for i in range(n):
+        kept = [j for j in range(n) if j == i or ids[i] != ids[j]]
+        for line in (scores[i], scores[:, i]):
+            total -= math.log(math.exp(line[i] / temperature) / sum(math.exp(line[j] / temperature) for j in kept))
+    return total / (2 * n)
+
+
+@pytest.fixture
+def scores():
+    return torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+@pytest.mark.parametrize("mining", ["sum", "hardest"])
+def test_hinge_equals_the_naive_loop(scores, ids, mining):
+    given = np.arange(6) if ids is None else ids.numpy()
+    expected = naive_hinge(scores.double().numpy(), given, 0.2, mining == "hardest")
+    assert TripletLoss(0.2, mining)(scores, ids).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_infonce_equals_the_naive_loop(scores, ids):
+    given = np.arange(6) if ids is None else ids.numpy()
+    expected = naive_infonce(scores.double().numpy(), given, 0.1)
+    assert InfoNCE(0.1)(scores, ids).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_schedule_goes_from_sum_to_hardest(scores):
+    loss = TripletLoss(mining="schedule", warmup_epochs=2)
+    for epoch, mining in enumerate(["sum", "sum", "hardest", "hardest"]):
+        loss.set_epoch(epoch)
+        assert torch.equal(loss(scores), TripletLoss(mining=mining)(scores))
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(mining="sum"), TripletLoss(mining="hardest"), InfoNCE(0.1)])
+def test_gradients_are_right_and_stop_at_pairs_of_the_same_image(scores, loss):
+    scores = scores.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss(s, IDS), scores)
+    loss(scores, IDS).backward()
+    assert scores.grad[0, 5] == scores.grad[5, 0] == scores.grad[1, 3] == 0
+
+
+def test_a_learned_temperature_has_a_gradient_and_a_fixed_one_is_no_parameter(scores):
+    learned = InfoNCE(0.07, learn_temperature=True)
+    learned(scores).backward()
+    assert learned.log_scale.grad.abs() > 0
+    assert list(InfoNCE(0.07).parameters()) == []
+    torch.testing.assert_close(learned(scores), InfoNCE(0.07)(scores))
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(), InfoNCE()])
+def test_computes_in_float32_inside_autocast(scores, loss):
+    half = scores.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(half)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(half.float()))
+
+
+def test_bad_input_is_named(scores):
+    with pytest.raises(ValueError, match="must be square"):
+        TripletLoss()(scores[:3])
+    with pytest.raises(ValueError, match="image_ids must be"):
+        InfoNCE()(scores, IDS[:3])
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        InfoNCE(0)
+    with pytest.raises(ValueError, match="mining must be one of"):
+        TripletLoss(mining="hard")
+    with pytest.raises(ValueError, match="unknown loss 'nce'; known are hinge, infonce"):
+        build_loss("nce")
+    with pytest.raises(ValueError, match="loss 'hinge': .*temperature"):
+        build_loss({"name": "hinge", "temperature": 1})

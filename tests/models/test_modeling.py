@@ -1,0 +1,241 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    RobertaConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.losses import InfoNCE
+from d2svse.models import ImageEncoder, TextEncoder
+from d2svse.models.encoders import load_backbone
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+VISION = {
+    "vit": ViTConfig(**SMALL, image_size=32, patch_size=8),
+    "deit": DeiTConfig(**SMALL, image_size=32, patch_size=8),
+    "dinov2": Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8),
+    "clip": CLIPVisionConfig(**SMALL, image_size=32, patch_size=8),
+    "swin": SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=32, patch_size=4),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+}
+TEXT = {
+    "bert": BertConfig(**SMALL, vocab_size=50),
+    "roberta": RobertaConfig(**SMALL, vocab_size=50, pad_token_id=1),
+    "clip": CLIPTextConfig(**SMALL, vocab_size=50, max_position_embeddings=20),
+}
+SENTENCES = ["a red circle", "a small green star at the top left and something blue at the middle", "a ring", "a cross above a ring"]
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("name", VISION)
+def test_any_vision_backbone_and_resolution(name, size):
+    encoder = ImageEncoder(VISION[name], 12).eval()
+    pixels = torch.randn(3, 3, size, size)
+    features = encoder(pixels)
+    assert features.pooled.shape == (3, 12)
+    assert features.tokens.shape == (3, encoder.count_tokens(size, size), 12)
+    torch.testing.assert_close(encoder(pixels[1:2]).pooled[0], features.pooled[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_any_text_backbone_and_padding_changes_nothing(name):
+    encoder = TextEncoder(TEXT[name], 12).eval()
+    ids = torch.randint(5, 50, (2, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    features = encoder(ids.masked_fill(mask == 0, 1), mask)
+    alone = encoder(ids[1:, :4], mask[1:, :4])
+    torch.testing.assert_close(features.pooled[1], alone.pooled[0], atol=1e-5, rtol=0)
+    assert features.tokens.shape == (2, 7, 12)
+
+
+def test_masked_image_tokens_are_left_out():
+    encoder = ImageEncoder(VISION["vit"], 12).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    mask = torch.ones(2, 17, dtype=torch.bool)
+    mask[0, 5:] = False
+    pooled = encoder(pixels, mask).pooled
+    tokens = encoder(pixels).tokens
+    torch.testing.assert_close(pooled[0], encoder.pooling(tokens[:1, :5])[0])
+    with pytest.raises(ValueError, match=r"token_mask must be \(2, 17\)"):
+        encoder(pixels, mask[:, :3])
+
+
+def test_cls_pooling_needs_a_class_token():
+    with pytest.raises(ValueError, match="no class token"):
+        ImageEncoder(VISION["swin"], 12, "cls")
+    with pytest.raises(ValueError, match="unknown pooling 'avg'"):
+        D2SVSEConfig(image_pooling="avg")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_encoding_does_not_depend_on_the_batch_size_and_keeps_the_order(model, val_dataset, batch_size):
+    images, texts = val_dataset.images[:7], [*SENTENCES, *val_dataset.captions[:10]]
+    whole = model.encode_image(images, batch_size=99)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(model.encode_image(images, batch_size=batch_size), whole, atol=1e-5)
+    whole = model.encode_text(texts, batch_size=99)
+    np.testing.assert_allclose(model.encode_text(texts, batch_size=batch_size), whole, atol=1e-5)
+    for row, text in enumerate(texts):
+        np.testing.assert_allclose(model.encode_text(text)[0], whole[row], atol=1e-5)
+
+
+def test_encoding_gives_arrays_tensors_or_features_and_leaves_the_mode(model, val_dataset):
+    model.train()
+    features = model.encode_text(SENTENCES, output="features", batch_size=2)
+    assert model.training
+    assert features.tokens.shape[:2] == features.mask.shape
+    tensor = model.encode_text(SENTENCES, convert_to_tensor=True)
+    torch.testing.assert_close(features.pooled, tensor, atol=1e-5, rtol=0)
+    single = model.encode_image(Image.open(val_dataset.images[0]))
+    assert single.shape == (1, 24)
+    scores = model.similarity(single, tensor.numpy())
+    assert isinstance(scores, np.ndarray)
+    assert scores.shape == (1, 4)
+    assert model.similarity(single[0], tensor).shape == (1, 4)
+
+
+def test_encoding_names_bad_input(model, tmp_path):
+    with pytest.raises(ValueError, match="sentence 1 is empty"):
+        model.encode_text(["a", " "])
+    with pytest.raises(ValueError, match="an empty list"):
+        model.encode_text([])
+    with pytest.raises(ValueError, match=r"no\.jpg: no such picture"):
+        model.encode_image([tmp_path / "no.jpg"])
+    with pytest.raises(ValueError, match="output must be"):
+        model.encode_text("a", output="tokens")
+    model.processor = None
+    with pytest.raises(ValueError, match="has no processor"):
+        model.encode_text("a")
+
+
+def test_the_decoder_adds_to_the_sparse_branch_and_not_to_the_dense(model):
+    sparse, dense = model.encode_text(SENTENCES), model.encode_text(SENTENCES, dense=True)
+    assert not np.allclose(sparse, dense, atol=1e-3)
+    batch = model.processor(text=SENTENCES)
+    texts = model.text_encoder(**batch)
+    expected = texts.pooled + model.decoder(texts.tokens, texts.mask)
+    torch.testing.assert_close(model.get_text_features(**batch).pooler_output, expected)
+
+
+def test_forward_scores_both_ways(model, val_dataset):
+    batch = model.processor(images=val_dataset.images[:4], text=SENTENCES)
+    output = model(**batch, return_loss=True)
+    scale = model.logit_scale.exp()
+    torch.testing.assert_close(output.logits_per_image, model.similarity_fn(output.image_features, output.text_features) * scale)
+    torch.testing.assert_close(output.logits_per_text, output.logits_per_image.T)
+    torch.testing.assert_close(output.loss, InfoNCE(1 / 20)(output.logits_per_image / scale))
+    torch.testing.assert_close(output.image_embeds, model.get_image_features(batch["pixel_values"]).pooler_output)
+    assert model(pixel_values=batch["pixel_values"]).text_embeds is None
+    with pytest.raises(ValueError, match="a loss needs both"):
+        model(pixel_values=batch["pixel_values"], return_loss=True)
+    with pytest.raises(ValueError, match="pixel_values, input_ids or both"):
+        model()
+
+
+def same_state(a, b):
+    one, two = a.state_dict(), b.state_dict()
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_saves_and_loads_equal_frozen_parts_included(make_model, tmp_path, auto):
+    model = make_model(similarity={"name": "cosine"}, text_pooling="mean")
+    model.add_decoder(num_tokens=4, num_layers=1, num_heads=2, placement="postfix")
+    model.freeze(vision=True)
+    model.eval().save_pretrained(tmp_path / "m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} >= {
+        "config.json", "model.safetensors", "processor_config.json", "tokenizer.json",
+    }  # fmt: skip
+    loaded = (AutoModel if auto else D2SVSE).from_pretrained(tmp_path / "m")
+    assert isinstance(loaded, D2SVSE)
+    assert not loaded.training
+    same_state(model, loaded)
+    for name in ("context_decoder", "similarity", "embed_dim", "image_pooling", "text_pooling"):
+        assert getattr(loaded.config, name) == getattr(model.config, name)
+    np.testing.assert_allclose(loaded.encode_text(SENTENCES), model.encode_text(SENTENCES), atol=1e-6)
+
+
+def test_auto_classes_know_it(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), D2SVSEConfig)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, D2SVSEProcessor)
+    assert processor.max_length == 96
+
+
+def test_a_model_without_processor_saves_and_loads(make_model, tmp_path):
+    model = make_model()
+    model.processor = None
+    model.save_pretrained(tmp_path)
+    assert D2SVSE.from_pretrained(tmp_path).processor is None
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_a_folder_that_lacks_a_file_is_named(model, tmp_path, missing):
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"m: {missing} is missing"):
+        D2SVSE.from_pretrained(tmp_path / "m")
+
+
+def test_random_initialisation_follows_the_seed_and_fills_every_weight(make_model):
+    same_state(make_model(seed=5), make_model(seed=5))
+    for name, value in make_model().state_dict().items():
+        assert torch.isfinite(value).all(), name
+        assert value.abs().max() < 5, name
+
+
+def test_from_backbones_keeps_the_pretrained_weights(tmp_path, processor):
+    torch.manual_seed(0)
+    vision, clip = ViTModel(VISION["vit"], add_pooling_layer=False), CLIPModel(CLIPConfig(
+        vision_config=VISION["clip"].to_dict(), text_config={**TEXT["clip"].to_dict(), "vocab_size": 90}, projection_dim=8
+    ))  # fmt: skip
+    vision.save_pretrained(tmp_path / "vit")
+    clip.save_pretrained(tmp_path / "clip")
+    for name in ("vit", "clip"):
+        processor.image_processor.save_pretrained(tmp_path / name)
+    processor.tokenizer.save_pretrained(tmp_path / "clip")
+    model = D2SVSE.from_backbones(tmp_path / "vit", tmp_path / "clip", embed_dim=16)
+    same_state(model.image_encoder.backbone, vision)
+    same_state(model.text_encoder.backbone, load_backbone(str(tmp_path / "clip"), "text_config"))
+    assert model.processor.max_length == 20
+    assert model.encode_text("a red circle").shape == (1, 16)
+    same_state(
+        load_backbone(str(tmp_path / "clip"), "vision_config"),
+        D2SVSE.from_backbones(tmp_path / "clip", tmp_path / "clip").image_encoder.backbone,
+    )
+
+
+def test_a_frozen_backbone_stays_in_eval_mode(make_model):
+    model = make_model()
+    model.freeze(text=True)
+    model.train()
+    assert model.training
+    assert not model.text_encoder.backbone.training
+    assert model.image_encoder.backbone.training
+    model.freeze()
+    assert model.text_encoder.backbone.training
+
+
+def test_a_second_decoder_is_refused(model):
+    with pytest.raises(ValueError, match="has a context decoder already"):
+        model.add_decoder()

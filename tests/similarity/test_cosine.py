@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from d2svse import Features, build_similarity, register_similarity
+from d2svse.similarity import Cosine, Similarity, similarity_names
+
+
+def naive_cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    scores = np.zeros((len(images), len(texts)))
+    for i, x in enumerate(images):
+        for j, y in enumerate(texts):
+            scores[i, j] = sum(a * b for a, b in zip(x, y, strict=True)) / (np.sqrt((x**2).sum() * (y**2).sum()))
+    return scores
+
+
+@pytest.fixture
+def sides():
+    generator = torch.Generator().manual_seed(0)
+    return Features(torch.randn(5, 8, generator=generator)), Features(torch.randn(5, 8, generator=generator))
+
+
+def test_equals_the_naive_loop(sides):
+    images, texts = sides
+    expected = naive_cosine(images.pooled.double().numpy(), texts.pooled.double().numpy())
+    np.testing.assert_allclose(Cosine()(images, texts).numpy(), expected, atol=1e-6)
+
+
+def test_pairwise_is_the_diagonal_and_folding_gives_the_score(sides):
+    images, texts = sides
+    cosine = Cosine()
+    torch.testing.assert_close(cosine.pairwise(images, texts), cosine(images, texts).diagonal())
+    folded = cosine.fold("image", images.pooled) @ cosine.fold("text", texts.pooled).T
+    torch.testing.assert_close(folded, cosine(images, texts))
+    assert cosine.foldable
+
+
+def test_computes_in_float32_inside_autocast(sides):
+    images, texts = (side.to(torch.bfloat16) for side in sides)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = Cosine()(images, texts)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, Cosine()(images.to(torch.float32), texts.to(torch.float32)))
+
+
+def test_keeps_float64(sides):
+    images, texts = (side.to(torch.float64) for side in sides)
+    assert Cosine()(images, texts).dtype == torch.float64
+
+
+def test_widths_that_differ_are_named():
+    with pytest.raises(ValueError, match="images are 3 wide and texts 4"):
+        Cosine()(Features(torch.zeros(1, 3)), Features(torch.zeros(1, 4)))
+    with pytest.raises(ValueError, match="as many images as texts"):
+        Cosine().pairwise(Features(torch.zeros(1, 3)), Features(torch.zeros(2, 3)))
+
+
+def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
+    assert isinstance(build_similarity("cosine"), Cosine)
+    assert isinstance(build_similarity({"name": "cosine"}), Cosine)
+    with pytest.raises(ValueError, match=r"unknown similarity 'cosin'; known are .*cosine"):
+        build_similarity("cosin")
+    with pytest.raises(ValueError, match="similarity 'cosine': .*margin"):
+        build_similarity({"name": "cosine", "margin": 1})
+
+
+def test_a_similarity_from_outside_can_be_added_once(sides):
+    @register_similarity("test-dot")
+    class Dot(Similarity):
+        def score(self, images, texts):
+            return images.pooled @ texts.pooled.T
+
+    images, texts = sides
+    dot = build_similarity("test-dot")
+    assert "test-dot" in similarity_names()
+    torch.testing.assert_close(dot.pairwise(images, texts), dot(images, texts).diagonal())
+    assert not dot.foldable
+    with pytest.raises(TypeError, match="not bilinear"):
+        dot.fold("image", images.pooled)
+    with pytest.raises(ValueError, match="is taken by"):
+        register_similarity("test-dot")(Cosine)
+
+
+def test_a_token_similarity_says_what_is_missing(sides):
+    class NeedsTokens(Cosine):
+        requires = "tokens"
+
+    with pytest.raises(ValueError, match="output='features'"):
+        NeedsTokens()(*sides)

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from d2svse import Features
+
+
+def test_rejects_shapes_that_do_not_belong_together():
+    with pytest.raises(ValueError, match=r"pooled must be \(batch, embed_dim\)"):
+        Features(torch.zeros(3))
+    with pytest.raises(ValueError, match="tokens must be"):
+        Features(torch.zeros(3, 4), torch.zeros(2, 5, 4))
+    with pytest.raises(ValueError, match="without tokens"):
+        Features(torch.zeros(3, 4), mask=torch.ones(3, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        Features(torch.zeros(3, 4), torch.zeros(3, 5, 4), torch.ones(3, 5))
+
+
+def test_cat_pads_shorter_tokens_and_masks_them():
+    a = Features(torch.ones(1, 4), torch.ones(1, 2, 4))
+    b = Features(torch.zeros(2, 4), torch.ones(2, 3, 4), torch.tensor([[True, True, True], [True, False, False]]))
+    joined = Features.cat([a, b])
+    assert joined.tokens.shape == (3, 3, 4)
+    assert joined.mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
+    assert joined.tokens[0, 2].eq(0).all()
+    assert torch.equal(joined[[2, 0]].pooled, torch.stack([b.pooled[1], a.pooled[0]]))
+
+
+def test_cat_refuses_a_mix_of_with_and_without_tokens():
+    with pytest.raises(ValueError, match="some parts have tokens"):
+        Features.cat([Features(torch.zeros(1, 4)), Features(torch.zeros(1, 4), torch.zeros(1, 2, 4))])
+
+
+def test_to_converts_the_floats_and_keeps_the_mask():
+    features = Features(torch.zeros(1, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)).to(torch.bfloat16)
+    assert features.pooled.dtype == features.tokens.dtype == torch.bfloat16
+    assert features.mask.dtype == torch.bool
