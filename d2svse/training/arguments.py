@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
+from d2svse.losses.triplet import Mining
 
 Stage = Literal["pretrain", "distill", "align"]
 
@@ -147,6 +148,7 @@ class TrainingArguments(TransformersTrainingArguments):
     def __post_init__(self) -> None:
         for name, known in (
             ("stage", get_args(Stage)),
+            ("mining", get_args(Mining)),
             ("captions_per_epoch", ("one", "all")),
             ("token_placement", ("prefix", "postfix", "surround")),
         ):

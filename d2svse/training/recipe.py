@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -151,19 +152,22 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
     train_dataset = _read(recipe, recipe.train, recipe.dense)
     eval_dataset = _read(recipe, recipe.val, None)
-    write_text(output / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
     set_seed(recipe.seed)
     model = _start(recipe)
-    results: dict[str, dict[str, float]] = {}
+    configuration = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "resume"}
+    write_text(output / "recipe.yaml", yaml.safe_dump(configuration, sort_keys=False))
+    results = _finished(recipe) if recipe.resume else {}
     for stage in recipe.stages:
         folder = recipe.model_folder(stage)
-        args = stage_arguments[stage]
-        trainer = Trainer(model, args, train_dataset, eval_dataset)
+        if stage in results:
+            model = D2SVSE.from_pretrained(folder)
+            continue
+        trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset)
         trainer.train(resume_from_checkpoint=get_last_checkpoint_of(recipe, stage) if recipe.resume else None)
         metrics = trainer.evaluate(metric_key_prefix="final")
-        results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
+        results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         write_json(output / stage / "log.json", trainer.state.log_history)
         write_json(output / "results.json", results)
         del trainer
@@ -175,6 +179,12 @@ def get_last_checkpoint_of(recipe: Recipe, stage: str) -> str | None:
     """The newest checkpoint of a stage, or None."""
     folder = Path(recipe.output) / stage / "checkpoints"
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """The results of the stages that a stopped run had completed, in order."""
+    path = Path(recipe.output) / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(recipe: Recipe, manifest: str, dense: str | None) -> ImageTextDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers import Trainer as TransformersTrainer
+from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Collator, EpochSampler, ImageTextDataset, TrainingSamples
 from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
@@ -60,7 +62,8 @@ class Trainer(TransformersTrainer):
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
         if eval_dataset is None:
-            args.eval_strategy, args.load_best_model_at_end = "no", False  # type: ignore[assignment]
+            args = copy.copy(args)
+            args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         set_seed(args.seed)
         teacher_embeddings = None
         if args.stage == "distill":
@@ -188,6 +191,8 @@ def make_samples(
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups: backbones or not, weight decay or not.
 
+    Those that are no backbone's come first: theirs is the learning rate that the log shows.
+
     Args:
         model: the model.
         args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
@@ -203,7 +208,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
             "lr": args.learning_rate * (args.backbone_lr_scale if backbone else 1.0),
             "weight_decay": args.weight_decay if decay else 0.0,
         }
-        for (backbone, decay), parameters in groups.items()
+        for (backbone, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
 
 

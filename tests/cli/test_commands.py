@@ -1,0 +1,206 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from d2svse import D2SVSE, evaluate
+from d2svse.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory, request):
+    """Folders of tiny pretrained backbones, as a user would name them."""
+    from transformers import BertModel, ViTModel
+
+    processor = request.getfixturevalue("processor")
+    from tests.conftest import tiny_config
+
+    folder, config = tmp_path_factory.mktemp("backbones"), tiny_config()
+    config.text_config.vocab_size = len(processor.tokenizer)
+    ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
+    BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
+    processor.image_processor.save_pretrained(folder / "vision")
+    processor.tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: its exit code, what it printed and its errors."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
+
+    return call
+
+
+FAST = ("--epochs", 1, "--batch-size", 16, "--set", "num_context_tokens=4", "--set", "distill.decoder_layers=1", "--embed-dim", 24)
+
+
+@pytest.fixture(scope="module")
+def trained(backbones, scenes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "run"
+    arguments = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", output, *FAST]
+    arguments += ["--vision", backbones / "vision", "--text", backbones / "text"]
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 0
+    return output
+
+
+def test_train_writes_models_results_and_the_effective_configuration(trained, val_dataset):
+    results = json.loads((trained / "results.json").read_text())
+    assert list(results) == ["pretrain", "distill"]
+    first, last = D2SVSE.from_pretrained(trained / "pretrain" / "model"), D2SVSE.from_pretrained(trained / "model")
+    assert first.decoder is None
+    assert last.decoder.tokens.shape == (4, 24)
+    assert evaluate(last, val_dataset) == pytest.approx(results["distill"])
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert recipe["training"]["per_device_train_batch_size"] == 16
+    assert recipe["distill"] == {"decoder_layers": 1}
+
+
+def test_a_configuration_file_trains_the_same_and_options_win(trained, tmp_path, run):
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": "nowhere"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = run("train", "--config", tmp_path / "c.yaml", "-o", tmp_path / "again")
+    assert code == 0, err
+    one, two = (D2SVSE.from_pretrained(folder / "model").state_dict() for folder in (trained, tmp_path / "again"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert "rSum" in out
+    assert "distill" in out
+
+
+def test_a_finished_run_is_not_overwritten_but_can_be_resumed(trained, run):
+    code, _, err = run("train", "--config", trained / "recipe.yaml")
+    assert code == 2
+    assert "holds checkpoints of another run" in err
+    before = json.loads((trained / "results.json").read_text())
+    code, _, err = run("train", "--config", trained / "recipe.yaml", "--resume")
+    assert code == 0, err
+    assert json.loads((trained / "results.json").read_text()) == before
+
+
+def test_a_run_stopped_in_its_second_stage_goes_on(trained, tmp_path, run):
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "distill")
+    results = json.loads((trained / "results.json").read_text())
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"pretrain": results["pretrain"]}))
+    code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    one, two = (D2SVSE.from_pretrained(folder / "model").state_dict() for folder in (trained, tmp_path / "run"))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_eval_prints_a_table_and_writes_json(trained, scenes, tmp_path, run):
+    code, out, err = run("eval", trained / "model", "--data", scenes / "val.jsonl", "-o", tmp_path / "m.json")
+    assert code == 0, err
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written["metrics"] == pytest.approx(json.loads((trained / "results.json").read_text())["distill"])
+    assert (written["num_images"], written["num_captions"]) == (16, 80)
+    assert f"{100 * written['metrics']['rsum']:.1f}" in out
+    assert run("eval", trained / "model", "--data", scenes / "val.jsonl", "--captions", "dense")[0] == 0
+
+
+def test_encode_index_and_search_agree(trained, scenes, val_dataset, tmp_path, run):
+    (tmp_path / "q.txt").write_text("a red circle\na small star\n")
+    assert run("encode", trained / "model", "--images", scenes / "val", "-o", tmp_path / "images")[0] == 0
+    assert run("encode", trained / "model", "--texts", tmp_path / "q.txt", "-o", tmp_path / "texts.npy")[0] == 0
+    images, texts = np.load(tmp_path / "images.npy"), np.load(tmp_path / "texts.npy")
+    names = (tmp_path / "images.txt").read_text().splitlines()
+    model = D2SVSE.from_pretrained(trained / "model")
+    np.testing.assert_allclose(images, model.encode_image(names), atol=1e-5)
+    assert run("index", trained / "model", scenes / "val.jsonl", "-o", tmp_path / "index")[0] == 0
+    arguments = ("search", trained / "model", tmp_path / "index", "a red circle", "a small star", "-k", 3)
+    code, out, err = run(*arguments, "--json", "--gallery", tmp_path / "g.png")
+    assert code == 0, err
+    for row, line in enumerate(out.splitlines()):
+        best = np.argsort(-(images @ texts[row]))[:3]
+        assert [Path(hit["id"]).name for hit in json.loads(line)["hits"]] == [Path(names[i]).name for i in best]
+    assert (tmp_path / "g.png").is_file()
+    assert "a red circle\n" in run(*arguments)[1]
+    code, out, _ = run("search", trained / "model", tmp_path / "index", "--image", names[3], "-k", 1)
+    assert Path(names[3]).name in out
+
+
+def one_line_error(result, *parts):
+    code, _, err = result
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("d2svse: ")
+    for part in parts:
+        assert part in err, err
+
+
+def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_path, run):
+    train = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", tmp_path / "o"]
+    ends = ["--vision", backbones / "vision", "--text", backbones / "text"]
+    one_line_error(run("train", "--wrong"), "--wrong")
+    one_line_error(run("train"), "'train' is missing")
+    one_line_error(run(*train), "give a model to start from, or both")
+    one_line_error(run(*train, *ends, "--similarity", "cosin"), "unknown similarity 'cosin'", "cosine")
+    one_line_error(run(*train, *ends, "--similarity-arg", "k=1"), "similarity 'cosine'", "k")
+    one_line_error(run(*train, *ends, "--similarity-arg", "k"), "KEY=VALUE")
+    one_line_error(run(*train, *ends, "--loss", "nce"), "unknown loss 'nce'")
+    one_line_error(run(*train, *ends, "--set", "learning_rat=1"), "unknown option 'learning_rat'")
+    one_line_error(run(*train, *ends, "--set", "distil.margin=1"), "no stage 'distil'")
+    one_line_error(run(*train, *ends, "--preset", "best"), "unknown preset 'best'")
+    one_line_error(run(*train, *ends, "--stages", "pretrain,destill"), "unknown stage destill")
+    one_line_error(run(*train, *ends, "--on-bad-image", "ignore"), "'error' or 'skip'")
+    one_line_error(run(*train, *ends, "--dense", tmp_path / "no.jsonl"), "no.jsonl: no such file")
+    (tmp_path / "c.yaml").write_text("trian: x")
+    one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: unknown option 'trian'")
+    (tmp_path / "c.yaml").write_text("a: [")
+    one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: not YAML")
+    one_line_error(run("eval", tmp_path / "none", "--data", scenes / "val.jsonl"), "none: no such model folder")
+    one_line_error(run("eval", trained / "model", "--data", tmp_path / "no.jsonl"), "no.jsonl: no such file")
+    one_line_error(run("search", trained / "model", tmp_path / "no-index", "x"), "index.json is missing")
+    one_line_error(run("search", trained / "model", tmp_path / "no-index"), "give sentences")
+    one_line_error(run("encode", trained / "model", "-o", tmp_path / "x"), "--images FOLDER or --texts FILE")
+    one_line_error(run("index", trained / "model", tmp_path / "nowhere", "-o", tmp_path / "x"), "no such folder")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_bad_picture_stops_before_training_or_is_listed(scenes, backbones, tmp_path, run):
+    rows = (scenes / "train.jsonl").read_text().splitlines()[:20]
+    (tmp_path / "broken.png").write_bytes((scenes / "train" / "000000.png").read_bytes()[:80])
+    rows[4] = json.dumps({"image": str(tmp_path / "broken.png"), "captions": ["x"], "dense": "x"})
+    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    arguments = ["train", "--train", tmp_path / "m.jsonl", "--val", scenes / "val.jsonl", "--image-folder", scenes, *FAST]
+    arguments += ["--vision", backbones / "vision", "--text", backbones / "text", "-o", tmp_path / "o", "--stages", "align"]
+    one_line_error(run(*arguments), "m.jsonl:5", "broken.png", "--on-bad-image skip")
+    assert not (tmp_path / "o").exists()
+    code, out, err = run(*arguments, "--on-bad-image", "skip")
+    assert code == 0, err
+    assert "skipped 1 of 20 pictures" in out
+    assert "m.jsonl:5" in out
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "processor_config.json", "tokenizer_config.json"])
+def test_a_model_folder_that_lacks_a_file_is_named(trained, scenes, tmp_path, run, missing):
+    for file in (trained / "model").iterdir():
+        if file.name != missing:
+            os.link(file, tmp_path / file.name)
+    one_line_error(run("eval", tmp_path, "--data", scenes / "val.jsonl"), f"{missing} is missing")
+
+
+def test_help_and_version_come_without_torch():
+    out = subprocess.run([sys.executable, "-m", "d2svse", "--help"], capture_output=True, text=True, check=True).stdout
+    for command in ("train", "eval", "encode", "index", "search", "demo"):
+        assert re.search(rf"\b{command}\b", out)
+    version = subprocess.run([sys.executable, "-m", "d2svse", "--version"], capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", version)

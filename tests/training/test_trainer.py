@@ -1,0 +1,205 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse.losses import InfoNCE, TripletLoss
+from d2svse.training import Teacher
+from d2svse.training.tasks import score_statistics
+from d2svse.training.trainer import parameter_groups
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    def make(stage="pretrain", **options) -> TrainingArguments:
+        defaults = {
+            "output_dir": str(tmp_path / stage),
+            "stage": stage,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 16,
+            "num_context_tokens": 4,
+            "decoder_layers": 1,
+            "decoder_heads": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        if options.get("save_strategy") == "no":
+            defaults["load_best_model_at_end"] = False
+        return TrainingArguments(**{**defaults, **options})
+
+    return make
+
+
+def losses(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_stage_one_learns_and_keeps_the_best_model(make_model, make_args, train_dataset, val_dataset):
+    model = make_model()
+    args = make_args(num_train_epochs=12, augment_images=False, augment_words=False, drop_image_tokens=False)
+    trainer = Trainer(model, args, train_dataset, val_dataset)
+    trainer.train()
+    curve = losses(trainer)
+    assert sum(curve[-3:]) < 0.8 * sum(curve[:3])
+    sums = [entry["eval_rsum"] for entry in trainer.state.log_history if "eval_rsum" in entry]
+    assert len(sums) == 12
+    assert trainer.evaluate()["eval_rsum"] == pytest.approx(max(sums), abs=1e-9)
+
+
+def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(make_model, make_args, train_dataset, val_dataset, tmp_path):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.text_encoder.state_dict().items()}
+    trainer = Trainer(model, make_args("distill"), train_dataset, val_dataset)
+    embeddings = trainer.train_dataset.teacher_embeddings
+    model.text_encoder.load_state_dict(before)
+    model.eval()
+    direct = model.text_encoder(**model.processor(text=train_dataset.dense_captions[:5])).pooled
+    torch.testing.assert_close(embeddings[:5], direct, atol=1e-5, rtol=0)
+    assert not embeddings.requires_grad
+    trainer.train()
+    for total, align, distill in zip(*(losses(trainer, n) for n in ("loss", "align_loss", "distill_loss")), strict=True):
+        assert total == pytest.approx(align + distill, rel=1e-4)
+    assert model.decoder is not None
+    model.save_pretrained(tmp_path / "m")
+    names = set(D2SVSE.from_pretrained(tmp_path / "m").state_dict())
+    assert not [name for name in names if "teacher" in name]
+    assert any(not torch.equal(value, before[name]) for name, value in model.text_encoder.state_dict().items())
+
+
+def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dataset):
+    teacher = Teacher(model)
+    assert not teacher.text_encoder.training
+    assert not any(p.requires_grad for p in teacher.text_encoder.parameters())
+    texts = train_dataset.dense_captions[:7]
+    whole = teacher.embed(texts)
+    torch.testing.assert_close(teacher.embed(texts, batch_size=2), whole, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        model.text_encoder.projection.weight.zero_()
+    torch.testing.assert_close(teacher.embed(texts), whole)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_same_seed_same_curve_whatever_the_number_of_workers(make_model, make_args, train_dataset, stage):
+    def run(workers, seed=7):
+        args = make_args(stage, dataloader_num_workers=workers, seed=seed, save_strategy="no")
+        trainer = Trainer(make_model(), args, train_dataset)
+        trainer.train()
+        return losses(trainer), trainer.model.state_dict()
+
+    (curve, weights), (again, same), (two, with_two), (other, _) = run(0), run(0), run(2), run(0, seed=8)
+    assert curve == again == two
+    assert curve != other
+    assert all(torch.equal(weights[n], same[n]) and torch.equal(weights[n], with_two[n]) for n in weights)
+
+
+def test_frozen_backbones_do_not_move(make_model, make_args, train_dataset):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Trainer(model, make_args(freeze_vision=True, freeze_text=True, num_train_epochs=1), train_dataset).train()
+    for name, value in model.state_dict().items():
+        if ".backbone." in name or name == "logit_scale":
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(model.image_encoder.projection.weight, before["image_encoder.projection.weight"])
+
+
+def test_backbones_have_a_learning_rate_of_their_own(make_model, make_args):
+    model = make_model()
+    decayed = {name for name, _ in model.named_parameters() if name.endswith("weight")}
+    groups = parameter_groups(model, make_args(learning_rate=1.0, backbone_lr_scale=0.1, weight_decay=0.5), decayed)
+    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [(0.1, 0.0), (0.1, 0.5), (1.0, 0.0), (1.0, 0.5)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    backbone = {id(p) for part in (model.image_encoder, model.text_encoder) for p in part.backbone.parameters()}
+    for group in groups:
+        assert {id(p) in backbone for p in group["params"]} == {group["lr"] == 0.1}
+
+
+def test_milestones_step_the_learning_rate(make_model, make_args, train_dataset):
+    args = make_args(num_train_epochs=4, lr_milestones=[1, 3], lr_gamma=0.1, learning_rate=1e-3, save_strategy="no")
+    trainer = Trainer(make_model(), args, train_dataset)
+    trainer.train()
+    rates = losses(trainer, "learning_rate")
+    assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 6 + [1e-5] * 3)
+
+
+def test_the_hinge_schedule_follows_the_epochs(make_model, make_args, train_dataset):
+    loss = TripletLoss(warmup_epochs=1)
+    seen = []
+    compute = loss.compute
+    loss.compute = lambda *a: seen.append(loss.hardest_only) or compute(*a)
+    Trainer(make_model(), make_args(save_strategy="no"), train_dataset, loss=loss).train()
+    assert seen == [False] * 3 + [True] * 3
+
+
+def test_a_learned_temperature_is_the_models_logit_scale(make_model, make_args, train_dataset):
+    model = make_model()
+    trainer = Trainer(model, make_args(learn_temperature=True, temperature=0.1, save_strategy="no"), train_dataset)
+    assert model.logit_scale.exp().item() == pytest.approx(10, rel=1e-5)
+    assert trainer.task.loss.log_scale is model.logit_scale
+    trainer.train()
+    assert model.logit_scale.exp().item() != pytest.approx(10, rel=1e-5)
+    fixed = make_model()
+    Trainer(fixed, make_args(temperature=0.2, save_strategy="no"), train_dataset)
+    assert fixed.logit_scale.exp().item() == pytest.approx(5, rel=1e-5)
+    assert not fixed.logit_scale.requires_grad
+
+
+def test_aligning_alone_trains_on_sparse_captions(make_model, make_args, train_dataset):
+    assert Trainer(make_model(), make_args("align"), train_dataset).train_dataset.text == "sparse"
+    assert Trainer(make_model(), make_args("pretrain"), train_dataset).train_dataset.text == "dense"
+
+
+def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dataset):
+    trainer = Trainer(make_model(), make_args("distill", bf16=True, save_strategy="no"), train_dataset)
+    kinds = set()
+    compute = trainer.task.loss.compute
+    trainer.task.loss.compute = lambda scores, negatives: kinds.add(scores.dtype) or compute(scores, negatives)
+    trainer.train()
+    assert kinds == {torch.float32}
+    assert all(loss == loss for loss in losses(trainer))
+
+
+def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset):
+    with pytest.raises(ValueError, match="of stage 2 already"):
+        Trainer(model, make_args("distill"), train_dataset)
+    without = make_model()
+    without.processor = None
+    with pytest.raises(ValueError, match="no processor"):
+        Trainer(without, make_args(), train_dataset)
+    for wrong, message in (
+        ({"stage": "two"}, "stage must be one of pretrain, distill, align"),
+        ({"loss": "nce"}, "unknown loss 'nce'"),
+        ({"mining": "hard"}, "mining must be one of"),
+        ({"distill_loss": "kl"}, "unknown distillation loss"),
+        ({"token_placement": "around"}, "token_placement must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_args(**{"stage": "pretrain", **wrong})
+
+
+def test_presets_hold_the_published_recipes():
+    paper, published = (TrainingArguments.from_preset(name) for name in ("paper", "published"))
+    assert (paper.learning_rate, paper.lr_milestones, paper.lr_gamma) == (5e-4, [9, 15, 20, 25], 0.1)
+    assert (published.learning_rate, published.lr_gamma, published.token_placement) == (2e-4, 0.3, "postfix")
+    assert isinstance(paper.build_loss(), TripletLoss)
+    assert isinstance(TrainingArguments.from_preset("recommended").build_loss(), InfoNCE)
+    assert TrainingArguments.from_preset("paper", learning_rate=1.0).learning_rate == 1.0
+    with pytest.raises(ValueError, match="unknown preset"):
+        TrainingArguments.from_preset("best")
+
+
+def test_score_statistics_leave_out_pairs_of_the_same_image():
+    scores = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.6, 0.3], [0.0, 0.4, 0.7]])
+    found = score_statistics(scores, torch.tensor([0, 0, 2]))
+    assert found["positive_score"].item() == pytest.approx(0.6)
+    assert found["hardest_negative_score"].item() == pytest.approx((0.1 + 0.3 + 0.4) / 3)
+
+
+def test_checkpoints_hold_the_processor_and_no_stray_configuration(make_model, make_args, train_dataset, tmp_path):
+    Trainer(make_model(), make_args(num_train_epochs=1), train_dataset).train()
+    (checkpoint,) = Path(tmp_path / "pretrain").glob("checkpoint-*")
+    assert D2SVSE.from_pretrained(checkpoint).processor is not None
+    assert "use_cache" not in json.loads((checkpoint / "config.json").read_text())
