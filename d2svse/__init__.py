@@ -28,7 +28,7 @@ _PUBLIC_NAMES = {
     "search": "d2svse.retrieval",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC_NAMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC_NAMES)]
 
 if TYPE_CHECKING:
     from d2svse.data import ImageTextDataset as ImageTextDataset

@@ -147,7 +147,10 @@ def run_demo(
     index = index_images(model, test.images)
     index.save(output / "index")
     answers = search(model, index, list(QUERIES), GALLERY_COLUMNS)
-    draw_gallery([(query, [hit.id for hit in hits]) for query, hits in zip(QUERIES, answers, strict=True)], output / "gallery.png")
+    draw_gallery(
+        [(query, [hit.id for hit in hits]) for query, hits in zip(QUERIES, answers, strict=True)],
+        output / "gallery.png",
+    )
     for query, hits in zip(QUERIES, answers, strict=True):
         best = next(record for record in test.records if str(record.image) == hits[0].id)
         say(f"\n{query}\n  {hits[0].score:.3f}  {hits[0].id}: {best.dense}")

@@ -54,13 +54,14 @@ class Features:
             None if self.mask is None else self.mask[index],
         )
 
-    def to(self, *args: torch.device | torch.dtype | str) -> Features:
-        """Move to a device or convert the floating-point parts, as `Tensor.to`."""
-        return Features(
-            self.pooled.to(*args),
-            None if self.tokens is None else self.tokens.to(*args),
-            None if self.mask is None else self.mask.to(*(a for a in args if not isinstance(a, torch.dtype))),
-        )
+    def to(self, target: torch.device | str | torch.dtype) -> Features:
+        """Move to a device, or convert the floating-point parts to a dtype."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(target)
+
+        mask = self.mask if isinstance(target, torch.dtype) else move(self.mask)
+        return Features(self.pooled.to(target), move(self.tokens), mask)
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:

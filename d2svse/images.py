@@ -56,7 +56,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if values.max(initial=0) < 256 else 65535.0
+        top = (
+            1.0
+            if image.mode == "F" and values.max(initial=0) <= 1
+            else 255.0
+            if values.max(initial=0) < 256
+            else 65535.0
+        )
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 

@@ -43,9 +43,7 @@ def tiny_config(**options) -> D2SVSEConfig:
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     vision = ViTConfig(**small, image_size=IMAGE_SIZE, patch_size=8)
     text = BertConfig(**small, vocab_size=100, max_position_embeddings=96)
-    return D2SVSEConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), **{"embed_dim": 24, **options}
-    )
+    return D2SVSEConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **{"embed_dim": 24, **options})
 
 
 @pytest.fixture(scope="session")

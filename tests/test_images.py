@@ -14,7 +14,12 @@ def save(tmp_path, image, name="x.png", **options):
 
 def test_grey_cmyk_and_palette_become_rgb(tmp_path):
     grey = Image.fromarray((GRADIENT * 255).astype(np.uint8))
-    for image, name in ((grey, "g.png"), (grey.convert("CMYK"), "c.jpg"), (grey.convert("P"), "p.png"), (grey.convert("1"), "1.png")):
+    for image, name in (
+        (grey, "g.png"),
+        (grey.convert("CMYK"), "c.jpg"),
+        (grey.convert("P"), "p.png"),
+        (grey.convert("1"), "1.png"),
+    ):
         loaded = load_image(save(tmp_path, image, name))
         assert loaded.mode == "RGB"
         assert loaded.size == (8, 6)

@@ -11,7 +11,9 @@ from d2svse.cli.common import print_recalls, quiet_transformers
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path("d2svse-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
+        "d2svse-demo"
+    ),
     epochs: Annotated[float, typer.Option(help="Epochs of each stage.")] = 4,
     seed: Annotated[int, typer.Option(help="The one seed.")] = 42,
 ) -> None:

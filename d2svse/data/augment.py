@@ -59,6 +59,7 @@ def augment_words(
     touched = rng.random(len(words)) < WORD_PROBABILITY
     choice = rng.random(len(words))
     fate = {}
+    mask = 0 if mask_token_id is None else mask_token_id  # unused where there is none: "mask" becomes "drop"
     for word, hit, share in zip(words, touched, choice, strict=True):
         if hit:
             fate[word] = "mask" if share < MASK_SHARE else "replace" if share < MASK_SHARE + REPLACE_SHARE else "drop"
@@ -67,10 +68,10 @@ def augment_words(
     if words and all(fate.get(word) == "drop" for word in words):
         del fate[words[0]]
     result = []
-    for token, word in zip(ids, word_ids, strict=True):
-        match fate.get(word) if word is not None else None:
+    for token, owner in zip(ids, word_ids, strict=True):
+        match fate.get(owner) if owner is not None else None:
             case "mask":
-                result.append(int(mask_token_id or 0))
+                result.append(mask)
             case "replace":
                 result.append(int(rng.choice(replacements)))
             case "drop":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from d2svse.images import ImageError, load_image
 from d2svse.models.processing import D2SVSEProcessor
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Draw:
     """A sample asked for: which row, in which epoch."""
 
     epoch: int
@@ -97,12 +99,16 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         return len(self.dataset) if self.image_of_row is None else len(self.image_of_row)
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        """Make a sample: `pixel_values`, `input_ids`, `image_ids` and, as asked for, `image_token_mask`, `teacher_embeds`.
+        """Make a sample; a plain index asks for epoch 0.
+
+        Returns:
+            `pixel_values (channels, height, width)`, `input_ids` (a list), `image_ids` (a row) and, as
+            asked for, `image_token_mask (length,)` bool and `teacher_embeds (embed_dim,)`.
 
         Raises:
             ImageError: if the picture cannot be read; the message names the manifest's line.
         """
-        epoch, index = draw if isinstance(draw, tuple) else (0, draw)
+        epoch, index = (draw.epoch, draw.index) if isinstance(draw, Draw) else (0, draw)
         row = index if self.image_of_row is None else int(self.image_of_row[index])
         sample: dict[str, Any] = {
             "pixel_values": self._pixels(epoch, index, row),

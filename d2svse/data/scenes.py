@@ -70,7 +70,7 @@ class Scene:
         pen = ImageDraw.Draw(canvas)
         for item in self.items:
             jitter = rng.uniform(-0.03, 0.03, size=2)
-            x, y = (((item.column, item.row) + np.array([0.5, 0.5])) / 3 + jitter) * side
+            x, y = ((np.array([item.column, item.row]) + 0.5) / 3 + jitter) * side
             _draw_shape(pen, item, float(x), float(y), SIZES[item.size] * side)
         return canvas.resize((size, size), Image.Resampling.BOX)
 

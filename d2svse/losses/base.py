@@ -44,7 +44,7 @@ class RankingLoss(nn.Module, ABC):
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:
         """Compute the scalar from float `scores` and the bool mask of negatives, both `(n, n)`."""
 
-    def set_epoch(self, epoch: int) -> None:  # noqa: B027 - most losses have no schedule
+    def set_epoch(self, epoch: int) -> None:
         """Tell the loss how many epochs are complete, for losses that follow a schedule."""
 
 

@@ -69,7 +69,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
     config_class = D2SVSEConfig
     base_model_prefix = "d2svse"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012 - read as a class attribute by transformers
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -92,7 +92,12 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
 
     @classmethod
     def from_backbones(
-        cls, vision: str | os.PathLike[str], text: str | os.PathLike[str], *, max_length: int | None = None, **options: Any
+        cls,
+        vision: str | os.PathLike[str],
+        text: str | os.PathLike[str],
+        *,
+        max_length: int | None = None,
+        **options: Any,
     ) -> D2SVSE:
         """Join two pretrained backbones; projections, poolings and decoder start random.
 
@@ -116,7 +121,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model and its processor from the Hub or a folder; arguments as in transformers.
 
         Raises:
@@ -134,7 +139,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save weights (safetensors), configuration and processor; arguments as in transformers."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None and kwargs.get("is_main_process", True):
@@ -146,7 +151,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """Encode sentences: `pooler_output (batch, embed_dim)` (fused, with the decoder), `last_hidden_state` the words."""
+        """Encode sentences: `pooler_output (batch, embed_dim)`, fused with a decoder, `last_hidden_state` the words."""
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 

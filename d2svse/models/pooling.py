@@ -40,7 +40,7 @@ class GeneralizedPooling(nn.Module):
         Raises:
             ValueError: if a row has no real token.
         """
-        batch, length, _ = tokens.shape
+        length = tokens.shape[1]
         with torch.autocast(tokens.device.type, enabled=False):
             values = tokens.transpose(1, 2).float()
             if mask is None:

@@ -36,7 +36,7 @@ class D2SVSEProcessor(ProcessorMixin):
             max_length = min(tokenizer.model_max_length, _longest_sentence(AutoConfig.from_pretrained(text)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil"), tokenizer, max_length=max_length)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         images: ImageSource | Sequence[ImageSource] | None = None,
         text: str | Sequence[str] | None = None,

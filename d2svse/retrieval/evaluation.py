@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from d2svse.retrieval.metrics import retrieval_metrics
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ def evaluate(
     dense = captions == "dense"
     output: Literal["pooled", "features"] = "features" if model.similarity_fn.requires == "tokens" else "pooled"
     images = model.encode_image(
-        dataset.images, batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True, output=output
+        dataset.images,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar,
+        convert_to_tensor=True,
+        output=output,
     )
     texts = model.encode_text(
         dataset.dense_captions if dense else dataset.captions,
@@ -50,5 +56,5 @@ def evaluate(
         output=output,
         dense=dense,
     )
-    owner = range(len(dataset)) if dense else dataset.image_of_caption
-    return retrieval_metrics(model.similarity(images, texts), list(owner))
+    owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
+    return retrieval_metrics(model.similarity(images, texts), owner)

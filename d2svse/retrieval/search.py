@@ -83,4 +83,3 @@ def _hits(scores: np.ndarray, ids: list[list[str]]) -> list[list[Hit]]:
         [Hit(name, float(score)) for name, score in zip(names, line, strict=True)]
         for names, line in zip(ids, scores, strict=True)
     ]
-

@@ -37,7 +37,7 @@ class Similarity(nn.Module, ABC):
         one_by_one = [self.score(images[i : i + 1], texts[i : i + 1])[0, 0] for i in range(len(images))]
         return torch.stack(one_by_one) if one_by_one else images.pooled.new_zeros(0)
 
-    def reset_parameters(self) -> None:  # noqa: B027 - most similarities have no parameters
+    def reset_parameters(self) -> None:
         """Initialise the parameters, with the functions of `transformers.initialization`."""
 
     def forward(self, images: Features, texts: Features) -> Tensor:

@@ -21,15 +21,16 @@ class Teacher:
     Args:
         model: the stage-1 model.
         max_length: longest dense caption in tokens; the processor's limit without it.
+        device: where to run it; the model's own device without it.
 
     Raises:
         ValueError: if the model has no processor.
     """
 
-    def __init__(self, model: D2SVSE, max_length: int | None = None) -> None:
+    def __init__(self, model: D2SVSE, max_length: int | None = None, device: torch.device | None = None) -> None:
         if model.processor is None:
             raise ValueError("the teacher needs the model's processor to read dense captions")
-        self.text_encoder = copy.deepcopy(model.text_encoder).eval().requires_grad_(False)
+        self.text_encoder = copy.deepcopy(model.text_encoder).to(device or model.device).eval().requires_grad_(False)
         self.processor, self.max_length = model.processor, max_length
 
     @torch.inference_mode()

@@ -69,7 +69,7 @@ class Trainer(TransformersTrainer):
         if args.stage == "distill":
             if teacher is None and model.decoder is not None:
                 raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
-            teacher = teacher or Teacher(model.to(args.device), args.dense_max_length)
+            teacher = teacher or Teacher(model, args.dense_max_length, args.device)
             texts = train_dataset.dense_captions
             teacher_embeddings = teacher.embed(texts, args.per_device_eval_batch_size, not args.disable_tqdm)
             if model.decoder is None:
@@ -85,7 +85,7 @@ class Trainer(TransformersTrainer):
             args=args,
             data_collator=Collator(model.processor.tokenizer.pad_token_id),
             train_dataset=samples,
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,
             callbacks=[LossScheduleCallback(loss), *(callbacks or [])],
         )
         if hasattr(model.config, "use_cache"):
@@ -118,7 +118,10 @@ class Trainer(TransformersTrainer):
         dataset: Any = eval_dataset or self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         metrics = evaluate(
-            model, dataset, batch_size=self.args.per_device_eval_batch_size, show_progress_bar=not self.args.disable_tqdm
+            model,
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            show_progress_bar=not self.args.disable_tqdm,
         )
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
@@ -129,6 +132,7 @@ class Trainer(TransformersTrainer):
         """Make the optimizer of `args.optim`, with a learning rate of their own for the backbones."""
         if self.optimizer is None:
             model = model or self.model
+            assert model is not None
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
             groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
             self.optimizer = optimizer_class(groups, **options)
@@ -139,13 +143,14 @@ class Trainer(TransformersTrainer):
         if self.lr_scheduler is None and self.args.lr_milestones:
             steps_per_epoch = num_training_steps / self.args.num_train_epochs
             milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
-            optimizer = optimizer or self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, self.args.lr_gamma)
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(stepped, milestones, self.args.lr_gamma)  # type: ignore[assignment]
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return EpochSampler(len(train_dataset or self.train_dataset), self.args.data_seed or self.args.seed)
+        samples: Any = train_dataset or self.train_dataset
+        return EpochSampler(len(samples), self.args.data_seed or self.args.seed)
 
 
 class LossScheduleCallback(TrainerCallback):
@@ -213,7 +218,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
 
 
 def _tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
-    """Make the model's logit scale the loss's: shared if it is learned, so that it is trained and saved with the model."""
+    """Make the model's logit scale the loss's; shared if it is learned, so that the model trains and saves it."""
     model.logit_scale.requires_grad_(False)
     if isinstance(loss, InfoNCE):
         with torch.no_grad():

@@ -47,16 +47,21 @@ def test_words_are_touched_whole_and_at_the_published_rates():
         assert len(out) > 2
         if len(out) == len(IDS):
             for word in range(4):
-                pieces = {(original, out[i]) for i, (original, w) in enumerate(zip(IDS, WORDS, strict=True)) if w == word}
+                pieces = {
+                    (original, out[i]) for i, (original, w) in enumerate(zip(IDS, WORDS, strict=True)) if w == word
+                }
                 kinds = {
-                    "kept" if new == old else "masked" if new == 103 else "replaced" if new >= 900 else "?" for old, new in pieces
+                    "kept" if new == old else "masked" if new == 103 else "replaced" if new >= 900 else "?"
+                    for old, new in pieces
                 }
                 assert len(kinds) == 1
                 fates[kinds.pop()] += 1
         for word, pieces in enumerate(((11, 12), (21,), (31, 32, 33), (41,))):
             assert sum(piece in out for piece in pieces) in (0, len(pieces)), word
         fates["dropped"] += len(IDS) - len(out) if len(out) < len(IDS) else 0
-    alone = [augment.augment_words([101, 5, 6, 102], [None, 0, 1, None], rng, 103, np.array([900])) for rng in draws(20000)]
+    alone = [
+        augment.augment_words([101, 5, 6, 102], [None, 0, 1, None], rng, 103, np.array([900])) for rng in draws(20000)
+    ]
     first = [out[1] if len(out) == 4 else None for out in alone]
     rates = {token: np.mean([token == f for f in first]) for token in (103, 900)}
     assert abs(rates[103] / rates[900] - 5) < 1

@@ -34,7 +34,9 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
     moved = folder / "elsewhere.jsonl"
     moved.parent.mkdir(exist_ok=True)
     write_manifest(moved, records)
-    assert [(r.image, r.captions, r.dense) for r in read_manifest(moved)] == [(r.image, r.captions, r.dense) for r in records]
+    assert [(r.image, r.captions, r.dense) for r in read_manifest(moved)] == [
+        (r.image, r.captions, r.dense) for r in records
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,9 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
 
 
 def test_a_dataset_lists_captions_with_their_images(folder):
-    dataset = ImageTextDataset.from_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}), dense="concat")
+    dataset = ImageTextDataset.from_manifest(
+        write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}), dense="concat"
+    )
     assert dataset.captions == ["one", "two", "three"]
     assert dataset.image_of_caption.tolist() == [0, 0, 1]
     assert dataset.dense_captions == ["one two", "three"]

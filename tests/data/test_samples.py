@@ -14,9 +14,7 @@ def make(train_dataset, processor):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
 
 
 def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(make):

@@ -94,5 +94,5 @@ def test_bad_input_is_named(scores):
         TripletLoss(mining="hard")
     with pytest.raises(ValueError, match="unknown loss 'nce'; known are hinge, infonce"):
         build_loss("nce")
-    with pytest.raises(ValueError, match="loss 'hinge': .*temperature"):
+    with pytest.raises(ValueError, match=r"loss 'hinge': .*temperature"):
         build_loss({"name": "hinge", "temperature": 1})

@@ -15,7 +15,9 @@ def naive_linear(x, weight, bias):
 
 
 def gelu(x):
-    return np.vectorize(lambda v: 0.5 * v * (1 + torch.erf(torch.tensor(v / np.sqrt(2), dtype=torch.float64)).item()))(x)
+    return np.vectorize(lambda v: 0.5 * v * (1 + torch.erf(torch.tensor(v / np.sqrt(2), dtype=torch.float64)).item()))(
+        x
+    )
 
 
 def naive_decoder(decoder, words, num_before, placement_positions):
@@ -73,7 +75,9 @@ def test_padding_and_batching_change_nothing(placement):
     decoder = make(placement)
     together = decoder(WORDS, MASK)
     for row in range(len(WORDS)):
-        torch.testing.assert_close(decoder(WORDS[row : row + 1], MASK[row : row + 1])[0], together[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            decoder(WORDS[row : row + 1], MASK[row : row + 1])[0], together[row], atol=1e-5, rtol=0
+        )
     garbage = WORDS.masked_fill(~MASK.unsqueeze(-1), 99.0)
     torch.testing.assert_close(decoder(garbage, MASK), together, atol=1e-5, rtol=0)
 

@@ -39,7 +39,12 @@ TEXT = {
     "roberta": RobertaConfig(**SMALL, vocab_size=50, pad_token_id=1),
     "clip": CLIPTextConfig(**SMALL, vocab_size=50, max_position_embeddings=20),
 }
-SENTENCES = ["a red circle", "a small green star at the top left and something blue at the middle", "a ring", "a cross above a ring"]
+SENTENCES = [
+    "a red circle",
+    "a small green star at the top left and something blue at the middle",
+    "a ring",
+    "a cross above a ring",
+]
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -138,7 +143,9 @@ def test_forward_scores_both_ways(model, val_dataset):
     batch = model.processor(images=val_dataset.images[:4], text=SENTENCES)
     output = model(**batch, return_loss=True)
     scale = model.logit_scale.exp()
-    torch.testing.assert_close(output.logits_per_image, model.similarity_fn(output.image_features, output.text_features) * scale)
+    torch.testing.assert_close(
+        output.logits_per_image, model.similarity_fn(output.image_features, output.text_features) * scale
+    )
     torch.testing.assert_close(output.logits_per_text, output.logits_per_image.T)
     torch.testing.assert_close(output.loss, InfoNCE(1 / 20)(output.logits_per_image / scale))
     torch.testing.assert_close(output.image_embeds, model.get_image_features(batch["pixel_values"]).pooler_output)
@@ -206,9 +213,9 @@ def test_random_initialisation_follows_the_seed_and_fills_every_weight(make_mode
 
 def test_from_backbones_keeps_the_pretrained_weights(tmp_path, processor):
     torch.manual_seed(0)
-    vision, clip = ViTModel(VISION["vit"], add_pooling_layer=False), CLIPModel(CLIPConfig(
-        vision_config=VISION["clip"].to_dict(), text_config={**TEXT["clip"].to_dict(), "vocab_size": 90}, projection_dim=8
-    ))  # fmt: skip
+    vision = ViTModel(VISION["vit"], add_pooling_layer=False)
+    sides = {"vision_config": VISION["clip"].to_dict(), "text_config": {**TEXT["clip"].to_dict(), "vocab_size": 90}}
+    clip = CLIPModel(CLIPConfig(**sides, projection_dim=8))
     vision.save_pretrained(tmp_path / "vit")
     clip.save_pretrained(tmp_path / "clip")
     for name in ("vit", "clip"):

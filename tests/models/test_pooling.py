@@ -10,7 +10,9 @@ def sigmoid(x):
 
 
 def naive_gru(inputs, weights, suffix=""):
-    w_ih, w_hh, b_ih, b_hh = (weights[f"gru.{name}_l0{suffix}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    w_ih, w_hh, b_ih, b_hh = (
+        weights[f"gru.{name}_l0{suffix}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
     hidden, outputs = np.zeros(w_hh.shape[1]), []
     for x in inputs:
         i_r, i_z, i_n = np.split(w_ih @ x + b_ih, 3)
@@ -34,7 +36,9 @@ def naive_gpo(pooling, tokens, mask):
                 positions[place, k], positions[place, k + 1] = np.sin(place * frequency), np.cos(place * frequency)
         forwards = naive_gru(positions, weights)
         backwards = naive_gru(positions[::-1], weights, "_reverse")[::-1]
-        logits = np.array([weights["linear.weight"][0] @ ((f + b) / 2) for f, b in zip(forwards, backwards, strict=True)])
+        logits = np.array(
+            [weights["linear.weight"][0] @ ((f + b) / 2) for f, b in zip(forwards, backwards, strict=True)]
+        )
         exponentials = np.exp(logits / 0.1 - (logits / 0.1).max())
         coefficients = exponentials / exponentials.sum()
         for d in range(tokens.shape[2]):
@@ -58,7 +62,9 @@ def gpo():
 
 def test_gpo_equals_the_naive_loop(gpo, batch):
     tokens, mask = batch
-    np.testing.assert_allclose(gpo(tokens, mask).detach().numpy(), naive_gpo(gpo, tokens.numpy(), mask.numpy()), atol=1e-5)
+    np.testing.assert_allclose(
+        gpo(tokens, mask).detach().numpy(), naive_gpo(gpo, tokens.numpy(), mask.numpy()), atol=1e-5
+    )
     whole = np.ones(mask.shape, dtype=bool)
     np.testing.assert_allclose(gpo(tokens).detach().numpy(), naive_gpo(gpo, tokens.numpy(), whole), atol=1e-5)
 
@@ -82,7 +88,10 @@ def test_padding_and_batching_change_nothing(name, batch):
 @pytest.mark.parametrize("name", ["mean", "max"])
 def test_simple_poolings_equal_numpy(name, batch):
     tokens, mask = batch
-    expected = [getattr(np, name if name == "mean" else "max")(t[m], axis=0) for t, m in zip(tokens.numpy(), mask.numpy(), strict=True)]
+    expected = [
+        getattr(np, name if name == "mean" else "max")(t[m], axis=0)
+        for t, m in zip(tokens.numpy(), mask.numpy(), strict=True)
+    ]
     np.testing.assert_allclose(POOLINGS[name]()(tokens, mask).numpy(), expected, rtol=1e-6)
 
 

@@ -58,7 +58,11 @@ def test_search_gives_the_order_of_the_similarity(model, val_dataset):
 
 
 def test_a_gallery_has_a_row_for_every_query(val_dataset, tmp_path):
-    draw_gallery([("a query", val_dataset.images[:3]), ("a very long one " * 10, val_dataset.images[3:5])], tmp_path / "g.png", 40)
+    draw_gallery(
+        [("a query", val_dataset.images[:3]), ("a very long one " * 10, val_dataset.images[3:5])],
+        tmp_path / "g.png",
+        40,
+    )
     assert Image.open(tmp_path / "g.png").size == (220 + 3 * 48 + 8, 2 * 48 + 8)
     with pytest.raises(ValueError, match="no queries"):
         draw_gallery([], tmp_path / "h.png")

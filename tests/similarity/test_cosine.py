@@ -60,7 +60,7 @@ def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
     assert isinstance(build_similarity({"name": "cosine"}), Cosine)
     with pytest.raises(ValueError, match=r"unknown similarity 'cosin'; known are .*cosine"):
         build_similarity("cosin")
-    with pytest.raises(ValueError, match="similarity 'cosine': .*margin"):
+    with pytest.raises(ValueError, match=r"similarity 'cosine': .*margin"):
         build_similarity({"name": "cosine", "margin": 1})
 
 

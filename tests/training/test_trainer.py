@@ -50,7 +50,9 @@ def test_stage_one_learns_and_keeps_the_best_model(make_model, make_args, train_
     assert trainer.evaluate()["eval_rsum"] == pytest.approx(max(sums), abs=1e-9)
 
 
-def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(make_model, make_args, train_dataset, val_dataset, tmp_path):
+def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(
+    make_model, make_args, train_dataset, val_dataset, tmp_path
+):
     model = make_model()
     before = {name: value.clone() for name, value in model.text_encoder.state_dict().items()}
     trainer = Trainer(model, make_args("distill"), train_dataset, val_dataset)
@@ -61,7 +63,9 @@ def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(make_model, m
     torch.testing.assert_close(embeddings[:5], direct, atol=1e-5, rtol=0)
     assert not embeddings.requires_grad
     trainer.train()
-    for total, align, distill in zip(*(losses(trainer, n) for n in ("loss", "align_loss", "distill_loss")), strict=True):
+    for total, align, distill in zip(
+        *(losses(trainer, n) for n in ("loss", "align_loss", "distill_loss")), strict=True
+    ):
         assert total == pytest.approx(align + distill, rel=1e-4)
     assert model.decoder is not None
     model.save_pretrained(tmp_path / "m")
@@ -110,7 +114,12 @@ def test_backbones_have_a_learning_rate_of_their_own(make_model, make_args):
     model = make_model()
     decayed = {name for name, _ in model.named_parameters() if name.endswith("weight")}
     groups = parameter_groups(model, make_args(learning_rate=1.0, backbone_lr_scale=0.1, weight_decay=0.5), decayed)
-    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [(0.1, 0.0), (0.1, 0.5), (1.0, 0.0), (1.0, 0.5)]
+    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [
+        (0.1, 0.0),
+        (0.1, 0.5),
+        (1.0, 0.0),
+        (1.0, 0.5),
+    ]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     backbone = {id(p) for part in (model.image_encoder, model.text_encoder) for p in part.backbone.parameters()}
     for group in groups:
