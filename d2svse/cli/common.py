@@ -48,16 +48,14 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
 
 def good_images(paths: list[Path], on_bad_image: str) -> list[Path]:
     """Decode all pictures before anything is computed; stop at the first bad one, or list and leave out the bad."""
-    from rich.progress import track
-
     from d2svse.images import ImageError, check_images
+    from d2svse.progress import progress_bar
 
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"--on-bad-image takes error or skip, got {on_bad_image!r}")
     good, bad = [], []
-    for path, error in zip(
-        paths, track(check_images(paths), "Checking pictures", total=len(paths), transient=True), strict=True
-    ):
+    found = progress_bar(check_images(paths), "Checking pictures", len(paths), "pictures")
+    for path, error in zip(paths, found, strict=True):
         if error is None:
             good.append(path)
         elif on_bad_image == "error":

@@ -80,7 +80,7 @@ def train(
     given = {
         "train": train, "val": val, "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
         "vision": vision, "text": text, "model": model, "output": output, "preset": preset, "seed": seed,
-        "stages": [stage.strip() for stage in stages.split(",")] if stages else None, "resume": resume or None,
+        "stages": stages, "resume": resume or None,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
 

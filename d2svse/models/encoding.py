@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.images import ImageSource
 from d2svse.models.processing import D2SVSEProcessor
+from d2svse.progress import progress_bar
 
 Output = Literal["pooled", "features"]
 Embeddings = np.ndarray | Tensor | Features
@@ -177,7 +177,7 @@ def _collect(
     if output not in ("pooled", "features"):
         raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
     parts = []
-    for batch in track(batches, f"Encoding {what}", total=count, disable=not progress, transient=True):
+    for batch in progress_bar(batches, f"Encoding {what}", count, "batches", progress):
         features = encode(batch)
         pooled = F.normalize(features.pooled.float(), dim=-1)
         if output == "pooled" or features.tokens is None:

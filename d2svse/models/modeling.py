@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.similarity import Similarity, build_similarity
+
+logger = logging.getLogger(__name__)
 
 PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
 
@@ -136,7 +139,12 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         if not folder.is_dir() or (folder / subfolder / PROCESSOR_FILES[0]).is_file():
             known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             options = {name: kwargs[name] for name in known if name in kwargs}
-            model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+            try:
+                model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+            except OSError as error:
+                if folder.is_dir():
+                    raise
+                logger.warning("%s comes without a processor (%s); set model.processor", folder, error)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import TrainerCallback
+
+from d2svse.progress import make_progress
 
 
 class RichProgressCallback(TrainerCallback):
     """A bar with the rate and the remaining time, and a line for every epoch's evaluation.
 
     Args:
-        enabled: show the bar; the lines are printed either way.
+        enabled: show the bar, on a terminal; the lines are printed either way.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -23,25 +25,14 @@ class RichProgressCallback(TrainerCallback):
         self.loss = float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if not (self.enabled and state.is_world_process_zero):
-            return
-        self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.task = self.progress.add_task(args.stage, total=state.max_steps, completed=state.global_step, note="")
-        self.progress.start()
+        if self.enabled and state.is_world_process_zero:
+            self.progress = make_progress("samples", args.train_batch_size, self.console)
+            self.task = self.progress.add_task(args.stage, total=state.max_steps, completed=state.global_step, note="")
+            self.progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.progress is not None:
-            rate = self.progress.tasks[0].speed
-            samples = f"{rate * args.train_batch_size:.0f} samples/s" if rate else ""
-            self.progress.update(self.task, completed=state.global_step, note=f"loss {self.loss:.3f}  {samples}")
+            self.progress.update(self.task, completed=state.global_step, note=f"loss {self.loss:.3f}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
         self.loss = (logs or {}).get("loss", self.loss)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import track
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,6 +20,7 @@ from d2svse.data.manifest import OnBadImage, check_pictures
 from d2svse.files import write_json, write_text, written_aside
 from d2svse.models import D2SVSE
 from d2svse.models.modeling import check_model_folder
+from d2svse.progress import progress_bar
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.trainer import Trainer
 
@@ -74,6 +74,8 @@ class Recipe:
     show_progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.stages, str):
+            self.stages = [stage.strip() for stage in self.stages.split(",")]
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"unknown stage {', '.join(unknown) or '(none)'}; known are {', '.join(STAGES)}")
@@ -111,6 +113,12 @@ class Recipe:
         values = {"seed": self.seed, "disable_tqdm": not self.show_progress_bar, **values}
         return TrainingArguments(output_dir=str(Path(self.output) / stage / "checkpoints"), stage=stage, **values)  # type: ignore[arg-type]
 
+    def effective_configuration(self) -> str:
+        """The recipe as YAML that `--config` takes back, with the preset's values written out."""
+        values = {**dataclasses.asdict(self), "training": {**PRESETS[self.preset], **self.training}}
+        del values["resume"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
     def model_folder(self, stage: str) -> Path:
         """Where a stage's model is saved: `output/model` for the last, `output/STAGE/model` for others."""
         last = stage == self.stages[-1]
@@ -136,8 +144,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models.
 
-    Writes, below `output`, the effective configuration (`recipe.yaml`), a model for each stage
-    and `results.json` with the validation metrics of each.
+    Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
+    each, and the effective configuration (`recipe.yaml`), which stands beside the weights as well.
 
     Returns:
         The validation metrics (see `retrieval_metrics`) of each stage's best model.
@@ -154,8 +162,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     eval_dataset = _read(recipe, recipe.val, None)
     set_seed(recipe.seed)
     model = _start(recipe)
-    configuration = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "resume"}
-    write_text(output / "recipe.yaml", yaml.safe_dump(configuration, sort_keys=False))
+    configuration = recipe.effective_configuration()
+    write_text(output / "recipe.yaml", configuration)
     results = _finished(recipe) if recipe.resume else {}
     for stage in recipe.stages:
         folder = recipe.model_folder(stage)
@@ -167,6 +175,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate(metric_key_prefix="final")
         with written_aside(folder) as aside:
             model.save_pretrained(aside)
+            write_text(aside / "recipe.yaml", configuration)
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         write_json(output / stage / "log.json", trainer.state.log_history)
         write_json(output / "results.json", results)
@@ -193,8 +202,7 @@ def _read(recipe: Recipe, manifest: str, dense: str | None) -> ImageTextDataset:
         records = join_dense(records, dense, recipe.image_folder or Path(manifest).parent)
 
     def progress(found: Any, count: int) -> Any:
-        shown = recipe.show_progress_bar
-        return track(found, f"Checking {Path(manifest).name}", total=count, disable=not shown, transient=True)
+        return progress_bar(found, f"Checking {Path(manifest).name}", count, "pictures", recipe.show_progress_bar)
 
     records, skipped = check_pictures(records, manifest, recipe.on_bad_image, progress)
     if skipped:

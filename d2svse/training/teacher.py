@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from d2svse.models import D2SVSE
+from d2svse.progress import progress_bar
 
 
 class Teacher:
@@ -45,7 +45,7 @@ class Teacher:
         device = next(self.text_encoder.parameters()).device
         embeddings: list[Tensor] = [torch.empty(0)] * len(ids)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for rows in track(batches, "Embedding dense captions", disable=not show_progress_bar, transient=True):
+        for rows in progress_bar(batches, "Embedding dense captions", len(batches), "batches", show_progress_bar):
             batch = self.processor.pad([ids[row] for row in rows]).to(device)
             pooled = self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled
             for row, embedding in zip(rows, pooled.float().cpu(), strict=True):

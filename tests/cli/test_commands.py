@@ -78,6 +78,8 @@ def test_train_writes_models_results_and_the_effective_configuration(trained, va
     assert evaluate(last, val_dataset) == pytest.approx(results["distill"])
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
     assert recipe["training"]["per_device_train_batch_size"] == 16
+    assert recipe["training"]["loss"] == "infonce"  # the preset's values are written out
+    assert (trained / "model" / "recipe.yaml").read_text() == (trained / "recipe.yaml").read_text()
     assert recipe["distill"] == {"decoder_layers": 1}
 
 
