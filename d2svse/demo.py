@@ -134,7 +134,7 @@ def run_demo(
         name: {key.removeprefix("test_"): value for key, value in metrics.items() if key != "epoch"}
         for name, metrics in stages.items()
     }
-    with written_aside(output / "model") as aside:
+    with written_aside(output / "model", replaces="config.json") as aside:
         model.save_pretrained(aside)
     index = index_images(model, test.images)
     index.save(output / "index")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Features:
     """Embeddings of a batch of images or of sentences.
 
@@ -45,9 +45,9 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
-    def __getitem__(self, rows: slice | Tensor | Sequence[int]) -> Features:
-        """Some of the items, in the order asked for; `rows` is a slice, a list or an index tensor."""
-        index = rows if isinstance(rows, slice | Tensor) else torch.as_tensor(rows, dtype=torch.long)
+    def __getitem__(self, rows: int | slice | Tensor | Sequence[int]) -> Features:
+        """Some of the items, in the order asked for; a single row comes as a batch of one."""
+        index = rows if isinstance(rows, slice | Tensor) else torch.atleast_1d(torch.as_tensor(rows, dtype=torch.long))
         return Features(
             self.pooled[index],
             None if self.tokens is None else self.tokens[index],

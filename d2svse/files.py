@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,25 +12,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 @contextmanager
-def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def written_aside(path: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` if all goes well, else remove it.
 
-    What is written may be a file or a folder; a folder that was at `path` is replaced.
+    Args:
+        path: the file or folder to write.
+        replaces: the file by which a folder at `path` is known as one that may be replaced; a
+            folder that is neither empty nor holds it is never touched.
+
+    Raises:
+        FileExistsError: if there is another folder at `path`.
     """
-    path = Path(path)
+    path = Path(path).absolute()
+    if path.is_dir() and any(path.iterdir()) and not (replaces and (path / replaces).is_file()):
+        what = f"holds no {replaces}" if replaces else "is in the way"
+        raise FileExistsError(f"{path}: a folder that {what}, so it is not replaced; give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield aside
-        if aside.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old)
-        else:
+        if not path.is_dir():
             aside.replace(path)
+            return
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        path.rename(old)
+        try:
+            aside.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside)
@@ -41,6 +57,30 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file aside and rename it."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
+
+
+_NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+_YamlLoader.yaml_implicit_resolvers = {
+    first: sorted(resolvers, key=lambda resolver: resolver[0] != "tag:yaml.org,2002:int")
+    for first, resolvers in _YamlLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        ValueError: if it is not YAML.
+    """
+    try:
+        return yaml.load(text, _YamlLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

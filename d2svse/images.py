@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-ImageSource = str | os.PathLike[str] | Image.Image
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -25,27 +25,31 @@ def load_image(source: ImageSource) -> Image.Image:
     to 8 bits, grey, palette and CMYK are converted. Of an animation the first frame is taken.
 
     Args:
-        source: a path or a Pillow image.
+        source: a path, a Pillow image, or a uint8 array `(height, width)` or `(height, width, channels)`.
 
     Raises:
         ImageError: if the file is missing, no picture, truncated, or too large to decode safely
             (Pillow's decompression bomb limit).
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source)
+    in_memory = isinstance(source, Image.Image | np.ndarray)
+    name = f"<{type(source).__name__}>" if in_memory else os.fspath(source)  # type: ignore[arg-type]
     try:
+        if isinstance(source, np.ndarray):
+            return _to_rgb(Image.fromarray(source))
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)
         with Image.open(source) as image:
             return _to_rgb(image)
     except FileNotFoundError:
-        raise ImageError(f"{os.fspath(source)}: no such picture") from None
+        raise ImageError(f"{name}: no such picture") from None
     except IsADirectoryError:
-        raise ImageError(f"{os.fspath(source)}: a folder, expected a picture") from None
+        raise ImageError(f"{name}: a folder, expected a picture") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{os.fspath(source)}: not a picture in a format that Pillow reads") from None
+        raise ImageError(f"{name}: not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{os.fspath(source)}: too large to decode safely ({error})") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{os.fspath(source)}: broken picture ({error})") from None
+        raise ImageError(f"{name}: too large to decode safely ({error})") from None
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError) as error:
+        raise ImageError(f"{name}: broken picture ({error})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -82,8 +86,8 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def check_images(paths: Iterable[str | os.PathLike[str]], num_threads: int = 2) -> Iterator[str | None]:
-    """Decode every picture; yield None for a good one and the error for a bad one, in order."""
+def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:
+    """Decode every picture, in threads; yield None for a good one and the error for a bad one, in order."""
 
     def check(path: str | os.PathLike[str]) -> str | None:
         try:
@@ -92,5 +96,5 @@ def check_images(paths: Iterable[str | os.PathLike[str]], num_threads: int = 2) 
             return str(error)
         return None
 
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(check, paths)

@@ -30,6 +30,10 @@ def test_cat_refuses_a_mix_of_with_and_without_tokens():
         Features.cat([Features(torch.zeros(1, 4)), Features(torch.zeros(1, 4), torch.zeros(1, 2, 4))])
 
 
+def test_one_row_comes_as_a_batch_of_one():
+    assert Features(torch.arange(6.0).view(3, 2))[1].pooled.tolist() == [[2.0, 3.0]]
+
+
 def test_to_converts_the_floats_and_keeps_the_mask():
     features = Features(torch.zeros(1, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)).to(torch.bfloat16)
     assert features.pooled.dtype == features.tokens.dtype == torch.bfloat16

@@ -35,14 +35,14 @@ def load_model(name: str) -> D2SVSE:
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
     """`KEY=VALUE` pairs as a dictionary, values read as YAML (numbers, booleans, lists)."""
-    import yaml
+    from d2svse.files import parse_yaml
 
     result = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise ValueError(f"{option} takes KEY=VALUE, got {assignment!r}")
-        result[key.strip()] = yaml.safe_load(value)
+        result[key.strip()] = parse_yaml(value)
     return result
 
 
@@ -62,11 +62,16 @@ def good_images(paths: list[Path], on_bad_image: str) -> list[Path]:
             raise ImageError(f"{error}; mend it, or leave such pictures out with --on-bad-image skip")
         else:
             bad.append(error)
-    if bad:
-        typer.echo("\n  ".join([f"skipped {len(bad)} of {len(paths)} pictures:", *bad]), err=True)
+    print_skipped(bad, len(paths))
     if not good:
         raise ImageError("none of the pictures can be read")
     return good
+
+
+def print_skipped(messages: list[str], total: int) -> None:
+    """Count and list the pictures that were left out, if any."""
+    if messages:
+        typer.echo("\n  ".join([f"skipped {len(messages)} of {total} pictures:", *messages]), err=True)
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:

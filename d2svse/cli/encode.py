@@ -12,7 +12,7 @@ from d2svse.cli.common import good_images, load_model
 
 def encode(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file; its rows' names go beside it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file; what its rows are goes beside it.")],
     images: Annotated[Path | None, typer.Option(help="A folder of pictures.")] = None,
     texts: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
@@ -20,8 +20,10 @@ def encode(
 ) -> None:
     """Encode pictures or sentences to L2-normalised float32 vectors.
 
-    Writes OUTPUT.npy, (n, embed_dim), and OUTPUT.txt with the picture or the sentence of each row.
+    Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the picture or the sentence of each row.
     """
+    if output.suffix != ".npy":
+        raise ValueError(f"--output takes a name that ends in .npy, got {output}")
     if (images is None) == (texts is None):
         raise ValueError("give either --images FOLDER or --texts FILE")
     import numpy as np
@@ -30,9 +32,11 @@ def encode(
     from d2svse.images import find_images
 
     if images is not None:
-        paths = good_images(find_images(images), on_bad_image)
+        found = find_images(images)
+        loaded = load_model(model)
+        paths = good_images(found, on_bad_image)
         names = [str(path) for path in paths]
-        vectors = load_model(model).encode_image(paths, batch_size=batch_size, show_progress_bar=True)
+        vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:
         assert texts is not None
         names = texts.read_text(encoding="utf-8").splitlines()
@@ -40,8 +44,7 @@ def encode(
             if not sentence.strip():
                 raise ValueError(f"{texts}:{line}: an empty line, expected a sentence")
         vectors = load_model(model).encode_text(names, batch_size=batch_size, show_progress_bar=True)
-    output = output.with_suffix(".npy")
     with written_aside(output) as aside, aside.open("wb") as file:
         np.save(file, vectors)
-    write_text(output.with_suffix(".txt"), "".join(f"{name}\n" for name in names))
+    write_text(Path(f"{output}.rows.txt"), "".join(f"{name}\n" for name in names))
     typer.echo(f"{output}: {len(vectors)} vectors of width {vectors.shape[1]}")

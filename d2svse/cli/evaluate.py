@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import load_model, print_recalls
+from d2svse.cli.common import load_model, print_recalls, print_skipped
 
 
 def evaluate(
@@ -16,6 +16,7 @@ def evaluate(
     image_folder: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     captions: Annotated[str, typer.Option(help="sparse, or dense for one dense caption an image.")] = "sparse",
     dense: Annotated[str, typer.Option(help="Dense text: auto, field, concat or a JSONL file.")] = "auto",
+    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
     batch_size: Annotated[int, typer.Option(help="Images and sentences encoded at a time.")] = 64,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the metrics to this JSON file.")] = None,
 ) -> None:
@@ -27,8 +28,15 @@ def evaluate(
     from d2svse.retrieval.evaluation import evaluate as run
 
     source = dense if captions == "dense" else None
-    dataset = ImageTextDataset.from_manifest(data, image_folder=image_folder, dense=source)
     loaded = load_model(model)
+    dataset = ImageTextDataset.from_manifest(
+        data,
+        image_folder=image_folder,
+        dense=source,
+        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        show_progress_bar=True,
+    )
+    print_skipped(dataset.skipped, len(dataset) + len(dataset.skipped))
     metrics = run(loaded, dataset, captions=captions, batch_size=batch_size, show_progress_bar=True)  # type: ignore[arg-type]
     count = len(dataset) if captions == "dense" else len(dataset.captions)
     print_recalls({Path(model).name: metrics}, f"{data.name}: {len(dataset)} images, {count} {captions} captions")

@@ -23,7 +23,8 @@ def index(
     from d2svse.retrieval.search import index_images
 
     paths = [record.image for record in read_manifest(images)] if images.is_file() else find_images(images)
+    loaded = load_model(model)
     paths = good_images([path.resolve() for path in paths], on_bad_image)
-    built = index_images(load_model(model), paths, batch_size=batch_size, show_progress_bar=True)
+    built = index_images(loaded, paths, batch_size=batch_size, show_progress_bar=True)
     built.save(output)
     typer.echo(f"{output}: {len(built)} pictures")

@@ -108,4 +108,4 @@ def train(
     recipe = Recipe.from_mapping(values, config or "options")
     results = run_recipe(recipe)
     print_recalls(results, f"validation, {Path(recipe.val).name}")
-    typer.echo(f"model: {recipe.model_folder(recipe.stages[-1])}")
+    typer.echo(f"model: {Path(recipe.output) / 'model'}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d2svse.data.manifest import DenseSource, Record, join_dense, read_manifest
+from d2svse.data.manifest import DenseSource, OnBadImage, Record, check_pictures, join_dense, read_manifest
 
 
 class ImageTextDataset:
@@ -17,6 +17,9 @@ class ImageTextDataset:
     Args:
         records: one an image.
         source: where they come from, for messages.
+
+    Attributes:
+        skipped: a message for every bad picture that was left out.
 
     Raises:
         ValueError: if there are no records.
@@ -27,6 +30,7 @@ class ImageTextDataset:
             raise ValueError(f"{os.fspath(source)}: no images")
         self.records = list(records)
         self.source = os.fspath(source)
+        self.skipped: list[str] = []
 
     @classmethod
     def from_manifest(
@@ -35,6 +39,8 @@ class ImageTextDataset:
         *,
         image_folder: str | os.PathLike[str] | None = None,
         dense: DenseSource | str | os.PathLike[str] | None = None,
+        on_bad_image: OnBadImage | None = None,
+        show_progress_bar: bool = False,
     ) -> ImageTextDataset:
         """Read a manifest.
 
@@ -42,14 +48,22 @@ class ImageTextDataset:
             path: the JSONL file.
             image_folder: where relative image paths start; the manifest's folder without it.
             dense: where dense text comes from, see `join_dense`; None leaves the field as it is.
+            on_bad_image: decode every picture first, and stop at a bad one ("error") or leave it
+                out and list it in `skipped` ("skip"); None does not look.
+            show_progress_bar: show one on the terminal for that.
 
         Raises:
             ManifestError: if the manifest cannot be used; the message names file and line.
         """
         records = read_manifest(path, image_folder)
         if dense is not None:
-            records = join_dense(records, dense, image_folder or Path(path).parent)
-        return cls(records, path)
+            records = join_dense(records, dense, image_folder or Path(path).parent, path)
+        if on_bad_image is None:
+            return cls(records, path)
+        records, skipped = check_pictures(records, path, on_bad_image, show_progress_bar)
+        dataset = cls(records, path)
+        dataset.skipped = skipped
+        return dataset
 
     def __len__(self) -> int:
         return len(self.records)

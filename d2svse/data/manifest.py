@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from d2svse.files import write_text
 from d2svse.images import check_images
+from d2svse.progress import progress_bar
 
 DenseSource = Literal["auto", "field", "concat"]
 OnBadImage = Literal["error", "skip"]
@@ -46,11 +47,12 @@ def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[
 
     Raises:
         ManifestError: if a line is not JSON, lacks a field, has an empty caption or an empty list
-            of them, or names a picture that is not there.
+            of them, or names a picture that is not there or that an earlier line names.
     """
     path = Path(path)
     folder = Path(image_folder) if image_folder is not None else path.parent
-    records = []
+    records: list[Record] = []
+    lines: dict[Path, int] = {}
     for line, row in read_json_lines(path):
         where = f"{path}:{line}"
         image, captions, dense = row.get("image"), row.get("captions"), row.get("dense")
@@ -66,6 +68,9 @@ def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[
         file = folder / image
         if not file.is_file():
             raise ManifestError(f"{where}: the picture {file} is not there; paths are relative to {folder}")
+        if file in lines:
+            raise ManifestError(f"{where}: {image} stands in line {lines[file]} already; join its captions in one line")
+        lines[file] = line
         records.append(Record(file, tuple(captions), dense, line))
     if not records:
         raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
@@ -115,7 +120,7 @@ def check_pictures(
     records: Sequence[Record],
     manifest: str | os.PathLike[str],
     on_bad_image: OnBadImage = "error",
-    progress: Callable[[Iterator[str | None], int], Iterable[str | None]] = lambda found, _: found,
+    show_progress_bar: bool = False,
 ) -> tuple[list[Record], list[str]]:
     """Decode every picture once, before anything is computed from them.
 
@@ -123,7 +128,7 @@ def check_pictures(
         records: what `read_manifest` gave.
         manifest: the file, for the messages.
         on_bad_image: "error" to stop at the first bad picture, "skip" to leave bad ones out.
-        progress: wraps the iteration, for a progress bar; given the iterator and its length.
+        show_progress_bar: show one on the terminal.
 
     Returns:
         The records with good pictures, and a message for each that was left out.
@@ -132,7 +137,10 @@ def check_pictures(
         ManifestError: at the first bad picture with "error", or if none is good.
     """
     good, bad = [], []
-    found = progress(check_images(record.image for record in records), len(records))
+    if on_bad_image not in get_args(OnBadImage):
+        raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
+    checks = check_images(record.image for record in records)
+    found = progress_bar(checks, f"Checking {Path(manifest).name}", len(records), "pictures", show_progress_bar)
     for record, error in zip(records, found, strict=True):
         if error is None:
             good.append(record)
@@ -147,7 +155,10 @@ def check_pictures(
 
 
 def join_dense(
-    records: Sequence[Record], source: DenseSource | str | os.PathLike[str], base: str | os.PathLike[str] = "."
+    records: Sequence[Record],
+    source: DenseSource | str | os.PathLike[str],
+    base: str | os.PathLike[str] = ".",
+    manifest: str | os.PathLike[str] = "records",
 ) -> list[Record]:
     """Give every record its dense text.
 
@@ -159,6 +170,7 @@ def join_dense(
             `{"image": ..., "dense": ...}`, or `{"text": ...}` with one line an image in the
             order of the records.
         base: folder that the image paths of a JSONL file are relative to.
+        manifest: where the records come from, for the messages.
 
     Raises:
         ManifestError: if a record is left without dense text.
@@ -175,7 +187,8 @@ def join_dense(
         if text is None and source == "auto":
             text = substitute
         if text is None:
-            raise ManifestError(f"line {record.line}: {record.image} has no dense text from {os.fspath(source)!r}")
+            where = f"{os.fspath(manifest)}:{record.line}"
+            raise ManifestError(f"{where}: {record.image} has no dense text from {os.fspath(source)!r}")
         result.append(Record(record.image, record.captions, text, record.line))
     return result
 

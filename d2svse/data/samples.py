@@ -88,7 +88,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
         tokenizer = processor.tokenizer
-        self.max_length = min(n for n in (max_length, processor.max_length, tokenizer.model_max_length) if n)
+        self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
         self.image_of_row = dataset.image_of_caption if text == "sparse" and captions_per_epoch == "all" else None
         if self.image_of_row is not None:

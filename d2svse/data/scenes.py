@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from d2svse.data.manifest import Record, write_manifest
-from d2svse.files import written_aside
 
 COLORS = {
     "red": (214, 40, 40),
@@ -136,10 +135,9 @@ def write_scenes(
     """
     folder = Path(folder)
     scenes = [make_scene(seed, number) for number in range(first, first + count)]
-    with written_aside(folder / name) as aside:
-        aside.mkdir()
-        for scene in scenes:
-            scene.draw(size).save(aside / f"{scene.number:06d}.png")
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for scene in scenes:
+        scene.draw(size).save(folder / name / f"{scene.number:06d}.png")
     manifest = folder / f"{name}.jsonl"
     write_manifest(
         manifest,

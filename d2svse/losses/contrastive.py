@@ -28,7 +28,7 @@ class InfoNCE(RankingLoss):
         log_scale: log(1 / temperature), a scalar tensor; a parameter if it is learned.
 
     Raises:
-        ValueError: if the temperature is not positive.
+        ValueError: if the temperature is below 0.01.
     """
 
     log_scale: Tensor
@@ -37,6 +37,8 @@ class InfoNCE(RankingLoss):
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        if temperature < 1 / MAX_LOGIT_SCALE:
+            raise ValueError(f"temperature must be at least {1 / MAX_LOGIT_SCALE}, got {temperature}")
         log_scale = torch.tensor(-math.log(temperature))
         self.learn_temperature = learn_temperature
         if learn_temperature:

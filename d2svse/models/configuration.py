@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -52,6 +53,18 @@ class D2SVSEConfig(PreTrainedConfig):
         for name in (self.image_pooling, self.text_pooling):
             if name not in POOLING_NAMES:
                 raise ValueError(f"unknown pooling {name!r}; known are {', '.join(POOLING_NAMES)}")
-        if self.embed_dim < 1:
-            raise ValueError(f"embed_dim must be positive, got {self.embed_dim}")
+        if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
+            raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def check_names(cls, options: Iterable[str]) -> None:
+        """Refuse names that are no field of this configuration; transformers itself lets them pass.
+
+        Raises:
+            ValueError: naming the first that is unknown.
+        """
+        own = [name for name in cls.__annotations__ if name not in ("vision_config", "text_config")]
+        for name in options:
+            if name not in own:
+                raise ValueError(f"unknown model option {name!r}; known are {', '.join(own)}")

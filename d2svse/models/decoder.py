@@ -31,7 +31,7 @@ class ContextDecoder(nn.Module):
         mask_padding: hide padded words from the attention. The published code does not.
 
     Raises:
-        ValueError: if `placement` is unknown.
+        ValueError: if `placement` is unknown, or the heads do not divide `embed_dim`.
     """
 
     def __init__(
@@ -49,8 +49,13 @@ class ContextDecoder(nn.Module):
         before = {"prefix": num_tokens, "postfix": 0, "surround": num_tokens // 2}
         if placement not in before:
             raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
+        if min(num_tokens, num_layers, num_heads) < 1:
+            raise ValueError(f"the decoder needs tokens, layers and heads, got {num_tokens}, {num_layers}, {num_heads}")
+        if embed_dim % num_heads:
+            raise ValueError(f"the decoder's {num_heads} heads do not divide the width {embed_dim}")
         self.num_before, self.mask_padding = before[placement], mask_padding
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
+        nn.init.normal_(self.tokens, std=0.02)
         self.position_embeddings = nn.Embedding(max_positions, embed_dim) if positions else None
         layer = nn.TransformerEncoderLayer(
             embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -71,9 +76,9 @@ class ContextDecoder(nn.Module):
             ValueError: if a sentence is too long for the position embedding.
         """
         batch, length, _ = words.shape
-        tokens = self.tokens.expand(batch, -1, -1)
+        tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
         before, after = tokens[:, : self.num_before], tokens[:, self.num_before :]
-        sequence = torch.cat([before, words, after.to(words.dtype)], dim=1)
+        sequence = torch.cat([before, words, after], dim=1)
         if mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=words.device)
         real = F.pad(F.pad(mask, (self.num_before, 0), value=True), (0, after.shape[1]), value=True)

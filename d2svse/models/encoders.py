@@ -12,8 +12,6 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from d2svse.features import Features
 from d2svse.models.pooling import POOLINGS
 
-_WITHOUT_CLS_TOKEN = ("swin", "swinv2", "convnext", "convnextv2", "resnet")
-
 
 class ImageEncoder(nn.Module):
     """Pixels to `Features`: backbone, linear projection of every token, pooling.
@@ -32,9 +30,10 @@ class ImageEncoder(nn.Module):
         self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
     ) -> None:
         super().__init__()
-        if pooling == "cls" and config.model_type in _WITHOUT_CLS_TOKEN:
-            raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
         self.backbone = make_backbone(config) if backbone is None else backbone
+        class_tokens = ("cls_token", "class_embedding")
+        if pooling == "cls" and not any(name.endswith(class_tokens) for name, _ in self.backbone.named_parameters()):
+            raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
         self.projection = nn.Linear(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
@@ -57,7 +56,7 @@ class ImageEncoder(nn.Module):
         tokens = self.projection(self.backbone_tokens(pixel_values))
         if token_mask is not None and token_mask.shape != tokens.shape[:2]:
             raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])}, got {tuple(token_mask.shape)}")
-        return Features(self.pooling(tokens, token_mask).to(tokens.dtype), tokens, token_mask)
+        return Features(self.pooling(tokens, token_mask), tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
         """The backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened."""
@@ -70,9 +69,11 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def count_tokens(self, height: int, width: int) -> int:
         """How many tokens the backbone gives for an image of this size, special tokens included."""
-        weight = self.projection.weight
-        channels = getattr(self.backbone.config, "num_channels", 3)
-        return self.backbone_tokens(weight.new_zeros(1, channels, height, width)).shape[1]
+        channels, training = getattr(self.backbone.config, "num_channels", 3), self.backbone.training
+        self.backbone.eval()  # a batch norm would learn from the empty picture
+        tokens = self.backbone_tokens(self.projection.weight.new_zeros(1, channels, height, width))
+        self.backbone.train(training)
+        return tokens.shape[1]
 
 
 class TextEncoder(nn.Module):
@@ -110,8 +111,8 @@ class TextEncoder(nn.Module):
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.projection(hidden)
         mask = None if attention_mask is None else attention_mask.bool()
-        pooled = self.layer_norm(self.pooling(words, mask).to(words.dtype))
-        return Features(pooled.to(words.dtype), words, mask)
+        pooled = self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype))
+        return Features(pooled, words, mask)
 
 
 def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -125,7 +126,7 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name: str, part: str) -> PreTrainedModel:
-    """Load a pretrained backbone from the Hub or a folder.
+    """Load a pretrained backbone from the Hub or a folder, in float32.
 
     Args:
         name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
@@ -134,7 +135,7 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name)
     config = getattr(config, part, None) or config
     model_class = _backbone_class(config)
-    return model_class.from_pretrained(name, config=config, **_no_pooler(model_class))
+    return model_class.from_pretrained(name, config=config, dtype=torch.float32, **_no_pooler(model_class))
 
 
 def token_width(config: PreTrainedConfig) -> int:

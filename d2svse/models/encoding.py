@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.images import ImageSource
+from d2svse.images import ImageSource, load_image
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.progress import progress_bar
 
@@ -41,7 +41,7 @@ class EncodingMixin:
         """Encode pictures.
 
         Args:
-            images: a path or a Pillow image, or a list of them.
+            images: a path, a Pillow image or an array, or a list of them.
             batch_size: pictures encoded at a time; it does not change the result (to 1e-5).
             show_progress_bar: show one on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
@@ -55,20 +55,24 @@ class EncodingMixin:
             ImageError: if a picture cannot be read.
             ValueError: if the list is empty or the model has no processor.
         """
-        sources = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
-        processor = self._require_processor(sources)
+        sources = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+        processor = self._require_processor(sources, batch_size)
         model = self._prepare(device)
         rows = [list(range(i, min(i + batch_size, len(sources)))) for i in range(0, len(sources), batch_size)]
 
         def encode(pixel_values: Tensor) -> Features:
             return model.image_encoder(pixel_values.to(model.device, model.dtype))
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(os.cpu_count()) as readers:
+
+            def prepare(batch: list[int]) -> Tensor:
+                return processor.pixel_values(list(readers.map(load_image, [sources[i] for i in batch])))
+
             # The next batch is read and prepared while the model works on this one.
             def prepared() -> Iterator[Tensor]:
                 pending = None
                 for batch in rows:
-                    following = pool.submit(processor.pixel_values, [sources[i] for i in batch])
+                    following = pool.submit(prepare, batch)
                     if pending is not None:
                         yield pending.result()
                     pending = following
@@ -110,7 +114,7 @@ class EncodingMixin:
             ValueError: if a sentence or the list is empty or the model has no processor.
         """
         sentences = [texts] if isinstance(texts, str) else list(texts)
-        processor = self._require_processor(sentences)
+        processor = self._require_processor(sentences, batch_size)
         model = self._prepare(device)
         ids = processor.tokenize(sentences, max_length)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -142,9 +146,11 @@ class EncodingMixin:
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 
-    def _require_processor(self, inputs: Sequence[Any]) -> D2SVSEProcessor:
+    def _require_processor(self, inputs: Sequence[Any], batch_size: int) -> D2SVSEProcessor:
         if not inputs:
             raise ValueError("nothing to encode: an empty list")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
         if self.processor is None:
             raise ValueError(
                 "the model has no processor to prepare pictures and sentences; load it from a folder that holds "

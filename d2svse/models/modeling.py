@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from d2svse.features import Features
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
@@ -21,7 +22,7 @@ from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextDecoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
-from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.processing import D2SVSEProcessor, check_vocabulary
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         text_config: Any = config.text_config
         self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
         self.text_encoder = TextEncoder(text_config, config.embed_dim, config.text_pooling, text_backbone)
-        self.decoder = ContextDecoder(config.embed_dim, **config.context_decoder) if config.context_decoder else None
+        self.decoder = (
+            ContextDecoder(config.embed_dim, **config.context_decoder) if config.context_decoder is not None else None
+        )
         self.similarity_fn = build_similarity(config.similarity or "cosine")
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.processor: D2SVSEProcessor | None = None
@@ -109,7 +112,12 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             text: Hub id or folder of a text backbone.
             max_length: longest sentence in tokens; the backbone's limit without it.
             **options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
+
+        Raises:
+            ValueError: if an option is none of those fields.
+            FileNotFoundError: if the text folder lacks its vocabulary.
         """
+        D2SVSEConfig.check_names(options)
         vision, text = os.fspath(vision), os.fspath(text)
         vision_backbone = load_backbone(vision, "vision_config")
         text_backbone = load_backbone(text, "text_config")
@@ -129,23 +137,30 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
 
         Raises:
             FileNotFoundError: if a local folder lacks a file of the model; the message names it.
+            ValueError: if the weights are broken or lack a tensor of the configured model.
         """
         folder = Path(pretrained_model_name_or_path)
         subfolder = kwargs.get("subfolder", "")
         if folder.is_dir():
             check_model_folder(folder / subfolder)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if not folder.is_dir() or (folder / subfolder / PROCESSOR_FILES[0]).is_file():
-            known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            options = {name: kwargs[name] for name in known if name in kwargs}
-            try:
-                model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
-            except OSError as error:
-                if folder.is_dir():
-                    raise
-                logger.warning("%s comes without a processor (%s); set model.processor", folder, error)
-        return loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        loaded: Any
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: model.safetensors is broken ({error})") from None
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{folder}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        options = {name: kwargs[name] for name in known if name in kwargs}
+        name = PROCESSOR_FILES[0]
+        if cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **options):
+            model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+        else:
+            logger.warning("%s holds no %s: set model.processor before encoding", folder, name)
+        return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save weights (safetensors), configuration and processor; arguments as in transformers."""
@@ -209,7 +224,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         if self.decoder is None:
             return texts
         context = self.decoder(texts.tokens, texts.mask)
-        return Features(texts.pooled + context.to(texts.pooled.dtype), texts.tokens, texts.mask)
+        return Features(texts.pooled + context, texts.tokens, texts.mask)
 
     def add_decoder(self, **arguments: Any) -> ContextDecoder:
         """Give a stage-1 model the context decoder of stage 2, with fresh weights.
@@ -228,10 +243,11 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         self.config.context_decoder = arguments
         return self.decoder
 
-    def freeze(self, *, vision: bool = False, text: bool = False) -> None:
-        """Freeze the backbones named, or free them again; a frozen backbone stays in eval mode."""
-        self.image_encoder.backbone.requires_grad_(not vision)
-        self.text_encoder.backbone.requires_grad_(not text)
+    def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
+        """Freeze a backbone (True), free it (False) or leave it (None); a frozen one stays in eval mode."""
+        for encoder, frozen in ((self.image_encoder, vision), (self.text_encoder, text)):
+            if frozen is not None:
+                encoder.backbone.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> D2SVSE:
@@ -274,9 +290,10 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False) 
         raise FileNotFoundError(f"{folder}: no such model folder")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: config.json is missing; expected a folder written by save_pretrained")
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+    if not any(folder.glob("model*.safetensors*")):
         raise FileNotFoundError(f"{folder}: model.safetensors is missing; expected a folder written by save_pretrained")
-    if processor or (folder / PROCESSOR_FILES[0]).is_file():
+    if processor or any((folder / name).is_file() for name in PROCESSOR_FILES):
         for name in PROCESSOR_FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: {name} is missing; expected the processor beside the weights")
+        check_vocabulary(folder)

@@ -14,10 +14,10 @@ class GeneralizedPooling(nn.Module):
     """Generalized pooling operator (Chen et al., "Learning the Best Pooling Strategy", CVPR 2021).
 
     Every dimension is sorted over the tokens, largest first, and the sorted values are averaged
-    with coefficients that a small bidirectional GRU makes from the positions 1..length. Mean,
+    with coefficients that a small bidirectional GRU makes from the positions in that order. Mean,
     max and k-max pooling are special cases. The coefficients depend on the length alone, so they
     are made once for each distinct length of a batch and, without gradient, kept until the
-    weights change.
+    weights or the training mode change.
 
     Args:
         position_dim: width of the sinusoidal position encoding.
@@ -55,6 +55,11 @@ class GeneralizedPooling(nn.Module):
             real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
             values = values.masked_fill(~real[:, None, :], 0)
             return (values @ self._coefficients(lengths)[row].unsqueeze(-1)).squeeze(-1)
+
+    def train(self, mode: bool = True) -> GeneralizedPooling:
+        """Set the training mode, and forget the coefficients that were kept."""
+        self._kept = {}
+        return super().train(mode)
 
     def _coefficients(self, lengths: list[int]) -> Tensor:
         """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""

@@ -19,6 +19,7 @@ def evaluate(
     *,
     captions: Literal["sparse", "dense"] = "sparse",
     batch_size: int = 64,
+    max_length: int | None = None,
     show_progress_bar: bool = False,
 ) -> dict[str, float]:
     """Rank all captions for every image and all images for every caption.
@@ -30,6 +31,7 @@ def evaluate(
         dataset: images and captions.
         captions: rank the sparse captions, or the one dense caption of each image.
         batch_size: images, and sentences, encoded at a time.
+        max_length: cut longer sentences, in tokens; the processor's limit without it.
         show_progress_bar: show one on the terminal.
 
     Returns:
@@ -55,6 +57,7 @@ def evaluate(
         convert_to_tensor=True,
         output=output,
         dense=dense,
+        max_length=max_length,
     )
     owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
     return retrieval_metrics(model.similarity(images, texts), owner)

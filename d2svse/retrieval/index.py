@@ -12,6 +12,8 @@ import numpy as np
 
 from d2svse.files import write_json, written_aside
 
+QUERIES_AT_A_TIME = 64
+
 
 class VectorIndex(Protocol):
     """What every vector engine here can do; scores are inner products."""
@@ -59,12 +61,13 @@ class ExactIndex:
             raise ValueError(f"expected {len(ids)} vectors of width {self.dim}, got {vectors.shape}")
         if not np.isfinite(vectors).all():
             raise ValueError(f"the vector of {ids[int(np.argmin(np.isfinite(vectors).all(1)))]!r} is not finite")
+        ids = [str(name) for name in ids]
         known = set(self.ids)
         for name in ids:
             if name in known:
                 raise ValueError(f"the id {name!r} is in the index already")
             known.add(name)
-        self.ids += [str(name) for name in ids]
+        self.ids += ids
         self.vectors = np.concatenate([self.vectors, vectors])
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
@@ -86,20 +89,34 @@ class ExactIndex:
         if k < 1 or not self.ids:
             raise ValueError("the index is empty" if not self.ids else f"k must be positive, got {k}")
         k = min(k, len(self))
-        best = np.full((len(queries), 0), -np.inf, dtype=np.float32)
-        rows = np.zeros((len(queries), 0), dtype=np.int64)
+        best = np.empty((len(queries), k), dtype=np.float32)
+        ids = []
+        for first in range(0, len(queries), QUERIES_AT_A_TIME):
+            found = self._search_some(queries[first : first + QUERIES_AT_A_TIME], k)
+            for query, (scores, rows) in enumerate(found, start=first):
+                best[query] = scores
+                ids.append([self.ids[row] for row in rows])
+        return best, ids
+
+    def _search_some(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Scores and rows of the k best of a few queries, block by block."""
+        nothing = (np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))
+        best = [nothing] * len(queries)
         for start in range(0, len(self), self.block_size):
-            scores = queries @ self.vectors[start : start + self.block_size].T
-            best = np.concatenate([best, scores], axis=1)
-            found = np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape)
-            rows = np.concatenate([rows, found], axis=1)
-            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-            best, rows = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
-        return best, [[self.ids[row] for row in line] for line in rows]
+            block = queries @ self.vectors[start : start + self.block_size].T
+            for query, (scores, rows) in enumerate(best):
+                line = block[query]
+                # Whatever ties with the k-th best is kept, so that of equals the first added wins.
+                last = line.min() if len(line) <= k else np.partition(line, -k)[-k]
+                near = np.flatnonzero(line >= last)
+                scores, rows = np.concatenate([scores, line[near]]), np.concatenate([rows, near + start])
+                order = np.argsort(-scores, kind="stable")[:k]
+                best[query] = scores[order], rows[order]
+        return best
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `vectors.npy` and `index.json` to a folder, aside first and renamed."""
-        with written_aside(folder) as aside:
+        with written_aside(folder, replaces="index.json") as aside:
             aside.mkdir()
             np.save(aside / "vectors.npy", self.vectors)
             write_json(aside / "index.json", {"engine": "exact", "dim": self.dim, "ids": self.ids})
@@ -116,7 +133,10 @@ class ExactIndex:
         for name in ("index.json", "vectors.npy"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: {name} is missing; expected a folder written by `d2svse index`")
-        description = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        index = cls(description["dim"])
-        index.add(description["ids"], np.load(folder / "vectors.npy"))
+        try:
+            description = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            index = cls(description["dim"])
+            index.add(description["ids"], np.load(folder / "vectors.npy"))
+        except (KeyError, TypeError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: not an index written by `d2svse index` ({error!r})") from None
         return index

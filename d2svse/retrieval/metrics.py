@@ -1,7 +1,7 @@
 """Retrieval metrics from scores and an explicit image-of-each-caption mapping.
 
 *Recall* here is the field's hit rate: the share of queries with at least one right answer among
-the first k, not the share of right answers found.
+the first k, not the share of right answers found. The whole score matrix is held in memory.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ def index_images(
         ImageError: if a picture cannot be read.
         TypeError: if the model's similarity is not bilinear.
     """
+    if not model.similarity_fn.foldable:
+        raise TypeError(f"{type(model.similarity_fn).__name__} is not bilinear: no vector index can serve it")
     vectors = model.encode_image(
         list(images), batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True
     )
@@ -55,7 +57,7 @@ def search(model: D2SVSE, index: VectorIndex, queries: str | Sequence[str], k: i
         For each sentence its hits, best first.
 
     Raises:
-        ValueError: if a sentence is empty or the model does not fit the index.
+        ValueError: if a sentence is empty or the vectors are not as wide as the index's.
     """
     vectors = model.encode_text(queries, convert_to_tensor=True)
     return _hits(*index.search(_fold(model, "text", vectors), k))

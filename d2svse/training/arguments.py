@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -10,6 +12,8 @@ from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.losses.triplet import Mining
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["pretrain", "distill", "align"]
 
@@ -30,7 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_heads": 4,
         "token_placement": "surround",
     },
-    # The published code, where it differs from the paper.
+    # The published code, where it differs from the paper. Not reproduced: its teacher in train mode on
+    # augmented text, its clipping before unscaling, and its attention to padded words.
     "published": {
         "learning_rate": 2e-4,
         "lr_milestones": [9, 15, 20, 25],
@@ -47,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_layers": 4,
         "decoder_heads": 4,
         "token_placement": "postfix",
+        "decoder_positions": False,
     },
     # Chosen by what was measured on real photos: docs/results.md.
     "recommended": {
@@ -92,9 +98,10 @@ class TrainingArguments(TransformersTrainingArguments):
         decoder_layers: its layers.
         decoder_heads: its attention heads.
         token_placement: "prefix", "postfix" or "surround".
+        decoder_positions: give the decoder a learned position embedding.
         backbone_lr_scale: learning rate of both backbones, as a share of `learning_rate`.
-        lr_milestones: epochs after which the learning rate is multiplied by `lr_gamma`; without
-            them `lr_scheduler_type` decides.
+        lr_milestones: epochs after which the learning rate is multiplied by `lr_gamma`; with them
+            `lr_scheduler_type` and warm-up play no part.
         lr_gamma: see `lr_milestones`.
         freeze_vision: keep the vision backbone as it is.
         freeze_text: keep the text backbone as it is.
@@ -123,6 +130,7 @@ class TrainingArguments(TransformersTrainingArguments):
     decoder_layers: int = 4
     decoder_heads: int = 4
     token_placement: str = "surround"
+    decoder_positions: bool = True
     backbone_lr_scale: float = 0.1
     lr_milestones: list[int] = field(default_factory=list)
     lr_gamma: float = 0.1
@@ -146,6 +154,10 @@ class TrainingArguments(TransformersTrainingArguments):
     logging_steps: float = 10
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(item.default, float) and isinstance(value, str):
+                raise ValueError(f"{item.name} must be a number, got {value!r}")
         for name, known in (
             ("stage", get_args(Stage)),
             ("mining", get_args(Mining)),
@@ -159,6 +171,9 @@ class TrainingArguments(TransformersTrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers wants it said before it allows bf16 there
         super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning("using one of %d GPUs: start with torchrun --nproc-per-node to use them all", self.n_gpu)
+            self._n_gpu = 1
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:
@@ -192,4 +207,5 @@ class TrainingArguments(TransformersTrainingArguments):
             "num_layers": self.decoder_layers,
             "num_heads": self.decoder_heads,
             "placement": self.token_placement,
+            "positions": self.decoder_positions,
         }

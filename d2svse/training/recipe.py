@@ -9,18 +9,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 import yaml
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from d2svse.data import ImageTextDataset, join_dense, read_manifest
-from d2svse.data.manifest import OnBadImage, check_pictures
-from d2svse.files import write_json, write_text, written_aside
-from d2svse.models import D2SVSE
+from d2svse.data import ImageTextDataset
+from d2svse.data.manifest import OnBadImage
+from d2svse.files import parse_yaml, write_json, write_text, written_aside
+from d2svse.models import D2SVSE, ContextDecoder, D2SVSEConfig
 from d2svse.models.modeling import check_model_folder
-from d2svse.progress import progress_bar
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.trainer import Trainer
 
@@ -76,15 +76,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):
             self.stages = [stage.strip() for stage in self.stages.split(",")]
+        for section in ("model_options", "training", *STAGES):
+            setattr(self, section, dict(getattr(self, section) or {}))
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"unknown stage {', '.join(unknown) or '(none)'}; known are {', '.join(STAGES)}")
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(PRESETS)}")
-        if self.on_bad_image not in ("error", "skip"):
+        if self.on_bad_image not in get_args(OnBadImage):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}")
         if self.model is None and (self.vision is None or self.text is None):
             raise ValueError("give a model to start from, or both a vision and a text backbone")
+        if self.model is not None and (self.vision or self.text or self.model_options):
+            raise ValueError("a model to start from brings its own backbones and options; give one or the other")
+        if self.model is None and self.stages[0] == "distill":
+            raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
+        D2SVSEConfig.check_names(self.model_options)
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         for section in ("training", *STAGES):
             wrong = sorted(set(getattr(self, section)) - known)
@@ -120,9 +127,8 @@ class Recipe:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def model_folder(self, stage: str) -> Path:
-        """Where a stage's model is saved: `output/model` for the last, `output/STAGE/model` for others."""
-        last = stage == self.stages[-1]
-        return Path(self.output) / "model" if last else Path(self.output) / stage / "model"
+        """Where a stage's best model is saved; the last stage's is saved as `output/model` too."""
+        return Path(self.output) / stage / "model"
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -133,9 +139,9 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it is not a YAML mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{os.fspath(path)}: not YAML ({' '.join(str(error).split())})") from None
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{os.fspath(path)}: expected names and values, got {type(values).__name__}")
     return values
@@ -156,31 +162,43 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
     output = Path(recipe.output)
-    if not recipe.resume and any(get_last_checkpoint_of(recipe, stage) for stage in recipe.stages):
+    if recipe.resume:
+        _check_unchanged(recipe)
+    elif any(get_last_checkpoint_of(recipe, stage) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
-    train_dataset = _read(recipe, recipe.train, recipe.dense)
-    eval_dataset = _read(recipe, recipe.val, None)
     set_seed(recipe.seed)
     model = _start(recipe)
+    if "distill" in recipe.stages:
+        with torch.device("meta"):  # to hear of a misfit now, not after stage 1
+            ContextDecoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
+    options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
+    shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar, **options}
+    train_dataset = ImageTextDataset.from_manifest(recipe.train, dense=recipe.dense, **shown)
+    eval_dataset = ImageTextDataset.from_manifest(recipe.val, **shown)
+    for dataset in (train_dataset, eval_dataset):
+        if dataset.skipped:
+            total = len(dataset) + len(dataset.skipped)
+            print(f"skipped {len(dataset.skipped)} of {total} pictures:", *dataset.skipped, sep="\n  ")
     configuration = recipe.effective_configuration()
     write_text(output / "recipe.yaml", configuration)
     results = _finished(recipe) if recipe.resume else {}
     for stage in recipe.stages:
-        folder = recipe.model_folder(stage)
         if stage in results:
-            model = D2SVSE.from_pretrained(folder)
+            model = D2SVSE.from_pretrained(recipe.model_folder(stage))
             continue
+        model.freeze(vision=False, text=False)
         trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset)
         trainer.train(resume_from_checkpoint=get_last_checkpoint_of(recipe, stage) if recipe.resume else None)
         metrics = trainer.evaluate(metric_key_prefix="final")
-        with written_aside(folder) as aside:
-            model.save_pretrained(aside)
-            write_text(aside / "recipe.yaml", configuration)
+        _save(model, recipe.model_folder(stage), configuration)
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
-        write_json(output / stage / "log.json", trainer.state.log_history)
         write_json(output / "results.json", results)
+        write_text(output / stage / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history))
         del trainer
         gc.collect()
+        # Loaded anew, so that a run that is resumed here goes on from the same bits at the same alignment.
+        model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+    _save(model, output / "model", configuration)
     return results
 
 
@@ -196,18 +214,23 @@ def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read(recipe: Recipe, manifest: str, dense: str | None) -> ImageTextDataset:
-    records = read_manifest(manifest, recipe.image_folder)
-    if dense is not None:
-        records = join_dense(records, dense, recipe.image_folder or Path(manifest).parent)
+def _check_unchanged(recipe: Recipe) -> None:
+    """Refuse to resume with other options than the run was started with; further stages may be added."""
+    path = Path(recipe.output) / "recipe.yaml"
+    if not path.is_file():
+        return
+    before, now = read_recipe(path), parse_yaml(recipe.effective_configuration())
+    for name, value in now.items():
+        if name not in ("stages", "output", "show_progress_bar") and before.get(name) != value:
+            raise ValueError(
+                f"{path}: {name} was {before.get(name)!r} and is {value!r} now; resume with the same options"
+            )
 
-    def progress(found: Any, count: int) -> Any:
-        return progress_bar(found, f"Checking {Path(manifest).name}", count, "pictures", recipe.show_progress_bar)
 
-    records, skipped = check_pictures(records, manifest, recipe.on_bad_image, progress)
-    if skipped:
-        print(f"skipped {len(skipped)} of {len(records) + len(skipped)} pictures:", *skipped, sep="\n  ")
-    return ImageTextDataset(records, manifest)
+def _save(model: D2SVSE, folder: Path, configuration: str) -> None:
+    with written_aside(folder, replaces="config.json") as aside:
+        model.save_pretrained(aside)
+        write_text(aside / "recipe.yaml", configuration)
 
 
 def _start(recipe: Recipe) -> D2SVSE:

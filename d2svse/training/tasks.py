@@ -68,7 +68,10 @@ class DistillTask(PretrainTask):
 
 @torch.no_grad()
 def score_statistics(scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
-    """Mean score of the positives and of each image's hardest negative; both 0-dimensional."""
+    """Mean score of the positives and of each image's hardest negative, if there is one; both 0-dimensional."""
     same = image_ids[:, None] == image_ids[None, :]
-    hardest = scores.masked_fill(same, -torch.inf).amax(1)
-    return {"positive_score": scores.diagonal().mean(), "hardest_negative_score": hardest[hardest.isfinite()].mean()}
+    statistics = {"positive_score": scores.diagonal().mean()}
+    hardest = scores.masked_fill(same, -torch.inf).amax(1)[~same.all(1)]
+    if len(hardest):
+        statistics["hardest_negative_score"] = hardest.mean()
+    return statistics

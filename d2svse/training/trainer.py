@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,15 @@ class Trainer(TransformersTrainer):
             teacher_embeddings = teacher.embed(texts, args.per_device_eval_batch_size, not args.disable_tqdm)
             if model.decoder is None:
                 model.add_decoder(**args.decoder_arguments())
-        model.freeze(vision=args.freeze_vision, text=args.freeze_text)
+        if args.stage == "pretrain" and model.decoder is not None:
+            raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
+        model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         loss = loss or args.build_loss()
         _tie_temperature(model, loss)
+        if any(parameter is not model.logit_scale for parameter in loss.parameters()):
+            raise ValueError(
+                f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved"
+            )
         self.task = make_task(args, loss)
         samples = make_samples(model, args, train_dataset, teacher_embeddings)
         _warn_of_truncation(samples)
@@ -93,22 +100,21 @@ class Trainer(TransformersTrainer):
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
-        self._sums: dict[str, Tensor] = {}
-        self._num_batches = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum what the task names `*_loss`; keep all its scalars for the log."""
         parts = self.task(model, inputs)
         for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach().float()
-        self._num_batches += 1
+            total, count = self._sums.get(name, (torch.zeros((), device=value.device), 0))
+            self._sums[name] = (total + value.detach().float(), count + 1)
         return sum(value for name, value in parts.items() if name.endswith("_loss"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the task's scalars since the last time."""
-        if "loss" in logs and self._num_batches:
-            logs |= {name: total.item() / self._num_batches for name, total in self._sums.items()}
-            self._sums, self._num_batches = {}, 0
+        if "loss" in logs:
+            logs |= {name: total.item() / count for name, (total, count) in self._sums.items()}
+            self._sums = {}
         super().log(logs, start_time)
 
     def evaluate(  # type: ignore[override]
@@ -121,7 +127,8 @@ class Trainer(TransformersTrainer):
             model,
             dataset,
             batch_size=self.args.per_device_eval_batch_size,
-            show_progress_bar=not self.args.disable_tqdm,
+            max_length=self.args.max_length,
+            show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
         )
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
@@ -141,16 +148,23 @@ class Trainer(TransformersTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
         if self.lr_scheduler is None and self.args.lr_milestones:
-            steps_per_epoch = num_training_steps / self.args.num_train_epochs
+            steps_per_epoch = self._steps_per_epoch()
             milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
             stepped: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(stepped, milestones, self.args.lr_gamma)  # type: ignore[assignment]
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        args, samples = self.args, cast(Sized, self.train_dataset)
+        batches = len(samples) / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(batches / args.gradient_accumulation_steps)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         samples: Any = train_dataset or self.train_dataset
-        return EpochSampler(len(samples), self.args.data_seed or self.args.seed)
+        return EpochSampler(len(samples), data_seed(self.args))
 
 
 class LossScheduleCallback(TrainerCallback):
@@ -161,6 +175,11 @@ class LossScheduleCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """The seed of sample order, draws and augmentation."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
@@ -181,7 +200,7 @@ def make_samples(
         processor,
         text="dense" if dense else "sparse",
         captions_per_epoch=args.captions_per_epoch,  # type: ignore[arg-type]
-        seed=args.data_seed or args.seed,
+        seed=data_seed(args),
         augment_images=args.augment_images,
         augment_words=args.augment_words,
         max_length=args.dense_max_length if dense else args.max_length,
@@ -206,7 +225,8 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((".backbone." in name, name in decayed), []).append(parameter)
+            decays = name in decayed and parameter.ndim > 1  # neither the temperature nor gains
+            groups.setdefault((".backbone." in name, decays), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -50,6 +50,7 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
         ({"image": "a.jpg", "captions": ["x", " "]}, "every caption to be a sentence"),
         ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
         ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg is not there"),
+        ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg stands in line 1 already"),
     ],
 )
 def test_a_bad_line_is_named(folder, row, message):
@@ -89,7 +90,7 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
 
     assert dense("concat") == ["one two", "three"]
     assert dense("auto") == ["one two", "all of it"]
-    with pytest.raises(ManifestError, match=r"line 1: .*a\.jpg has no dense text"):
+    with pytest.raises(ManifestError, match=r"records:1: .*a\.jpg has no dense text"):
         dense("field")
     by_image, in_order = folder / "by_image.jsonl", folder / "in_order.jsonl"
     by_image.write_text('{"image": "b.jpg", "dense": "B"}\n{"image": "a.jpg", "dense": "A"}\n')

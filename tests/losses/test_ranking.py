@@ -88,8 +88,9 @@ def test_bad_input_is_named(scores):
         TripletLoss()(scores[:3])
     with pytest.raises(ValueError, match="image_ids must be"):
         InfoNCE()(scores, IDS[:3])
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        InfoNCE(0)
+    for temperature, message in ((0, "must be positive"), (0.005, "must be at least 0.01")):
+        with pytest.raises(ValueError, match=f"temperature {message}"):
+            InfoNCE(temperature)
     with pytest.raises(ValueError, match="mining must be one of"):
         TripletLoss(mining="hard")
     with pytest.raises(ValueError, match="unknown loss 'nce'; known are hinge, infonce"):

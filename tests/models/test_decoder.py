@@ -91,5 +91,9 @@ def test_the_published_form_attends_to_padding():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="placement must be one of"):
         ContextDecoder(8, placement="around")
+    with pytest.raises(ValueError, match="3 heads do not divide the width 8"):
+        ContextDecoder(8, num_heads=3)
+    with pytest.raises(ValueError, match="needs tokens, layers and heads"):
+        ContextDecoder(8, num_tokens=0)
     with pytest.raises(ValueError, match="a sentence of 5 tokens is longer than the decoder's 3"):
         make(max_positions=6)(WORDS)

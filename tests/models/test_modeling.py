@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +15,7 @@ from transformers import (
     ConvNextConfig,
     DeiTConfig,
     Dinov2Config,
+    ResNetConfig,
     RobertaConfig,
     SwinConfig,
     ViTConfig,
@@ -82,8 +84,11 @@ def test_masked_image_tokens_are_left_out():
 
 
 def test_cls_pooling_needs_a_class_token():
-    with pytest.raises(ValueError, match="no class token"):
-        ImageEncoder(VISION["swin"], 12, "cls")
+    for name in ("swin", "convnext"):
+        with pytest.raises(ValueError, match="no class token"):
+            ImageEncoder(VISION[name], 12, "cls")
+    for name in ("vit", "deit", "dinov2", "clip"):
+        ImageEncoder(VISION[name], 12, "cls")
     with pytest.raises(ValueError, match="unknown pooling 'avg'"):
         D2SVSEConfig(image_pooling="avg")
 
@@ -196,12 +201,78 @@ def test_a_model_without_processor_saves_and_loads(make_model, tmp_path):
     assert D2SVSE.from_pretrained(tmp_path).processor is None
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "missing", ["config.json", "model.safetensors", "tokenizer_config.json", "processor_config.json"]
+)
 def test_a_folder_that_lacks_a_file_is_named(model, tmp_path, missing):
     model.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / missing).unlink()
     with pytest.raises(FileNotFoundError, match=f"m: {missing} is missing"):
         D2SVSE.from_pretrained(tmp_path / "m")
+
+
+def test_a_folder_without_vocabulary_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="vocabulary is missing"):
+        D2SVSE.from_pretrained(tmp_path / "m")
+
+
+def test_weights_that_lack_a_tensor_or_are_cut_short_are_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    whole = file.read_bytes()
+    save_file({name: value for name, value in weights.items() if name != "image_encoder.projection.bias"}, file)
+    with pytest.raises(ValueError, match=r"the weights lack image_encoder\.projection\.bias"):
+        D2SVSE.from_pretrained(tmp_path)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is broken"):
+        D2SVSE.from_pretrained(tmp_path)
+
+
+def test_a_decoder_with_default_arguments_survives_saving(make_model, tmp_path):
+    model = make_model()
+    model.add_decoder()
+    model.save_pretrained(tmp_path)
+    same_state(D2SVSE.from_pretrained(tmp_path), model)
+
+
+def test_counting_tokens_leaves_batch_norms_and_mode_alone():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    encoder = ImageEncoder(config, 12).train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert encoder.count_tokens(32, 32) == 16
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_pooled_vectors_stay_in_float32_inside_autocast(model, val_dataset):
+    batch = model.processor(images=val_dataset.images[:2], text=SENTENCES[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    assert output.image_embeds.dtype == output.text_embeds.dtype == output.logits_per_image.dtype == torch.float32
+
+
+def test_the_processor_takes_the_usual_arguments(processor, val_dataset):
+    batch = processor(text=SENTENCES, images=val_dataset.images[0], padding=True, return_tensors="np", max_length=5)
+    assert isinstance(batch["pixel_values"], np.ndarray)
+    assert batch["input_ids"].shape == (4, 5)
+    assert processor(text=SENTENCES[0], padding="max_length", max_length=12)["input_ids"].shape == (1, 12)
+    assert processor(text=SENTENCES, padding=False, return_tensors=None)["input_ids"] == processor.tokenize(SENTENCES)
+    array = np.asarray(Image.open(val_dataset.images[0]))
+    torch.testing.assert_close(
+        processor(images=[array])["pixel_values"], processor(images=val_dataset.images[:1])["pixel_values"]
+    )
+    with pytest.raises(ValueError, match="images, text or both"):
+        processor()
+
+
+def test_an_unknown_model_option_is_refused():
+    with pytest.raises(ValueError, match="unknown model option 'embed_dimm'; known are embed_dim"):
+        D2SVSE.from_backbones("x", "y", embed_dimm=3)
+    with pytest.raises(ValueError, match="embed_dim must be a positive whole number"):
+        D2SVSEConfig(embed_dim=0)
 
 
 def test_random_initialisation_follows_the_seed_and_fills_every_weight(make_model):
@@ -216,7 +287,8 @@ def test_from_backbones_keeps_the_pretrained_weights(tmp_path, processor):
     vision = ViTModel(VISION["vit"], add_pooling_layer=False)
     sides = {"vision_config": VISION["clip"].to_dict(), "text_config": {**TEXT["clip"].to_dict(), "vocab_size": 90}}
     clip = CLIPModel(CLIPConfig(**sides, projection_dim=8))
-    vision.save_pretrained(tmp_path / "vit")
+    vision.half().save_pretrained(tmp_path / "vit")  # it is trained in float32 whatever it was kept in
+    vision.float()
     clip.save_pretrained(tmp_path / "clip")
     for name in ("vit", "clip"):
         processor.image_processor.save_pretrained(tmp_path / name)
@@ -240,6 +312,8 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
     assert not model.text_encoder.backbone.training
     assert model.image_encoder.backbone.training
     model.freeze()
+    assert not model.text_encoder.backbone.training
+    model.freeze(text=False)
     assert model.text_encoder.backbone.training
 
 

@@ -120,6 +120,16 @@ def test_kept_coefficients_follow_the_weights(gpo, batch):
     assert not torch.allclose(before, after)
 
 
+def test_kept_coefficients_go_with_the_mode(gpo, batch):
+    gpo.eval()
+    with torch.no_grad():
+        before = gpo(*batch)
+        for parameter in gpo.parameters():
+            parameter.data.copy_(parameter + 0.5)  # as weight averaging does; the version does not tell
+        gpo.eval()
+        assert not torch.allclose(gpo(*batch), before)
+
+
 def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch, monkeypatch):
     asked = []
     compute = gpo._compute

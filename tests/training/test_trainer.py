@@ -114,6 +114,8 @@ def test_backbones_have_a_learning_rate_of_their_own(make_model, make_args):
     model = make_model()
     decayed = {name for name, _ in model.named_parameters() if name.endswith("weight")}
     groups = parameter_groups(model, make_args(learning_rate=1.0, backbone_lr_scale=0.1, weight_decay=0.5), decayed)
+    for group in groups:
+        assert all(parameter.ndim > 1 for parameter in group["params"]) or group["weight_decay"] == 0
     assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [
         (0.1, 0.0),
         (0.1, 0.5),
@@ -172,13 +174,15 @@ def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dat
 
 
 def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset):
-    with pytest.raises(ValueError, match="of stage 2 already"):
-        Trainer(model, make_args("distill"), train_dataset)
+    for stage in ("pretrain", "distill"):
+        with pytest.raises(ValueError, match="of stage 2 already"):
+            Trainer(model, make_args(stage), train_dataset)
     without = make_model()
     without.processor = None
     with pytest.raises(ValueError, match="no processor"):
         Trainer(without, make_args(), train_dataset)
     for wrong, message in (
+        ({"learning_rate": "fast"}, "learning_rate must be a number"),
         ({"stage": "two"}, "stage must be one of pretrain, distill, align"),
         ({"loss": "nce"}, "unknown loss 'nce'"),
         ({"mining": "hard"}, "mining must be one of"),
@@ -205,6 +209,29 @@ def test_score_statistics_leave_out_pairs_of_the_same_image():
     found = score_statistics(scores, torch.tensor([0, 0, 2]))
     assert found["positive_score"].item() == pytest.approx(0.6)
     assert found["hardest_negative_score"].item() == pytest.approx((0.1 + 0.3 + 0.4) / 3)
+
+
+def test_a_last_batch_without_negatives_logs_no_nan(make_model, make_args, train_dataset):
+    dataset = type(train_dataset)(train_dataset.records[:17])
+    trainer = Trainer(make_model(), make_args(save_strategy="no"), dataset)
+    trainer.train()
+    rows = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["hardest_negative_score" in row for row in rows] == [True, False] * 2
+    assert all(value == value for row in rows for value in row.values())
+
+
+def test_a_loss_with_weights_of_its_own_is_refused(make_model, make_args, train_dataset):
+    loss = TripletLoss()
+    loss.weight = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="TripletLoss has parameters of its own"):
+        Trainer(make_model(), make_args(), train_dataset, loss=loss)
+
+
+def test_a_users_own_freezing_is_kept(make_model, make_args, train_dataset):
+    model = make_model()
+    model.image_encoder.backbone.embeddings.requires_grad_(False)
+    Trainer(model, make_args(), train_dataset)
+    assert not any(p.requires_grad for p in model.image_encoder.backbone.embeddings.parameters())
 
 
 def test_checkpoints_hold_the_processor_and_no_stray_configuration(make_model, make_args, train_dataset, tmp_path):
