@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast, ResNetConfig, set_seed
+from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, ResNetConfig, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import ImageTextDataset, write_scenes
@@ -48,10 +48,18 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def build_model(texts: list[str], seed: int = 42) -> D2SVSE:
-    """A small model with random weights: a ResNet, a BERT and a word-level tokenizer for these texts."""
+def build_model(texts: list[str], seed: int = 42, vision: PreTrainedConfig | None = None) -> D2SVSE:
+    """A small model with random weights: a ResNet, a BERT and a word-level tokenizer for these texts.
+
+    Args:
+        texts: what the tokenizer's words are taken from.
+        seed: seed of the weights.
+        vision: configuration of another vision backbone.
+    """
     tokenizer = build_tokenizer(texts)
-    vision = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, WIDTH], depths=[2, 2, 2], layer_type="basic")
+    vision = vision or ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, WIDTH], depths=[2, 2, 2], layer_type="basic"
+    )
     text = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,

@@ -1,0 +1,70 @@
+"""Which small backbone and which loss learn best from scratch in the demo's time.
+
+    python benchmarks/demo_choices.py
+
+Trains both stages on the same scenes for a few epochs with each choice, and prints the held-out
+results as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import transformers
+from transformers import ViTConfig
+
+from d2svse import ImageTextDataset, Trainer, TrainingArguments
+from d2svse.data import write_scenes
+from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
+
+NUM_TRAIN, NUM_TEST, EPOCHS = 4000, 200, {"pretrain": 2, "distill": 4}
+VIT = ViTConfig(
+    hidden_size=WIDTH,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=2 * WIDTH,
+    image_size=IMAGE_SIZE,
+    patch_size=8,
+)
+CHOICES = {
+    "ResNet, InfoNCE": (None, {}),
+    "ViT, InfoNCE": (VIT, {}),
+    "ResNet, hinge (sum, then hardest)": (None, {"loss": "hinge", "mining": "schedule"}),
+    "ResNet, hinge (hardest)": (None, {"loss": "hinge", "mining": "hardest"}),
+}
+
+
+def main() -> None:
+    """Train with each choice and print a row."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train = ImageTextDataset.from_manifest(write_scenes(folder, "train", NUM_TRAIN, size=IMAGE_SIZE))
+        test = ImageTextDataset.from_manifest(write_scenes(folder, "test", NUM_TEST, first=NUM_TRAIN, size=IMAGE_SIZE))
+        texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
+        print("| choice | t2i R@1 | t2i R@10 | rSum | seconds |\n| --- | --- | --- | --- | --- |", flush=True)
+        for choice, (vision, options) in CHOICES.items():
+            start, model = time.perf_counter(), build_model(texts, vision=vision)
+            for stage, epochs in EPOCHS.items():
+                args = TrainingArguments(
+                    output_dir=str(folder / "runs"),
+                    stage=stage,
+                    num_train_epochs=epochs,
+                    eval_strategy="no",
+                    save_strategy="no",
+                    load_best_model_at_end=False,
+                    disable_tqdm=True,
+                    **{**TRAINING, **options},
+                )
+                trainer = Trainer(model, args, train)
+                trainer.train()
+            found = trainer.evaluate(test)
+            recalls = [f"{100 * found[f'eval_{key}']:.1f}" for key in ("t2i_recall_at_1", "t2i_recall_at_10", "rsum")]
+            print(f"| {choice} | {' | '.join(recalls)} | {time.perf_counter() - start:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
