@@ -19,7 +19,7 @@ from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import write_scenes
 from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
 
-NUM_TRAIN, NUM_TEST, EPOCHS = 4000, 200, {"pretrain": 2, "distill": 4}
+NUM_TRAIN, NUM_TEST, EPOCHS = 4000, 200, {"pretrain": 2, "distill": 3}
 VIT = ViTConfig(
     hidden_size=WIDTH,
     num_hidden_layers=4,

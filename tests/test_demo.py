@@ -17,7 +17,15 @@ print(json.dumps(evaluate(model, ImageTextDataset.from_manifest(sys.argv[1] + "/
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("demo"), []
-    results = run_demo(folder, num_train=64, num_test=12, epochs=1, say=lines.append, show_progress_bar=False)
+    results = run_demo(
+        folder,
+        num_train=64,
+        num_test=12,
+        pretrain_epochs=1,
+        distill_epochs=1,
+        say=lines.append,
+        show_progress_bar=False,
+    )
     return folder, results, "\n".join(lines)
 
 
@@ -29,7 +37,7 @@ def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
         assert (folder / name).is_file(), name
     assert "InfoNCE" in said
     assert "ResNet" in said
-    assert said.count("a large red circle and a small blue star") == 1
+    assert said.count("a green triangle at the top left") == 1
 
 
 def test_a_fresh_process_gives_the_same_table(demo):
@@ -41,5 +49,13 @@ def test_a_fresh_process_gives_the_same_table(demo):
 
 def test_the_demo_can_be_run_again_in_the_same_place(demo):
     folder, results, _ = demo
-    again = run_demo(folder, num_train=64, num_test=12, epochs=1, say=lambda line: None, show_progress_bar=False)
+    again = run_demo(
+        folder,
+        num_train=64,
+        num_test=12,
+        pretrain_epochs=1,
+        distill_epochs=1,
+        say=lambda line: None,
+        show_progress_bar=False,
+    )
     assert again == results

@@ -14,12 +14,11 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
         "d2svse-demo"
     ),
-    epochs: Annotated[float, typer.Option(help="Epochs of each stage.")] = 4,
     seed: Annotated[int, typer.Option(help="The one seed.")] = 42,
 ) -> None:
     """Train both stages from scratch on drawn scenes, on the CPU, in minutes; nothing is downloaded."""
     quiet_transformers()
     from d2svse.demo import run_demo
 
-    results = run_demo(output, epochs=epochs, seed=seed, say=typer.echo)
+    results = run_demo(output, seed=seed, say=typer.echo)
     print_recalls(results, "200 held-out scenes, five captions each (chance: R@1 0.5, R@10 5)")

@@ -89,13 +89,14 @@ class Scene:
         """Five captions that each tell a part."""
         rng = np.random.default_rng([self.seed, self.number, 2])
         pairs = [[self.items[i] for i in rng.choice(len(self.items), 2, replace=False)] for _ in range(5)]
-        (a, b), (c, d), (e, _), (f, _), (g, h) = pairs
+        (a, b), (c, d), (e, f), (g, _), (h, i) = pairs
+        background = f"on {_a(self.background)} background"
         captions = (
-            f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape}",
+            f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape} {background}",
             f"{_a(c.color)} {c.shape} {_relation(c, d)} {_a(d.color)} {d.shape}",
-            f"{_a(e.size)} {e.color} {e.shape} at the {e.place}",
-            f"{_a(f.size)} {f.color} {f.shape} on {_a(self.background)} background",
-            f"{_a(g.color)} {g.shape} at the {g.place} and something {h.color} at the {h.place}",
+            f"{_a(e.color)} {e.shape} at the {e.place} and {_a(f.color)} {f.shape} at the {f.place}",
+            f"{_a(g.size)} {g.color} {g.shape} at the {g.place} {background}",
+            f"{_a(h.color)} {h.shape} at the {h.place} and something {i.color} at the {i.place}",
         )
         return tuple(captions[i] for i in rng.permutation(len(captions)))
 
