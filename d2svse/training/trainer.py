@@ -155,6 +155,27 @@ class Trainer(TransformersTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        """Load a checkpoint's weights, all of them.
+
+        Some backbones are saved under the names of older transformers versions; only
+        `from_pretrained` translates those, while transformers' Trainer passes over them.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(D2SVSE.from_pretrained(folder).state_dict())
+
     def _steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         args, samples = self.args, cast(Sized, self.train_dataset)

@@ -48,6 +48,20 @@ def test_stage_one_learns_and_keeps_the_best_model(make_model, make_args, train_
     sums = [entry["eval_rsum"] for entry in trainer.state.log_history if "eval_rsum" in entry]
     assert len(sums) == 12
     assert trainer.evaluate()["eval_rsum"] == pytest.approx(max(sums), abs=1e-9)
+    best = D2SVSE.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
+def test_a_resumed_run_takes_up_all_weights_and_ends_as_an_uninterrupted_one(make_model, make_args, train_dataset):
+    whole = Trainer(make_model(), make_args(save_total_limit=None), train_dataset)
+    whole.train()
+    checkpoint = f"{whole.args.output_dir}/checkpoint-3"
+    resumed = Trainer(make_model(seed=1), make_args(), train_dataset)
+    resumed._load_from_checkpoint(checkpoint)
+    saved = D2SVSE.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in resumed.model.state_dict().items())
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(
