@@ -133,9 +133,9 @@ def run_demo(
 
     model = build_model(texts, seed)
     say(f"Stage 1: {pretrain_epochs:g} epochs on dense captions")
-    stages = {"stage 1 (dense)": train_stage(model, "pretrain", pretrain_epochs)}
+    stages = {"stage 1": train_stage(model, "pretrain", pretrain_epochs)}
     say(f"Stage 2: {distill_epochs:g} epochs on sparse captions, distilling the dense embedding")
-    stages["stage 2 (sparse + distilled)"] = train_stage(model, "distill", distill_epochs)
+    stages["stage 2"] = train_stage(model, "distill", distill_epochs)
     both = pretrain_epochs + distill_epochs
     say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
     stages["aligning alone"] = train_stage(build_model(texts, seed), "align", both)

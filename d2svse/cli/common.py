@@ -76,17 +76,18 @@ def print_skipped(messages: list[str], total: int) -> None:
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
     """A table of recalls in percent, one row a name."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     from d2svse.retrieval.metrics import as_percent
 
-    table = Table(title=title)
-    table.add_column("")
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for direction in ("I2T", "T2I"):
         for k in (1, 5, 10):
-            table.add_column(f"{direction} R@{k}", justify="right")
-    table.add_column("rSum", justify="right")
+            table.add_column(f"{direction} R@{k}", justify="right", no_wrap=True)
+    table.add_column("rSum", justify="right", no_wrap=True)
     for name, metrics in rows.items():
         table.add_row(name, *(f"{value:.1f}" for value in as_percent(dict(metrics)).values()))
     Console().print(table)
