@@ -125,8 +125,8 @@ POOLINGS: dict[str, type[nn.Module]] = {
 def sort_descending(values: Tensor) -> Tensor:
     """Sort the last dimension, largest first, with gradient.
 
-    On the CPU the order comes from NumPy's vectorised argsort, several times faster than
-    `torch.sort` on the short rows of token features (see docs/benchmarks.md).
+    On the CPU the order comes from NumPy's vectorised argsort, faster than `torch.sort` on the
+    short rows of token features (see docs/benchmarks.md).
     """
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         order = np.argsort(-values.detach().numpy(), axis=-1)
