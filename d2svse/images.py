@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from d2svse.progress import progress_bar
+
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+logger = logging.getLogger(__name__)
+
+OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -98,3 +105,45 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(check, paths)
+
+
+def select_readable(
+    paths: Sequence[str | os.PathLike[str]],
+    on_bad_image: OnBadImage = "error",
+    places: Sequence[str] | None = None,
+    title: str = "Checking pictures",
+    show_progress_bar: bool = False,
+) -> tuple[list[int], list[str]]:
+    """Decode every picture once, before anything is computed from them.
+
+    Args:
+        paths: the pictures.
+        on_bad_image: "error" to stop at the first bad picture, "skip" to leave bad ones out.
+        places: where each picture is named, for the messages.
+        title: words before the progress bar.
+        show_progress_bar: show one on the terminal.
+
+    Returns:
+        The positions of the good pictures, and a message for each that was left out; these are
+        counted and listed in a warning as well.
+
+    Raises:
+        ImageError: at the first bad picture with "error", or if none is good.
+        ValueError: if `on_bad_image` is neither.
+    """
+    if on_bad_image not in get_args(OnBadImage):
+        raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
+    good, bad = [], []
+    for row, error in enumerate(progress_bar(check_images(paths), title, len(paths), "pictures", show_progress_bar)):
+        if error is None:
+            good.append(row)
+            continue
+        message = f"{places[row]}: {error}" if places else error
+        if on_bad_image == "error":
+            raise ImageError(f"{message}; mend it, or leave such pictures out with --on-bad-image skip")
+        bad.append(message)
+    if not good:
+        raise ImageError(f"none of the {len(paths)} pictures can be read; the first: {bad[0]}")
+    if bad:
+        logger.warning("\n  ".join([f"skipped {len(bad)} of {len(paths)} pictures:", *bad]))
+    return good, bad

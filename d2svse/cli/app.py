@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         _fail(error)
     except Exception as error:  # usage errors of typer's own, which name the option
         if not hasattr(error, "format_message"):

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
 
@@ -46,32 +44,16 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
     return result
 
 
-def good_images(paths: list[Path], on_bad_image: str) -> list[Path]:
-    """Decode all pictures before anything is computed; stop at the first bad one, or list and leave out the bad."""
-    from d2svse.images import ImageError, check_images
-    from d2svse.progress import progress_bar
+def readable_images(source: Path, on_bad_image: str) -> list[Path]:
+    """The pictures of a folder or a manifest, each decoded once before anything is computed from them."""
+    from d2svse.data import ImageTextDataset
+    from d2svse.images import find_images, select_readable
 
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"--on-bad-image takes error or skip, got {on_bad_image!r}")
-    good, bad = [], []
-    found = progress_bar(check_images(paths), "Checking pictures", len(paths), "pictures")
-    for path, error in zip(paths, found, strict=True):
-        if error is None:
-            good.append(path)
-        elif on_bad_image == "error":
-            raise ImageError(f"{error}; mend it, or leave such pictures out with --on-bad-image skip")
-        else:
-            bad.append(error)
-    print_skipped(bad, len(paths))
-    if not good:
-        raise ImageError("none of the pictures can be read")
-    return good
-
-
-def print_skipped(messages: list[str], total: int) -> None:
-    """Count and list the pictures that were left out, if any."""
-    if messages:
-        typer.echo("\n  ".join([f"skipped {len(messages)} of {total} pictures:", *messages]), err=True)
+    choice: Any = on_bad_image
+    if source.is_file():
+        return ImageTextDataset.from_manifest(source, on_bad_image=choice, show_progress_bar=True).images
+    found = find_images(source)
+    return [found[row] for row in select_readable(found, choice, show_progress_bar=True)[0]]
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import good_images, load_model
+from d2svse.cli.common import load_model, readable_images
 
 
 def encode(
@@ -29,12 +29,12 @@ def encode(
     import numpy as np
 
     from d2svse.files import write_text, written_aside
-    from d2svse.images import find_images
 
     if images is not None:
-        found = find_images(images)
+        if not images.is_dir():
+            raise FileNotFoundError(f"--images {images}: no such folder")
         loaded = load_model(model)
-        paths = good_images(found, on_bad_image)
+        paths = readable_images(images, on_bad_image)
         names = [str(path) for path in paths]
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:

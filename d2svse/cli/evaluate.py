@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import load_model, print_recalls, print_skipped
+from d2svse.cli.common import load_model, print_recalls
 
 
 def evaluate(
@@ -36,7 +36,6 @@ def evaluate(
         on_bad_image=on_bad_image,  # type: ignore[arg-type]
         show_progress_bar=True,
     )
-    print_skipped(dataset.skipped, len(dataset) + len(dataset.skipped))
     metrics = run(loaded, dataset, captions=captions, batch_size=batch_size, show_progress_bar=True)  # type: ignore[arg-type]
     count = len(dataset) if captions == "dense" else len(dataset.captions)
     print_recalls({Path(model).name: metrics}, f"{data.name}: {len(dataset)} images, {count} {captions} captions")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import good_images, load_model
+from d2svse.cli.common import load_model, readable_images
 
 
 def index(
@@ -18,13 +18,10 @@ def index(
     on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
 ) -> None:
     """Encode pictures into an index to search in."""
-    from d2svse.data import read_manifest
-    from d2svse.images import find_images
     from d2svse.retrieval.search import index_images
 
-    paths = [record.image for record in read_manifest(images)] if images.is_file() else find_images(images)
     loaded = load_model(model)
-    paths = good_images([path.resolve() for path in paths], on_bad_image)
+    paths = [path.resolve() for path in readable_images(images, on_bad_image)]
     built = index_images(loaded, paths, batch_size=batch_size, show_progress_bar=True)
     built.save(output)
     typer.echo(f"{output}: {len(built)} pictures")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from d2svse.data.manifest import DenseSource, OnBadImage, Record, check_pictures, join_dense, read_manifest
+from d2svse.data.manifest import DenseSource, Record, check_pictures, join_dense, read_manifest
+from d2svse.images import OnBadImage
 
 
 class ImageTextDataset:

@@ -7,14 +7,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from d2svse.files import write_text
-from d2svse.images import check_images
-from d2svse.progress import progress_bar
+from d2svse.images import ImageError, OnBadImage, select_readable
 
 DenseSource = Literal["auto", "field", "concat"]
-OnBadImage = Literal["error", "skip"]
 
 
 class ManifestError(ValueError):
@@ -136,22 +134,15 @@ def check_pictures(
     Raises:
         ManifestError: at the first bad picture with "error", or if none is good.
     """
-    good, bad = [], []
-    if on_bad_image not in get_args(OnBadImage):
-        raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
-    checks = check_images(record.image for record in records)
-    found = progress_bar(checks, f"Checking {Path(manifest).name}", len(records), "pictures", show_progress_bar)
-    for record, error in zip(records, found, strict=True):
-        if error is None:
-            good.append(record)
-            continue
-        message = f"{os.fspath(manifest)}:{record.line}: {error}"
-        if on_bad_image == "error":
-            raise ManifestError(f"{message}; mend it, or leave such pictures out with --on-bad-image skip")
-        bad.append(message)
-    if not good:
-        raise ManifestError(f"{os.fspath(manifest)}: none of its {len(records)} pictures can be read")
-    return good, bad
+    places = [f"{os.fspath(manifest)}:{record.line}" for record in records]
+    paths = [record.image for record in records]
+    try:
+        good, skipped = select_readable(
+            paths, on_bad_image, places, f"Checking {Path(manifest).name}", show_progress_bar
+        )
+    except ImageError as error:
+        raise ManifestError(str(error)) from None
+    return [records[row] for row in good], skipped
 
 
 def join_dense(

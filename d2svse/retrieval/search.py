@@ -32,10 +32,10 @@ def index_images(
 
     Raises:
         ImageError: if a picture cannot be read.
-        TypeError: if the model's similarity is not bilinear.
+        ValueError: if the model's similarity is not bilinear.
     """
     if not model.similarity_fn.foldable:
-        raise TypeError(f"{type(model.similarity_fn).__name__} is not bilinear: no vector index can serve it")
+        raise ValueError(f"{type(model.similarity_fn).__name__} is not bilinear: no vector index can serve it")
     vectors = model.encode_image(
         list(images), batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True
     )

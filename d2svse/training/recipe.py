@@ -17,8 +17,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from d2svse.data import ImageTextDataset
-from d2svse.data.manifest import OnBadImage
 from d2svse.files import parse_yaml, write_json, write_text, written_aside
+from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, ContextDecoder, D2SVSEConfig
 from d2svse.models.modeling import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
@@ -175,10 +175,6 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar, **options}
     train_dataset = ImageTextDataset.from_manifest(recipe.train, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_manifest(recipe.val, **shown)
-    for dataset in (train_dataset, eval_dataset):
-        if dataset.skipped:
-            total = len(dataset) + len(dataset.skipped)
-            print(f"skipped {len(dataset.skipped)} of {total} pictures:", *dataset.skipped, sep="\n  ")
     configuration = recipe.effective_configuration()
     write_text(output / "recipe.yaml", configuration)
     results = _finished(recipe) if recipe.resume else {}
