@@ -10,6 +10,7 @@ from transformers import BertConfig, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset
+from d2svse.cli.app import main
 from d2svse.data import write_scenes
 from d2svse.demo import build_tokenizer
 
@@ -68,3 +69,16 @@ def make_model(processor: D2SVSEProcessor) -> Callable[..., D2SVSE]:
 def model(make_model: Callable[..., D2SVSE]) -> D2SVSE:
     """A tiny stage-2 model with random weights."""
     return make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its exit code, what it printed and its errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return call

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli import demo, encode, evaluate, index, search, train
+from d2svse.cli import convert, data, demo, encode, evaluate, index, search, train
 from d2svse.version import __version__
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command("encode")(encode.encode)
 app.command("index")(index.index)
 app.command("search")(search.search)
 app.command("demo")(demo.demo)
+app.add_typer(convert.app, name="convert")
+app.add_typer(data.app, name="data")
 
 
 def _print_version(asked: bool) -> None:

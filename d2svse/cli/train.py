@@ -14,8 +14,16 @@ _DATA, _MODEL, _TRAINING = "Data", "Model", "Training"
 
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win.")] = None,
-    train: Annotated[str | None, typer.Option(help="Manifest of the training set.", rich_help_panel=_DATA)] = None,
-    val: Annotated[str | None, typer.Option(help="Manifest of the validation set.", rich_help_panel=_DATA)] = None,
+    train: Annotated[
+        str | None, typer.Option(help="Manifest or other layout of the training set.", rich_help_panel=_DATA)
+    ] = None,
+    val: Annotated[
+        str | None, typer.Option(help="Manifest or other layout of the validation set.", rich_help_panel=_DATA)
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="Split, where the layout has several.", rich_help_panel=_DATA)
+    ] = None,
+    val_split: Annotated[str | None, typer.Option(help="The same for validation.", rich_help_panel=_DATA)] = None,
     image_folder: Annotated[
         str | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_DATA)
     ] = None,
@@ -78,7 +86,8 @@ def train(
 
     values: dict[str, Any] = read_recipe(config) if config else {}
     given = {
-        "train": train, "val": val, "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
+        "train": train, "val": val, "train_split": train_split, "val_split": val_split,
+        "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
         "vision": vision, "text": text, "model": model, "output": output, "preset": preset, "seed": seed,
         "stages": stages, "resume": resume or None,
     }  # fmt: skip

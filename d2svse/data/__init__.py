@@ -3,6 +3,7 @@
 from d2svse.data.collate import Collator
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.manifest import ManifestError, Record, join_dense, read_manifest, write_manifest
+from d2svse.data.readers import read_records
 from d2svse.data.samples import EpochSampler, TrainingSamples
 from d2svse.data.scenes import make_scene, write_scenes
 
@@ -16,6 +17,7 @@ __all__ = [
     "join_dense",
     "make_scene",
     "read_manifest",
+    "read_records",
     "write_manifest",
     "write_scenes",
 ]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from d2svse.data.manifest import DenseSource, Record, check_pictures, join_dense, read_manifest
+from d2svse.data.manifest import DenseSource, Record, check_pictures, join_dense
+from d2svse.data.readers import DENSE_SUFFIXES, read_records, require_pictures
 from d2svse.images import OnBadImage
 
 
@@ -43,26 +44,54 @@ class ImageTextDataset:
         on_bad_image: OnBadImage | None = None,
         show_progress_bar: bool = False,
     ) -> ImageTextDataset:
-        """Read a manifest.
+        """Read a manifest; arguments and errors as in `from_source`."""
+        return cls.from_source(
+            path,
+            "manifest",
+            image_folder=image_folder,
+            dense=dense,
+            on_bad_image=on_bad_image,
+            show_progress_bar=show_progress_bar,
+        )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: str | os.PathLike[str],
+        format: str = "auto",
+        *,
+        split: str | None = None,
+        image_folder: str | os.PathLike[str] | None = None,
+        dense: DenseSource | str | os.PathLike[str] | None = None,
+        on_bad_image: OnBadImage | None = None,
+        show_progress_bar: bool = False,
+    ) -> ImageTextDataset:
+        """Read a manifest or any other layout that `read_records` knows.
 
         Args:
-            path: the JSONL file.
-            image_folder: where relative image paths start; the manifest's folder without it.
-            dense: where dense text comes from, see `join_dense`; None leaves the field as it is.
+            source: file, folder or Hub id.
+            format: the layout; "auto" looks.
+            split: which split, where there are several.
+            image_folder: where relative image paths start; the layout's usual place without it.
+            dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
+                published layout; None leaves it as it is.
             on_bad_image: decode every picture first, and stop at a bad one ("error") or leave it
-                out and list it in `skipped` ("skip"); None does not look.
+                out and list it in `skipped` ("skip"); None looks only whether they are there.
             show_progress_bar: show one on the terminal for that.
 
         Raises:
-            ManifestError: if the manifest cannot be used; the message names file and line.
+            ManifestError: if the source cannot be used; the message names file and line.
         """
-        records = read_manifest(path, image_folder)
+        published = str(dense) if dense in DENSE_SUFFIXES else None
+        records = read_records(source, format, split=split, image_folder=image_folder, dense=published)
+        require_pictures(records, source)
         if dense is not None:
-            records = join_dense(records, dense, image_folder or Path(path).parent, path)
+            base = image_folder or (Path(source) if Path(source).is_dir() else Path(source).parent)
+            records = join_dense(records, "field" if published else dense, base, source)
         if on_bad_image is None:
-            return cls(records, path)
-        records, skipped = check_pictures(records, path, on_bad_image, show_progress_bar)
-        dataset = cls(records, path)
+            return cls(records, source)
+        records, skipped = check_pictures(records, source, on_bad_image, show_progress_bar)
+        dataset = cls(records, source)
         dataset.skipped = skipped
         return dataset
 
@@ -95,6 +124,6 @@ class ImageTextDataset:
         texts = []
         for record in self.records:
             if record.dense is None:
-                raise ValueError(f"{self.source}:{record.line}: {record.image} has no dense caption; see join_dense")
+                raise ValueError(f"{record.where(self.source)}: {record.image} has no dense caption; see join_dense")
             texts.append(record.dense)
         return texts

@@ -27,13 +27,17 @@ class Record:
         image: path of the picture.
         captions: its sparse captions, at least one.
         dense: its dense caption, or None.
-        line: line of the manifest, from 1.
+        line: line of the manifest, from 1; 0 where the source has no lines.
     """
 
     image: Path
     captions: tuple[str, ...]
     dense: str | None = None
     line: int = 0
+
+    def where(self, source: str | os.PathLike[str]) -> str:
+        """The source, and the line if there is one, for messages."""
+        return f"{os.fspath(source)}:{self.line}" if self.line else os.fspath(source)
 
 
 def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
@@ -134,7 +138,7 @@ def check_pictures(
     Raises:
         ManifestError: at the first bad picture with "error", or if none is good.
     """
-    places = [f"{os.fspath(manifest)}:{record.line}" for record in records]
+    places = [record.where(manifest) for record in records]
     paths = [record.image for record in records]
     try:
         good, skipped = select_readable(
@@ -178,8 +182,9 @@ def join_dense(
         if text is None and source == "auto":
             text = substitute
         if text is None:
-            where = f"{os.fspath(manifest)}:{record.line}"
-            raise ManifestError(f"{where}: {record.image} has no dense text from {os.fspath(source)!r}")
+            raise ManifestError(
+                f"{record.where(manifest)}: {record.image} has no dense text from {os.fspath(source)!r}"
+            )
         result.append(Record(record.image, record.captions, text, record.line))
     return result
 

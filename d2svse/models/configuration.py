@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
+TEXT_PROJECTIONS = ("linear", "residual_mlp")
+FUSIONS = ("sum", "published")
 
 
 @strict
@@ -23,13 +25,17 @@ class D2SVSEConfig(PreTrainedConfig):
         embed_dim: width of the joint space, 512 in the published checkpoints.
         image_pooling: "gpo", "mean", "max" or "cls".
         text_pooling: the same for sentences.
-        context_decoder: constructor arguments of `ContextDecoder`, for the sparse branch of stage 2, or
+        text_projection: "linear", or "residual_mlp" as in the published checkpoints.
+        context_decoder: arguments of `build_context_decoder`, for the sparse branch of stage 2, or
             None for a model without it (stage 1).
+        fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
+            so in training, and in eval mode adds it L2-normalised, as the published evaluation.
+        context_residual: False takes the decoder's output alone, without the pooled sentence.
         similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`.
         logit_scale_init_value: log(1 / temperature) by which scores become logits.
 
     Raises:
-        ValueError: if a pooling is unknown or the width is not positive.
+        ValueError: if a pooling, projection or fusion is unknown or the width is not positive.
     """
 
     model_type = "d2svse"
@@ -43,16 +49,24 @@ class D2SVSEConfig(PreTrainedConfig):
     embed_dim: int = 512
     image_pooling: str = "gpo"
     text_pooling: str = "gpo"
+    text_projection: str = "linear"
     context_decoder: dict[str, Any] | None = None
+    fusion: str = "sum"
+    context_residual: bool = True
     similarity: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.similarity is None:
             self.similarity = {"name": "cosine"}
-        for name in (self.image_pooling, self.text_pooling):
-            if name not in POOLING_NAMES:
-                raise ValueError(f"unknown pooling {name!r}; known are {', '.join(POOLING_NAMES)}")
+        for kind, name, known in (
+            ("pooling", self.image_pooling, POOLING_NAMES),
+            ("pooling", self.text_pooling, POOLING_NAMES),
+            ("text projection", self.text_projection, TEXT_PROJECTIONS),
+            ("fusion", self.fusion, FUSIONS),
+        ):
+            if name not in known:
+                raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from d2svse.models.pooling import POOLINGS
 
 Placement = Literal["prefix", "postfix", "surround"]
 
@@ -29,9 +31,10 @@ class ContextDecoder(nn.Module):
             tokens behind it stand, so padding changes nothing.
         max_positions: longest sentence plus tokens that the position embedding covers.
         mask_padding: hide padded words from the attention. The published code does not.
+        pooling: "mean" over the outputs at the tokens, as the paper does, or "gpo", "max".
 
     Raises:
-        ValueError: if `placement` is unknown, or the heads do not divide `embed_dim`.
+        ValueError: if `placement` or `pooling` is unknown, or the heads do not divide `embed_dim`.
     """
 
     def __init__(
@@ -44,11 +47,14 @@ class ContextDecoder(nn.Module):
         positions: bool = True,
         max_positions: int = 640,
         mask_padding: bool = True,
+        pooling: str = "mean",
     ) -> None:
         super().__init__()
         before = {"prefix": num_tokens, "postfix": 0, "surround": num_tokens // 2}
         if placement not in before:
             raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}; known are {', '.join(POOLINGS)}")
         if min(num_tokens, num_layers, num_heads) < 1:
             raise ValueError(f"the decoder needs tokens, layers and heads, got {num_tokens}, {num_layers}, {num_heads}")
         if embed_dim % num_heads:
@@ -61,6 +67,7 @@ class ContextDecoder(nn.Module):
             embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(embed_dim), enable_nested_tensor=False)
+        self.pooling = POOLINGS[pooling]()
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
         """Decode a batch of sentences.
@@ -70,7 +77,7 @@ class ContextDecoder(nn.Module):
             mask: which words are real, `(batch, length)` bool, or None when all are.
 
         Returns:
-            `(batch, embed_dim)`: the mean of the outputs at the learnable tokens.
+            `(batch, embed_dim)`: the pooled outputs at the learnable tokens.
 
         Raises:
             ValueError: if a sentence is too long for the position embedding.
@@ -88,4 +95,64 @@ class ContextDecoder(nn.Module):
                 raise ValueError(f"a sentence of {length} tokens is longer than the decoder's {limit}; truncate it")
             sequence = sequence + self.position_embeddings((real.cumsum(1) - 1).clamp(min=0))
         decoded = self.layers(sequence, src_key_padding_mask=~real if self.mask_padding else None)
-        return torch.cat([decoded[:, : self.num_before], decoded[:, self.num_before + length :]], dim=1).mean(1)
+        return self.pooling(torch.cat([decoded[:, : self.num_before], decoded[:, self.num_before + length :]], dim=1))
+
+
+class ContextAttention(nn.Module):
+    """Learnable tokens that attend to the words once: the published code without its decoder.
+
+    Computes mean(tokens + Attention(tokens, words, words)).
+
+    Args:
+        embed_dim: width of words and tokens.
+        num_tokens: learnable tokens.
+        num_heads: attention heads.
+        mask_padding: hide padded words from the attention. The published code does not.
+
+    Raises:
+        ValueError: if the heads do not divide `embed_dim`.
+    """
+
+    def __init__(self, embed_dim: int, num_tokens: int = 100, num_heads: int = 8, mask_padding: bool = True) -> None:
+        super().__init__()
+        if min(num_tokens, num_heads) < 1 or embed_dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide the width {embed_dim}, or there are no tokens")
+        self.mask_padding = mask_padding
+        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
+        nn.init.normal_(self.tokens, std=0.02)
+        self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+
+    def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend to a batch of sentences.
+
+        Args:
+            words: projected word features, `(batch, length, embed_dim)`.
+            mask: which words are real, `(batch, length)` bool, or None when all are.
+
+        Returns:
+            `(batch, embed_dim)`: the mean over the learnable tokens.
+        """
+        tokens = self.tokens.to(words.dtype).expand(len(words), -1, -1)
+        hidden = ~mask if mask is not None and self.mask_padding else None
+        attended, _ = self.attention(tokens, words, words, key_padding_mask=hidden, need_weights=False)
+        return (tokens + attended).float().mean(1)
+
+
+def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> nn.Module:
+    """Make the sparse branch that a configuration describes.
+
+    Args:
+        embed_dim: width of the joint space.
+        kind: "decoder" for `ContextDecoder`, "attention" for `ContextAttention`.
+        **arguments: its further constructor arguments.
+
+    Raises:
+        ValueError: if the kind or an argument is unknown or does not fit.
+    """
+    kinds: dict[str, type[nn.Module]] = {"decoder": ContextDecoder, "attention": ContextAttention}
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of context decoder {kind!r}; known are {', '.join(kinds)}")
+    try:
+        return kinds[kind](embed_dim, **arguments)
+    except TypeError as error:
+        raise ValueError(f"context decoder: {error}") from None

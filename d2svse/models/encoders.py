@@ -76,8 +76,30 @@ class ImageEncoder(nn.Module):
         return tokens.shape[1]
 
 
+class ResidualMLP(nn.Module):
+    """What the published model adds to the projection of its words: linear, batch norm, ReLU, linear.
+
+    In training the batch norm counts every position, padding included, as the published code does.
+
+    Args:
+        input_dim: width of the backbone's words.
+        embed_dim: width of the joint space; the hidden layer is half as wide.
+    """
+
+    def __init__(self, input_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(input_dim, embed_dim // 2)
+        self.norm = nn.BatchNorm1d(embed_dim // 2)
+        self.outer = nn.Linear(embed_dim // 2, embed_dim)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Map `(batch, length, input_dim)` to `(batch, length, embed_dim)`."""
+        hidden = self.norm(self.inner(words).flatten(0, 1)).relu()
+        return self.outer(hidden).unflatten(0, words.shape[:2])
+
+
 class TextEncoder(nn.Module):
-    """Token ids to `Features`: backbone, linear projection of every word, pooling, layer norm.
+    """Token ids to `Features`: backbone, projection of every word, pooling, layer norm.
 
     The layer norm acts on the pooled vector, as in the published model. Special tokens such as
     [CLS] and [SEP] count as words.
@@ -86,15 +108,22 @@ class TextEncoder(nn.Module):
         config: configuration of a text backbone.
         embed_dim: width of the joint space.
         pooling: name of the pooling.
+        projection: "linear", or "residual_mlp" to add a `ResidualMLP` to it.
         backbone: a loaded backbone; a random one is made from `config` without it.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
+        self,
+        config: PreTrainedConfig,
+        embed_dim: int,
+        pooling: str = "gpo",
+        projection: str = "linear",
+        backbone: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         self.backbone = make_backbone(config) if backbone is None else backbone
         self.projection = nn.Linear(token_width(config), embed_dim)
+        self.mlp = ResidualMLP(token_width(config), embed_dim) if projection == "residual_mlp" else None
         self.pooling = POOLINGS[pooling]()
         self.layer_norm = nn.LayerNorm(embed_dim)
 
@@ -110,6 +139,8 @@ class TextEncoder(nn.Module):
         """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.projection(hidden)
+        if self.mlp is not None:
+            words = words + self.mlp(hidden)
         mask = None if attention_mask is None else attention_mask.bool()
         pooled = self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype))
         return Features(pooled, words, mask)

@@ -97,9 +97,14 @@ class EncodingMixin:
     ) -> Any:
         """Encode sentences, in batches of like length, given back in the order they came.
 
+        A context decoder that does not mask padding (imported checkpoints) makes an embedding
+        depend on the longest sentence of its batch. Batches are then taken in the order given,
+        as the published evaluation takes them, 128 at a time.
+
         Args:
             texts: a sentence or a list of them.
-            batch_size: sentences encoded at a time; it does not change the result (to 1e-5).
+            batch_size: sentences encoded at a time; but for such a decoder it does not change
+                the result (to 1e-5).
             show_progress_bar: show one on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
             device: move the model there first.
@@ -117,7 +122,9 @@ class EncodingMixin:
         processor = self._require_processor(sentences, batch_size)
         model = self._prepare(device)
         ids = processor.tokenize(sentences, max_length)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        order = list(range(len(ids)))
+        if dense or model.decoder is None or model.decoder.mask_padding:
+            order.sort(key=lambda row: len(ids[row]))
         rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
         def encode(batch: list[int]) -> Features:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,15 +20,15 @@ from transformers.utils import ModelOutput, cached_file
 from d2svse.features import Features
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.configuration import D2SVSEConfig
-from d2svse.models.decoder import ContextDecoder
+from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
-from d2svse.models.processing import D2SVSEProcessor, check_vocabulary
+from d2svse.models.processing import PROCESSOR_FILE, D2SVSEProcessor, check_vocabulary, reads_no_sentences
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json")
+PROCESSOR_FILES = (PROCESSOR_FILE, "tokenizer_config.json")
 
 
 @dataclass
@@ -87,9 +88,13 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         vision_config: Any = config.vision_config
         text_config: Any = config.text_config
         self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
-        self.text_encoder = TextEncoder(text_config, config.embed_dim, config.text_pooling, text_backbone)
+        self.text_encoder = TextEncoder(
+            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone
+        )
         self.decoder = (
-            ContextDecoder(config.embed_dim, **config.context_decoder) if config.context_decoder is not None else None
+            build_context_decoder(config.embed_dim, **config.context_decoder)
+            if config.context_decoder is not None
+            else None
         )
         self.similarity_fn = build_similarity(config.similarity or "cosine")
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
@@ -162,6 +167,22 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             logger.warning("%s holds no %s: set model.processor before encoding", folder, name)
         return (model, info) if with_info else model
 
+    @classmethod
+    def from_published(cls, path: str | os.PathLike[str], **options: Any) -> D2SVSE:
+        """Load a published D2S-VSE checkpoint (`.pth`) so that it does what the published evaluation does.
+
+        Args:
+            path: the file.
+            **options: `tokenizer`, `fusion`, and so on, see `d2svse.hub.load_published`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not such a checkpoint; the message says what does not fit.
+        """
+        from d2svse.hub import load_published  # which needs this class
+
+        return load_published(path, **options)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save weights (safetensors), configuration and processor; arguments as in transformers."""
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -224,20 +245,23 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         if self.decoder is None:
             return texts
         context = self.decoder(texts.tokens, texts.mask)
-        return Features(texts.pooled + context, texts.tokens, texts.mask)
+        if self.config.fusion == "published" and not self.training:
+            context = F.normalize(context.float(), dim=-1)
+        pooled = texts.pooled + context if self.config.context_residual else context
+        return Features(pooled, texts.tokens, texts.mask)
 
-    def add_decoder(self, **arguments: Any) -> ContextDecoder:
+    def add_decoder(self, **arguments: Any) -> nn.Module:
         """Give a stage-1 model the context decoder of stage 2, with fresh weights.
 
         Args:
-            **arguments: constructor arguments of `ContextDecoder`.
+            **arguments: arguments of `build_context_decoder`.
 
         Raises:
             ValueError: if the model has a decoder already.
         """
         if self.decoder is not None:
             raise ValueError("the model has a context decoder already")
-        decoder = ContextDecoder(self.config.embed_dim, **arguments)
+        decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)
         self.config.context_decoder = arguments
@@ -267,7 +291,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             bound = module.hidden_size**-0.5
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
-        elif isinstance(module, ContextDecoder):
+        elif isinstance(module, ContextDecoder | ContextAttention):
             init.normal_(module.tokens, std=0.02)
         elif isinstance(module, Similarity):
             module.reset_parameters()
@@ -293,6 +317,8 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False) 
     if not any(folder.glob("model*.safetensors*")):
         raise FileNotFoundError(f"{folder}: model.safetensors is missing; expected a folder written by save_pretrained")
     if processor or any((folder / name).is_file() for name in PROCESSOR_FILES):
+        if reads_no_sentences(folder):
+            return
         for name in PROCESSOR_FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: {name} is missing; expected the processor beside the weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from d2svse.images import ImageSource, load_image
 DEFAULT_MAX_LENGTH = 512
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TOKENIZING_CHUNK = 10_000
+PROCESSOR_FILE = "processor_config.json"
+WITHOUT_TOKENIZER = "without_tokenizer"
 
 
 class D2SVSEProcessor(ProcessorMixin):
@@ -23,7 +26,7 @@ class D2SVSEProcessor(ProcessorMixin):
 
     Args:
         image_processor: any transformers image processor.
-        tokenizer: any transformers tokenizer.
+        tokenizer: any transformers tokenizer. Without it pictures can be prepared, sentences not.
         max_length: longest sentence in tokens, special tokens included; longer ones are cut.
             None takes the tokenizer's own limit, or 512 where it has none.
     """
@@ -31,8 +34,12 @@ class D2SVSEProcessor(ProcessorMixin):
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, max_length: int | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(image_processor, tokenizer, **kwargs)
-        limit = tokenizer.model_max_length  # 1e30 in tokenizers that know of no limit
+        kwargs.pop(WITHOUT_TOKENIZER, None)
+        if tokenizer is None:  # ProcessorMixin itself knows no processor that lacks a part
+            self.image_processor, self.tokenizer, self.chat_template = image_processor, None, None
+        else:
+            super().__init__(image_processor, tokenizer, **kwargs)
+        limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 where a tokenizer knows of no limit
         self.max_length: int = min(max_length or min(limit, DEFAULT_MAX_LENGTH), limit)
 
     @classmethod
@@ -52,10 +59,30 @@ class D2SVSEProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the parts, with the Pillow image processor: another backend would resize differently."""
-        parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         kept = {name: value for name, value in kwargs.items() if name != "processor_dict"}
-        parts[0] = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kept)
+        image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kept)
+        processor_dict = kwargs.get("processor_dict") or (args[0] if args else None) or {}
+        if processor_dict.get(WITHOUT_TOKENIZER):
+            return [image_processor, None]
+        parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        parts[0] = image_processor
         return parts
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the parts and `processor_config.json`; arguments as in transformers."""
+        if self.tokenizer is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / PROCESSOR_FILE)
+        return [str(Path(save_directory) / PROCESSOR_FILE)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; says also if there is no tokenizer."""
+        values = super().to_dict()
+        if self.tokenizer is None:
+            values.pop("tokenizer", None)
+            values[WITHOUT_TOKENIZER] = True
+        return values
 
     def __call__(
         self,
@@ -92,7 +119,7 @@ class D2SVSEProcessor(ProcessorMixin):
             data["pixel_values"] = self.pixel_values(images, return_tensors=return_tensors, **images_kwargs)
         if text is not None:
             sentences = [text] if isinstance(text, str) else list(text)
-            _check_sentences(sentences)
+            self._check_sentences(sentences)
             limit = min(max_length or self.max_length, self.max_length)
             data |= self.tokenizer(
                 sentences, padding=padding, truncation=truncation, max_length=limit, return_tensors=return_tensors
@@ -119,7 +146,7 @@ class D2SVSEProcessor(ProcessorMixin):
         Raises:
             ValueError: if a sentence is empty or not a string; the message gives its place.
         """
-        _check_sentences(sentences)
+        self._check_sentences(sentences)
         limit = min(max_length or self.max_length, self.max_length)
         ids: list[list[int]] = []
         for start in range(0, len(sentences), TOKENIZING_CHUNK):
@@ -130,6 +157,17 @@ class D2SVSEProcessor(ProcessorMixin):
     def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
         return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
+
+    def _check_sentences(self, sentences: Sequence[str]) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                "the model came without a tokenizer and cannot read sentences; give it one with model.processor = "
+                "D2SVSEProcessor(model.processor.image_processor, AutoTokenizer.from_pretrained(FOLDER_OR_ID)), "
+                "or convert the checkpoint again with tokenizer=FOLDER_OR_ID (--tokenizer)"
+            )
+        for row, sentence in enumerate(sentences):
+            if not isinstance(sentence, str) or not sentence.strip():
+                raise ValueError(f"sentence {row} is empty or not a string: {sentence!r}")
 
     @property
     def model_input_names(self) -> list[str]:
@@ -149,10 +187,10 @@ def check_vocabulary(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_sentences(sentences: Sequence[str]) -> None:
-    for row, sentence in enumerate(sentences):
-        if not isinstance(sentence, str) or not sentence.strip():
-            raise ValueError(f"sentence {row} is empty or not a string: {sentence!r}")
+def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
+    """Whether a local folder holds a processor that was saved without a tokenizer."""
+    file = Path(folder) / PROCESSOR_FILE
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get(WITHOUT_TOKENIZER))
 
 
 def _longest_sentence(config: Any) -> int:

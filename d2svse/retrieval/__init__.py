@@ -1,9 +1,9 @@
 """Metrics, evaluation, the vector index and search."""
 
-from d2svse.retrieval.evaluation import evaluate
+from d2svse.retrieval.evaluation import evaluate, score_dataset
 from d2svse.retrieval.gallery import draw_gallery
 from d2svse.retrieval.index import ExactIndex, VectorIndex
-from d2svse.retrieval.metrics import ranks, recall_at_k, retrieval_metrics
+from d2svse.retrieval.metrics import fold_metrics, mean_metrics, ranks, recall_at_k, retrieval_metrics
 from d2svse.retrieval.search import Hit, index_images, search, search_by_image
 
 __all__ = [
@@ -12,10 +12,13 @@ __all__ = [
     "VectorIndex",
     "draw_gallery",
     "evaluate",
+    "fold_metrics",
     "index_images",
+    "mean_metrics",
     "ranks",
     "recall_at_k",
     "retrieval_metrics",
+    "score_dataset",
     "search",
     "search_by_image",
 ]

@@ -87,6 +87,38 @@ def retrieval_metrics(
     return result
 
 
+def fold_metrics(
+    scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, folds: int
+) -> list[dict[str, float]]:
+    """`retrieval_metrics` of equal consecutive parts of the images, each with its own captions.
+
+    MS-COCO's "1K" results are the mean of the five folds of its 5000 test images.
+
+    Args:
+        scores: `(n_images, n_captions)`, higher is closer.
+        image_of_caption: `(n_captions,)` the row of each caption's image.
+        folds: how many parts.
+
+    Raises:
+        ValueError: if the images do not divide into that many parts, and as `ranks`.
+    """
+    scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
+    size = scores.shape[0] // max(folds, 1)
+    if folds < 1 or size < 1 or size * folds != scores.shape[0]:
+        raise ValueError(f"{scores.shape[0]} images do not divide into {folds} folds")
+    results = []
+    for first in range(0, folds * size, size):
+        inside = (owner >= first) & (owner < first + size)
+        part = scores[first : first + size][:, inside.to(scores.device)]
+        results.append(retrieval_metrics(part, owner[inside] - first))
+    return results
+
+
+def mean_metrics(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several results."""
+    return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+
+
 def as_percent(metrics: dict[str, Any]) -> dict[str, float]:
     """The recalls and rSum of `retrieval_metrics` in percent, as papers print them."""
     return {name: 100 * value for name, value in metrics.items() if "_recall_at_" in name or name == "rsum"}

@@ -19,9 +19,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from d2svse.data import ImageTextDataset
 from d2svse.files import parse_yaml, write_json, write_text, written_aside
 from d2svse.images import OnBadImage
-from d2svse.models import D2SVSE, ContextDecoder, D2SVSEConfig
+from d2svse.models import D2SVSE, D2SVSEConfig
+from d2svse.models.decoder import build_context_decoder
 from d2svse.models.modeling import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
+from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
 
 STAGES = ("pretrain", "distill", "align")
@@ -32,15 +34,18 @@ class Recipe:
     """Everything a training run needs; the keys of a `--config` YAML file are these names.
 
     Attributes:
-        train: manifest of the training set.
-        val: manifest of the validation set.
+        train: manifest of the training set, or any other layout that `read_records` knows.
+        val: the same for the validation set.
+        train_split: split of the training set, where the layout has several.
+        val_split: split of the validation set.
         output: folder for checkpoints, models, configuration and results.
         vision: Hub id or folder of the vision backbone.
         text: Hub id or folder of the text backbone.
         model: Hub id or folder of a model to start from, instead of backbones.
         stages: the stages in order: "pretrain", "distill", "align".
         preset: "paper", "published" or "recommended".
-        dense: where dense text comes from: "auto", "field", "concat" or a JSONL file.
+        dense: where dense text comes from: "auto", "field", "concat", a JSONL file, or "long" or
+            "short200" of the published layout.
         image_folder: where relative image paths start; the manifest's folder without it.
         on_bad_image: "error" or "skip".
         model_options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
@@ -58,6 +63,8 @@ class Recipe:
     output: str
     vision: str | None = None
     text: str | None = None
+    train_split: str | None = None
+    val_split: str | None = None
     model: str | None = None
     stages: list[str] = field(default_factory=lambda: ["pretrain", "distill"])
     preset: str = "recommended"
@@ -170,11 +177,11 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     model = _start(recipe)
     if "distill" in recipe.stages:
         with torch.device("meta"):  # to hear of a misfit now, not after stage 1
-            ContextDecoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
+            build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar, **options}
-    train_dataset = ImageTextDataset.from_manifest(recipe.train, dense=recipe.dense, **shown)
-    eval_dataset = ImageTextDataset.from_manifest(recipe.val, **shown)
+    train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
+    eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
     configuration = recipe.effective_configuration()
     write_text(output / "recipe.yaml", configuration)
     results = _finished(recipe) if recipe.resume else {}
@@ -183,7 +190,10 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
             continue
         model.freeze(vision=False, text=False)
-        trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset)
+        teacher = None
+        if stage == "distill" and model.decoder is not None and recipe.model is not None:
+            teacher = Teacher.from_folder(model, recipe.model, stage_arguments[stage].dense_max_length)
+        trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset, teacher=teacher)
         trainer.train(resume_from_checkpoint=get_last_checkpoint_of(recipe, stage) if recipe.resume else None)
         metrics = trainer.evaluate(metric_key_prefix="final")
         _save(model, recipe.model_folder(stage), configuration)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from d2svse.hub.published import TEACHER_FILE
 from d2svse.models import D2SVSE
 from d2svse.progress import progress_bar
 
@@ -32,6 +36,27 @@ class Teacher:
             raise ValueError("the teacher needs the model's processor to read dense captions")
         self.text_encoder = copy.deepcopy(model.text_encoder).to(device or model.device).eval().requires_grad_(False)
         self.processor, self.max_length = model.processor, max_length
+
+    @classmethod
+    def from_folder(cls, model: D2SVSE, folder: str | os.PathLike[str], max_length: int | None = None) -> Teacher:
+        """Take the teacher that lies beside a converted stage-2 model (`teacher.safetensors`).
+
+        Args:
+            model: the stage-2 model, whose text encoder is built like the teacher's.
+            folder: the model's folder.
+            max_length: longest dense caption in tokens; the processor's limit without it.
+
+        Raises:
+            FileNotFoundError: if the folder holds no teacher.
+        """
+        file = Path(folder) / TEACHER_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: no teacher beside this stage-2 model; convert the checkpoint with --keep-teacher to train on"
+            )
+        teacher = cls(model, max_length)
+        teacher.text_encoder.load_state_dict(load_file(file))
+        return teacher
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> Tensor:

@@ -31,19 +31,6 @@ def backbones(tmp_path_factory, request):
     return folder
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit code, what it printed and its errors."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return stop.value.code, printed.out, printed.err
-
-    return call
-
-
 FAST = (
     "--epochs",
     1,

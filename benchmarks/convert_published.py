@@ -1,0 +1,114 @@
+"""Time and memory of converting published checkpoints of base size (random weights).
+
+    python benchmarks/convert_published.py
+
+Each checkpoint is written in the published layout: ViT-B/16 or Swin-B with BERT-base, 100 learnable
+tokens in 4 decoder layers, the teacher included. A fresh process then converts it, another loads
+the folder and encodes a picture and a sentence. Memory is the peak resident set of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SIZES = {"vit-224": ("vit", 224, 224), "vit-384": ("vit", 384, 384), "swin-224": ("swin", 224, 7)}
+SIZES["swin-384"] = ("swin", 384, 12)
+
+STEP = """
+import json, resource, sys, time
+import numpy as np
+from d2svse import D2SVSE
+from d2svse.hub import convert_published
+what, source, target = sys.argv[1:4]
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+result = {}
+if what == "convert":
+    convert_published(source, target, tokenizer=sys.argv[4])
+else:
+    model = D2SVSE.from_pretrained(source)
+    picture = np.random.default_rng(0).integers(0, 255, (375, 500, 3), dtype=np.uint8)
+    image, text = model.encode_image(picture), model.encode_text("a dog runs on the beach")
+    assert image.shape == text.shape == (1, 512) and np.isfinite(image @ text.T).all()
+    size = model.config.vision_config.image_size
+    result = {"image_size": size, "input": model.processor.image_processor.size["height"]}
+result["seconds"] = time.perf_counter() - start
+result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+result["imports_mb"] = base / 1024
+print(json.dumps(result))
+"""
+
+
+def write_checkpoint(path: Path, kind: str, resolution: int, detail: int) -> None:
+    """Write a random checkpoint of base size in the published layout."""
+    import torch
+    from transformers import BertConfig, SwinConfig, ViTConfig
+
+    from d2svse import D2SVSE, D2SVSEConfig
+    from d2svse.hub import published
+
+    if kind == "vit":
+        vision = ViTConfig(image_size=detail)
+    else:
+        heads = {"depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+        vision = SwinConfig(embed_dim=128, window_size=detail, image_size=resolution, **heads)
+    decoder = {"num_tokens": 100, "num_layers": 4, "placement": "postfix", "positions": False, "mask_padding": False}
+    config = D2SVSEConfig(
+        vision_config=vision.to_dict(),
+        text_config=BertConfig().to_dict(),
+        text_projection="residual_mlp",
+        context_decoder=decoder,
+    )
+    with torch.device("meta"):
+        shapes = published.published_shapes(D2SVSE(config), teacher=True)
+    torch.manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros(shape, dtype=torch.long)
+        else:
+            state[name] = torch.randn(shape).mul_(0.02).add_(1.0 if name.endswith("running_var") else 0.0)
+    opt = argparse.Namespace(img_res=resolution, vit_type=kind, no_res_embed=True, distill=True, embed_size=512)
+    torch.save({"model": state, "opt": opt, "epoch": 0, "best_rsum": 0.0, "Eiters": 0}, path)
+
+
+def step(*arguments: object) -> dict[str, float]:
+    """Run a step in a fresh process."""
+    command = [sys.executable, "-c", STEP, *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print a row for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=list(SIZES), help=", ".join(SIZES))
+    arguments = parser.parse_args()
+    print("| checkpoint | file MB | convert s | peak MB | peak / file | load and encode s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in arguments.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer, checkpoint, model = (Path(folder) / part for part in ("tokenizer", "m.pth", "model"))
+            from d2svse.demo import build_tokenizer
+
+            build_tokenizer(["a dog runs on the beach"]).save_pretrained(tokenizer)
+            write = f"c.write_checkpoint(c.Path({str(checkpoint)!r}), *c.SIZES[{name!r}])"
+            writer = f"import convert_published as c; {write}"
+            subprocess.run([sys.executable, "-c", writer], check=True, cwd=Path(__file__).parent)
+            size = checkpoint.stat().st_size / 2**20
+            converted = step("convert", checkpoint, model, tokenizer)
+            loaded = step("load", model, "-")
+            assert loaded["input"] == SIZES[name][1]
+            print(
+                f"| {name} | {size:.0f} | {converted['seconds']:.1f} | {converted['peak_mb']:.0f} "
+                f"| {converted['peak_mb'] / size:.2f} | {loaded['seconds']:.1f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`d2svse convert published` and `d2svse convert to-published`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2svse.cli.common import parse_assignments, quiet_transformers
+
+app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
+
+
+@app.command("published")
+def published(
+    checkpoint: Annotated[Path, typer.Argument(help="The published .pth file.")],
+    output: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer. [default: bert-base-uncased from the Hub]")
+    ] = None,
+    keep_teacher: Annotated[
+        bool, typer.Option("--keep-teacher", help="Keep the frozen dense text encoder, to train on.")
+    ] = False,
+    fusion: Annotated[str, typer.Option(help="published, or sum as in the paper (Eq. 3).")] = "published",
+    token_placement: Annotated[str, typer.Option(help="postfix, or surround as in the paper.")] = "postfix",
+    mask_padding: Annotated[bool, typer.Option("--mask-padding", help="Hide padded words from the decoder.")] = False,
+    antialias: Annotated[bool, typer.Option("--antialias", help="Resize pictures with anti-aliasing.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of what the file does not tell: img_res, vision.num_attention_heads, …"),
+    ] = None,
+) -> None:
+    """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
+    quiet_transformers()
+    from d2svse.hub import convert_published
+
+    given = {"fusion": fusion, "token_placement": token_placement, "mask_padding": mask_padding}
+    model = convert_published(
+        checkpoint,
+        output,
+        keep_teacher=keep_teacher,
+        tokenizer=tokenizer,
+        antialias=antialias,
+        **{**given, **parse_assignments(set_ or [], "--set")},
+    )
+    stage = 1 if model.decoder is None else 2
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    config: Any = model.config
+    kind = f"stage {stage}, {config.vision_config.model_type}, embed_dim {config.embed_dim}"
+    typer.echo(f"{output}: {kind}, {millions:.1f} million parameters")
+
+
+@app.command("to-published")
+def to_published(
+    folder: Annotated[Path, typer.Argument(help="The model folder.")],
+    output: Annotated[Path, typer.Argument(help="The .pth file to write.")],
+) -> None:
+    """Write a model folder in the published format."""
+    quiet_transformers()
+    from d2svse.hub import write_published
+
+    write_published(folder, output)
+    typer.echo(f"{output}: written")

@@ -1,0 +1,396 @@
+"""Readers of the field's data layouts, each to the records that a manifest gives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2svse.data.manifest import ManifestError, Record, read_json_lines, read_manifest
+
+FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets")
+TABLE_NAMES = ("captions.txt", "captions.csv", "results.csv", "results_20130124.token", "Flickr8k.token.txt")
+IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
+
+
+def read_records(
+    source: str | os.PathLike[str],
+    format: str = "auto",
+    *,
+    split: str | None = None,
+    image_folder: str | os.PathLike[str] | None = None,
+    dense: str | None = None,
+) -> list[Record]:
+    """Read images and captions of any known layout.
+
+    Args:
+        source: a manifest; a folder of the published layout; Karpathy's or COCO's JSON; a table
+            of images and captions, or the folder that holds it; a `datasets` folder or Hub id.
+        format: "manifest", "published", "karpathy", "coco", "table" or "datasets"; "auto" looks.
+        split: which split, where the layout has several; "train+restval" joins Karpathy's.
+        image_folder: where relative image paths start; by default the layout's usual place.
+        dense: of the published layout's dense text "long" or "short200"; by default the long one
+            if it is there.
+
+    Raises:
+        ManifestError: if the files do not hold what the layout should; the message names the
+            file and, where counts do not match, gives both.
+        ValueError: if the format is unknown or the layout needs a split.
+    """
+    if format == "auto":
+        format = detect_format(source)
+    if format not in FORMATS:
+        raise ValueError(f"unknown data format {format!r}; known are auto, {', '.join(FORMATS)}")
+    has_splits = format in ("published", "karpathy", "datasets")
+    if has_splits and split is None:
+        raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split)")
+    if not has_splits and split is not None:
+        raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
+    if format == "manifest":
+        return read_manifest(source, image_folder)
+    if format == "datasets":
+        return read_datasets(os.fspath(source), str(split), image_folder=image_folder)
+    path = Path(source)
+    if format == "published":
+        return read_published(path, str(split), image_folder=image_folder, dense=dense)
+    if format == "karpathy":
+        return read_karpathy(path, str(split), image_folder=image_folder)
+    return (read_coco if format == "coco" else read_table)(path, image_folder=image_folder)
+
+
+def detect_format(source: str | os.PathLike[str]) -> str:
+    """Which layout a file or folder has.
+
+    Raises:
+        ManifestError: if it is not there or none that is known.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if any(path.glob("*_ids.txt")):
+            return "published"
+        if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            return "datasets"
+        if _find_table(path) is not None:
+            return "table"
+        looked = f"*_ids.txt (published), dataset_info.json (datasets), {', '.join(TABLE_NAMES)} (table)"
+        raise ManifestError(f"{path}: no data layout that is known; looked for {looked}")
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such file or folder")
+    if path.suffix == ".json":
+        content = _read_json(path)
+        if isinstance(content, dict) and "annotations" in content:
+            return "coco"
+        if isinstance(content, dict) and "images" in content:
+            return "karpathy"
+        raise ManifestError(f'{path}: expected "images" with sentences (Karpathy) or with "annotations" (COCO)')
+    return "table" if path.suffix in (".csv", ".txt", ".token", ".tsv") else "manifest"
+
+
+def read_published(
+    folder: str | os.PathLike[str],
+    split: str,
+    *,
+    image_folder: str | os.PathLike[str] | None = None,
+    dense: str | None = None,
+) -> list[Record]:
+    """Read the layout of the published code (D2S-VSE, and VSE++ and its kin before it).
+
+    `{split}_caps.txt` holds a caption a line; `{split}_ids.txt` the id of its image for every
+    caption, or an id for every image, each of which then has equally many captions in a row;
+    `id_mapping.json` the picture of each id; `{dataset}_{split}.jsonl` and its `_short200` form a
+    dense caption a line, line k for the k-th image.
+
+    Raises:
+        ManifestError: if a file is missing or counts do not match.
+    """
+    folder = Path(folder)
+    captions = _read_lines(folder / f"{split}_caps.txt")
+    ids = _read_lines(folder / f"{split}_ids.txt")
+    names = _read_json(folder / "id_mapping.json")
+    if len(captions) == len(ids):
+        owners = ids
+    elif ids and len(captions) % len(ids) == 0:
+        owners = [image for image in ids for _ in range(len(captions) // len(ids))]
+    else:
+        raise ManifestError(
+            f"{folder}: {len(captions)} captions in {split}_caps.txt and {len(ids)} ids in {split}_ids.txt; "
+            "expected an id for every caption, or for every image with equally many captions each"
+        )
+    grouped: dict[str, list[str]] = {}
+    lines: dict[str, int] = {}
+    for line, (image, caption) in enumerate(zip(owners, captions, strict=True), start=1):
+        if not caption:
+            raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption")
+        if image not in names:
+            raise ManifestError(f"{folder}: id {image} of {split}_ids.txt is not in id_mapping.json")
+        grouped.setdefault(image, []).append(caption)
+        lines.setdefault(image, line)
+    texts = _published_dense(folder, split, len(grouped), dense)
+    pictures = _image_folder(folder, image_folder)
+    return [
+        Record(pictures / names[image], tuple(sentences), text, lines[image])
+        for (image, sentences), text in zip(grouped.items(), texts, strict=True)
+    ]
+
+
+def read_karpathy(
+    path: str | os.PathLike[str], split: str, *, image_folder: str | os.PathLike[str] | None = None
+) -> list[Record]:
+    """Read Karpathy's `dataset_flickr8k.json`, `dataset_flickr30k.json` or `dataset_coco.json`.
+
+    Args:
+        path: the file.
+        split: "train", "val", "test" or "restval", or several joined by "+".
+        image_folder: where the pictures are; the usual place beside the file without it.
+
+    Raises:
+        ManifestError: if the file does not hold what it should, or has no such split.
+    """
+    path, wanted = Path(path), set(split.split("+"))
+    pictures = _image_folder(path.parent, image_folder)
+    records, seen = [], set()
+    for row, image in enumerate(_items(path, "images"), start=1):
+        where = f"{path}: image {row}"
+        name, part, sentences = image.get("filename"), image.get("split"), image.get("sentences")
+        seen.add(part)
+        if part not in wanted:
+            continue
+        if not isinstance(name, str) or not isinstance(sentences, list) or not sentences:
+            raise ManifestError(f'{where}: expected "filename" and "sentences"')
+        expected = image.get("sentids", sentences)
+        if len(expected) != len(sentences):
+            raise ManifestError(f"{where} ({name}): {len(sentences)} sentences and {len(expected)} sentids")
+        captions = tuple(str(sentence.get("raw", "")).strip() for sentence in sentences)
+        if not all(captions):
+            raise ManifestError(f"{where} ({name}): an empty caption")
+        records.append(Record(pictures / image.get("filepath", "") / name, captions, None))
+    missing = wanted - seen
+    if missing:
+        raise ManifestError(
+            f"{path}: no split {', '.join(sorted(missing))}; it has {', '.join(sorted(map(str, seen)))}"
+        )
+    return records
+
+
+def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
+    """Read COCO's `captions_*.json`.
+
+    Raises:
+        ManifestError: if a caption has no image or an image no caption.
+    """
+    path = Path(path)
+    pictures = _image_folder(path.parent, image_folder)
+    names = {image.get("id"): image.get("file_name") for image in _items(path, "images")}
+    captions: dict[Any, list[str]] = {image: [] for image in names}
+    for row, annotation in enumerate(_items(path, "annotations"), start=1):
+        image, caption = annotation.get("image_id"), str(annotation.get("caption", "")).strip()
+        if image not in captions:
+            raise ManifestError(f"{path}: annotation {row} is of image {image}, which is not among the images")
+        if not caption:
+            raise ManifestError(f"{path}: annotation {row} has an empty caption")
+        captions[image].append(caption)
+    bare = [image for image, sentences in captions.items() if not sentences]
+    if bare:
+        raise ManifestError(
+            f"{path}: {len(names)} images and captions for {len(names) - len(bare)} of them; "
+            f"the first without is {names[bare[0]]}"
+        )
+    return [Record(pictures / str(names[image]), tuple(sentences)) for image, sentences in captions.items()]
+
+
+def read_table(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
+    """Read lines of an image and a caption: `image,caption`, `image|number|caption`, or `image#number<tab>caption`.
+
+    Args:
+        path: the file, or the folder that holds it under one of its usual names.
+        image_folder: where the pictures are; the usual place beside the file without it.
+
+    Raises:
+        ManifestError: if a line is not of that form.
+    """
+    path = Path(path)
+    if path.is_dir():
+        table = _find_table(path)
+        if table is None:
+            raise ManifestError(f"{path}: no table of captions; looked for {', '.join(TABLE_NAMES)}")
+        path = table
+    pictures = _image_folder(path.parent, image_folder)
+    grouped: dict[str, list[str]] = {}
+    lines: dict[str, int] = {}
+    for line, name, caption in _table_rows(path):
+        if not name or not caption:
+            raise ManifestError(f"{path}:{line}: expected an image and a caption, got {name!r} and {caption!r}")
+        grouped.setdefault(name, []).append(caption)
+        lines.setdefault(name, line)
+    if not grouped:
+        raise ManifestError(f"{path}: no rows in it")
+    return [Record(pictures / name, tuple(captions), None, lines[name]) for name, captions in grouped.items()]
+
+
+def read_datasets(
+    source: Any,
+    split: str,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    image_folder: str | os.PathLike[str] | None = None,
+) -> list[Record]:
+    """Read a Hugging Face `datasets` dataset, a row an image.
+
+    Pictures that the dataset holds itself, and not as paths, are written once to `image_folder`.
+
+    Args:
+        source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
+        split: the split.
+        image_column: a column of images.
+        caption_column: a column of a caption, or of a list of captions.
+        image_folder: where to write pictures that are held as bytes.
+
+    Raises:
+        ImportError: if `datasets` is not installed.
+        ManifestError: if a column is missing or a caption empty.
+        ValueError: if pictures must be written and there is no folder for them.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError('reading a datasets dataset needs the extra [data]: pip install "d2svse[data]"') from None
+    if isinstance(source, str):
+        where = source
+        saved = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+        source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+    else:
+        where = type(source).__name__
+    if isinstance(source, dict):
+        if split not in source:
+            raise ManifestError(f"{where}: no split {split!r}; it has {', '.join(source)}")
+        source = source[split]
+    for column in (image_column, caption_column):
+        if column not in source.column_names:
+            raise ManifestError(f"{where}: no column {column!r}; it has {', '.join(source.column_names)}")
+    records = []
+    for row, item in enumerate(source.cast_column(image_column, datasets.Image(decode=False))):
+        held = item[caption_column]
+        captions = tuple(str(caption).strip() for caption in ([held] if isinstance(held, str) else held or []))
+        if not captions or not all(captions):
+            raise ManifestError(f"{where}: row {row} has an empty caption")
+        image = item[image_column]
+        if image["path"] and Path(image["path"]).is_file():
+            picture = Path(image["path"])
+        else:
+            picture = _write_picture(image["bytes"], row, image_folder, where)
+        records.append(Record(picture, captions))
+    return records
+
+
+def require_pictures(records: Sequence[Record], source: str | os.PathLike[str]) -> None:
+    """Check that every picture is there.
+
+    Raises:
+        ManifestError: naming the first that is not, and how many are not.
+    """
+    missing = [record.image for record in records if not record.image.is_file()]
+    if missing:
+        raise ManifestError(
+            f"{os.fspath(source)}: {len(missing)} of {len(records)} pictures are not there, the first is {missing[0]}; "
+            "give the folder that holds them with image_folder (--image-folder)"
+        )
+
+
+def _write_picture(content: bytes | None, row: int, folder: str | os.PathLike[str] | None, where: str) -> Path:
+    if not content:
+        raise ManifestError(f"{where}: row {row} has no picture")
+    if folder is None:
+        raise ValueError(f"{where}: its pictures are not files; give image_folder (--image-folder) to write them to")
+    suffix = ".png" if content.startswith(b"\x89PNG") else ".jpg"
+    picture = Path(folder) / f"{row:08d}{suffix}"
+    if not (picture.is_file() and picture.stat().st_size == len(content)):
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        aside = picture.with_suffix(".tmp")
+        aside.write_bytes(content)
+        aside.replace(picture)
+    return picture
+
+
+def _published_dense(folder: Path, split: str, count: int, dense: str | None) -> list[str | None]:
+    if dense is not None and dense not in DENSE_SUFFIXES:
+        raise ValueError(f"dense text of the published layout is {' or '.join(DENSE_SUFFIXES)}, not {dense!r}")
+    suffix = DENSE_SUFFIXES[dense or "long"]
+    files = sorted(folder.glob(f"*_{split}{suffix}.jsonl"))
+    if len(files) > 1:
+        raise ManifestError(f"{folder}: several dense files: {', '.join(file.name for file in files)}; keep one")
+    if not files:
+        if dense is not None:
+            raise ManifestError(f"{folder}: no dense file DATASET_{split}{suffix}.jsonl")
+        return [None] * count
+    rows = list(read_json_lines(files[0]))
+    if len(rows) != count:
+        raise ManifestError(f"{files[0]}: {len(rows)} dense captions for {count} images; expected a line for each")
+    texts: list[str | None] = []
+    for line, row in rows:
+        text = row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ManifestError(f'{files[0]}:{line}: expected "text" with a text, got {text!r}')
+        texts.append(text.strip())
+    return texts
+
+
+def _image_folder(beside: Path, given: str | os.PathLike[str] | None) -> Path:
+    if given is not None:
+        return Path(given)
+    return next((beside / name for name in IMAGE_FOLDERS if (beside / name).is_dir()), beside)
+
+
+def _find_table(folder: Path) -> Path | None:
+    return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, image and caption of each row of a table, its header left out."""
+    lines = _read_lines(path)
+    first = lines[0] if lines else ""
+    if "#" in first.partition("\t")[0] and "\t" in first:
+        for line, text in enumerate(lines, start=1):
+            name, _, caption = text.partition("\t")
+            yield line, name.rpartition("#")[0], caption.strip()
+        return
+    delimiter = next((sign for sign in "|\t" if sign in first), ",")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+    has_header = any(cell in ("image", "image_name", "filename", "file_name") for cell in header)
+    numbered = has_header and len(header) == 3
+    for row in reader:
+        if has_header and reader.line_num == 1:
+            continue
+        cells = row[2:] if numbered else row[1:]
+        yield reader.line_num, row[0].strip() if row else "", delimiter.join(cells).strip()
+
+
+def _items(path: Path, key: str) -> list[dict[str, Any]]:
+    content = _read_json(path)
+    items = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ManifestError(f'{path}: expected "{key}" with a list of objects')
+    return items
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path}: not JSON ({error})") from None
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not a text file ({error})") from None

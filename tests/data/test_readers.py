@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2svse import ImageTextDataset
+from d2svse.data import ManifestError, read_manifest, read_records, write_manifest
+from d2svse.data.readers import detect_format, read_datasets
+
+CAPTIONS = [["a red dog", "a dog that is red"], ["a cat, asleep", "one cat"], ["two birds", "birds fly"]]
+NAMES = ["one.jpg", "two.jpg", "three.jpg"]
+
+
+def write(path: Path, *lines: str) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for shade, name in enumerate(NAMES):
+        Image.new("RGB", (9, 7), (shade * 40, 0, 0)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def published(tmp_path: Path, pictures: Path) -> Path:
+    """The published layout, with the ids once for every caption in `test` and once for every image in `train`."""
+    (tmp_path / "id_mapping.json").write_text(json.dumps({str(10 + i): name for i, name in enumerate(NAMES)}))
+    for split, repeat in (("test", 2), ("train", 1)):
+        write(tmp_path / f"{split}_caps.txt", *(caption for group in CAPTIONS for caption in group))
+        write(tmp_path / f"{split}_ids.txt", *(str(10 + i) for i in range(3) for _ in range(repeat)))
+    for suffix, text in (("", "a long text of"), ("_short200", "a text of")):
+        rows = (json.dumps({"text": f" {text} {i} ", "model_id": "llava", "metadata": {}}) for i in range(3))
+        write(tmp_path / f"f30k_test{suffix}.jsonl", *rows)
+    return tmp_path
+
+
+def check(records, pictures: Path) -> None:
+    assert [record.image for record in records] == [pictures / name for name in NAMES]
+    assert [list(record.captions) for record in records] == CAPTIONS
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_published_ids_once_for_captions_and_once_for_images(published, pictures, split):
+    check(read_records(published, split=split), pictures)
+
+
+def test_published_dense_text_long_and_short(published):
+    assert [r.dense for r in read_records(published, split="test")] == [f"a long text of {i}" for i in range(3)]
+    short = ImageTextDataset.from_source(published, split="test", dense="short200")
+    assert short.dense_captions == [f"a text of {i}" for i in range(3)]
+    assert [r.dense for r in read_records(published, split="train")] == [None] * 3
+    with pytest.raises(ManifestError, match=r"no dense file DATASET_train_short200\.jsonl"):
+        read_records(published, split="train", dense="short200")
+
+
+def test_published_counts_that_do_not_match_give_both_numbers(published):
+    write(published / "test_ids.txt", "10", "11", "12", "10")
+    with pytest.raises(ManifestError, match=r"6 captions in test_caps\.txt and 4 ids in test_ids\.txt"):
+        read_records(published, split="test")
+    write(published / "test_ids.txt", "10", "11", "12")
+    write(published / "f30k_test.jsonl", json.dumps({"text": "one"}), json.dumps({"text": "two"}))
+    with pytest.raises(ManifestError, match="2 dense captions for 3 images"):
+        read_records(published, split="test")
+    (published / "id_mapping.json").write_text("{}")
+    with pytest.raises(ManifestError, match=r"id 10 of test_ids\.txt is not in id_mapping\.json"):
+        read_records(published, split="test")
+    with pytest.raises(ManifestError, match=r"dev_caps\.txt: no such file"):
+        read_records(published, split="dev")
+
+
+def test_pictures_that_are_not_there_are_counted(published, pictures):
+    (pictures / "two.jpg").unlink()
+    with pytest.raises(ManifestError, match=r"1 of 3 pictures are not there, the first is .*two\.jpg.*--image-folder"):
+        ImageTextDataset.from_source(published, split="test")
+
+
+def karpathy(pictures: Path) -> dict:
+    splits = ["train", "restval", "val"]
+    return {
+        "dataset": "coco",
+        "images": [
+            {
+                "filename": name,
+                "filepath": pictures.name,
+                "split": splits[i],
+                "sentids": [2 * i, 2 * i + 1],
+                "sentences": [{"raw": caption, "tokens": caption.split()} for caption in CAPTIONS[i]],
+            }
+            for i, name in enumerate(NAMES)
+        ],
+    }
+
+
+def test_karpathy_splits_and_restval(tmp_path, pictures):
+    file = tmp_path / "dataset_coco.json"
+    content = karpathy(pictures)
+    file.write_text(json.dumps(content))
+    assert [r.image.name for r in read_records(file, split="train", image_folder=tmp_path)] == NAMES[:1]
+    check(read_records(file, split="train+restval+val", image_folder=tmp_path), pictures)
+    with pytest.raises(ManifestError, match="no split test; it has restval, train, val"):
+        read_records(file, split="test")
+    with pytest.raises(ValueError, match="several splits; say which"):
+        read_records(file)
+    content["images"][0]["sentids"] = [1]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="2 sentences and 1 sentids"):
+        read_records(file, split="train")
+
+
+def test_coco_captions(tmp_path, pictures):
+    content = {
+        "images": [{"id": 7 + i, "file_name": name} for i, name in enumerate(NAMES)],
+        "annotations": [
+            {"image_id": 7 + i, "id": 2 * i + k, "caption": CAPTIONS[i][k] + "\n"} for k in range(2) for i in range(3)
+        ],
+    }
+    file = tmp_path / "captions_val2017.json"
+    file.write_text(json.dumps(content))
+    check(read_records(file), pictures)
+    with pytest.raises(ValueError, match="has no splits"):
+        read_records(file, split="val")
+    file.write_text(json.dumps({**content, "annotations": content["annotations"][:2]}))
+    with pytest.raises(ManifestError, match=r"3 images and captions for 2 of them; the first without is three\.jpg"):
+        read_records(file)
+    file.write_text(json.dumps({**content, "images": content["images"][1:]}))
+    with pytest.raises(ManifestError, match="annotation 1 is of image 7"):
+        read_records(file)
+
+
+@pytest.mark.parametrize("form", ["comma", "quoted", "bare", "numbered", "token"])
+def test_tables(tmp_path, pictures, form):
+    pairs = [(name, k, caption) for name, group in zip(NAMES, CAPTIONS, strict=True) for k, caption in enumerate(group)]
+    if form == "token":
+        write(tmp_path / "Flickr8k.token.txt", *(f"{name}#{k}\t{caption}" for name, k, caption in pairs))
+    elif form == "numbered":
+        rows = (f"{name}| {k}| {caption}" for name, k, caption in pairs)
+        write(tmp_path / "results.csv", "image_name| comment_number| comment", *rows)
+    else:
+        quote = '"' if form == "quoted" else ""
+        rows = (f"{name},{quote}{caption}{quote}" for name, _, caption in pairs)
+        write(tmp_path / "captions.txt", *([] if form == "bare" else ["image,caption"]), *rows)
+    records = read_records(tmp_path)
+    assert [record.image for record in records] == [pictures / name for name in NAMES]
+    assert [[" ".join(c.replace(",", ", ").split()) for c in r.captions] for r in records] == CAPTIONS
+
+
+def test_a_row_without_a_caption_is_named(tmp_path):
+    write(tmp_path / "captions.txt", "image,caption", "one.jpg,", "two.jpg,a cat")
+    with pytest.raises(ManifestError, match=r"captions\.txt:2: expected an image and a caption"):
+        read_records(tmp_path)
+
+
+def test_unknown_layouts_are_refused(tmp_path):
+    with pytest.raises(ManifestError, match="no data layout that is known; looked for"):
+        detect_format(tmp_path)
+    with pytest.raises(ManifestError, match="no such file or folder"):
+        detect_format(tmp_path / "none")
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ManifestError, match="Karpathy"):
+        detect_format(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="unknown data format 'x'"):
+        read_records(tmp_path, "x")
+
+
+def test_every_layout_becomes_a_manifest(published, pictures):
+    write_manifest(published / "out.jsonl", read_records(published, split="test"))
+    records = read_manifest(published / "out.jsonl")
+    check(records, pictures)
+    assert records[0].dense == "a long text of 0"
+
+
+def test_datasets(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
+    columns = {"image": [str(pictures / name) for name in NAMES], "caption": CAPTIONS}
+    by_path = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    check(read_datasets(by_path, "train"), pictures)
+    held = {**columns, "image": [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]}
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(held).cast_column("image", datasets.Image())})
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="give image_folder"):
+        read_records(tmp_path / "saved", split="train")
+    records = read_records(tmp_path / "saved", split="train", image_folder=tmp_path / "written")
+    assert [list(record.captions) for record in records] == CAPTIONS
+    for record, name in zip(records, NAMES, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(record.image)), np.asarray(Image.open(pictures / name)))
+    with pytest.raises(ManifestError, match="no split 'test'; it has train"):
+        read_records(tmp_path / "saved", split="test")
+    with pytest.raises(ManifestError, match="no column 'text'"):
+        read_datasets(by_path, "train", caption_column="text")
+
+
+@pytest.mark.skipif("D2SVSE_F30K" not in os.environ, reason="set D2SVSE_F30K to the published Flickr30K text folder")
+def test_the_published_flickr30k_files():
+    folder = Path(os.environ["D2SVSE_F30K"])
+    records = read_records(folder, split="test")
+    assert len(records) == 1000
+    assert sum(len(record.captions) for record in records) == 5000
+    dense = [record.dense or "" for record in records]
+    assert sum(map(bool, dense)) == 1000
+    names = json.loads((folder / "id_mapping.json").read_text())
+    ids = [int(line) for line in (folder / "test_ids.txt").read_text().split()]
+    assert [record.image.name for record in records] == [names[str(image)] for image in dict.fromkeys(ids)]
+    assert records[0].captions[1] == "A man with glasses is wearing a beer can crocheted hat ."
+    assert dense[0].startswith("The image features a man wearing a beer hat")
+    known = {
+        1: ("A black and white dog is running in a grassy garden", "running across a grassy field"),
+        500: ("a man in a hat picks up a framed painting", "a large collection of antique frames"),
+        998: ("gambling at a casino slot machine", "a row of slot machines in a casino"),
+        999: ("A young girl wades out into the water", "a young girl walking along the beach"),
+    }
+    for row, (sparse, long) in known.items():
+        assert sparse in records[row].captions[0]
+        assert long in dense[row]
