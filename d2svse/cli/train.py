@@ -56,7 +56,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Epochs of each stage.", rich_help_panel=_TRAINING)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pairs a batch.", rich_help_panel=_TRAINING)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=_TRAINING)] = None,
-    loss: Annotated[str | None, typer.Option(help="infonce or hinge.", rich_help_panel=_TRAINING)] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="infonce, hinge, cmpm or max-polynomial.", rich_help_panel=_TRAINING)
+    ] = None,
     freeze_vision: Annotated[
         bool, typer.Option("--freeze-vision", help="Keep the vision backbone as it is.", rich_help_panel=_TRAINING)
     ] = False,

@@ -8,9 +8,16 @@ from typing import Any
 from d2svse.losses.base import DistillationLoss, RankingLoss
 from d2svse.losses.contrastive import InfoNCE
 from d2svse.losses.distillation import CosineDistillation, L1Distillation, L2Distillation
+from d2svse.losses.polynomial import MaxPolynomial
+from d2svse.losses.projection import CMPM
 from d2svse.losses.triplet import TripletLoss
 
-RANKING_LOSSES: dict[str, type[RankingLoss]] = {"hinge": TripletLoss, "infonce": InfoNCE}
+RANKING_LOSSES: dict[str, type[RankingLoss]] = {
+    "hinge": TripletLoss,
+    "infonce": InfoNCE,
+    "cmpm": CMPM,
+    "max-polynomial": MaxPolynomial,
+}
 DISTILLATION_LOSSES: dict[str, type[DistillationLoss]] = {
     "cosine": CosineDistillation,
     "l1": L1Distillation,
@@ -46,6 +53,7 @@ def build_distillation_loss(name: str) -> DistillationLoss:
 
 
 __all__ = [
+    "CMPM",
     "DISTILLATION_LOSSES",
     "RANKING_LOSSES",
     "CosineDistillation",
@@ -53,6 +61,7 @@ __all__ = [
     "InfoNCE",
     "L1Distillation",
     "L2Distillation",
+    "MaxPolynomial",
     "RankingLoss",
     "TripletLoss",
     "build_distillation_loss",

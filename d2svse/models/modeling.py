@@ -96,7 +96,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             if config.context_decoder is not None
             else None
         )
-        self.similarity_fn = build_similarity(config.similarity or "cosine")
+        self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.processor: D2SVSEProcessor | None = None
         self.post_init()

@@ -1,6 +1,27 @@
 """Similarities between images and sentences, each usable on its own."""
 
+from d2svse.similarity.attention import CrossAttentionI2T, CrossAttentionT2I
 from d2svse.similarity.base import Similarity, build_similarity, register_similarity, similarity_names
 from d2svse.similarity.cosine import Cosine
+from d2svse.similarity.gssf import GSSF, GSSFBlockDiagonal, GSSFDense, GSSFDiagonal
+from d2svse.similarity.metric import Metric
+from d2svse.similarity.token import MaxLogSumExp, MaxMean, MaxSoftmax, MaxSum
 
-__all__ = ["Cosine", "Similarity", "build_similarity", "register_similarity", "similarity_names"]
+__all__ = [
+    "GSSF",
+    "Cosine",
+    "CrossAttentionI2T",
+    "CrossAttentionT2I",
+    "GSSFBlockDiagonal",
+    "GSSFDense",
+    "GSSFDiagonal",
+    "MaxLogSumExp",
+    "MaxMean",
+    "MaxSoftmax",
+    "MaxSum",
+    "Metric",
+    "Similarity",
+    "build_similarity",
+    "register_similarity",
+    "similarity_names",
+]

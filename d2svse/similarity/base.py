@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -36,6 +37,10 @@ class Similarity(nn.Module, ABC):
         """Score image i with text i: `(n,)`."""
         one_by_one = [self.score(images[i : i + 1], texts[i : i + 1])[0, 0] for i in range(len(images))]
         return torch.stack(one_by_one) if one_by_one else images.pooled.new_zeros(0)
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that training adds to the loss, such as a weight penalty, or None."""
+        return None
 
     def reset_parameters(self) -> None:
         """Initialise the parameters, with the functions of `transformers.initialization`."""
@@ -120,10 +125,14 @@ def similarity_names() -> list[str]:
     return sorted({*_TABLE, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def build_similarity(configuration: str | Mapping[str, Any]) -> Similarity:
+def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = None) -> Similarity:
     """Make a similarity from a name, or from `{"name": ..., **constructor_arguments}`.
 
     Names come from `register_similarity` and from the entry-point group `d2svse.similarities`.
+
+    Args:
+        configuration: the name, or the name and the arguments.
+        dim: width of the vectors, for a class that takes `dim` and is not given another.
 
     Raises:
         ValueError: if the name is unknown or an argument does not fit.
@@ -137,6 +146,8 @@ def build_similarity(configuration: str | Mapping[str, Any]) -> Similarity:
                 break
         else:
             raise ValueError(f"unknown similarity {name!r}; known are {', '.join(similarity_names())}")
+    if dim is not None and "dim" in inspect.signature(_TABLE[name]).parameters:
+        arguments.setdefault("dim", dim)
     try:
         return _TABLE[name](**arguments)
     except TypeError as error:

@@ -86,10 +86,10 @@ class TrainingArguments(TransformersTrainingArguments):
         stage: "pretrain" aligns images with dense captions (stage 1); "distill" aligns them with
             sparse captions and distils the dense embedding into the sparse one (stage 2, Eq. 6);
             "align" aligns them with sparse captions alone.
-        loss: name of the ranking loss, "infonce" or "hinge".
-        temperature: softmax temperature of InfoNCE (the start of it, if learned).
+        loss: name of the ranking loss: "infonce", "hinge", "cmpm" or "max-polynomial".
+        temperature: softmax temperature of InfoNCE (the start of it, if learned) and of CMPM.
         learn_temperature: learn it, as the model's `logit_scale`.
-        margin: margin of the hinge loss.
+        margin: margin of the hinge and the max-polynomial loss.
         mining: "sum", "hardest" or "schedule", of the hinge loss.
         warmup_loss_epochs: epochs of "sum" in the schedule.
         distill_loss: "cosine", "l1" or "l2".
@@ -198,6 +198,10 @@ class TrainingArguments(TransformersTrainingArguments):
         if self.loss == "infonce":
             softmax = {"temperature": self.temperature, "learn_temperature": self.learn_temperature}
             return build_loss({"name": "infonce", **softmax})
+        if self.loss == "cmpm":
+            return build_loss({"name": "cmpm", "temperature": self.temperature})
+        if self.loss == "max-polynomial":
+            return build_loss({"name": "max-polynomial", "margin": self.margin})
         return build_loss(self.loss)
 
     def decoder_arguments(self) -> dict[str, Any]:

@@ -43,7 +43,11 @@ class PretrainTask(nn.Module):
         """Score all pairs of the batch and rank them."""
         similarity_fn: Any = getattr(model, "module", model).similarity_fn
         scores = similarity_fn(output.image_features, output.text_features)
-        return {"align_loss": self.loss(scores, batch["image_ids"]), **score_statistics(scores, batch["image_ids"])}
+        losses = {"align_loss": self.loss(scores, batch["image_ids"])}
+        penalty = similarity_fn.penalty()
+        if penalty is not None:
+            losses["penalty_loss"] = penalty
+        return {**losses, **score_statistics(scores, batch["image_ids"])}
 
 
 class DistillTask(PretrainTask):

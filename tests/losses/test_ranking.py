@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.losses import InfoNCE, TripletLoss, build_loss
+from d2svse.losses import CMPM, InfoNCE, MaxPolynomial, TripletLoss, build_loss
 
 IDS = torch.tensor([0, 1, 2, 1, 4, 0])
 
@@ -97,3 +97,64 @@ def test_bad_input_is_named(scores):
         build_loss("nce")
     with pytest.raises(ValueError, match=r"loss 'hinge': .*temperature"):
         build_loss({"name": "hinge", "temperature": 1})
+
+
+def naive_cmpm(scores: np.ndarray, ids: np.ndarray, temperature: float, epsilon: float) -> float:
+    n, total = len(scores), 0.0
+    for matrix in (scores, scores.T):
+        for i in range(n):
+            weights = [math.exp(matrix[i, j] / temperature) for j in range(n)]
+            same = [float(ids[i] == ids[j]) for j in range(n)]
+            for j in range(n):
+                p, q = weights[j] / sum(weights), same[j] / sum(same)
+                total += p * (math.log(p) - math.log(q + epsilon))
+    return total / n
+
+
+def naive_max_polynomial(scores: np.ndarray, ids: np.ndarray, margin: float) -> float:
+    n, total = len(scores), 0.0
+    for matrix in (scores, scores.T):
+        for i in range(n):
+            others = [matrix[i, j] for j in range(n) if ids[i] != ids[j]]
+            s = matrix[i, i]
+            if others and max(others) + margin > s:
+                n_i = max(others)
+                total += max(0.0, 0.5 - 0.7 * s + 0.2 * s**2) + max(0.0, 0.03 - 0.4 * n_i + 0.9 * n_i**2)
+    return total / n
+
+
+@pytest.mark.parametrize("ids", [None, IDS, torch.zeros(6, dtype=torch.long)])
+def test_cmpm_and_max_polynomial_equal_the_naive_loops(scores, ids):
+    given, values = np.arange(6) if ids is None else ids.numpy(), scores.double().numpy()
+    assert CMPM(0.1)(scores, ids).item() == pytest.approx(naive_cmpm(values, given, 0.1, 1e-8), rel=1e-5)
+    found = MaxPolynomial(margin=0.5)(scores, ids).item()
+    assert found == pytest.approx(naive_max_polynomial(values, given, 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [CMPM(0.2), MaxPolynomial(), InfoNCE(0.1), TripletLoss(mining="sum")])
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_gradients(loss, ids):
+    scores = (
+        torch.rand(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
+    ).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss.double()(s, ids), (scores,))
+
+
+@pytest.mark.parametrize("name", ["cmpm", "max-polynomial"])
+def test_float32_inside_autocast_and_no_negatives(scores, name):
+    loss = build_loss(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(scores.bfloat16())
+    assert found.dtype == torch.float32
+    alone = scores[:1, :1].clone().requires_grad_()
+    value = loss(alone)
+    value.backward()
+    assert value.isfinite()
+    assert alone.grad.isfinite().all()
+
+
+def test_coefficients_are_checked():
+    with pytest.raises(ValueError, match="need coefficients"):
+        MaxPolynomial(positive=[])
+    with pytest.raises(ValueError, match="must be positive"):
+        CMPM(temperature=0)

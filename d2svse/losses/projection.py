@@ -1,0 +1,41 @@
+"""Cross-modal projection matching (CMPM)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from d2svse.losses.base import RankingLoss
+
+
+class CMPM(RankingLoss):
+    """KL divergence from the softmax of the scores to the matching distribution, in both directions.
+
+    p_ij = softmax_j(s_ij / τ) is compared with q_ij = y_ij / Σ_k y_ik, where y marks the pairs of
+    the same image: mean over i of Σ_j p_ij log(p_ij / (q_ij + ε)) (Zhang and Lu, "Deep
+    Cross-Modal Projection Learning", ECCV 2018, Eq. 1 to 5). Pairs that share an image are
+    matches here and not only left out of the negatives.
+
+    In the paper the scores are scalar projections of one side on the other's unit vectors; here
+    they are whatever the similarity gives, at a temperature.
+
+    Args:
+        temperature: τ.
+        epsilon: ε, which keeps the logarithm finite.
+
+    Raises:
+        ValueError: if either is not positive.
+    """
+
+    def __init__(self, temperature: float = 0.05, epsilon: float = 1e-8) -> None:
+        super().__init__()
+        if temperature <= 0 or epsilon <= 0:
+            raise ValueError(f"temperature and epsilon must be positive, got {temperature} and {epsilon}")
+        self.temperature, self.epsilon = temperature, epsilon
+
+    def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
+        matches = (~negatives).to(scores.dtype)
+        target = torch.log(matches / matches.sum(1, keepdim=True) + self.epsilon)  # symmetric, for both directions
+        log_p, log_q = (matrix / self.temperature for matrix in (scores, scores.T))
+        log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
+        return ((log_p.exp() * (log_p - target)).sum(1) + (log_q.exp() * (log_q - target)).sum(1)).mean()

@@ -1,0 +1,160 @@
+"""Stacked cross attention (SCAN): each fragment against what it attends to on the other side."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2svse.similarity.base import register_similarity
+from d2svse.similarity.metric import Structure
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+
+Pooling = Literal["mean", "lse"]
+
+
+class CrossAttention(FragmentSimilarity):
+    """Stacked cross attention (Lee et al., ECCV 2018).
+
+    The products of a query fragment q with the context fragments c_k pass a leaky ReLU (slope
+    0.1) and are L2-normalised over the queries; a softmax over the context, sharpened by
+    `smoothing`, weighs it, and the query is compared with the weighted context Σ a_k c_k by the
+    same metric. The scores of all queries are pooled by their mean, or by
+    log Σ exp(λ r) / λ.
+
+    The comparison needs no weighted context: its numerator is Σ a_k (q · c_k), and the squared
+    norm of the context is aᵀ(C Cᵀ)a, from products that are shared by all sentences (or images).
+
+    Args:
+        smoothing: inverse temperature of the attention.
+        pooling: "mean" or "lse" (log-sum-exp).
+        lse_scale: λ of the log-sum-exp.
+        metric: see `FragmentSimilarity`; it makes the attention and the comparison.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if the pooling is unknown or a scale is not positive.
+    """
+
+    copies: ClassVar[int] = 8
+
+    def __init__(
+        self,
+        smoothing: float,
+        pooling: Pooling = "mean",
+        lse_scale: float = 6.0,
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(metric, dim, num_blocks, max_memory)
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        if smoothing <= 0 or lse_scale <= 0:
+            raise ValueError(f"smoothing and lse_scale must be positive, got {smoothing} and {lse_scale}")
+        self.smoothing, self.pooling, self.lse_scale = smoothing, pooling, lse_scale
+
+    def relevance(self, products: Tensor, query_mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+        """Compare every query fragment with what it attends to.
+
+        Args:
+            products: `(n_contexts, n_queries, length_queries, length_contexts)`.
+            query_mask: `(n_queries, length_queries)` bool.
+            context: the normalised context fragments, `(n_contexts, length_contexts, dim)`.
+            context_mask: `(n_contexts, length_contexts)` bool.
+
+        Returns:
+            `(n_contexts, n_queries, length_queries)`; 0 where there is no context.
+        """
+        sharp = F.leaky_relu(products, 0.1).masked_fill(~query_mask[None, :, :, None], 0)
+        sharp = sharp / (sharp.square().sum(2, keepdim=True) + _EPSILON**2).sqrt()
+        lowest = torch.finfo(products.dtype).min
+        hidden = ~context_mask[:, None, None, :]
+        attention = (sharp * self.smoothing).masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0)
+        numerator = (attention * products).sum(-1)
+        gram = context @ context.transpose(1, 2)
+        spread = (attention.flatten(1, 2) @ gram).view_as(attention)
+        squared_norm = (spread * attention).sum(-1)
+        return numerator / (squared_norm + _EPSILON**2).sqrt()
+
+    def pool(self, relevance: Tensor, mask: Tensor) -> Tensor:
+        """Pool `(n_contexts, n_queries, length_queries)` over the real queries: `(n_contexts, n_queries)`."""
+        real = mask[None].expand_as(relevance)
+        if self.pooling == "mean":
+            return relevance.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1)
+        scaled = (relevance * self.lse_scale).masked_fill(~real, torch.finfo(relevance.dtype).min)
+        return (scaled.logsumexp(-1) / self.lse_scale).masked_fill(~real.any(-1), 0)
+
+
+_EPSILON = 1e-8
+
+
+@register_similarity("scan-t2i")
+class CrossAttentionT2I(CrossAttention):
+    """SCAN text-to-image: every word attends to the patches.
+
+    Args:
+        smoothing: inverse temperature of the attention, 9 in the paper.
+        pooling: "mean" or "lse".
+        lse_scale: λ of the log-sum-exp, 6 in the paper.
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 9.0,
+        pooling: Pooling = "mean",
+        lse_scale: float = 6.0,
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
+
+    def score_tile(  # noqa: D102
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+    ) -> Tensor:
+        products = fragments.permute(0, 2, 3, 1)
+        return self.pool(self.relevance(products, text_mask, images, image_mask), text_mask)
+
+
+@register_similarity("scan-i2t")
+class CrossAttentionI2T(CrossAttention):
+    """SCAN image-to-text: every patch attends to the words.
+
+    Args:
+        smoothing: inverse temperature of the attention, 4 in the paper.
+        pooling: "mean" or "lse".
+        lse_scale: λ of the log-sum-exp, 5 in the paper.
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 4.0,
+        pooling: Pooling = "mean",
+        lse_scale: float = 5.0,
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
+
+    def score_tile(  # noqa: D102
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+    ) -> Tensor:
+        products = fragments.permute(2, 0, 1, 3)
+        return self.pool(self.relevance(products, image_mask, texts, text_mask), image_mask).T

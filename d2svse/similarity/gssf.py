@@ -1,0 +1,95 @@
+"""GSSF on the pooled vectors: a learnable metric in place of cosine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from d2svse.features import Features
+from d2svse.similarity.base import Similarity, register_similarity
+from d2svse.similarity.metric import Metric, Structure
+
+
+class GSSF(Similarity):
+    """xᵀ(W ⊙ U)y on L2-normalised pooled vectors (GSSF), W the identity at the start. It folds.
+
+    A diagonal W weighs dimensions, a block-diagonal one lets neighbouring dimensions mix; a dense
+    one has dim² weights and, in the paper, gains less than either.
+
+    Args:
+        structure: "diagonal", "block-diagonal" or "dense".
+        dim: width of the vectors; a model gives its `embed_dim`.
+        num_blocks: see `Metric`.
+        dropout: see `Metric`.
+        weight_penalty: see `Metric`.
+
+    Attributes:
+        metric: the `Metric`; `metric.weights()` reads the learned structure.
+    """
+
+    def __init__(
+        self,
+        structure: Structure = "block-diagonal",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        dropout: float = 0.0,
+        weight_penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.metric = Metric(structure, dim, num_blocks, dropout, weight_penalty)
+
+    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        return self.metric.left(images.pooled) @ self.metric.right(texts.pooled).T
+
+    def score_pairs(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        return (self.metric.left(images.pooled) * self.metric.right(texts.pooled)).sum(-1)
+
+    def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
+        """Take images through W and normalise texts: their inner product is the score."""
+        return self.metric.left(vectors) if side == "image" else self.metric.right(vectors)
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        self.metric.reset_parameters()
+
+    def penalty(self) -> Tensor | None:  # noqa: D102
+        return self.metric.penalty()
+
+
+@register_similarity("gssf-diagonal")
+class GSSFDiagonal(GSSF):
+    """GSSF with a diagonal W (the paper's Diag).
+
+    Args:
+        dim: width of the vectors; a model gives its `embed_dim`.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__("diagonal", dim)
+
+
+@register_similarity("gssf-block-diagonal")
+class GSSFBlockDiagonal(GSSF):
+    """GSSF with a block-diagonal W (the paper's B-Diag).
+
+    Args:
+        dim: width of the vectors; a model gives its `embed_dim`.
+        num_blocks: blocks, which must divide `dim`; dim / 2 without it.
+    """
+
+    def __init__(self, dim: int, num_blocks: int | None = None) -> None:
+        super().__init__("block-diagonal", dim, num_blocks)
+
+
+@register_similarity("gssf-dense")
+class GSSFDense(GSSF):
+    """GSSF with a dense W.
+
+    Args:
+        dim: width of the vectors; a model gives its `embed_dim`.
+        dropout: drop entries of W in training (the paper's Dense_dp).
+        weight_penalty: factor of the squared norm of W, added to the loss (the paper's Dense_re).
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.0, weight_penalty: float = 0.0) -> None:
+        super().__init__("dense", dim, dropout=dropout, weight_penalty=weight_penalty)

@@ -1,0 +1,107 @@
+"""The metric that vectors are compared by: cosine, or GSSF's learnable one."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
+
+
+class Metric(nn.Module):
+    """The bilinear form xᵀ(W ⊙ U)y on L2-normalised x and y (GSSF).
+
+    `U` is the mask of the structure: all ones ("dense"), the identity ("diagonal"), or blocks of
+    ones on the diagonal ("block-diagonal"). W starts as the identity, so every metric starts as
+    cosine; "cosine" itself has no parameter. W is kept as its blocks, never as dim × dim, unless
+    it is dense.
+
+    Args:
+        structure: "cosine", "diagonal", "block-diagonal" or "dense".
+        dim: width of the vectors.
+        num_blocks: blocks of a block-diagonal metric; the paper's "ratio", about dim / 2 for
+            pooled vectors and 4 for tokens. It must divide `dim`.
+        dropout: drop entries of W in training (the paper's Dense_dp).
+        weight_penalty: factor of the squared Frobenius norm of W in `penalty` (Dense_re).
+
+    Attributes:
+        weight: `(dim,)` of a diagonal metric, `(num_blocks, b, b)` with b = dim / num_blocks of the
+            others, None for cosine.
+
+    Raises:
+        ValueError: if the structure is unknown or the blocks do not divide the width.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        structure: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        dropout: float = 0.0,
+        weight_penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if structure not in get_args(Structure):
+            raise ValueError(f"unknown metric {structure!r}; known are {', '.join(get_args(Structure))}")
+        self.structure, self.dropout, self.weight_penalty = structure, dropout, weight_penalty
+        if structure == "cosine":
+            self.register_parameter("weight", None)
+            return
+        if dim is None:
+            raise ValueError(f"a {structure} metric needs the width of the vectors, dim")
+        if structure == "diagonal":
+            self.weight = nn.Parameter(torch.ones(dim))
+            return
+        blocks = 1 if structure == "dense" else num_blocks or max(1, dim // 2)
+        if dim % blocks:
+            raise ValueError(f"{blocks} blocks do not divide the width {dim}")
+        self.weight = nn.Parameter(torch.eye(dim // blocks).repeat(blocks, 1, 1))
+
+    def reset_parameters(self) -> None:
+        """Make W the identity."""
+        if self.weight is None:
+            return
+        if self.weight.ndim == 1:
+            init.ones_(self.weight)
+        else:
+            init.copy_(self.weight, torch.eye(self.weight.shape[-1]).expand_as(self.weight))
+
+    def left(self, x: Tensor) -> Tensor:
+        """L2-normalise and take through W: `(..., dim)` to x̂ᵀ(W ⊙ U), `(..., dim)`.
+
+        The inner product of the result with a normalised y is the score.
+        """
+        x = F.normalize(x, dim=-1)
+        if self.weight is None:
+            return x
+        weight = F.dropout(self.weight, self.dropout, self.training).to(x.dtype)
+        if weight.ndim == 1:
+            return x * weight
+        blocks, size, _ = weight.shape
+        if blocks == 1:
+            return x @ weight[0]
+        split = x.reshape(-1, blocks, size).transpose(0, 1)  # one matrix product for each block
+        return torch.bmm(split, weight).transpose(0, 1).reshape(x.shape)
+
+    def right(self, y: Tensor) -> Tensor:
+        """L2-normalise: `(..., dim)`."""
+        return F.normalize(y, dim=-1)
+
+    def weights(self) -> Tensor | None:
+        """The learned structure, detached: `(dim,)` or `(num_blocks, b, b)`; None for cosine."""
+        return None if self.weight is None else self.weight.detach()
+
+    def penalty(self) -> Tensor | None:
+        """The L2 penalty on W, a scalar, or None where there is none."""
+        if self.weight is None or not self.weight_penalty:
+            return None
+        return self.weight_penalty * self.weight.square().sum()
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return self.structure

@@ -1,0 +1,168 @@
+"""Token alignment: every fragment takes its best partner, and the partners are summed up."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from d2svse.similarity.base import register_similarity
+from d2svse.similarity.metric import Structure
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+
+Direction = Literal["i2t", "t2i", "both"]
+
+
+class MaxAlignment(FragmentSimilarity):
+    """The best partner of every fragment, summed up over the fragments of one side, or of either.
+
+    "t2i" asks for every word which patch fits best, "i2t" for every patch which word; "both" is
+    the mean of the two scores. A side whose fragments are all masked scores 0.
+
+    Args:
+        direction: "i2t", "t2i" or "both".
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if the direction is none of the three.
+    """
+
+    def __init__(
+        self,
+        direction: Direction = "both",
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(metric, dim, num_blocks, max_memory)
+        if direction not in get_args(Direction):
+            raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
+        self.direction = direction
+
+    def score_tile(  # noqa: D102
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+    ) -> Tensor:
+        usable = image_mask[:, :, None, None] & text_mask
+        fragments = fragments.masked_fill(~usable, float("-inf"))
+        scores = []
+        if self.direction != "t2i":
+            best = fragments.amax(3).transpose(1, 2)  # (n_images, n_texts, n_patches)
+            scores.append(self._summed(best, image_mask[:, None], images[:, None], "image"))
+        if self.direction != "i2t":
+            best = fragments.amax(1)  # (n_images, n_texts, n_words)
+            scores.append(self._summed(best, text_mask[None], texts[None], "text"))
+        return torch.stack(scores).mean(0)
+
+    def _summed(self, best: Tensor, mask: Tensor, tokens: Tensor, side: str) -> Tensor:
+        real = mask & best.isfinite()
+        summed = self.aggregate(best.masked_fill(~real, 0), real, tokens, side)
+        return summed.masked_fill(~real.any(-1), 0)
+
+    def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:
+        """Sum up the partners.
+
+        Args:
+            best: score of each fragment's best partner, `(n_images, n_texts, length)`, 0 where not real.
+            real: which fragments count, of the same shape.
+            tokens: the fragments themselves, `(n_images or 1, n_texts or 1, length, dim)`.
+            side: whose fragments they are, "image" or "text".
+
+        Returns:
+            `(n_images, n_texts)`.
+        """
+        raise NotImplementedError
+
+
+@register_similarity("max-mean")
+class MaxMean(MaxAlignment):
+    """Mean of the best partners (FILIP)."""
+
+    def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
+        return best.sum(-1) / real.sum(-1).clamp(min=1)
+
+
+@register_similarity("max-sum")
+class MaxSum(MaxAlignment):
+    """Sum of the best partners (TERAN)."""
+
+    def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
+        return best.sum(-1)
+
+
+@register_similarity("max-softmax")
+class MaxSoftmax(MaxAlignment):
+    """Best partners weighted by a softmax of learned fragment weights (WTI of DRL).
+
+    The weights are linear in the normalised fragment and start at zero, that is as a mean.
+
+    Args:
+        dim: width of the fragments; a model gives its `embed_dim`.
+        direction: see `MaxAlignment`.
+        metric: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        direction: Direction = "both",
+        metric: Structure = "cosine",
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(direction, metric, dim, num_blocks, max_memory)
+        self.image_weight, self.text_weight = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
+        weight = self.image_weight if side == "image" else self.text_weight
+        logits = (tokens @ weight).masked_fill(~real, torch.finfo(best.dtype).min)
+        return (logits.softmax(-1) * best).sum(-1)
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        super().reset_parameters()
+        init.zeros_(self.image_weight)
+        init.zeros_(self.text_weight)
+
+
+@register_similarity("max-lse")
+class MaxLogSumExp(MaxAlignment):
+    """τ · log Σ exp(best / τ): hardest assignment with log-sum-exp pooling (CHAN).
+
+    CHAN assigns patches to words, which is `direction="t2i"`.
+
+    Args:
+        temperature: τ, 0.1 in the paper.
+        direction: see `MaxAlignment`.
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        direction: Direction = "t2i",
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(direction, metric, dim, num_blocks, max_memory)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
+        scaled = (best / self.temperature).masked_fill(~real, torch.finfo(best.dtype).min)
+        return scaled.logsumexp(-1) * self.temperature

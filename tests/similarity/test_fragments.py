@@ -1,0 +1,226 @@
+"""Token alignment and cross attention against naive loops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2svse import Features, build_similarity
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
+DIM = 6
+NAMES = ("max-mean", "max-sum", "max-softmax", "max-lse", "scan-t2i", "scan-i2t")
+METRICS = ("cosine", "diagonal", "block-diagonal")
+
+
+def side(n: int, length: int, seed: int, masked: bool = True, dtype: torch.dtype = torch.float32) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, length, DIM, generator=generator).to(dtype)
+    mask = torch.rand(n, length, generator=generator) > 0.3
+    mask[:, 0] = True
+    return Features(tokens.mean(1), tokens, mask if masked else None)
+
+
+def build(name: str, metric: str = "cosine", **arguments):
+    if metric == "block-diagonal":
+        arguments["num_blocks"] = 2
+    similarity = build_similarity({"name": name, "metric": metric, **arguments}, DIM)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in similarity.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return similarity
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).sum(-1, keepdims=True))
+
+
+def full_weight(similarity) -> np.ndarray:
+    weight = similarity.metric.weights()
+    if weight is None:
+        return np.eye(DIM)
+    return (torch.diag(weight) if weight.ndim == 1 else torch.block_diag(*weight)).double().numpy()
+
+
+def pairs(similarity, images: Features, texts: Features, score) -> np.ndarray:
+    """Apply `score(patches, words, W)` to the real fragments of every pair."""
+    weight = full_weight(similarity)
+    result = np.zeros((len(images), len(texts)))
+    for i in range(len(images)):
+        for j in range(len(texts)):
+            v = unit(images.tokens[i][images.real_tokens()[i]].double().numpy())
+            w = unit(texts.tokens[j][texts.real_tokens()[j]].double().numpy())
+            result[i, j] = score(v, w, weight)
+    return result
+
+
+def naive_max(similarity, images: Features, texts: Features, name: str) -> np.ndarray:
+    learned = {n: p.detach().double().numpy() for n, p in similarity.named_parameters()}
+
+    def summed(best: np.ndarray, tokens: np.ndarray, which: str) -> float:
+        if name == "max-mean":
+            return sum(best) / len(best)
+        if name == "max-sum":
+            return sum(best)
+        if name == "max-softmax":
+            weights = np.exp([token @ learned[f"{which}_weight"] for token in tokens])
+            return float(sum(weights * best) / sum(weights))
+        return 0.1 * np.log(sum(np.exp(b / 0.1) for b in best))
+
+    def score(v, w, weight):
+        products = np.array([[x @ weight @ y for y in w] for x in v])
+        i2t = summed([max(row) for row in products], v, "image")
+        t2i = summed([max(column) for column in products.T], w, "text")
+        return {"i2t": i2t, "t2i": t2i, "both": (i2t + t2i) / 2}[similarity.direction]
+
+    return pairs(similarity, images, texts, score)
+
+
+def naive_scan(similarity, images: Features, texts: Features, name: str) -> np.ndarray:
+    def score(v, w, weight):
+        products = np.array([[x @ weight @ y for y in w] for x in v])
+        context = v
+        if name == "scan-t2i":
+            products = products.T  # (queries, contexts)
+        else:
+            context = w
+        sharp = np.where(products > 0, products, 0.1 * products)
+        sharp = sharp / np.sqrt((sharp**2).sum(0, keepdims=True))
+        attention = np.exp(similarity.smoothing * sharp)
+        attention /= attention.sum(1, keepdims=True)
+        relevance = []
+        for q in range(len(products)):
+            attended = unit(sum(a * c for a, c in zip(attention[q], context, strict=True)))
+            relevance.append(attended @ weight @ w[q] if name == "scan-t2i" else v[q] @ weight @ attended)
+        if similarity.pooling == "mean":
+            return sum(relevance) / len(relevance)
+        return np.log(sum(np.exp(similarity.lse_scale * r) for r in relevance)) / similarity.lse_scale
+
+    return pairs(similarity, images, texts, score)
+
+
+def naive(similarity, images: Features, texts: Features, name: str) -> np.ndarray:
+    return (naive_scan if name.startswith("scan") else naive_max)(similarity, images, texts, name)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("direction", ["i2t", "t2i", "both"])
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_token_alignment_equals_the_naive_loop(name, direction, metric):
+    similarity, images, texts = build(name, metric, direction=direction), side(4, 5, 0), side(3, 7, 1)
+    np.testing.assert_allclose(similarity(images, texts).detach(), naive(similarity, images, texts, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("pooling", ["mean", "lse"])
+@pytest.mark.parametrize("name", NAMES[4:])
+def test_cross_attention_equals_the_naive_loop(name, pooling, metric):
+    similarity, images, texts = build(name, metric, pooling=pooling), side(4, 5, 0), side(3, 7, 1)
+    np.testing.assert_allclose(similarity(images, texts).detach(), naive(similarity, images, texts, name), atol=1e-5)
+
+
+def test_published_word_scores():
+    with np.load(GOLDEN) as golden:
+        arrays = {name: torch.from_numpy(golden[name]) for name in golden.files}
+    similarity = build_similarity("scan-t2i")
+    images, captions = (torch.nn.functional.normalize(arrays[name], dim=-1) for name in ("images", "captions"))
+    image_mask = torch.ones(images.shape[:2], dtype=torch.bool)  # the published SCAN attends to every region
+    text_mask = torch.arange(captions.shape[1]) < arrays["caption_lengths"][:, None]
+    products = torch.einsum("ikd,tld->itlk", images, captions)
+    found = similarity.relevance(products, text_mask, images, image_mask)
+    expected = arrays["scan_t2i_smooth9"]
+    assert torch.equal(expected == -1, ~text_mask[None].expand_as(expected))
+    torch.testing.assert_close(found[expected != -1], expected[expected != -1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "block-diagonal"])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_batches_and_pairs_change_nothing(name, metric):
+    similarity, images, texts = build(name, metric), side(4, 5, 0), side(4, 7, 1)
+    scores = similarity(images, texts)
+    noise = torch.full((4, 3, DIM), 9.0)
+    padded = [
+        Features(s.pooled, torch.cat([s.tokens, noise], 1), torch.cat([s.mask, torch.zeros(4, 3, dtype=torch.bool)], 1))
+        for s in (images, texts)
+    ]
+    torch.testing.assert_close(similarity(*padded), scores)
+    torch.testing.assert_close(similarity(images[2], texts[1])[0, 0], scores[2, 1])
+    torch.testing.assert_close(similarity.pairwise(images, texts), scores.diagonal())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_change_neither_scores_nor_gradients(name):
+    images, texts = side(4, 5, 0), side(5, 7, 1)
+    found = []
+    for max_memory in (2**30, 4000, 1):
+        similarity = build(name, "diagonal", max_memory=max_memory)
+        inputs = [s.tokens.clone().requires_grad_() for s in (images, texts)]
+        given = [Features(s.pooled, t, s.mask) for s, t in zip((images, texts), inputs, strict=True)]
+        scores = similarity(*given)
+        (scores * torch.arange(20.0).view(4, 5)).sum().backward()
+        gradients = [t.grad for t in inputs] + [p.grad for p in similarity.parameters()]
+        found.append([scores.detach(), *gradients])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "diagonal"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name, metric):
+    similarity = build(name, metric).double()
+    images, texts = side(2, 3, 0, dtype=torch.float64), side(2, 4, 1, dtype=torch.float64)
+
+    def scores(v, w, *_):
+        return similarity(Features(images.pooled, v, images.mask), Features(texts.pooled, w, texts.mask))
+
+    inputs = (images.tokens.requires_grad_(), texts.tokens.requires_grad_(), *similarity.parameters())
+    assert torch.autograd.gradcheck(scores, inputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_inside_autocast(name):
+    similarity = build(name, "diagonal")
+    images, texts = side(3, 4, 0).to(torch.bfloat16), side(3, 5, 1).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = similarity(images, texts)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, similarity(images.to(torch.float32), texts.to(torch.float32)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_rows_single_and_identical_fragments_stay_finite(name):
+    similarity = build(name)
+    empty = side(2, 3, 0)
+    empty = Features(empty.pooled, empty.tokens, torch.tensor([[True, True, False], [False, False, False]]))
+    same = Features(torch.ones(2, DIM), torch.ones(2, 4, DIM))
+    for images, texts in ((empty, side(2, 4, 1)), (side(2, 4, 1), empty), (same, same), (side(2, 1, 3), side(2, 1, 4))):
+        inputs = [s.tokens.clone().requires_grad_() for s in (images, texts)]
+        given = [Features(s.pooled, t, s.mask) for s, t in zip((images, texts), inputs, strict=True)]
+        scores = similarity(*given)
+        scores.sum().backward()
+        assert scores.isfinite().all()
+        assert all(t.grad.isfinite().all() for t in inputs)
+    assert torch.equal(similarity(empty, side(2, 4, 1))[1], torch.zeros(2))
+    assert torch.equal(similarity(side(2, 4, 1), empty)[:, 1], torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["max-softmax", "max-mean"])
+def test_learned_weights_start_as_a_mean(name):
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    similarity = build_similarity(name, DIM)
+    torch.testing.assert_close(similarity(images, texts), build_similarity("max-mean")(images, texts))
+
+
+def test_bad_arguments_are_named():
+    for configuration, message in (
+        ({"name": "max-mean", "direction": "up"}, "direction must be one of i2t, t2i, both"),
+        ({"name": "scan-t2i", "pooling": "max"}, "pooling must be one of mean, lse"),
+        ({"name": "scan-t2i", "smoothing": 0}, "must be positive"),
+        ({"name": "max-lse", "temperature": -1}, "must be positive"),
+        ({"name": "max-mean", "max_memory": 0}, "max_memory must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_similarity(configuration, DIM)
