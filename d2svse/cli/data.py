@@ -31,14 +31,14 @@ def convert(
 ) -> None:
     """Write any layout as a manifest."""
     from d2svse.data.manifest import join_dense, write_manifest
-    from d2svse.data.readers import DENSE_SUFFIXES, read_records, require_pictures
+    from d2svse.data.readers import DENSE_SUFFIXES, dense_folder, read_records, require_pictures
 
     published = dense if dense in DENSE_SUFFIXES else None
     records = read_records(source, format, split=split, image_folder=image_folder, dense=published)
     if not without_pictures:
         require_pictures(records, source)
     if dense is not None and published is None:
-        records = join_dense(records, dense, image_folder or ".", source)
+        records = join_dense(records, dense, dense_folder(source, image_folder), source)
     write_manifest(output, records)
     captions = sum(len(record.captions) for record in records)
     texts = sum(record.dense is not None for record in records)

@@ -20,8 +20,9 @@ def evaluate(
     image_folder: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     captions: Annotated[str, typer.Option(help="sparse, or dense for one dense caption an image.")] = "sparse",
     dense: Annotated[
-        str, typer.Option(help="Dense text: auto, field, concat, long, short200 or a JSONL file.")
-    ] = "auto",
+        str | None,
+        typer.Option(help="Dense text: auto, field, concat, long, short200 or a JSONL file. [default: auto]"),
+    ] = None,
     on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
     batch_size: Annotated[int, typer.Option(help="Images and sentences encoded at a time.")] = 128,
     folds: Annotated[
@@ -32,12 +33,14 @@ def evaluate(
     """Rank captions for every image and images for every caption; print R@K."""
     if captions not in ("sparse", "dense"):
         raise ValueError(f"--captions takes sparse or dense, got {captions!r}")
+    if dense is not None and captions != "dense":
+        raise ValueError("--dense says where dense text comes from; it needs --captions dense")
     from d2svse.data import ImageTextDataset
     from d2svse.files import write_json
     from d2svse.retrieval.evaluation import score_dataset
     from d2svse.retrieval.metrics import fold_metrics, mean_metrics, retrieval_metrics
 
-    source = dense if captions == "dense" else None
+    source = dense or "auto" if captions == "dense" else None
     loaded = load_model(model)
     dataset = ImageTextDataset.from_source(
         data,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from d2svse.data.manifest import DenseSource, Record, check_pictures, join_dense
-from d2svse.data.readers import DENSE_SUFFIXES, read_records, require_pictures
+from d2svse.data.readers import DENSE_SUFFIXES, dense_folder, read_records, require_pictures
 from d2svse.images import OnBadImage
 
 
@@ -86,7 +86,7 @@ class ImageTextDataset:
         records = read_records(source, format, split=split, image_folder=image_folder, dense=published)
         require_pictures(records, source)
         if dense is not None:
-            base = image_folder or (Path(source) if Path(source).is_dir() else Path(source).parent)
+            base = dense_folder(source, image_folder)
             records = join_dense(records, "field" if published else dense, base, source)
         if on_bad_image is None:
             return cls(records, source)

@@ -101,7 +101,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ManifestError: if the file is missing or not text, or a line is not a JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for line, text in enumerate(file, start=1):
                 if not text.strip():
                     continue

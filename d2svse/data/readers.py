@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import ManifestError, Record, read_json_lines, read_manifest
+from d2svse.data.tables import TABLE_NAMES, find_table, read_table
+from d2svse.files import written_aside
 
 FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets")
-TABLE_NAMES = ("captions.txt", "captions.csv", "results.csv", "results_20130124.token", "Flickr8k.token.txt")
-IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
 
 
@@ -50,16 +50,25 @@ def read_records(
         raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split)")
     if not has_splits and split is not None:
         raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
+    if dense is not None and format != "published":
+        raise ValueError(f"{os.fspath(source)}: dense text {dense!r} is of the published layout, and this is {format}")
     if format == "manifest":
         return read_manifest(source, image_folder)
-    if format == "datasets":
-        return read_datasets(os.fspath(source), str(split), image_folder=image_folder)
     path = Path(source)
-    if format == "published":
-        return read_published(path, str(split), image_folder=image_folder, dense=dense)
-    if format == "karpathy":
-        return read_karpathy(path, str(split), image_folder=image_folder)
-    return (read_coco if format == "coco" else read_table)(path, image_folder=image_folder)
+    if format == "datasets":
+        records = read_datasets(os.fspath(source), str(split), image_folder=image_folder)
+    elif format == "published":
+        records = read_published(path, str(split), image_folder=image_folder, dense=dense)
+    elif format == "karpathy":
+        records = read_karpathy(path, str(split), image_folder=image_folder)
+    else:
+        records = (read_coco if format == "coco" else read_table)(path, image_folder=image_folder)
+    seen: set[Path] = set()
+    for record in records:
+        if record.image in seen:
+            raise ManifestError(f"{record.where(source)}: {record.image} stands there twice, as two images")
+        seen.add(record.image)
+    return records
 
 
 def detect_format(source: str | os.PathLike[str]) -> str:
@@ -74,14 +83,14 @@ def detect_format(source: str | os.PathLike[str]) -> str:
             return "published"
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             return "datasets"
-        if _find_table(path) is not None:
+        if find_table(path) is not None:
             return "table"
         looked = f"*_ids.txt (published), dataset_info.json (datasets), {', '.join(TABLE_NAMES)} (table)"
         raise ManifestError(f"{path}: no data layout that is known; looked for {looked}")
     if not path.is_file():
         raise ManifestError(f"{path}: no such file or folder")
     if path.suffix == ".json":
-        content = _read_json(path)
+        content = read_json(path)
         if isinstance(content, dict) and "annotations" in content:
             return "coco"
         if isinstance(content, dict) and "images" in content:
@@ -108,12 +117,16 @@ def read_published(
         ManifestError: if a file is missing or counts do not match.
     """
     folder = Path(folder)
-    captions = _read_lines(folder / f"{split}_caps.txt")
-    ids = _read_lines(folder / f"{split}_ids.txt")
-    names = _read_json(folder / "id_mapping.json")
+    captions = read_lines(folder / f"{split}_caps.txt")
+    ids = read_lines(folder / f"{split}_ids.txt")
+    names = read_json(folder / "id_mapping.json")
     if len(captions) == len(ids):
         owners = ids
     elif ids and len(captions) % len(ids) == 0:
+        if len(set(ids)) < len(ids):
+            raise ManifestError(
+                f"{folder}: {len(ids)} ids of images in {split}_ids.txt, {len(set(ids))} of them different"
+            )
         owners = [image for image in ids for _ in range(len(captions) // len(ids))]
     else:
         raise ManifestError(
@@ -125,12 +138,12 @@ def read_published(
     for line, (image, caption) in enumerate(zip(owners, captions, strict=True), start=1):
         if not caption:
             raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption")
-        if image not in names:
-            raise ManifestError(f"{folder}: id {image} of {split}_ids.txt is not in id_mapping.json")
+        if not isinstance(names, dict) or not isinstance(names.get(image), str):
+            raise ManifestError(f"{folder}: id {image} of {split}_ids.txt is not in id_mapping.json with a file name")
         grouped.setdefault(image, []).append(caption)
         lines.setdefault(image, line)
     texts = _published_dense(folder, split, len(grouped), dense)
-    pictures = _image_folder(folder, image_folder)
+    pictures = find_image_folder(folder, image_folder)
     return [
         Record(pictures / names[image], tuple(sentences), text, lines[image])
         for (image, sentences), text in zip(grouped.items(), texts, strict=True)
@@ -151,7 +164,7 @@ def read_karpathy(
         ManifestError: if the file does not hold what it should, or has no such split.
     """
     path, wanted = Path(path), set(split.split("+"))
-    pictures = _image_folder(path.parent, image_folder)
+    pictures = find_image_folder(path.parent, image_folder)
     records, seen = [], set()
     for row, image in enumerate(_items(path, "images"), start=1):
         where = f"{path}: image {row}"
@@ -159,15 +172,17 @@ def read_karpathy(
         seen.add(part)
         if part not in wanted:
             continue
-        if not isinstance(name, str) or not isinstance(sentences, list) or not sentences:
-            raise ManifestError(f'{where}: expected "filename" and "sentences"')
+        part_of_path = image.get("filepath", "")
+        well_formed = isinstance(name, str) and isinstance(part_of_path, str) and isinstance(sentences, list)
+        if not well_formed or not sentences or not all(isinstance(sentence, dict) for sentence in sentences):
+            raise ManifestError(f'{where}: expected "filename" and "sentences" with objects')
         expected = image.get("sentids", sentences)
         if len(expected) != len(sentences):
             raise ManifestError(f"{where} ({name}): {len(sentences)} sentences and {len(expected)} sentids")
-        captions = tuple(str(sentence.get("raw", "")).strip() for sentence in sentences)
+        captions = tuple(as_sentence(sentence.get("raw")) for sentence in sentences)
         if not all(captions):
             raise ManifestError(f"{where} ({name}): an empty caption")
-        records.append(Record(pictures / image.get("filepath", "") / name, captions, None))
+        records.append(Record(pictures / part_of_path / name, captions))
     missing = wanted - seen
     if missing:
         raise ManifestError(
@@ -183,52 +198,28 @@ def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[s
         ManifestError: if a caption has no image or an image no caption.
     """
     path = Path(path)
-    pictures = _image_folder(path.parent, image_folder)
-    names = {image.get("id"): image.get("file_name") for image in _items(path, "images")}
+    pictures = find_image_folder(path.parent, image_folder)
+    names: dict[Any, str] = {}
+    for row, image in enumerate(_items(path, "images"), start=1):
+        name = image.get("file_name")
+        if not isinstance(name, str) or image.get("id") in names:
+            raise ManifestError(f'{path}: image {row}: expected "file_name" and an "id" of its own, got {image}')
+        names[image.get("id")] = name
     captions: dict[Any, list[str]] = {image: [] for image in names}
     for row, annotation in enumerate(_items(path, "annotations"), start=1):
-        image, caption = annotation.get("image_id"), str(annotation.get("caption", "")).strip()
-        if image not in captions:
-            raise ManifestError(f"{path}: annotation {row} is of image {image}, which is not among the images")
+        owner, caption = annotation.get("image_id"), as_sentence(annotation.get("caption"))
+        if owner not in captions:
+            raise ManifestError(f"{path}: annotation {row} is of image {owner}, which is not among the images")
         if not caption:
             raise ManifestError(f"{path}: annotation {row} has an empty caption")
-        captions[image].append(caption)
+        captions[owner].append(caption)
     bare = [image for image, sentences in captions.items() if not sentences]
     if bare:
         raise ManifestError(
             f"{path}: {len(names)} images and captions for {len(names) - len(bare)} of them; "
             f"the first without is {names[bare[0]]}"
         )
-    return [Record(pictures / str(names[image]), tuple(sentences)) for image, sentences in captions.items()]
-
-
-def read_table(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
-    """Read lines of an image and a caption: `image,caption`, `image|number|caption`, or `image#number<tab>caption`.
-
-    Args:
-        path: the file, or the folder that holds it under one of its usual names.
-        image_folder: where the pictures are; the usual place beside the file without it.
-
-    Raises:
-        ManifestError: if a line is not of that form.
-    """
-    path = Path(path)
-    if path.is_dir():
-        table = _find_table(path)
-        if table is None:
-            raise ManifestError(f"{path}: no table of captions; looked for {', '.join(TABLE_NAMES)}")
-        path = table
-    pictures = _image_folder(path.parent, image_folder)
-    grouped: dict[str, list[str]] = {}
-    lines: dict[str, int] = {}
-    for line, name, caption in _table_rows(path):
-        if not name or not caption:
-            raise ManifestError(f"{path}:{line}: expected an image and a caption, got {name!r} and {caption!r}")
-        grouped.setdefault(name, []).append(caption)
-        lines.setdefault(name, line)
-    if not grouped:
-        raise ManifestError(f"{path}: no rows in it")
-    return [Record(pictures / name, tuple(captions), None, lines[name]) for name, captions in grouped.items()]
+    return [Record(pictures / names[image], tuple(sentences)) for image, sentences in captions.items()]
 
 
 def read_datasets(
@@ -239,9 +230,10 @@ def read_datasets(
     caption_column: str = "caption",
     image_folder: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
-    """Read a Hugging Face `datasets` dataset, a row an image.
+    """Read a Hugging Face `datasets` dataset: a row an image, or a row a pair; rows of one picture are joined.
 
-    Pictures that the dataset holds itself, and not as paths, are written once to `image_folder`.
+    Pictures that the dataset holds itself, and not as paths, are written once to `image_folder`,
+    under a name made from their content.
 
     Args:
         source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
@@ -272,19 +264,26 @@ def read_datasets(
     for column in (image_column, caption_column):
         if column not in source.column_names:
             raise ManifestError(f"{where}: no column {column!r}; it has {', '.join(source.column_names)}")
-    records = []
+    captions_of: dict[Path, list[str]] = {}
     for row, item in enumerate(source.cast_column(image_column, datasets.Image(decode=False))):
         held = item[caption_column]
-        captions = tuple(str(caption).strip() for caption in ([held] if isinstance(held, str) else held or []))
+        captions = [as_sentence(caption) for caption in ([held] if isinstance(held, str) else held or [])]
         if not captions or not all(captions):
             raise ManifestError(f"{where}: row {row} has an empty caption")
         image = item[image_column]
-        if image["path"] and Path(image["path"]).is_file():
+        if image["bytes"] is None and image["path"]:
             picture = Path(image["path"])
         else:
             picture = _write_picture(image["bytes"], row, image_folder, where)
-        records.append(Record(picture, captions))
-    return records
+        captions_of.setdefault(picture, []).extend(captions)
+    return [Record(picture, tuple(captions)) for picture, captions in captions_of.items()]
+
+
+def dense_folder(source: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None) -> Path:
+    """What the image paths of a dense JSONL are relative to: the pictures' folder, or the source's own."""
+    if image_folder is not None:
+        return Path(image_folder)
+    return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
 def require_pictures(records: Sequence[Record], source: str | os.PathLike[str]) -> None:
@@ -307,12 +306,10 @@ def _write_picture(content: bytes | None, row: int, folder: str | os.PathLike[st
     if folder is None:
         raise ValueError(f"{where}: its pictures are not files; give image_folder (--image-folder) to write them to")
     suffix = ".png" if content.startswith(b"\x89PNG") else ".jpg"
-    picture = Path(folder) / f"{row:08d}{suffix}"
-    if not (picture.is_file() and picture.stat().st_size == len(content)):
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        aside = picture.with_suffix(".tmp")
-        aside.write_bytes(content)
-        aside.replace(picture)
+    picture = Path(folder) / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"  # one name, one content
+    if not picture.is_file():
+        with written_aside(picture) as aside:
+            aside.write_bytes(content)
     return picture
 
 
@@ -339,58 +336,9 @@ def _published_dense(folder: Path, split: str, count: int, dense: str | None) ->
     return texts
 
 
-def _image_folder(beside: Path, given: str | os.PathLike[str] | None) -> Path:
-    if given is not None:
-        return Path(given)
-    return next((beside / name for name in IMAGE_FOLDERS if (beside / name).is_dir()), beside)
-
-
-def _find_table(folder: Path) -> Path | None:
-    return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
-
-
-def _table_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, image and caption of each row of a table, its header left out."""
-    lines = _read_lines(path)
-    first = lines[0] if lines else ""
-    if "#" in first.partition("\t")[0] and "\t" in first:
-        for line, text in enumerate(lines, start=1):
-            name, _, caption = text.partition("\t")
-            yield line, name.rpartition("#")[0], caption.strip()
-        return
-    delimiter = next((sign for sign in "|\t" if sign in first), ",")
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    header = [cell.strip().lower() for cell in next(csv.reader([first], delimiter=delimiter), [])]
-    has_header = any(cell in ("image", "image_name", "filename", "file_name") for cell in header)
-    numbered = has_header and len(header) == 3
-    for row in reader:
-        if has_header and reader.line_num == 1:
-            continue
-        cells = row[2:] if numbered else row[1:]
-        yield reader.line_num, row[0].strip() if row else "", delimiter.join(cells).strip()
-
-
 def _items(path: Path, key: str) -> list[dict[str, Any]]:
-    content = _read_json(path)
+    content = read_json(path)
     items = content.get(key) if isinstance(content, dict) else None
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ManifestError(f'{path}: expected "{key}" with a list of objects')
     return items
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path}: not JSON ({error})") from None
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not a text file ({error})") from None

@@ -60,13 +60,6 @@ def score_dataset(
     """
     dense = captions == "dense"
     output: Literal["pooled", "features"] = "features" if model.similarity_fn.requires == "tokens" else "pooled"
-    images = model.encode_image(
-        dataset.images,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-        convert_to_tensor=True,
-        output=output,
-    )
     texts = model.encode_text(
         dataset.dense_captions if dense else dataset.captions,
         batch_size=batch_size,
@@ -75,6 +68,13 @@ def score_dataset(
         output=output,
         dense=dense,
         max_length=max_length,
+    )
+    images = model.encode_image(
+        dataset.images,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar,
+        convert_to_tensor=True,
+        output=output,
     )
     owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
     return model.similarity(images, texts), owner

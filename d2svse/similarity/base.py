@@ -137,7 +137,7 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
     Raises:
         ValueError: if the name is unknown or an argument does not fit.
     """
-    arguments = {"name": configuration} if isinstance(configuration, str) else dict(configuration)
+    arguments: dict[str, Any] = {"name": configuration} if isinstance(configuration, str) else dict(configuration)
     name = arguments.pop("name", None)
     if name not in _TABLE:
         for point in entry_points(group=ENTRY_POINT_GROUP):

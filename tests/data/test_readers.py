@@ -70,7 +70,7 @@ def test_published_counts_that_do_not_match_give_both_numbers(published):
     with pytest.raises(ManifestError, match="2 dense captions for 3 images"):
         read_records(published, split="test")
     (published / "id_mapping.json").write_text("{}")
-    with pytest.raises(ManifestError, match=r"id 10 of test_ids\.txt is not in id_mapping\.json"):
+    with pytest.raises(ManifestError, match=r"id 10 of test_ids\.txt is not in id_mapping\.json with a file name"):
         read_records(published, split="test")
     with pytest.raises(ManifestError, match=r"dev_caps\.txt: no such file"):
         read_records(published, split="dev")
@@ -152,6 +152,66 @@ def test_tables(tmp_path, pictures, form):
     assert [[" ".join(c.replace(",", ", ").split()) for c in r.captions] for r in records] == CAPTIONS
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "results.csv",
+            'a.jpg| 0| " a sign\na.jpg| 1| b\nb.jpg| 0| c " d\n',
+            {"a.jpg": ['" a sign', "b"], "b.jpg": ['c " d']},
+        ),
+        ("captions.txt", 'image,caption\na.jpg,"a dog\nruns, fast"\n', {"a.jpg": ["a dog runs, fast"]}),
+        ("captions.txt", "\ufeffimage,caption\na.jpg,a ,  b, c\n\n", {"a.jpg": ["a , b, c"]}),
+        ("captions.txt", "image,caption,split\na.jpg,a dog,train\n", {"a.jpg": ["a dog"]}),
+        ("captions.txt", "a.jpg,a\u2028b\x85c\n", {"a.jpg": ["a b c"]}),
+        ("results.csv", "a.jpg|0|a dog\n", {"a.jpg": ["a dog"]}),
+    ],
+)
+def test_quotes_columns_and_odd_signs(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert {record.image.name: list(record.captions) for record in read_records(tmp_path)} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('a.jpg,"a dog\na.jpg,b\n', r"captions\.txt:1: not CSV"),
+        ("image,words\na.jpg,b\n", r"captions\.txt:1: no column of captions"),
+        ("image,caption,split\na.jpg,b\n", r"captions\.txt:2: expected 3 columns, got 2"),
+    ],
+)
+def test_a_table_that_does_not_parse_is_named(tmp_path, text, message):
+    (tmp_path / "captions.txt").write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        read_records(tmp_path)
+
+
+def test_captions_that_are_no_text_and_images_that_stand_twice_are_refused(tmp_path, pictures):
+    content = karpathy(pictures)
+    content["images"][0]["sentences"][1]["raw"] = None
+    (tmp_path / "k.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=r"image 1 .*an empty caption"):
+        read_records(tmp_path / "k.json", split="train")
+    content = karpathy(pictures)
+    content["images"][1] = {**content["images"][0]}
+    (tmp_path / "k.json").write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match=r"one\.jpg stands there twice"):
+        read_records(tmp_path / "k.json", split="train")
+    with pytest.raises(ValueError, match="is of the published layout, and this is karpathy"):
+        read_records(tmp_path / "k.json", split="train", dense="long")
+
+
+def test_a_line_ends_at_a_newline_alone(published):
+    captions = (published / "test_caps.txt").read_text().replace("a red dog", "a red\u2028dog\x85 runs")
+    (published / "test_caps.txt").write_text("\ufeff" + captions + "\n\n", encoding="utf-8")
+    records = read_records(published, split="test")
+    assert records[0].captions[0] == "a red\u2028dog\x85 runs"
+    assert len(records) == 3
+    write(published / "train_ids.txt", "10", "11", "10")
+    with pytest.raises(ManifestError, match=r"3 ids of images in train_ids\.txt, 2 of them different"):
+        read_records(published, split="train")
+
+
 def test_a_row_without_a_caption_is_named(tmp_path):
     write(tmp_path / "captions.txt", "image,caption", "one.jpg,", "two.jpg,a cat")
     with pytest.raises(ManifestError, match=r"captions\.txt:2: expected an image and a caption"):
@@ -191,6 +251,11 @@ def test_datasets(tmp_path, pictures):
     assert [list(record.captions) for record in records] == CAPTIONS
     for record, name in zip(records, NAMES, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(record.image)), np.asarray(Image.open(pictures / name)))
+    other = {**held, "image": [{"bytes": (pictures / NAMES[0]).read_bytes(), "path": "one.jpg"}] * 3}
+    again = datasets.Dataset.from_dict(other).cast_column("image", datasets.Image())
+    joined = read_datasets(again, "train", image_folder=tmp_path / "written")
+    assert [record.image for record in joined] == [records[0].image]
+    assert list(joined[0].captions) == [caption for group in CAPTIONS for caption in group]
     with pytest.raises(ManifestError, match="no split 'test'; it has train"):
         read_records(tmp_path / "saved", split="test")
     with pytest.raises(ManifestError, match="no column 'text'"):
