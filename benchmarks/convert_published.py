@@ -50,7 +50,7 @@ def write_checkpoint(path: Path, kind: str, resolution: int, detail: int) -> Non
     from transformers import BertConfig, SwinConfig, ViTConfig
 
     from d2svse import D2SVSE, D2SVSEConfig
-    from d2svse.hub import published
+    from d2svse.hub.names import published_shapes
 
     if kind == "vit":
         vision = ViTConfig(image_size=detail)
@@ -65,7 +65,7 @@ def write_checkpoint(path: Path, kind: str, resolution: int, detail: int) -> Non
         context_decoder=decoder,
     )
     with torch.device("meta"):
-        shapes = published.published_shapes(D2SVSE(config), teacher=True)
+        shapes = published_shapes(D2SVSE(config), teacher=True)
     torch.manual_seed(0)
     state = {}
     for name, shape in shapes.items():

@@ -34,15 +34,20 @@ def published(
     """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
     quiet_transformers()
     from d2svse.hub import convert_published
+    from d2svse.hub.architecture import SETTINGS
 
     given = {"fusion": fusion, "token_placement": token_placement, "mask_padding": mask_padding}
+    further = parse_assignments(set_ or [], "--set")
+    for name in further:
+        if name not in SETTINGS and not name.startswith(("vision.", "text.")):
+            raise ValueError(f"--set {name}: known are {', '.join(SETTINGS)}, vision.FIELD, text.FIELD")
     model = convert_published(
         checkpoint,
         output,
         keep_teacher=keep_teacher,
         tokenizer=tokenizer,
         antialias=antialias,
-        **{**given, **parse_assignments(set_ or [], "--set")},
+        **{**given, **further},
     )
     stage = 1 if model.decoder is None else 2
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -7,15 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
 
 from d2svse.models import D2SVSEConfig
+from d2svse.models.decoder import Placement
 
 HEAD_WIDTH = 64  # of ViT and BERT in all published sizes; no shape tells it
 DECODER_HEADS, ATTENTION_HEADS = 4, 8
+SETTINGS = ("img_res", "no_res_embed", "decoder_heads", "fusion", "token_placement", "mask_padding")
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,7 @@ def infer_architecture(
         opt: the checkpoint's options; `img_res` and `no_res_embed` are read, the rest the shapes
             tell.
         source: the file, for messages.
-        given: what wins over both: `img_res`, `no_res_embed`, `decoder_heads`, `fusion`,
-            `token_placement`, `mask_padding`, and `vision.FIELD` or `text.FIELD` for any field of
+        given: what wins over both: any of `SETTINGS`, and `vision.FIELD` or `text.FIELD` for any field of
             the backbones' configurations (as `vision__FIELD`, too, which is a Python name).
 
     Raises:
@@ -50,26 +51,29 @@ def infer_architecture(
             name is unknown.
     """
     shapes = _Shapes(weights, source)
-    values = {"no_res_embed": False, **{n: opt[n] for n in ("img_res", "no_res_embed") if n in opt}}
-    values |= {"fusion": "published", "token_placement": "postfix", "mask_padding": False, "decoder_heads": None}
+    values: dict[str, Any] = dict.fromkeys(SETTINGS) | {n: opt[n] for n in ("img_res", "no_res_embed") if n in opt}
+    values |= {"fusion": "published", "token_placement": "postfix", "mask_padding": False}
     sides: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
     for name, value in (given or {}).items():
         side, dot, field = name.replace("__", ".", 1).partition(".")
         if dot and side in sides:
             sides[side][field] = value
-        elif name in (*values, "img_res"):
+        elif name in SETTINGS:
             values[name] = value
         else:
-            known = [*sorted({*values, "img_res"}), "vision.FIELD", "text.FIELD"]
-            raise ValueError(f"unknown setting {name!r} for a published checkpoint; known are {', '.join(known)}")
-    vision = _vision(shapes, values.get("img_res"))
-    text = _text(shapes)
+            known = ", ".join([*SETTINGS, "vision.FIELD", "text.FIELD"])
+            raise ValueError(f"unknown setting {name!r} for a published checkpoint; known are {known}")
+    _check_settings(values, shapes)
+    vision, text = _vision(shapes, values["img_res"]), _text(shapes)
     for side, config in (("vision", vision), ("text", text)):
         for field, value in sides[side].items():
             if not hasattr(config, field):
                 raise ValueError(f"{side}.{field}: a {type(config).__name__} has no such field")
-            setattr(config, field, value)
-    image_size = values.get("img_res") or vision.image_size
+            try:
+                setattr(config, field, value)
+            except Exception as error:  # transformers checks the type
+                raise ValueError(f"{side}.{field}={value!r}: {' '.join(str(error).split())}") from None
+    image_size = values["img_res"] or vision.image_size
     config = D2SVSEConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
@@ -80,6 +84,27 @@ def infer_architecture(
         context_residual=bool(values["no_res_embed"]),  # the published option says the opposite of its name
     )
     return Architecture(config, int(image_size))
+
+
+def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
+    """Check values of options, and that those are there which no shape tells."""
+    has_decoder = "prompt_learner.prompt_tokens" in shapes
+    swin = "img_enc.visual_encoder.embeddings.cls_token" not in shapes
+    for name, needed in (("img_res", swin), ("no_res_embed", has_decoder)):
+        if needed and values[name] is None:
+            raise ValueError(
+                f"{shapes.source}: its options lack {name}, which no shape tells; give it (--set {name}=…)"
+            )
+    for name in ("img_res", "decoder_heads"):
+        value = values[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    for name in ("no_res_embed", "mask_padding"):
+        if not isinstance(values[name], bool | None):
+            raise ValueError(f"{name} must be true or false, got {values[name]!r}")
+    if values["token_placement"] not in get_args(Placement):
+        known = ", ".join(get_args(Placement))
+        raise ValueError(f"token_placement must be one of {known}, got {values['token_placement']!r}")
 
 
 class _Shapes:

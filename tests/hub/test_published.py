@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from published_files import GOLDEN, GOLDEN_MODELS, golden_description, golden_state, save_published
+from transformers import BertConfig, ViTConfig
 
-from d2svse import D2SVSE
+from d2svse import D2SVSE, D2SVSEConfig
 from d2svse.hub import convert_published, load_published, write_published
 from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.models import D2SVSEImageProcessorPil
@@ -96,11 +97,11 @@ def test_losses_and_gradient_norms_are_the_published_ones(golden_files, name):
 
 def gradient_norms(model: D2SVSE) -> dict[str, float]:
     """Gradient norms by published names; what has no gradient is left out."""
-    from d2svse.hub import published
+    from d2svse.hub import names
 
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and name != "logit_scale"}
-    named = published.revert_weight_conversion(model, gradients)
-    return {published._to_published(name): gradient.norm().item() for name, gradient in named.items()}
+    named = names.revert_weight_conversion(model, gradients)
+    return {names.to_published(name): gradient.norm().item() for name, gradient in named.items()}
 
 
 def test_published_preprocessing_is_reproduced():
@@ -322,19 +323,26 @@ def test_settings_can_be_given_by_hand(golden_files):
         load(golden_files["vit_distill"], vision__heads=3)
 
 
-def test_a_model_trained_here_is_written_as_published_and_read_back(make_model, tmp_path):
+def test_a_model_trained_here_is_written_as_published_and_read_back(processor, tmp_path):
+    small = {"num_hidden_layers": 1, "intermediate_size": 16, "hidden_size": 64, "num_attention_heads": 1}
+    vision = ViTConfig(**small, image_size=32, patch_size=8)
+    text = BertConfig(**small, vocab_size=100, max_position_embeddings=96)
     decoder = {"num_tokens": 4, "num_layers": 2, "num_heads": 4, "placement": "postfix", "positions": False}
-    model = make_model(context_decoder={**decoder, "mask_padding": False})
+
+    def make(**decoder_options) -> D2SVSE:
+        configurations = {"vision_config": vision.to_dict(), "text_config": text.to_dict(), "embed_dim": 24}
+        return D2SVSE(D2SVSEConfig(**configurations, context_decoder={**decoder, **decoder_options})).eval()
+
+    model = make(mask_padding=False)
     model.save_pretrained(tmp_path / "model")
     write_published(tmp_path / "model", tmp_path / "m.pth")
-    heads = {"vision.num_attention_heads": 2, "text.num_attention_heads": 2}
-    back = load(tmp_path / "m.pth", fusion="sum", **heads)
+    back = load(tmp_path / "m.pth", fusion="sum")
     ids = torch.randint(1, 100, (3, 7))
     with torch.no_grad():
         for method, value in (("get_text_features", ids), ("get_image_features", torch.rand(2, 3, 32, 32))):
             found, expected = (getattr(m, method)(value).pooler_output for m in (back, model))
             torch.testing.assert_close(found, expected)
-    make_model(context_decoder={"num_tokens": 4, "num_layers": 1}).save_pretrained(tmp_path / "other")
+    make(placement="surround").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="postfix tokens without positions"):
         write_published(tmp_path / "other", tmp_path / "n.pth")
 
@@ -343,4 +351,91 @@ def test_options_are_plain_json(golden_files, tmp_path):
     convert_published(golden_files["vit_pretrain"], tmp_path / "model", tokenizer=False)
     record = json.loads((tmp_path / "model" / "published.json").read_text())
     assert record["opt"]["embed_size"] == 512
-    assert record["best_rsum"] == 531.9
+    assert record["rest"]["best_rsum"] == 531.9
+
+
+def test_settings_that_no_shape_tells_are_asked_for(tmp_path):
+    opt = golden_description("vit_distill")["opt"]
+    path = save_published(tmp_path / "m.pth", golden_state("vit_distill"), {k: opt[k] for k in ("img_res", "distill")})
+    with pytest.raises(ValueError, match="no_res_embed is not among its options"):
+        load(path)
+    assert load(path, no_res_embed=True).config.context_residual
+    path = save_published(tmp_path / "s.pth", golden_state("swin_pretrain"), {})
+    with pytest.raises(ValueError, match="img_res is not among its options"):
+        load(path)
+    assert load(path, img_res=64).config.vision_config.image_size == 64
+    for settings, message in (
+        ({"img_res": -5}, "img_res must be a positive whole number"),
+        ({"img_res": "abc"}, "img_res must be a positive whole number"),
+        ({"token_placement": "foo"}, "token_placement must be one of"),
+        ({"vision.num_attention_heads": "abc"}, r"vision\.num_attention_heads='abc'"),
+        ({"vision.num_attention_heads": 7}, "no such model can be built"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(path, **{"img_res": 64, **settings})
+
+
+def test_half_precision_comes_back_as_it_was(tmp_path):
+    state = {n: t.half() if t.is_floating_point() else t for n, t in golden_state("vit_distill").items()}
+    path = save_published(tmp_path / "half.pth", state, golden_description("vit_distill")["opt"])
+    convert_published(path, tmp_path / "model", keep_teacher=True, tokenizer=False)
+    assert D2SVSE.from_pretrained(tmp_path / "model").dtype == torch.float32
+    write_published(tmp_path / "model", tmp_path / "back.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    for name, tensor in state.items():
+        assert tensor.dtype == back[name].dtype, name
+        assert torch.equal(tensor, back[name]), name
+
+
+def test_odd_contents_are_refused_by_name(tmp_path):
+    state, opt = golden_state("vit_pretrain"), golden_description("vit_pretrain")["opt"]
+    for changed, message in (
+        ({"module.txt_enc.fc.bias": torch.ones(512)}, "txt_enc.fc.bias stands there twice"),
+        ({"txt_enc.fc.bias": torch.zeros(512, dtype=torch.complex64)}, "should hold floating-point numbers"),
+        ({"txt_enc.fc.bias": torch.zeros(512).to_sparse()}, "should be a tensor with values"),
+        ({"txt_enc.fc.bias": 3}, "should be a tensor with values"),
+    ):
+        path = save_published(tmp_path / "odd.pth", {**state, **changed}, opt)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    torch.save({"model": state, "opt": 5}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match='expected "opt" to hold options, got int'):
+        load(tmp_path / "odd.pth")
+    torch.save({"model": state, "opt": Harmless()}, tmp_path / "odd.pth", pickle_protocol=4)
+    with pytest.raises(ValueError, match=r"refused.*Harmless"):
+        load(tmp_path / "odd.pth")
+
+
+def test_what_cannot_be_kept_is_said_and_the_input_is_never_replaced(golden_files, tmp_path, caplog):
+    path = tmp_path / "m.pth"
+    state, opt = golden_state("vit_pretrain"), golden_description("vit_pretrain")["opt"]
+    content = {"model": state, "opt": argparse.Namespace(**opt), "optimizer": {"lr": 1}, "best_rsum": float("inf")}
+    torch.save(content, path)
+    convert_published(path, tmp_path / "model", tokenizer=False)
+    assert "not kept: optimizer, best_rsum" in caplog.text
+    inside = tmp_path / "model" / "m.pth"
+    path.rename(inside)
+    with pytest.raises(ValueError, match="lies in the folder to write"):
+        convert_published(inside, tmp_path / "model", tokenizer=False)
+    assert inside.is_file()
+
+
+def test_what_the_published_code_cannot_express_is_refused(golden_files, tmp_path):
+    convert_published(golden_files["vit_distill"], tmp_path / "a", tokenizer=False, decoder_heads=8)
+    with pytest.raises(ValueError, match="its decoder has 4 heads"):
+        write_published(tmp_path / "a", tmp_path / "a.pth")
+    convert_published(golden_files["vit_distill"], tmp_path / "b", tokenizer=False, no_res_embed=False, img_res=32)
+    write_published(tmp_path / "b", tmp_path / "b.pth")
+    back = load(tmp_path / "b.pth")
+    assert not back.config.context_residual
+    assert back.processor.image_processor.size["height"] == 32
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused_and_a_small_one_doubted(golden_files, tmp_path, processor, caplog):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(FileNotFoundError, match="vocabulary is missing"):
+        load_published(golden_files["vit_pretrain"], tokenizer=tmp_path / "empty")
+    load_published(golden_files["vit_pretrain"], tokenizer=processor.tokenizer)
+    assert "is it another?" in caplog.text

@@ -1,0 +1,150 @@
+"""The names of a published checkpoint's tensors, and those of ours.
+
+A checkpoint's tensors carry the names of the published code around those of transformers 4;
+`RENAMED` is the published part of the translation, the other part is what transformers itself does
+on loading and saving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from d2svse.models import D2SVSE
+
+TEACHER_PREFIX = "long_txt_enc."
+RENAMED = (
+    ("img_enc.visual_encoder.", "image_encoder.backbone."),
+    ("img_enc.image_encoder.fc.", "image_encoder.projection."),
+    ("img_enc.image_encoder.gpool.", "image_encoder.pooling."),
+    ("txt_enc.bert.", "text_encoder.backbone."),
+    ("txt_enc.fc.", "text_encoder.projection."),
+    ("txt_enc.ln.", "text_encoder.layer_norm."),
+    ("txt_enc.gpool.", "text_encoder.pooling."),
+    ("txt_enc.mlp.layers.0.", "text_encoder.mlp.inner."),
+    ("txt_enc.mlp.bns.0.", "text_encoder.mlp.norm."),
+    ("txt_enc.mlp.layers.1.", "text_encoder.mlp.outer."),
+    ("prompt_learner.prompt_tokens", "decoder.tokens"),
+    ("prompt_learner.decoder_norm.", "decoder.layers.norm."),
+    ("prompt_learner.pooling.", "decoder.pooling."),
+    ("prompt_learner.cross_attn.", "decoder.attention."),
+    ("prompt_learner.decoder_blocks.", "decoder.layers.layers."),
+)
+RENAMED_IN_BLOCK = (
+    (".attn.qkv.weight", ".self_attn.in_proj_weight"),
+    (".attn.qkv.bias", ".self_attn.in_proj_bias"),
+    (".attn.proj.", ".self_attn.out_proj."),
+    (".mlp.fc1.", ".linear1."),
+    (".mlp.fc2.", ".linear2."),
+)
+OPTIONAL = re.compile(r"(\.embeddings\.(position|token_type)_ids|\.relative_position_index)$")
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def published_shapes(model: D2SVSE, teacher: bool = False) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model's published checkpoint.
+
+    Args:
+        model: the model; it may be on the meta device.
+        teacher: with the frozen dense text encoder of stage 2.
+    """
+    shapes = {to_published(n): tuple(t.shape) for n, t in saved_state(model).items() if n != "logit_scale"}
+    shapes |= _unused_shapes(shapes)
+    if teacher:
+        shapes |= {f"long_{name}": shape for name, shape in shapes.items() if name.startswith("txt_enc.")}
+    return shapes
+
+
+def to_ours(name: str) -> str:
+    """Our name, around those of transformers 4, of a published tensor."""
+    for published, ours in RENAMED:
+        if name.startswith(published):
+            name = ours + name[len(published) :]
+            break
+    if name.startswith("decoder.layers.layers."):
+        for published, ours in RENAMED_IN_BLOCK:
+            name = name.replace(published, ours)
+    return name
+
+
+def to_published(name: str) -> str:
+    """The published name of a tensor that `saved_state` names."""
+    if name.startswith("decoder.layers.layers."):
+        for published, ours in RENAMED_IN_BLOCK:
+            name = name.replace(ours, published)
+    for published, ours in RENAMED:
+        if name.startswith(ours):
+            return published + name[len(ours) :]
+    return name
+
+
+def is_used(name: str) -> bool:
+    """Whether the published model computes anything of inference with this tensor."""
+    unused = (".pooler.", "txt_enc.mlp.bns.1.")
+    return not (
+        name.startswith(TEACHER_PREFIX)
+        or any(part in name for part in unused)
+        or name == "prompt_learner.mask_token"
+        or OPTIONAL.search(name)
+    )
+
+
+def is_teacher_weight(name: str) -> bool:
+    """Whether the teacher computes anything with this published tensor."""
+    return name.startswith(TEACHER_PREFIX) and is_used(name.removeprefix("long_"))
+
+
+def teacher_name(name: str) -> str:
+    """The name within a `TextEncoder` of one of the teacher's published tensors."""
+    return to_ours(name.removeprefix("long_")).removeprefix("text_encoder.")
+
+
+def teacher_published_name(name: str) -> str:
+    """The opposite of `teacher_name`."""
+    return "long_" + to_published(f"text_encoder.{name}")
+
+
+def saved_state(model: D2SVSE) -> dict[str, Tensor]:
+    """The model's tensors under the names that `save_pretrained` writes, those of transformers 4."""
+    return revert_weight_conversion(model, model.state_dict())
+
+
+def _unused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what the published model holds beside these and never uses."""
+    embed_dim, width = shapes["txt_enc.fc.weight"]
+    unused: dict[str, tuple[int, ...]] = {f"txt_enc.mlp.bns.1.{part}": (embed_dim,) for part in _BATCH_NORM}
+    unused["txt_enc.mlp.bns.1.num_batches_tracked"] = ()
+    unused |= {"txt_enc.bert.pooler.dense.weight": (width, width), "txt_enc.bert.pooler.dense.bias": (width,)}
+    if "img_enc.visual_encoder.embeddings.cls_token" in shapes:
+        width = shapes["img_enc.image_encoder.fc.weight"][1]
+        pooler = "img_enc.visual_encoder.pooler.dense"
+        unused |= {f"{pooler}.weight": (width, width), f"{pooler}.bias": (width,)}
+    if "prompt_learner.decoder_norm.weight" in shapes:
+        unused["prompt_learner.mask_token"] = shapes["prompt_learner.prompt_tokens"]
+    return unused
+
+
+def neutral_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors for what the published model holds and never uses, and for a text side without its MLP."""
+    embed_dim, width = weights["txt_enc.fc.weight"].shape
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    added: dict[str, tuple[int, ...]] = {}
+    if "txt_enc.mlp.layers.0.weight" not in weights:  # its output is then zero
+        half = embed_dim // 2
+        added = {"txt_enc.mlp.layers.0.weight": (half, width), "txt_enc.mlp.layers.0.bias": (half,)}
+        added |= {"txt_enc.mlp.layers.1.weight": (embed_dim, half), "txt_enc.mlp.layers.1.bias": (embed_dim,)}
+        added |= {f"txt_enc.mlp.bns.0.{part}": (half,) for part in _BATCH_NORM}
+        added["txt_enc.mlp.bns.0.num_batches_tracked"] = ()
+    tensors: dict[str, Tensor] = {}
+    for name, shape in {**added, **_unused_shapes(shapes)}.items():
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = torch.zeros(shape, dtype=torch.long)
+        elif name.endswith("running_var") or (".bns." in name and name.endswith("weight")):
+            tensors[name] = torch.ones(shape)
+        else:
+            tensors[name] = torch.zeros(shape)
+    return tensors
