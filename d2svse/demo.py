@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from d2svse.data import ImageTextDataset, write_scenes
 from d2svse.files import write_json, written_aside
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
-from d2svse.retrieval import draw_gallery, index_images, search
+from d2svse.retrieval import draw_gallery, index_images, search, search_exhaustively
+from d2svse.similarity import build_similarity
 from d2svse.training import Trainer, TrainingArguments
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 512
@@ -46,13 +47,19 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def build_model(texts: list[str], seed: int = 42, vision: PreTrainedConfig | None = None) -> D2SVSE:
+def build_model(
+    texts: list[str],
+    seed: int = 42,
+    vision: PreTrainedConfig | None = None,
+    similarity: Mapping[str, Any] | None = None,
+) -> D2SVSE:
     """A small model with random weights: a ResNet, a BERT and a word-level tokenizer for these texts.
 
     Args:
         texts: what the tokenizer's words are taken from.
         seed: seed of the weights.
         vision: configuration of another vision backbone.
+        similarity: the similarity, cosine without it.
     """
     tokenizer = build_tokenizer(texts)
     vision = vision or ResNetConfig(
@@ -67,7 +74,9 @@ def build_model(texts: list[str], seed: int = 42, vision: PreTrainedConfig | Non
         max_position_embeddings=tokenizer.model_max_length,
     )
     set_seed(seed)
-    model = D2SVSE(D2SVSEConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), embed_dim=EMBED_DIM))
+    sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+    chosen = None if similarity is None else dict(similarity)
+    model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     model.processor = D2SVSEProcessor(image_processor, tokenizer, max_length=tokenizer.model_max_length)
     return model
@@ -81,6 +90,7 @@ def run_demo(
     pretrain_epochs: float = PRETRAIN_EPOCHS,
     distill_epochs: float = DISTILL_EPOCHS,
     seed: int = 42,
+    similarity: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
     show_progress_bar: bool = True,
 ) -> dict[str, dict[str, float]]:
@@ -95,12 +105,15 @@ def run_demo(
         pretrain_epochs: epochs of stage 1.
         distill_epochs: epochs of stage 2; the baseline gets as many as both together.
         seed: the one seed.
+        similarity: `{"name": ..., **arguments}`, cosine without it; one that does not fold is searched
+            without an index.
         say: prints a line.
         show_progress_bar: show bars on the terminal.
 
     Returns:
         The metrics on the held-out scenes of "stage 1", "stage 2" and "aligning alone".
     """
+    build_similarity(similarity or "cosine", EMBED_DIM)  # to hear of a misfit before anything is drawn
     output = Path(output)
     start = time.monotonic()
     scenes = output / "scenes"
@@ -131,25 +144,28 @@ def run_demo(
         trainer.train()
         return trainer.evaluate(test, metric_key_prefix="test")
 
-    model = build_model(texts, seed)
+    model = build_model(texts, seed, similarity=similarity)
     say(f"Stage 1: {pretrain_epochs:g} epochs on dense captions")
     stages = {"stage 1": train_stage(model, "pretrain", pretrain_epochs)}
     say(f"Stage 2: {distill_epochs:g} epochs on sparse captions, distilling the dense embedding")
     stages["stage 2"] = train_stage(model, "distill", distill_epochs)
     both = pretrain_epochs + distill_epochs
     say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
-    stages["aligning alone"] = train_stage(build_model(texts, seed), "align", both)
+    stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
     results = {
         name: {key.removeprefix("test_"): value for key, value in metrics.items() if key != "epoch"}
         for name, metrics in stages.items()
     }
     with written_aside(output / "model", replaces="config.json") as aside:
         model.save_pretrained(aside)
-    index = index_images(model, test.images)
-    index.save(output / "index")
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
-    answers = search(model, index, queries, num_test)
+    if model.similarity_fn.foldable:
+        index = index_images(model, test.images)
+        index.save(output / "index")
+        answers = search(model, index, queries, num_test)
+    else:
+        answers = search_exhaustively(model, test.images, queries, num_test)
     rows = [(query, [hit.id for hit in hits[:GALLERY_COLUMNS]]) for query, hits in zip(queries, answers, strict=True)]
     draw_gallery(rows, output / "gallery.png")
     for query, record, hits in zip(queries, asked, answers, strict=True):
@@ -157,7 +173,8 @@ def run_demo(
         say(f"\n{query}\n  its own scene comes at place {rank} of {num_test}; first comes {hits[0].id}:")
         say(f"  {next(other.dense for other in test.records if str(other.image) == hits[0].id)}")
     write_json(output / "results.json", results)
-    say(f"\nDone in {time.monotonic() - start:.0f} s: {output}/model, {output}/index, {output}/gallery.png")
+    made = ["model", *(["index"] if model.similarity_fn.foldable else []), "gallery.png"]
+    say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in made)}")
     return results
 
 

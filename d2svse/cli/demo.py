@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import print_recalls, quiet_transformers
+from d2svse.cli.common import parse_assignments, print_recalls, quiet_transformers
 
 
 def demo(
@@ -15,10 +15,13 @@ def demo(
         "d2svse-demo"
     ),
     seed: Annotated[int, typer.Option(help="The one seed.")] = 42,
+    similarity: Annotated[str, typer.Option(help="Name of the similarity.")] = "cosine",
+    similarity_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.")] = None,
 ) -> None:
     """Train both stages from scratch on drawn scenes, on the CPU, in minutes; nothing is downloaded."""
     quiet_transformers()
     from d2svse.demo import run_demo
 
-    results = run_demo(output, seed=seed, say=typer.echo)
+    chosen = {"name": similarity, **parse_assignments(similarity_arg or [], "--similarity-arg")}
+    results = run_demo(output, seed=seed, similarity=chosen, say=typer.echo)
     print_recalls(results, "200 held-out scenes, five captions each (chance: R@1 0.5, R@10 5)")

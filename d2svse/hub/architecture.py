@@ -69,20 +69,20 @@ def infer_architecture(
         for field, value in sides[side].items():
             if not hasattr(config, field):
                 raise ValueError(f"{side}.{field}: a {type(config).__name__} has no such field")
-            try:
-                setattr(config, field, value)
-            except Exception as error:  # transformers checks the type
-                raise ValueError(f"{side}.{field}={value!r}: {' '.join(str(error).split())}") from None
+            setattr(config, field, value)
     image_size = values["img_res"] or vision.image_size
-    config = D2SVSEConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
-        embed_dim=shapes("img_enc.image_encoder.fc.weight", 2)[0],
-        text_projection="residual_mlp",
-        context_decoder=_decoder(shapes, values),
-        fusion=values["fusion"],
-        context_residual=bool(values["no_res_embed"]),  # the published option says the opposite of its name
-    )
+    try:  # transformers checks the fields' types here
+        config = D2SVSEConfig(
+            vision_config=vision.to_dict(),
+            text_config=text.to_dict(),
+            embed_dim=shapes("img_enc.image_encoder.fc.weight", 2)[0],
+            text_projection="residual_mlp",
+            context_decoder=_decoder(shapes, values),
+            fusion=values["fusion"],
+            context_residual=bool(values["no_res_embed"]),  # the published option says the opposite of its name
+        )
+    except Exception as error:
+        raise ValueError(f"{source}: settings {dict(given or {})} do not fit: {' '.join(str(error).split())}") from None
     return Architecture(config, int(image_size))
 
 

@@ -56,7 +56,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: refused, nothing in it was run: it asks for {names[0]}; a checkpoint may hold tensors, "
                 "plain values and argparse.Namespace"
             ) from None
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        told = str(error).strip()  # of the unpickler torch tells how to trust a file, which is no advice here
+        detail = type(error).__name__ if not told or "eights only" in told else told.splitlines()[0][:200]
         raise ValueError(
             f"{path}: broken or cut short, or not written by torch.save with its usual pickle protocol ({detail})"
         ) from None
@@ -103,9 +104,11 @@ def classes_in(path: Path) -> list[str]:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
     else:
         pickles = [path.read_bytes()]
-    names, strings = [], ["", ""]
+    names: list[str] = []
     for data in pickles:
         stream = io.BytesIO(data)
+        strings, last = ["", ""], None
+        memo: dict[Any, Any] = {}
         try:
             while stream.tell() < len(data):  # an old file is several pickles in a row
                 for opcode, argument, _ in pickletools.genops(stream):
@@ -113,8 +116,14 @@ def classes_in(path: Path) -> list[str]:
                         names.append(str(argument).replace(" ", "."))
                     elif opcode.name == "STACK_GLOBAL":
                         names.append(".".join(strings[-2:]))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
+                    elif opcode.name == "MEMOIZE":
+                        memo[len(memo)] = last
+                    elif "PUT" in opcode.name:
+                        memo[argument] = last
+                    else:
+                        last = memo.get(argument) if "GET" in opcode.name else argument
+                        if isinstance(last, str):
+                            strings.append(last)
         except ValueError:  # no pickle, or what follows them
             pass
     return names

@@ -4,7 +4,7 @@ from d2svse.retrieval.evaluation import evaluate, score_dataset
 from d2svse.retrieval.gallery import draw_gallery
 from d2svse.retrieval.index import ExactIndex, VectorIndex
 from d2svse.retrieval.metrics import fold_metrics, mean_metrics, ranks, recall_at_k, retrieval_metrics
-from d2svse.retrieval.search import Hit, index_images, search, search_by_image
+from d2svse.retrieval.search import Hit, index_images, search, search_by_image, search_exhaustively
 
 __all__ = [
     "ExactIndex",
@@ -21,4 +21,5 @@ __all__ = [
     "score_dataset",
     "search",
     "search_by_image",
+    "search_exhaustively",
 ]

@@ -63,6 +63,28 @@ def search(model: D2SVSE, index: VectorIndex, queries: str | Sequence[str], k: i
     return _hits(*index.search(_fold(model, "text", vectors), k))
 
 
+def search_exhaustively(
+    model: D2SVSE,
+    images: Sequence[str | os.PathLike[str]],
+    queries: str | Sequence[str],
+    k: int = 10,
+    *,
+    batch_size: int = 64,
+) -> list[list[Hit]]:
+    """As `search`, without an index: encode the pictures and score every pair, with any similarity.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        ValueError: if a sentence is empty.
+    """
+    output: Any = "features" if model.similarity_fn.requires == "tokens" else "pooled"
+    pictures = model.encode_image(list(images), batch_size=batch_size, convert_to_tensor=True, output=output)
+    sentences = model.encode_text(queries, convert_to_tensor=True, output=output)
+    scores, rows = model.similarity(pictures, sentences).T.topk(min(k, len(images)))
+    names = [os.fspath(path) for path in images]
+    return _hits(scores.cpu().numpy(), [[names[row] for row in line] for line in rows.tolist()])
+
+
 def search_by_image(
     model: D2SVSE, index: VectorIndex, images: ImageSource | Sequence[ImageSource], k: int = 10
 ) -> list[list[Hit]]:

@@ -6,9 +6,11 @@ from d2svse.similarity.cosine import Cosine
 from d2svse.similarity.gssf import GSSF, GSSFBlockDiagonal, GSSFDense, GSSFDiagonal
 from d2svse.similarity.metric import Metric
 from d2svse.similarity.token import MaxLogSumExp, MaxMean, MaxSoftmax, MaxSum
+from d2svse.similarity.transport import OMIT, MoversDistance, TransportOutput, sinkhorn
 
 __all__ = [
     "GSSF",
+    "OMIT",
     "Cosine",
     "CrossAttentionI2T",
     "CrossAttentionT2I",
@@ -20,8 +22,11 @@ __all__ = [
     "MaxSoftmax",
     "MaxSum",
     "Metric",
+    "MoversDistance",
     "Similarity",
+    "TransportOutput",
     "build_similarity",
     "register_similarity",
     "similarity_names",
+    "sinkhorn",
 ]

@@ -121,7 +121,7 @@ class CrossAttentionT2I(CrossAttention):
         super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
     ) -> Tensor:
         products = fragments.permute(0, 2, 3, 1)
         return self.pool(self.relevance(products, text_mask, images, image_mask), text_mask)
@@ -154,7 +154,7 @@ class CrossAttentionI2T(CrossAttention):
         super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
     ) -> Tensor:
         products = fragments.permute(2, 0, 1, 3)
         return self.pool(self.relevance(products, image_mask, texts, text_mask), image_mask).T

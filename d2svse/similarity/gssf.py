@@ -46,7 +46,7 @@ class GSSF(Similarity):
         return (self.metric.left(images.pooled) * self.metric.right(texts.pooled)).sum(-1)
 
     def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
-        """Take images through W and normalise texts: their inner product is the score."""
+        """Normalise images and take texts through W: their inner product is the score."""
         return self.metric.left(vectors) if side == "image" else self.metric.right(vectors)
 
     def reset_parameters(self) -> None:  # noqa: D102

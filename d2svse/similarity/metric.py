@@ -73,25 +73,26 @@ class Metric(nn.Module):
             init.copy_(self.weight, torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
     def left(self, x: Tensor) -> Tensor:
-        """L2-normalise and take through W: `(..., dim)` to x̂ᵀ(W ⊙ U), `(..., dim)`.
-
-        The inner product of the result with a normalised y is the score.
-        """
-        x = F.normalize(x, dim=-1)
-        if self.weight is None:
-            return x
-        weight = F.dropout(self.weight, self.dropout, self.training).to(x.dtype)
-        if weight.ndim == 1:
-            return x * weight
-        blocks, size, _ = weight.shape
-        if blocks == 1:
-            return x @ weight[0]
-        split = x.reshape(-1, blocks, size).transpose(0, 1)  # one matrix product for each block
-        return torch.bmm(split, weight).transpose(0, 1).reshape(x.shape)
+        """L2-normalise the image side: `(..., dim)`."""
+        return F.normalize(x, dim=-1)
 
     def right(self, y: Tensor) -> Tensor:
-        """L2-normalise: `(..., dim)`."""
-        return F.normalize(y, dim=-1)
+        """L2-normalise the text side and take it through W: `(..., dim)` to (W ⊙ U)ŷ, `(..., dim)`.
+
+        The inner product of `left` with the result is the score. W stands on this side, so that
+        stored image vectors serve a search by picture as well.
+        """
+        y = F.normalize(y, dim=-1)
+        if self.weight is None:
+            return y
+        weight = F.dropout(self.weight, self.dropout, self.training).to(y.dtype)
+        if weight.ndim == 1:
+            return y * weight
+        blocks, size, _ = weight.shape
+        if blocks == 1:
+            return y @ weight[0].T
+        split = y.reshape(-1, blocks, size).transpose(0, 1)  # one matrix product for each block
+        return torch.bmm(split, weight.mT).transpose(0, 1).reshape(y.shape)
 
     def weights(self) -> Tensor | None:
         """The learned structure, detached: `(dim,)` or `(num_blocks, b, b)`; None for cosine."""

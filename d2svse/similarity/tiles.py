@@ -53,7 +53,7 @@ class FragmentSimilarity(Similarity):
 
     @abstractmethod
     def score_tile(
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
     ) -> Tensor:
         """Score all pairs of a tile.
 
@@ -64,10 +64,15 @@ class FragmentSimilarity(Similarity):
             text_mask: which are real, `(n_texts, n_words)` bool.
             fragments: the metric of every two, `(n_images, n_patches, n_texts, n_words)`; of padded
                 fragments too.
+            *extras: the tile's parts of what `extras` gives, the images' and then the texts'.
 
         Returns:
             `(n_images, n_texts)`.
         """
+
+    def extras(self, images: Features, texts: Features) -> tuple[list[Tensor], list[Tensor]]:
+        """Further tensors that `score_tile` needs, `(n_images, ...)` and `(n_texts, ...)`."""
+        return [], []
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         assert images.tokens is not None
@@ -82,27 +87,22 @@ class FragmentSimilarity(Similarity):
         columns = max(1, min(n_texts, self.max_memory // item))
         rows = max(1, min(n_images, self.max_memory // (item * columns)))
         recompute = torch.is_grad_enabled() and (rows < n_images or columns < n_texts)
+        of_images, of_texts = self.extras(images, texts)
         lines = []
         for i in range(0, n_images, rows):
             line = []
             for j in range(0, n_texts, columns):
-                arguments = (
-                    left[i : i + rows],
-                    image_mask[i : i + rows],
-                    right[j : j + columns],
-                    text_mask[j : j + columns],
-                )
-                if recompute:
-                    line.append(checkpoint(self._tile, *arguments, use_reentrant=False))
-                else:
-                    line.append(self._tile(*arguments))
+                row, column = slice(i, i + rows), slice(j, j + columns)
+                tile = [left[row], image_mask[row], right[column], text_mask[column]]
+                tile += [*(extra[row] for extra in of_images), *(extra[column] for extra in of_texts)]
+                line.append(checkpoint(self._tile, *tile, use_reentrant=False) if recompute else self._tile(*tile))
             lines.append(torch.cat(line, dim=1))
         return torch.cat(lines)
 
-    def _tile(self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor) -> Tensor:
-        products = self.metric.left(images).flatten(0, 1) @ texts.flatten(0, 1).T
+    def _tile(self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, *extras: Tensor) -> Tensor:
+        products = images.flatten(0, 1) @ self.metric.right(texts).flatten(0, 1).T
         fragments = products.view(*images.shape[:2], *texts.shape[:2])
-        return self.score_tile(images, image_mask, texts, text_mask, fragments)
+        return self.score_tile(images, image_mask, texts, text_mask, fragments, *extras)
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()

@@ -46,7 +46,7 @@ class MaxAlignment(FragmentSimilarity):
         self.direction = direction
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
     ) -> Tensor:
         usable = image_mask[:, :, None, None] & text_mask
         fragments = fragments.masked_fill(~usable, float("-inf"))

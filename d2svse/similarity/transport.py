@@ -1,0 +1,281 @@
+"""Entropic optimal transport between the fragments of an image and of a sentence (OMIT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2svse.features import Features
+from d2svse.similarity.base import register_similarity
+from d2svse.similarity.metric import Structure
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+
+Marginals = Literal["uniform", "norm", "similarity"]
+
+
+@dataclass(frozen=True)
+class TransportOutput:
+    """A solution of transport problems, `...` of them at once.
+
+    Attributes:
+        log_kernel: −cost / λ, −inf where masked, `(..., n, m)`.
+        row_potential: log of what each row is scaled by, `(..., n)`.
+        column_potential: the same of each column, `(..., m)`.
+        iterations: how many were run.
+        marginal_error: largest absolute difference of a row sum of the plan to its weight,
+            `(...)`; the columns are met by the last step.
+        converged: whether all errors are within the tolerance, if one was given.
+    """
+
+    log_kernel: Tensor
+    row_potential: Tensor
+    column_potential: Tensor
+    iterations: int
+    marginal_error: Tensor
+    converged: bool | None
+
+    @property
+    def plan(self) -> Tensor:
+        """The transport plan, made on demand: `(..., n, m)`, 0 where masked."""
+        return (self.log_kernel + self.row_potential[..., None] + self.column_potential[..., None, :]).exp()
+
+
+def sinkhorn(
+    cost: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    *,
+    regularization: float,
+    num_iterations: int = 3,
+    tolerance: float | None = None,
+    epsilon: float = 0.0,
+) -> TransportOutput:
+    """Solve entropic transport problems by Sinkhorn's iterations in the log domain.
+
+    An iteration scales the rows to their weights and then the columns (Cuturi 2013). It is finite
+    for every regularisation, down to 1e-3 and below, and differentiable through the iterations.
+
+    Args:
+        cost: `(..., n, m)` float.
+        row_weights: `(..., n)`, not negative; a row of weight 0 is masked.
+        column_weights: `(..., m)`, not negative; a column of weight 0 is masked.
+        regularization: λ of the entropy term.
+        num_iterations: iterations, or the most of them with a tolerance.
+        tolerance: stop when no row sum is further from its weight than this.
+        epsilon: added to each row and column sum, and to the kernel's sum by which it is divided
+            at the start, as the published OMIT code does (1e-6 there); 0 solves the problem itself.
+
+    Raises:
+        ValueError: if λ or the number of iterations is not positive, or the shapes do not fit.
+    """
+    if regularization <= 0 or num_iterations < 1:
+        raise ValueError(f"regularization and num_iterations must be positive, got {regularization}, {num_iterations}")
+    if row_weights.shape[-1] != cost.shape[-2] or column_weights.shape[-1] != cost.shape[-1]:
+        shapes = f"{tuple(row_weights.shape)} and {tuple(column_weights.shape)}"
+        raise ValueError(f"weights {shapes} do not fit a cost of {tuple(cost.shape)}")
+    rows, columns = row_weights > 0, column_weights > 0
+    log_a = row_weights.masked_fill(~rows, 1).log()
+    log_b = column_weights.masked_fill(~columns, 1).log()
+    usable = rows[..., None] & columns[..., None, :]
+    log_kernel = (cost / -regularization).masked_fill(~usable, -math.inf)
+    floor = math.log(epsilon) if epsilon > 0 else -math.inf
+    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    f, g = f.expand(cost.shape[:-1]), g.expand(*cost.shape[:-2], cost.shape[-1])
+    if epsilon > 0:
+        f = f - _log_add(_log_sum(log_kernel.flatten(-2), usable.flatten(-2).any(-1)), floor)[..., None]
+    error, iterations = cost.new_zeros(cost.shape[:-2]), 0
+    any_column, any_row = columns.any(-1, keepdim=True) & rows, rows.any(-1, keepdim=True) & columns
+    for iterations in range(1, num_iterations + 1):
+        sums = _log_sum(log_kernel + g[..., None, :], any_column)
+        f = _scale(f, sums, log_a, floor).masked_fill(~any_column, 0)
+        sums = _log_sum((log_kernel + f[..., None]).mT, any_row)
+        g = _scale(g, sums, log_b, floor).masked_fill(~any_row, 0)
+        if tolerance is not None or iterations == num_iterations:
+            with torch.no_grad():
+                sums = (_log_sum(log_kernel + g[..., None, :], any_column) + f).exp().masked_fill(~any_column, 0)
+                error = (sums - row_weights).masked_fill(~any_column, 0).abs().amax(-1)
+            if tolerance is not None and bool((error <= tolerance).all()):
+                break
+    converged = None if tolerance is None else bool((error <= tolerance).all())
+    return TransportOutput(log_kernel, f, g, iterations, error, converged)
+
+
+def _log_sum(values: Tensor, real: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension, 0 where nothing is real, with finite gradients."""
+    return values.masked_fill(~real[..., None], 0).logsumexp(-1).masked_fill(~real, 0)
+
+
+def _scale(potential: Tensor, sums: Tensor, log_weights: Tensor, floor: float) -> Tensor:
+    """The potential that takes sums (without it, in the log) to their weights."""
+    if floor == -math.inf:
+        return log_weights - sums
+    return potential + log_weights - _log_add(sums + potential, floor)
+
+
+def _log_add(values: Tensor, floor: float) -> Tensor:
+    return torch.logaddexp(values, values.new_full((), floor))
+
+
+class Transport(FragmentSimilarity):
+    """Σ plan × cosine over the real fragments, the plan of least cost 1 − cosine (with entropy).
+
+    With `partial` the two global (pooled) vectors join as one more fragment each: the bins, which
+    absorb what matches nothing on the other side, so that it need not be matched (OMIT, partial
+    matching). Pairs with a bin do not score.
+
+    Args:
+        partial: add the bins.
+        regularization: λ of the entropy.
+        num_iterations: Sinkhorn iterations.
+        marginals: weight of the fragments: "uniform", "norm" (of the fragments as they come), or
+            "similarity" (positive part of the cosine to the other side's global vector). A bin
+            weighs as much as the mean fragment; where all weights are 0 they are taken as equal.
+        epsilon: see `sinkhorn`.
+        metric: see `FragmentSimilarity`; it takes the place of cosine in cost and score.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if the marginals are unknown or a number is not positive.
+    """
+
+    copies: ClassVar[int] = 12
+
+    def __init__(
+        self,
+        partial: bool,
+        regularization: float,
+        num_iterations: int = 3,
+        marginals: Marginals = "uniform",
+        epsilon: float = 0.0,
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(metric, dim, num_blocks, max_memory)
+        if marginals not in get_args(Marginals):
+            raise ValueError(f"marginals must be one of {', '.join(get_args(Marginals))}, got {marginals!r}")
+        if regularization <= 0 or num_iterations < 1 or epsilon < 0:
+            raise ValueError("regularization and num_iterations must be positive, epsilon not negative")
+        self.partial, self.regularization, self.num_iterations = partial, regularization, num_iterations
+        self.marginals, self.epsilon = marginals, epsilon
+
+    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        if not self.partial:
+            return super().score(images, texts)
+        return super().score(_with_bin(images), _with_bin(texts))
+
+    def extras(self, images: Features, texts: Features) -> tuple[list[Tensor], list[Tensor]]:  # noqa: D102
+        if self.marginals == "uniform":
+            return [], []
+        if self.marginals == "norm":
+            assert images.tokens is not None
+            assert texts.tokens is not None
+            return [images.tokens.norm(dim=-1)], [texts.tokens.norm(dim=-1)]
+        return [F.normalize(images.pooled, dim=-1)], [F.normalize(texts.pooled, dim=-1)]
+
+    def score_tile(  # noqa: D102
+        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
+    ) -> Tensor:
+        products = fragments.transpose(1, 2)  # (n_images, n_texts, n_patches, n_words)
+        shape = products.shape
+        rows, columns = image_mask[:, None].expand(shape[:3]), text_mask[None].expand(*shape[:2], shape[3])
+        if self.marginals == "norm":
+            row_weights, column_weights = extras[0][:, None].expand(shape[:3]), extras[1][None].expand_as(columns)
+        elif self.marginals == "similarity":
+            row_weights = (images @ extras[1].T).transpose(1, 2).clamp(min=0)
+            column_weights = torch.einsum("id,tld->itl", extras[0], texts).clamp(min=0)
+        else:
+            row_weights, column_weights = rows.to(products.dtype), columns.to(products.dtype)
+        solution = sinkhorn(
+            1 - products,
+            self._marginal(row_weights, rows),
+            self._marginal(column_weights, columns),
+            regularization=self.regularization,
+            num_iterations=self.num_iterations,
+            epsilon=self.epsilon,
+        )
+        moved = solution.plan * products
+        if self.partial:
+            moved = moved[..., :-1, :-1]
+        return moved.sum((-2, -1))
+
+    def _marginal(self, weights: Tensor, real: Tensor) -> Tensor:
+        """Weights that sum to 1 over the real fragments; a bin, the last, weighs as the mean of the others."""
+        weights = weights.masked_fill(~real, 0)
+        if self.partial:
+            counts = real[..., :-1].sum(-1, keepdim=True).clamp(min=1)
+            weights = torch.cat([weights[..., :-1], weights[..., :-1].sum(-1, keepdim=True) / counts], -1)
+        total = weights.sum(-1, keepdim=True)
+        even = real.to(weights.dtype) / real.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(total > 0, weights / total.masked_fill(total <= 0, 1), even)
+
+
+def _with_bin(features: Features) -> Features:
+    """The pooled vector as one more fragment, the last."""
+    assert features.tokens is not None
+    tokens = torch.cat([features.tokens, features.pooled[:, None]], dim=1)
+    return Features(features.pooled, tokens, F.pad(features.real_tokens(), (0, 1), value=True))
+
+
+@register_similarity("omit")
+class OMIT(Transport):
+    """Partial optimal transport with the global vectors as bins (OMIT).
+
+    Args:
+        regularization: λ, 0.02 in the paper.
+        num_iterations: 3 in the paper's training.
+        marginals: see `Transport`.
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+    """
+
+    def __init__(
+        self,
+        regularization: float = 0.02,
+        num_iterations: int = 3,
+        marginals: Marginals = "uniform",
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(True, regularization, num_iterations, marginals, 0.0, metric, dim, num_blocks, max_memory)
+
+
+@register_similarity("movers")
+class MoversDistance(Transport):
+    """Plain Sinkhorn matching of all fragments (Cross-modal Mover's Distance).
+
+    Args:
+        regularization: λ, 0.05.
+        num_iterations: Sinkhorn iterations.
+        marginals: see `Transport`.
+        epsilon: see `sinkhorn`; 1e-6 gives the published scores.
+        metric: see `FragmentSimilarity`.
+        dim: see `FragmentSimilarity`.
+        num_blocks: see `FragmentSimilarity`.
+        max_memory: see `FragmentSimilarity`.
+    """
+
+    def __init__(
+        self,
+        regularization: float = 0.05,
+        num_iterations: int = 3,
+        marginals: Marginals = "uniform",
+        epsilon: float = 0.0,
+        metric: Structure = "cosine",
+        dim: int | None = None,
+        num_blocks: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+    ) -> None:
+        super().__init__(False, regularization, num_iterations, marginals, epsilon, metric, dim, num_blocks, max_memory)

@@ -1,0 +1,212 @@
+"""Optimal transport against naive loops, the published scores and POT."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2svse import Features, build_similarity
+from d2svse.similarity import sinkhorn
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
+DIM = 6
+
+
+def side(n: int, length: int, seed: int, dtype: torch.dtype = torch.float32) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, length, DIM, generator=generator).to(dtype)
+    mask = torch.rand(n, length, generator=generator) > 0.3
+    mask[:, 0] = True
+    return Features(torch.randn(n, DIM, generator=generator).to(dtype), tokens, mask)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).sum(-1, keepdims=True))
+
+
+def naive_plan(cost: np.ndarray, a: np.ndarray, b: np.ndarray, reg: float, iterations: int) -> np.ndarray:
+    plan = np.exp(-cost / reg)
+    for _ in range(iterations):
+        for k in range(len(a)):
+            plan[k] *= a[k] / sum(plan[k])
+        for l in range(len(b)):  # noqa: E741
+            plan[:, l] *= b[l] / sum(plan[:, l])
+    return plan
+
+
+def naive_score(v, w, x, y, norms, similarity) -> float:
+    def weights(tokens, norm, other):
+        if similarity.marginals == "norm":
+            return np.array(norm)
+        if similarity.marginals == "similarity":
+            return np.array([max(0.0, token @ other) for token in tokens])
+        return np.ones(len(tokens))
+
+    a, b = weights(v, norms[0], y), weights(w, norms[1], x)
+    if similarity.partial:
+        v, w = np.vstack([v, x]), np.vstack([w, y])
+        a, b = np.append(a, a.mean()), np.append(b, b.mean())
+    a, b = (weights if weights.sum() > 0 else np.ones(len(weights)) for weights in (a, b))
+    rows, columns = a > 0, b > 0
+    cosines = np.array([[p @ q for q in w] for p in v])
+    plan = np.zeros_like(cosines)
+    inside = np.ix_(rows, columns)
+    plan[inside] = naive_plan(
+        1 - cosines[inside],
+        a[rows] / a.sum(),
+        b[columns] / b.sum(),
+        similarity.regularization,
+        similarity.num_iterations,
+    )
+    real = plan[:-1, :-1] * cosines[:-1, :-1] if similarity.partial else plan * cosines
+    return float(real.sum())
+
+
+def naive(similarity, images: Features, texts: Features) -> np.ndarray:
+    result = np.zeros((len(images), len(texts)))
+    for i in range(len(images)):
+        for j in range(len(texts)):
+            v = images.tokens[i][images.real_tokens()[i]].double().numpy()
+            w = texts.tokens[j][texts.real_tokens()[j]].double().numpy()
+            norms = [np.sqrt((tokens**2).sum(-1)) for tokens in (v, w)]
+            x, y = (unit(side.pooled[row].double().numpy()) for side, row in ((images, i), (texts, j)))
+            result[i, j] = naive_score(unit(v), unit(w), x, y, norms, similarity)
+    return result
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_equals_the_naive_loop(name, marginals):
+    similarity = build_similarity({"name": name, "marginals": marginals, "regularization": 0.1, "num_iterations": 4})
+    images, texts = side(4, 5, 0), side(3, 7, 1)
+    np.testing.assert_allclose(similarity(images, texts), naive(similarity, images, texts), atol=1e-5)
+
+
+def golden() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.mark.parametrize("case", ["lambda0.05_iters3", "lambda0.1_iters1", "lambda0.02_iters10"])
+@pytest.mark.parametrize("marginals", ["uniform", "norm"])
+def test_published_scores_and_plans(case, marginals):
+    arrays = golden()
+    regularization, iterations = case.removeprefix("lambda").split("_iters")
+    numbers = {"regularization": float(regularization), "num_iterations": int(iterations)}
+    similarity = build_similarity({"name": "movers", "marginals": marginals, "epsilon": 1e-6, **numbers})
+    sides = []
+    for tokens, lengths in ((arrays["images"], "image_lengths"), (arrays["captions"], "caption_lengths")):
+        sides.append(Features(tokens.mean(1), tokens, torch.arange(tokens.shape[1]) < arrays[lengths][:, None]))
+    expected = arrays[f"sinkhorn_{marginals}_{case}"]
+    torch.testing.assert_close(similarity(*sides), expected, rtol=0, atol=1e-4)
+    weights = [s.real_tokens().float() / s.real_tokens().sum(1, keepdim=True) for s in sides]
+    cost = 1 - torch.einsum("ikd,tld->itkl", arrays["images"], arrays["captions"])
+    solved = sinkhorn(
+        cost, weights[0][:, None].expand(5, 6, 9), weights[1][None].expand(5, 6, 7), epsilon=1e-6, **numbers
+    )
+    torch.testing.assert_close(solved.plan, arrays[f"sinkhorn_{marginals}_{case}_plan"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("regularization", [0.02, 0.05, 0.5])
+def test_plans_equal_pot_at_convergence(partial, regularization):
+    ot = pytest.importorskip("ot", reason="needs POT")
+    generator = torch.Generator().manual_seed(5)
+    v, w = (torch.nn.functional.normalize(torch.randn(n + partial, DIM, generator=generator), dim=-1) for n in (5, 7))
+    cost = (1 - v @ w.T).double()
+    a, b = (torch.full((n,), 1 / n, dtype=torch.float64) for n in cost.shape)
+    expected = ot.bregman.sinkhorn_log(a.numpy(), b.numpy(), cost.numpy(), regularization, 100_000, 1e-12)
+    solved = sinkhorn(cost, a, b, regularization=regularization, num_iterations=100_000, tolerance=1e-12)
+    assert solved.converged
+    assert solved.iterations < 100_000
+    np.testing.assert_allclose(solved.plan, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_padding_batches_pairs_and_tiles_change_nothing(name, marginals):
+    similarity = build_similarity({"name": name, "marginals": marginals})
+    images, texts = side(4, 5, 0), side(4, 7, 1)
+    scores = similarity(images, texts)
+    noise = torch.full((4, 3, DIM), 9.0)
+    padded = [
+        Features(s.pooled, torch.cat([s.tokens, noise], 1), torch.cat([s.mask, torch.zeros(4, 3, dtype=torch.bool)], 1))
+        for s in (images, texts)
+    ]
+    torch.testing.assert_close(similarity(*padded), scores, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(similarity(images[2], texts[1])[0, 0], scores[2, 1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(similarity.pairwise(images, texts), scores.diagonal(), rtol=1e-5, atol=1e-6)
+    for max_memory in (9000, 1):
+        tiled = build_similarity({"name": name, "marginals": marginals, "max_memory": max_memory})
+        torch.testing.assert_close(tiled(images, texts), scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_gradients(name, marginals):
+    similarity = build_similarity({"name": name, "marginals": marginals, "regularization": 0.3})
+    images, texts = side(2, 3, 0, torch.float64), side(2, 4, 1, torch.float64)
+    given = [images.pooled, images.tokens, texts.pooled, texts.tokens]
+
+    def scores(x, v, y, w):
+        return similarity(Features(x, v, images.mask), Features(y, w, texts.mask))
+
+    assert torch.autograd.gradcheck(scores, [tensor.requires_grad_() for tensor in given], atol=1e-4)
+
+
+@pytest.mark.parametrize("regularization", [1e-3, 0.02, 1.0, 10.0])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_every_lambda_and_mask_stays_finite(name, regularization):
+    similarity = build_similarity({"name": name, "regularization": regularization, "num_iterations": 10})
+    empty = side(2, 3, 0)
+    empty = Features(empty.pooled, empty.tokens, torch.tensor([[True, True, False], [False, False, False]]))
+    same = Features(torch.ones(2, DIM), torch.ones(2, 4, DIM))
+    opposite = Features(-torch.ones(2, DIM), -torch.ones(2, 4, DIM))
+    other = side(2, 4, 1)
+    for images, texts in (
+        (empty, other),
+        (other, empty),
+        (same, same),
+        (same, opposite),
+        (side(2, 1, 3), side(2, 1, 4)),
+    ):
+        inputs = [s.tokens.clone().requires_grad_() for s in (images, texts)]
+        given = [Features(s.pooled, t, s.mask) for s, t in zip((images, texts), inputs, strict=True)]
+        scores = similarity(*given)
+        scores.sum().backward()
+        assert scores.isfinite().all()
+        assert scores.abs().max() <= 1 + 1e-4
+        assert all(t.grad.isfinite().all() for t in inputs)
+    assert torch.equal(similarity(empty, other)[1], torch.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_float32_inside_autocast(name):
+    similarity = build_similarity(name)
+    images, texts = side(3, 4, 0).to(torch.bfloat16), side(3, 5, 1).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = similarity(images, texts)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, similarity(images.to(torch.float32), texts.to(torch.float32)))
+
+
+def test_what_matches_nothing_goes_to_the_bins():
+    """A sentence with a word that no patch shows loses less by partial matching than by plain matching."""
+    patches = torch.eye(DIM)[None, :3]
+    words = torch.cat([torch.eye(DIM)[:3], -torch.eye(DIM)[:1]])[None]  # the last is the opposite of the first patch
+    bins = torch.eye(DIM)[4:5] - torch.eye(DIM)[:1]
+    images, texts = Features(bins, patches), Features(bins, words)
+    with_bins, plain = build_similarity("omit")(images, texts), build_similarity("movers")(images, texts)
+    assert with_bins > plain * 3 / 4
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="marginals must be one of"):
+        build_similarity({"name": "omit", "marginals": "even"})
+    with pytest.raises(ValueError, match="must be positive"):
+        build_similarity({"name": "omit", "regularization": 0})
+    with pytest.raises(ValueError, match="do not fit a cost"):
+        sinkhorn(torch.zeros(2, 3), torch.ones(3), torch.ones(3), regularization=1)
+    with pytest.raises(ValueError, match="must be positive"):
+        sinkhorn(torch.zeros(2, 3), torch.ones(2), torch.ones(3), regularization=1, num_iterations=0)
