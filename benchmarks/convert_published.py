@@ -2,8 +2,8 @@
 
     python benchmarks/convert_published.py
 
-Each checkpoint is written in the published layout: ViT-B/16 or Swin-B with BERT-base, 100 learnable
-tokens in 4 decoder layers, the teacher included. A fresh process then converts it, another loads
+Each checkpoint is written in the published layout: ViT-B/16 or Swin-B with BERT-base and, in stage
+2, 100 learnable tokens in 4 decoder layers and the teacher. A fresh process then converts it, another loads
 the folder and encodes a picture and a sentence. Memory is the peak resident set of the process.
 """
 
@@ -16,8 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-SIZES = {"vit-224": ("vit", 224, 224), "vit-384": ("vit", 384, 384), "swin-224": ("swin", 224, 7)}
-SIZES["swin-384"] = ("swin", 384, 12)
+SIZES = {  # kind, resolution, size of the ViT or window of the Swin, stage
+    "vit-224": ("vit", 224, 224, 2),
+    "vit-384": ("vit", 384, 384, 2),
+    "swin-224": ("swin", 224, 7, 2),
+    "swin-384": ("swin", 384, 12, 2),
+    "vit-224-stage-1": ("vit", 224, 224, 1),
+}
 
 STEP = """
 import json, resource, sys, time
@@ -44,7 +49,7 @@ print(json.dumps(result))
 """
 
 
-def write_checkpoint(path: Path, kind: str, resolution: int, detail: int) -> None:
+def write_checkpoint(path: Path, kind: str, resolution: int, detail: int, stage: int) -> None:
     """Write a random checkpoint of base size in the published layout."""
     import torch
     from transformers import BertConfig, SwinConfig, ViTConfig
@@ -62,10 +67,10 @@ def write_checkpoint(path: Path, kind: str, resolution: int, detail: int) -> Non
         vision_config=vision.to_dict(),
         text_config=BertConfig().to_dict(),
         text_projection="residual_mlp",
-        context_decoder=decoder,
+        context_decoder=decoder if stage == 2 else None,
     )
     with torch.device("meta"):
-        shapes = published_shapes(D2SVSE(config), teacher=True)
+        shapes = published_shapes(D2SVSE(config), teacher=stage == 2)
     torch.manual_seed(0)
     state = {}
     for name, shape in shapes.items():
