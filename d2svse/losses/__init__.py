@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2svse.losses.base import DistillationLoss, RankingLoss
+from d2svse.losses.base import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.losses.contrastive import InfoNCE
-from d2svse.losses.distillation import CosineDistillation, L1Distillation, L2Distillation
+from d2svse.losses.distillation import CosineDistillation, KLDistillation, L1Distillation, L2Distillation
 from d2svse.losses.polynomial import MaxPolynomial
 from d2svse.losses.projection import CMPM
 from d2svse.losses.triplet import TripletLoss
@@ -18,10 +18,11 @@ RANKING_LOSSES: dict[str, type[RankingLoss]] = {
     "cmpm": CMPM,
     "max-polynomial": MaxPolynomial,
 }
-DISTILLATION_LOSSES: dict[str, type[DistillationLoss]] = {
+DISTILLATION_LOSSES: dict[str, type[DistillationLoss] | type[ScoreDistillationLoss]] = {
     "cosine": CosineDistillation,
     "l1": L1Distillation,
     "l2": L2Distillation,
+    "kl": KLDistillation,
 }
 
 
@@ -41,7 +42,7 @@ def build_loss(configuration: str | Mapping[str, Any]) -> RankingLoss:
         raise ValueError(f"loss {name!r}: {error}") from error
 
 
-def build_distillation_loss(name: str) -> DistillationLoss:
+def build_distillation_loss(name: str) -> DistillationLoss | ScoreDistillationLoss:
     """Make a distillation loss from its name.
 
     Raises:
@@ -59,10 +60,12 @@ __all__ = [
     "CosineDistillation",
     "DistillationLoss",
     "InfoNCE",
+    "KLDistillation",
     "L1Distillation",
     "L2Distillation",
     "MaxPolynomial",
     "RankingLoss",
+    "ScoreDistillationLoss",
     "TripletLoss",
     "build_distillation_loss",
     "build_loss",

@@ -28,15 +28,7 @@ class RankingLoss(nn.Module, ABC):
         Raises:
             ValueError: if the shapes do not fit.
         """
-        if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
-            raise ValueError(f"scores must be square, got {tuple(scores.shape)}")
-        n = scores.shape[0]
-        if image_ids is None:
-            negatives = ~torch.eye(n, dtype=torch.bool, device=scores.device)
-        else:
-            if image_ids.shape != (n,):
-                raise ValueError(f"image_ids must be ({n},), got {tuple(image_ids.shape)}")
-            negatives = image_ids[:, None] != image_ids[None, :]
+        negatives = _negatives(scores, image_ids)
         with torch.autocast(scores.device.type, enabled=False):
             return self.compute(scores if scores.dtype == torch.float64 else scores.float(), negatives)
 
@@ -73,3 +65,44 @@ class DistillationLoss(nn.Module, ABC):
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the scalar from two float tensors of the same shape."""
+
+
+class ScoreDistillationLoss(nn.Module, ABC):
+    """A distance between the student's scores of a batch and the teacher's; no gradient flows to the teacher's."""
+
+    def forward(self, student: Tensor, teacher: Tensor, image_ids: Tensor | None = None) -> Tensor:
+        """Compute the loss outside autocast, in float32 (or float64 for float64 input).
+
+        Args:
+            student: scores of images with sparse sentences, `(n, n)`.
+            teacher: scores of the same images with dense sentences, `(n, n)`, detached here.
+            image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        if student.shape != teacher.shape:
+            raise ValueError(f"student and teacher must be of one shape, got {student.shape} and {teacher.shape}")
+        negatives = _negatives(student, image_ids)
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        with torch.autocast(student.device.type, enabled=False):
+            return self.compute(student.to(dtype), teacher.detach().to(dtype), negatives)
+
+    @abstractmethod
+    def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:
+        """Compute the scalar from float scores and the bool mask of negatives, all `(n, n)`."""
+
+
+def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:
+    """Which pairs are no match, `(n, n)` bool."""
+    n = scores.shape[0]
+    if scores.shape != (n, n):
+        raise ValueError(f"scores must be square, got {tuple(scores.shape)}")
+    if image_ids is None:
+        return ~torch.eye(n, dtype=torch.bool, device=scores.device)
+    if image_ids.shape != (n,):
+        raise ValueError(f"image_ids must be ({n},), got {tuple(image_ids.shape)}")
+    return image_ids[:, None] != image_ids[None, :]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.losses.base import DistillationLoss
+from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss
 
 
 class CosineDistillation(DistillationLoss):
@@ -27,3 +28,35 @@ class L2Distillation(DistillationLoss):
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
         return F.mse_loss(student, teacher)
+
+
+class KLDistillation(ScoreDistillationLoss):
+    """KL divergence from the teacher's softmax over the batch to the student's, both directions (GSSF).
+
+    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. Both kinds of
+    scores come from the model's own similarity, so that a GSSF metric calibrates the teacher's as
+    well. Pairs of the same image, but for the pair itself, are left out of both distributions.
+
+    Args:
+        temperature: τ.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+
+    def __init__(self, temperature: float = 0.05) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature = temperature
+
+    def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
+        kept = negatives | torch.eye(len(student), dtype=torch.bool, device=student.device)
+        total = student.new_zeros(())
+        for s, t in ((student, teacher), (student.T, teacher.T)):  # the mask is symmetric
+            log_s, log_t = (
+                (scores / self.temperature).masked_fill(~kept, float("-inf")).log_softmax(1).masked_fill(~kept, 0)
+                for scores in (s, t)
+            )
+            total = total + (log_t.exp().masked_fill(~kept, 0) * (log_t - log_s)).sum(1).mean()
+        return total / 2

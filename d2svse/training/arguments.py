@@ -92,7 +92,7 @@ class TrainingArguments(TransformersTrainingArguments):
         margin: margin of the hinge and the max-polynomial loss.
         mining: "sum", "hardest" or "schedule", of the hinge loss.
         warmup_loss_epochs: epochs of "sum" in the schedule.
-        distill_loss: "cosine", "l1" or "l2".
+        distill_loss: "cosine", "l1", "l2" or "kl".
         distill_weight: weight of the distillation term.
         num_context_tokens: learnable tokens of the context decoder.
         decoder_layers: its layers.

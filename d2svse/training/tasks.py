@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2svse.losses import DistillationLoss, RankingLoss
+from d2svse.features import Features
+from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 
 
 class PretrainTask(nn.Module):
@@ -41,7 +42,7 @@ class PretrainTask(nn.Module):
 
     def align(self, model: nn.Module, batch: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
         """Score all pairs of the batch and rank them."""
-        similarity_fn: Any = getattr(model, "module", model).similarity_fn
+        similarity_fn = similarity_of(model)
         scores = similarity_fn(output.image_features, output.text_features)
         losses = {"align_loss": self.loss(scores, batch["image_ids"])}
         penalty = similarity_fn.penalty()
@@ -55,19 +56,34 @@ class DistillTask(PretrainTask):
 
     Args:
         loss: the ranking loss.
-        distillation_loss: the distance to the teacher's embedding (Eq. 4).
+        distillation_loss: the distance to the teacher's embedding (Eq. 4), or between the two kinds
+            of scores (GSSF).
         weight: weight of the distillation term, 1 in the paper.
     """
 
-    def __init__(self, loss: RankingLoss, distillation_loss: DistillationLoss, weight: float = 1.0) -> None:
+    def __init__(
+        self, loss: RankingLoss, distillation_loss: DistillationLoss | ScoreDistillationLoss, weight: float = 1.0
+    ) -> None:
         super().__init__(loss)
         self.distillation_loss, self.weight = distillation_loss, weight
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the losses of a batch, which holds `teacher_embeds (batch, embed_dim)` too."""
         output = self.encode(model, batch)
-        distill_loss = self.weight * self.distillation_loss(output.text_embeds, batch["teacher_embeds"])
-        return {**self.align(model, batch, output), "distill_loss": distill_loss}
+        if isinstance(self.distillation_loss, ScoreDistillationLoss):
+            scores, teacher = (
+                similarity_of(model)(output.image_features, texts)
+                for texts in (output.text_features, Features(batch["teacher_embeds"]))
+            )
+            distill_loss = self.distillation_loss(scores, teacher, batch["image_ids"])
+        else:
+            distill_loss = self.distillation_loss(output.text_embeds, batch["teacher_embeds"])
+        return {**self.align(model, batch, output), "distill_loss": self.weight * distill_loss}
+
+
+def similarity_of(model: nn.Module) -> Any:
+    """The similarity of a model, wrapped for distributed training or not."""
+    return getattr(model, "module", model).similarity_fn
 
 
 @torch.no_grad()

@@ -85,6 +85,9 @@ class Trainer(TransformersTrainer):
                 f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved"
             )
         self.task = make_task(args, loss)
+        if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.requires == "tokens":
+            name = type(model.similarity_fn).__name__
+            raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
         samples = make_samples(model, args, train_dataset, teacher_embeddings)
         _warn_of_truncation(samples)
         super().__init__(

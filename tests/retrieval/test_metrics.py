@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.retrieval.metrics import as_percent, ranks, recall_at_k, retrieval_metrics
+from d2svse.retrieval.metrics import as_percent, fold_metrics, mean_metrics, ranks, recall_at_k, retrieval_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -68,3 +68,15 @@ def test_bad_input_is_named():
         ranks(np.ones((2, 3)), [0, 1])
     with pytest.raises(ValueError, match="rows of the 2 images"):
         ranks(np.ones((2, 3)), [0, 1, 2])
+
+
+def test_folds_are_the_metrics_of_their_parts():
+    scores, owner = torch.randn(6, 15, generator=torch.Generator().manual_seed(0)), torch.arange(15) * 2 // 5
+    folds = fold_metrics(scores, owner, 3)
+    for i, fold in enumerate(folds):
+        columns = (owner // 2) == i
+        assert fold == retrieval_metrics(scores[2 * i : 2 * i + 2][:, columns], owner[columns] - 2 * i)
+    assert mean_metrics(folds)["rsum"] == pytest.approx(sum(fold["rsum"] for fold in folds) / 3)
+    for count in (0, 4, 7):
+        with pytest.raises(ValueError, match=f"6 images do not divide into {count} folds"):
+            fold_metrics(scores, owner, count)

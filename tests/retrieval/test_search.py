@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from d2svse import Features, evaluate, search
-from d2svse.retrieval import draw_gallery, index_images, retrieval_metrics, search_by_image
+from d2svse.retrieval import draw_gallery, index_images, retrieval_metrics, search_by_image, search_exhaustively
 from d2svse.similarity import Cosine
 
 
@@ -66,3 +66,23 @@ def test_a_gallery_has_a_row_for_every_query(val_dataset, tmp_path):
     assert Image.open(tmp_path / "g.png").size == (220 + 3 * 48 + 8, 2 * 48 + 8)
     with pytest.raises(ValueError, match="no queries"):
         draw_gallery([], tmp_path / "h.png")
+
+
+@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "max-mean", "omit"])
+def test_searching_exhaustively_serves_every_similarity(make_model, val_dataset, name):
+    model = make_model(similarity={"name": name})
+    queries = val_dataset.captions[:3]
+    found = search_exhaustively(model, val_dataset.images, queries, k=4)
+    images = model.encode_image(val_dataset.images, output="features")
+    texts = model.encode_text(queries, output="features")
+    scores = model.similarity(images, texts).numpy()
+    for query, hits in enumerate(found):
+        best = np.argsort(-scores[:, query])[:4]
+        np.testing.assert_allclose([hit.score for hit in hits], scores[best, query], atol=1e-5)
+        assert [hit.id for hit in hits] == [str(val_dataset.images[i]) for i in best]
+    if model.similarity_fn.foldable:
+        answers = search(model, index_images(model, val_dataset.images), queries, 4)
+        assert [[hit.id for hit in hits] for hits in answers] == [[hit.id for hit in hits] for hits in found]
+    else:
+        with pytest.raises(ValueError, match="no vector index can serve it"):
+            index_images(model, val_dataset.images)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from d2svse.losses import InfoNCE
-from d2svse.training.tasks import PretrainTask
+from d2svse import Features, Trainer, TrainingArguments
+from d2svse.losses import InfoNCE, KLDistillation
+from d2svse.training.tasks import DistillTask, PretrainTask
 
 
 def batch(processor):
@@ -11,7 +12,7 @@ def batch(processor):
     return {"pixel_values": pictures, "image_ids": torch.arange(3), **texts}
 
 
-@pytest.mark.parametrize("name", ["gssf-diagonal", "gssf-block-diagonal", "max-softmax", "max-lse", "scan-t2i"])
+@pytest.mark.parametrize("name", ["gssf-diagonal", "gssf-block-diagonal", "max-softmax", "max-lse", "scan-t2i", "omit"])
 def test_every_similarity_trains_saves_and_scores_the_same(make_model, processor, tmp_path, name):
     from d2svse import D2SVSE
 
@@ -35,3 +36,25 @@ def test_a_weight_penalty_is_part_of_the_loss(make_model, processor):
     losses = PretrainTask(InfoNCE(0.1))(model, batch(processor))
     assert losses["penalty_loss"].item() == pytest.approx(0.5 * model.config.embed_dim)
     assert "penalty_loss" not in PretrainTask(InfoNCE(0.1))(make_model(), batch(processor))
+
+
+def test_kl_distillation_compares_scores_by_the_models_similarity(make_model, processor):
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
+    model = make_model(similarity={"name": "gssf-diagonal"}, context_decoder=decoder)
+    given = {**batch(processor), "teacher_embeds": torch.randn(3, model.config.embed_dim)}
+    losses = DistillTask(InfoNCE(0.1), KLDistillation(0.1), 2.0)(model, given)
+    output = model(**{name: given[name] for name in ("pixel_values", "input_ids", "attention_mask")})
+    scores, teacher = (
+        model.similarity_fn(output.image_features, texts)
+        for texts in (output.text_features, Features(given["teacher_embeds"]))
+    )
+    torch.testing.assert_close(losses["distill_loss"], 2 * KLDistillation(0.1)(scores, teacher))
+    sum(value for name, value in losses.items() if name.endswith("_loss")).backward()
+    assert model.similarity_fn.metric.weight.grad.abs().sum() > 0
+
+
+def test_kl_distillation_refuses_similarities_of_tokens(make_model, train_dataset, tmp_path):
+    arguments = {"output_dir": str(tmp_path), "decoder_heads": 2, "decoder_layers": 1, "num_context_tokens": 4}
+    args = TrainingArguments(stage="distill", distill_loss="kl", **arguments)
+    with pytest.raises(ValueError, match="MaxMean compares tokens"):
+        Trainer(make_model(similarity={"name": "max-mean"}), args, train_dataset)

@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset)
         ({"stage": "two"}, "stage must be one of pretrain, distill, align"),
         ({"loss": "nce"}, "unknown loss 'nce'"),
         ({"mining": "hard"}, "mining must be one of"),
-        ({"distill_loss": "kl"}, "unknown distillation loss"),
+        ({"distill_loss": "kl2"}, "unknown distillation loss"),
         ({"token_placement": "around"}, "token_placement must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
