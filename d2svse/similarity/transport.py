@@ -13,8 +13,10 @@ from torch import Tensor
 from d2svse.features import Features
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.metric import Structure
+from d2svse.similarity.scaling import scaled_scores
 from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
 
+SMALLEST_SCALED = 0.01  # below it kernels underflow so often that the log domain is taken at once
 Marginals = Literal["uniform", "norm", "similarity"]
 
 
@@ -145,7 +147,7 @@ class Transport(FragmentSimilarity):
         ValueError: if the marginals are unknown or a number is not positive.
     """
 
-    copies: ClassVar[int] = 12
+    copies: ClassVar[int] = 3
 
     def __init__(
         self,
@@ -184,20 +186,34 @@ class Transport(FragmentSimilarity):
     def score_tile(  # noqa: D102
         self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
     ) -> Tensor:
-        products = fragments.transpose(1, 2)  # (n_images, n_texts, n_patches, n_words)
-        shape = products.shape
-        rows, columns = image_mask[:, None].expand(shape[:3]), text_mask[None].expand(*shape[:2], shape[3])
+        n_images, n_patches, n_texts, n_words = fragments.shape
+        rows = image_mask[:, None].expand(n_images, n_texts, n_patches)
+        columns = text_mask[None].expand(n_images, n_texts, n_words)
         if self.marginals == "norm":
-            row_weights, column_weights = extras[0][:, None].expand(shape[:3]), extras[1][None].expand_as(columns)
+            row_weights, column_weights = extras[0][:, None].expand_as(rows), extras[1][None].expand_as(columns)
         elif self.marginals == "similarity":
             row_weights = (images @ extras[1].T).transpose(1, 2).clamp(min=0)
             column_weights = torch.einsum("id,tld->itl", extras[0], texts).clamp(min=0)
         else:
-            row_weights, column_weights = rows.to(products.dtype), columns.to(products.dtype)
+            row_weights, column_weights = rows.to(fragments.dtype), columns.to(fragments.dtype)
+        a, b = self._marginal(row_weights, rows), self._marginal(column_weights, columns)
+        if self.epsilon > 0 or self.regularization < SMALLEST_SCALED:
+            return self._log_scores(fragments, a, b)
+        scores, exact = scaled_scores(
+            fragments.contiguous(), a, b, self.regularization, self.num_iterations, self.partial
+        )
+        if not bool(exact.all()):
+            otherwise = (~exact).nonzero().squeeze(1)
+            scores = scores.masked_fill(~exact[:, None], 0)
+            scores = scores.index_add(0, otherwise, self._log_scores(fragments[otherwise], a[otherwise], b[otherwise]))
+        return scores
+
+    def _log_scores(self, fragments: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        products = fragments.transpose(1, 2)  # (n_images, n_texts, n_patches, n_words)
         solution = sinkhorn(
             1 - products,
-            self._marginal(row_weights, rows),
-            self._marginal(column_weights, columns),
+            a,
+            b,
             regularization=self.regularization,
             num_iterations=self.num_iterations,
             epsilon=self.epsilon,
