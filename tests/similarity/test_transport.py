@@ -210,3 +210,20 @@ def test_bad_arguments_are_named():
         sinkhorn(torch.zeros(2, 3), torch.ones(3), torch.ones(3), regularization=1)
     with pytest.raises(ValueError, match="must be positive"):
         sinkhorn(torch.zeros(2, 3), torch.ones(2), torch.ones(3), regularization=1, num_iterations=0)
+
+
+@pytest.mark.parametrize("partial", ["omit", "movers"])
+@pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
+def test_scaling_and_the_log_domain_give_the_same_scores_and_gradients(partial, marginals, monkeypatch):
+    found = []
+    for smallest in (0.01, 1.0):  # λ = 0.05 is scaled, and then taken in the log domain
+        monkeypatch.setattr("d2svse.similarity.transport.SMALLEST_SCALED", smallest)
+        similarity = build_similarity({"name": partial, "marginals": marginals, "regularization": 0.05})
+        images, texts = side(4, 5, 0), side(3, 7, 1)
+        inputs = [t.clone().requires_grad_() for s in (images, texts) for t in (s.pooled, s.tokens)]
+        scores = similarity(Features(*inputs[:2], images.mask), Features(*inputs[2:], texts.mask))
+        (scores * torch.arange(12.0).view(4, 3)).sum().backward()
+        found.append([scores.detach(), *(t.grad for t in inputs if t.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for scaled, logarithmic in zip(*found, strict=True):
+        torch.testing.assert_close(scaled, logarithmic, rtol=1e-4, atol=1e-5)
