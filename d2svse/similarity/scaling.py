@@ -81,7 +81,7 @@ class _Problem:
 
 class _ScaledScores(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, products: Tensor, a: Tensor, b: Tensor, regularization: float, iterations: int, bins: bool
     ) -> tuple[Tensor, Tensor]:
         scores, exact = products.new_empty(a.shape[:2]), []
@@ -98,7 +98,7 @@ class _ScaledScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         products, a, b = ctx.saved_tensors
         regularization, iterations, bins = ctx.settings
         d_products = torch.empty_like(products)
@@ -109,7 +109,7 @@ class _ScaledScores(torch.autograd.Function):
                 d_products[i] = 0
                 continue
             problem = _Problem(products[i], a[i], b[i], regularization)
-            fs, gs, _ = problem.solve(iterations)
+            fs, gs = problem.solve(iterations)[:2]
             kernel, scoring, f, g = problem.kernel, problem.scoring(bins), fs[-1], gs[-1]
             d_f, d_g = (
                 problem.times(scoring, g) * gradient[:, None],
