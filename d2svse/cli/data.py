@@ -25,6 +25,8 @@ def convert(
     dense: Annotated[
         str | None, typer.Option(help="long or short200 of the published layout, auto, field, concat or a JSONL file.")
     ] = None,
+    image_column: Annotated[str, typer.Option(help="Column of the images of a datasets dataset.")] = "image",
+    caption_column: Annotated[str, typer.Option(help="Column of its captions.")] = "caption",
     without_pictures: Annotated[
         bool, typer.Option("--without-pictures", help="Do not ask that the pictures are there.")
     ] = False,
@@ -34,7 +36,8 @@ def convert(
     from d2svse.data.readers import DENSE_SUFFIXES, dense_folder, read_records, require_pictures
 
     published = dense if dense in DENSE_SUFFIXES else None
-    records = read_records(source, format, split=split, image_folder=image_folder, dense=published)
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    records = read_records(source, format, split=split, image_folder=image_folder, dense=published, **columns)
     if not without_pictures:
         require_pictures(records, source)
     if dense is not None and published is None:

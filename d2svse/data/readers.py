@@ -24,6 +24,8 @@ def read_records(
     split: str | None = None,
     image_folder: str | os.PathLike[str] | None = None,
     dense: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "caption",
 ) -> list[Record]:
     """Read images and captions of any known layout.
 
@@ -35,6 +37,8 @@ def read_records(
         image_folder: where relative image paths start; by default the layout's usual place.
         dense: of the published layout's dense text "long" or "short200"; by default the long one
             if it is there.
+        image_column: column of the images of a `datasets` dataset.
+        caption_column: column of its captions.
 
     Raises:
         ManifestError: if the files do not hold what the layout should; the message names the
@@ -45,10 +49,10 @@ def read_records(
         format = detect_format(source)
     if format not in FORMATS:
         raise ValueError(f"unknown data format {format!r}; known are auto, {', '.join(FORMATS)}")
-    has_splits = format in ("published", "karpathy", "datasets")
+    has_splits = format in ("published", "karpathy")
     if has_splits and split is None:
         raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split)")
-    if not has_splits and split is not None:
+    if not has_splits and format != "datasets" and split is not None:
         raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
     if dense is not None and format != "published":
         raise ValueError(f"{os.fspath(source)}: dense text {dense!r} is of the published layout, and this is {format}")
@@ -56,7 +60,8 @@ def read_records(
         return read_manifest(source, image_folder)
     path = Path(source)
     if format == "datasets":
-        records = read_datasets(os.fspath(source), str(split), image_folder=image_folder)
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        records = read_datasets(os.fspath(source), split, image_folder=image_folder, **columns)
     elif format == "published":
         records = read_published(path, str(split), image_folder=image_folder, dense=dense)
     elif format == "karpathy":
@@ -224,7 +229,7 @@ def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[s
 
 def read_datasets(
     source: Any,
-    split: str,
+    split: str | None = None,
     *,
     image_column: str = "image",
     caption_column: str = "caption",
@@ -237,7 +242,7 @@ def read_datasets(
 
     Args:
         source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
-        split: the split.
+        split: the split, where the dataset has several.
         image_column: a column of images.
         caption_column: a column of a caption, or of a list of captions.
         image_folder: where to write pictures that are held as bytes.
@@ -259,7 +264,7 @@ def read_datasets(
         where = type(source).__name__
     if isinstance(source, dict):
         if split not in source:
-            raise ManifestError(f"{where}: no split {split!r}; it has {', '.join(source)}")
+            raise ManifestError(f"{where}: no split {split!r}; it has {', '.join(source)}; say which (--split)")
         source = source[split]
     for column in (image_column, caption_column):
         if column not in source.column_names:

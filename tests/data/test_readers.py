@@ -258,6 +258,11 @@ def test_datasets(tmp_path, pictures):
     assert list(joined[0].captions) == [caption for group in CAPTIONS for caption in group]
     with pytest.raises(ManifestError, match="no split 'test'; it has train"):
         read_records(tmp_path / "saved", split="test")
+    renamed = by_path.rename_columns({"image": "photo", "caption": "text"})
+    renamed.save_to_disk(tmp_path / "one")  # a single split, which needs no name
+    columns = {"image_column": "photo", "caption_column": "text"}
+    found = read_records(tmp_path / "one", image_folder=tmp_path / "written", **columns)
+    assert [list(record.captions) for record in found] == CAPTIONS
     with pytest.raises(ManifestError, match="no column 'text'"):
         read_datasets(by_path, "train", caption_column="text")
 
