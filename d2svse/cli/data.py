@@ -32,16 +32,13 @@ def convert(
     ] = False,
 ) -> None:
     """Write any layout as a manifest."""
-    from d2svse.data.manifest import join_dense, write_manifest
-    from d2svse.data.readers import DENSE_SUFFIXES, dense_folder, read_records, require_pictures
+    from d2svse.data.manifest import write_manifest
+    from d2svse.data.readers import read_records, require_pictures
 
-    published = dense if dense in DENSE_SUFFIXES else None
     columns = {"image_column": image_column, "caption_column": caption_column}
-    records = read_records(source, format, split=split, image_folder=image_folder, dense=published, **columns)
+    records = read_records(source, format, split=split, image_folder=image_folder, dense=dense, **columns)
     if not without_pictures:
         require_pictures(records, source)
-    if dense is not None and published is None:
-        records = join_dense(records, dense, dense_folder(source, image_folder), source)
     write_manifest(output, records)
     captions = sum(len(record.captions) for record in records)
     texts = sum(record.dense is not None for record in records)

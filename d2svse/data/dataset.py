@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from d2svse.data.manifest import DenseSource, Record, check_pictures, join_dense
-from d2svse.data.readers import DENSE_SUFFIXES, dense_folder, read_records, require_pictures
+from d2svse.data.manifest import DenseSource, Record, check_pictures
+from d2svse.data.readers import read_records, require_pictures
 from d2svse.images import OnBadImage
 
 
@@ -82,12 +82,8 @@ class ImageTextDataset:
         Raises:
             ManifestError: if the source cannot be used; the message names file and line.
         """
-        published = str(dense) if dense in DENSE_SUFFIXES else None
-        records = read_records(source, format, split=split, image_folder=image_folder, dense=published)
+        records = read_records(source, format, split=split, image_folder=image_folder, dense=dense)
         require_pictures(records, source)
-        if dense is not None:
-            base = dense_folder(source, image_folder)
-            records = join_dense(records, "field" if published else dense, base, source)
         if on_bad_image is None:
             return cls(records, source)
         records, skipped = check_pictures(records, source, on_bad_image, show_progress_bar)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines
-from d2svse.data.manifest import ManifestError, Record, read_json_lines, read_manifest
+from d2svse.data.manifest import ManifestError, Record, join_dense, read_json_lines, read_manifest
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files import written_aside
 
@@ -23,7 +23,7 @@ def read_records(
     *,
     split: str | None = None,
     image_folder: str | os.PathLike[str] | None = None,
-    dense: str | None = None,
+    dense: str | os.PathLike[str] | None = None,
     image_column: str = "image",
     caption_column: str = "caption",
 ) -> list[Record]:
@@ -35,8 +35,8 @@ def read_records(
         format: "manifest", "published", "karpathy", "coco", "table" or "datasets"; "auto" looks.
         split: which split, where the layout has several; "train+restval" joins Karpathy's.
         image_folder: where relative image paths start; by default the layout's usual place.
-        dense: of the published layout's dense text "long" or "short200"; by default the long one
-            if it is there.
+        dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
+            published layout; None leaves what the layout has, of the published one the long text.
         image_column: column of the images of a `datasets` dataset.
         caption_column: column of its captions.
 
@@ -54,16 +54,17 @@ def read_records(
         raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split)")
     if not has_splits and format != "datasets" and split is not None:
         raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
-    if dense is not None and format != "published":
+    published_dense = str(dense) if dense in DENSE_SUFFIXES else None
+    if published_dense and format != "published":
         raise ValueError(f"{os.fspath(source)}: dense text {dense!r} is of the published layout, and this is {format}")
-    if format == "manifest":
-        return read_manifest(source, image_folder)
     path = Path(source)
-    if format == "datasets":
+    if format == "manifest":
+        records = read_manifest(source, image_folder)
+    elif format == "datasets":
         columns = {"image_column": image_column, "caption_column": caption_column}
         records = read_datasets(os.fspath(source), split, image_folder=image_folder, **columns)
     elif format == "published":
-        records = read_published(path, str(split), image_folder=image_folder, dense=dense)
+        records = read_published(path, str(split), image_folder=image_folder, dense=published_dense)
     elif format == "karpathy":
         records = read_karpathy(path, str(split), image_folder=image_folder)
     else:
@@ -73,7 +74,9 @@ def read_records(
         if record.image in seen:
             raise ManifestError(f"{record.where(source)}: {record.image} stands there twice, as two images")
         seen.add(record.image)
-    return records
+    if dense is None or published_dense:
+        return records
+    return join_dense(records, dense, dense_folder(source, image_folder), source)
 
 
 def detect_format(source: str | os.PathLike[str]) -> str:
