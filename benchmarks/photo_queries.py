@@ -2,10 +2,10 @@
 
     python benchmarks/photo_queries.py MODEL INDEX --train train.jsonl --val dev.jsonl --gallery gallery.png
 
-A query that hardly any picture of a collection shows cannot be answered by five of them, and one picked by hand can be
-picked for its answer. So the rule picks: of all pairs of words that at least three captions of one validation picture
-hold together, the ones that most pictures have, no word twice; each is asked by the shortest training caption that holds
-both words. A picture fits if any of its own captions holds both words.
+A query that hardly any picture of a collection shows cannot be answered by five of them, and one picked by hand
+can be picked for its answer. So the rule picks: of all pairs of words that at least three captions of one
+validation picture hold together, the ones that most pictures have, no word twice; each is asked by the shortest
+training caption that holds both words. A picture fits if any of its own captions holds both words.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def common_pairs(records: list[Record], count: int, captions: int = 3) -> list[t
     """The pairs of words that most pictures have in `captions` of their captions, no word twice."""
     pictures: Counter[tuple[str, str]] = Counter()
     for record in records:
-        pairs = Counter(pair for caption in record.captions for pair in itertools.combinations(sorted(words(caption)), 2))
+        of_captions = (itertools.combinations(sorted(words(caption)), 2) for caption in record.captions)
+        pairs = Counter(itertools.chain.from_iterable(of_captions))
         pictures.update(pair for pair, held in pairs.items() if held >= captions)
     chosen: list[tuple[tuple[str, str], int]] = []
     for pair, number in sorted(pictures.items(), key=lambda item: (-item[1], item[0])):
