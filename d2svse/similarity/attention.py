@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.metric import Structure
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
 
 Pooling = Literal["mean", "lse"]
 
@@ -39,8 +39,6 @@ class CrossAttention(FragmentSimilarity):
     Raises:
         ValueError: if the pooling is unknown or a scale is not positive.
     """
-
-    copies: ClassVar[int] = 8
 
     def __init__(
         self,
@@ -121,10 +119,10 @@ class CrossAttentionT2I(CrossAttention):
         super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
+        self, images: Fragments, texts: Fragments, products: Tensor
     ) -> Tensor:
-        products = fragments.permute(0, 2, 3, 1)
-        return self.pool(self.relevance(products, text_mask, images, image_mask), text_mask)
+        products = products.permute(0, 2, 3, 1)
+        return self.pool(self.relevance(products, texts.mask, images.vectors, images.mask), texts.mask)
 
 
 @register_similarity("scan-i2t")
@@ -154,7 +152,7 @@ class CrossAttentionI2T(CrossAttention):
         super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
+        self, images: Fragments, texts: Fragments, products: Tensor
     ) -> Tensor:
-        products = fragments.permute(2, 0, 1, 3)
-        return self.pool(self.relevance(products, image_mask, texts, text_mask), image_mask).T
+        products = products.permute(2, 0, 1, 3)
+        return self.pool(self.relevance(products, images.mask, texts.vectors, texts.mask), images.mask).T

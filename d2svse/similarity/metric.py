@@ -82,7 +82,10 @@ class Metric(nn.Module):
         The inner product of `left` with the result is the score. W stands on this side, so that
         stored image vectors serve a search by picture as well.
         """
-        y = F.normalize(y, dim=-1)
+        return self.apply_weight(F.normalize(y, dim=-1))
+
+    def apply_weight(self, y: Tensor) -> Tensor:
+        """Take normalised vectors of the text side through W: `(..., dim)`; cosine gives them back."""
         if self.weight is None:
             return y
         weight = F.dropout(self.weight, self.dropout, self.training).to(y.dtype)

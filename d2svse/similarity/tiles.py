@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from d2svse.features import Features
 from d2svse.similarity.base import Similarity
 from d2svse.similarity.metric import Metric, Structure
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
+CACHED_ELEMENTS = 2**19  # of a tensor of a tile on the CPU: larger ones leave the cache between two operations
+LIKE_LENGTH = 0.75  # the shortest sentence of a tile has at least this share of the words of the longest
+
+
+class Fragments(NamedTuple):
+    """The fragments of one side, ready to be compared.
+
+    Attributes:
+        vectors: L2-normalised, `(n, length, dim)`.
+        norms: what they were divided by, `(n, length)`.
+        pooled: the normalised pooled vectors, `(n, dim)`.
+        mapped: the vectors taken through the metric, `(n, length, dim)`; on the image side, and for
+            cosine, the vectors themselves.
+        mask: which fragments are real, `(n, length)` bool.
+    """
+
+    vectors: Tensor
+    norms: Tensor
+    pooled: Tensor
+    mapped: Tensor
+    mask: Tensor
+
+    def cut(self, rows: slice | Tensor, length: int | None = None) -> Fragments:
+        """Some of the rows, and no more than the first fragments of each."""
+        vectors, norms, mapped, mask = (t[rows, :length] for t in (self.vectors, self.norms, self.mapped, self.mask))
+        return Fragments(vectors, norms, self.pooled[rows], mapped, mask)
+
+
+SIDE = len(Fragments._fields)
 
 
 class FragmentSimilarity(Similarity):
     """A score from the fragments (patches, words) of both sides.
 
-    A subclass writes `score_tile`. The images are taken a tile at a time so that the scores of all
-    fragment pairs in a tile, and what is made from them, stay within `max_memory`; under
-    gradient each tile is computed anew in the backward pass. The tile size does not change the
-    scores.
+    A subclass writes `score_tile`. Sentences of like length are taken together and cut to the
+    longest of them, so that padding is hardly computed; images and sentences are taken a tile at a
+    time, so that the products of all fragment pairs of a tile, and what is made from them, stay
+    within `max_memory` (and on the CPU in its cache). The backward pass computes each tile anew and
+    keeps nothing of the forward pass but the fragments. The tile size does not change the scores.
 
     Args:
         metric: how two fragments are compared: "cosine", or a GSSF structure, see `Metric`.
@@ -36,7 +68,7 @@ class FragmentSimilarity(Similarity):
     """
 
     requires: ClassVar[Literal["pooled", "tokens"]] = "tokens"
-    copies: ClassVar[int] = 4  # how many tensors of the size of a tile's fragment scores are alive at once
+    copies: ClassVar[int] = 8  # how many tensors of the size of a tile's products are alive at once
 
     def __init__(
         self,
@@ -52,57 +84,148 @@ class FragmentSimilarity(Similarity):
         self.max_memory = int(max_memory)
 
     @abstractmethod
-    def score_tile(
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
-    ) -> Tensor:
-        """Score all pairs of a tile.
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:
+        """Score all pairs of a tile; it is called again in the backward pass and must do the same then.
 
         Args:
-            images: normalised fragments, `(n_images, n_patches, dim)`.
-            image_mask: which are real, `(n_images, n_patches)` bool.
-            texts: normalised fragments, `(n_texts, n_words, dim)`.
-            text_mask: which are real, `(n_texts, n_words)` bool.
-            fragments: the metric of every two, `(n_images, n_patches, n_texts, n_words)`; of padded
-                fragments too.
-            *extras: the tile's parts of what `extras` gives, the images' and then the texts'.
+            images: the tile's images.
+            texts: the tile's sentences.
+            products: the metric of every two fragments, `(n_images, n_patches, n_texts, n_words)`;
+                of padded fragments too.
 
         Returns:
             `(n_images, n_texts)`.
         """
 
-    def extras(self, images: Features, texts: Features) -> tuple[list[Tensor], list[Tensor]]:
-        """Further tensors that `score_tile` needs, `(n_images, ...)` and `(n_texts, ...)`."""
-        return [], []
-
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        assert images.tokens is not None
-        assert texts.tokens is not None
-        image_mask, text_mask = images.real_tokens(), texts.real_tokens()
-        left, right = F.normalize(images.tokens, dim=-1), F.normalize(texts.tokens, dim=-1)
-        n_images, n_patches, _ = left.shape
-        n_texts, n_words, _ = right.shape
-        if not n_images or not n_texts:
-            return left.new_zeros(n_images, n_texts)
-        item = left.element_size() * n_patches * n_words * self.copies
-        columns = max(1, min(n_texts, self.max_memory // item))
-        rows = max(1, min(n_images, self.max_memory // (item * columns)))
-        recompute = torch.is_grad_enabled() and (rows < n_images or columns < n_texts)
-        of_images, of_texts = self.extras(images, texts)
-        lines = []
-        for i in range(0, n_images, rows):
-            line = []
-            for j in range(0, n_texts, columns):
-                row, column = slice(i, i + rows), slice(j, j + columns)
-                tile = [left[row], image_mask[row], right[column], text_mask[column]]
-                tile += [*(extra[row] for extra in of_images), *(extra[column] for extra in of_texts)]
-                line.append(checkpoint(self._tile, *tile, use_reentrant=False) if recompute else self._tile(*tile))
-            lines.append(torch.cat(line, dim=1))
-        return torch.cat(lines)
+        left, right = self.fragments(images, texts)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        scores: Tensor = _TiledScores.apply(self, *left, *right, *trained)
+        return scores
 
-    def _tile(self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, *extras: Tensor) -> Tensor:
-        products = images.flatten(0, 1) @ self.metric.right(texts).flatten(0, 1).T
-        fragments = products.view(*images.shape[:2], *texts.shape[:2])
-        return self.score_tile(images, image_mask, texts, text_mask, fragments, *extras)
+    def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
+        """Make the fragments of both sides ready; the inner product of what is `mapped` is the metric."""
+        left, right = _fragments(images), _fragments(texts)
+        return left, right._replace(mapped=self.metric.apply_weight(right.vectors))
+
+    def tiles(self, images: Fragments, texts: Fragments) -> Iterator[tuple[Tensor, int, list[slice]]]:
+        """Cut the work: sentences, the length to cut them to, and the slices of images to take with them."""
+        n_images, n_patches = images.mask.shape
+        elements = max(1, self.max_memory // (images.vectors.element_size() * self.copies))
+        if images.mask.device.type == "cpu":
+            elements = min(elements, CACHED_ELEMENTS)
+        words = elements // max(1, min(n_images * n_patches, math.isqrt(elements)))
+        positions = torch.arange(1, texts.mask.shape[1] + 1, device=texts.mask.device)
+        lengths = F.pad(texts.mask * positions, (1, 0), value=1).amax(-1).tolist()  # to the last real word
+        for index in _like_lengths(lengths, words):
+            width = lengths[index[0]]
+            rows = max(1, elements // (len(index) * width * max(1, n_patches)))
+            slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
+            yield torch.tensor(index, device=texts.mask.device), width, slices
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()
+
+
+def _fragments(features: Features) -> Fragments:
+    assert features.tokens is not None
+    vectors, norms = _Normalized.apply(features.tokens)
+    return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
+
+
+class _Normalized(torch.autograd.Function):
+    """L2-normalised vectors and their norms; unlike `F.normalize` it does not keep what it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(tokens, dim=-1).clamp_(min=1e-12)
+        vectors = tokens / norms[..., None]
+        ctx.save_for_backward(vectors, norms)
+        return vectors, norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, upstream_norms: Tensor) -> Tensor:
+        vectors, norms = ctx.saved_tensors
+        along = (upstream.unsqueeze(-2) @ vectors.unsqueeze(-1)).flatten(-3)
+        gradient = upstream / norms[..., None]
+        return gradient.addcmul_(vectors, (upstream_norms - along / norms)[..., None])
+
+
+def _like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
+    """Group sentences, the longest first, so that a group is of like length and of about so many words."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group:
+            longest = lengths[group[0]]
+            if (len(group) + 1) * longest > words or lengths[i] < LIKE_LENGTH * longest:
+                yield group
+                group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+class _TiledScores(torch.autograd.Function):
+    """Scores of all pairs, tile by tile, and their gradient by computing every tile anew."""
+
+    @staticmethod
+    def forward(ctx: Any, similarity: FragmentSimilarity, *tensors: Tensor) -> Tensor:
+        ctx.similarity = similarity
+        ctx.save_for_backward(*tensors)
+        images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
+        scores = images.vectors.new_zeros(len(images.mask), len(texts.mask))
+        for index, width, slices in similarity.tiles(images, texts):
+            some_texts = texts.cut(index, width)
+            for rows in slices:
+                scores[rows].index_copy_(1, index, _score(similarity, images.cut(rows), some_texts))
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
+        gradients: list[Tensor | None] = [None] * len(tensors)
+
+        def leaves(cut: Fragments, first: int) -> Fragments:
+            wanted = needed[first : first + SIDE]
+            return Fragments(*(t.detach().requires_grad_(wish) for t, wish in zip(cut, wanted, strict=True)))
+
+        def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
+            whole = gradients[k]
+            if whole is None:  # only now: what no tile uses takes no memory
+                whole = gradients[k] = torch.zeros_like(tensors[k])
+            part = whole[:, : gradient.shape[1]]
+            part[rows] += gradient
+
+        for index, width, slices in ctx.similarity.tiles(images, texts):
+            some_texts = leaves(texts.cut(index, width), SIDE)
+            of_texts: list[Tensor | None] = [None] * len(tensors)
+            for rows in slices:
+                inputs = [*leaves(images.cut(rows), 0), *some_texts, *tensors[2 * SIDE :]]
+                chosen = [k for k, wanted in enumerate(needed) if wanted]
+                with torch.enable_grad():
+                    part = _score(ctx.similarity, Fragments(*inputs[:SIDE]), some_texts)
+                found = torch.autograd.grad(
+                    part, [inputs[k] for k in chosen], upstream[rows].index_select(1, index), allow_unused=True
+                )
+                for k, gradient in zip(chosen, found, strict=True):
+                    if gradient is None:
+                        continue
+                    if k < SIDE:
+                        collect(k, rows, gradient)
+                    else:
+                        sums = of_texts if k < 2 * SIDE else gradients
+                        before = sums[k]
+                        sums[k] = gradient if before is None else before + gradient
+            for k, gradient in enumerate(of_texts):
+                if gradient is not None:
+                    collect(k, index, gradient)
+        return None, *gradients
+
+
+def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
+    with torch.autocast(images.vectors.device.type, enabled=False):
+        products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
+        return similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))

@@ -10,7 +10,7 @@ from transformers import initialization as init
 
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.metric import Structure
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
 
 Direction = Literal["i2t", "t2i", "both"]
 
@@ -46,17 +46,17 @@ class MaxAlignment(FragmentSimilarity):
         self.direction = direction
 
     def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
+        self, images: Fragments, texts: Fragments, products: Tensor
     ) -> Tensor:
-        usable = image_mask[:, :, None, None] & text_mask
-        fragments = fragments.masked_fill(~usable, float("-inf"))
+        usable = images.mask[:, :, None, None] & texts.mask
+        products = products.masked_fill(~usable, float("-inf"))
         scores = []
         if self.direction != "t2i":
-            best = fragments.amax(3).transpose(1, 2)  # (n_images, n_texts, n_patches)
-            scores.append(self._summed(best, image_mask[:, None], images[:, None], "image"))
+            best = products.amax(3).transpose(1, 2)  # (n_images, n_texts, n_patches)
+            scores.append(self._summed(best, images.mask[:, None], images.vectors[:, None], "image"))
         if self.direction != "i2t":
-            best = fragments.amax(1)  # (n_images, n_texts, n_words)
-            scores.append(self._summed(best, text_mask[None], texts[None], "text"))
+            best = products.amax(1)  # (n_images, n_texts, n_words)
+            scores.append(self._summed(best, texts.mask[None], texts.vectors[None], "text"))
         return torch.stack(scores).mean(0)
 
     def _summed(self, best: Tensor, mask: Tensor, tokens: Tensor, side: str) -> Tensor:

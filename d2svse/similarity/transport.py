@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from d2svse.features import Features
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.metric import Structure
 from d2svse.similarity.scaling import scaled_scores
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, FragmentSimilarity
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
 
 SMALLEST_SCALED = 0.01  # below it kernels underflow so often that the log domain is taken at once
 Marginals = Literal["uniform", "norm", "similarity"]
@@ -32,6 +32,8 @@ class TransportOutput:
         marginal_error: largest absolute difference of a row sum of the plan to its weight,
             `(...)`; the columns are met by the last step.
         converged: whether all errors are within the tolerance, if one was given.
+        regularization: λ.
+        bins: whether the first row and the first column are bins, which do not score.
     """
 
     log_kernel: Tensor
@@ -40,6 +42,16 @@ class TransportOutput:
     iterations: int
     marginal_error: Tensor
     converged: bool | None
+    regularization: float
+    bins: bool = False
+
+    @property
+    def scores(self) -> Tensor:
+        """Σ plan × (1 − cost), made on demand: `(...)`; with the cost 1 − cosine, Σ plan × cosine."""
+        first = 1 if self.bins else 0
+        plan, log_kernel = self.plan[..., first:, first:], self.log_kernel[..., first:, first:]
+        masked = log_kernel.isneginf()
+        return (plan * (1 + self.regularization * log_kernel.masked_fill(masked, 0))).sum((-2, -1))
 
     @property
     def plan(self) -> Tensor:
@@ -56,6 +68,7 @@ def sinkhorn(
     num_iterations: int = 3,
     tolerance: float | None = None,
     epsilon: float = 0.0,
+    bins: bool = False,
 ) -> TransportOutput:
     """Solve entropic transport problems by Sinkhorn's iterations in the log domain.
 
@@ -71,6 +84,7 @@ def sinkhorn(
         tolerance: stop when no row sum is further from its weight than this.
         epsilon: added to each row and column sum, and to the kernel's sum by which it is divided
             at the start, as the published OMIT code does (1e-6 there); 0 solves the problem itself.
+        bins: the first row and the first column are bins: they do not count in `scores`.
 
     Raises:
         ValueError: if λ or the number of iterations is not positive, or the shapes do not fit.
@@ -104,7 +118,7 @@ def sinkhorn(
             if tolerance is not None and bool((error <= tolerance).all()):
                 break
     converged = None if tolerance is None else bool((error <= tolerance).all())
-    return TransportOutput(log_kernel, f, g, iterations, error, converged)
+    return TransportOutput(log_kernel, f, g, iterations, error, converged, regularization, bins)
 
 
 def _log_sum(values: Tensor, real: Tensor) -> Tensor:
@@ -147,8 +161,6 @@ class Transport(FragmentSimilarity):
         ValueError: if the marginals are unknown or a number is not positive.
     """
 
-    copies: ClassVar[int] = 3
-
     def __init__(
         self,
         partial: bool,
@@ -174,71 +186,69 @@ class Transport(FragmentSimilarity):
             return super().score(images, texts)
         return super().score(_with_bin(images), _with_bin(texts))
 
-    def extras(self, images: Features, texts: Features) -> tuple[list[Tensor], list[Tensor]]:  # noqa: D102
-        if self.marginals == "uniform":
-            return [], []
-        if self.marginals == "norm":
-            assert images.tokens is not None
-            assert texts.tokens is not None
-            return [images.tokens.norm(dim=-1)], [texts.tokens.norm(dim=-1)]
-        return [F.normalize(images.pooled, dim=-1)], [F.normalize(texts.pooled, dim=-1)]
+    def solve(self, images: Features, texts: Features) -> TransportOutput:
+        """Solve the problems of all pairs, without tiles, to look at plans and errors.
 
-    def score_tile(  # noqa: D102
-        self, images: Tensor, image_mask: Tensor, texts: Tensor, text_mask: Tensor, fragments: Tensor, *extras: Tensor
-    ) -> Tensor:
-        n_images, n_patches, n_texts, n_words = fragments.shape
-        rows = image_mask[:, None].expand(n_images, n_texts, n_patches)
-        columns = text_mask[None].expand(n_images, n_texts, n_words)
-        if self.marginals == "norm":
-            row_weights, column_weights = extras[0][:, None].expand_as(rows), extras[1][None].expand_as(columns)
-        elif self.marginals == "similarity":
-            row_weights = (images @ extras[1].T).transpose(1, 2).clamp(min=0)
-            column_weights = torch.einsum("id,tld->itl", extras[0], texts).clamp(min=0)
-        else:
-            row_weights, column_weights = rows.to(fragments.dtype), columns.to(fragments.dtype)
-        a, b = self._marginal(row_weights, rows), self._marginal(column_weights, columns)
-        if self.epsilon > 0 or self.regularization < SMALLEST_SCALED:
-            return self._log_scores(fragments, a, b)
-        scores, exact = scaled_scores(
-            fragments.contiguous(), a, b, self.regularization, self.num_iterations, self.partial
-        )
-        if not bool(exact.all()):
-            otherwise = (~exact).nonzero().squeeze(1)
-            scores = scores.masked_fill(~exact[:, None], 0)
-            scores = scores.index_add(0, otherwise, self._log_scores(fragments[otherwise], a[otherwise], b[otherwise]))
-        return scores
+        Returns:
+            The solution of `(n_images, n_texts)` problems; with `partial` the first row and the
+            first column of a plan are the bins.
+        """
+        if self.partial:
+            images, texts = _with_bin(images), _with_bin(texts)
+        left, right = self.fragments(images, texts)
+        products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
+        return self._solve(products, *self._marginals(left, right))
 
-    def _log_scores(self, fragments: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        products = fragments.transpose(1, 2)  # (n_images, n_texts, n_patches, n_words)
-        solution = sinkhorn(
-            1 - products,
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
+        a, b = self._marginals(images, texts)
+        if self.epsilon == 0 and self.regularization >= SMALLEST_SCALED:
+            scores, exact = scaled_scores(products, a, b, self.regularization, self.num_iterations, self.partial)
+            if exact:
+                return scores
+        return self._solve(products, a, b).scores
+
+    def _solve(self, products: Tensor, a: Tensor, b: Tensor) -> TransportOutput:
+        return sinkhorn(
+            1 - products.transpose(1, 2),
             a,
             b,
             regularization=self.regularization,
             num_iterations=self.num_iterations,
             epsilon=self.epsilon,
+            bins=self.partial,
         )
-        moved = solution.plan * products
-        if self.partial:
-            moved = moved[..., :-1, :-1]
-        return moved.sum((-2, -1))
+
+    def _marginals(self, images: Fragments, texts: Fragments) -> tuple[Tensor, Tensor]:
+        """Weights `(n_images, n_texts, n_patches)` and `(n_images, n_texts, n_words)`."""
+        pairs = (len(images.mask), len(texts.mask))
+        rows = images.mask[:, None].expand(*pairs, -1)
+        columns = texts.mask[None].expand(*pairs, -1)
+        if self.marginals == "norm":
+            row_weights, column_weights = images.norms[:, None].expand_as(rows), texts.norms[None].expand_as(columns)
+        elif self.marginals == "similarity":
+            row_weights = (images.vectors @ texts.pooled.T).transpose(1, 2).clamp(min=0)
+            column_weights = torch.einsum("id,tld->itl", images.pooled, texts.vectors).clamp(min=0)
+        else:
+            row_weights, column_weights = rows.to(images.vectors.dtype), columns.to(images.vectors.dtype)
+        return self._marginal(row_weights, rows), self._marginal(column_weights, columns)
 
     def _marginal(self, weights: Tensor, real: Tensor) -> Tensor:
-        """Weights that sum to 1 over the real fragments; a bin, the last, weighs as the mean of the others."""
+        """Weights that sum to 1 over the real fragments; a bin, the first, weighs as the mean of the others."""
         weights = weights.masked_fill(~real, 0)
         if self.partial:
-            counts = real[..., :-1].sum(-1, keepdim=True).clamp(min=1)
-            weights = torch.cat([weights[..., :-1], weights[..., :-1].sum(-1, keepdim=True) / counts], -1)
+            others = weights[..., 1:]
+            mean = others.sum(-1, keepdim=True) / real[..., 1:].sum(-1, keepdim=True).clamp(min=1)
+            weights = torch.cat([mean, others], -1)
         total = weights.sum(-1, keepdim=True)
         even = real.to(weights.dtype) / real.sum(-1, keepdim=True).clamp(min=1)
         return torch.where(total > 0, weights / total.masked_fill(total <= 0, 1), even)
 
 
 def _with_bin(features: Features) -> Features:
-    """The pooled vector as one more fragment, the last."""
+    """The pooled vector as one more fragment, the first."""
     assert features.tokens is not None
-    tokens = torch.cat([features.tokens, features.pooled[:, None]], dim=1)
-    return Features(features.pooled, tokens, F.pad(features.real_tokens(), (0, 1), value=True))
+    tokens = torch.cat([features.pooled[:, None], features.tokens], dim=1)
+    return Features(features.pooled, tokens, F.pad(features.real_tokens(), (1, 0), value=True))
 
 
 @register_similarity("omit")
