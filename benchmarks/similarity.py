@@ -2,9 +2,9 @@
 
     python benchmarks/similarity.py
 
-128 pictures of 36 fragments and 128 sentences of 8 to 51 words, 1024 wide, float32, all pairs, 3 Sinkhorn
-iterations. The floor is the one matrix product that gives all fragment cosines; times are medians,
-and memory is the rise of the peak resident set in a process of its own.
+128 pictures of 36 fragments and 128 sentences of up to 51 words, 1024 wide, float32, all pairs, 3 Sinkhorn
+iterations. The floor is the one matrix product that gives the cosines of all fragments, padding included; times are
+medians, and memory is the rise of the peak resident set in a process of its own, gradients of the tokens included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from d2svse import Features, build_similarity
-from d2svse.similarity import CrossAttentionT2I
+from d2svse.similarity import CrossAttentionT2I, MoversDistance, Similarity, sinkhorn
+from d2svse.similarity.scaling import scaled_scores
 
 PAIRS, PATCHES, WORDS, DIM = 128, 36, 51, 1024
 REPEATS = 5
@@ -63,9 +64,10 @@ def training_step(name: str, images: Features, texts: Features) -> Callable[[], 
     return step
 
 
-def extra_memory(name: str) -> float:
+def extra_memory(name: str, words: str) -> float:
     """Rise of the peak memory in one training step, in MB; run in a process of its own."""
     images, texts = make_sides()
+    texts = texts if words == "8 to 51" else Features(texts.pooled, texts.tokens)
     step = training_step(name, images[:2], texts[:2])
     step()
     step = training_step(name, images, texts)
@@ -81,10 +83,9 @@ def peak_memory() -> float:
 
 
 def fragments() -> None:
-    """Similarities of fragments against the floor."""
+    """Similarities of fragments against the floor, for sentences of uneven lengths and for ones of 51 words all."""
     images, texts = make_sides()
     left, right = (F.normalize(side.tokens, dim=-1).flatten(0, 1) for side in (images, texts))  # type: ignore[arg-type]
-    floor = seconds(lambda: left @ right.T)
     inputs, upstream = [t.clone().requires_grad_() for t in (left, right)], torch.ones(len(left), len(right))
 
     def both() -> None:
@@ -92,80 +93,114 @@ def fragments() -> None:
             tensor.grad = None
         (inputs[0] @ inputs[1].T).backward(upstream)
 
-    floor_both = seconds(both)
     tensor_mb = len(left) * len(right) * 4 / 2**20
+    print(f"fragment scores: {tensor_mb:.0f} MB\n")
     print(
-        f"floor: {1000 * floor:.0f} ms, with backward {1000 * floor_both:.0f} ms; fragment scores {tensor_mb:.0f} MB\n"
+        "| similarity | words | floor, ms | forward / floor | with backward / the floor's | memory / fragment scores |"
     )
-    print("| similarity | forward / floor | with backward / floor | extra memory in training / fragment scores |")
-    print("| --- | ---: | ---: | ---: |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in FRAGMENTS:
         similarity = build_similarity(name, DIM)
-        with torch.no_grad():
-            forward = seconds(lambda similarity=similarity: similarity(images, texts))
-        trained = seconds(training_step(name, images, texts), 3)
-        call = [sys.executable, __file__, "memory", name]
-        memory = float(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
-        cells = f"{forward / floor:.2f} | {trained / floor_both:.2f} | {memory / tensor_mb:.2f}"
-        print(f"| `{name}` | {cells} |", flush=True)
+        for words, given in (("8 to 51", texts), ("51", Features(texts.pooled, texts.tokens))):
+            floor, floor_both = seconds(lambda: left @ right.T), seconds(both)  # taken anew: the machine's speed drifts
+            with torch.no_grad():
+                forward = seconds(lambda similarity=similarity, given=given: similarity(images, given))
+            trained = seconds(training_step(name, images, given))
+            call = [sys.executable, __file__, "memory", name, words]
+            memory = float(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
+            cells = (
+                f"{1000 * floor:.0f} | {forward / floor:.2f} | {trained / floor_both:.2f} | {memory / tensor_mb:.2f}"
+            )
+            print(f"| `{name}` | {words} | {cells} |", flush=True)
 
 
 def transport() -> None:
-    """OMIT's problems, costs given, by POT."""
+    """Plain transport problems, costs given, by this package and by POT."""
     import ot
     import ot.batch
 
     images, texts = make_sides()
-    similarity = build_similarity("movers")
-    with torch.no_grad():
-        ours = seconds(lambda: similarity(images, texts), 3)
-        left, right = (F.normalize(side.tokens, dim=-1) for side in (images, texts))  # type: ignore[arg-type]
-        cost = 1 - torch.einsum("ikd,tld->itkl", left, right).flatten(0, 1)
-    a = torch.full((len(cost), PATCHES), 1 / PATCHES)
-    b = (texts.real_tokens().float() / texts.real_tokens().sum(1, keepdim=True)).repeat(PAIRS, 1)
+    similarity = MoversDistance()
+    left, right = similarity.fragments(images, texts)
+    products = torch.einsum("ikd,tld->iktl", left.vectors, right.vectors)
+    a = torch.full((PAIRS, PAIRS, PATCHES), 1 / PATCHES)
+    b = (right.mask.float() / right.mask.sum(1, keepdim=True)).expand(PAIRS, PAIRS, WORDS)
+
+    def scaling() -> None:
+        for index, width, slices in similarity.tiles(left, right):
+            for rows in slices:
+                part = products[rows, :, index, :width], a[rows, index], b[rows, index, :width]
+                if not scaled_scores(*part, 0.05, 3, False)[1]:
+                    raise RuntimeError("left the range")
+
+    def logarithmic() -> None:
+        for i in range(0, PAIRS, 4):
+            cost = 1 - products[i : i + 4].transpose(1, 2)
+            sinkhorn(cost, a[i : i + 4], b[i : i + 4], regularization=0.05).scores.sum()
+
+    costs, rows, columns = (1 - products.transpose(1, 2)).flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)
 
     def batch(method: str) -> Callable[[], object]:
         options = {"reg": 0.05, "max_iter": 3, "tol": 0.0, "grad": "detach", "method": method}
-        return lambda: ot.batch.solve_batch(cost, a=a, b=b + 1e-30, **options)
+        return lambda: ot.batch.solve_batch(costs, a=rows, b=columns + 1e-30, **options)
 
-    few = 200
+    few = 500
 
-    def loop() -> None:
-        for i in range(few):
-            real = b[i] > 0
-            weights = (a[i].double().numpy(), b[i][real].double().numpy())
-            ot.sinkhorn(*weights, cost[i][:, real].double().numpy(), 0.05, numItermax=3, warn=False, stopThr=0)
+    def loop(solver: Callable[..., object]) -> Callable[[], object]:
+        def solve() -> None:
+            for i in range(few):
+                real = columns[i] > 0
+                problem = (rows[i].double(), columns[i][real].double(), costs[i][:, real].double())
+                solver(*(t.numpy() for t in problem), 0.05, numItermax=3, warn=False, stopThr=0)
 
-    print("\n| the same transport problems | ms | / ours |\n| --- | ---: | ---: |")
-    print(f"| `movers`, fragment products included | {1000 * ours:.0f} | 1 |")
-    for method in ("log_sinkhorn", "sinkhorn"):
-        taken = seconds(batch(method), 1)
-        print(f"| `ot.batch`, {method}, costs given | {1000 * taken:.0f} | {taken / ours:.1f} |", flush=True)
-    taken = seconds(loop, 1) * len(cost) / few
-    print(f"| a loop of `ot.sinkhorn`, costs given (from {few} problems) | {1000 * taken:.0f} | {taken / ours:.0f} |")
+        return solve
+
+    with torch.no_grad():
+        ours = seconds(scaling)
+        taken = {
+            "here, scaling (what `movers` and `omit` use)": ours,
+            "here, the public `sinkhorn` (log domain), padded": seconds(logarithmic, 3),
+            "`ot.batch.solve_batch`, log_sinkhorn, padded": seconds(batch("log_sinkhorn"), 1),
+            "`ot.batch.solve_batch`, sinkhorn, padded": seconds(batch("sinkhorn"), 1),
+            f"a loop of `ot.sinkhorn` (from {few} problems)": seconds(loop(ot.sinkhorn)) * len(costs) / few,
+            f"a loop of `ot.bregman.sinkhorn_log` (from {few} problems)": seconds(loop(ot.bregman.sinkhorn_log))
+            * len(costs)
+            / few,
+        }
+    print(f"\n| {len(costs)} transport problems, costs given | ms | / the first |\n| --- | ---: | ---: |")
+    for name, time_taken in taken.items():
+        print(f"| {name} | {1000 * time_taken:.0f} | {time_taken / ours:.1f} |", flush=True)
 
 
 def metrics() -> None:
-    """GSSF against cosine: folded scoring and training scores."""
+    """GSSF against cosine, in turns: folded scoring and training scores."""
     torch.manual_seed(0)
     stored, queries = Features(torch.randn(5000, DIM)), Features(torch.randn(25_000, DIM))
     x, y = torch.randn(512, DIM, requires_grad=True), torch.randn(512, DIM, requires_grad=True)
     print("\n| metric | folded scoring, 5000 × 25 000, / cosine | training scores of 512 / cosine |")
     print("| --- | ---: | ---: |")
-    base: tuple[float, float] | None = None
-    for configuration in ("cosine", "gssf-diagonal", {"name": "gssf-block-diagonal", "num_blocks": 4}):
-        similarity = build_similarity(configuration, DIM)
+
+    def scoring(similarity: Similarity) -> Callable[[], object]:
         with torch.no_grad():
             a, b = similarity.fold("image", stored.pooled), similarity.fold("text", queries.pooled)
-            folded = seconds(lambda a=a, b=b: a @ b.T)
+        return lambda: a @ b.T
 
-        def train(similarity: torch.nn.Module = similarity) -> None:
-            similarity(Features(x), Features(y)).sum().backward()
+    def training(similarity: Similarity) -> Callable[[], object]:
+        return lambda: similarity(Features(x), Features(y)).sum().backward()
 
-        trained = seconds(train, 101)
-        base = base or (folded, trained)
+    cosine = build_similarity("cosine")
+    for configuration in ("cosine", "gssf-diagonal", {"name": "gssf-block-diagonal", "num_blocks": 4}):
+        similarity = build_similarity(configuration, DIM)
+        folded = in_turns(scoring(similarity), scoring(cosine), 5)
+        trained = in_turns(training(similarity), training(cosine), 101)
         name = configuration if isinstance(configuration, str) else f"{configuration['name']}, 4 blocks"
-        print(f"| `{name}` | {folded / base[0]:.3f} | {trained / base[1]:.2f} |", flush=True)
+        print(f"| `{name}` | {folded:.3f} | {trained:.2f} |", flush=True)
+
+
+def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> float:
+    """Median time of the first call over that of the second, each taken in turn with the other."""
+    times = [(seconds(first, 1), seconds(second, 1)) for _ in range(repeats)]
+    return statistics.median(t[0] for t in times) / statistics.median(t[1] for t in times)
 
 
 def attention() -> None:
@@ -189,7 +224,7 @@ def attention() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["memory"]:
-        print(extra_memory(sys.argv[2]))
+        print(extra_memory(*sys.argv[2:]))
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians")
         fragments()
