@@ -5,6 +5,7 @@ from d2svse.similarity.base import Similarity, build_similarity, register_simila
 from d2svse.similarity.cosine import Cosine
 from d2svse.similarity.gssf import GSSF, GSSFBlockDiagonal, GSSFDense, GSSFDiagonal
 from d2svse.similarity.metric import Metric
+from d2svse.similarity.tiles import Fragments, FragmentSimilarity
 from d2svse.similarity.token import MaxLogSumExp, MaxMean, MaxSoftmax, MaxSum
 from d2svse.similarity.transport import OMIT, MoversDistance, TransportOutput, sinkhorn
 
@@ -14,6 +15,8 @@ __all__ = [
     "Cosine",
     "CrossAttentionI2T",
     "CrossAttentionT2I",
+    "FragmentSimilarity",
+    "Fragments",
     "GSSFBlockDiagonal",
     "GSSFDense",
     "GSSFDiagonal",

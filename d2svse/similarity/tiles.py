@@ -219,9 +219,9 @@ class _TiledScores(torch.autograd.Function):
                         sums = of_texts if k < 2 * SIDE else gradients
                         before = sums[k]
                         sums[k] = gradient if before is None else before + gradient
-            for k, gradient in enumerate(of_texts):
-                if gradient is not None:
-                    collect(k, index, gradient)
+            for k, whole in enumerate(of_texts):
+                if whole is not None:
+                    collect(k, index, whole)
         return None, *gradients
 
 

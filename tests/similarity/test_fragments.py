@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity
+from d2svse.similarity.tiles import _like_lengths
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
 DIM = 6
@@ -224,3 +225,22 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             build_similarity(configuration, DIM)
+
+
+def test_sentences_of_like_length_go_together():
+    lengths = [3, 40, 7, 39, 8, 31, 1, 40]
+    groups = list(_like_lengths(lengths, 90))
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert groups == [[1, 7], [3, 5], [4, 2], [0], [6]]
+
+
+def test_uneven_sentences_score_as_each_alone():
+    images = side(3, 4, 0, masked=False)
+    texts = side(40, 30, 1, masked=False)
+    texts = Features(texts.pooled, texts.tokens, torch.arange(30) < torch.arange(1, 41).clamp(max=30)[:, None])
+    for name in NAMES:
+        similarity = build(name)
+        alone = [
+            similarity(images, Features(t.pooled, t.tokens[:, : t.mask.sum()])) for t in (texts[j] for j in range(40))
+        ]
+        torch.testing.assert_close(similarity(images, texts), torch.cat(alone, 1), rtol=1e-5, atol=1e-6)

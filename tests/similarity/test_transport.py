@@ -227,3 +227,19 @@ def test_scaling_and_the_log_domain_give_the_same_scores_and_gradients(partial, 
     assert len(found[0]) == len(found[1])
     for scaled, logarithmic in zip(*found, strict=True):
         torch.testing.assert_close(scaled, logarithmic, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_solutions_give_the_scores_and_plans_of_all_pairs(name):
+    similarity = build_similarity(name)
+    images, texts = side(4, 5, 0), side(3, 7, 1)
+    solved = similarity.solve(images, texts)
+    torch.testing.assert_close(solved.scores, similarity(images, texts), rtol=1e-4, atol=1e-6)
+    bins = int(similarity.partial)
+    assert solved.plan.shape == (4, 3, 5 + bins, 7 + bins)
+    torch.testing.assert_close(solved.plan.sum((-2, -1)), torch.ones(4, 3))
+    hidden = ~(images.mask[:, None, :, None] & texts.mask[None, :, None, :])
+    assert not solved.plan[..., bins:, bins:][hidden].any()
+    assert solved.iterations == 3
+    assert solved.marginal_error.shape == (4, 3)
+    assert solved.converged is None
