@@ -84,6 +84,7 @@ def train(
 ) -> None:
     """Train a model in two stages, or in one of them."""
     quiet_transformers()
+    from d2svse.training.distributed import is_main_process
     from d2svse.training.recipe import STAGES, Recipe, read_recipe, run_recipe
 
     values: dict[str, Any] = read_recipe(config) if config else {}
@@ -118,5 +119,7 @@ def train(
 
     recipe = Recipe.from_mapping(values, config or "options")
     results = run_recipe(recipe)
+    if not is_main_process():
+        return
     print_recalls(results, f"validation, {Path(recipe.val).name}")
     typer.echo(f"model: {Path(recipe.output) / 'model'}")

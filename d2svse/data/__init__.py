@@ -4,12 +4,12 @@ from d2svse.data.collate import Collator
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.manifest import ManifestError, Record, join_dense, read_manifest, write_manifest
 from d2svse.data.readers import read_records
-from d2svse.data.samples import EpochSampler, TrainingSamples
+from d2svse.data.samples import EpochBatches, TrainingSamples
 from d2svse.data.scenes import make_scene, write_scenes
 
 __all__ = [
     "Collator",
-    "EpochSampler",
+    "EpochBatches",
     "ImageTextDataset",
     "ManifestError",
     "Record",

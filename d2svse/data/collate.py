@@ -24,8 +24,10 @@ class Collator:
 
         Returns:
             `pixel_values (batch, channels, height, width)`, `input_ids` and `attention_mask`
-            `(batch, length)` int64, `image_ids (batch,)` int64, and what else the samples have.
+            `(batch, length)` int64, `image_ids (batch,)` int64, and what else the samples have. Samples
+            that do not count are last, and have neither `image_ids` nor `teacher_embeds`.
         """
+        counted = sum(sample.get("counted", True) for sample in samples)
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         input_ids = torch.full((len(samples), int(lengths.max())), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
@@ -38,4 +40,6 @@ class Collator:
         for name in ("pixel_values", "image_token_mask", "teacher_embeds"):
             if name in samples[0]:
                 batch[name] = torch.stack([sample[name] for sample in samples])
+        for name in batch.keys() & {"image_ids", "teacher_embeds"}:
+            batch[name] = batch[name][:counted]
         return batch

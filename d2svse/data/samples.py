@@ -19,35 +19,81 @@ from d2svse.models.processing import D2SVSEProcessor
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A sample asked for: which row, in which epoch."""
+    """A sample asked for: which row, in which epoch.
+
+    `counted` is False for a sample that only keeps a process busy, because the last batch of an
+    epoch has fewer samples than there are processes.
+    """
 
     epoch: int
     index: int
+    counted: bool = True
 
 
-class EpochSampler(Sampler[Draw]):
-    """Shuffled rows of an epoch, from the seed and the epoch alone.
+class EpochBatches(Sampler[list[Draw]]):
+    """The batches of one process: shuffled rows of an epoch, from the seed and the epoch alone.
 
-    The epoch travels with every index, so samples do not depend on which worker makes them.
+    The batches of all processes together are those of a single process with the sum of their sizes;
+    an uneven last one is split evenly. The epoch travels with every index, so samples do not
+    depend on which process or worker makes them.
 
     Args:
         length: rows an epoch.
+        batch_size: rows a batch of one process.
         seed: seed of the order.
+        rank: which process this is.
+        world_size: how many processes there are.
+        drop_last: leave out an uneven last batch.
+        image_of_row: `(length,)` the image of each row, in order, to have no two rows of an image in
+            a batch: an epoch then goes through the images once for each of their rows, and the last
+            batch of each round may be smaller. None takes rows as they come.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        image_of_row: np.ndarray | None = None,
+    ) -> None:
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+        self.rank, self.world_size, self.drop_last, self.image_of_row = rank, world_size, drop_last, image_of_row
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return sum(1 for _ in self._whole_batches())
 
-    def __iter__(self) -> Iterator[Draw]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return (Draw(self.epoch, int(index)) for index in order)
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for batch in self._whole_batches():
+            own = np.array_split(batch, self.world_size)[self.rank]
+            yield [Draw(self.epoch, int(row)) for row in own] or [Draw(self.epoch, int(batch[0]), counted=False)]
+
+    def _whole_batches(self) -> Iterator[np.ndarray]:
+        """The batches of all processes together."""
+        size = self.batch_size * self.world_size
+        for rows in self._rounds():
+            for first in range(0, len(rows), size):
+                if first + size <= len(rows) or not self.drop_last:
+                    yield rows[first : first + size]
+
+    def _rounds(self) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        rows = rng.permutation(self.length)
+        if self.image_of_row is None:
+            yield rows
+            return
+        order = np.argsort(self.image_of_row[rows], kind="stable")  # rows by image, shuffled within
+        images = self.image_of_row[rows][order]
+        turn = np.arange(self.length) - np.searchsorted(images, images)  # which of its image's rows each is
+        for number in range(int(turn.max()) + 1):
+            yield rng.permutation(rows[order][turn == number])
 
 
 class TrainingSamples(Dataset[dict[str, Any]]):
@@ -103,7 +149,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
 
         Returns:
             `pixel_values (channels, height, width)`, `input_ids` (a list), `image_ids` (a row) and, as
-            asked for, `image_token_mask (length,)` bool and `teacher_embeds (embed_dim,)`.
+            asked for, `image_token_mask (length,)` bool and `teacher_embeds (embed_dim,)`;
+            `counted` is False for a draw that does not count.
 
         Raises:
             ImageError: if the picture cannot be read; the message names the manifest's line.
@@ -120,6 +167,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
             sample["image_token_mask"] = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
         if self.teacher_embeddings is not None:
             sample["teacher_embeds"] = self.teacher_embeddings[row]
+        if isinstance(draw, Draw) and not draw.counted:
+            sample["counted"] = False
         return sample
 
     def _sentence(self, epoch: int, index: int, row: int) -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.features import at_least_float32
 from d2svse.models.pooling import POOLINGS
 
 Placement = Literal["prefix", "postfix", "surround"]
@@ -135,7 +136,7 @@ class ContextAttention(nn.Module):
         tokens = self.tokens.to(words.dtype).expand(len(words), -1, -1)
         hidden = ~mask if mask is not None and self.mask_padding else None
         attended, _ = self.attention(tokens, words, words, key_padding_mask=hidden, need_weights=False)
-        return (tokens + attended).float().mean(1)
+        return at_least_float32(tokens + attended).mean(1)
 
 
 def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> nn.Module:

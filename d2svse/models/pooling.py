@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from d2svse.features import at_least_float32
+
 
 class GeneralizedPooling(nn.Module):
     """Generalized pooling operator (Chen et al., "Learning the Best Pooling Strategy", CVPR 2021).
@@ -42,7 +44,7 @@ class GeneralizedPooling(nn.Module):
         """
         length = tokens.shape[1]
         with torch.autocast(tokens.device.type, enabled=False):
-            values = tokens.transpose(1, 2).float()
+            values = at_least_float32(tokens.transpose(1, 2))
             if mask is None:
                 return sort_descending(values) @ self._coefficients([length])[0].to(values.device)
             counts = mask.sum(1)
@@ -81,7 +83,7 @@ class GeneralizedPooling(nn.Module):
         packed = pack_padded_sequence(positions.expand(len(lengths), -1, -1), torch.tensor(lengths), True, False)
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=longest)
         forwards, backwards = hidden.split(self.hidden_dim, dim=-1)
-        scores = self.linear((forwards + backwards) / 2).squeeze(-1).float()
+        scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1))
         real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         return (scores.masked_fill(~real, -torch.inf) / self.softmax_temperature).softmax(-1)
 
@@ -91,7 +93,7 @@ class MeanPooling(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`."""
-        tokens = tokens.float()
+        tokens = at_least_float32(tokens)
         if mask is None:
             return tokens.mean(1)
         return tokens.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True)
@@ -102,7 +104,7 @@ class MaxPooling(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`."""
-        tokens = tokens.float()
+        tokens = at_least_float32(tokens)
         return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
 
 
@@ -111,7 +113,7 @@ class ClsPooling(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`."""
-        return tokens[:, 0].float()
+        return at_least_float32(tokens[:, 0])
 
 
 POOLINGS: dict[str, type[nn.Module]] = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from d2svse.features import Features
 from d2svse.retrieval.metrics import retrieval_metrics
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def score_dataset(
     batch_size: int = 128,
     max_length: int | None = None,
     show_progress_bar: bool = False,
+    processes: Processes | None = None,
 ) -> tuple[Tensor, np.ndarray]:
     """Encode every image and every caption once and score all pairs.
 
@@ -51,6 +53,7 @@ def score_dataset(
             which the result depends where the context decoder does not mask padding.
         max_length: cut longer sentences, in tokens; the processor's limit without it.
         show_progress_bar: show one on the terminal.
+        processes: share the work among processes that all call this; each gets the whole result.
 
     Returns:
         Scores `(n_images, n_captions)` float32 and the image of each caption `(n_captions,)`.
@@ -60,8 +63,11 @@ def score_dataset(
     """
     dense = captions == "dense"
     output: Literal["pooled", "features"] = "features" if model.similarity_fn.requires == "tokens" else "pooled"
+    sentences, pictures = dataset.dense_captions if dense else dataset.captions, dataset.images
+    if processes is not None:
+        sentences, pictures = sentences[processes.share(len(sentences))], pictures[processes.share(len(pictures))]
     texts = model.encode_text(
-        dataset.dense_captions if dense else dataset.captions,
+        sentences,
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,
         convert_to_tensor=True,
@@ -70,11 +76,27 @@ def score_dataset(
         max_length=max_length,
     )
     images = model.encode_image(
-        dataset.images,
+        pictures,
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,
         convert_to_tensor=True,
         output=output,
     )
     owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
-    return model.similarity(images, texts), owner
+    if processes is None:
+        return model.similarity(images, texts), owner
+    texts = processes.gather_features(texts) if isinstance(texts, Features) else processes.gather_rows(texts)
+    return processes.gather_rows(model.similarity(images, texts)), owner
+
+
+class Processes(Protocol):
+    """Processes that share an evaluation; `d2svse.training.distributed` has them."""
+
+    def share(self, length: int) -> slice:
+        """The items of this process, of so many in order."""
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """Join the rows of all processes in order."""
+
+    def gather_features(self, features: Features) -> Features:
+        """Join the features of all processes in order."""

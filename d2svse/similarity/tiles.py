@@ -222,6 +222,8 @@ class _TiledScores(torch.autograd.Function):
             for k, whole in enumerate(of_texts):
                 if whole is not None:
                     collect(k, index, whole)
+        if not upstream.numel():  # a process without images still has to take part in reducing gradients
+            gradients = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
         return None, *gradients
 
 

@@ -106,6 +106,9 @@ class TrainingArguments(TransformersTrainingArguments):
         freeze_vision: keep the vision backbone as it is.
         freeze_text: keep the text backbone as it is.
         captions_per_epoch: "one" draws one sparse caption of each image, "all" takes each.
+        unique_images: never have two captions of an image in a batch, where an epoch takes all captions.
+        chunk_size: encode so many pairs of a process at a time (gradient caching): any batch size in the
+            memory of one chunk, with the same gradient; 0 encodes the batch at once.
         augment_images: crop and mirror pictures.
         augment_words: mask, replace and drop words.
         drop_image_tokens: drop some of the vision backbone's tokens.
@@ -137,6 +140,8 @@ class TrainingArguments(TransformersTrainingArguments):
     freeze_vision: bool = False
     freeze_text: bool = False
     captions_per_epoch: str = "one"
+    unique_images: bool = False
+    chunk_size: int = 0
     augment_images: bool = True
     augment_words: bool = True
     drop_image_tokens: bool = True
@@ -145,13 +150,14 @@ class TrainingArguments(TransformersTrainingArguments):
 
     eval_strategy: Any = "epoch"
     save_strategy: Any = "epoch"
-    save_total_limit: int | None = 1
+    save_total_limit: int | None = 3  # the best, the newest, and the one before in case that breaks
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "rsum"
     greater_is_better: bool | None = True
     remove_unused_columns: bool = False
     report_to: Any = "none"
     logging_steps: float = 10
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -166,6 +172,8 @@ class TrainingArguments(TransformersTrainingArguments):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.chunk_size < 0:
+            raise ValueError(f"chunk_size must not be negative, got {self.chunk_size}")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():

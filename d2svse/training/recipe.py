@@ -14,7 +14,6 @@ from typing import Any, get_args
 import torch
 import yaml
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from d2svse.data import ImageTextDataset
 from d2svse.files import parse_yaml, write_json, write_text, written_aside
@@ -23,6 +22,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.modeling import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
+from d2svse.training.distributed import barrier, is_main_process
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
 
@@ -124,7 +124,7 @@ class Recipe:
     def arguments(self, stage: str) -> TrainingArguments:
         """The training arguments of a stage: preset, then `training`, then the stage's own."""
         values = {**PRESETS[self.preset], **self.training, **getattr(self, stage)}
-        values = {"seed": self.seed, "disable_tqdm": not self.show_progress_bar, **values}
+        values = {"seed": self.seed, "disable_tqdm": not (self.show_progress_bar and is_main_process()), **values}
         return TrainingArguments(output_dir=str(Path(self.output) / stage / "checkpoints"), stage=stage, **values)  # type: ignore[arg-type]
 
     def effective_configuration(self) -> str:
@@ -155,7 +155,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Train all stages of a recipe and save the models.
+    """Train all stages of a recipe and save the models; every process of a distributed run calls it.
 
     Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
     each, and the effective configuration (`recipe.yaml`), which stands beside the weights as well.
@@ -171,7 +171,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     output = Path(recipe.output)
     if recipe.resume:
         _check_unchanged(recipe)
-    elif any(get_last_checkpoint_of(recipe, stage) for stage in recipe.stages):
+    elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
     set_seed(recipe.seed)
     model = _start(recipe)
@@ -179,12 +179,15 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         with torch.device("meta"):  # to hear of a misfit now, not after stage 1
             build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
-    shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar, **options}
+    main = is_main_process()
+    shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
     configuration = recipe.effective_configuration()
-    write_text(output / "recipe.yaml", configuration)
     results = _finished(recipe) if recipe.resume else {}
+    barrier()  # all have looked at what is there
+    if main:
+        write_text(output / "recipe.yaml", configuration)
     for stage in recipe.stages:
         if stage in results:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
@@ -194,24 +197,27 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         if stage == "distill" and model.decoder is not None and recipe.model is not None:
             teacher = Teacher.from_folder(model, recipe.model, stage_arguments[stage].dense_max_length)
         trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset, teacher=teacher)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint_of(recipe, stage) if recipe.resume else None)
+        trainer.train(resume_from_checkpoint=recipe.resume)
         metrics = trainer.evaluate(metric_key_prefix="final")
-        _save(model, recipe.model_folder(stage), configuration)
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
-        write_json(output / "results.json", results)
-        write_text(output / stage / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history))
+        if main:
+            _save(model, recipe.model_folder(stage), configuration)
+            log = "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history)
+            write_text(output / stage / "log.jsonl", log)
+            write_json(output / "results.json", results)
+        barrier()
         del trainer
         gc.collect()
         # Loaded anew, so that a run that is resumed here goes on from the same bits at the same alignment.
         model = D2SVSE.from_pretrained(recipe.model_folder(stage))
-    _save(model, output / "model", configuration)
+    if main:
+        _save(model, output / "model", configuration)
+    barrier()
     return results
 
 
-def get_last_checkpoint_of(recipe: Recipe, stage: str) -> str | None:
-    """The newest checkpoint of a stage, or None."""
-    folder = Path(recipe.output) / stage / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
+    return any((Path(recipe.output) / stage / "checkpoints").glob("checkpoint-*"))
 
 
 def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from d2svse.features import Features
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
+from d2svse.similarity import Similarity
+from d2svse.training.distributed import gather_features, gather_rows
 
 
 class PretrainTask(nn.Module):
@@ -33,22 +33,29 @@ class PretrainTask(nn.Module):
             Scalars by name. The sum of those that end in `_loss` is to be minimised; the rest,
             without gradient, are for the log.
         """
-        return self.align(model, batch, self.encode(model, batch))
+        return self.losses(similarity_of(model), batch, *self.encode(model, batch))
 
-    def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
-        """Run the model on a batch, without scoring."""
+    def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Features, Features]:
+        """Run the model on a batch of this process, without scoring: images and sentences."""
         names = ("pixel_values", "input_ids", "attention_mask", "image_token_mask")
-        return model(**{name: batch[name] for name in names if name in batch}, return_logits=False)
+        output = model(**{name: batch[name] for name in names if name in batch}, return_logits=False)
+        counted = slice(len(batch["image_ids"]))  # a sample that only keeps a process busy has no id
+        images, texts = output.image_features[counted], output.text_features[counted]
+        if similarity_of(model).requires == "pooled":
+            return Features(images.pooled), Features(texts.pooled)
+        return images, texts
 
-    def align(self, model: nn.Module, batch: dict[str, Tensor], output: Any) -> dict[str, Tensor]:
-        """Score all pairs of the batch and rank them."""
-        similarity_fn = similarity_of(model)
-        scores = similarity_fn(output.image_features, output.text_features)
-        losses = {"align_loss": self.loss(scores, batch["image_ids"])}
-        penalty = similarity_fn.penalty()
+    def losses(
+        self, similarity: Similarity, batch: dict[str, Tensor], images: Features, texts: Features
+    ) -> dict[str, Tensor]:
+        """Score the images and sentences of all processes and rank them."""
+        image_ids = gather_rows(batch["image_ids"])
+        scores = gather_rows(similarity(images, gather_features(texts)))
+        losses = {"align_loss": self.loss(scores, image_ids)}
+        penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
-        return {**losses, **score_statistics(scores, batch["image_ids"])}
+        return {**losses, **score_statistics(scores, image_ids)}
 
 
 class DistillTask(PretrainTask):
@@ -67,23 +74,49 @@ class DistillTask(PretrainTask):
         super().__init__(loss)
         self.distillation_loss, self.weight = distillation_loss, weight
 
-    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the losses of a batch, which holds `teacher_embeds (batch, embed_dim)` too."""
-        output = self.encode(model, batch)
+    def losses(
+        self, similarity: Similarity, batch: dict[str, Tensor], images: Features, texts: Features
+    ) -> dict[str, Tensor]:
+        """Rank, and compare with `teacher_embeds (batch, embed_dim)` of the batch."""
+        teacher = gather_rows(batch["teacher_embeds"])
         if isinstance(self.distillation_loss, ScoreDistillationLoss):
-            scores, teacher = (
-                similarity_of(model)(output.image_features, texts)
-                for texts in (output.text_features, Features(batch["teacher_embeds"]))
-            )
-            distill_loss = self.distillation_loss(scores, teacher, batch["image_ids"])
+            sides = Features(gather_rows(texts.pooled)), Features(teacher)
+            scores, target = (gather_rows(similarity(images, side)) for side in sides)
+            distill_loss = self.distillation_loss(scores, target, gather_rows(batch["image_ids"]))
         else:
-            distill_loss = self.distillation_loss(output.text_embeds, batch["teacher_embeds"])
-        return {**self.align(model, batch, output), "distill_loss": self.weight * distill_loss}
+            distill_loss = self.distillation_loss(gather_rows(texts.pooled), teacher)
+        return {**super().losses(similarity, batch, images, texts), "distill_loss": self.weight * distill_loss}
 
 
-def similarity_of(model: nn.Module) -> Any:
+def total_loss(parts: dict[str, Tensor]) -> Tensor:
+    """What is minimised: the sum of a task's scalars that end in `_loss`."""
+    return torch.stack([value for name, value in parts.items() if name.endswith("_loss")]).sum()
+
+
+def freeze_unused(model: nn.Module, task: PretrainTask, batch: dict[str, Tensor]) -> None:
+    """Freeze the parameters that no loss reaches: DistributedDataParallel waits for the gradient of each.
+
+    Args:
+        model: a `D2SVSE`, not wrapped.
+        task: what is minimised.
+        batch: a small batch to try it on.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    total_loss(task(model.train(), batch)).backward()
+    model.train(training)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+
+
+def similarity_of(model: nn.Module) -> Similarity:
     """The similarity of a model, wrapped for distributed training or not."""
-    return getattr(model, "module", model).similarity_fn
+    similarity = getattr(model, "module", model).similarity_fn
+    assert isinstance(similarity, Similarity)
+    return similarity
 
 
 @torch.no_grad()

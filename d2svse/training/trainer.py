@@ -5,22 +5,31 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sized
-from typing import Any, cast
+import os
+import shutil
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers import Trainer as TransformersTrainer
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
-from d2svse.data import Collator, EpochSampler, ImageTextDataset, TrainingSamples
+from d2svse.data import Collator, EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
+from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
+from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
+from d2svse.training.distributed import Processes, average_gradients, world_size
+from d2svse.training.gradcache import cached_backward
 from d2svse.training.progress import RichProgressCallback
-from d2svse.training.tasks import DistillTask, PretrainTask
+from d2svse.training.tasks import DistillTask, PretrainTask, freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -96,22 +105,65 @@ class Trainer(TransformersTrainer):
             data_collator=Collator(model.processor.tokenizer.pad_token_id),
             train_dataset=samples,
             eval_dataset=eval_dataset,
-            callbacks=[LossScheduleCallback(loss), *(callbacks or [])],
+            callbacks=[LossScheduleCallback(loss), StopOnSignalCallback(), *(callbacks or [])],
         )
+        if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
         if hasattr(model.config, "use_cache"):
             del model.config.use_cache  # set by transformers' Trainer for language models
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
         self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._micro_step = (-1, 0)  # the optimizer step and the batch within it
+        self._run_dir: str | None = None
+        if world_size() > 1:
+            batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
+            freeze_unused(model, self.task, self._prepare_inputs(batch))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; True resumes from the newest whole checkpoint in `output_dir`, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+        if self.args.should_save:
+            remove_unfinished(str(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run a batch forward and backward, in chunks if `chunk_size` says so.
+
+        Dropout is drawn from the seed, the step and the rank alone, so that a resumed run draws the same.
+        """
+        step, batch = self.state.global_step, 0
+        if self._micro_step[0] == step:
+            batch = self._micro_step[1] + 1
+        self._micro_step = (step, batch)
+        stream = [self.args.seed, step, batch, self.args.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
+        if not self.args.chunk_size:
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        share = 1 / self.current_gradient_accumulation_steps
+
+        def backward(loss: Tensor) -> None:
+            self.accelerator.backward(loss * share)
+
+        with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
+            parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
+        if self.accelerator.sync_gradients:
+            average_gradients(model.parameters())
+        return self._count(parts).detach() * share
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum what the task names `*_loss`; keep all its scalars for the log."""
-        parts = self.task(model, inputs)
+        return self._count(self.task(model, inputs))
+
+    def _count(self, parts: dict[str, Tensor]) -> Tensor:
         for name, value in parts.items():
             total, count = self._sums.get(name, (torch.zeros((), device=value.device), 0))
             self._sums[name] = (total + value.detach().float(), count + 1)
-        return sum(value for name, value in parts.items() if name.endswith("_loss"))
+        return total_loss(parts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the task's scalars since the last time."""
@@ -132,6 +184,7 @@ class Trainer(TransformersTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             max_length=self.args.max_length,
             show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
+            processes=Processes(self.args.device) if world_size() > 1 else None,
         )
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
@@ -151,7 +204,7 @@ class Trainer(TransformersTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
         if self.lr_scheduler is None and self.args.lr_milestones:
-            steps_per_epoch = self._steps_per_epoch()
+            steps_per_epoch = math.ceil(len(self._batches()) / self.args.gradient_accumulation_steps)
             milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
             stepped: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(stepped, milestones, self.args.lr_gamma)  # type: ignore[assignment]
@@ -179,26 +232,67 @@ class Trainer(TransformersTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         model.load_state_dict(D2SVSE.from_pretrained(folder).state_dict())
 
-    def _steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        args, samples = self.args, cast(Sized, self.train_dataset)
-        batches = len(samples) / (args.train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        return math.ceil(batches / args.gradient_accumulation_steps)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches of this process; accelerate is not asked to share them out, `EpochBatches` does."""
+        args, samples = self.args, self.train_dataset
+        workers: dict[str, Any] = {}
+        if args.dataloader_num_workers:
+            workers = {
+                "persistent_workers": args.dataloader_persistent_workers,
+                "prefetch_factor": args.dataloader_prefetch_factor,
+                "multiprocessing_context": args.dataloader_multiprocessing_context,
+            }
+        return _EpochLoader(
+            samples,  # type: ignore[arg-type]
+            batch_sampler=self._batches(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            **workers,
+        )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        samples: Any = train_dataset or self.train_dataset
-        return EpochSampler(len(samples), data_seed(self.args))
+    def _batches(self) -> EpochBatches:
+        samples: Any = self.train_dataset
+        return EpochBatches(
+            len(samples),
+            self.args.train_batch_size,
+            data_seed(self.args),
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            drop_last=self.args.dataloader_drop_last,
+            image_of_row=samples.image_of_row if self.args.unique_images else None,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, seal it with the sums of its files, and rename it."""
+        run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        aside = run_dir / f"{ASIDE_PREFIX}{name}"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._run_dir = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._run_dir = None
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run_dir / name)  # not where it is being written
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
+            seal_checkpoint(aside / name, run_dir / name)
+            aside.rmdir()
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
 
 
-class LossScheduleCallback(TrainerCallback):
-    """Tells the loss how many epochs are complete."""
-
-    def __init__(self, loss: RankingLoss) -> None:
-        self.loss = loss
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+class _EpochLoader(DataLoader[Any]):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def data_seed(args: TrainingArguments) -> int:

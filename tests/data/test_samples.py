@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from d2svse.data import Collator, EpochSampler, TrainingSamples
+from d2svse.data import Collator, EpochBatches, TrainingSamples
 from d2svse.data.samples import Draw
 from d2svse.images import ImageError
 
@@ -63,23 +63,23 @@ def test_a_batch_is_padded_to_its_own_longest(make):
 
 
 def test_the_order_is_a_permutation_that_changes_with_the_epoch():
-    sampler = EpochSampler(20, seed=0)
+    sampler = EpochBatches(20, 20, seed=0)
     orders = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        draws = list(sampler)
+        draws = next(iter(sampler))
         assert {draw.epoch for draw in draws} == {epoch}
         assert sorted(draw.index for draw in draws) == list(range(20))
         orders.append(draws)
-        assert draws == list(sampler)
+        assert [draws] == list(sampler)
     assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(make, workers):
     def batches(num_workers):
-        loader = DataLoader(make(), 8, sampler=EpochSampler(48, 0), collate_fn=Collator(0), num_workers=num_workers)
-        return list(loader)
+        sampler = EpochBatches(48, 8, 0)
+        return list(DataLoader(make(), batch_sampler=sampler, collate_fn=Collator(0), num_workers=num_workers))
 
     for a, b in zip(batches(0), batches(workers), strict=True):
         assert same(a, b)

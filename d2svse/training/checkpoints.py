@@ -1,0 +1,69 @@
+"""Checkpoints that are whole or not there: sums of every file, and the newest whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from d2svse.files import write_json
+
+logger = logging.getLogger(__name__)
+
+SUMS_FILE = "checksums.json"
+ASIDE_PREFIX = "unfinished-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def seal_checkpoint(aside: Path, target: Path) -> None:
+    """Write the sums of all files of a finished checkpoint and give it its name, in place of one that bears it."""
+    sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+    write_json(aside / SUMS_FILE, sums)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+
+
+def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint whose files are all as they were written, or None; broken ones are warned of."""
+    if not Path(folder).is_dir():
+        return None
+    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := _NAME.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return str(path)
+        logger.warning("%s is left out: %s", path, fault)
+    return None
+
+
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        sums = json.loads((checkpoint / SUMS_FILE).read_text(encoding="utf-8"))
+        files = dict(sums.items())
+    except FileNotFoundError:
+        return f"it has no {SUMS_FILE}: its writing was cut short"
+    except (ValueError, AttributeError, OSError) as error:
+        return f"{SUMS_FILE} cannot be read ({error})"
+    for name, expected in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _sum(checkpoint / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what a killed run left behind."""
+    for path in Path(folder).glob(f"{ASIDE_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,151 @@
+"""Gathering across processes, so that a loss sees the whole batch.
+
+Every process scores its own images with the sentences of all, and the rows of scores are gathered:
+the matrix is the one that a single process with the whole batch would have, and so is the loss, on
+every process alike. The gradient of a gathered tensor is summed over the processes. As each of them
+computes the same loss, every gradient is then as many times too large as there are processes, which
+the mean that DistributedDataParallel takes over them makes good; parameters that act on the gathered
+scores alone (a temperature) get the same gradient everywhere, which the mean leaves as it is.
+
+All functions give back what they are given in a single process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from d2svse.features import Features
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process, or the first of all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Join the rows of all processes, in the order of their ranks, with gradient.
+
+    Args:
+        tensor: `(n, ...)`; n may differ between processes, the other sizes may not.
+
+    Returns:
+        `(Σ n, ...)`, the same on every process.
+    """
+    if world_size() == 1:
+        return tensor
+    gathered: Tensor = _GatherRows.apply(tensor)
+    return gathered
+
+
+def gather_features(features: Features) -> Features:
+    """Join the features of all processes; tokens are padded to the longest of any."""
+    if world_size() == 1:
+        return features
+    if features.tokens is None:
+        return Features(gather_rows(features.pooled))
+    longest = torch.tensor(features.tokens.shape[1], device=features.pooled.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    missing = int(longest) - features.tokens.shape[1]
+    tokens = gather_rows(F.pad(features.tokens, (0, 0, 0, missing)))
+    mask = gather_rows(F.pad(features.real_tokens(), (0, missing)).to(torch.uint8)).bool()
+    return Features(gather_rows(features.pooled), tokens, mask)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        count = torch.tensor([len(tensor)], device=tensor.device)
+        counts = [torch.empty_like(count) for _ in range(world_size())]
+        dist.all_gather(counts, count)
+        sizes = [int(n) for n in counts]
+        most = max(sizes)
+        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        first = sum(sizes[: dist.get_rank()])
+        ctx.rows = slice(first, first + len(tensor))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        total = upstream.contiguous()
+        total = total.clone() if total is upstream else total
+        dist.all_reduce(total)
+        return total[ctx.rows]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Make every gradient the mean over the processes, as DistributedDataParallel does in its backward pass."""
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        if bucket and (gradient.dtype != bucket[0].dtype or sum(map(_bytes, bucket)) + _bytes(gradient) > BUCKET_BYTES):
+            _average(bucket)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _average(bucket)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _average(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class Processes:
+    """The processes of a run, for evaluation: which part of the work is whose, and how results are joined.
+
+    Args:
+        device: where tensors must be to travel.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def share(self, length: int) -> slice:
+        """The items of this process, of so many in order."""
+        size, rest = divmod(length, world_size())
+        rank = dist.get_rank()
+        first = rank * size + min(rank, rest)
+        return slice(first, first + size + (rank < rest))
+
+    @torch.no_grad()
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """See `gather_rows`."""
+        return gather_rows(tensor.to(self.device)).to(tensor.device)
+
+    @torch.no_grad()
+    def gather_features(self, features: Features) -> Features:
+        """See `gather_features`."""
+        return gather_features(features.to(self.device)).to(features.pooled.device)

@@ -1,0 +1,88 @@
+"""Gradient caching: the gradient of a large batch in the memory of a small part of it (GradCache, Gao et al. 2021).
+
+A ranking loss needs the embeddings of the whole batch, but not what the encoders kept to make them:
+
+1. encode the batch chunk by chunk without gradient;
+2. score and rank all embeddings, and keep the gradient of the loss with respect to each of them;
+3. encode every chunk again, with gradient, and send its part of that gradient through the encoders.
+
+The result is the gradient of the whole batch; encoding is paid for twice. Dropout draws the same in
+both passes. Batch norm sees chunks, as it does with gradient accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2svse.features import Features
+from d2svse.training.tasks import PretrainTask, similarity_of, total_loss
+
+
+def cached_backward(
+    model: nn.Module,
+    task: PretrainTask,
+    batch: dict[str, Tensor],
+    chunk_size: int,
+    backward: Callable[[Tensor], Any],
+) -> dict[str, Tensor]:
+    """Add the gradient of a batch to the parameters, in the memory of one chunk.
+
+    Args:
+        model: a `D2SVSE`, wrapped or not; gradients must not be reduced across processes meanwhile.
+        task: what is minimised.
+        batch: what `Collator` gives.
+        chunk_size: pairs that are encoded at a time.
+        backward: takes the loss and starts the backward pass, with the scaling of mixed precision.
+
+    Returns:
+        What the task gives, detached.
+    """
+    chunks = list(split_batch(batch, chunk_size))
+    seeds = [int(seed) for seed in torch.randint(2**62, (len(chunks),))]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    encoded = []
+    with torch.no_grad():
+        for chunk, seed in zip(chunks, seeds, strict=True):
+            torch.manual_seed(seed)
+            encoded.append(task.encode(model, chunk))
+        for buffer, before in buffers:  # a batch norm must not count the batch twice
+            buffer.copy_(before)
+    whole = [Features.cat(parts) for parts in zip(*encoded, strict=True)]
+    sizes = [len(images) for images, _ in encoded]
+    leaves = [_leaves(side) for side in whole]
+    del encoded, whole
+    parts = task.losses(similarity_of(model), batch, *leaves)
+    backward(total_loss(parts))
+    first = 0
+    for chunk, seed, size in zip(chunks, seeds, sizes, strict=True):
+        torch.manual_seed(seed)
+        rows = slice(first, first + size)
+        reached: list[tuple[Tensor, Tensor]] = []
+        for part, side in zip(task.encode(model, chunk), leaves, strict=True):
+            for output, leaf in ((part.pooled, side.pooled), (part.tokens, side.tokens)):
+                if output is not None and leaf is not None and leaf.grad is not None and output.requires_grad:
+                    width = output.shape[1]  # a chunk's tokens may be fewer than the batch's, which were padded
+                    reached.append((output, leaf.grad[rows, :width]))
+        outputs, upstream = zip(*reached, strict=True)
+        torch.autograd.backward(outputs, upstream)
+        first += size
+    return {name: value.detach() for name, value in parts.items()}
+
+
+def split_batch(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Cut a batch into chunks; those without a counted sample (see `Collator`) have empty ids."""
+    for first in range(0, len(batch["input_ids"]), size):
+        yield {name: tensor[first : first + size] for name, tensor in batch.items()}
+
+
+def _leaves(features: Features) -> Features:
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().requires_grad_()
+
+    pooled = leaf(features.pooled)
+    assert pooled is not None
+    return Features(pooled, leaf(features.tokens), features.mask)
