@@ -68,6 +68,17 @@ def train(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Train in bfloat16 mixed precision.", rich_help_panel=_TRAINING)
     ] = False,
+    cache_image_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder to keep the tokens of a frozen vision backbone in: pictures are encoded once.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    chunk_size: Annotated[
+        int | None,
+        typer.Option(help="Pairs encoded at a time, for batches larger than memory.", rich_help_panel=_TRAINING),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that prepare samples.", rich_help_panel=_TRAINING)
     ] = None,
@@ -108,7 +119,7 @@ def train(
     training = {
         "num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "loss": loss,
         "freeze_vision": freeze_vision or None, "freeze_text": freeze_text or None, "bf16": bf16 or None,
-        "dataloader_num_workers": workers,
+        "dataloader_num_workers": workers, "cache_image_tokens": cache_image_tokens, "chunk_size": chunk_size,
     }  # fmt: skip
     section("training").update({name: value for name, value in training.items() if value is not None})
     for key, value in parse_assignments(set_ or [], "--set").items():

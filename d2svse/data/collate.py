@@ -23,7 +23,7 @@ class Collator:
         """Make a batch.
 
         Returns:
-            `pixel_values (batch, channels, height, width)`, `input_ids` and `attention_mask`
+            `pixel_values (batch, channels, height, width)`, or `image_tokens`, `input_ids` and `attention_mask`
             `(batch, length)` int64, `image_ids (batch,)` int64, and what else the samples have. Samples
             that do not count are last, and have neither `image_ids` nor `teacher_embeds`.
         """
@@ -37,7 +37,7 @@ class Collator:
             "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             "image_ids": torch.tensor([sample["image_ids"] for sample in samples]),
         }
-        for name in ("pixel_values", "image_token_mask", "teacher_embeds"):
+        for name in ("pixel_values", "image_tokens", "image_token_mask", "teacher_embeds"):
             if name in samples[0]:
                 batch[name] = torch.stack([sample[name] for sample in samples])
         for name in batch.keys() & {"image_ids", "teacher_embeds"}:

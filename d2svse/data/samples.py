@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,12 @@ from d2svse.data import augment
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.images import ImageError, load_image
 from d2svse.models.processing import D2SVSEProcessor
+
+
+class SupportsRows(Protocol):
+    """Tensors by row."""
+
+    def __getitem__(self, row: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         num_image_tokens: tokens of the vision backbone, to drop some of; None drops none.
         max_length: longest sentence in tokens; the processor's limit without it.
         teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
+        image_tokens: the vision backbone's tokens of each image, by row, to give instead of pixels;
+            pictures are then neither read nor augmented.
 
     Raises:
         ValueError: if dense text is asked for and an image has none.
@@ -129,10 +137,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         num_image_tokens: int | None = None,
         max_length: int | None = None,
         teacher_embeddings: Tensor | None = None,
+        image_tokens: SupportsRows | None = None,
     ) -> None:
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
+        self.image_tokens = image_tokens
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -148,7 +158,8 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         """Make a sample; a plain index asks for epoch 0.
 
         Returns:
-            `pixel_values (channels, height, width)`, `input_ids` (a list), `image_ids` (a row) and, as
+            `pixel_values (channels, height, width)` or `image_tokens (length, hidden_size)`,
+            `input_ids` (a list), `image_ids` (a row) and, as
             asked for, `image_token_mask (length,)` bool and `teacher_embeds (embed_dim,)`;
             `counted` is False for a draw that does not count.
 
@@ -158,10 +169,13 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         epoch, index = (draw.epoch, draw.index) if isinstance(draw, Draw) else (0, draw)
         row = index if self.image_of_row is None else int(self.image_of_row[index])
         sample: dict[str, Any] = {
-            "pixel_values": self._pixels(epoch, index, row),
             "input_ids": self._token_ids(self._sentence(epoch, index, row), epoch, index),
             "image_ids": row,
         }
+        if self.image_tokens is None:
+            sample["pixel_values"] = self._pixels(epoch, index, row)
+        else:
+            sample["image_tokens"] = self.image_tokens[row]
         if self.num_image_tokens is not None:
             rng = augment.generator(self.seed, epoch, index, augment.IMAGE_TOKENS)
             sample["image_token_mask"] = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))

@@ -53,7 +53,11 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: if the mask does not fit the number of tokens.
         """
-        tokens = self.projection(self.backbone_tokens(pixel_values))
+        return self.from_backbone_tokens(self.backbone_tokens(pixel_values), token_mask)
+
+    def from_backbone_tokens(self, hidden: Tensor, token_mask: Tensor | None = None) -> Features:
+        """What comes after the backbone: `hidden` as of `backbone_tokens`, the rest as of `forward`."""
+        tokens = self.projection(hidden.to(self.projection.weight.dtype))
         if token_mask is not None and token_mask.shape != tokens.shape[:2]:
             raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])}, got {tuple(token_mask.shape)}")
         return Features(self.pooling(tokens, token_mask), tokens, token_mask)

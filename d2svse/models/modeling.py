@@ -205,6 +205,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
+        image_tokens: Tensor | None = None,
         return_loss: bool = False,
         return_logits: bool = True,
     ) -> D2SVSEOutput:
@@ -215,15 +216,23 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             input_ids: `(n_texts, length)`.
             attention_mask: `(n_texts, length)`, non-zero where a token is real.
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
+            image_tokens: `(n_images, n_image_tokens, hidden_size)` what the vision backbone gave
+                earlier, instead of `pixel_values`.
             return_loss: also compute InfoNCE; image i must match text i.
             return_logits: score all pairs; training tasks leave it out and score by themselves.
 
         Raises:
-            ValueError: if neither side is given, or a loss is asked of one side.
+            ValueError: if neither side is given, an image twice, or a loss is asked of one side.
         """
-        if pixel_values is None and input_ids is None:
+        if pixel_values is not None and image_tokens is not None:
+            raise ValueError("give pixel_values or image_tokens, not both")
+        if pixel_values is None and image_tokens is None and input_ids is None:
             raise ValueError("give pixel_values, input_ids or both")
-        images = None if pixel_values is None else self.image_encoder(pixel_values, image_token_mask)
+        images = None
+        if image_tokens is not None:
+            images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
+        elif pixel_values is not None:
+            images = self.image_encoder(pixel_values, image_token_mask)
         texts = None if input_ids is None else self.fuse(self.text_encoder(input_ids, attention_mask))
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,

@@ -109,6 +109,8 @@ class TrainingArguments(TransformersTrainingArguments):
         unique_images: never have two captions of an image in a batch, where an epoch takes all captions.
         chunk_size: encode so many pairs of a process at a time (gradient caching): any batch size in the
             memory of one chunk, with the same gradient; 0 encodes the batch at once.
+        cache_image_tokens: folder to keep the tokens of a frozen vision backbone in (float16): pictures are
+            then encoded once, without cropping and mirroring; needs `freeze_vision`.
         augment_images: crop and mirror pictures.
         augment_words: mask, replace and drop words.
         drop_image_tokens: drop some of the vision backbone's tokens.
@@ -142,6 +144,7 @@ class TrainingArguments(TransformersTrainingArguments):
     captions_per_epoch: str = "one"
     unique_images: bool = False
     chunk_size: int = 0
+    cache_image_tokens: str | None = None
     augment_images: bool = True
     augment_words: bool = True
     drop_image_tokens: bool = True
@@ -172,6 +175,8 @@ class TrainingArguments(TransformersTrainingArguments):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.cache_image_tokens and not self.freeze_vision:
+            raise ValueError("cache_image_tokens keeps what a frozen backbone gives: set freeze_vision too")
         if self.chunk_size < 0:
             raise ValueError(f"chunk_size must not be negative, got {self.chunk_size}")
         build_distillation_loss(self.distill_loss)

@@ -37,7 +37,7 @@ class PretrainTask(nn.Module):
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Features, Features]:
         """Run the model on a batch of this process, without scoring: images and sentences."""
-        names = ("pixel_values", "input_ids", "attention_mask", "image_token_mask")
+        names = ("pixel_values", "image_tokens", "input_ids", "attention_mask", "image_token_mask")
         output = model(**{name: batch[name] for name in names if name in batch}, return_logits=False)
         counted = slice(len(batch["image_ids"]))  # a sample that only keeps a process busy has no id
         images, texts = output.image_features[counted], output.text_features[counted]

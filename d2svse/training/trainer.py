@@ -24,6 +24,7 @@ from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
+from d2svse.training.caches import ImageTokens, cached_image_tokens, cached_teacher_embeddings
 from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
 from d2svse.training.distributed import Processes, average_gradients, world_size
@@ -33,6 +34,8 @@ from d2svse.training.tasks import DistillTask, PretrainTask, freeze_unused, tota
 from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+TEACHER_CACHE = "teacher_embeddings.safetensors"
 
 
 class Trainer(TransformersTrainer):
@@ -80,8 +83,15 @@ class Trainer(TransformersTrainer):
             if teacher is None and model.decoder is not None:
                 raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
             teacher = teacher or Teacher(model, args.dense_max_length, args.device)
-            texts = train_dataset.dense_captions
-            teacher_embeddings = teacher.embed(texts, args.per_device_eval_batch_size, not args.disable_tqdm)
+            file = Path(str(args.output_dir)) / TEACHER_CACHE
+            with args.main_process_first(local=False):
+                teacher_embeddings = cached_teacher_embeddings(
+                    teacher,
+                    train_dataset.dense_captions,
+                    file,
+                    args.per_device_eval_batch_size,
+                    not args.disable_tqdm,
+                )
             if model.decoder is None:
                 model.add_decoder(**args.decoder_arguments())
         if args.stage == "pretrain" and model.decoder is not None:
@@ -97,7 +107,13 @@ class Trainer(TransformersTrainer):
         if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.requires == "tokens":
             name = type(model.similarity_fn).__name__
             raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
-        samples = make_samples(model, args, train_dataset, teacher_embeddings)
+        image_tokens = None
+        if args.cache_image_tokens:
+            model.to(args.device)  # type: ignore[arg-type]
+            folder, batch_size = Path(args.cache_image_tokens), args.per_device_eval_batch_size
+            with args.main_process_first(local=False):
+                image_tokens = cached_image_tokens(model, train_dataset, folder, batch_size, not args.disable_tqdm)
+        samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         _warn_of_truncation(samples)
         super().__init__(
             model=model,
@@ -308,7 +324,11 @@ def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
 
 
 def make_samples(
-    model: D2SVSE, args: TrainingArguments, dataset: ImageTextDataset, teacher_embeddings: Tensor | None = None
+    model: D2SVSE,
+    args: TrainingArguments,
+    dataset: ImageTextDataset,
+    teacher_embeddings: Tensor | None = None,
+    image_tokens: ImageTokens | None = None,
 ) -> TrainingSamples:
     """The training samples of a stage."""
     processor: Any = model.processor
@@ -323,8 +343,11 @@ def make_samples(
         augment_words=args.augment_words,
         max_length=args.dense_max_length if dense else args.max_length,
         teacher_embeddings=teacher_embeddings,
+        image_tokens=image_tokens,
     )
-    if args.drop_image_tokens:
+    if args.drop_image_tokens and image_tokens is not None:
+        samples.num_image_tokens = image_tokens.shape[1]
+    elif args.drop_image_tokens:
         height, width = samples[0]["pixel_values"].shape[-2:]
         samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
     return samples

@@ -97,3 +97,48 @@ def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset,
 def test_replacements_hold_no_special_token(make):
     samples = make()
     assert not np.isin(samples.processor.tokenizer.all_special_ids, samples.replacements).any()
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 24])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_the_batches_of_one(length, world_size):
+    whole = list(EpochBatches(length, 8, seed=5))
+    shares = [
+        list(EpochBatches(length, 8 // world_size, 5, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    assert {len(share) for share in shares} == {len(whole)}
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert [draw for part in parts for draw in part if draw.counted] == batch
+        assert all(parts)  # nobody is left without work
+        sizes = [sum(draw.counted for draw in part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_an_uneven_last_batch_can_be_dropped():
+    assert [len(batch) for batch in EpochBatches(17, 8, 0)] == [8, 8, 1]
+    batches = EpochBatches(17, 8, 0, drop_last=True)
+    assert [len(batch) for batch in batches] == [8, 8]
+    assert len(batches) == 2
+
+
+def test_no_two_captions_of_an_image_in_a_batch():
+    image_of_row = np.repeat(np.arange(10), [5, 5, 1, 2, 5, 5, 5, 5, 5, 5])
+    batches = EpochBatches(len(image_of_row), 4, 0, image_of_row=image_of_row)
+    epochs = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        rows = [[draw.index for draw in batch] for batch in batches]
+        assert len(rows) == len(batches)
+        assert sorted(row for batch in rows for row in batch) == list(range(len(image_of_row)))
+        assert all(len(set(image_of_row[batch])) == len(batch) for batch in rows)
+        epochs.append(rows)
+    assert epochs[0] != epochs[1]
+
+
+def test_samples_that_do_not_count_have_no_id(make):
+    samples = make(teacher_embeddings=torch.zeros(48, 3))
+    batch = Collator(0)([samples[Draw(0, 5, counted=False)]])
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 1
+    assert batch["image_ids"].shape == (0,)
+    assert batch["teacher_embeds"].shape == (0, 3)
