@@ -9,6 +9,7 @@ from d2svse.features import Features
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
 from d2svse.training.distributed import gather_features, gather_rows
+from d2svse.training.statistics import batch_statistics
 
 
 class PretrainTask(nn.Module):
@@ -55,7 +56,7 @@ class PretrainTask(nn.Module):
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
-        return {**losses, **score_statistics(scores, image_ids)}
+        return {**losses, **batch_statistics(self.loss, scores, image_ids, images, texts)}
 
 
 class DistillTask(PretrainTask):
@@ -117,14 +118,3 @@ def similarity_of(model: nn.Module) -> Similarity:
     similarity = getattr(model, "module", model).similarity_fn
     assert isinstance(similarity, Similarity)
     return similarity
-
-
-@torch.no_grad()
-def score_statistics(scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
-    """Mean score of the positives and of each image's hardest negative, if there is one; both 0-dimensional."""
-    same = image_ids[:, None] == image_ids[None, :]
-    statistics = {"positive_score": scores.diagonal().mean()}
-    hardest = scores.masked_fill(same, -torch.inf).amax(1)[~same.all(1)]
-    if len(hardest):
-        statistics["hardest_negative_score"] = hardest.mean()
-    return statistics

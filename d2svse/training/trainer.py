@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, rem
 from d2svse.training.distributed import Processes, average_gradients, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.progress import RichProgressCallback
+from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import DistillTask, PretrainTask, freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
 
@@ -121,7 +123,7 @@ class Trainer(TransformersTrainer):
             data_collator=Collator(model.processor.tokenizer.pad_token_id),
             train_dataset=samples,
             eval_dataset=eval_dataset,
-            callbacks=[LossScheduleCallback(loss), StopOnSignalCallback(), *(callbacks or [])],
+            callbacks=[LossScheduleCallback(loss), StopOnSignalCallback(), CollapseCallback(), *(callbacks or [])],
         )
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
@@ -131,6 +133,7 @@ class Trainer(TransformersTrainer):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
         self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
         if world_size() > 1:
@@ -154,6 +157,7 @@ class Trainer(TransformersTrainer):
         if self._micro_step[0] == step:
             batch = self._micro_step[1] + 1
         self._micro_step = (step, batch)
+        self._pairs += len(inputs["image_ids"]) * self.args.world_size
         stream = [self.args.seed, step, batch, self.args.process_index]
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
         if not self.args.chunk_size:
@@ -185,7 +189,9 @@ class Trainer(TransformersTrainer):
         """Log, with the means of the task's scalars since the last time."""
         if "loss" in logs:
             logs |= {name: total.item() / count for name, (total, count) in self._sums.items()}
-            self._sums = {}
+            now = time.perf_counter()
+            logs["pairs_per_second"] = self._pairs / (now - self._since)
+            self._sums, self._pairs, self._since = {}, 0, now
         super().log(logs, start_time)
 
     def evaluate(  # type: ignore[override]
@@ -194,6 +200,7 @@ class Trainer(TransformersTrainer):
         """Rank the validation set; every metric of `retrieval_metrics` behind the prefix."""
         dataset: Any = eval_dataset or self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
+        start = time.perf_counter()
         metrics = evaluate(
             model,
             dataset,
@@ -202,6 +209,7 @@ class Trainer(TransformersTrainer):
             show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
             processes=Processes(self.args.device) if world_size() > 1 else None,
         )
+        self._since += time.perf_counter() - start  # which is no time of training
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -395,8 +403,10 @@ def _warn_of_truncation(samples: TrainingSamples) -> None:
     cut = sum(length > samples.max_length for length in lengths)
     if cut:
         logger.warning(
-            "%d of %d dense captions are longer than %d tokens and are cut; raise dense_max_length to keep them whole",
+            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "
+            "them whole",
             cut,
             len(lengths),
+            100 * cut / len(lengths),
             samples.max_length,
         )

@@ -7,7 +7,6 @@ import torch
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
-from d2svse.training.tasks import score_statistics
 from d2svse.training.trainer import parameter_groups
 
 
@@ -216,13 +215,6 @@ def test_presets_hold_the_published_recipes():
     assert TrainingArguments.from_preset("paper", learning_rate=1.0).learning_rate == 1.0
     with pytest.raises(ValueError, match="unknown preset"):
         TrainingArguments.from_preset("best")
-
-
-def test_score_statistics_leave_out_pairs_of_the_same_image():
-    scores = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.6, 0.3], [0.0, 0.4, 0.7]])
-    found = score_statistics(scores, torch.tensor([0, 0, 2]))
-    assert found["positive_score"].item() == pytest.approx(0.6)
-    assert found["hardest_negative_score"].item() == pytest.approx((0.1 + 0.3 + 0.4) / 3)
 
 
 def test_a_last_batch_without_negatives_logs_no_nan(make_model, make_args, train_dataset):
