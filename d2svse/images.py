@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +21,28 @@ logger = logging.getLogger(__name__)
 
 OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+class StoredImage(os.PathLike[str]):
+    """A picture that is no file of its own; `os.fspath` gives its name, for messages and as an id."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The last part of its name."""
+
+    @property
+    @abstractmethod
+    def place(self) -> tuple[int, int]:
+        """Its size in bytes, and where it begins."""
+
+    @abstractmethod
+    def read_bytes(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
 
 
 class ImageError(ValueError):
@@ -45,7 +69,7 @@ def load_image(source: ImageSource) -> Image.Image:
             return _to_rgb(Image.fromarray(source))
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with Image.open(source) as image:
+        with Image.open(BytesIO(source.read_bytes()) if isinstance(source, StoredImage) else source) as image:
             return _to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such picture") from None
@@ -76,6 +100,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         )
         image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def picture_state(picture: str | os.PathLike[str]) -> tuple[int, int]:
+    """Numbers that change when a picture does: size and time of a file, size and place of a stored one."""
+    if isinstance(picture, StoredImage):
+        return picture.place
+    status = Path(picture).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:

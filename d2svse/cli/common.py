@@ -51,7 +51,8 @@ def readable_images(source: Path, on_bad_image: str) -> list[Path]:
 
     choice: Any = on_bad_image
     if source.is_file():
-        return ImageTextDataset.from_manifest(source, on_bad_image=choice, show_progress_bar=True).images
+        dataset = ImageTextDataset.from_manifest(source, on_bad_image=choice, show_progress_bar=True)
+        return [Path(path) for path in dataset.images]
     found = find_images(source)
     return [found[row] for row in select_readable(found, choice, show_progress_bar=True)[0]]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from d2svse.data.manifest import DenseSource, Record, check_pictures
 from d2svse.data.readers import read_records, require_pictures
-from d2svse.images import OnBadImage
+from d2svse.images import OnBadImage, StoredImage
 
 
 class ImageTextDataset:
@@ -95,8 +95,8 @@ class ImageTextDataset:
         return len(self.records)
 
     @property
-    def images(self) -> list[Path]:
-        """The path of each image, `n_images` of them."""
+    def images(self) -> list[Path | StoredImage]:
+        """The path of each image (or the picture in a shard), `n_images` of them."""
         return [record.image for record in self.records]
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from d2svse.files import write_text
-from d2svse.images import ImageError, OnBadImage, select_readable
+from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
 
 DenseSource = Literal["auto", "field", "concat"]
 
@@ -24,13 +24,13 @@ class Record:
     """An image and its text.
 
     Attributes:
-        image: path of the picture.
+        image: path of the picture, or a picture in a shard.
         captions: its sparse captions, at least one.
         dense: its dense caption, or None.
         line: line of the manifest, from 1; 0 where the source has no lines.
     """
 
-    image: Path
+    image: Path | StoredImage
     captions: tuple[str, ...]
     dense: str | None = None
     line: int = 0
@@ -57,26 +57,37 @@ def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[
     lines: dict[Path, int] = {}
     for line, row in read_json_lines(path):
         where = f"{path}:{line}"
-        image, captions, dense = row.get("image"), row.get("captions"), row.get("dense")
+        image = row.get("image")
         if not isinstance(image, str) or not image:
             raise ManifestError(f'{where}: expected "image" with the path of a picture, got {image!r}')
-        if not isinstance(captions, list) or not captions:
-            raise ManifestError(f'{where}: expected "captions" with at least one sentence, got {captions!r}')
-        for caption in captions:
-            if not isinstance(caption, str) or not caption.strip():
-                raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r}")
-        if dense is not None and (not isinstance(dense, str) or not dense.strip()):
-            raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r}')
+        captions, dense = record_texts(row, where)
         file = folder / image
         if not file.is_file():
             raise ManifestError(f"{where}: the picture {file} is not there; paths are relative to {folder}")
         if file in lines:
             raise ManifestError(f"{where}: {image} stands in line {lines[file]} already; join its captions in one line")
         lines[file] = line
-        records.append(Record(file, tuple(captions), dense, line))
+        records.append(Record(file, captions, dense, line))
     if not records:
         raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
     return records
+
+
+def record_texts(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], str | None]:
+    """The captions and the dense text of a row.
+
+    Raises:
+        ManifestError: if there is no caption, or one that is no sentence.
+    """
+    captions, dense = row.get("captions"), row.get("dense")
+    if not isinstance(captions, list) or not captions:
+        raise ManifestError(f'{where}: expected "captions" with at least one sentence, got {captions!r}')
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r}")
+    if dense is not None and (not isinstance(dense, str) or not dense.strip()):
+        raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r}')
+    return tuple(captions), dense
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -84,6 +95,8 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
     path = Path(path)
 
     def row(record: Record) -> str:
+        if isinstance(record.image, StoredImage):
+            raise ManifestError(f"{record.image}: a picture in a shard has no path for a manifest; use its own index")
         inside = record.image.is_relative_to(path.parent)
         image = record.image.relative_to(path.parent) if inside else record.image.resolve()
         data: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
@@ -95,27 +108,36 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each non-empty line.
+    """Line number and object of each non-empty line of a file.
 
     Raises:
         ManifestError: if the file is missing or not text, or a line is not a JSON object.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, start=1):
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ManifestError(f"{path}:{line}: not JSON ({error}); expected one object a line") from None
-                if not isinstance(row, dict):
-                    raise ManifestError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
-                yield line, row
+            yield from parse_json_lines(file, path)
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise ManifestError(f"{path}: not a text file ({error})") from None
+
+
+def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not empty.
+
+    Raises:
+        ManifestError: if a line is not a JSON object.
+    """
+    for line, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ManifestError(f"{source}:{line}: not JSON ({error}); expected one object a line") from None
+        if not isinstance(row, dict):
+            raise ManifestError(f"{source}:{line}: expected a JSON object, got {type(row).__name__}")
+        yield line, row
 
 
 def check_pictures(
@@ -196,7 +218,7 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
             raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one each")
         return [_text_of(path, line, row) for line, row in rows]
     by_image = {(base / str(row["image"])).resolve(): _text_of(path, line, row) for line, row in rows}
-    return [by_image.get(record.image.resolve()) for record in records]
+    return [by_image.get(Path(record.image).resolve()) for record in records]
 
 
 def _text_of(path: Path, line: int, row: dict[str, Any]) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 
 from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import ManifestError, Record, join_dense, read_json_lines, read_manifest
+from d2svse.data.shards import INDEX_FILE, read_shards
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files import written_aside
+from d2svse.images import StoredImage
 
-FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets")
+FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets", "shards")
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
 
 
@@ -31,8 +33,9 @@ def read_records(
 
     Args:
         source: a manifest; a folder of the published layout; Karpathy's or COCO's JSON; a table
-            of images and captions, or the folder that holds it; a `datasets` folder or Hub id.
-        format: "manifest", "published", "karpathy", "coco", "table" or "datasets"; "auto" looks.
+            of images and captions, or the folder that holds it; a `datasets` folder or Hub id; the
+            index of WebDataset shards, `shards.jsonl`, its folder or its URL.
+        format: "manifest", "published", "karpathy", "coco", "table", "datasets" or "shards"; "auto" looks.
         split: which split, where the layout has several; "train+restval" joins Karpathy's.
         image_folder: where relative image paths start; by default the layout's usual place.
         dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
@@ -65,11 +68,13 @@ def read_records(
         records = read_datasets(os.fspath(source), split, image_folder=image_folder, **columns)
     elif format == "published":
         records = read_published(path, str(split), image_folder=image_folder, dense=published_dense)
+    elif format == "shards":
+        records = read_shards(source)
     elif format == "karpathy":
         records = read_karpathy(path, str(split), image_folder=image_folder)
     else:
         records = (read_coco if format == "coco" else read_table)(path, image_folder=image_folder)
-    seen: set[Path] = set()
+    seen: set[Path | StoredImage] = set()
     for record in records:
         if record.image in seen:
             raise ManifestError(f"{record.where(source)}: {record.image} stands there twice, as two images")
@@ -85,6 +90,8 @@ def detect_format(source: str | os.PathLike[str]) -> str:
     Raises:
         ManifestError: if it is not there or none that is known.
     """
+    if Path(source).name == INDEX_FILE or (Path(source) / INDEX_FILE).is_file():
+        return "shards"
     path = Path(source)
     if path.is_dir():
         if any(path.glob("*_ids.txt")):
@@ -300,7 +307,8 @@ def require_pictures(records: Sequence[Record], source: str | os.PathLike[str]) 
     Raises:
         ManifestError: naming the first that is not, and how many are not.
     """
-    missing = [record.image for record in records if not record.image.is_file()]
+    paths = [record.image for record in records if not isinstance(record.image, StoredImage)]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         raise ManifestError(
             f"{os.fspath(source)}: {len(missing)} of {len(records)} pictures are not there, the first is {missing[0]}; "

@@ -52,11 +52,12 @@ class _ScaledScores(torch.autograd.Function):
         product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), and contiguous
         a, b = a.flatten(0, 1), b.flatten(0, 1)
         kernel = (product - 1).div_(regularization).exp_()
-        fs, gs, exact = _solve(kernel, a, b, iterations)
+        turned = kernel.mT.contiguous()
+        fs, gs, exact = _solve(kernel, turned, a, b, iterations)
         scoring = kernel * product
         f, g = _without_bin(fs[-1], bins), _without_bin(gs[-1], bins)
-        scores = (_times(scoring, g) * f).sum(-1)
-        ctx.save_for_backward(product, kernel, scoring, a, b, *fs, *gs)
+        scores = (_vectors_times(f, scoring) * g).sum(-1)
+        ctx.save_for_backward(product, kernel, turned, scoring, a, b, *fs, *gs)
         ctx.settings = (regularization, iterations, bins, pairs)
         return scores.view(pairs), exact
 
@@ -64,12 +65,13 @@ class _ScaledScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
         regularization, iterations, bins, pairs = ctx.settings
-        product, kernel, scoring, a, b, *vectors = ctx.saved_tensors
+        product, kernel, turned, scoring, a, b, *vectors = ctx.saved_tensors
         fs, gs = vectors[:iterations], vectors[iterations:]
         gradient = upstream.flatten()[:, None]
         inverse_a, inverse_b = (w.masked_fill(w <= 0, 1).reciprocal().masked_fill(w <= 0, 0) for w in (a, b))
         f, g = _without_bin(fs[-1], bins) * gradient, _without_bin(gs[-1], bins)
-        d_f, d_g = _without_bin(_times(scoring, g) * gradient, bins), _without_bin(_transposed_times(scoring, f), bins)
+        d_f = _without_bin((scoring * g.unsqueeze(1)).sum(-1) * gradient, bins)
+        d_g = _without_bin(_vectors_times(f, scoring), bins)
         d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
         left, right = [], []  # the gradient of the kernel is Σ left rightᵀ, beside that of the score
         for step in reversed(range(iterations)):
@@ -79,13 +81,13 @@ class _ScaledScores(torch.autograd.Function):
             d_sums = -(d_g * g_step) * (g_step * inverse_b)
             left.append(f_step)
             right.append(d_sums)
-            d_f = d_f + _times(kernel, d_sums)
+            d_f = d_f + _vectors_times(d_sums, turned)
             d_a += d_f * f_step * inverse_a
             d_sums = -(d_f * f_step) * (f_step * inverse_a)
             left.append(d_sums)
             right.append(gs[step])
             if step:
-                d_f, d_g = torch.zeros_like(d_f), _transposed_times(kernel, d_sums)
+                d_f, d_g = torch.zeros_like(d_f), _vectors_times(d_sums, kernel)
         outer = torch.bmm(torch.stack(left, -1), torch.stack(right, -1).mT)
         # d score / d product = plan · (1 + product / λ), by the product itself and by the kernel
         moved = torch.bmm(f.unsqueeze(-1), g.unsqueeze(1))
@@ -94,29 +96,28 @@ class _ScaledScores(torch.autograd.Function):
         return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None
 
 
-def _solve(kernel: Tensor, a: Tensor, b: Tensor, iterations: int) -> tuple[list[Tensor], list[Tensor], bool]:
-    """All f and g, the first g before any iteration, and whether they are exact."""
+def _solve(
+    kernel: Tensor, turned: Tensor, a: Tensor, b: Tensor, iterations: int
+) -> tuple[list[Tensor], list[Tensor], bool]:
+    """All f and g, the first g before any iteration, and whether they are exact; `turned` is the transposed kernel."""
     masked_rows, masked_columns = a <= 0, b <= 0
     fs: list[Tensor] = []
     gs = [(~masked_columns).to(b.dtype)]
     smallest = kernel.new_full((), torch.inf)
     for _ in range(iterations):
-        sums = _times(kernel, gs[-1]).masked_fill_(masked_rows, 1)
+        sums = _vectors_times(gs[-1], turned).masked_fill_(masked_rows, 1)
         smallest = torch.minimum(smallest, sums.amin())
         fs.append((a / sums).masked_fill_(masked_rows, 0))
-        sums = _transposed_times(kernel, fs[-1]).masked_fill_(masked_columns, 1)
+        sums = _vectors_times(fs[-1], kernel).masked_fill_(masked_columns, 1)
         smallest = torch.minimum(smallest, sums.amin())
         gs.append((b / sums).masked_fill_(masked_columns, 0))
     exact = (smallest > torch.finfo(b.dtype).tiny * 1e4) & (fs[-1].sum() + gs[-1].sum()).isfinite()
     return fs, gs, bool(exact)
 
 
-def _times(matrices: Tensor, columns: Tensor) -> Tensor:
-    return torch.bmm(matrices, columns.unsqueeze(-1)).squeeze(-1)
-
-
-def _transposed_times(matrices: Tensor, rows: Tensor) -> Tensor:
-    return torch.bmm(rows.unsqueeze(1), matrices).squeeze(1)
+def _vectors_times(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """A row vector times a matrix, for each pair; matrix times column is several times slower on the CPU."""
+    return torch.bmm(vectors.unsqueeze(1), matrices).squeeze(1)
 
 
 def _without_bin(vectors: Tensor, bins: bool) -> Tensor:

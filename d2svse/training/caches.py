@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from d2svse.data import ImageTextDataset
 from d2svse.files import write_json, written_aside
-from d2svse.images import load_image
+from d2svse.images import load_image, picture_state
 from d2svse.models import D2SVSE
 from d2svse.progress import progress_bar
 from d2svse.training.teacher import Teacher
@@ -109,7 +109,7 @@ def cached_image_tokens(
         ValueError: if pictures give different numbers of tokens.
     """
     processor: Any = model.processor
-    pictures = [(str(path), *_size_and_time(path)) for path in dataset.images]
+    pictures = [(str(path), *picture_state(path)) for path in dataset.images]
     key = fingerprint(model.image_encoder.backbone, processor.image_processor.to_json_string(), pictures)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENS_FILE
@@ -177,11 +177,6 @@ def fingerprint(module: nn.Module, *parts: Any) -> str:
 
 def _by_name(state: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     return sorted(state.items(), key=lambda item: item[0])
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _sample(length: int) -> list[int]:

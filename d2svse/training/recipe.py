@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from d2svse.models.decoder import build_context_decoder
 from d2svse.models.modeling import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.distributed import barrier, is_main_process
+from d2svse.training.run_card import RUN_CARD_FILE, run_card
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
 
@@ -158,7 +160,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models; every process of a distributed run calls it.
 
     Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
-    each, and the effective configuration (`recipe.yaml`), which stands beside the weights as well.
+    each, the effective configuration (`recipe.yaml`) and the run card (`run.json`), which stand
+    beside the weights as well.
 
     Returns:
         The validation metrics (see `retrieval_metrics`) of each stage's best model.
@@ -201,7 +204,9 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         metrics = trainer.evaluate(metric_key_prefix="final")
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         if main:
-            _save(model, recipe.model_folder(stage), configuration)
+            datasets = {"train": train_dataset, "val": eval_dataset}
+            card = run_card(parse_yaml(configuration), datasets, results, sys.argv)
+            _save(model, recipe.model_folder(stage), configuration, card)
             log = "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history)
             write_text(output / stage / "log.jsonl", log)
             write_json(output / "results.json", results)
@@ -211,7 +216,9 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         # Loaded anew, so that a run that is resumed here goes on from the same bits at the same alignment.
         model = D2SVSE.from_pretrained(recipe.model_folder(stage))
     if main:
-        _save(model, output / "model", configuration)
+        card = json.loads((recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE).read_text(encoding="utf-8"))
+        _save(model, output / "model", configuration, card)
+        write_json(output / RUN_CARD_FILE, card)
     barrier()
     return results
 
@@ -239,10 +246,11 @@ def _check_unchanged(recipe: Recipe) -> None:
             )
 
 
-def _save(model: D2SVSE, folder: Path, configuration: str) -> None:
+def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any]) -> None:
     with written_aside(folder, replaces="config.json") as aside:
         model.save_pretrained(aside)
         write_text(aside / "recipe.yaml", configuration)
+        write_json(aside / RUN_CARD_FILE, card)
 
 
 def _start(recipe: Recipe) -> D2SVSE:

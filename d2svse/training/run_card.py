@@ -1,0 +1,100 @@
+"""The run card: what was trained from what, with which versions, where, and how well."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2svse.data import ImageTextDataset
+from d2svse.images import picture_state
+from d2svse.training.distributed import world_size
+from d2svse.version import __version__
+
+RUN_CARD_FILE = "run.json"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "numpy", "pillow")
+
+
+def run_card(
+    configuration: dict[str, Any],
+    datasets: dict[str, ImageTextDataset],
+    metrics: dict[str, dict[str, float]],
+    command: list[str],
+) -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat a run, as JSON can write it.
+
+    Args:
+        configuration: the effective recipe.
+        datasets: by the part they play, such as "train" and "val".
+        metrics: validation metrics of each stage.
+        command: the command line.
+    """
+    return {
+        "d2svse": __version__,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "command": command,
+        "seed": configuration.get("seed"),
+        "configuration": configuration,
+        "data": {
+            name: {
+                "source": dataset.source,
+                "images": len(dataset),
+                "captions": len(dataset.captions),
+                "sha256": data_hash(dataset),
+            }
+            for name, dataset in datasets.items()
+        },
+        "hardware": hardware(),
+        "metrics": metrics,
+    }
+
+
+def data_hash(dataset: ImageTextDataset) -> str:
+    """SHA-256 over the file name, size and text of every image in order; pictures are not read."""
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        row = [record.image.name, picture_state(record.image)[0], record.captions, record.dense]
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout that the package runs from, marked where files differ; None outside of one."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        call = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if not git("ls-files", "--", __file__):
+            return None  # installed into somebody else's checkout
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(folder)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processors and accelerators of this process, and how many processes there are."""
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": world_size(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

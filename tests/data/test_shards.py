@@ -1,0 +1,174 @@
+"""Shards give the samples of the manifest that they were made from, from a disk and over http."""
+
+import http.server
+import json
+import re
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from d2svse import ImageTextDataset
+from d2svse.data import Collator, EpochBatches, ManifestError, TrainingSamples
+from d2svse.data.shards import INDEX_FILE, index_shards, read_shards, write_shards
+from d2svse.images import ImageError, load_image
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as web servers and object stores do."""
+
+    ranges = True
+    failures = 0
+
+    def do_GET(self):
+        if type(self).failures:
+            type(self).failures -= 1
+            self.send_error(503)
+            return
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if not asked or not self.ranges or not path.is_file():
+            super().do_GET()
+            return
+        first, last = map(int, asked.groups())
+        content = path.read_bytes()[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def shards(train_dataset, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(train_dataset.records, folder, images_per_shard=20)
+    return folder
+
+
+@pytest.fixture
+def server(shards):
+    handler = type("Handler", (RangeHandler,), {})
+
+    def make(*arguments, **options):
+        return handler(*arguments, directory=str(shards), **options)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", handler
+        running.shutdown()
+
+
+def same_samples(one, two, processor, rank=0, world_size=1, workers=0):
+    def batches(dataset):
+        samples = TrainingSamples(dataset, processor, seed=3)
+        order = EpochBatches(len(samples), 8, 3, rank=rank, world_size=world_size)
+        return list(DataLoader(samples, batch_sampler=order, collate_fn=Collator(0), num_workers=workers))
+
+    for a, b in zip(batches(one), batches(two), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_shards_give_the_samples_of_the_manifest(shards, train_dataset, processor):
+    assert sorted(path.name for path in shards.iterdir()) == [
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.tar",
+        INDEX_FILE,
+    ]
+    dataset = ImageTextDataset.from_source(shards, on_bad_image="error")
+    assert dataset.captions == train_dataset.captions
+    assert dataset.dense_captions == train_dataset.dense_captions
+    same_samples(dataset, train_dataset, processor)
+
+
+@pytest.mark.parametrize(("rank", "world_size", "workers"), [(0, 1, 0), (1, 2, 0), (0, 1, 2)])
+def test_over_http_they_are_the_same(server, train_dataset, processor, rank, world_size, workers):
+    dataset = ImageTextDataset.from_source(f"{server[0]}/{INDEX_FILE}")
+    same_samples(dataset, train_dataset, processor, rank, world_size, workers)
+
+
+def test_a_server_that_fails_is_asked_again(server, train_dataset, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    url, handler = server
+    dataset = ImageTextDataset.from_source(f"{url}/{INDEX_FILE}")
+    handler.failures = 2
+    assert load_image(dataset.images[0]).tobytes() == load_image(train_dataset.images[0]).tobytes()
+    handler.failures = 100
+    with pytest.raises(ImageError, match=r"shard-000000.tar/000000000.png: .*status 503, 4 times"):
+        load_image(dataset.images[0])
+
+
+def test_a_server_without_parts_and_one_without_the_file_are_named(server):
+    url, handler = server
+    picture = read_shards(f"{url}/{INDEX_FILE}")[0].image
+    handler.ranges = False
+    with pytest.raises(ImageError, match="does not serve parts of a file"):
+        load_image(picture)
+    with pytest.raises(OSError, match="status 404"):
+        read_shards(f"{url}/elsewhere/{INDEX_FILE}")
+
+
+def test_other_tools_read_the_shards(shards, train_dataset):
+    webdataset = pytest.importorskip("webdataset", reason="needs webdataset")
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    rows = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [json.loads(row["json"])["captions"] for row in rows] == [list(r.captions) for r in train_dataset.records]
+    assert rows[0]["png"] == train_dataset.images[0].read_bytes()
+
+
+def test_shards_of_other_tools_can_be_indexed(train_dataset, tmp_path):
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        (tmp_path / "k.txt").write_text("A first sentence.\n\nA second one.\n")
+        (tmp_path / "l.json").write_text('{"caption": "One sentence.", "dense": "All of it."}')
+        for key, text in (("k", "k.txt"), ("l", "l.json")):
+            tar.add(train_dataset.images[0], f"some/folder/{key}.png")
+            tar.add(tmp_path / text, f"some/folder/{text}")
+    records = read_shards(index_shards([tmp_path / "other.tar"], tmp_path / INDEX_FILE))
+    assert [record.captions for record in records] == [("A first sentence.", "A second one."), ("One sentence.",)]
+    assert [record.dense for record in records] == [None, "All of it."]
+    assert load_image(records[1].image).tobytes() == load_image(train_dataset.images[0]).tobytes()
+
+
+def test_writing_goes_on_where_it_was_stopped(train_dataset, tmp_path):
+    index = write_shards(train_dataset.records, tmp_path, 20)
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    index.unlink()
+    (tmp_path / "shard-000001.tar").write_bytes(before["shard-000001.tar"][0][:5000])
+    write_shards(train_dataset.records, tmp_path, 20)
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
+    unchanged = [name for name in after if after[name][1] == before[name][1]]
+    assert sorted(unchanged) == ["shard-000000.tar", "shard-000002.tar"]
+
+
+def test_bad_indexes_and_shards_are_named(shards, tmp_path):
+    index = tmp_path / INDEX_FILE
+    for content, message in (
+        ("", "no rows in it"),
+        ("[1]", r"shards.jsonl:1: expected a JSON object"),
+        ('{"shard": 1}', 'expected "shard" and "image" with names'),
+        ('{"shard": "a.tar", "image": "b.jpg", "offset": -1, "size": 3}', 'expected "offset" and "size" in bytes'),
+        ('{"shard": "a.tar", "image": "b.jpg", "offset": 0, "size": 3, "captions": []}', "at least one sentence"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ManifestError, match=message):
+            read_shards(index)
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_shards(tmp_path / "nowhere" / INDEX_FILE)
+    (tmp_path / "no.tar").write_bytes(b"no tar" * 1000)
+    with pytest.raises(ManifestError, match=r"no\.tar: not a tar shard"):
+        index_shards([tmp_path / "no.tar"], index)
+    row = json.loads((shards / INDEX_FILE).read_text().splitlines()[0])
+    index.write_text(json.dumps(row))
+    (tmp_path / row["shard"]).write_bytes((shards / row["shard"]).read_bytes()[:600])
+    with pytest.raises(ImageError, match=r"of \d+ bytes are there"):
+        load_image(read_shards(index)[0].image)
+    with pytest.raises(ValueError, match="must be positive"):
+        write_shards([], tmp_path, 0)
