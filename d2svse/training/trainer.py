@@ -327,8 +327,8 @@ def data_seed(args: TrainingArguments) -> int:
 def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
     """The task of a stage."""
     if args.stage == "distill":
-        return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight)
-    return PretrainTask(loss)
+        return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
+    return PretrainTask(loss, args.text_groups)
 
 
 def make_samples(

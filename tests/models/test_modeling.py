@@ -320,3 +320,16 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
 def test_a_second_decoder_is_refused(model):
     with pytest.raises(ValueError, match="has a context decoder already"):
         model.add_decoder()
+
+
+def test_groups_of_like_length_change_nothing(model, train_dataset):
+    texts = [caption for record in train_dataset.records[:12] for caption in (record.captions[0], record.dense)]
+    batch = model.processor(text=texts)
+    whole = model(**batch)
+    for groups in (2, 5):
+        parts = model(**batch, text_groups=groups)
+        torch.testing.assert_close(parts.text_embeds, whole.text_embeds, rtol=1e-5, atol=1e-5)
+        real = whole.text_features.mask
+        assert torch.equal(parts.text_features.mask, real)
+        tokens = [side.text_features.tokens[real] for side in (parts, whole)]
+        torch.testing.assert_close(*tokens, rtol=1e-5, atol=1e-5)
