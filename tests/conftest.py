@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, ViTConfig
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset
@@ -52,6 +52,20 @@ def processor(train_dataset: ImageTextDataset) -> D2SVSEProcessor:
     texts = [text for record in train_dataset.records for text in (*record.captions, record.dense)]
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     return D2SVSEProcessor(image_processor, build_tokenizer(texts), max_length=96)
+
+
+@pytest.fixture(scope="session")
+def backbones(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny pretrained backbones without dropout, as a user would name them."""
+    folder, config = tmp_path_factory.mktemp("backbones"), tiny_config()
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
+    torch.manual_seed(0)
+    ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
+    BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
+    processor.image_processor.save_pretrained(folder / "vision")
+    processor.tokenizer.save_pretrained(folder / "text")
+    return folder
 
 
 @pytest.fixture

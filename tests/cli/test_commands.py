@@ -13,24 +13,6 @@ import yaml
 from d2svse import D2SVSE, evaluate
 from d2svse.cli.app import main
 
-
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory, request):
-    """Folders of tiny pretrained backbones, as a user would name them."""
-    from transformers import BertModel, ViTModel
-
-    processor = request.getfixturevalue("processor")
-    from tests.conftest import tiny_config
-
-    folder, config = tmp_path_factory.mktemp("backbones"), tiny_config()
-    config.text_config.vocab_size = len(processor.tokenizer)
-    ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
-    BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
-    processor.image_processor.save_pretrained(folder / "vision")
-    processor.tokenizer.save_pretrained(folder / "text")
-    return folder
-
-
 FAST = (
     "--epochs",
     1,

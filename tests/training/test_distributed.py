@@ -1,6 +1,8 @@
 """Several processes on one machine against one process with the whole batch."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from d2svse.cli.app import main
+
 WORKER = Path(worker.__file__)
 
 
-def torchrun(processes: int, *command: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run a command in several processes of this machine."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    """Start processes of this machine."""
+    call = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [str(part) for part in command]
-    return subprocess.run([*call, *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def ends_well(*running: subprocess.Popen[str]) -> None:
+    for process in running:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +38,7 @@ def alone() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
-    done = torchrun(processes, WORKER, tmp_path / "gradients.safetensors")
-    assert done.returncode == 0, done.stderr[-3000:]
+    ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, tmp_path / "gradients.safetensors"))
     together = load_file(tmp_path / "gradients.safetensors")
     assert set(together) >= set(alone)
     assert not any(together[name].any() for name in set(together) - set(alone))  # what no loss reaches
@@ -45,3 +53,55 @@ def test_chunks_give_the_gradient_of_the_whole_batch(alone):
     for name in chunked:
         expected = alone[name.replace(", chunks/", "/")]
         assert (alone[name] - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name
+
+
+def train_command(scenes: Path, backbones: Path, output: Path, batch_size: int) -> list[object]:
+    """`d2svse train` of both stages without dropout, with an uneven last batch."""
+    command = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", output]
+    command += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 24, "--epochs", 3]
+    command += ["--batch-size", batch_size, "--set", "num_context_tokens=4", "--set", "decoder_heads=2"]
+    return [*command, "--set", "logging_steps=1", "--set", "learning_rate=0.001"]
+
+
+@pytest.fixture(scope="module")
+def one_process(scenes, backbones, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("one") / "run"
+    with pytest.raises(SystemExit) as stop:
+        main([str(part) for part in train_command(scenes, backbones, output, 20)])
+    assert stop.value.code == 0
+    return output
+
+
+def same_run(one: Path, two: Path) -> None:
+    """The same losses, but for rounding, and metrics within one query of the validation set."""
+    for stage in ("pretrain", "distill"):
+        curves = []
+        for run in (one, two):
+            rows = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
+            curves.append([row["loss"] for row in rows if "loss" in row])
+        assert len(curves[0]) == 9  # 48 pairs in batches of 20, three epochs
+        assert curves[1] == pytest.approx(curves[0], rel=1e-3), stage
+        first, second = (json.loads((run / "results.json").read_text())[stage] for run in (one, two))
+        for name, value in first.items():
+            if "recall" in name:
+                assert second[name] == pytest.approx(value, abs=1 / 16 + 1e-6), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
+    command = train_command(scenes, backbones, tmp_path / "run", 10)
+    ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
+    same_run(one_process, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(one_process, scenes, backbones, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    nodes += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+    command = train_command(scenes, backbones, tmp_path / "run", 10)
+    ends_well(*[torchrun(*nodes, "-m", "d2svse", *command) for _ in range(2)])
+    same_run(one_process, tmp_path / "run")
