@@ -3,9 +3,9 @@
     python benchmarks/resume.py --kills 30 --truncations 20
     python benchmarks/resume.py --kills 4 --truncations 0 --processes 2
 
-Both stages of a tiny model on drawn scenes, with worker processes, accumulated gradients, dropout and a checkpoint
-every epoch. Kills alternate between SIGKILL and SIGTERM; a run is resumed until it ends. Truncations cut a random file
-of the newest checkpoint of a run that was killed. Exits with 1 if any weight differs in any bit.
+Both stages of a tiny model on drawn scenes, with worker processes, accumulated gradients, dropout, both caches and a
+checkpoint every epoch. Kills alternate between SIGKILL and SIGTERM; a run is resumed until it ends. Truncations cut a
+random file of the newest checkpoint of a run that was killed. Exits with 1 if any weight differs in any bit.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def command(folder: Path, output: Path, processes: int) -> list[str]:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *start]
     options = ["per_device_train_batch_size=8", "gradient_accumulation_steps=2", "num_context_tokens=4"]
     options += ["decoder_layers=1", "decoder_heads=2", "disable_tqdm=true"]
+    options += ["distill.freeze_vision=true", f"distill.cache_image_tokens={output / 'tokens'}"]
     scenes = folder / "scenes"
     return [
         *(sys.executable, *start, "train", "--train", str(scenes / "train.jsonl"), "--val", str(scenes / "val.jsonl")),

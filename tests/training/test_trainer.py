@@ -245,3 +245,37 @@ def test_checkpoints_hold_the_processor_and_no_stray_configuration(make_model, m
     (checkpoint,) = Path(tmp_path / "pretrain").glob("checkpoint-*")
     assert D2SVSE.from_pretrained(checkpoint).processor is not None
     assert "use_cache" not in json.loads((checkpoint / "config.json").read_text())
+
+
+def test_chunks_train_as_the_whole_batch_does(make_model, make_args, train_dataset):
+    curves = []
+    for chunk_size in (0, 5):
+        model = make_model()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = make_args(chunk_size=chunk_size, save_strategy="no", gradient_accumulation_steps=2)
+        trainer = Trainer(model, args, train_dataset)
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_dropout_is_drawn_alike_in_both_passes_of_chunks(make_model, make_args, train_dataset):
+    """The surrogate is exact only if the second pass sees what the first saw: two runs give one curve."""
+    curves = []
+    for _ in range(2):
+        trainer = Trainer(make_model(), make_args("distill", chunk_size=5, save_strategy="no"), train_dataset)
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[0] == curves[1]
+
+
+def test_all_captions_can_be_trained_on_with_no_image_twice_in_a_batch(make_model, make_args, train_dataset):
+    args = make_args(captions_per_epoch="all", stage="align", unique_images=True, save_strategy="no")
+    trainer = Trainer(make_model(), args, train_dataset)
+    seen = []
+    trainer.task.register_forward_pre_hook(lambda _, given: seen.append(given[1]["image_ids"].tolist()))
+    trainer.train()
+    assert all(len(set(batch)) == len(batch) for batch in seen)
+    assert sum(map(len, seen)) == 2 * len(train_dataset.captions)
