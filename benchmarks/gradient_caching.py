@@ -4,8 +4,8 @@
 
 A ViT-Tiny and a MiniLM-sized text encoder with random weights, pictures of 224 × 224 and sentences of 32 tokens,
 InfoNCE over cosine, a batch of 256 in 8 chunks. Memory is the rise of the peak resident set during one step, gradients
-of the weights included, in a process of its own: once with every tensor given back to the system when it is freed, which
-shows what is needed, and once with glibc's heap as it is, which keeps and fragments what is freed.
+of the weights included, in a process of its own: once with every tensor given back to the system when it is freed,
+which shows what is needed, and once with glibc's heap as it is, which keeps and fragments what is freed.
 """
 
 from __future__ import annotations
