@@ -78,7 +78,7 @@ class CrossAttention(FragmentSimilarity):
         gram = context @ context.transpose(1, 2)
         spread = (attention.flatten(1, 2) @ gram).view_as(attention)
         squared_norm = (spread * attention).sum(-1)
-        return numerator / (squared_norm + _EPSILON**2).sqrt()
+        return numerator / (squared_norm.clamp(min=0) + _SMALLEST_NORM**2).sqrt()  # rounding may leave it below 0
 
     def pool(self, relevance: Tensor, mask: Tensor) -> Tensor:
         """Pool `(n_contexts, n_queries, length_queries)` over the real queries: `(n_contexts, n_queries)`."""
@@ -90,6 +90,7 @@ class CrossAttention(FragmentSimilarity):
 
 
 _EPSILON = 1e-8
+_SMALLEST_NORM = 1e-6
 
 
 @register_similarity("scan-t2i")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -46,7 +47,7 @@ class Similarity(nn.Module, ABC):
         """Initialise the parameters, with the functions of `transformers.initialization`."""
 
     def forward(self, images: Features, texts: Features) -> Tensor:
-        """Score all pairs.
+        """Score all pairs, outside autocast; run backward outside of it too, as torch advises.
 
         Args:
             images: features of `n_images` images.
@@ -58,9 +59,8 @@ class Similarity(nn.Module, ABC):
         Raises:
             ValueError: if the widths differ, or tokens are needed and missing.
         """
-        self._check(images, texts)
-        with torch.autocast(images.pooled.device.type, enabled=False):
-            return self.score(_at_least_float32(images), _at_least_float32(texts))
+        with self.prepared(images, texts) as sides:
+            return self.score(*sides)
 
     def pairwise(self, images: Features, texts: Features) -> Tensor:
         """Score image i with text i: `(n,)`, equal to the diagonal of `forward`.
@@ -68,11 +68,10 @@ class Similarity(nn.Module, ABC):
         Raises:
             ValueError: as `forward`, and if the two sides differ in number.
         """
-        self._check(images, texts)
-        if len(images) != len(texts):
-            raise ValueError(f"pairwise needs as many images as texts, got {len(images)} and {len(texts)}")
-        with torch.autocast(images.pooled.device.type, enabled=False):
-            return self.score_pairs(_at_least_float32(images), _at_least_float32(texts))
+        with self.prepared(images, texts) as sides:
+            if len(images) != len(texts):
+                raise ValueError(f"pairwise needs as many images as texts, got {len(images)} and {len(texts)}")
+            return self.score_pairs(*sides)
 
     def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
         """Turn pooled vectors `(n, embed_dim)` of one side into ones whose inner product is the score.
@@ -89,6 +88,19 @@ class Similarity(nn.Module, ABC):
     def foldable(self) -> bool:
         """Whether `fold` is available."""
         return type(self).fold is not Similarity.fold
+
+    @contextmanager
+    def prepared(self, images: Features, texts: Features) -> Iterator[tuple[Features, Features]]:
+        """Check both sides, switch autocast off, and give them in float32 (all float64, if any part is).
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self._check(images, texts)
+        parts = [part for side in (images, texts) for part in (side.pooled, side.tokens) if part is not None]
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        with torch.autocast(images.pooled.device.type, enabled=False):
+            yield images.to(dtype), texts.to(dtype)
 
     def _check(self, images: Features, texts: Features) -> None:
         if images.pooled.shape[1] != texts.pooled.shape[1]:
@@ -152,7 +164,3 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
         return _TABLE[name](**arguments)
     except TypeError as error:
         raise ValueError(f"similarity {name!r}: {error}") from error
-
-
-def _at_least_float32(features: Features) -> Features:
-    return features if features.pooled.dtype in (torch.float32, torch.float64) else features.to(torch.float32)

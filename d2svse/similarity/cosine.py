@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.features import Features
+from d2svse.features import Features, at_least_float32
 from d2svse.similarity.base import Similarity, register_similarity
 
 
@@ -23,4 +24,5 @@ class Cosine(Similarity):
 
     def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
         """L2-normalise: the inner product of normalised vectors is the cosine."""
-        return F.normalize(vectors, dim=-1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            return F.normalize(at_least_float32(vectors), dim=-1)

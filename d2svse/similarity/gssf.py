@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from d2svse.features import Features
+from d2svse.features import Features, at_least_float32
 from d2svse.similarity.base import Similarity, register_similarity
 from d2svse.similarity.metric import Metric, Structure
 
@@ -47,7 +48,9 @@ class GSSF(Similarity):
 
     def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
         """Normalise images and take texts through W: their inner product is the score."""
-        return self.metric.left(vectors) if side == "image" else self.metric.right(vectors)
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors = at_least_float32(vectors)
+            return self.metric.left(vectors) if side == "image" else self.metric.right(vectors)
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()

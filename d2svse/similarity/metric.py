@@ -55,6 +55,10 @@ class Metric(nn.Module):
             return
         if dim is None:
             raise ValueError(f"a {structure} metric needs the width of the vectors, dim")
+        if num_blocks is not None and num_blocks < 1:
+            raise ValueError(f"num_blocks must be positive, got {num_blocks}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if structure == "diagonal":
             self.weight = nn.Parameter(torch.ones(dim))
             return

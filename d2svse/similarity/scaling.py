@@ -5,10 +5,11 @@ fragment pair. Scaling takes it once, K = exp((c − 1) / λ), and then alternat
 
     f = a / (K g),   g = b / (Kᵀ f)
 
-so that the plan is diag(f) K diag(g). It is exact as long as no sum K g or Kᵀ f leaves the range of the
-floating-point type; where one does, `scaled_scores` says so, and the caller turns to the log
-domain. The backward pass goes through the iterations; what it collects for K is a sum of outer
-products of vectors, so that nothing of the size of K is made but K and its gradient.
+so that the plan is diag(f) K diag(g). It is exact as long as neither an entry of K nor a sum K g or
+Kᵀ f leaves the range of the floating-point type (a small entry counts too, where f is large); where
+one does, `scaled_scores` says so, and the caller turns to the log domain. The backward pass goes
+through the iterations; what it collects for K is a sum of outer products of vectors, so that nothing
+of the size of K is made but K and its gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+MARGIN = 1e4  # how far above the smallest normal number everything has to stay
 
 
 def scaled_scores(
@@ -52,6 +55,8 @@ class _ScaledScores(torch.autograd.Function):
         product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), and contiguous
         a, b = a.flatten(0, 1), b.flatten(0, 1)
         kernel = (product - 1).div_(regularization).exp_()
+        if not _in_range(kernel, a, b):
+            return a.new_zeros(pairs), False
         turned = kernel.mT.contiguous()
         fs, gs, exact = _solve(kernel, turned, a, b, iterations)
         scoring = kernel * product
@@ -64,36 +69,50 @@ class _ScaledScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
-        regularization, iterations, bins, pairs = ctx.settings
-        product, kernel, turned, scoring, a, b, *vectors = ctx.saved_tensors
-        fs, gs = vectors[:iterations], vectors[iterations:]
-        gradient = upstream.flatten()[:, None]
-        inverse_a, inverse_b = (w.masked_fill(w <= 0, 1).reciprocal().masked_fill(w <= 0, 0) for w in (a, b))
-        f, g = _without_bin(fs[-1], bins) * gradient, _without_bin(gs[-1], bins)
-        d_f = _without_bin((scoring * g.unsqueeze(1)).sum(-1) * gradient, bins)
-        d_g = _without_bin(_vectors_times(f, scoring), bins)
-        d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
-        left, right = [], []  # the gradient of the kernel is Σ left rightᵀ, beside that of the score
-        for step in reversed(range(iterations)):
-            f_step, g_step = fs[step], gs[step + 1]
-            # g = b / sums; the products are formed so that none leaves the range, though g² may
-            d_b += d_g * g_step * inverse_b
-            d_sums = -(d_g * g_step) * (g_step * inverse_b)
-            left.append(f_step)
-            right.append(d_sums)
-            d_f = d_f + _vectors_times(d_sums, turned)
-            d_a += d_f * f_step * inverse_a
-            d_sums = -(d_f * f_step) * (f_step * inverse_a)
-            left.append(d_sums)
-            right.append(gs[step])
-            if step:
-                d_f, d_g = torch.zeros_like(d_f), _vectors_times(d_sums, kernel)
-        outer = torch.bmm(torch.stack(left, -1), torch.stack(right, -1).mT)
-        # d score / d product = plan · (1 + product / λ), by the product itself and by the kernel
-        moved = torch.bmm(f.unsqueeze(-1), g.unsqueeze(1))
-        outer.addcmul_(moved, product + regularization).mul_(kernel).div_(regularization)
-        d_products = outer.view(*pairs, *product.shape[1:]).transpose(1, 2)
-        return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None
+        with torch.autocast(upstream.device.type, enabled=False):
+            return _gradients(ctx, upstream)
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> Any:
+    regularization, iterations, bins, pairs = ctx.settings
+    product, kernel, turned, scoring, a, b, *vectors = ctx.saved_tensors
+    fs, gs = vectors[:iterations], vectors[iterations:]
+    gradient = upstream.flatten()[:, None]
+    inverse_a, inverse_b = (w.masked_fill(w <= 0, 1).reciprocal().masked_fill(w <= 0, 0) for w in (a, b))
+    f, g = _without_bin(fs[-1], bins) * gradient, _without_bin(gs[-1], bins)
+    d_f = _without_bin((scoring * g.unsqueeze(1)).sum(-1) * gradient, bins)
+    d_g = _without_bin(_vectors_times(f, scoring), bins)
+    d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
+    left, right = [], []  # the gradient of the kernel is Σ left rightᵀ, beside that of the score
+    for step in reversed(range(iterations)):
+        f_step, g_step = fs[step], gs[step + 1]
+        # g = b / sums; the products are formed so that none leaves the range, though g² may
+        d_b += d_g * g_step * inverse_b
+        d_sums = -(d_g * g_step) * (g_step * inverse_b)
+        left.append(f_step)
+        right.append(d_sums)
+        d_f = d_f + _vectors_times(d_sums, turned)
+        d_a += d_f * f_step * inverse_a
+        d_sums = -(d_f * f_step) * (f_step * inverse_a)
+        left.append(d_sums)
+        right.append(gs[step])
+        if step:
+            d_f, d_g = torch.zeros_like(d_f), _vectors_times(d_sums, kernel)
+    outer = torch.bmm(torch.stack(left, -1), torch.stack(right, -1).mT)
+    # d score / d product = plan · (1 + product / λ), by the product itself and by the kernel
+    moved = torch.bmm(f.unsqueeze(-1), g.unsqueeze(1))
+    outer.addcmul_(moved, product + regularization).mul_(kernel).div_(regularization)
+    d_products = outer.view(*pairs, *product.shape[1:]).transpose(1, 2)
+    return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None
+
+
+def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether no entry between real fragments is so small that the scaling could need what it has lost."""
+    bound = torch.finfo(kernel.dtype).tiny * MARGIN
+    if bool(kernel.amin() > bound):
+        return True
+    masked = (a <= 0).unsqueeze(2) | (b <= 0).unsqueeze(1)
+    return bool(kernel.masked_fill(masked, 1).amin() > bound)
 
 
 def _solve(
@@ -111,7 +130,7 @@ def _solve(
         sums = _vectors_times(fs[-1], kernel).masked_fill_(masked_columns, 1)
         smallest = torch.minimum(smallest, sums.amin())
         gs.append((b / sums).masked_fill_(masked_columns, 0))
-    exact = (smallest > torch.finfo(b.dtype).tiny * 1e4) & (fs[-1].sum() + gs[-1].sum()).isfinite()
+    exact = (smallest > torch.finfo(b.dtype).tiny * MARGIN) & (fs[-1].sum() + gs[-1].sum()).isfinite()
     return fs, gs, bool(exact)
 
 

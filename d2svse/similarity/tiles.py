@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from d2svse.features import Features
 from d2svse.similarity.base import Similarity
@@ -18,6 +19,7 @@ from d2svse.similarity.metric import Metric, Structure
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tensor of a tile on the CPU: larger ones leave the cache between two operations
+SMALLEST_NORM = 1e-12
 LIKE_LENGTH = 0.75  # the shortest sentence of a tile has at least this share of the words of the longest
 
 
@@ -80,7 +82,7 @@ class FragmentSimilarity(Similarity):
         super().__init__()
         if max_memory < 1:
             raise ValueError(f"max_memory must be positive, got {max_memory}")
-        self.metric = Metric(metric, dim, num_blocks or 4)
+        self.metric = Metric(metric, dim, 4 if num_blocks is None else num_blocks)
         self.max_memory = int(max_memory)
 
     @abstractmethod
@@ -99,8 +101,8 @@ class FragmentSimilarity(Similarity):
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         left, right = self.fragments(images, texts)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        scores: Tensor = _TiledScores.apply(self, *left, *right, *trained)
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        scores: Tensor = _TiledScores.apply(self, list(trained), *left, *right, *trained.values())
         return scores
 
     def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
@@ -129,6 +131,10 @@ class FragmentSimilarity(Similarity):
 
 def _fragments(features: Features) -> Fragments:
     assert features.tokens is not None
+    if not features.tokens.shape[1]:  # one masked fragment stands for none
+        mask = torch.zeros(len(features), 1, dtype=torch.bool, device=features.pooled.device)
+        features = Features(features.pooled, F.pad(features.tokens, (0, 0, 0, 1)), mask)
+    assert features.tokens is not None
     vectors, norms = _Normalized.apply(features.tokens)
     return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
 
@@ -138,7 +144,7 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        norms = torch.linalg.vector_norm(tokens, dim=-1).clamp_(min=1e-12)
+        norms = torch.linalg.vector_norm(tokens, dim=-1).clamp_(min=SMALLEST_NORM)
         vectors = tokens / norms[..., None]
         ctx.save_for_backward(vectors, norms)
         return vectors, norms
@@ -147,9 +153,11 @@ class _Normalized(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, upstream_norms: Tensor) -> Tensor:
         vectors, norms = ctx.saved_tensors
-        along = (upstream.unsqueeze(-2) @ vectors.unsqueeze(-1)).flatten(-3)
-        gradient = upstream / norms[..., None]
-        return gradient.addcmul_(vectors, (upstream_norms - along / norms)[..., None])
+        with torch.autocast(upstream.device.type, enabled=False):
+            along = (upstream.unsqueeze(-2) @ vectors.unsqueeze(-1)).flatten(-3)
+            inverse = norms.reciprocal().masked_fill_(norms <= SMALLEST_NORM, 0)  # a zero vector has no direction
+            gradient = upstream * inverse[..., None]
+            return gradient.addcmul_(vectors, (upstream_norms - along * inverse)[..., None])
 
 
 def _like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
@@ -170,8 +178,8 @@ class _TiledScores(torch.autograd.Function):
     """Scores of all pairs, tile by tile, and their gradient by computing every tile anew."""
 
     @staticmethod
-    def forward(ctx: Any, similarity: FragmentSimilarity, *tensors: Tensor) -> Tensor:
-        ctx.similarity = similarity
+    def forward(ctx: Any, similarity: FragmentSimilarity, names: list[str], *tensors: Tensor) -> Tensor:
+        ctx.similarity, ctx.names = similarity, names
         ctx.save_for_backward(*tensors)
         images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
         scores = images.vectors.new_zeros(len(images.mask), len(texts.mask))
@@ -184,50 +192,76 @@ class _TiledScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
-        gradients: list[Tensor | None] = [None] * len(tensors)
+        with torch.autocast(upstream.device.type, enabled=False):
+            return None, None, *_gradients(ctx, upstream)
 
-        def leaves(cut: Fragments, first: int) -> Fragments:
-            wanted = needed[first : first + SIDE]
-            return Fragments(*(t.detach().requires_grad_(wish) for t, wish in zip(cut, wanted, strict=True)))
 
-        def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
-            whole = gradients[k]
-            if whole is None:  # only now: what no tile uses takes no memory
-                whole = gradients[k] = torch.zeros_like(tensors[k])
-            part = whole[:, : gradient.shape[1]]
-            part[rows] += gradient
+def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """The gradient with respect to both sides and the parameters; None where there is none."""
+    similarity, tensors, needed = ctx.similarity, ctx.saved_tensors, ctx.needs_input_grad[2:]
+    if not upstream.numel():  # a process without images still has to take part in reducing gradients
+        return [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
+    images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
+    # copies, so that neither hooks of the parameters run here nor what was swapped for them is missed
+    trained = [p.detach().requires_grad_(w) for p, w in zip(tensors[2 * SIDE :], needed[2 * SIDE :], strict=True)]
+    swapped = {f"similarity.{name}": parameter for name, parameter in zip(ctx.names, trained, strict=True)}
+    module = _Tile(similarity)
+    chosen = [k for k, wanted in enumerate(needed) if wanted]
+    gradients: list[Tensor | None] = [None] * len(tensors)
 
-        for index, width, slices in ctx.similarity.tiles(images, texts):
-            some_texts = leaves(texts.cut(index, width), SIDE)
-            of_texts: list[Tensor | None] = [None] * len(tensors)
-            for rows in slices:
-                inputs = [*leaves(images.cut(rows), 0), *some_texts, *tensors[2 * SIDE :]]
-                chosen = [k for k, wanted in enumerate(needed) if wanted]
-                with torch.enable_grad():
-                    part = _score(ctx.similarity, Fragments(*inputs[:SIDE]), some_texts)
-                found = torch.autograd.grad(
-                    part, [inputs[k] for k in chosen], upstream[rows].index_select(1, index), allow_unused=True
+    def leaves(cut: Fragments, first: int) -> Fragments:
+        wanted = needed[first : first + SIDE]
+        return Fragments(*(t.detach().requires_grad_(wish) for t, wish in zip(cut, wanted, strict=True)))
+
+    def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
+        whole = gradients[k]
+        if whole is None:  # only now: what no tile uses takes no memory
+            whole = gradients[k] = torch.zeros_like(tensors[k])
+        part = whole[:, : gradient.shape[1]]
+        part[rows] += gradient
+
+    for index, width, slices in similarity.tiles(images, texts):
+        some_texts = leaves(texts.cut(index, width), SIDE)
+        of_texts: list[Tensor | None] = [None] * len(tensors)
+        for rows in slices:
+            some_images = leaves(images.cut(rows), 0)
+            inputs = [*some_images, *some_texts, *trained]
+            with torch.enable_grad():
+                part = (
+                    functional_call(module, swapped, (some_images, some_texts))
+                    if swapped
+                    else module(some_images, some_texts)
                 )
-                for k, gradient in zip(chosen, found, strict=True):
-                    if gradient is None:
-                        continue
-                    if k < SIDE:
-                        collect(k, rows, gradient)
-                    else:
-                        sums = of_texts if k < 2 * SIDE else gradients
-                        before = sums[k]
-                        sums[k] = gradient if before is None else before + gradient
-            for k, whole in enumerate(of_texts):
-                if whole is not None:
-                    collect(k, index, whole)
-        if not upstream.numel():  # a process without images still has to take part in reducing gradients
-            gradients = [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
-        return None, *gradients
+            if not part.requires_grad:
+                continue
+            sources = [inputs[k] for k in chosen]
+            found = torch.autograd.grad(part, sources, upstream[rows].index_select(1, index), allow_unused=True)
+            for k, gradient in zip(chosen, found, strict=True):
+                if gradient is None:
+                    continue
+                if k < SIDE:
+                    collect(k, rows, gradient)
+                else:
+                    sums = of_texts if k < 2 * SIDE else gradients
+                    before = sums[k]
+                    sums[k] = gradient if before is None else before + gradient
+        for k, whole in enumerate(of_texts):
+            if whole is not None:
+                collect(k, index, whole)
+    return gradients
+
+
+class _Tile(nn.Module):
+    """`_score` as a module, so that parameters can be swapped."""
+
+    def __init__(self, similarity: FragmentSimilarity) -> None:
+        super().__init__()
+        self.similarity = similarity
+
+    def forward(self, images: Fragments, texts: Fragments) -> Tensor:
+        return _score(self.similarity, images, texts)
 
 
 def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
-    with torch.autocast(images.vectors.device.type, enabled=False):
-        products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
-        return similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
+    products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
+    return similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))

@@ -60,7 +60,7 @@ class MaxAlignment(FragmentSimilarity):
         return torch.stack(scores).mean(0)
 
     def _summed(self, best: Tensor, mask: Tensor, tokens: Tensor, side: str) -> Tensor:
-        real = mask & best.isfinite()
+        real = mask & ~best.isneginf()
         summed = self.aggregate(best.masked_fill(~real, 0), real, tokens, side)
         return summed.masked_fill(~real.any(-1), 0)
 
@@ -122,7 +122,7 @@ class MaxSoftmax(MaxAlignment):
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
         weight = self.image_weight if side == "image" else self.text_weight
-        logits = (tokens @ weight).masked_fill(~real, torch.finfo(best.dtype).min)
+        logits = (tokens @ weight.to(tokens.dtype)).masked_fill(~real, torch.finfo(best.dtype).min)
         return (logits.softmax(-1) * best).sum(-1)
 
     def reset_parameters(self) -> None:  # noqa: D102

@@ -87,13 +87,18 @@ def sinkhorn(
         bins: the first row and the first column are bins: they do not count in `scores`.
 
     Raises:
-        ValueError: if λ or the number of iterations is not positive, or the shapes do not fit.
+        ValueError: if λ or the number of iterations is not positive, a weight is negative, or the
+            shapes do not fit.
     """
     if regularization <= 0 or num_iterations < 1:
         raise ValueError(f"regularization and num_iterations must be positive, got {regularization}, {num_iterations}")
     if row_weights.shape[-1] != cost.shape[-2] or column_weights.shape[-1] != cost.shape[-1]:
         shapes = f"{tuple(row_weights.shape)} and {tuple(column_weights.shape)}"
         raise ValueError(f"weights {shapes} do not fit a cost of {tuple(cost.shape)}")
+    if not cost.shape[-2] or not cost.shape[-1]:
+        raise ValueError(f"a cost of {tuple(cost.shape)} has nothing to transport")
+    if epsilon < 0 or bool((row_weights < 0).any()) or bool((column_weights < 0).any()):
+        raise ValueError("weights and epsilon must not be negative")
     rows, columns = row_weights > 0, column_weights > 0
     log_a = row_weights.masked_fill(~rows, 1).log()
     log_b = column_weights.masked_fill(~columns, 1).log()
@@ -114,7 +119,7 @@ def sinkhorn(
         if tolerance is not None or iterations == num_iterations:
             with torch.no_grad():
                 sums = (_log_sum(log_kernel + g[..., None, :], any_column) + f).exp().masked_fill(~any_column, 0)
-                error = (sums - row_weights).masked_fill(~any_column, 0).abs().amax(-1)
+                error = (sums - row_weights).abs().amax(-1)
             if tolerance is not None and bool((error <= tolerance).all()):
                 break
     converged = None if tolerance is None else bool((error <= tolerance).all())
@@ -192,12 +197,14 @@ class Transport(FragmentSimilarity):
         Returns:
             The solution of `(n_images, n_texts)` problems; with `partial` the first row and the
             first column of a plan are the bins.
+
+        Raises:
+            ValueError: as `forward`.
         """
-        if self.partial:
-            images, texts = _with_bin(images), _with_bin(texts)
-        left, right = self.fragments(images, texts)
-        products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
-        return self._solve(products, *self._marginals(left, right))
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*(map(_with_bin, sides) if self.partial else sides))
+            products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
+            return self._solve(products, *self._marginals(left, right))
 
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         a, b = self._marginals(images, texts)

@@ -244,3 +244,106 @@ def test_uneven_sentences_score_as_each_alone():
             similarity(images, Features(t.pooled, t.tokens[:, : t.mask.sum()])) for t in (texts[j] for j in range(40))
         ]
         torch.testing.assert_close(similarity(images, texts), torch.cat(alone, 1), rtol=1e-5, atol=1e-6)
+
+
+ALL = (*NAMES, "omit", "movers")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float32_whatever_the_tokens_are_and_wherever_backward_runs(name):
+    """Encoders under autocast give float32 pooled vectors and bfloat16 tokens."""
+    similarity = build_similarity(name, DIM)
+    found = []
+    for autocast in (False, True):
+        images, texts = side(3, 4, 0), side(3, 5, 1)
+        tokens = [s.tokens.bfloat16().requires_grad_() for s in (images, texts)]
+        given = [Features(s.pooled, t, s.mask) for s, t in zip((images, texts), tokens, strict=True)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            scores = similarity(*given)
+            assert scores.dtype == torch.float32
+            (scores * torch.arange(9.0).view(3, 3)).sum().backward()
+        found.append([scores.detach(), *(t.grad for t in tokens)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_needs_no_gradient_gets_none(name):
+    similarity = build_similarity(name, DIM).requires_grad_(False)
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    pooled = images.pooled.clone().requires_grad_()
+    similarity(Features(pooled, images.tokens, images.mask), texts).sum().backward()
+    assert pooled.grad is None or pooled.grad.isfinite().all()
+    words = texts.tokens.clone().requires_grad_()
+    similarity(images, Features(texts.pooled, words, texts.mask)).sum().backward()
+    assert words.grad.abs().sum() > 0
+    assert images.tokens.grad is None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nan_is_not_hidden(name):
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    broken = images.tokens.clone()
+    broken[0, 0] = torch.nan
+    scores = build_similarity(name, DIM)(Features(images.pooled, broken, images.mask), texts)
+    assert scores[0].isnan().all()
+    assert scores[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_fragments_no_sides_and_zero_vectors(name):
+    similarity = build_similarity(name, DIM)
+    images, texts = side(2, 4, 0), side(3, 5, 1)
+    none = Features(images.pooled, torch.zeros(2, 0, DIM))
+    assert torch.equal(similarity(none, texts), torch.zeros(2, 3))
+    assert torch.equal(similarity(texts, none), torch.zeros(3, 2))
+    assert similarity(images[:0], texts).shape == (0, 3)
+    assert similarity(images, texts[:0]).shape == (2, 0)
+    zeros = torch.zeros(2, 4, DIM, requires_grad=True)
+    words = texts.tokens.clone().requires_grad_()
+    similarity(Features(images.pooled, zeros), Features(texts.pooled, words, texts.mask)).sum().backward()
+    assert words.grad.abs().max() < 1e4
+    assert not zeros.grad.any()
+
+
+@pytest.mark.parametrize("name", ["scan-t2i", "scan-i2t"])
+def test_context_that_cancels_out_is_finite(name):
+    angles = torch.tensor([0.0, 2.0, 4.0]) * torch.pi / 3
+    three = torch.zeros(1, 3, DIM)
+    three[0, :, 0], three[0, :, 1] = angles.cos(), angles.sin()
+    for seed in range(50):
+        other = torch.randn(1, 4, DIM, generator=torch.Generator().manual_seed(seed))
+        other[..., :2] = 0
+        turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(seed))).Q
+        context = torch.cat([three[..., :2] @ turn, three[..., 2:]], -1)
+        sides = [Features(t.mean(1), t) for t in ((context, other) if name == "scan-t2i" else (other, context))]
+        scores = build_similarity(name)(*sides)
+        assert scores.isfinite().all()
+        assert scores.abs().max() <= 1
+
+
+def test_parameters_in_a_tile_can_be_hooked_and_swapped():
+    similarity = build("max-softmax")
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    similarity(images, texts).sum().backward()
+    plain = similarity.text_weight.grad.clone()
+    similarity.zero_grad()
+    handle = similarity.text_weight.register_hook(lambda gradient: gradient * 0.5)
+    similarity(images, texts).sum().backward()
+    torch.testing.assert_close(similarity.text_weight.grad, plain / 2)
+    handle.remove()
+    doubled = {name: (2 * p).detach().requires_grad_() for name, p in similarity.named_parameters()}
+    torch.func.functional_call(similarity, doubled, (images, texts)).sum().backward()
+    with torch.no_grad():
+        for parameter in similarity.parameters():
+            parameter.mul_(2)
+    similarity.zero_grad()
+    similarity(images, texts).sum().backward()
+    torch.testing.assert_close(doubled["text_weight"].grad, similarity.text_weight.grad)
+
+
+def test_a_similarity_in_half_precision_still_scores_in_float32():
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    assert build("max-softmax").bfloat16()(images, texts).dtype == torch.float32
+    for configuration in ({"num_blocks": 0}, {"num_blocks": -2}):
+        with pytest.raises(ValueError, match="num_blocks must be positive"):
+            build_similarity({"name": "max-mean", "metric": "block-diagonal", **configuration}, DIM)

@@ -243,3 +243,52 @@ def test_solutions_give_the_scores_and_plans_of_all_pairs(name):
     assert solved.iterations == 3
     assert solved.marginal_error.shape == (4, 3)
     assert solved.converged is None
+
+
+def gaussian(n: int, length: int, dim: int, seed: int, dtype: torch.dtype) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, length, dim, generator=generator).to(dtype)
+    return Features(torch.randn(n, dim, generator=generator).to(dtype), tokens)
+
+
+@pytest.mark.parametrize("regularization", [0.01, 0.0125, 0.02, 0.05])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+def test_small_lambda_and_opposite_fragments_stay_exact(name, regularization):
+    """Few dimensions give cosines near -1, whose kernel entries leave the range of float32."""
+    similarity = build_similarity({"name": name, "regularization": regularization})
+    alone = build_similarity({"name": name, "regularization": regularization, "max_memory": 1})
+    for dim in (2, 4, 16):
+        for seed in range(8):
+            found = []
+            for dtype in (torch.float32, torch.float64):
+                images, texts = gaussian(4, 6, dim, seed, dtype), gaussian(4, 7, dim, seed + 100, dtype)
+                inputs = [t.clone().requires_grad_() for s in (images, texts) for t in (s.pooled, s.tokens)]
+                scores = similarity(Features(*inputs[:2]), Features(*inputs[2:]))
+                scores.sum().backward()
+                found.append((scores.detach().double(), [t.grad.double() for t in inputs if t.grad is not None]))
+                if dtype == torch.float32:
+                    torch.testing.assert_close(alone(images, texts), scores.detach(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+            for single, double in zip(found[0][1], found[1][1], strict=True):
+                assert (single - double).norm() <= 1e-3 * double.norm() + 1e-6
+
+
+def test_sinkhorn_says_what_it_cannot_solve():
+    a, b = torch.ones(2) / 2, torch.ones(3) / 3
+    with pytest.raises(ValueError, match="nothing to transport"):
+        sinkhorn(torch.zeros(0, 3), torch.ones(0), b, regularization=1)
+    with pytest.raises(ValueError, match="must not be negative"):
+        sinkhorn(torch.zeros(2, 3), -a, b, regularization=1)
+    masked = sinkhorn(torch.zeros(2, 3), a, 0 * b, regularization=1, tolerance=1e-3)
+    assert masked.marginal_error == 0.5
+    assert not masked.converged
+
+
+def test_solutions_are_in_float32_and_checked():
+    omit = build_similarity("omit")
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solved = omit.solve(images, texts)
+    torch.testing.assert_close(solved.scores, omit(images, texts), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="compares tokens"):
+        omit.solve(Features(images.pooled), texts)
