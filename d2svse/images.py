@@ -33,8 +33,13 @@ class StoredImage(os.PathLike[str]):
 
     @property
     @abstractmethod
-    def place(self) -> tuple[int, int]:
-        """Its size in bytes, and where it begins."""
+    def place(self) -> tuple[int, ...]:
+        """Numbers that change when the picture does, its size in bytes first."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading it goes over a network."""
+        return False
 
     @abstractmethod
     def read_bytes(self) -> bytes:
@@ -102,7 +107,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def picture_state(picture: str | os.PathLike[str]) -> tuple[int, int]:
+def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:
     """Numbers that change when a picture does: size and time of a file, size and place of a stored one."""
     if isinstance(picture, StoredImage):
         return picture.place

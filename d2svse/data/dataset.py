@@ -77,6 +77,7 @@ class ImageTextDataset:
                 published layout; None leaves it as it is.
             on_bad_image: decode every picture first, and stop at a bad one ("error") or leave it
                 out and list it in `skipped` ("skip"); None looks only whether they are there.
+                Pictures behind http are not fetched for this; a bad one stops what reads it.
             show_progress_bar: show one on the terminal for that.
 
         Raises:
@@ -84,7 +85,8 @@ class ImageTextDataset:
         """
         records = read_records(source, format, split=split, image_folder=image_folder, dense=dense)
         require_pictures(records, source)
-        if on_bad_image is None:
+        remote = any(isinstance(record.image, StoredImage) and record.image.remote for record in records)
+        if on_bad_image is None or remote:
             return cls(records, source)
         records, skipped = check_pictures(records, source, on_bad_image, show_progress_bar)
         dataset = cls(records, source)

@@ -10,7 +10,7 @@ from typing import Any
 
 from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import ManifestError, Record, join_dense, read_json_lines, read_manifest
-from d2svse.data.shards import INDEX_FILE, read_shards
+from d2svse.data.shards import INDEX_FILE, is_url, read_shards
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files import written_aside
 from d2svse.images import StoredImage
@@ -90,8 +90,8 @@ def detect_format(source: str | os.PathLike[str]) -> str:
     Raises:
         ManifestError: if it is not there or none that is known.
     """
-    if Path(source).name == INDEX_FILE or (Path(source) / INDEX_FILE).is_file():
-        return "shards"
+    if is_url(source) or Path(source).name == INDEX_FILE or (Path(source) / INDEX_FILE).is_file():
+        return "shards"  # nothing else is read over http
     path = Path(source)
     if path.is_dir():
         if any(path.glob("*_ids.txt")):

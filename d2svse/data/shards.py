@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import get_session
 
@@ -31,7 +31,7 @@ from d2svse.progress import progress_bar
 INDEX_FILE = "shards.jsonl"
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds
-PARTIAL_CONTENT = 206
+PARTIAL_CONTENT, TOO_MANY_REQUESTS = 206, 429
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,14 @@ class ShardImage(StoredImage):
         return self.member
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Its size in bytes, and where it begins."""
-        return self.size, self.offset
+    def place(self) -> tuple[int, ...]:
+        """Its size and where it begins, in bytes, and when a local shard was last changed."""
+        return self.size, self.offset, 0 if self.remote else Path(self.shard).stat().st_mtime_ns
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is fetched by http."""
+        return is_url(self.shard)
 
     def read_bytes(self) -> bytes:
         """Read the picture's bytes.
@@ -108,12 +113,20 @@ def write_shards(
         The index.
 
     Raises:
-        ValueError: if `images_per_shard` is not positive.
+        ValueError: if `images_per_shard` is not positive, or pictures lie in shards of that folder.
         OSError: if a picture cannot be read.
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard must be positive, got {images_per_shard}")
     folder = Path(folder)
+    for record in records:
+        image = record.image
+        if (
+            isinstance(image, ShardImage)
+            and not image.remote
+            and Path(image.shard).resolve().parent == folder.resolve()
+        ):
+            raise ValueError(f"{image}: shards cannot be written over those that they are made from")
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(records), images_per_shard)
@@ -121,6 +134,7 @@ def write_shards(
         part = {f"{row:09d}": records[row] for row in range(first, min(first + images_per_shard, len(records)))}
         path = folder / f"shard-{number:06d}.tar"
         if not _holds(path, part):
+            (folder / INDEX_FILE).unlink(missing_ok=True)  # it would point into what is replaced
             with written_aside(path) as aside:
                 _write_shard(aside, part)
         rows += index_shard(path)
@@ -171,12 +185,12 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         ManifestError: if it cannot be read or a line is not as `write_shards` writes it.
     """
     if is_url(source):
-        path = str(source)
-        lines = fetch(path).decode("utf-8").split("\n")
+        path = url_of_index(str(source))
+        lines = _decoded(fetch(path), path)
     else:
         path = os.fspath(Path(source) / INDEX_FILE if Path(source).is_dir() else source)
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")  # a caption may hold other line signs
+            lines = _decoded(Path(path).read_bytes(), path)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
     records = []
@@ -192,6 +206,18 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     if not records:
         raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
     return records
+
+
+def url_of_index(url: str) -> str:
+    """The URL of the index: the URL itself, or of the folder that holds it."""
+    return url if urlsplit(url).path.endswith(".jsonl") else f"{url.rstrip('/')}/{INDEX_FILE}"
+
+
+def _decoded(content: bytes, path: str) -> list[str]:
+    try:
+        return content.decode("utf-8-sig").split("\n")  # a caption may hold other line signs
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not UTF-8 ({error})") from None
 
 
 def fetch(url: str) -> bytes:
@@ -216,7 +242,7 @@ def _request(url: str, headers: dict[str, str] | None = None) -> Any:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             response = get_session().get(url, headers=headers, timeout=TIMEOUT)  # keeps connections, knows of forks
-            if response.status_code < 500:
+            if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
                 break
             problem = f"status {response.status_code}"
         except Exception as error:  # its class depends on the version of huggingface_hub
@@ -266,6 +292,8 @@ def _texts(content: str, suffix: str) -> dict[str, Any]:
     if suffix == ".txt":
         return {"captions": [line.strip() for line in content.splitlines() if line.strip()]}
     row = json.loads(content)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object with captions, got {type(row).__name__}")
     captions = row.get("captions", row.get("caption"))
     texts = {"captions": [captions] if isinstance(captions, str) else captions}
     return texts | ({"dense": row["dense"]} if row.get("dense") else {})

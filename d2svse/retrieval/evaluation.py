@@ -65,7 +65,9 @@ def score_dataset(
     output: Literal["pooled", "features"] = "features" if model.similarity_fn.requires == "tokens" else "pooled"
     sentences, pictures = dataset.dense_captions if dense else dataset.captions, dataset.images
     if processes is not None:
-        sentences, pictures = sentences[processes.share(len(sentences))], pictures[processes.share(len(pictures))]
+        own = [processes.share(len(items)) for items in (sentences, pictures)]
+        empty = [part.start == part.stop for part in own]  # more processes than items: encode one, and drop it
+        sentences, pictures = sentences[own[0]] or sentences[:1], pictures[own[1]] or pictures[:1]
     texts = model.encode_text(
         sentences,
         batch_size=batch_size,
@@ -85,6 +87,10 @@ def score_dataset(
     owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
     if processes is None:
         return model.similarity(images, texts), owner
+    if empty[0]:
+        texts = texts[:0]
+    if empty[1]:
+        images = images[:0]
     texts = processes.gather_features(texts) if isinstance(texts, Features) else processes.gather_rows(texts)
     return processes.gather_rows(model.similarity(images, texts)), owner
 

@@ -1,7 +1,8 @@
 """Work that is done once: the teacher's embeddings, and the tokens of a frozen vision backbone.
 
 What is kept carries a key of everything that it was made from. Where the key is another, or a
-sample made anew is another, it is made again.
+sample made anew is another, it is made again. A lock on the file sees to it that one process makes
+it while the others, of this run or another, wait.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,16 +47,19 @@ def cached_teacher_embeddings(
     tokenizer = teacher.processor.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     key = fingerprint(teacher.text_encoder, vocabulary, type(tokenizer).__name__, teacher.max_length, list(texts))
-    kept = _read_embeddings(file, key)
-    if kept is not None:
-        rows = _sample(len(texts))
-        if torch.allclose(kept[rows], teacher.embed([texts[row] for row in rows], batch_size), rtol=1e-3, atol=1e-4):
-            return kept
-        logger.warning("%s does not hold what the teacher gives now; it is made again", file)
-    embeddings = teacher.embed(texts, batch_size, show_progress_bar)
-    with written_aside(file) as aside:
-        save_file({"embeddings": embeddings}, aside, metadata={"key": key})
-    return embeddings
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        kept = _read_embeddings(file, key)
+        if kept is not None:
+            rows = _sample(len(texts))
+            anew = teacher.embed([texts[row] for row in rows], batch_size)
+            if torch.allclose(kept[rows], anew, rtol=1e-3, atol=1e-4):
+                return kept
+            logger.warning("%s does not hold what the teacher gives now; it is made again", file)
+        embeddings = teacher.embed(texts, batch_size, show_progress_bar)
+        with written_aside(file) as aside:
+            save_file({"embeddings": embeddings}, aside, metadata={"key": key})
+        return embeddings
 
 
 def _read_embeddings(file: Path, key: str) -> Tensor | None:
@@ -122,15 +127,20 @@ def cached_image_tokens(
         model.image_encoder.train(training)
         return tokens.to(torch.float16).cpu().numpy()
 
-    if path.is_file() and _note(folder).get("key") == key and _note(folder).get("done") == len(dataset):
-        tokens, rows = ImageTokens(path), _sample(len(dataset))
-        anew = torch.from_numpy(make(rows)).float()
-        if torch.allclose(torch.stack([tokens[row] for row in rows]).float(), anew, rtol=1e-2, atol=1e-2):
-            return tokens
-        logger.warning("%s does not hold what the backbone gives now; it is made again", path)
-        (folder / TOKENS_KEY).unlink()
-    _fill(path, key, len(dataset), make, batch_size, show_progress_bar)
-    return ImageTokens(path)
+    with FileLock(folder / f"{TOKENS_KEY}.lock"):
+        if path.is_file() and _note(folder) == {"key": key, "done": len(dataset)}:
+            tokens, rows = ImageTokens(path), _sample(len(dataset))
+            anew = torch.from_numpy(make(rows)).float()
+            try:
+                if torch.allclose(torch.stack([tokens[row] for row in rows]).float(), anew, rtol=1e-2, atol=1e-2):
+                    return tokens
+                fault = "does not hold what the backbone gives now"
+            except (ValueError, OSError, IndexError) as error:
+                fault = f"cannot be read ({error})"
+            logger.warning("%s %s; it is made again", path, fault)
+            (folder / TOKENS_KEY).unlink()
+        _fill(path, key, len(dataset), make, batch_size, show_progress_bar)
+        return ImageTokens(path)
 
 
 def _fill(
@@ -139,9 +149,14 @@ def _fill(
     partial = path.with_name(f"{path.stem}.partial.npy")
     note = _note(path.parent)
     done = note["done"] if note.get("key") == key and partial.is_file() else 0
+    rows: Any = None
     if done:
-        rows = np.load(partial, mmap_mode="r+")
-    else:
+        try:
+            rows = np.load(partial, mmap_mode="r+")
+        except (ValueError, OSError) as error:
+            logger.warning("%s cannot be read (%s); it is made again", partial, error)
+            done = 0
+    if rows is None:
         rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(length, *make([0]).shape[1:]))
     starts = range(done, length, batch_size)
     for number, first in enumerate(progress_bar(starts, "Encoding pictures", len(starts), "batches", show), 1):

@@ -40,38 +40,41 @@ class StopOnSignalCallback(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self.received = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:  # noqa: D102
-        if self._agreed(args.device):
-            steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-            control.should_save = control.should_save or state.global_step % steps != 0
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        ends = state.global_step % steps == 0 or state.global_step >= state.max_steps
+        if self.agreed(args.device) and not ends:
+            control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        control.should_save = control.should_save or self.received
+        control.should_save = self.agreed(args.device) or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if self.received:
-            self._restore()
-            logger.warning("stopped by SIGTERM after step %d; resume to go on", state.global_step)
-            raise SystemExit(128 + signal.SIGTERM)
+        if self.agreed(args.device):
+            self.leave(state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self._restore()
-
-    def _note(self, *_: Any) -> None:
-        self.received = True
-
-    def _agreed(self, device: torch.device) -> bool:
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process has received the signal."""
         if world_size() > 1:
             heard = torch.tensor(int(self.received), device=device)
             dist.all_reduce(heard, dist.ReduceOp.MAX)
             self.received = bool(heard)
         return self.received
 
-    def _restore(self) -> None:
+    def leave(self, step: int) -> None:
+        """Exit as a process does that SIGTERM ends."""
+        self.restore()
+        logger.warning("stopped by SIGTERM after step %d; resume to go on", step)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def restore(self) -> None:
+        """Give the signal back to whoever had it before."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
+
+    def _note(self, *_: Any) -> None:
+        self.received = True

@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from d2svse.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def seal_checkpoint(aside: Path, target: Path) -> None:
     """Write the sums of all files of a finished checkpoint and give it its name, in place of one that bears it."""
+    (aside / SUMS_FILE).unlink(missing_ok=True)
     sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     write_json(aside / SUMS_FILE, sums)
     if target.exists():
@@ -29,16 +32,26 @@ def seal_checkpoint(aside: Path, target: Path) -> None:
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint whose files are all as they were written, or None; broken ones are warned of."""
+    """The newest checkpoint whose files are all as they were written, or None; broken ones are warned of.
+
+    The best checkpoint so far, whose weights the run will end with, must be whole as well.
+    """
     if not Path(folder).is_dir():
         return None
     found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := _NAME.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
-        fault = checkpoint_fault(path)
+        fault = checkpoint_fault(path) or _fault_of_best(path)
         if fault is None:
             return str(path)
         logger.warning("%s is left out: %s", path, fault)
     return None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    best = state.get("best_global_step")
+    fault = checkpoint_fault(checkpoint.with_name(f"checkpoint-{best}")) if best else None
+    return fault and f"its best checkpoint, checkpoint-{best}, is broken: {fault}"
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -44,7 +45,8 @@ class RichProgressCallback(TrainerCallback):
             )
             epoch = f"{args.stage} epoch {state.epoch or 0:.0f}/{args.num_train_epochs:.0f}"
             rsum = f"rSum {100 * metrics['eval_rsum']:.1f}"
-            self.console.print(f"{epoch}  loss {self.loss:.3f}  {recalls}  {rsum}", highlight=False)
+            loss = "" if math.isnan(self.loss) else f"  loss {self.loss:.3f}"
+            self.console.print(f"{epoch}{loss}  {recalls}  {rsum}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.progress is not None:

@@ -7,13 +7,15 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from d2svse.data import ImageTextDataset
@@ -23,12 +25,13 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.modeling import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
-from d2svse.training.distributed import barrier, is_main_process
-from d2svse.training.run_card import RUN_CARD_FILE, run_card
+from d2svse.training.distributed import barrier, is_main_process, world_size
+from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
 
 STAGES = ("pretrain", "distill", "align")
+START_FILE = "start.json"
 
 
 @dataclass
@@ -168,7 +171,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
 
     Raises:
         ManifestError: if a manifest or a picture cannot be used; before anything is trained.
-        ValueError: if an option does not fit.
+        ValueError: if an option does not fit, or another run writes to the same output.
     """
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
     output = Path(recipe.output)
@@ -186,10 +189,36 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
+    output.mkdir(parents=True, exist_ok=True)
+    with _only_run(output):
+        return _train_stages(recipe, model, train_dataset, eval_dataset)
+
+
+@contextmanager
+def _only_run(output: Path) -> Iterator[None]:
+    """Keep other runs from writing to the same output meanwhile; the lock goes with the process."""
+    if not is_main_process():
+        yield
+        return
+    try:
+        with FileLock(output / ".lock", blocking=False):
+            yield
+    except Timeout:
+        raise ValueError(f"{output}: another run is writing to it; wait for it, or give another output") from None
+
+
+def _train_stages(
+    recipe: Recipe, model: D2SVSE, train_dataset: ImageTextDataset, eval_dataset: ImageTextDataset
+) -> dict[str, dict[str, float]]:
+    output, main = Path(recipe.output), is_main_process()
+    stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
     configuration = recipe.effective_configuration()
     results = _finished(recipe) if recipe.resume else {}
+    _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
     barrier()  # all have looked at what is there
     if main:
+        if not recipe.resume:
+            (output / "results.json").unlink(missing_ok=True)  # of a run whose checkpoints are gone
         write_text(output / "recipe.yaml", configuration)
     for stage in recipe.stages:
         if stage in results:
@@ -221,6 +250,18 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         write_json(output / RUN_CARD_FILE, card)
     barrier()
     return results
+
+
+def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
+    """Keep what the position within an epoch depends on, and refuse to resume with anything else."""
+    before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else now
+    for name, value in now.items():
+        if before[name] != value:
+            what = {"data": "the training data", "processes": "the number of processes"}[name]
+            raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the same")
+    barrier()
+    if is_main_process():
+        write_json(path, now)
 
 
 def _has_checkpoints(recipe: Recipe, stage: str) -> bool:

@@ -31,8 +31,8 @@ def batch_statistics(
         loss: the ranking loss; its `margin` (0 without one) decides which triplets are active.
         scores: `(n, n)` of the whole batch.
         image_ids: `(n,)`.
-        images: of this process.
-        texts: of this process.
+        images: `n` of them.
+        texts: `n` of them.
 
     Returns:
         `positive_score` and `hardest_negative_score` (of each image), their means; `active_share`, the
@@ -46,9 +46,10 @@ def batch_statistics(
     statistics = {
         "positive_score": positives.mean(),
         "negatives": (~same).sum(1).float().mean(),
-        "embedding_std": torch.stack([spread(side.pooled) for side in (images, texts)]).mean(),
         "loss_if_collapsed": loss(torch.zeros_like(scores), image_ids),
     }
+    if len(images.pooled) > 1:
+        statistics["embedding_std"] = (spread(images.pooled) + spread(texts.pooled)) / 2
     if not same.all():
         hardest = scores.masked_fill(same, -torch.inf).amax(1)[~same.all(1)]
         reached = scores + getattr(loss, "margin", 0.0)
@@ -77,7 +78,7 @@ class CollapseCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
         logs = logs or {}
-        if "embedding_std" not in logs or self.warned:
+        if "embedding_std" not in logs or self.warned or not state.is_world_process_zero:
             return
         collapsed = logs["loss_if_collapsed"]
         near = (state.epoch or 0) > 1 and math.isclose(logs["align_loss"], collapsed, rel_tol=NEAR)

@@ -58,7 +58,9 @@ class PretrainTask(nn.Module):
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
-        return {**losses, **batch_statistics(self.loss, scores, image_ids, images, texts)}
+        with torch.no_grad():
+            sides = [Features(gather_rows(side.pooled.detach())) for side in (images, texts)]
+        return {**losses, **batch_statistics(self.loss, scores, image_ids, *sides)}
 
 
 class DistillTask(PretrainTask):

@@ -86,14 +86,8 @@ class Trainer(TransformersTrainer):
                 raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
             teacher = teacher or Teacher(model, args.dense_max_length, args.device)
             file = Path(str(args.output_dir)) / TEACHER_CACHE
-            with args.main_process_first(local=False):
-                teacher_embeddings = cached_teacher_embeddings(
-                    teacher,
-                    train_dataset.dense_captions,
-                    file,
-                    args.per_device_eval_batch_size,
-                    not args.disable_tqdm,
-                )
+            texts, batch_size = train_dataset.dense_captions, args.per_device_eval_batch_size
+            teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, batch_size, not args.disable_tqdm)
             if model.decoder is None:
                 model.add_decoder(**args.decoder_arguments())
         if args.stage == "pretrain" and model.decoder is not None:
@@ -113,17 +107,17 @@ class Trainer(TransformersTrainer):
         if args.cache_image_tokens:
             model.to(args.device)  # type: ignore[arg-type]
             folder, batch_size = Path(args.cache_image_tokens), args.per_device_eval_batch_size
-            with args.main_process_first(local=False):
-                image_tokens = cached_image_tokens(model, train_dataset, folder, batch_size, not args.disable_tqdm)
+            image_tokens = cached_image_tokens(model, train_dataset, folder, batch_size, not args.disable_tqdm)
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         _warn_of_truncation(samples)
+        stop = StopOnSignalCallback()
         super().__init__(
             model=model,
             args=args,
             data_collator=Collator(model.processor.tokenizer.pad_token_id),
             train_dataset=samples,
             eval_dataset=eval_dataset,
-            callbacks=[LossScheduleCallback(loss), StopOnSignalCallback(), CollapseCallback(), *(callbacks or [])],
+            callbacks=[LossScheduleCallback(loss), stop, CollapseCallback(), *(callbacks or [])],
         )
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
@@ -132,6 +126,7 @@ class Trainer(TransformersTrainer):
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        self._stop = stop
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
@@ -146,7 +141,26 @@ class Trainer(TransformersTrainer):
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stop.restore()
+        if self._stop.agreed(self.args.device):  # after the last checkpoint
+            self._stop.leave(self.state.global_step)
+        return result
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:  # by its name, for the output may have been moved
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return position
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from its last checkpoint
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run a batch forward and backward, in chunks if `chunk_size` says so.
@@ -272,12 +286,13 @@ class Trainer(TransformersTrainer):
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            worker_init_fn=_leave_group,
             **workers,
         )
 
     def _batches(self) -> EpochBatches:
         samples: Any = self.train_dataset
-        return EpochBatches(
+        batches = EpochBatches(
             len(samples),
             self.args.train_batch_size,
             data_seed(self.args),
@@ -286,6 +301,9 @@ class Trainer(TransformersTrainer):
             drop_last=self.args.dataloader_drop_last,
             image_of_row=samples.image_of_row if self.args.unique_images else None,
         )
+        if not len(batches):
+            raise ValueError(f"no batch: {len(samples)} rows do not fill one, and dataloader_drop_last leaves it out")
+        return batches
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)
@@ -312,6 +330,12 @@ class Trainer(TransformersTrainer):
             aside.rmdir()
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+
+def _leave_group(_: int) -> None:
+    """Take a worker out of the process group, whose SIGTERM is for the process that writes the checkpoint."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 class _EpochLoader(DataLoader[Any]):

@@ -89,6 +89,36 @@ def test_a_run_stopped_in_its_second_stage_goes_on(trained, tmp_path, run):
     assert all(np.array_equal(one[name], two[name]) for name in one)
 
 
+def test_old_results_are_not_taken_for_those_of_a_new_run(trained, tmp_path, run):
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": str(tmp_path / "run"), "seed": 7}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "results.json", tmp_path / "run")
+    shutil.copytree(trained / "model", tmp_path / "run" / "model")
+    code, _, err = run("train", "--config", tmp_path / "c.yaml")
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 7
+    one, two = (D2SVSE.from_pretrained(folder / "model").state_dict() for folder in (trained, tmp_path / "run"))
+    assert any(not np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_path, run):
+    from filelock import FileLock
+
+    shutil.copytree(trained, tmp_path / "run")
+    start = json.loads((tmp_path / "run" / "start.json").read_text())
+    (tmp_path / "run" / "start.json").write_text(json.dumps(start | {"data": "of other pictures"}))
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
+    assert code == 2
+    assert "the training data was of other pictures" in err
+    with FileLock(tmp_path / "run" / ".lock"):
+        code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
+    assert code == 2
+    assert "another run is writing to it" in err
+
+
 def test_a_run_is_not_resumed_with_other_options(trained, run):
     result = run("train", "--config", trained / "recipe.yaml", "--resume", "--set", "learning_rate=5e-4")
     one_line_error(result, "recipe.yaml: training was", "resume with the same options")

@@ -172,3 +172,31 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
         load_image(read_shards(index)[0].image)
     with pytest.raises(ValueError, match="must be positive"):
         write_shards([], tmp_path, 0)
+    index.write_bytes(b"\xff\xfe")
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        read_shards(index)
+    with tarfile.open(tmp_path / "list.tar", "w") as tar:
+        (tmp_path / "k.json").write_text("[1]")
+        tar.add(tmp_path / "k.json", "k.json")
+    with pytest.raises(ManifestError, match="expected a JSON object with captions, got list"):
+        index_shards([tmp_path / "list.tar"], index)
+
+
+def test_shards_are_not_written_over_their_source(shards):
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    with pytest.raises(ValueError, match="cannot be written over those that they are made from"):
+        write_shards(read_shards(shards), shards, 5)
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+
+
+def test_a_rewrite_that_stops_leaves_no_index_into_other_shards(train_dataset, tmp_path, monkeypatch):
+    write_shards(train_dataset.records, tmp_path, 20)
+    monkeypatch.setattr("d2svse.data.shards._write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(train_dataset.records, tmp_path, 5)
+    assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_urls_of_folders_and_signed_urls(server, train_dataset):
+    for url in (server[0], f"{server[0]}/", f"{server[0]}/{INDEX_FILE}?token=1"):
+        assert len(read_shards(url)) == len(train_dataset)

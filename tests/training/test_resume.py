@@ -1,5 +1,6 @@
 """Killed and resumed runs: a small share of what benchmarks/resume.py does."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_a_broken_checkpoint_is_left_out_with_a_warning(tmp_path, fault, caplog)
         (newer / SUMS_FILE).write_text('{"model.safe')
     assert last_whole_checkpoint(tmp_path) == str(older)
     assert f"{newer} is left out" in caplog.text
+
+
+def test_a_checkpoint_whose_best_is_broken_is_left_out(tmp_path, caplog):
+    best, _, newest = (make_checkpoint(tmp_path, step) for step in (1, 2, 3))
+    aside = tmp_path / "aside"
+    shutil.copytree(newest, aside)
+    (aside / "trainer_state.json").write_text('{"best_global_step": 1}')
+    seal_checkpoint(aside, newest)
+    assert last_whole_checkpoint(tmp_path) == str(newest)
+    (best / "model.safetensors").write_bytes(b"")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "its best checkpoint, checkpoint-1, is broken" in caplog.text
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):

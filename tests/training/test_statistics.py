@@ -48,7 +48,7 @@ def test_spread_is_nothing_for_equal_vectors_and_one_for_random_ones():
 
 
 def say(callback, epoch, **logs):
-    callback.on_log(None, SimpleNamespace(epoch=epoch, global_step=7), None, logs)
+    callback.on_log(None, SimpleNamespace(epoch=epoch, global_step=7, is_world_process_zero=True), None, logs)
 
 
 def test_a_collapse_is_warned_of_once(caplog):

@@ -1,8 +1,11 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
@@ -279,3 +282,81 @@ def test_all_captions_can_be_trained_on_with_no_image_twice_in_a_batch(make_mode
     trainer.train()
     assert all(len(set(batch)) == len(batch) for batch in seen)
     assert sum(map(len, seen)) == 2 * len(train_dataset.captions)
+
+
+def test_a_moved_run_still_ends_with_its_best_model(make_model, make_args, train_dataset, val_dataset, tmp_path):
+    trainer = Trainer(make_model(), make_args(num_train_epochs=3, save_total_limit=None), train_dataset, val_dataset)
+    trainer.state.best_metric = None
+    trainer._determine_best_metric = lambda metrics, trial: _first_is_best(trainer)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    moved = tmp_path / "moved"
+    Path(trainer.args.output_dir).rename(moved)
+    again = Trainer(
+        make_model(seed=1), make_args(num_train_epochs=3, output_dir=str(moved)), train_dataset, val_dataset
+    )
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(moved / "checkpoint-3")
+    best = D2SVSE.from_pretrained(moved / "checkpoint-3").state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in again.model.state_dict().items())
+
+
+def _first_is_best(trainer) -> bool:
+    trainer.state.best_metric = 1.0
+    trainer.state.best_global_step = 3
+    return trainer.state.global_step == 3
+
+
+def test_a_run_that_ended_within_an_epoch_is_not_trained_on(make_model, make_args, train_dataset):
+    whole = Trainer(make_model(), make_args(num_train_epochs=1.4), train_dataset)
+    whole.train()
+    again = Trainer(make_model(seed=1), make_args(num_train_epochs=1.4), train_dataset)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == whole.state.global_step == 5
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+def sigterm_at(event: str):
+    """A callback that sends SIGTERM to this process at an event."""
+
+    class Sender(TrainerCallback):
+        def __getattribute__(self, name):
+            if name == event:
+                return lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getattribute__(name)
+
+    return Sender()
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate", "on_train_end"])
+def test_sigterm_at_any_time_ends_with_143_and_the_same_weights(
+    make_model, make_args, train_dataset, val_dataset, event, tmp_path
+):
+    whole = Trainer(make_model(), make_args(output_dir=str(tmp_path / "whole")), train_dataset, val_dataset)
+    whole.train()
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = Trainer(make_model(), make_args(), train_dataset, val_dataset, callbacks=[sigterm_at(event)])
+    with pytest.raises(SystemExit) as stop:
+        stopped.train()
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = Trainer(make_model(), make_args(), train_dataset, val_dataset)
+    resumed.train(resume_from_checkpoint=True)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_an_exception_gives_the_signal_back(make_model, make_args, train_dataset):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = Trainer(make_model(), make_args(), train_dataset)
+    trainer.task.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_batch_at_all_is_said(make_model, make_args, train_dataset):
+    args = make_args(per_device_train_batch_size=64, dataloader_drop_last=True, save_strategy="no")
+    with pytest.raises(ValueError, match="no batch: 48 rows do not fill one"):
+        Trainer(make_model(), args, train_dataset).train()
