@@ -17,11 +17,13 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
-
-from huggingface_hub import get_session
+from urllib.request import Request, urlopen
 
 from d2svse.data.manifest import ManifestError, Record, parse_json_lines, record_texts
 from d2svse.files import write_text, written_aside
@@ -31,7 +33,6 @@ from d2svse.progress import progress_bar
 INDEX_FILE = "shards.jsonl"
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds
-PARTIAL_CONTENT, TOO_MANY_REQUESTS = 206, 429
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,33 +227,33 @@ def fetch(url: str) -> bytes:
     Raises:
         OSError: if it cannot be had.
     """
-    content: bytes = _request(url).content
-    return content
+    return _request(url)[1]
 
 
 def _fetch_range(url: str, offset: int, size: int) -> bytes:
-    response = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"})
-    if response.status_code != PARTIAL_CONTENT:
+    status, content = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"})
+    if status != HTTPStatus.PARTIAL_CONTENT:
         raise OSError(f"{url}: the server does not serve parts of a file (range requests)")
-    content: bytes = response.content
     return content
 
 
-def _request(url: str, headers: dict[str, str] | None = None) -> Any:
+def _request(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
+    """Status and content; what may pass is tried again."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            response = get_session().get(url, headers=headers, timeout=TIMEOUT)  # keeps connections, knows of forks
-            if response.status_code < 500 and response.status_code != TOO_MANY_REQUESTS:
-                break
-            problem = f"status {response.status_code}"
-        except Exception as error:  # its class depends on the version of huggingface_hub
-            problem = str(error) or type(error).__name__
-        if attempt == ATTEMPTS:
-            raise OSError(f"{url}: {problem}, {ATTEMPTS} times")
-        time.sleep(0.2 * 2**attempt)
-    if response.status_code >= 400:
-        raise OSError(f"{url}: status {response.status_code}")
-    return response
+            with urlopen(Request(url, headers=headers or {}), timeout=TIMEOUT) as response:
+                if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
+                    return response.status, b""  # do not fetch a whole shard for a picture
+                return response.status, response.read()
+        except HTTPError as error:
+            problem, passes = f"status {error.code}", error.code >= 500 or error.code == HTTPStatus.TOO_MANY_REQUESTS
+        except (OSError, HTTPException) as error:
+            problem, passes = str(error) or type(error).__name__, True
+        if not passes:
+            raise OSError(f"{url}: {problem}")
+        if attempt < ATTEMPTS:
+            time.sleep(0.2 * 2**attempt)
+    raise OSError(f"{url}: {problem}, {ATTEMPTS} times")
 
 
 def _write_shard(path: Path, records: dict[str, Record]) -> None:
