@@ -15,10 +15,10 @@ from transformers import BertConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
 from d2svse.losses import build_distillation_loss, build_loss
+from d2svse.training.building import tie_temperature
 from d2svse.training.distributed import average_gradients
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.tasks import DistillTask, PretrainTask, freeze_unused, total_loss
-from d2svse.training.trainer import _tie_temperature
 
 LOSSES = {
     "infonce": {"name": "infonce"},
@@ -80,7 +80,7 @@ def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
 
 def gradients(model: Any, task: Any, batch: dict[str, torch.Tensor], chunk_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of a batch of which this process takes its share."""
-    _tie_temperature(model, task.loss)
+    tie_temperature(model, task.loss)
     wrapped = model
     if dist.is_initialized():
         freeze_unused(model, task, make_batch(2))

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
-from d2svse.training.trainer import parameter_groups
+from d2svse.training.building import parameter_groups
 
 
 @pytest.fixture

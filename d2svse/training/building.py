@@ -1,0 +1,112 @@
+"""What a trainer is made of: task, samples, parameter groups, temperature."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2svse.data import ImageTextDataset, TrainingSamples
+from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
+from d2svse.models import D2SVSE
+from d2svse.training.arguments import TrainingArguments
+from d2svse.training.caches import ImageTokens
+from d2svse.training.tasks import DistillTask, PretrainTask
+
+logger = logging.getLogger(__name__)
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """The seed of sample order, draws and augmentation."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
+    """The task of a stage."""
+    if args.stage == "distill":
+        return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
+    return PretrainTask(loss, args.text_groups)
+
+
+def make_samples(
+    model: D2SVSE,
+    args: TrainingArguments,
+    dataset: ImageTextDataset,
+    teacher_embeddings: Tensor | None = None,
+    image_tokens: ImageTokens | None = None,
+) -> TrainingSamples:
+    """The training samples of a stage."""
+    processor: Any = model.processor
+    dense = args.stage == "pretrain"
+    samples = TrainingSamples(
+        dataset,
+        processor,
+        text="dense" if dense else "sparse",
+        captions_per_epoch=args.captions_per_epoch,  # type: ignore[arg-type]
+        seed=data_seed(args),
+        augment_images=args.augment_images,
+        augment_words=args.augment_words,
+        max_length=args.dense_max_length if dense else args.max_length,
+        teacher_embeddings=teacher_embeddings,
+        image_tokens=image_tokens,
+    )
+    if args.drop_image_tokens and image_tokens is not None:
+        samples.num_image_tokens = image_tokens.shape[1]
+    elif args.drop_image_tokens:
+        height, width = samples[0]["pixel_values"].shape[-2:]
+        samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
+    return samples
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups: backbones or not, weight decay or not.
+
+    Those that are no backbone's come first: theirs is the learning rate that the log shows.
+
+    Args:
+        model: the model.
+        args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
+        decayed: names of the parameters that weight decay acts on.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = name in decayed and parameter.ndim > 1  # neither the temperature nor gains
+            groups.setdefault((".backbone." in name, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": args.learning_rate * (args.backbone_lr_scale if backbone else 1.0),
+            "weight_decay": args.weight_decay if decay else 0.0,
+        }
+        for (backbone, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
+    """Make the model's logit scale the loss's; shared if it is learned, so that the model trains and saves it."""
+    model.logit_scale.requires_grad_(False)
+    if isinstance(loss, InfoNCE):
+        with torch.no_grad():
+            model.logit_scale.copy_(loss.log_scale)
+        if loss.learn_temperature:
+            loss.log_scale = model.logit_scale.requires_grad_(True)
+
+
+def warn_of_truncation(samples: TrainingSamples) -> None:
+    """Warn if dense captions are longer than the limit, and say what share of them."""
+    if samples.dense_captions is None:
+        return
+    lengths = [len(ids) for ids in samples.processor.tokenizer(samples.dense_captions, verbose=False)["input_ids"]]
+    cut = sum(length > samples.max_length for length in lengths)
+    if cut:
+        logger.warning(
+            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "
+            "them whole",
+            cut,
+            len(lengths),
+            100 * cut / len(lengths),
+            samples.max_length,
+        )
