@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from d2svse.cli.app import main
+from d2svse.retrieval.evaluation import score_dataset
 
 WORKER = Path(worker.__file__)
 
@@ -105,3 +106,30 @@ def test_two_nodes_train_as_one(one_process, scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
     ends_well(*[torchrun(*nodes, "-m", "d2svse", *command) for _ in range(2)])
     same_run(one_process, tmp_path / "run")
+
+
+class Pretended:
+    """One of two processes as evaluation sees it, which knows what the other would send."""
+
+    def __init__(self, rank: int, sent: list) -> None:
+        self.rank, self.sent = rank, sent
+
+    def share(self, length: int) -> slice:
+        rows = torch.arange(length).tensor_split(2)[self.rank].tolist()
+        return slice(rows[0], rows[-1] + 1) if rows else slice(length, length)
+
+    def gather_rows(self, tensor):
+        self.sent.append(tensor)
+        return tensor
+
+    gather_features = gather_rows
+
+
+def test_a_process_without_pictures_still_evaluates(model, val_dataset):
+    one = type(val_dataset)(val_dataset.records[:1])
+    for rank, shape in ((0, (1, 3)), (1, (0, 2))):
+        sent: list = []
+        scores, owner = score_dataset(model, one, processes=Pretended(rank, sent))
+        assert scores.shape == shape  # nothing is joined here: own pictures with own captions
+        assert len(owner) == len(one.captions)
+        assert len(sent) == 2
