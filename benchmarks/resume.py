@@ -12,6 +12,7 @@ one before. Exits with 1 if any weight differs in any bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -83,13 +84,32 @@ def finish(folder: Path, output: Path, processes: int) -> None:
         raise RuntimeError(f"exit {code}: see {output}.log")
 
 
-def kill(process: subprocess.Popen[bytes], kind: signal.Signals, moment: float, alone: bool = True) -> bool:
+def running(output: Path) -> list[int]:
+    """Every process that was started for an output, data workers included (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(output).encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def kill(
+    process: subprocess.Popen[bytes], output: Path, kind: signal.Signals, moment: float, alone: bool = True
+) -> bool:
     """Send a signal to a run after some seconds; whether it was still running."""
     try:
         process.wait(moment)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, kind)  # as a batch system and torchrun do it
+        if kind == signal.SIGTERM:
+            os.killpg(process.pid, kind)  # as a batch system and torchrun do it
+        else:
+            for pid in running(output):  # torchrun's processes have groups of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, kind)
         expected = {0, -kind, 128 + signal.SIGTERM} if alone else {0, -kind, 1}  # torchrun has a code of its own
         if process.wait(120) not in expected:
             raise RuntimeError(f"exit {process.returncode} after {kind.name}") from None
@@ -143,7 +163,7 @@ def main() -> int:
     for number in range(given.kills):
         kind, output = (signal.SIGKILL, signal.SIGTERM)[number % 2], folder / f"kill-{number}"
         moment, times = random_.uniform(0.2, 1.0) * lasted, 0
-        times += kill(launch(folder, output, given.processes), kind, moment, given.processes == 1)
+        times += kill(launch(folder, output, given.processes), output, kind, moment, given.processes == 1)
         finish(folder, output, given.processes)
         equal = same(whole, output)
         right += equal
@@ -154,7 +174,7 @@ def main() -> int:
         while len(found := checkpoints_under_way(output)) < 2:  # so that there is one before the newest
             shutil.rmtree(output, ignore_errors=True)
             moment = random_.uniform(0.5, 0.95) * lasted
-            kill(launch(folder, output, given.processes), signal.SIGKILL, moment)
+            kill(launch(folder, output, given.processes), output, signal.SIGKILL, moment)
         cut = truncate(random_.choice(found[-2:]) if number % 4 == 3 else found[-1], random_)
         finish(folder, output, given.processes)
         if number % 4 != 3 and f"{found[-1]} is left out" not in Path(f"{output}.log").read_text():
