@@ -125,11 +125,11 @@ def same(one: Path, two: Path) -> bool:
     return (one / "results.json").read_bytes() == (two / "results.json").read_bytes()
 
 
-def checkpoints_under_way(output: Path) -> list[Path]:
-    """The whole checkpoints of the stage that a killed run was in, the newest last."""
+def checkpoints_under_way(output: Path, stage: str) -> list[Path]:
+    """The whole checkpoints of a stage that has not ended, the newest last."""
     results = output / "results.json"
-    finished = json.loads(results.read_text()) if results.is_file() else {}
-    stage = next((stage for stage in ("pretrain", "distill") if stage not in finished), "")
+    if results.is_file() and stage in json.loads(results.read_text()):
+        return []
     found = (path for path in (output / stage / "checkpoints").glob("checkpoint-*") if (path / SUMS_FILE).is_file())
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
@@ -171,10 +171,13 @@ def main() -> int:
     recovered = 0
     for number in range(given.truncations):
         output = folder / f"cut-{number}"
-        while len(found := checkpoints_under_way(output)) < 2:  # so that there is one before the newest
+        stage = random_.choice(("pretrain", "distill"))
+        while len(found := checkpoints_under_way(output, stage)) < 2:  # so that there is one before the newest
             shutil.rmtree(output, ignore_errors=True)
-            moment = random_.uniform(0.5, 0.95) * lasted
-            kill(launch(folder, output, given.processes), output, signal.SIGKILL, moment)
+            process = launch(folder, output, given.processes)
+            while process.poll() is None and len(checkpoints_under_way(output, stage)) < 2:
+                time.sleep(0.05)
+            kill(process, output, signal.SIGKILL, random_.uniform(0.01, 0.5))
         cut = truncate(random_.choice(found[-2:]) if number % 4 == 3 else found[-1], random_)
         finish(folder, output, given.processes)
         if number % 4 != 3 and f"{found[-1]} is left out" not in Path(f"{output}.log").read_text():
