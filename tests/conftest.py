@@ -9,7 +9,7 @@ import transformers
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset
+from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset, TrainingArguments
 from d2svse.cli.app import main
 from d2svse.data import write_scenes
 from d2svse.demo import build_tokenizer
@@ -75,6 +75,31 @@ def make_model(processor: D2SVSEProcessor) -> Callable[..., D2SVSE]:
         model = D2SVSE(tiny_config(**options)).eval()
         model.processor = processor
         return model
+
+    return make
+
+
+@pytest.fixture
+def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Arguments of a short run on the CPU."""
+
+    def make(stage="pretrain", **options) -> TrainingArguments:
+        defaults = {
+            "output_dir": str(tmp_path / stage),
+            "stage": stage,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 16,
+            "num_context_tokens": 4,
+            "decoder_layers": 1,
+            "decoder_heads": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        if options.get("save_strategy") == "no":
+            defaults["load_best_model_at_end"] = False
+        return TrainingArguments(**{**defaults, **options})
 
     return make
 

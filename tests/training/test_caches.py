@@ -119,22 +119,10 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     assert all(torch.equal(tokens[row], whole[row]) for row in range(len(train_dataset)))
 
 
-def test_training_on_kept_tokens_is_training_on_pictures(make_model, train_dataset, tmp_path):
+def test_training_on_kept_tokens_is_training_on_pictures(make_model, make_args, train_dataset, tmp_path):
     curves = []
     for cache in (None, str(tmp_path / "tokens")):
-        args = TrainingArguments(
-            output_dir=str(tmp_path / "run"),
-            freeze_vision=True,
-            cache_image_tokens=cache,
-            augment_images=False,
-            num_train_epochs=2,
-            per_device_train_batch_size=16,
-            logging_steps=1,
-            save_strategy="no",
-            load_best_model_at_end=False,
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        args = make_args(freeze_vision=True, cache_image_tokens=cache, augment_images=False, save_strategy="no")
         trainer = Trainer(make_model(), args, train_dataset)
         trainer.train()
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse import Features, Trainer, TrainingArguments
+from d2svse import Features, Trainer
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training.statistics import CollapseCallback, batch_statistics, spread
 
@@ -67,26 +67,14 @@ def test_a_collapse_is_warned_of_once(caplog):
     assert caplog.text.count("seems to have collapsed") == 2
 
 
-def test_a_model_that_is_driven_into_collapse_is_noticed(make_model, train_dataset, tmp_path, caplog):
+def test_a_model_that_is_driven_into_collapse_is_noticed(make_model, make_args, train_dataset, caplog):
     model = make_model()
     with torch.no_grad():
         model.image_encoder.projection.weight.zero_()
         model.image_encoder.projection.bias.fill_(1.0)
         model.text_encoder.layer_norm.weight.zero_()
         model.text_encoder.layer_norm.bias.fill_(1.0)
-    args = TrainingArguments(
-        output_dir=str(tmp_path),
-        loss="hinge",
-        mining="hardest",
-        learning_rate=1e-9,
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
-        logging_steps=1,
-        save_strategy="no",
-        load_best_model_at_end=False,
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = make_args(loss="hinge", mining="hardest", learning_rate=1e-9, save_strategy="no")
     trainer = Trainer(model, args, train_dataset)
     with caplog.at_level(logging.WARNING):
         trainer.train()

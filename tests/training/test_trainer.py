@@ -13,29 +13,6 @@ from d2svse.training import Teacher
 from d2svse.training.building import parameter_groups
 
 
-@pytest.fixture
-def make_args(tmp_path):
-    def make(stage="pretrain", **options) -> TrainingArguments:
-        defaults = {
-            "output_dir": str(tmp_path / stage),
-            "stage": stage,
-            "learning_rate": 2e-3,
-            "num_train_epochs": 2,
-            "per_device_train_batch_size": 16,
-            "num_context_tokens": 4,
-            "decoder_layers": 1,
-            "decoder_heads": 2,
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        if options.get("save_strategy") == "no":
-            defaults["load_best_model_at_end"] = False
-        return TrainingArguments(**{**defaults, **options})
-
-    return make
-
-
 def losses(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
 
