@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from d2svse.features import Features
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
+from d2svse.training.batchnorm import counted_in_batch_norm
 from d2svse.training.distributed import gather_features, gather_rows
 from d2svse.training.statistics import batch_statistics
 
@@ -41,9 +42,10 @@ class PretrainTask(nn.Module):
         """Run the model on a batch of this process, without scoring: images and sentences."""
         names = ("pixel_values", "image_tokens", "input_ids", "attention_mask", "image_token_mask")
         given = {name: batch[name] for name in names if name in batch}
-        output = model(**given, return_logits=False, text_groups=self.text_groups)
-        counted = slice(len(batch["image_ids"]))  # a sample that only keeps a process busy has no id
-        images, texts = output.image_features[counted], output.text_features[counted]
+        count = len(batch["image_ids"])  # a sample that only keeps a process busy has no id
+        with counted_in_batch_norm(count > 0):
+            output = model(**given, return_logits=False, text_groups=self.text_groups)
+        images, texts = output.image_features[:count], output.text_features[:count]
         if similarity_of(model).requires == "pooled":
             return Features(images.pooled), Features(texts.pooled)
         return images, texts

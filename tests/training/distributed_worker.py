@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, ViTConfig
+from transformers import BertConfig, ResNetConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
 from d2svse.losses import build_distillation_loss, build_loss
+from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import tie_temperature
 from d2svse.training.distributed import average_gradients
 from d2svse.training.gradcache import cached_backward
@@ -33,17 +34,18 @@ DISTILLATIONS = ("cosine", "l1", "l2", "kl")
 IMAGE_SIZE, DIM = 16, 12
 
 
-def make_model(similarity: str = "cosine", decoder: bool = False) -> D2SVSE:
-    """A tiny model in float64, without dropout."""
+def make_model(similarity: str = "cosine", decoder: bool = False, batch_norm: bool = False) -> D2SVSE:
+    """A tiny model in float64, without dropout; with batch norm a ResNet, and the published projection of words."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    vision = ViTConfig(**small, **off, image_size=IMAGE_SIZE, patch_size=8)
+    vision: Any = ViTConfig(**small, **off, image_size=IMAGE_SIZE, patch_size=8)
+    if batch_norm:
+        vision = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
     text = BertConfig(**small, **off, vocab_size=50, max_position_embeddings=16)
-    config = D2SVSEConfig(
-        vision_config=vision.to_dict(), text_config=text.to_dict(), embed_dim=DIM, similarity=similarity
-    )
-    model = D2SVSE(config)
+    sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+    projection = "residual_mlp" if batch_norm else "linear"
+    model = D2SVSE(D2SVSEConfig(**sides, embed_dim=DIM, similarity=similarity, text_projection=projection))
     if decoder:
         model.add_decoder(num_tokens=2, num_layers=1, num_heads=2)
     return model.double().train()
@@ -65,6 +67,8 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
 def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
     """Name, model, task, batch and chunk size of every case."""
     for size in (7, 3):
+        model, task = make_model(batch_norm=True), PretrainTask(build_loss("infonce"))
+        yield f"batch norm, {size} pairs", model, task, make_batch(size), 0
         for chunk_size in (0, 2):
             end = f", {size} pairs{', chunks' if chunk_size else ''}"
             for name, loss in LOSSES.items():
@@ -83,6 +87,7 @@ def gradients(model: Any, task: Any, batch: dict[str, torch.Tensor], chunk_size:
     tie_temperature(model, task.loss)
     wrapped = model
     if dist.is_initialized():
+        synchronise_batch_norm(model, model.device)
         freeze_unused(model, task, make_batch(2))
         wrapped = DistributedDataParallel(model)
         batch = share(batch, dist.get_rank(), dist.get_world_size())
@@ -94,7 +99,8 @@ def gradients(model: Any, task: Any, batch: dict[str, torch.Tensor], chunk_size:
         parts = task(wrapped, batch)
         total_loss(parts).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": total_loss(parts).detach(), **found}
+    statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return {"loss": total_loss(parts).detach(), **found, **statistics}
 
 
 def share(batch: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
