@@ -32,6 +32,7 @@ class D2SVSEConfig(PreTrainedConfig):
             so in training, and in eval mode adds it L2-normalised, as the published evaluation.
         context_residual: False takes the decoder's output alone, without the pooled sentence.
         similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`.
+        lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
         logit_scale_init_value: log(1 / temperature) by which scores become logits.
 
     Raises:
@@ -54,6 +55,7 @@ class D2SVSEConfig(PreTrainedConfig):
     fusion: str = "sum"
     context_residual: bool = True
     similarity: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -67,6 +69,9 @@ class D2SVSEConfig(PreTrainedConfig):
         ):
             if name not in known:
                 raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
+        for side in self.lora or {}:
+            if side not in ("vision", "text"):
+                raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)

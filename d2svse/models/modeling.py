@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from d2svse.features import Features
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
+from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
@@ -100,6 +101,8 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.processor: D2SVSEProcessor | None = None
         self.post_init()
+        for side, arguments in (config.lora or {}).items():
+            add_lora(self._backbone(side), **arguments)
 
     @classmethod
     def from_backbones(
@@ -295,11 +298,43 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         return self.decoder
 
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
-        """Freeze a backbone (True), free it (False) or leave it (None); a frozen one stays in eval mode."""
-        for encoder, frozen in ((self.image_encoder, vision), (self.text_encoder, text)):
+        """Freeze a backbone (True), free it (False) or leave it (None); a frozen one stays in eval mode.
+
+        Of one with LoRA only the added matrices are freed.
+        """
+        for side, frozen in (("vision", vision), ("text", text)):
             if frozen is not None:
-                encoder.backbone.requires_grad_(not frozen)
+                adapted = side in (self.config.lora or {})
+                for name, parameter in self._backbone(side).named_parameters():
+                    parameter.requires_grad_(not frozen and (not adapted or MARK in name))
         self.train(self.training)
+
+    def add_lora(self, side: Literal["vision", "text"], **arguments: Any) -> None:
+        """Put LoRA matrices beside a backbone's layers and freeze the rest of it; saved with the model.
+
+        Args:
+            side: which backbone.
+            **arguments: arguments of `d2svse.models.adapters.add_lora`.
+
+        Raises:
+            ImportError: if peft is missing.
+            ValueError: if the backbone has LoRA already, or no layer of the names asked for.
+        """
+        present = self.config.lora or {}
+        if side in present:
+            raise ValueError(f"the {side} backbone has LoRA already")
+        add_lora(self._backbone(side), **arguments)
+        self.config.lora = {**present, side: arguments}
+
+    def merge_lora(self) -> None:
+        """Add all LoRA matrices to the weights beside them: a plain model with the same outputs."""
+        for side in self.config.lora or {}:
+            merge_lora(self._backbone(side))
+        self.config.lora = None
+
+    def _backbone(self, side: str) -> PreTrainedModel:
+        encoder: Any = self.image_encoder if side == "vision" else self.text_encoder
+        return encoder.backbone
 
     def train(self, mode: bool = True) -> D2SVSE:
         """Set the training mode, of all but frozen backbones."""

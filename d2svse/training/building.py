@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2svse.data import ImageTextDataset, TrainingSamples
 from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
 from d2svse.models import D2SVSE
+from d2svse.models.adapters import MARK
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
 from d2svse.training.tasks import DistillTask, PretrainTask
@@ -60,10 +61,25 @@ def make_samples(
     return samples
 
 
+def adapt(model: D2SVSE, args: TrainingArguments) -> None:
+    """Give the model the LoRA matrices that the arguments name; those it has from before are trained on.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    present = model.config.lora or {}
+    for side, arguments in args.lora_arguments().items():
+        if side not in present:
+            model.add_lora(side, **arguments)  # type: ignore[arg-type]
+        elif present[side] != arguments:
+            raise ValueError(f"the {side} backbone has LoRA with {present[side]}, and {arguments} was asked for")
+
+
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups: backbones or not, weight decay or not.
 
-    Those that are no backbone's come first: theirs is the learning rate that the log shows.
+    LoRA matrices count as new weights, not as the backbone's. What is no backbone's comes first: its is
+    the learning rate that the log shows.
 
     Args:
         model: the model.
@@ -74,7 +90,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = name in decayed and parameter.ndim > 1  # neither the temperature nor gains
-            groups.setdefault((".backbone." in name, decays), []).append(parameter)
+            groups.setdefault((".backbone." in name and MARK not in name, decays), []).append(parameter)
     return [
         {
             "params": parameters,
