@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from d2svse.demo import build_tokenizer
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this process keep to it
 
 IMAGE_SIZE = 32
 

@@ -10,17 +10,20 @@ if TYPE_CHECKING:
     from d2svse.models import D2SVSE
 
 
-def quiet_transformers() -> None:
-    """Show errors only, and no bars of transformers' own beside ours."""
+def prepare_process() -> None:
+    """Set up the CPU, and let transformers show errors only, and no bars of its own beside ours."""
     import transformers
 
+    from d2svse.cpu import prepare_cpu
+
+    prepare_cpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def load_model(name: str) -> D2SVSE:
     """Load a model for use, with its processor."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.models import D2SVSE
     from d2svse.models.modeling import check_model_folder
 

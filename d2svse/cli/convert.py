@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.cli.common import parse_assignments, quiet_transformers
+from d2svse.cli.common import parse_assignments, prepare_process
 
 app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def published(
     ] = None,
 ) -> None:
     """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.hub import convert_published
     from d2svse.hub.architecture import SETTINGS
 
@@ -62,7 +62,7 @@ def to_published(
     output: Annotated[Path, typer.Argument(help="The .pth file to write.")],
 ) -> None:
     """Write a model folder in the published format."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.hub import write_published
 
     write_published(folder, output)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import parse_assignments, print_recalls, quiet_transformers
+from d2svse.cli.common import parse_assignments, prepare_process, print_recalls
 
 
 def demo(
@@ -19,7 +19,7 @@ def demo(
     similarity_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.")] = None,
 ) -> None:
     """Train both stages from scratch on drawn scenes, on the CPU, in minutes; nothing is downloaded."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.demo import run_demo
 
     chosen = {"name": similarity, **parse_assignments(similarity_arg or [], "--similarity-arg")}

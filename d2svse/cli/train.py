@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.cli.common import parse_assignments, print_recalls, quiet_transformers
+from d2svse.cli.common import parse_assignments, prepare_process, print_recalls
 
 _DATA, _MODEL, _TRAINING = "Data", "Model", "Training"
 
@@ -65,6 +65,12 @@ def train(
     freeze_text: Annotated[
         bool, typer.Option("--freeze-text", help="Keep the text backbone as it is.", rich_help_panel=_TRAINING)
     ] = False,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="Train LoRA matrices in place of a backbone: vision, text or both.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Train in bfloat16 mixed precision.", rich_help_panel=_TRAINING)
     ] = False,
@@ -82,6 +88,12 @@ def train(
     workers: Annotated[
         int | None, typer.Option(help="Processes that prepare samples.", rich_help_panel=_TRAINING)
     ] = None,
+    on_nonfinite: Annotated[
+        str | None,
+        typer.Option(
+            help="At a NaN or infinite loss: error, or skip the step. [default: error]", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,7 +106,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run with this output stopped.")] = False,
 ) -> None:
     """Train a model in two stages, or in one of them."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.training.distributed import is_main_process
     from d2svse.training.recipe import STAGES, Recipe, read_recipe, run_recipe
 
@@ -120,6 +132,7 @@ def train(
         "num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "learning_rate": lr, "loss": loss,
         "freeze_vision": freeze_vision or None, "freeze_text": freeze_text or None, "bf16": bf16 or None,
         "dataloader_num_workers": workers, "cache_image_tokens": cache_image_tokens, "chunk_size": chunk_size,
+        "on_nonfinite": on_nonfinite, "lora": lora,
     }  # fmt: skip
     section("training").update({name: value for name, value in training.items() if value is not None})
     for key, value in parse_assignments(set_ or [], "--set").items():

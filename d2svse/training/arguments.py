@@ -12,10 +12,12 @@ from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.losses.triplet import Mining
+from d2svse.training.nonfinite import OnNonfinite
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["pretrain", "distill", "align"]
+LORA_SIDES = {"vision": ("vision",), "text": ("text",), "both": ("vision", "text")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # D2S-VSE, Section 4.1 and Table 4.
@@ -105,6 +107,12 @@ class TrainingArguments(TransformersTrainingArguments):
         lr_gamma: see `lr_milestones`.
         freeze_vision: keep the vision backbone as it is.
         freeze_text: keep the text backbone as it is.
+        lora: train LoRA matrices in place of a backbone's weights: "none", "vision", "text" or "both".
+        lora_rank: see `d2svse.models.adapters.add_lora`; also the next three.
+        lora_alpha: 2 × rank without it.
+        lora_dropout: 0 without it.
+        lora_targets: all linear layers without it.
+        merge_lora: let `d2svse train` add the matrices to the weights before it saves the model of a stage.
         captions_per_epoch: "one" draws one sparse caption of each image, "all" takes each.
         unique_images: never have two captions of an image in a batch, where an epoch takes all captions.
         chunk_size: encode so many pairs of a process at a time (gradient caching): any batch size in the
@@ -116,6 +124,8 @@ class TrainingArguments(TransformersTrainingArguments):
         augment_images: crop and mirror pictures.
         augment_words: mask, replace and drop words.
         drop_image_tokens: drop some of the vision backbone's tokens.
+        on_nonfinite: "error" to stop at a loss or a gradient that is NaN or infinite, with a report, "skip"
+            to leave such steps out and count them.
         max_length: longest sparse caption in tokens; the processor's limit without it.
         dense_max_length: longest dense caption in tokens; the processor's limit without it.
 
@@ -143,6 +153,12 @@ class TrainingArguments(TransformersTrainingArguments):
     lr_gamma: float = 0.1
     freeze_vision: bool = False
     freeze_text: bool = False
+    lora: str = "none"
+    lora_rank: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_targets: list[str] = field(default_factory=list)
+    merge_lora: bool = False
     captions_per_epoch: str = "one"
     unique_images: bool = False
     chunk_size: int = 0
@@ -151,6 +167,7 @@ class TrainingArguments(TransformersTrainingArguments):
     augment_images: bool = True
     augment_words: bool = True
     drop_image_tokens: bool = True
+    on_nonfinite: OnNonfinite = "error"
     max_length: int | None = None
     dense_max_length: int | None = None
 
@@ -174,12 +191,17 @@ class TrainingArguments(TransformersTrainingArguments):
             ("stage", get_args(Stage)),
             ("mining", get_args(Mining)),
             ("captions_per_epoch", ("one", "all")),
+            ("lora", ("none", *LORA_SIDES)),
+            ("on_nonfinite", get_args(OnNonfinite)),
             ("token_placement", ("prefix", "postfix", "surround")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens keeps what a frozen backbone gives: set freeze_vision too")
+        for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
+            if frozen and side in self.lora_arguments():
+                raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it: give one")
         if self.chunk_size < 0 or self.text_groups < 1:
             given = f"{self.chunk_size} and {self.text_groups}"
             raise ValueError(f"chunk_size must not be negative and text_groups must be positive, got {given}")
@@ -230,3 +252,13 @@ class TrainingArguments(TransformersTrainingArguments):
             "placement": self.token_placement,
             "positions": self.decoder_positions,
         }
+
+    def lora_arguments(self) -> dict[str, dict[str, Any]]:
+        """Arguments of `D2SVSE.add_lora` for each side that gets LoRA."""
+        given = {
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout or None,
+            "target_modules": self.lora_targets or None,
+        }
+        arguments = {"rank": self.lora_rank, **{name: value for name, value in given.items() if value is not None}}
+        return {side: dict(arguments) for side in LORA_SIDES.get(self.lora, ())}

@@ -234,6 +234,8 @@ def _train_stages(
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         if main:
             datasets = {"train": train_dataset, "val": eval_dataset}
+            if stage_arguments[stage].merge_lora:
+                model.merge_lora()
             card = run_card(parse_yaml(configuration), datasets, results, sys.argv)
             _save(model, recipe.model_folder(stage), configuration, card)
             log = "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history)

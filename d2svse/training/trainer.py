@@ -25,7 +25,9 @@ from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
+from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
+    adapt,
     data_seed,
     make_samples,
     make_task,
@@ -38,6 +40,7 @@ from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
 from d2svse.training.distributed import Processes, average_gradients, world_size
 from d2svse.training.gradcache import cached_backward
+from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
@@ -101,6 +104,7 @@ class Trainer(TransformersTrainer):
         if args.stage == "pretrain" and model.decoder is not None:
             raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
+        adapt(model, args)
         loss = loss or args.build_loss()
         tie_temperature(model, loss)
         if any(parameter is not model.logit_scale for parameter in loss.parameters()):
@@ -116,6 +120,8 @@ class Trainer(TransformersTrainer):
             model.to(args.device)  # type: ignore[arg-type]
             folder, batch_size = Path(args.cache_image_tokens), args.per_device_eval_batch_size
             image_tokens = cached_image_tokens(model, train_dataset, folder, batch_size, not args.disable_tqdm)
+        if world_size() > 1 and not args.chunk_size:  # chunks are encoded at different times
+            synchronise_batch_norm(model, args.device)
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         warn_of_truncation(samples)
         stop = StopOnSignalCallback()
@@ -135,7 +141,8 @@ class Trainer(TransformersTrainer):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
         self._stop = stop
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
+        self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
@@ -178,6 +185,8 @@ class Trainer(TransformersTrainer):
         step, batch = self.state.global_step, 0
         if self._micro_step[0] == step:
             batch = self._micro_step[1] + 1
+        else:
+            self._guard.begin(model)
         self._micro_step = (step, batch)
         self._pairs += len(inputs["image_ids"]) * self.args.world_size
         stream = [self.args.seed, step, batch, self.args.process_index]
@@ -195,24 +204,36 @@ class Trainer(TransformersTrainer):
             parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
-        return self._count(parts).detach() * share
+        return self._count(parts, inputs).detach() * share
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Sum what the task names `*_loss`; keep all its scalars for the log."""
-        return self._count(self.task(model, inputs))
+        return self._count(self.task(model, inputs), inputs)
 
-    def _count(self, parts: dict[str, Tensor]) -> Tensor:
+    def _count(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+        self._guard.see(parts, inputs["image_ids"])
         for name, value in parts.items():
-            total, count = self._sums.get(name, (torch.zeros((), device=value.device), 0))
-            self._sums[name] = (total + value.detach().float(), count + 1)
+            total, count = self._sums.get(name, (0, 0))
+            value = value.detach().float()
+            finite = value.isfinite()  # the others are counted as skipped steps
+            self._sums[name] = (total + torch.where(finite, value, 0), count + finite.int())
         return total_loss(parts)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called between clipping and the optimizer's step, which must not see what is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None  # which leaves out steps that overflow, and lowers the scale
+        passes = self._guard.passes(model, None if scaled else grad_norm, self.state.global_step + 1)
+        return grad_norm if passes else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the task's scalars since the last time."""
         if "loss" in logs:
-            logs |= {name: total.item() / count for name, (total, count) in self._sums.items()}
+            logs |= {name: float(total) / max(int(count), 1) for name, (total, count) in self._sums.items()}
             now = time.perf_counter()
             logs["pairs_per_second"] = self._pairs / (now - self._since)
+            if self._guard.skipped:
+                logs["skipped_steps"] = self._guard.skipped
             self._sums, self._pairs, self._since = {}, 0, now
         super().log(logs, start_time)
 

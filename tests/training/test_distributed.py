@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed_worker as worker
@@ -106,6 +108,40 @@ def test_two_nodes_train_as_one(one_process, scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
     ends_well(*[torchrun(*nodes, "-m", "d2svse", *command) for _ in range(2)])
     same_run(one_process, tmp_path / "run")
+
+
+def worker_of(torchrun_pid: int, rank: int) -> int:
+    """The process that torchrun started as this rank (Linux)."""
+    for _ in range(600):
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == torchrun_pid and f"\0RANK={rank}\0".encode() in (folder / "environ").read_bytes():
+                    return int(folder.name)
+            except OSError:  # it has ended meanwhile
+                continue
+        time.sleep(0.1)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_a_process_that_dies_ends_the_others_and_is_named(scenes, backbones, tmp_path):
+    command = train_command(scenes, backbones, tmp_path / "run", 10)
+    command[command.index("--epochs") + 1] = 100
+    running = torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command)
+    victim, other = (worker_of(running.pid, rank) for rank in (1, 0))
+    while not list((tmp_path / "run").rglob("checkpoint-*")):
+        assert running.poll() is None
+        time.sleep(0.1)
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = running.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert running.returncode == 1
+    assert "SIGKILL" in errors
+    assert f"(pid: {victim})" in errors
+    assert not Path(f"/proc/{other}").exists()
 
 
 class Pretended:

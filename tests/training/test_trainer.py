@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
 from d2svse.training.building import parameter_groups
+from d2svse.training.checkpoints import last_whole_checkpoint
 
 
 def losses(trainer, name="loss"):
@@ -337,3 +339,46 @@ def test_no_batch_at_all_is_said(make_model, make_args, train_dataset):
     args = make_args(per_device_train_batch_size=64, dataloader_drop_last=True, save_strategy="no")
     with pytest.raises(ValueError, match="no batch: 48 rows do not fill one"):
         Trainer(make_model(), args, train_dataset).train()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_usable(
+    make_model, make_args, train_dataset, monkeypatch, tmp_path
+):
+    whole = Trainer(make_model(), make_args(output_dir=str(tmp_path / "whole")), train_dataset)
+    whole.train()
+    save = torch.save
+    state = {"calls": 0}
+
+    def full(obj, file, *args, **kwargs):
+        state["calls"] += 1
+        if state["calls"] > state["room"]:
+            Path(file).write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        save(obj, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    state["room"] = 10**6
+    Trainer(make_model(), make_args(num_train_epochs=1, output_dir=str(tmp_path / "count")), train_dataset).train()
+    state["room"], state["calls"] = state["calls"] + 1, 0  # one checkpoint, and a part of the next
+    stopped = Trainer(make_model(), make_args(), train_dataset)
+    with pytest.raises(OSError, match="No space left on device"):
+        stopped.train()
+    assert last_whole_checkpoint(stopped.args.output_dir) == f"{stopped.args.output_dir}/checkpoint-3"
+    monkeypatch.setattr(torch, "save", save)
+    resumed = Trainer(make_model(), make_args(), train_dataset)
+    resumed.train(resume_from_checkpoint=True)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_tensorboard_gets_what_is_logged(make_model, make_args, train_dataset, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    args = make_args(report_to="tensorboard", save_strategy="no", num_train_epochs=1)
+    trainer = Trainer(make_model(), args, train_dataset)
+    trainer.train()
+    file = next(Path(args.output_dir).rglob("events.out.tfevents.*"))
+    events = reader.EventAccumulator(str(file.parent))
+    events.Reload()
+    for name in ("align_loss", "grad_norm", "negatives", "embedding_std", "pairs_per_second"):
+        found = [event.value for event in events.Scalars(f"train/{name}")]
+        assert found == pytest.approx(losses(trainer, name), rel=1e-5)
