@@ -1,9 +1,10 @@
 """Train the demo's model by `d2svse train` with one process and with several, and compare the results.
 
-The scenes and the model with its random weights are those of `d2svse demo`. All see the same batches; the
-sums of floating-point numbers are taken in another order.
+The scenes and the model with its random weights are those of `d2svse demo`, but for dropout, whose draws
+depend on the number of processes. All see the same batches; sums of floating-point numbers are taken in
+another order.
 
-    python benchmarks/processes.py --processes 2
+    python benchmarks/processes.py
 """
 
 import argparse
@@ -21,14 +22,15 @@ SEED = 42
 COLUMNS = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["rsum"]
 
 
-def prepare(folder: Path, num_train: int, num_test: int) -> None:
+def prepare(folder: Path, num_train: int, num_test: int, dropout: float) -> None:
     """Draw the demo's scenes and save its model before training."""
     manifest = write_scenes(folder / "scenes", "train", num_train, seed=SEED, size=IMAGE_SIZE)
     write_scenes(folder / "scenes", "val", num_test, seed=SEED, first=num_train, size=IMAGE_SIZE)
     records = ImageTextDataset.from_manifest(manifest).records
-    build_model([text for record in records for text in (*record.captions, record.dense or "")]).save_pretrained(
-        folder / "start"
-    )
+    model = build_model([text for record in records for text in (*record.captions, record.dense or "")], SEED)
+    text_config = model.config.text_config
+    text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = dropout
+    model.save_pretrained(folder / "start")
 
 
 def train(folder: Path, processes: int, epochs: tuple[float, float]) -> dict[str, dict[str, float]]:
@@ -52,11 +54,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the text backbone; 0.1 in the demo")
     parser.add_argument("--epochs", type=float, nargs=2, default=[PRETRAIN_EPOCHS, DISTILL_EPOCHS])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, args.num_train, args.num_test)
+        prepare(folder, args.num_train, args.num_test, args.dropout)
         results = {count: train(folder, count, args.epochs) for count in args.processes}
     print("| stage | processes | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rSum |")
     print("| --- | ---: |" + " ---: |" * len(COLUMNS))
