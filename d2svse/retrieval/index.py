@@ -102,7 +102,9 @@ class ExactIndex(LocalIndex):
             parts[first:] = [Part(np.concatenate(list(_merged(tail, scales))), scales)]
         self._parts = parts
 
-    def _search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _search_rows(
+        self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         groups = [queries[i : i + QUERIES_AT_A_TIME] for i in range(0, len(queries), QUERIES_AT_A_TIME)]
         best = [RunningTopK(len(group), k) for group in groups]
         score = self._scores_numpy if self.device is None else self._scores_torch

@@ -74,8 +74,17 @@ class LocalIndex(VectorIndex):
         """Store rows after those that are there."""
 
     @abstractmethod
-    def _search_rows(self, queries: np.ndarray, k: int, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best, of which there are so many; among some rows only, unless None."""
+    def _search_rows(
+        self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k best, of which there are so many.
+
+        Args:
+            queries: `(n_queries, dim)`.
+            k: how many.
+            rows: those to look at, in order; all, if None.
+            exactly: a filter chose the rows, and an approximate engine must look at each of them.
+        """
 
     @abstractmethod
     def _rows(self, rows: np.ndarray) -> np.ndarray:
@@ -136,7 +145,7 @@ class LocalIndex(VectorIndex):
         k = min(k, len(self) if rows is None else len(rows))
         if not k:
             return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]
-        scores, found = self._search_rows(queries, k, rows)
+        scores, found = self._search_rows(queries, k, rows, filter is not None)
         return scores, [[self._ids[row] for row in line] for line in found.tolist()]
 
     def _numbers_of(self, ids: list[str]) -> np.ndarray:

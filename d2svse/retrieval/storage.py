@@ -96,11 +96,11 @@ def publish(folder: Path, manifest: Mapping[str, Any]) -> str:
     """
     revision = uuid.uuid4().hex
     text = json.dumps({**manifest, "revision": revision}, indent=1, allow_nan=False)
-    _to_disk(folder)  # the names of the new files, before the one that refers to them
+    to_disk(folder)  # the names of the new files, before the one that refers to them
     with written_aside(folder / MANIFEST) as aside:
         aside.write_text(text, encoding="utf-8")
-        _to_disk(aside)
-    _to_disk(folder)
+        to_disk(aside)
+    to_disk(folder)
     sweep(folder, manifest["files"])
     return revision
 
@@ -135,10 +135,21 @@ def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, A
             raise ValueError(f"{folder}: not an index written by `d2svse index` ({error!r}); build it again") from None
 
 
+def to_disk(path: Path) -> None:
+    """Let a file, or the names in a folder, survive a loss of power too."""
+    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a data file to the disk."""
     path.write_bytes(data)
-    _to_disk(path)
+    to_disk(path)
 
 
 def write_array(path: Path, shape: tuple[int, ...], dtype: Any, blocks: Iterable[np.ndarray]) -> None:
@@ -148,7 +159,7 @@ def write_array(path: Path, shape: tuple[int, ...], dtype: Any, blocks: Iterable
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             file.write(np.ascontiguousarray(block, dtype=dtype).data)
-    _to_disk(path)
+    to_disk(path)
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, mmap.mmap | None]:
@@ -191,14 +202,3 @@ def first_to_merge(sizes: list[int]) -> int:
 
 def _ours(name: str) -> bool:
     return bool(_DATA.fullmatch(name) or _ASIDE.fullmatch(name))
-
-
-def _to_disk(path: Path) -> None:
-    """Let a file, or the names in a folder, survive a loss of power too."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

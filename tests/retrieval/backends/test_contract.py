@@ -14,7 +14,7 @@ ENGINES = {
     "faiss flat": ("faiss", {"kind": "flat"}),
     "faiss int8": ("faiss", {"kind": "int8"}),
     "faiss hnsw": ("faiss", {"kind": "hnsw"}),
-    "faiss ivf-pq": ("faiss", {"kind": "ivf-pq", "lists": 4, "probes": 4, "code_size": 16}),
+    "faiss ivf-pq": ("faiss", {"kind": "ivf-pq", "nlist": 4, "nprobe": 4, "code_size": 16}),
     "milvus": ("milvus", {}),
     "milvus hnsw": ("milvus", {"kind": "HNSW"}),
 }
