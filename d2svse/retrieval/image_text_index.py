@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -295,23 +295,41 @@ class ImageTextIndex:
         """
         if texts is None and images is None:
             raise ValueError("give texts, images or both")
+        return self.search_features(self._encode_queries(texts, images), k, weight=weight, rerank=rerank)
+
+    def search_features(
+        self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
+    ) -> list[list[Hit]]:
+        """As `search`, with queries that the model has encoded already.
+
+        Args:
+            queries: features of sentences under "text", of pictures under "image"; with tokens where the
+                similarity compares tokens.
+            k: how many answers.
+            weight: see `search`.
+            rerank: see `search`.
+
+        Raises:
+            ValueError: as `search`.
+        """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {weight}")
         if k < 1:
             raise ValueError(f"k must be positive, got {k}")
-        asked = self._encode_queries(texts, images)
-        both = len(asked) == 2
-        if both and len(asked["text"]) != len(asked["image"]):
-            raise ValueError(f"expected as many texts as images, got {len(asked['text'])} and {len(asked['image'])}")
-        shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(asked, 1.0)
-        vectors = {side: self._vectors(side, features) for side, features in asked.items()}
-        combined = np.sum([shares[side] * vectors[side] for side in asked], axis=0)
+        both = len(queries) == 2
+        if both and len(queries["text"]) != len(queries["image"]):
+            counts = f"{len(queries['text'])} and {len(queries['image'])}"
+            raise ValueError(f"expected as many texts as images, got {counts}")
+        shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
+        similarity = self.model.similarity_fn
+        vectors = {side: search_vectors(similarity, side, part, self.shortlist) for side, part in queries.items()}
+        combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
-        length = self._length_of_shortlist(rerank, k, across in asked)
+        length = self._length_of_shortlist(rerank, k, across in queries)
         scores, ids = self.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
-        exact = exact_scores(self.model.similarity_fn, self.side, self._features, asked[across], ids)
+        exact = exact_scores(similarity, self.side, self._features, queries[across], ids)
         answers = []
         for row, (found, line) in enumerate(zip(ids, exact, strict=True)):
             if both:
@@ -366,9 +384,6 @@ class ImageTextIndex:
             options: dict[str, Any] = {"convert_to_tensor": True, "output": output, "draft": self._settings.draft}
             asked["image"] = self.model.encode_image(images, **options)
         return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
-
-    def _vectors(self, side: Side, features: Features) -> np.ndarray:
-        return search_vectors(self.model.similarity_fn, side, features, self.shortlist)
 
     def _length_of_shortlist(self, rerank: int | None, k: int, across: bool) -> int:
         """How many to score exactly; 0 where the vectors' scores are the answer."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.similarity import Similarity
+from d2svse.similarity.tiles import FragmentSimilarity
 
 Side = Literal["image", "text"]
 Shortlist = Literal["mean", "pooled"]
 FEW_QUERIES = 8
-SENTENCES_TOGETHER = 64
+PICTURES_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ def exact_scores(
 ) -> list[np.ndarray]:
     """Score each query with the items of its shortlist.
 
-    Pictures have many fragments and sentences few. Where there are many queries, each stored
-    picture is therefore read once and scored with all sentences that shortlist it.
+    Of many queries, what is stored is read once for a block of pictures, each of which is scored with
+    the sentences that it was shortlisted with.
 
     Args:
         similarity: what scores.
@@ -77,25 +78,36 @@ def exact_scores(
     Returns:
         For each query its scores `(len(shortlist),)` float32, in the order of the shortlist.
     """
-    scores = [np.empty(len(shortlist), dtype=np.float32) for shortlist in shortlists]
     device = queries.pooled.device
-    if side == "text" or len(queries) <= FEW_QUERIES:
+    if len(queries) <= FEW_QUERIES or not isinstance(similarity, FragmentSimilarity):
+        scores = []
         for row, shortlist in enumerate(shortlists):
             query, items = _without_padding(queries[row : row + 1]), stored(shortlist).to(device)
             sides = (items, query) if side == "image" else (query, items)
-            scores[row][:] = similarity(*sides).flatten().cpu().numpy()
+            scores.append(similarity(*sides).flatten().cpu().numpy())
         return scores
+    if side == "text":
+        scores = []
+        for start in range(0, len(queries), PICTURES_TOGETHER):
+            some = shortlists[start : start + PICTURES_TOGETHER]
+            row_of = {name: row for row, name in enumerate(dict.fromkeys(name for part in some for name in part))}
+            chosen = [[row_of[name] for name in part] for part in some]
+            pictures = queries[start : start + PICTURES_TOGETHER]
+            sentences = stored(list(row_of)).to(device)
+            scores += [part.cpu().numpy() for part in similarity.score_some(pictures, sentences, chosen)]
+        return scores
+    scores = [np.empty(len(shortlist), dtype=np.float32) for shortlist in shortlists]
     asked: dict[str, list[tuple[int, int]]] = {}
-    lengths = queries.real_tokens().sum(1).tolist() if queries.tokens is not None else [0] * len(queries)
-    for row in sorted(range(len(queries)), key=lengths.__getitem__):  # so that sentences of like length meet
-        for place, name in enumerate(shortlists[row]):
+    for row, shortlist in enumerate(shortlists):
+        for place, name in enumerate(shortlist):
             asked.setdefault(name, []).append((row, place))
-    for name, places in asked.items():
-        picture = stored([name]).to(device)
-        for start in range(0, len(places), SENTENCES_TOGETHER):
-            some = places[start : start + SENTENCES_TOGETHER]
-            sentences = _without_padding(queries[[row for row, _ in some]])
-            for (row, place), score in zip(some, similarity(picture, sentences)[0].tolist(), strict=True):
+    names = list(asked)
+    for start in range(0, len(names), PICTURES_TOGETHER):
+        block = names[start : start + PICTURES_TOGETHER]
+        chosen = [[row for row, _ in asked[name]] for name in block]
+        parts = similarity.score_some(stored(block).to(device), queries, chosen)
+        for name, part in zip(block, parts, strict=True):
+            for (row, place), score in zip(asked[name], part.tolist(), strict=True):
                 scores[row][place] = score
     return scores
 
