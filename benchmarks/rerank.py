@@ -2,10 +2,10 @@
 
     python benchmarks/rerank.py --model runs/omit/model --data flickr8k/dev.jsonl
 
-Every sentence searches the pictures, and every picture the sentences, both already encoded. "Found" is the share of the
-ten best over all pairs (float32 tokens) that the two-stage search (float16 tokens on the disk) gives among its ten;
-"in the shortlist" the share of them that the shortlist holds. Times are of all queries together, of the shortlist and its
-exact scores against all pairs, the pairs in turns with the searches; then of one sentence after another.
+Every sentence searches the pictures, and every picture the sentences, both already encoded. "Found" is the share of
+the ten best over all pairs (float32 tokens) that the two-stage search (float16 tokens on the disk) gives among its
+ten; "in the shortlist" the share of them that the shortlist holds. Times are of all queries together, and of one after
+another.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from d2svse import D2SVSE, Features, ImageTextIndex, build_similarity
 from d2svse.data import read_manifest
 from d2svse.retrieval import Hit
+from d2svse.retrieval.search import Side
 
 K = 10
 Result = TypeVar("Result")
@@ -45,7 +46,7 @@ def share(best: list[list[str]], found: list[list[Hit]]) -> float:
 
 def compare(index: ImageTextIndex, queries: Features, items: Features, lengths: list[int], repeats: int) -> list[str]:
     """A row of the table for each length of the shortlist."""
-    asked = "text" if index.side == "image" else "image"
+    asked: Side = "text" if index.side == "image" else "image"
     sides = (items, queries) if index.side == "image" else (queries, items)
 
     def all_pairs(some: Features | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`d2svse index build`, `add`, `remove` and `info`."""
+"""`d2svse index build`, `add`, `remove`, `info` and `tune`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,46 @@ def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Pri
         typer.echo(json.dumps(found))
     else:
         typer.echo("\n".join(f"{name:12} {value}" for name, value in found.items() if value is not None))
+
+
+@app.command("tune")
+def tune(
+    index: Index,
+    data: Annotated[Path, typer.Option(help="A manifest: its captions (or pictures) are the queries.")],
+    k: Annotated[int, typer.Option("--k", "-k", help="Answers that count.")] = 10,
+    max_queries: Annotated[int, typer.Option(help="So many of the queries, evenly spaced.")] = 1000,
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one setting a line.")] = False,
+) -> None:
+    """Try engines and compression on the vectors of an index: recall against exact search, speed and size."""
+    if k < 1 or max_queries < 1:
+        raise ValueError(f"--k and --max-queries must be positive, got {k} and {max_queries}")
+    from dataclasses import asdict
+
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from d2svse.retrieval.index_tuning import tune_index
+
+    rows = tune_index(open_index(index, model), data, k=k, max_queries=max_queries)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(asdict(row)))
+        return
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("setting")
+    for name in (f"recall@{k}", f"R@{k}", "loss", "ms alone", "ms in batch", "bytes each", "build s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.error is not None:
+            table.add_row(row.setting, row.error)
+            continue
+        shares = (row.recall, row.hit_rate, row.hit_rate_loss)
+        figures = (row.milliseconds, row.milliseconds_in_batch, row.bytes_per_vector, row.build_seconds)
+        cells = ["" if share is None else f"{100 * share:.2f}" for share in shares]
+        table.add_row(row.setting, *cells, *("" if figure is None else f"{figure:.3g}" for figure in figures))
+    Console().print(table)
 
 
 def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
 ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `ImageTextIndex.add` did.
+
+    Attributes:
+        added: ids that are new.
+        changed: ids whose pictures had changed and were encoded again.
+        dropped: ids whose pictures are gone.
+        skipped: pictures that cannot be read, with the reason; they are not in the index.
+    """
+
+    added: list[str]
+    changed: list[str]
+    dropped: list[str]
+    skipped: list[tuple[str, str]]
 
 
 def encode_items(

@@ -7,7 +7,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -18,7 +17,7 @@ from d2svse.files import write_text
 from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.retrieval.backends import load_index, make_index
 from d2svse.retrieval.engine import VectorIndex
-from d2svse.retrieval.filling import add_store, encode_items
+from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, ranked, search_vectors
 from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable
@@ -30,23 +29,6 @@ if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
 DEFAULT_RERANK = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What `ImageTextIndex.add` did.
-
-    Attributes:
-        added: ids that are new.
-        changed: ids whose pictures had changed and were encoded again.
-        dropped: ids whose pictures are gone.
-        skipped: pictures that cannot be read, with the reason; they are not in the index.
-    """
-
-    added: list[str]
-    changed: list[str]
-    dropped: list[str]
-    skipped: list[tuple[str, str]]
 
 
 class ImageTextIndex:
@@ -295,7 +277,7 @@ class ImageTextIndex:
         """
         if texts is None and images is None:
             raise ValueError("give texts, images or both")
-        return self.search_features(self._encode_queries(texts, images), k, weight=weight, rerank=rerank)
+        return self.search_features(self.encode_queries(texts, images), k, weight=weight, rerank=rerank)
 
     def search_features(
         self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
@@ -321,15 +303,14 @@ class ImageTextIndex:
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
         shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
-        similarity = self.model.similarity_fn
-        vectors = {side: search_vectors(similarity, side, part, self.shortlist) for side, part in queries.items()}
+        vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
         length = self._length_of_shortlist(rerank, k, across in queries)
         scores, ids = self.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
-        exact = exact_scores(similarity, self.side, self._features, queries[across], ids)
+        exact = exact_scores(self.model.similarity_fn, self.side, self._features, queries[across], ids)
         answers = []
         for row, (found, line) in enumerate(zip(ids, exact, strict=True)):
             if both:
@@ -337,6 +318,21 @@ class ImageTextIndex:
                 line = shares[across] * line + shares[self.side] * alike
             answers.append(ranked(found, line, k))
         return answers
+
+    def encode_queries(self, texts: Any = None, images: Any = None) -> dict[Side, Features]:
+        """Encode sentences, pictures or both as `search` does, for `search_features`."""
+        output: Any = "features" if self.model.similarity_fn.requires == "tokens" else "pooled"
+        asked: dict[Side, Any] = {}
+        if texts is not None:
+            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output)
+        if images is not None:
+            options: dict[str, Any] = {"convert_to_tensor": True, "output": output, "draft": self._settings.draft}
+            asked["image"] = self.model.encode_image(images, **options)
+        return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
+
+    def query_vectors(self, side: Side, features: Features) -> np.ndarray:
+        """What the stored vectors are searched by, `(n, dim)` float32, see `search_vectors`."""
+        return search_vectors(self.model.similarity_fn, side, features, self.shortlist)
 
     def info(self) -> dict[str, Any]:
         """What the index is: count, what is stored, engine, dim, shortlist, model, fingerprint and bytes."""
@@ -374,16 +370,6 @@ class ImageTextIndex:
                 before = str(error)
             else:
                 return
-
-    def _encode_queries(self, texts: Any, images: Any) -> dict[Side, Features]:
-        output: Any = "features" if self.model.similarity_fn.requires == "tokens" else "pooled"
-        asked: dict[Side, Any] = {}
-        if texts is not None:
-            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output)
-        if images is not None:
-            options: dict[str, Any] = {"convert_to_tensor": True, "output": output, "draft": self._settings.draft}
-            asked["image"] = self.model.encode_image(images, **options)
-        return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
 
     def _length_of_shortlist(self, rerank: int | None, k: int, across: bool) -> int:
         """How many to score exactly; 0 where the vectors' scores are the answer."""

@@ -137,3 +137,21 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     shutil.rmtree(folder)
     one_line_error(run("search", tmp_path / "i", "x"), f"{folder}: no such model folder")
     assert run("index", "info", tmp_path / "i")[0] == 0
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_tune_reports_every_setting_on_ones_own_data(saved, scenes, tmp_path, run, side):
+    folder, _ = saved("gssf-diagonal")
+    assert run("index", "build", folder, scenes / "val.jsonl", "-o", tmp_path / "i", "--side", side)[0] == 0
+    code, out, err = run("index", "tune", tmp_path / "i", "--data", scenes / "val.jsonl", "-k", 3, "--json")
+    assert code == 0, err
+    rows = {row["setting"]: row for row in hits(out)}
+    assert rows["exact dtype=float32"]["recall"] == 1
+    assert rows["exact dtype=float32"]["hit_rate_loss"] == 0
+    assert 0.8 < rows["exact dtype=float16"]["recall"] <= 1
+    answers = hits(run("search", tmp_path / "i", "--image", next((scenes / "val").iterdir()), "--json")[1])
+    assert answers
+    code, out, err = run("index", "tune", tmp_path / "i", "--data", scenes / "train.jsonl", "--max-queries", 7)
+    assert code == 0, err
+    assert "recall@10" in out
+    one_line_error(run("index", "tune", tmp_path / "i", "--data", scenes / "val.jsonl", "-k", 0), "must be positive")
