@@ -2,12 +2,14 @@
 
     python benchmarks/search.py million --folder /large/disk
     python benchmarks/search.py photos --model MODEL --photos train.jsonl dev.jsonl --folder cache
+    python benchmarks/search.py flat
     python benchmarks/search.py milvus
 
 `million` searches 1 000 000 random normalised vectors, 512 wide, float16, on disk, by `ExactIndex` and by the bare
 blocked product, in turns, and takes the memory in a process of its own. `photos` encodes real photos, enlarges them
-by noise and normalises, and searches them with real captions by every engine. `milvus` takes the same vectors to
-Milvus embedded and over its gRPC server on 127.0.0.1. Times are medians.
+by noise and normalises, and searches them with real captions by every engine. `flat` compares faiss's flat index with
+its own BLAS threshold and with the one set here. `milvus` takes random vectors to Milvus embedded and over its gRPC
+server on 127.0.0.1. Times are medians.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +32,7 @@ from d2svse.retrieval import ExactIndex, VectorIndex, load_index, make_index
 from d2svse.retrieval.storage import map_array, read_manifest
 
 DIM, ROWS, QUERIES, K = 512, 1_000_000, 100, 10
-BARE_BLOCKS = (2048, 8192, 65536)
+BARE_BLOCKS = (1024, 4096, 16384, 65536)
 REPEATS = 7
 
 
@@ -149,6 +152,23 @@ def photos(given: argparse.Namespace) -> int:
     return 0
 
 
+def flat(given: argparse.Namespace) -> int:
+    """Faiss's flat index, as it comes and with the threshold set for each search."""
+    vectors, queries = random_vectors(given.count, 1), random_vectors(256, 0)
+    index: Any = make_index("faiss", DIM)
+    index.add([str(row) for row in range(len(vectors))], vectors)
+    rows = []
+    for count in (1, 2, 3, 4, 16, 100, 256):
+        some = queries[:count]
+        calls = (lambda some=some: index._index.search(some, K), lambda some=some: index.search(some, K))
+        turns = [[seconds(call) for call in calls] for _ in range(REPEATS)]
+        default, here = (1e3 * statistics.median(times) for times in zip(*turns, strict=True))
+        rows.append([str(count), f"{default:.1f}", f"{here:.1f}", f"{default / here:.2f}"])
+    print(f"{len(vectors)} × {DIM}, top {K}, ms\n")
+    table(["queries", "faiss's threshold", "here", "times faster"], rows)
+    return 0
+
+
 def milvus(given: argparse.Namespace) -> int:
     """Milvus embedded and over its server: the same answers, and what they take."""
     vectors, queries = random_vectors(given.count, 1), random_vectors(QUERIES, 0)
@@ -212,6 +232,9 @@ def main() -> int:
     part.add_argument("--count", type=int, default=100_000)
     part.add_argument("--noise", type=float, default=0.5)
     part.set_defaults(run=photos)
+    part = parts.add_parser("flat", help="faiss's flat index and its BLAS threshold")
+    part.add_argument("--count", type=int, default=100_000)
+    part.set_defaults(run=flat)
     part = parts.add_parser("milvus", help="Milvus embedded and over its server")
     part.add_argument("--count", type=int, default=20_000)
     part.set_defaults(run=milvus)
