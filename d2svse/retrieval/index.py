@@ -20,7 +20,7 @@ __all__ = ["ExactIndex", "VectorIndex"]
 
 StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
-ROWS_AT_A_TIME = 2048
+ROWS_AT_A_TIME = 4096
 LARGEST_CODE = 127
 KEPT_MAPPED = 1 << 26
 

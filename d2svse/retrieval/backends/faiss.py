@@ -248,8 +248,9 @@ class FaissIndex(LocalIndex):
 def _fast_products(num_queries: int) -> Iterator[None]:
     """Let faiss compute products of several queries by BLAS, and of one or two by its own loops.
 
-    Its global threshold counts queries up to 1.14 and multiplications of a row after that, and by default
-    leaves 100 queries of 512 numbers to the loops, which take 8 times as long; so it is set to either end.
+    Its global threshold counts queries in older versions and queries times the width in 1.15, where the
+    default leaves 100 queries of 512 numbers to the loops, which take several times as long. So it is set
+    to either end, and put back.
     """
     before = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 1 if num_queries >= QUERIES_FOR_BLAS else 2**31 - 1
