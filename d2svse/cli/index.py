@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, parse_assignments, quiet_transformers
+from d2svse.cli.common import load_model, parse_assignments, quiet_transformers, whole_lines
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex
@@ -107,7 +107,6 @@ def tune(
     from dataclasses import asdict
 
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     from d2svse.retrieval.index_tuning import tune_index
@@ -129,7 +128,7 @@ def tune(
         figures = (row.milliseconds, row.milliseconds_in_batch, row.bytes_per_vector, row.build_seconds)
         cells = ["" if share is None else f"{100 * share:.2f}" for share in shares]
         table.add_row(row.setting, *cells, *("" if figure is None else f"{figure:.3g}" for figure in figures))
-    Console().print(table)
+    whole_lines().print(table)
 
 
 def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2svse.cli.common import whole_lines
 from d2svse.cli.index import Model, open_index
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ def _words(sentence: str | None, picture: Path | None) -> str:
 
 def _print_table(query: str, hits: Sequence[Hit]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -80,7 +80,4 @@ def _print_table(query: str, hits: Sequence[Hit]) -> None:
     table.add_column(overflow="fold")
     for place, hit in enumerate(hits, start=1):
         table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id))
-    console = Console()
-    if not console.is_terminal:  # a path in a pipe is not broken
-        console = Console(width=10_000)
-    console.print(table)
+    whole_lines().print(table)

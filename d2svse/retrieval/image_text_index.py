@@ -104,6 +104,8 @@ class ImageTextIndex:
         fingerprint = model_fingerprint(model)
         vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
         check_replaceable(folder)
+        if len(vectors):
+            raise ValueError(f"the {engine} index holds {len(vectors)} items already; remove it, or name another one")
         kind = None if similarity.foldable else shortlist if similarity.requires == "tokens" else "pooled"
         vectors_folder = VECTORS + uuid.uuid4().hex[:12]
         settings = IndexSettings(side, kind, draft, _name_of(model), fingerprint, vectors_folder)
