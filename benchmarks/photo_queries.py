@@ -1,6 +1,6 @@
 """Text queries chosen by rule, and how many of the first five pictures fit by the captions people wrote.
 
-    python benchmarks/photo_queries.py MODEL INDEX --train train.jsonl --val dev.jsonl --gallery gallery.png
+    python benchmarks/photo_queries.py INDEX --train train.jsonl --val dev.jsonl --gallery gallery.png
 
 A query that hardly any picture of a collection shows cannot be answered by five of them, and one picked by hand
 can be picked for its answer. So the rule picks: of all pairs of words that at least three captions of one
@@ -16,11 +16,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from d2svse import D2SVSE
+from d2svse import ImageTextIndex
 from d2svse.data.manifest import Record, read_manifest
 from d2svse.retrieval.gallery import draw_gallery
-from d2svse.retrieval.index import ExactIndex
-from d2svse.retrieval.search import search
 
 IGNORED = frozenset(
     "a an the is are in on of with and at to while two three one some it its his her their by for from as be other"
@@ -56,7 +54,6 @@ def shortest_caption(records: list[Record], pair: tuple[str, str]) -> str:
 def main() -> None:
     """Choose the queries, search, count what fits, and draw what came."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
     parser.add_argument("index", type=Path)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--val", type=Path, required=True)
@@ -67,7 +64,7 @@ def main() -> None:
     captions_of = {Path(record.image).name: record.captions for record in val}
     pairs = common_pairs(val, given.queries)
     sentences = [shortest_caption(train, pair) for pair, _ in pairs]
-    answers = search(D2SVSE.from_pretrained(given.model), ExactIndex.load(given.index), sentences, 5)
+    answers = ImageTextIndex.load(given.index).search(sentences, k=5)
     print("| words | pictures of them | sentence | of the first five fit by their captions |")
     print("| --- | ---: | --- | ---: |")
     for (pair, number), sentence, hits in zip(pairs, sentences, answers, strict=True):

@@ -23,9 +23,9 @@ _PUBLIC_NAMES = {
     "register_similarity": "d2svse.similarity",
     "Similarity": "d2svse.similarity",
     "ExactIndex": "d2svse.retrieval",
+    "ImageTextIndex": "d2svse.retrieval",
     "evaluate": "d2svse.retrieval",
     "retrieval_metrics": "d2svse.retrieval",
-    "search": "d2svse.retrieval",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC_NAMES)]
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from d2svse.models import D2SVSEConfig as D2SVSEConfig
     from d2svse.models import D2SVSEProcessor as D2SVSEProcessor
     from d2svse.retrieval import ExactIndex as ExactIndex
+    from d2svse.retrieval import ImageTextIndex as ImageTextIndex
     from d2svse.retrieval import evaluate as evaluate
     from d2svse.retrieval import retrieval_metrics as retrieval_metrics
-    from d2svse.retrieval import search as search
     from d2svse.similarity import Similarity as Similarity
     from d2svse.similarity import build_similarity as build_similarity
     from d2svse.similarity import register_similarity as register_similarity

@@ -15,7 +15,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from d2svse.data import ImageTextDataset, write_scenes
 from d2svse.files import write_json, written_aside
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
-from d2svse.retrieval import draw_gallery, index_images, search, search_exhaustively
+from d2svse.retrieval import ImageTextIndex, draw_gallery
 from d2svse.similarity import build_similarity
 from d2svse.training import Trainer, TrainingArguments
 
@@ -105,8 +105,7 @@ def run_demo(
         pretrain_epochs: epochs of stage 1.
         distill_epochs: epochs of stage 2; the baseline gets as many as both together.
         seed: the one seed.
-        similarity: `{"name": ..., **arguments}`, cosine without it; one that does not fold is searched
-            without an index.
+        similarity: `{"name": ..., **arguments}`, cosine without it.
         say: prints a line.
         show_progress_bar: show bars on the terminal.
 
@@ -160,12 +159,8 @@ def run_demo(
         model.save_pretrained(aside)
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
-    if model.similarity_fn.foldable:
-        index = index_images(model, test.images)
-        index.save(output / "index")
-        answers = search(model, index, queries, num_test)
-    else:
-        answers = search_exhaustively(model, test.images, queries, num_test)
+    index = ImageTextIndex.build(D2SVSE.from_pretrained(output / "model"), test.images, output / "index")
+    answers = index.search(queries, k=num_test)
     rows = [(query, [hit.id for hit in hits[:GALLERY_COLUMNS]]) for query, hits in zip(queries, answers, strict=True)]
     draw_gallery(rows, output / "gallery.png")
     for query, record, hits in zip(queries, asked, answers, strict=True):
@@ -173,7 +168,7 @@ def run_demo(
         say(f"\n{query}\n  its own scene comes at place {rank} of {num_test}; first comes {hits[0].id}:")
         say(f"  {next(other.dense for other in test.records if str(other.image) == hits[0].id)}")
     write_json(output / "results.json", results)
-    made = ["model", *(["index"] if model.similarity_fn.foldable else []), "gallery.png"]
+    made = ["model", "index", "gallery.png"]
     say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in made)}")
     return results
 

@@ -54,7 +54,7 @@ class ImageError(ValueError):
     """A picture that cannot be read; the message names it and says why."""
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, at_least: int | None = None) -> Image.Image:
     """Read a picture as upright 8-bit RGB.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit and float grey are scaled
@@ -62,6 +62,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Args:
         source: a path, a Pillow image, or a uint8 array `(height, width)` or `(height, width, channels)`.
+        at_least: decode a JPEG file at a half, a quarter or an eighth of its size (draft mode) where
+            both sides stay at least so many pixels; None decodes at full size.
 
     Raises:
         ImageError: if the file is missing, no picture, truncated, or too large to decode safely
@@ -75,6 +77,8 @@ def load_image(source: ImageSource) -> Image.Image:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         with Image.open(BytesIO(source.read_bytes()) if isinstance(source, StoredImage) else source) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))  # does nothing to other formats
             return _to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such picture") from None

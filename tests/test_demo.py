@@ -33,7 +33,7 @@ def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
     folder, results, said = demo
     assert list(results) == ["stage 1", "stage 2", "aligning alone"]
     assert json.loads((folder / "results.json").read_text()) == results
-    for name in ("model/model.safetensors", "index/index.json", "gallery.png", "scenes/test.jsonl"):
+    for name in ("model/model.safetensors", "index/image_text_index.json", "gallery.png", "scenes/test.jsonl"):
         assert (folder / name).is_file(), name
     assert "InfoNCE" in said
     assert "ResNet" in said

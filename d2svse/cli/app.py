@@ -21,7 +21,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("encode")(encode.encode)
-app.command("index")(index.index)
+app.add_typer(index.app, name="index")
 app.command("search")(search.search)
 app.command("demo")(demo.demo)
 app.add_typer(convert.app, name="convert")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from d2svse.models import D2SVSE
 
 
@@ -77,3 +79,11 @@ def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = N
     for name, metrics in rows.items():
         table.add_row(name, *(f"{value:.1f}" for value in as_percent(dict(metrics)).values()))
     Console().print(table)
+
+
+def whole_lines() -> Console:
+    """Where tables go: on a terminal as wide as it is, in a pipe or a file so wide that nothing is broken."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=10_000)

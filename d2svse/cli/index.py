@@ -1,27 +1,152 @@
-"""`d2svse index`."""
+"""`d2svse index build`, `add`, `remove`, `info` and `tune`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, readable_images
+from d2svse.cli.common import load_model, parse_assignments, quiet_transformers, whole_lines
+
+if TYPE_CHECKING:
+    from d2svse.retrieval import ImageTextIndex
+
+app = typer.Typer(help="Indexes of pictures or sentences, to search in.", no_args_is_help=True)
+Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
+BatchSize = Annotated[int, typer.Option(help="Items encoded at a time.")]
+OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
+Model = Annotated[str | None, typer.Option(help="The model, if it is not where it was when the index was built.")]
 
 
-def index(
+@app.command("build")
+def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    images: Annotated[Path, typer.Argument(help="A folder of pictures, or a manifest.")],
+    source: Annotated[Path, typer.Argument(help="A folder of pictures, a manifest, or with --side text a text file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded at a time.")] = 64,
-    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
+    side: Annotated[str, typer.Option(help="image, or text to find sentences by pictures.")] = "image",
+    engine: Annotated[str, typer.Option(help="exact, faiss or milvus.")] = "exact",
+    engine_option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of the engine, such as dtype=float16 or kind=hnsw.")
+    ] = None,
+    shortlist: Annotated[
+        str, typer.Option(help="Where the similarity compares tokens, find what it ranks by mean or pooled vectors.")
+    ] = "mean",
+    draft: Annotated[bool, typer.Option("--draft", help="Decode large JPEG files at a part of their size.")] = False,
+    batch_size: BatchSize = 64,
+    on_bad_image: OnBadImage = "error",
 ) -> None:
-    """Encode pictures into an index to search in."""
-    from d2svse.retrieval.search import index_images
+    """Encode pictures or sentences into an index; a call that was killed goes on where it was."""
+    from d2svse.retrieval import ImageTextIndex
 
-    loaded = load_model(model)
-    paths = [path.resolve() for path in readable_images(images, on_bad_image)]
-    built = index_images(loaded, paths, batch_size=batch_size, show_progress_bar=True)
-    built.save(output)
-    typer.echo(f"{output}: {len(built)} pictures")
+    options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
+    options |= {"side": side, "engine": engine, "shortlist": shortlist, "draft": draft, "batch_size": batch_size}
+    index = ImageTextIndex.build(
+        load_model(model),
+        source,
+        output,
+        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        show_progress_bar=True,
+        **options,
+    )
+    typer.echo(f"{output}: {_count(index)}")
+    _list_skipped(index.skipped, output)
+
+
+@app.command("add")
+def add(
+    index: Index,
+    source: Annotated[Path, typer.Argument(help="As of build; of a folder, what is gone is dropped.")],
+    model: Model = None,
+    batch_size: BatchSize = 64,
+    on_bad_image: OnBadImage = "error",
+) -> None:
+    """Add what is new, encode again what has changed, and drop what is gone from a folder."""
+    opened = open_index(index, model)
+    changes = opened.add(source, batch_size=batch_size, on_bad_image=on_bad_image, show_progress_bar=True)  # type: ignore[arg-type]
+    done = f"{len(changes.added)} added, {len(changes.changed)} encoded again, {len(changes.dropped)} dropped"
+    typer.echo(f"{index}: {done}; {_count(opened)}")
+    _list_skipped(changes.skipped, index)
+
+
+@app.command("remove")
+def remove(
+    index: Index,
+    ids: Annotated[list[str], typer.Argument(help="Paths of pictures, or sentences, as search prints them.")],
+) -> None:
+    """Remove pictures or sentences."""
+    opened = open_index(index)
+    opened.remove(ids)
+    typer.echo(f"{index}: {len(ids)} removed; {_count(opened)}")
+
+
+@app.command("info")
+def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print what an index is: count, engine, width, model, fingerprint and bytes."""
+    found = open_index(index).info()
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo("\n".join(f"{name:12} {value}" for name, value in found.items() if value is not None))
+
+
+@app.command("tune")
+def tune(
+    index: Index,
+    data: Annotated[Path, typer.Option(help="A manifest: its captions (or pictures) are the queries.")],
+    k: Annotated[int, typer.Option("--k", "-k", help="Answers that count.")] = 10,
+    max_queries: Annotated[int, typer.Option(help="So many of the queries, evenly spaced.")] = 1000,
+    model: Model = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one setting a line.")] = False,
+) -> None:
+    """Try engines and compression on the vectors of an index: recall against exact search, speed and size."""
+    if k < 1 or max_queries < 1:
+        raise ValueError(f"--k and --max-queries must be positive, got {k} and {max_queries}")
+    from dataclasses import asdict
+
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from d2svse.retrieval.index_tuning import tune_index
+
+    rows = tune_index(open_index(index, model), data, k=k, max_queries=max_queries)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(asdict(row)))
+        return
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("setting")
+    for name in (f"recall@{k}", f"R@{k}", "loss", "ms alone", "ms in batch", "bytes each", "build s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row.error is not None:
+            table.add_row(row.setting, row.error)
+            continue
+        shares = (row.recall, row.hit_rate, row.hit_rate_loss)
+        figures = (row.milliseconds, row.milliseconds_in_batch, row.bytes_per_vector, row.build_seconds)
+        cells = ["" if share is None else f"{100 * share:.2f}" for share in shares]
+        table.add_row(row.setting, *cells, *("" if figure is None else f"{figure:.3g}" for figure in figures))
+    whole_lines().print(table)
+
+
+def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:
+    """Open an index, with another model than the one that it remembers if there is one."""
+    quiet_transformers()
+    from d2svse.retrieval import ImageTextIndex
+
+    return ImageTextIndex.load(folder, None if model is None else load_model(model))
+
+
+def _count(index: ImageTextIndex) -> str:
+    return f"{len(index)} {'pictures' if index.side == 'image' else 'sentences'}"
+
+
+def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
+    from d2svse.retrieval.store import SKIPPED
+
+    if skipped:
+        typer.echo(
+            f"skipped {len(skipped)} pictures, listed in {folder / SKIPPED}; the first: {skipped[0][1]}", err=True
+        )

@@ -3,44 +3,81 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model
+from d2svse.cli.common import whole_lines
+from d2svse.cli.index import Model, open_index
+
+if TYPE_CHECKING:
+    from d2svse.retrieval import Hit
+
+PAGE_SUFFIXES = (".html", ".htm")
 
 
 def search(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of the model that made the index.")],
-    index: Annotated[Path, typer.Argument(help="Folder of the index.")],
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
     queries: Annotated[list[str] | None, typer.Argument(help="Sentences to search for.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Search by a picture instead.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Search by a picture; with sentences too, each with its own picture.")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="Weight of the sentence beside the picture, 0 to 1.")] = 0.5,
     k: Annotated[int, typer.Option("--k", "-k", help="Answers to each query.")] = 5,
+    rerank: Annotated[
+        int | None,
+        typer.Option(help="Shortlist to score exactly, where the similarity compares tokens; 0: none. [default: 100]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one query a line.")] = False,
-    gallery: Annotated[Path | None, typer.Option(help="Draw the answers to this PNG.")] = None,
+    gallery: Annotated[Path | None, typer.Option(help="Show the answers in this .png or .html file.")] = None,
+    model: Model = None,
 ) -> None:
-    """Find the pictures that fit a sentence, or that are like a picture."""
-    if bool(queries) == bool(image):
-        raise ValueError("give sentences, or pictures with --image")
-    from d2svse.retrieval.gallery import draw_gallery
-    from d2svse.retrieval.index import ExactIndex
-    from d2svse.retrieval.search import search as by_text
-    from d2svse.retrieval.search import search_by_image
-
-    loaded_index = ExactIndex.load(index)
-    loaded = load_model(model)
-    if image:
-        names = [str(path) for path in image]
-        answers = search_by_image(loaded, loaded_index, list(image), k)
-    else:
-        names = list(queries or [])
-        answers = by_text(loaded, loaded_index, names, k)
-    for name, hits in zip(names, answers, strict=True):
+    """Find the pictures (or sentences) that fit a sentence, a picture, or both."""
+    if not queries and not image:
+        raise ValueError("give sentences, pictures with --image, or both")
+    if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
+        raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
+    opened = open_index(index, model)
+    if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
+        raise ValueError(f"--gallery {gallery}: the answers are sentences; take a name that ends in .html")
+    pictures = None if not image else list(image)
+    answers = opened.search(queries or None, pictures, k, weight=weight, rerank=rerank)
+    sentences: Sequence[str | None] = queries or [None] * len(answers)
+    shown: Sequence[Path | None] = pictures or [None] * len(answers)
+    asked = list(zip(sentences, shown, answers, strict=True))
+    for sentence, picture, hits in asked:
         if as_json:
-            typer.echo(json.dumps({"query": name, "hits": [{"id": hit.id, "score": hit.score} for hit in hits]}))
+            query = {"text": sentence, "image": None if picture is None else str(picture)}
+            found = [{"id": hit.id, "score": hit.score} for hit in hits]
+            line: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
+            typer.echo(json.dumps({**line, "hits": found}, ensure_ascii=False))
         else:
-            typer.echo("\n".join([name, *(f"  {hit.score:.4f}  {hit.id}" for hit in hits)]))
+            _print_table(_words(sentence, picture), hits)
     if gallery is not None:
-        draw_gallery([(name, [hit.id for hit in hits]) for name, hits in zip(names, answers, strict=True)], gallery)
+        from d2svse.retrieval.gallery import draw_gallery, write_gallery_page
+
+        if gallery.suffix.lower() == ".png":
+            draw_gallery([(_words(line, picture), [hit.id for hit in hits]) for line, picture, hits in asked], gallery)
+        else:
+            write_gallery_page(asked, gallery, pictures=opened.side == "image")
         typer.echo(f"gallery: {gallery}", err=True)
+
+
+def _words(sentence: str | None, picture: Path | None) -> str:
+    return " + ".join(part for part in (sentence, picture and str(picture)) if part)
+
+
+def _print_table(query: str, hits: Sequence[Hit]) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(query), title_justify="left", box=SIMPLE, show_header=False)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for place, hit in enumerate(hits, start=1):
+        table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id))
+    whole_lines().print(table)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.images import ImageSource, load_image
+from d2svse.images import ImageError, ImageSource, load_image
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.progress import progress_bar
 
@@ -37,8 +37,9 @@ class EncodingMixin:
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
         output: Output = "pooled",
+        draft: bool = False,
     ) -> Any:
-        """Encode pictures.
+        """Encode pictures; one that is named more than once is read and encoded once.
 
         Args:
             images: a path, a Pillow image or an array, or a list of them.
@@ -47,6 +48,9 @@ class EncodingMixin:
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
             device: move the model there first.
             output: "pooled" for the vectors alone, "features" for `Features` with the tokens.
+            draft: decode large JPEG files at a half, a quarter or an eighth of their size where
+                both sides stay at least twice what the model takes. It is faster and changes the
+                embeddings a little (see docs/indexing.md).
 
         Returns:
             `(n_images, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
@@ -56,32 +60,69 @@ class EncodingMixin:
             ValueError: if the list is empty or the model has no processor.
         """
         sources = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
-        processor = self._require_processor(sources, batch_size)
-        model = self._prepare(device)
-        rows = [list(range(i, min(i + batch_size, len(sources)))) for i in range(0, len(sources), batch_size)]
+        once, places = _once(sources)
+        batches = self.image_batches(once, batch_size=batch_size, device=device, output=output, draft=draft)
+        parts = _with_progress(batches, len(once), batch_size, "images", show_progress_bar)
+        return _finish(parts, places, output, convert_to_tensor)
 
-        def encode(pixel_values: Tensor) -> Features:
-            return model.image_encoder(pixel_values.to(model.device, model.dtype))
+    def image_batches(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        draft: bool = False,
+        on_bad_image: Callable[[int, ImageError], None] | None = None,
+    ) -> Iterator[tuple[list[int], Features]]:
+        """Encode pictures and give each batch as it is done: the rows of `images` in it, and what they gave.
+
+        Args:
+            images: paths, Pillow images or arrays.
+            batch_size: pictures encoded at a time.
+            device: move the model there first.
+            output: "pooled", or "features" to have the tokens as well.
+            draft: see `encode_image`.
+            on_bad_image: called with the row of a picture that cannot be read, which is then left
+                out; without it such a picture is an error.
+
+        Raises:
+            ImageError: if a picture cannot be read.
+            ValueError: if the list is empty or the model has no processor.
+        """
+        processor = self._require_processor(images, batch_size, output)
+        model = self._prepare(device)
+        at_least = processor.draft_size() if draft else None
+
+        def read(row: int) -> Image.Image | None:
+            try:
+                return load_image(images[row], at_least)
+            except ImageError as error:
+                if on_bad_image is None:
+                    raise
+                on_bad_image(row, error)
+                return None
 
         with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(os.cpu_count()) as readers:
 
-            def prepare(batch: list[int]) -> Tensor:
-                return processor.pixel_values(list(readers.map(load_image, [sources[i] for i in batch])))
+            def prepare(start: int) -> tuple[list[int], Tensor | None]:
+                rows = range(start, min(start + batch_size, len(images)))
+                read_ones = zip(rows, readers.map(read, rows), strict=True)
+                good = {row: picture for row, picture in read_ones if picture is not None}
+                return list(good), processor.pixel_values(list(good.values())) if good else None
 
             # The next batch is read and prepared while the model works on this one.
-            def prepared() -> Iterator[Tensor]:
-                pending = None
-                for batch in rows:
-                    following = pool.submit(prepare, batch)
-                    if pending is not None:
-                        yield pending.result()
-                    pending = following
-                if pending is not None:
-                    yield pending.result()
-
-            with _inference(model):
-                parts = _collect(encode, prepared(), len(rows), "images", output, show_progress_bar)
-        return _finish(parts, rows, output, convert_to_tensor)
+            starts = range(0, len(images), batch_size)
+            following: Future[tuple[list[int], Tensor | None]] | None = pool.submit(prepare, starts[0])
+            for start in [*starts[1:], None]:
+                assert following is not None
+                rows, pixel_values = following.result()
+                following = None if start is None else pool.submit(prepare, start)
+                if pixel_values is not None:
+                    with _inference(model):
+                        features = model.image_encoder(pixel_values.to(model.device, model.dtype))
+                        features = _as_output(features, output)
+                    yield rows, features
 
     def encode_text(
         self,
@@ -95,11 +136,11 @@ class EncodingMixin:
         dense: bool = False,
         max_length: int | None = None,
     ) -> Any:
-        """Encode sentences, in batches of like length, given back in the order they came.
+        """Encode sentences, each once, in batches of like length, given back in the order they came.
 
         A context decoder that does not mask padding (imported checkpoints) makes an embedding
         depend on the longest sentence of its batch. Batches are then taken in the order given,
-        as the published evaluation takes them, 128 at a time.
+        as the published evaluation takes them, 128 at a time, repeated sentences included.
 
         Args:
             texts: a sentence or a list of them.
@@ -119,22 +160,45 @@ class EncodingMixin:
             ValueError: if a sentence or the list is empty or the model has no processor.
         """
         sentences = [texts] if isinstance(texts, str) else list(texts)
-        processor = self._require_processor(sentences, batch_size)
+        once, places = (sentences, None) if self.text_depends_on_batch(dense) else _once(sentences)
+        batches = self.text_batches(
+            once, batch_size=batch_size, device=device, output=output, dense=dense, max_length=max_length
+        )
+        parts = _with_progress(batches, len(once), batch_size, "sentences", show_progress_bar)
+        return _finish(parts, places, output, convert_to_tensor)
+
+    def text_batches(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 128,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        dense: bool = False,
+        max_length: int | None = None,
+    ) -> Iterator[tuple[list[int], Features]]:
+        """Encode sentences and give each batch as it is done: the rows of `texts` in it, and what they gave.
+
+        Arguments and errors are those of `encode_text`; batches are of like length.
+        """
+        processor = self._require_processor(texts, batch_size, output)
         model = self._prepare(device)
-        ids = processor.tokenize(sentences, max_length)
+        ids = processor.tokenize(texts, max_length)
         order = list(range(len(ids)))
-        if dense or model.decoder is None or model.decoder.mask_padding:
+        if not self.text_depends_on_batch(dense):
             order.sort(key=lambda row: len(ids[row]))
-        rows = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            padded = processor.pad([ids[row] for row in rows]).to(model.device)
+            with _inference(model):
+                features = model.text_encoder(padded["input_ids"], padded["attention_mask"])
+                features = _as_output(features if dense else model.fuse(features), output)
+            yield rows, features
 
-        def encode(batch: list[int]) -> Features:
-            padded = processor.pad([ids[i] for i in batch]).to(model.device)
-            features = model.text_encoder(padded["input_ids"], padded["attention_mask"])
-            return features if dense else model.fuse(features)
-
-        with _inference(model):
-            parts = _collect(encode, iter(rows), len(rows), "sentences", output, show_progress_bar)
-        return _finish(parts, rows, output, convert_to_tensor)
+    def text_depends_on_batch(self, dense: bool) -> bool:
+        """Whether the context decoder sees padding, so that a sentence's batch has to be the given one."""
+        decoder = getattr(self, "decoder", None)
+        return not dense and decoder is not None and not decoder.mask_padding
 
     @torch.no_grad()
     def similarity(self, images: Embeddings, texts: Embeddings) -> Any:
@@ -153,7 +217,9 @@ class EncodingMixin:
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 
-    def _require_processor(self, inputs: Sequence[Any], batch_size: int) -> D2SVSEProcessor:
+    def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
+        if output not in get_args(Output):
+            raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
         if not inputs:
             raise ValueError("nothing to encode: an empty list")
         if batch_size < 1:
@@ -184,27 +250,43 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _collect(
-    encode: Callable[[Any], Features], batches: Iterator[Any], count: int, what: str, output: Output, progress: bool
-) -> list[Features]:
-    if output not in ("pooled", "features"):
-        raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
-    parts = []
-    for batch in progress_bar(batches, f"Encoding {what}", count, "batches", progress):
-        features = encode(batch)
-        pooled = F.normalize(features.pooled.float(), dim=-1)
-        if output == "pooled" or features.tokens is None:
-            parts.append(Features(pooled))
-        else:
-            parts.append(Features(pooled, features.tokens.float(), features.mask))
-    return parts
+def _once(items: Sequence[Any]) -> tuple[list[Any], list[int] | None]:
+    """Paths and sentences without repetition, and the place of each item among them (None: no item is repeated)."""
+    first: dict[Any, int] = {}
+    # pictures in memory are told apart by being another object
+    keys = [os.fspath(item) if isinstance(item, str | os.PathLike) else id(item) for item in items]
+    places = [first.setdefault(key, len(first)) for key in keys]
+    if len(first) == len(items):
+        return list(items), None
+    once: list[Any] = [None] * len(first)
+    for item, place in zip(items, places, strict=True):
+        once[place] = item
+    return once, places
 
 
-def _finish(parts: list[Features], rows: list[list[int]], output: Output, convert_to_tensor: bool) -> Any:
-    """Join the batches, whose items stand at `rows` of the input, back in the order of the input."""
-    joined = Features.cat(parts)
-    order = torch.tensor([row for batch in rows for row in batch], device=joined.pooled.device)
-    joined = joined[order.argsort()]
+def _as_output(features: Features, output: Output) -> Features:
+    """The pooled vectors L2-normalised, and the tokens if they are asked for, in float32."""
+    pooled = F.normalize(features.pooled.float(), dim=-1)
+    if output == "pooled" or features.tokens is None:
+        return Features(pooled)
+    return Features(pooled, features.tokens.float(), features.mask)
+
+
+def _with_progress(
+    batches: Iterator[tuple[list[int], Features]], count: int, batch_size: int, what: str, show: bool
+) -> list[tuple[list[int], Features]]:
+    return list(progress_bar(batches, f"Encoding {what}", -(-count // max(1, batch_size)), "batches", show))
+
+
+def _finish(
+    parts: list[tuple[list[int], Features]], places: list[int] | None, output: Output, convert_to_tensor: bool
+) -> Any:
+    """Join the batches in the order of what was encoded, and repeat what came more than once."""
+    joined = Features.cat([features for _, features in parts])
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    if places is not None:
+        order = order[torch.tensor(places)]
+    joined = joined[order.to(joined.pooled.device)]
     if output == "features":
         return joined
     return joined.pooled if convert_to_tensor else joined.pooled.cpu().numpy()

@@ -140,6 +140,16 @@ class D2SVSEProcessor(ProcessorMixin):
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
         return self.image_processor(pictures, **kwargs)["pixel_values"]
 
+    def draft_size(self) -> int | None:
+        """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.
+
+        Resizing halves it at least from there, so that its own filter still does the work. None where
+        pictures are not resized.
+        """
+        processor = self.image_processor
+        sides = [value for value in dict(processor.size or {}).values() if value]
+        return 2 * max(sides) if getattr(processor, "do_resize", False) and sides else None
+
     def tokenize(self, sentences: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of each sentence, cut to `max_length` (the processor's own without it), not padded.
 

@@ -1,19 +1,29 @@
-"""A picture of search results: each query with its best pictures."""
+"""Search results to look at: a picture of them, or a page for a browser."""
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from d2svse.files import written_aside
+from d2svse.files import write_text, written_aside
 from d2svse.images import load_image
+from d2svse.retrieval.search import Hit
 
 GAP = 8
 CAPTION_WIDTH = 220
 FONT_SIZE = 16
+STYLE = (
+    "body{font:16px sans-serif;margin:2em}section{margin-bottom:2em}h2{font-size:1.1em}"
+    "ol{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0}li{max-width:14em}"
+    "img{display:block;max-width:100%}small{color:#666;overflow-wrap:anywhere}"
+)
 
 
 def draw_gallery(
@@ -46,3 +56,46 @@ def draw_gallery(
             canvas.paste(image, (CAPTION_WIDTH + column * cell, top))
     with written_aside(path) as aside:
         canvas.save(aside, format="PNG")
+
+
+def write_gallery_page(
+    rows: Sequence[tuple[str | None, str | os.PathLike[str] | None, Sequence[Hit]]],
+    path: str | os.PathLike[str],
+    *,
+    pictures: bool = True,
+    thumbnail: int = 224,
+) -> None:
+    """Write queries and their hits as one HTML file, with small copies of the pictures inside it.
+
+    Args:
+        rows: the sentence of a query or None, its picture or None, and its hits, best first.
+        path: the HTML file to write.
+        pictures: the ids of the hits are paths of pictures; else they are sentences.
+        thumbnail: longest side of a picture in pixels.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("nothing to show: no queries")
+    sections = []
+    for sentence, picture, hits in rows:
+        asked = "" if sentence is None else f"<h2>{html.escape(sentence)}</h2>"
+        asked += "" if picture is None else _embedded(picture, thumbnail)
+        items = "".join(
+            f"<li>{_embedded(hit.id, thumbnail) if pictures else ''}"
+            f"<small>{hit.score:.4f} {html.escape(Path(hit.id).name if pictures else hit.id)}</small></li>"
+            for hit in hits
+        )
+        sections.append(f"<section>{asked}<ol>{items}</ol></section>\n")
+    head = f'<!doctype html><meta charset="utf-8"><title>Search results</title><style>{STYLE}</style>\n'
+    write_text(path, head + "".join(sections))
+
+
+def _embedded(picture: str | os.PathLike[str], thumbnail: int) -> str:
+    image, data = load_image(picture), BytesIO()
+    image.thumbnail((thumbnail, thumbnail))
+    image.save(data, format="JPEG", quality=85)
+    name = html.escape(os.fspath(picture), quote=True)
+    return f'<img alt="{name}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'

@@ -1,20 +1,24 @@
-"""Find pictures by a sentence or by another picture."""
+"""The two stages of a search: vectors that any engine serves, and the exact similarity of a shortlist."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from d2svse.retrieval.index import ExactIndex, VectorIndex
+from d2svse.features import Features
+from d2svse.similarity import Similarity
+from d2svse.similarity.tiles import FragmentSimilarity
 
-if TYPE_CHECKING:
-    from d2svse.images import ImageSource
-    from d2svse.models.modeling import D2SVSE
+Side = Literal["image", "text"]
+Shortlist = Literal["mean", "pooled"]
+FEW_QUERIES = 8
+PICTURES_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,85 +29,99 @@ class Hit:
     score: float
 
 
-def index_images(
-    model: D2SVSE, images: Sequence[str | os.PathLike[str]], *, batch_size: int = 64, show_progress_bar: bool = False
-) -> ExactIndex:
-    """Encode pictures into an exact index, with a bilinear similarity folded into them.
-
-    Raises:
-        ImageError: if a picture cannot be read.
-        ValueError: if the model's similarity is not bilinear.
-    """
-    if not model.similarity_fn.foldable:
-        raise ValueError(f"{type(model.similarity_fn).__name__} is not bilinear: no vector index can serve it")
-    vectors = model.encode_image(
-        list(images), batch_size=batch_size, show_progress_bar=show_progress_bar, convert_to_tensor=True
-    )
-    index = ExactIndex(vectors.shape[1])
-    index.add([os.fspath(path) for path in images], _fold(model, "image", vectors))
-    return index
-
-
-def search(model: D2SVSE, index: VectorIndex, queries: str | Sequence[str], k: int = 10) -> list[list[Hit]]:
-    """Find the k pictures that fit each sentence best.
+@torch.no_grad()
+def search_vectors(similarity: Similarity, side: Side, features: Features, shortlist: Shortlist | None) -> np.ndarray:
+    """Vectors whose inner product is the similarity, or comes near it.
 
     Args:
-        model: the model that encoded the pictures.
-        index: what `index_images` made.
-        queries: a sentence or a list of them.
-        k: how many answers each.
+        similarity: where it folds, the inner product of both sides is its score.
+        side: which side the features are of.
+        features: with tokens for "mean".
+        shortlist: what stands for an item where the similarity does not fold: "mean", the mean of its
+            L2-normalised tokens, to which matching all fragments alike comes down; or "pooled", its pooled
+            vector. Both L2-normalised. None where it folds.
 
     Returns:
-        For each sentence its hits, best first.
-
-    Raises:
-        ValueError: if a sentence is empty or the vectors are not as wide as the index's.
+        `(n, dim)` float32.
     """
-    vectors = model.encode_text(queries, convert_to_tensor=True)
-    return _hits(*index.search(_fold(model, "text", vectors), k))
+    if shortlist is None:
+        vectors = similarity.fold(side, features.pooled)
+    elif shortlist == "pooled":
+        vectors = F.normalize(features.pooled.float(), dim=-1)
+    else:
+        assert features.tokens is not None
+        tokens = F.normalize(features.tokens.float(), dim=-1) * features.real_tokens()[..., None]
+        vectors = F.normalize(tokens.sum(1), dim=-1)
+    return vectors.float().cpu().numpy()
 
 
-def search_exhaustively(
-    model: D2SVSE,
-    images: Sequence[str | os.PathLike[str]],
-    queries: str | Sequence[str],
-    k: int = 10,
-    *,
-    batch_size: int = 64,
-) -> list[list[Hit]]:
-    """As `search`, without an index: encode the pictures and score every pair, with any similarity.
+@torch.no_grad()
+def exact_scores(
+    similarity: Similarity,
+    side: Side,
+    stored: Callable[[Sequence[str]], Features],
+    queries: Features,
+    shortlists: Sequence[Sequence[str]],
+) -> list[np.ndarray]:
+    """Score each query with the items of its shortlist.
 
-    Raises:
-        ImageError: if a picture cannot be read.
-        ValueError: if a sentence is empty.
+    Of many queries, what is stored is read once for a block of pictures, each of which is scored with
+    the sentences that it was shortlisted with.
+
+    Args:
+        similarity: what scores.
+        side: what is stored: "image" or "text"; the queries are of the other.
+        stored: reads the features of some ids.
+        queries: features of the queries.
+        shortlists: for each query the ids to score.
+
+    Returns:
+        For each query its scores `(len(shortlist),)` float32, in the order of the shortlist.
     """
-    output: Any = "features" if model.similarity_fn.requires == "tokens" else "pooled"
-    pictures = model.encode_image(list(images), batch_size=batch_size, convert_to_tensor=True, output=output)
-    sentences = model.encode_text(queries, convert_to_tensor=True, output=output)
-    scores, rows = model.similarity(pictures, sentences).T.topk(min(k, len(images)))
-    names = [os.fspath(path) for path in images]
-    return _hits(scores.cpu().numpy(), [[names[row] for row in line] for line in rows.tolist()])
+    device = queries.pooled.device
+    if len(queries) <= FEW_QUERIES or not isinstance(similarity, FragmentSimilarity):
+        scores = []
+        for row, shortlist in enumerate(shortlists):
+            query, items = _without_padding(queries[row : row + 1]), stored(shortlist).to(device)
+            sides = (items, query) if side == "image" else (query, items)
+            scores.append(similarity(*sides).flatten().cpu().numpy())
+        return scores
+    if side == "text":
+        scores = []
+        for start in range(0, len(queries), PICTURES_TOGETHER):
+            some = shortlists[start : start + PICTURES_TOGETHER]
+            row_of = {name: row for row, name in enumerate(dict.fromkeys(name for part in some for name in part))}
+            chosen = [[row_of[name] for name in part] for part in some]
+            pictures = queries[start : start + PICTURES_TOGETHER]
+            sentences = stored(list(row_of)).to(device)
+            scores += [part.cpu().numpy() for part in similarity.score_some(pictures, sentences, chosen)]
+        return scores
+    scores = [np.empty(len(shortlist), dtype=np.float32) for shortlist in shortlists]
+    asked: dict[str, list[tuple[int, int]]] = {}
+    for row, shortlist in enumerate(shortlists):
+        for place, name in enumerate(shortlist):
+            asked.setdefault(name, []).append((row, place))
+    names = list(asked)
+    for start in range(0, len(names), PICTURES_TOGETHER):
+        block = names[start : start + PICTURES_TOGETHER]
+        chosen = [[row for row, _ in asked[name]] for name in block]
+        parts = similarity.score_some(stored(block).to(device), queries, chosen)
+        for name, part in zip(block, parts, strict=True):
+            for (row, place), score in zip(asked[name], part.tolist(), strict=True):
+                scores[row][place] = score
+    return scores
 
 
-def search_by_image(
-    model: D2SVSE, index: VectorIndex, images: ImageSource | Sequence[ImageSource], k: int = 10
-) -> list[list[Hit]]:
-    """Find the k pictures most like each picture: cosine of the image vectors.
-
-    Raises:
-        ImageError: if a picture cannot be read.
-    """
-    vectors = model.encode_image(images, convert_to_tensor=True)
-    return _hits(*index.search(_fold(model, "image", vectors), k))
+def _without_padding(features: Features) -> Features:
+    """Cut the tokens after the last real one of all items."""
+    if features.tokens is None or features.mask is None:
+        return features
+    real = features.mask.any(0).nonzero()
+    length = int(real[-1]) + 1 if len(real) else 1
+    return Features(features.pooled, features.tokens[:, :length], features.mask[:, :length])
 
 
-def _fold(model: D2SVSE, side: Any, vectors: torch.Tensor) -> np.ndarray:
-    with torch.no_grad():
-        return model.similarity_fn.fold(side, vectors).float().cpu().numpy()
-
-
-def _hits(scores: np.ndarray, ids: list[list[str]]) -> list[list[Hit]]:
-    return [
-        [Hit(name, float(score)) for name, score in zip(names, line, strict=True)]
-        for names, line in zip(ids, scores, strict=True)
-    ]
+def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]:
+    """The k best of some ids, best first; of equal scores the one that stands first."""
+    order = np.argsort(-np.asarray(scores), kind="stable")[:k]
+    return [Hit(ids[place], float(scores[place])) for place in order]

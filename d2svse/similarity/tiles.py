@@ -43,7 +43,8 @@ class Fragments(NamedTuple):
 
     def cut(self, rows: slice | Tensor, length: int | None = None) -> Fragments:
         """Some of the rows, and no more than the first fragments of each."""
-        vectors, norms, mapped, mask = (t[rows, :length] for t in (self.vectors, self.norms, self.mapped, self.mask))
+        vectors, norms, mask = (t[rows, :length] for t in (self.vectors, self.norms, self.mask))
+        mapped = vectors if self.mapped is self.vectors else self.mapped[rows, :length]
         return Fragments(vectors, norms, self.pooled[rows], mapped, mask)
 
 
@@ -113,17 +114,47 @@ class FragmentSimilarity(Similarity):
     def tiles(self, images: Fragments, texts: Fragments) -> Iterator[tuple[Tensor, int, list[slice]]]:
         """Cut the work: sentences, the length to cut them to, and the slices of images to take with them."""
         n_images, n_patches = images.mask.shape
-        elements = max(1, self.max_memory // (images.vectors.element_size() * self.copies))
-        if images.mask.device.type == "cpu":
-            elements = min(elements, CACHED_ELEMENTS)
+        elements = self._elements(images)
         words = elements // max(1, min(n_images * n_patches, math.isqrt(elements)))
-        positions = torch.arange(1, texts.mask.shape[1] + 1, device=texts.mask.device)
-        lengths = F.pad(texts.mask * positions, (1, 0), value=1).amax(-1).tolist()  # to the last real word
+        lengths = _lengths(texts)
         for index in _like_lengths(lengths, words):
             width = lengths[index[0]]
             rows = max(1, elements // (len(index) * width * max(1, n_patches)))
             slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
             yield torch.tensor(index, device=texts.mask.device), width, slices
+
+    @torch.no_grad()
+    def score_some(self, images: Features, texts: Features, chosen: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Score each image with some of the texts, without gradient; the fragments are made ready once.
+
+        Args:
+            images: features of `n_images` images.
+            texts: features of sentences.
+            chosen: for each image the rows of the texts to score.
+
+        Returns:
+            For each image its scores `(len(rows),)`, as `forward` gives them.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*sides)
+            lengths, scores = _lengths(right), []
+            words = self._elements(left) // max(1, left.mask.shape[1])
+            for row, rows in enumerate(chosen):
+                image, own = left.cut(slice(row, row + 1)), left.vectors.new_zeros(len(rows))
+                for group in _like_lengths([lengths[i] for i in rows], words):
+                    index = [rows[place] for place in group]
+                    tile = right.cut(torch.tensor(index, device=own.device), lengths[index[0]])
+                    own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
+                scores.append(own)
+            return scores
+
+    def _elements(self, images: Fragments) -> int:
+        """How many elements a tensor of a tile may have."""
+        elements = max(1, self.max_memory // (images.vectors.element_size() * self.copies))
+        return min(elements, CACHED_ELEMENTS) if images.mask.device.type == "cpu" else elements
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()
@@ -158,6 +189,12 @@ class _Normalized(torch.autograd.Function):
             inverse = norms.reciprocal().masked_fill_(norms <= SMALLEST_NORM, 0)  # a zero vector has no direction
             gradient = upstream * inverse[..., None]
             return gradient.addcmul_(vectors, (upstream_norms - along * inverse)[..., None])
+
+
+def _lengths(texts: Fragments) -> list[int]:
+    """The number of words up to the last real one, at least 1."""
+    positions = torch.arange(1, texts.mask.shape[1] + 1, device=texts.mask.device)
+    return F.pad(texts.mask * positions, (1, 0), value=1).amax(-1).tolist()
 
 
 def _like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:

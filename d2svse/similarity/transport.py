@@ -186,10 +186,11 @@ class Transport(FragmentSimilarity):
         self.partial, self.regularization, self.num_iterations = partial, regularization, num_iterations
         self.marginals, self.epsilon = marginals, epsilon
 
-    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+    def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
+        """As of every similarity of fragments; with `partial` the first of each side is its bin."""
         if not self.partial:
-            return super().score(images, texts)
-        return super().score(_with_bin(images), _with_bin(texts))
+            return super().fragments(images, texts)
+        return super().fragments(_with_bin(images), _with_bin(texts))
 
     def solve(self, images: Features, texts: Features) -> TransportOutput:
         """Solve the problems of all pairs, without tiles, to look at plans and errors.
@@ -202,7 +203,7 @@ class Transport(FragmentSimilarity):
             ValueError: as `forward`.
         """
         with self.prepared(images, texts) as sides:
-            left, right = self.fragments(*(map(_with_bin, sides) if self.partial else sides))
+            left, right = self.fragments(*sides)
             products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
             return self._solve(products, *self._marginals(left, right))
 

@@ -142,16 +142,16 @@ def test_encode_index_and_search_agree(trained, scenes, val_dataset, tmp_path, r
     names = (tmp_path / "images.npy.rows.txt").read_text().splitlines()
     model = D2SVSE.from_pretrained(trained / "model")
     np.testing.assert_allclose(images, model.encode_image(names), atol=1e-5)
-    assert run("index", trained / "model", scenes / "val.jsonl", "-o", tmp_path / "index")[0] == 0
-    arguments = ("search", trained / "model", tmp_path / "index", "a red circle", "a small star", "-k", 3)
+    assert run("index", "build", trained / "model", scenes / "val.jsonl", "-o", tmp_path / "index")[0] == 0
+    arguments = ("search", tmp_path / "index", "a red circle", "a small star", "-k", 3)
     code, out, err = run(*arguments, "--json", "--gallery", tmp_path / "g.png")
     assert code == 0, err
     for row, line in enumerate(out.splitlines()):
         best = np.argsort(-(images @ texts[row]))[:3]
         assert [Path(hit["id"]).name for hit in json.loads(line)["hits"]] == [Path(names[i]).name for i in best]
     assert (tmp_path / "g.png").is_file()
-    assert "a red circle\n" in run(*arguments)[1]
-    code, out, _ = run("search", trained / "model", tmp_path / "index", "--image", names[3], "-k", 1)
+    assert "a red circle" in run(*arguments)[1]
+    code, out, _ = run("search", tmp_path / "index", "--image", names[3], "-k", 1)
     assert Path(names[3]).name in out
 
 
@@ -186,8 +186,8 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: not YAML")
     one_line_error(run("eval", tmp_path / "none", "--data", scenes / "val.jsonl"), "none: no such model folder")
     one_line_error(run("eval", trained / "model", "--data", tmp_path / "no.jsonl"), "no.jsonl: no such file")
-    one_line_error(run("search", trained / "model", tmp_path / "no-index", "x"), "index.json is missing")
-    one_line_error(run("search", trained / "model", tmp_path / "no-index"), "give sentences")
+    one_line_error(run("search", tmp_path / "no-index", "x"), "image_text_index.json is missing")
+    one_line_error(run("search", tmp_path / "no-index"), "give sentences")
     one_line_error(run(*train, *ends, "--embed-dim", 0), "embed_dim must be a positive whole number")
     one_line_error(
         run(*train, *ends, "--set", "decoder_heads=5", "--embed-dim", 24), "5 heads do not divide the width 24"
@@ -198,12 +198,14 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run(*train, "--model", trained / "model", "--embed-dim", 24), "one or the other")
     one_line_error(run("encode", trained / "model", "-o", tmp_path / "x.npy"), "--images FOLDER or --texts FILE")
     one_line_error(run("encode", trained / "model", "--images", scenes, "-o", tmp_path / "x.bin"), "ends in .npy")
-    one_line_error(run("index", trained / "model", scenes / "val", "-o", scenes / "val"), "it is not replaced")
+    one_line_error(run("index", "build", trained / "model", scenes / "val", "-o", scenes / "val"), "it is not replaced")
     assert len(list((scenes / "val").glob("*.png"))) == 16
     one_line_error(
         run("eval", trained / "model", "--data", scenes / "val.jsonl", "--batch-size", 0), "batch_size must be"
     )
-    one_line_error(run("index", trained / "model", tmp_path / "nowhere", "-o", tmp_path / "x"), "no such folder")
+    one_line_error(
+        run("index", "build", trained / "model", tmp_path / "nowhere", "-o", tmp_path / "x"), "no such folder"
+    )
     assert not (tmp_path / "o").exists()
 
 

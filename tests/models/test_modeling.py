@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.images import ImageError, load_image
 from d2svse.losses import InfoNCE
 from d2svse.models import ImageEncoder, TextEncoder
 from d2svse.models.encoders import load_backbone
@@ -104,6 +105,66 @@ def test_encoding_does_not_depend_on_the_batch_size_and_keeps_the_order(model, v
     np.testing.assert_allclose(model.encode_text(texts, batch_size=batch_size), whole, atol=1e-5)
     for row, text in enumerate(texts):
         np.testing.assert_allclose(model.encode_text(text)[0], whole[row], atol=1e-5)
+
+
+def test_what_is_named_more_than_once_is_encoded_once(model, make_model, val_dataset, monkeypatch):
+    seen = {"image": 0, "text": 0}
+    for side in seen:
+        encoder = getattr(model, f"{side}_encoder")
+        monkeypatch.setattr(
+            encoder, "forward",
+            lambda batch, *rest, _f=encoder.forward, _s=side: seen.update({_s: seen[_s] + len(batch)})
+            or _f(batch, *rest),
+        )  # fmt: skip
+    images = [val_dataset.images[i] for i in (0, 1, 0, 2, 1)]
+    texts = [SENTENCES[i] for i in (3, 0, 0, 3, 1)]
+    for encode, items, once in ((model.encode_image, images, images), (model.encode_text, texts, texts)):
+        found = encode(items, batch_size=2)
+        alone = np.concatenate([encode(item) for item in once])
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert seen == {"image": 3 + 5, "text": 3 + 5}
+    picture, other = Image.open(images[0]), Image.open(images[1])
+    found = model.encode_image([picture, other, picture])
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_allclose(found[1], model.encode_image(images[1])[0], atol=1e-5)
+
+
+def test_a_decoder_that_sees_padding_gets_the_batches_as_they_come(make_model):
+    model = make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False})
+    texts = [SENTENCES[i] for i in (0, 0, 1, 0)]
+    by_hand = np.concatenate([model.encode_text(texts[:2]), model.encode_text(texts[2:])])
+    np.testing.assert_allclose(model.encode_text(texts, batch_size=2), by_hand, atol=1e-6)
+    assert np.abs(by_hand[0] - by_hand[3]).max() > 1e-4  # which a sentence that was encoded once would not show
+
+
+def test_pictures_that_cannot_be_read_are_handed_over_or_raise(model, val_dataset, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no")
+    images = [tmp_path / "broken.png", *val_dataset.images[:3], tmp_path / "none.png", tmp_path / "none.png"]
+    bad = {}
+    batches = list(model.image_batches(images, batch_size=2, on_bad_image=bad.__setitem__))
+    assert [rows for rows, _ in batches] == [[1], [2, 3]]
+    assert sorted(bad) == [0, 4, 5]
+    whole = model.encode_image(val_dataset.images[:3])
+    np.testing.assert_allclose(np.concatenate([features.pooled for _, features in batches]), whole, atol=1e-5)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        list(model.image_batches(images))
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_draft_mode_reduces_large_jpeg_files_only(model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    large = Image.fromarray(pixels).resize((500, 400), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "large.jpg", quality=95)
+    large.save(tmp_path / "large.png")
+    large.resize((120, 100)).save(tmp_path / "small.jpg")
+    assert model.processor.draft_size() == 64
+    assert load_image(tmp_path / "large.jpg", 64).size == (125, 100)  # a quarter: an eighth has a side below 64
+    assert load_image(tmp_path / "large.png", 64).size == (500, 400)
+    assert load_image(tmp_path / "small.jpg", 64).size == (120, 100)
+    names = [tmp_path / name for name in ("large.jpg", "large.png", "small.jpg")]
+    whole, drafted = (model.encode_image(names, draft=draft) for draft in (False, True))
+    np.testing.assert_array_equal(whole[1:], drafted[1:])
+    assert 0 < np.abs(whole[0] - drafted[0]).max() < 0.05
 
 
 def test_encoding_gives_arrays_tensors_or_features_and_leaves_the_mode(model, val_dataset):

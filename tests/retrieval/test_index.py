@@ -1,7 +1,15 @@
+import json
+import multiprocessing
+import re
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from d2svse.retrieval import ExactIndex
+from d2svse.retrieval import ExactIndex, load_index, make_index
+from d2svse.retrieval.storage import first_to_merge, write_lock
+from d2svse.retrieval.topk import RunningTopK
 
 
 @pytest.fixture
@@ -14,48 +22,222 @@ def filled():
     return index, vectors
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("k", [1, 5, 20, 99])
-def test_finds_what_a_full_sort_finds(filled, k):
+def test_finds_what_a_full_sort_finds(filled, k, device):
     index, vectors = filled
-    queries = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
+    index.device = device
+    queries = np.random.default_rng(1).normal(size=(300, 6)).astype(np.float32)
     scores, ids = index.search(queries, k)
     full = queries @ vectors.T
     order = np.argsort(-full, axis=1, kind="stable")[:, :k]
     assert ids == [[f"n{i}" for i in row] for row in order]
-    np.testing.assert_allclose(scores, np.take_along_axis(full, order, 1), rtol=1e-5)
+    np.testing.assert_allclose(scores, np.take_along_axis(full, order, 1), rtol=1e-4, atol=1e-6)
 
 
-def test_equal_scores_come_in_the_order_they_were_added():
-    index = ExactIndex(2, block_size=2)
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_equal_scores_come_in_the_order_they_were_added(device):
+    index = ExactIndex(2, block_size=2, device=device)
     index.add(list("abcde"), np.ones((5, 2)))
     assert index.search(np.ones(2), 3)[1] == [["a", "b", "c"]]
+    index.delete(["b"])
+    index.add(["b"], np.ones((1, 2)))
+    assert index.search(np.ones(2), 9)[1] == [["a", "c", "d", "e", "b"]]
 
 
-def test_saves_and_loads_equal_and_replaces_what_was_there(filled, tmp_path):
-    index, _ = filled
-    for _ in range(2):
+@pytest.mark.parametrize("order", ["ascending", "descending", "tied", "random"])
+@pytest.mark.parametrize("k", [1, 4, 37])
+def test_running_top_k_is_a_stable_sort(order, k):
+    rng = np.random.default_rng(k)
+    scores = rng.integers(0, 12, size=(5, 200)).astype(np.float32)
+    scores = {"ascending": np.sort(scores), "descending": -np.sort(-scores), "tied": np.ones_like(scores)}.get(
+        order, scores
+    )
+    best = RunningTopK(5, k)
+    for first in range(0, 200, 11):
+        best.add(scores[:, first : first + 11], np.arange(first, min(first + 11, 200)))
+    values, rows = best.best()
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, 1))
+
+
+def test_scores_beyond_float32_are_no_answer():
+    index = ExactIndex(2)
+    index.add(["a", "b"], np.array([[3e38, 3e38], [1, 1]]))
+    with pytest.raises(ValueError, match="a score is not finite"):
+        index.search(np.array([3e38, 3e38]), 2)
+    with pytest.raises(ValueError, match="too large for float16; normalise"):
+        ExactIndex(2, "float16").add(["a"], np.array([[1e5, 0]]))
+
+
+def test_int8_rounds_by_half_a_step_of_its_dimension_whatever_was_merged(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = (rng.normal(size=(400, 8)) * 10.0 ** np.arange(-4, 4)).astype(np.float32)
+    vectors[:, 3] = 0
+    index = ExactIndex(8, "int8")
+    index.add([str(i) for i in range(400)], vectors)
+    step = np.abs(vectors).max(0) / 127
+    assert (np.abs(index.vectors_of(index.ids) - vectors) <= 0.501 * step).all()
+    dripped = ExactIndex(8, "int8")
+    for row in range(400):
+        dripped.add([str(row)], vectors[row : row + 1])
+        if row % 100 == 0:
+            dripped.save(tmp_path / "i")
+    assert len(dripped._parts) < 12
+    error = np.abs(dripped.vectors_of(dripped.ids) - vectors)
+    assert (error <= 3 * step).all()
+    assert (error[:, 3] == 0).all()
+
+
+def test_a_save_writes_only_what_is_new(filled, tmp_path):
+    index, vectors = filled
+
+    def files():
+        return {path.name for path in (tmp_path / "i").iterdir()} - {"index.json"}
+
+    index.save(tmp_path / "i")
+    before = files()
+    index.add(["x", "y"], vectors[:2], [{"a": 1}, {}])
+    index.save(tmp_path / "i")
+    assert before < files()
+    (new,) = (name for name in files() - before if name.startswith("vectors"))
+    assert np.load(tmp_path / "i" / new).shape == (2, 6)
+    for number in range(40):
+        index.add([f"more {number}"], vectors[:1])
         index.save(tmp_path / "i")
-    loaded = ExactIndex.load(tmp_path / "i")
-    assert loaded.ids == index.ids
-    np.testing.assert_array_equal(loaded.vectors, index.vectors)
-    assert [path.name for path in tmp_path.iterdir()] == ["i"]
-    (tmp_path / "i" / "vectors.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"vectors\.npy is missing"):
+    loaded = load_index(tmp_path / "i")
+    assert (loaded.ids, loaded.metadata_of(["x"])) == (index.ids, [{"a": 1}])
+    np.testing.assert_array_equal(loaded.vectors_of(["n7", "y", "more 39"]), vectors[[7, 1, 0]])
+    assert len(files()) < 16
+    index.delete(index.ids[:60])
+    index.save(tmp_path / "i")
+    assert [path.suffix for path in sorted((tmp_path / "i").glob("*-*"))] == [".json", ".npy"]
+    loaded = load_index(tmp_path / "i")
+    assert (loaded.ids, index.ids) == (index.ids, [f"more {number}" for number in range(8, 40)])
+    index.save(tmp_path / "other")
+    assert load_index(tmp_path / "other").ids == index.ids
+
+
+def test_parts_stay_few():
+    sizes: list[int] = []
+    for _ in range(1000):
+        sizes.append(1)
+        first = first_to_merge(sizes)
+        sizes[first:] = [sum(sizes[first:])]
+        assert all(one >= 2 * following for one, following in pairwise(sizes))
+    assert len(sizes) < 10
+
+
+def test_what_is_missing_or_cut_short_is_named(filled, tmp_path):
+    index, _ = filled
+    index.save(tmp_path / "i")
+    (vectors,) = (tmp_path / "i").glob("vectors-*.npy")
+    whole = vectors.read_bytes()
+    vectors.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=re.escape(f"{vectors}: ") + ".*the index is not whole, build it again"):
+        ExactIndex.load(tmp_path / "i")
+    vectors.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{vectors.name} is missing"):
+        ExactIndex.load(tmp_path / "i")
+    (tmp_path / "i" / "index.json").write_text('{"engine": "exact", "dim": 6, "ids": []}')
+    with pytest.raises(ValueError, match=r"not an index written by `d2svse index`.*earlier version"):
+        load_index(tmp_path / "i")
+    with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
+        load_index(tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="is not replaced"):
+        index.save(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_unknown_names_are_answered_with_the_known(filled, tmp_path):
+    with pytest.raises(ValueError, match="unknown engine 'exakt'; known are exact, faiss, milvus"):
+        make_index("exakt", 4)
+    with pytest.raises(ValueError, match="'exact' has no option 'dtyp'; known are dtype, device, fingerprint, block_s"):
+        make_index("exact", 4, dtyp="int8")
+    with pytest.raises(ValueError, match="unknown dtype 'int4'; known are float32, float16, int8"):
+        make_index("exact", 4, dtype="int4")
+    filled[0].save(tmp_path / "i")
+    text = json.loads((tmp_path / "i" / "index.json").read_text())
+    (tmp_path / "i" / "index.json").write_text(json.dumps({**text, "engine": "faiss"}))
+    with pytest.raises(ValueError, match="an index of the engine 'faiss', not 'exact'"):
         ExactIndex.load(tmp_path / "i")
 
 
-def test_bad_input_is_named(filled):
+def hold(folder: Path, taken, released) -> None:
+    with write_lock(folder):
+        taken.set()
+        released.wait(30)
+
+
+def test_one_process_writes_at_a_time(filled, tmp_path):
+    index, vectors = filled
+    index.save(tmp_path / "i")
+    context = multiprocessing.get_context("spawn")
+    taken, released = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "i", taken, released))
+    other.start()
+    try:
+        assert taken.wait(60)
+        index.add(["x"], vectors[:1])
+        with pytest.raises(BlockingIOError, match="another process is writing to it; try again"):
+            index.save(tmp_path / "i")
+        assert len(load_index(tmp_path / "i")) == 50  # reading needs no lock
+    finally:
+        released.set()
+        other.join(30)
+    with write_lock(tmp_path / "i"):
+        index.save(tmp_path / "i")  # who holds the lock may write
+    assert len(load_index(tmp_path / "i")) == 51
+
+
+def test_what_another_process_added_meanwhile_is_not_lost(filled, tmp_path):
+    index, vectors = filled
+    index.save(tmp_path / "i")
+    one, two = load_index(tmp_path / "i"), load_index(tmp_path / "i")
+    one.add(["x"], vectors[:1])
+    one.save(tmp_path / "i")
+    two.add(["y"], vectors[:1])
+    with pytest.raises(ValueError, match="changed by another process since it was loaded; load it again"):
+        two.save(tmp_path / "i")
+    assert set(load_index(tmp_path / "i").ids) - set(index.ids) == {"x"}
+
+
+def test_leftovers_of_a_killed_writer_go_with_the_next_write(filled, tmp_path):
+    index, vectors = filled
+    index.save(tmp_path / "i")
+    for name in ("vectors-0123456789ab.npy", "items-0123456789ab.json", ".index.json.01234567.tmp"):
+        (tmp_path / "i" / name).write_bytes(b"half")
+    assert load_index(tmp_path / "i").ids == index.ids
+    index.add(["x"], vectors[:1])
+    index.save(tmp_path / "i")
+    assert not [path for path in (tmp_path / "i").iterdir() if path.read_bytes() == b"half"]
+
+
+def test_a_write_that_fails_leaves_everything_as_it_was(filled, tmp_path, monkeypatch):
+    index, vectors = filled
+    index.save(tmp_path / "i")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()}
+    index.add(["x"], vectors[:1])
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("d2svse.retrieval.storage.write_bytes", full)
+        with pytest.raises(OSError, match="disk full"):
+            index.save(tmp_path / "i")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()} == before
+    index.save(tmp_path / "i")
+    assert load_index(tmp_path / "i").ids == index.ids
+
+
+def test_what_is_loaded_is_mapped(filled, tmp_path):
     index, _ = filled
-    with pytest.raises(ValueError, match="'n3' is in the index already"):
-        index.add(["n3"], np.ones((1, 6)))
-    with pytest.raises(ValueError, match="expected 2 vectors of width 6"):
-        index.add(["x", "y"], np.ones((1, 6)))
-    with pytest.raises(ValueError, match="the vector of 'y' is not finite"):
-        index.add(["x", "y"], np.array([[0.0] * 6, [np.nan] * 6]))
-    assert len(index) == 50
-    with pytest.raises(ValueError, match="queries are 3 wide, the index 6"):
-        index.search(np.ones((1, 3)), 1)
-    with pytest.raises(ValueError, match="k must be positive"):
-        index.search(np.ones((1, 6)), 0)
-    with pytest.raises(ValueError, match="the index is empty"):
-        ExactIndex(6).search(np.ones((1, 6)), 1)
+    index.save(tmp_path / "i")
+    (part,) = load_index(tmp_path / "i")._parts
+    assert part.map is not None
+    assert not part.codes.flags.owndata
+    assert not part.codes.flags.writeable

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2svse import Features, evaluate, search
-from d2svse.retrieval import draw_gallery, index_images, retrieval_metrics, search_by_image, search_exhaustively
-from d2svse.similarity import Cosine
+from d2svse import Features, evaluate
+from d2svse.retrieval import Hit, draw_gallery, retrieval_metrics, write_gallery_page
+from d2svse.retrieval.search import FEW_QUERIES, PICTURES_TOGETHER, exact_scores, ranked
+from d2svse.similarity import Cosine, build_similarity
 
 
 def test_evaluate_ranks_every_image_and_caption(model, val_dataset):
@@ -46,17 +47,6 @@ def test_a_similarity_on_tokens_gets_features(model, val_dataset):
     assert 0 <= evaluate(model, val_dataset)["rsum"] <= 6
 
 
-def test_search_gives_the_order_of_the_similarity(model, val_dataset):
-    index = index_images(model, val_dataset.images)
-    queries = val_dataset.captions[:3]
-    scores = model.similarity(model.encode_image(val_dataset.images), model.encode_text(queries))
-    for query, hits in enumerate(search(model, index, queries, k=4)):
-        best = np.argsort(-scores[:, query])[:4]
-        assert [hit.id for hit in hits] == [str(val_dataset.images[i]) for i in best]
-        np.testing.assert_allclose([hit.score for hit in hits], scores[best, query], atol=1e-6)
-    assert search_by_image(model, index, val_dataset.images[5], k=1)[0][0].id == str(val_dataset.images[5])
-
-
 def test_a_gallery_has_a_row_for_every_query(val_dataset, tmp_path):
     draw_gallery(
         [("a query", val_dataset.images[:3]), ("a very long one " * 10, val_dataset.images[3:5])],
@@ -68,21 +58,63 @@ def test_a_gallery_has_a_row_for_every_query(val_dataset, tmp_path):
         draw_gallery([], tmp_path / "h.png")
 
 
-@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "max-mean", "omit"])
-def test_searching_exhaustively_serves_every_similarity(make_model, val_dataset, name):
-    model = make_model(similarity={"name": name})
-    queries = val_dataset.captions[:3]
-    found = search_exhaustively(model, val_dataset.images, queries, k=4)
-    images = model.encode_image(val_dataset.images, output="features")
-    texts = model.encode_text(queries, output="features")
-    scores = model.similarity(images, texts).numpy()
-    for query, hits in enumerate(found):
-        best = np.argsort(-scores[:, query])[:4]
-        np.testing.assert_allclose([hit.score for hit in hits], scores[best, query], atol=1e-5)
-        assert [hit.id for hit in hits] == [str(val_dataset.images[i]) for i in best]
-    if model.similarity_fn.foldable:
-        answers = search(model, index_images(model, val_dataset.images), queries, 4)
-        assert [[hit.id for hit in hits] for hits in answers] == [[hit.id for hit in hits] for hits in found]
-    else:
-        with pytest.raises(ValueError, match="no vector index can serve it"):
-            index_images(model, val_dataset.images)
+def test_a_page_holds_its_pictures_and_escapes_every_text(val_dataset, tmp_path):
+    sentence = '<script>alert("x")</script> & more'
+    odd = tmp_path / 'a"><b>.png'
+    Image.new("RGB", (300, 30), "red").save(odd)
+    rows = [
+        (sentence, None, [Hit(str(odd), 0.5), Hit(str(val_dataset.images[0]), 0.25)]),
+        (None, val_dataset.images[1], [Hit(str(val_dataset.images[2]), 1.0)]),
+    ]
+    write_gallery_page(rows, tmp_path / "g.html", thumbnail=50)
+    page = (tmp_path / "g.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; more" in page
+    assert "<b>" not in page
+    assert page.count('src="data:image/jpeg;base64,') == 4
+    assert "0.5000" in page
+    assert str(tmp_path) not in page.replace("alt=", "").split("</style>")[0]
+    write_gallery_page([(None, val_dataset.images[1], [Hit("<i>a ring", 1.0)])], tmp_path / "t.html", pictures=False)
+    page = (tmp_path / "t.html").read_text()
+    assert page.count("data:image") == 1
+    assert "&lt;i&gt;a ring" in page
+    with pytest.raises(ValueError, match="no queries"):
+        write_gallery_page([], tmp_path / "h.html")
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("name", ["omit", "max-mean", "scan-i2t"])
+@pytest.mark.parametrize("count", [FEW_QUERIES, 2 * PICTURES_TOGETHER + 3])
+def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
+    rng, items = np.random.default_rng(0), 9
+    similarity = build_similarity(name, 6)
+    images, texts = (items, count) if side == "image" else (count, items)
+
+    def features(n, length):
+        import torch
+
+        tokens = torch.from_numpy(rng.normal(size=(n, length, 6))).float()
+        mask = torch.arange(length) < torch.from_numpy(rng.integers(1, length + 1, n))[:, None]
+        return Features(tokens.mean(1), tokens, mask)
+
+    left, right = features(images, 5), features(texts, 7)
+    whole = similarity(left, right).detach().numpy()
+    whole = whole.T if side == "image" else whole
+    stored, queries = (left, right) if side == "image" else (right, left)
+    shortlists = [[str(i) for i in rng.permutation(items)[: rng.integers(1, items + 1)]] for _ in range(count)]
+    shortlists[0] = [str(i) for i in range(items)]
+    reads = []
+
+    def read(ids):
+        reads.append(len(ids))
+        return stored[[int(i) for i in ids]]
+
+    found = exact_scores(similarity, side, read, queries, shortlists)
+    for row, (shortlist, scores) in enumerate(zip(shortlists, found, strict=True)):
+        np.testing.assert_allclose(scores, whole[row, [int(i) for i in shortlist]], atol=1e-5)
+    if count > FEW_QUERIES:  # what is stored is read once for a block of pictures
+        assert len(reads) == (1 if side == "image" else 3)
+
+
+def test_of_equal_scores_the_first_is_ranked_first():
+    assert ranked(["a", "b", "c", "d"], np.array([1, 3, 3, 2.0]), 3) == [Hit("b", 3), Hit("c", 3), Hit("d", 2)]

@@ -1,0 +1,255 @@
+"""What every vector index is: one contract, whatever the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+Metadata = dict[str, Any]
+Filter = Mapping[str, Any]
+NOTHING: Metadata = {}  # shared by all items without metadata
+
+
+class VectorIndex(ABC):
+    """Vectors under ids, searched by inner product: a higher score is closer.
+
+    Every engine keeps to the same contract. What is wrong with the input is found before anything is
+    changed, and said in one error.
+
+    Args:
+        dim: width of the vectors.
+        fingerprint: of the model that made the vectors; kept with the index.
+
+    Attributes:
+        engine: the name of the engine, by which `load_index` knows it.
+    """
+
+    engine: ClassVar[str]
+
+    def __init__(self, dim: int, fingerprint: str | None = None) -> None:
+        if dim < 1:
+            raise ValueError(f"dim must be positive, got {dim}")
+        self.dim, self.fingerprint = dim, fingerprint
+
+    def add(self, ids: Sequence[str], vectors: np.ndarray, metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Add vectors.
+
+        Args:
+            ids: `n` names that are not in the index yet: any strings but the empty one.
+            vectors: `(n, dim)`, taken as float32.
+            metadata: `n` mappings that JSON can hold, to filter by; empty ones without it.
+
+        Raises:
+            ValueError: if the shapes do not fit, an id is empty, given twice or there already, a value is
+                not finite, or JSON cannot hold the metadata. Nothing is added then.
+        """
+        names = _checked_ids(ids)
+        rows = np.asarray(vectors, dtype=np.float32)
+        if rows.shape != (len(names), self.dim):
+            raise ValueError(f"expected {len(names)} vectors of width {self.dim}, got {rows.shape}")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            raise ValueError(f"the vector of {names[int(np.argmin(finite))]!r} is not finite")
+        known = self._known(names)
+        for name in names:
+            if name in known:
+                raise ValueError(f"the id {name!r} is in the index already")
+        described = [NOTHING] * len(names) if metadata is None else _checked_metadata(names, metadata)
+        if names:
+            self._add(names, rows, described)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove ids and their vectors.
+
+        Raises:
+            ValueError: if an id is not in the index, or given twice. Nothing is removed then.
+        """
+        names = self._checked_known(ids)
+        if names:
+            self._delete(names)
+
+    def search(self, queries: np.ndarray, k: int, filter: Filter | None = None) -> tuple[np.ndarray, list[list[str]]]:
+        """Find the k best of each query.
+
+        Args:
+            queries: `(n_queries, dim)`, or one `(dim,)`.
+            k: how many; fewer come back where fewer are stored or pass the filter.
+            filter: a value, or a list of values of which one must be met, for each key of the metadata that
+                counts; an item without the key does not pass.
+
+        Returns:
+            Scores `(n_queries, k)` float32, best first, and the ids.
+
+        Raises:
+            ValueError: if the width does not fit, a query is not finite, k is not positive, the filter holds
+                something else, or the index is empty.
+        """
+        rows = np.atleast_2d(np.asarray(queries, dtype=np.float32))
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"queries are {rows.shape[-1]} wide, the index {self.dim}")
+        if not len(self):
+            raise ValueError("the index is empty")
+        if k < 1:
+            raise ValueError(f"k must be positive, got {k}")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            raise ValueError(f"query {int(np.argmin(finite))} is not finite")
+        return self._search(np.ascontiguousarray(rows), k, _checked_filter(filter))
+
+    def vectors_of(self, ids: Sequence[str]) -> np.ndarray:
+        """The vectors of ids as they are stored, `(n, dim)` float32: rounded where the index compresses.
+
+        Raises:
+            ValueError: if an id is not in the index.
+        """
+        return self._vectors_of(self._checked_known(ids, twice=True))
+
+    def metadata_of(self, ids: Sequence[str]) -> list[Metadata]:
+        """The metadata of ids.
+
+        Raises:
+            ValueError: if an id is not in the index.
+        """
+        return self._metadata_of(self._checked_known(ids, twice=True))
+
+    def check_fingerprint(self, fingerprint: str | None) -> None:
+        """Refuse a model that did not make the vectors; None checks nothing.
+
+        Raises:
+            ValueError: if the fingerprint is another, or the index has none.
+        """
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            what = f"vectors of the model {self.fingerprint}" if self.fingerprint else "no fingerprint of a model"
+            raise ValueError(
+                f"the index holds {what}, and this model is {fingerprint}; use the model that built the index, "
+                "or build it again with this one"
+            )
+
+    @property
+    @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """The ids, in the order they were added where the engine keeps one."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and bool(self._known([id]))
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the index to a folder, which is whole before and after, whatever happens between.
+
+        Raises:
+            BlockingIOError: if another process is writing there.
+            FileExistsError: if the folder holds something else.
+            ValueError: if another process changed the index since it was loaded.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: str | os.PathLike[str], fingerprint: str | None = None) -> Self:
+        """Open an index that `save` wrote.
+
+        Args:
+            folder: the folder.
+            fingerprint: of the model that is to search in it; another than the index's is refused.
+
+        Raises:
+            FileNotFoundError: if a file is missing; the message names it.
+            ValueError: if the fingerprint is another, or the files are not whole.
+        """
+
+    @abstractmethod
+    def _known(self, ids: list[str]) -> set[str]:
+        """Those of the ids that are in the index."""
+
+    @abstractmethod
+    def _add(self, ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None: ...
+
+    @abstractmethod
+    def _delete(self, ids: list[str]) -> None: ...
+
+    @abstractmethod
+    def _search(
+        self, queries: np.ndarray, k: int, filter: dict[str, list[Any]] | None
+    ) -> tuple[np.ndarray, list[list[str]]]: ...
+
+    @abstractmethod
+    def _vectors_of(self, ids: list[str]) -> np.ndarray: ...
+
+    @abstractmethod
+    def _metadata_of(self, ids: list[str]) -> list[Metadata]: ...
+
+    def _checked_known(self, ids: Sequence[str], twice: bool = False) -> list[str]:
+        names = _checked_ids(ids, twice)
+        known = self._known(names)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"the id {name!r} is not in the index")
+        return names
+
+
+def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
+    """The ids as a list, none empty and, unless allowed, none given twice."""
+    if isinstance(ids, str):
+        raise ValueError(f"expected a list of ids, got the string {ids!r}")
+    names = list(ids)
+    for row, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"id {row} is {name!r}; ids are strings")
+        if not name:
+            raise ValueError(f"id {row} is empty")
+    if not twice and len(set(names)) < len(names):
+        seen: set[str] = set()
+        raise ValueError(f"the id {next(n for n in names if n in seen or seen.add(n))!r} is given twice")  # type: ignore[func-returns-value]
+    return names
+
+
+def _checked_metadata(ids: list[str], metadata: Sequence[Mapping[str, Any]]) -> list[Metadata]:
+    """What JSON makes of the metadata, so that it is the same before it is saved and after."""
+    if len(metadata) != len(ids):
+        raise ValueError(f"expected metadata of {len(ids)} items, got {len(metadata)}")
+    checked = []
+    for name, one in zip(ids, metadata, strict=True):
+        try:
+            if not all(isinstance(key, str) for key in one):
+                raise TypeError("keys are strings")
+            checked.append(json.loads(json.dumps(dict(one), allow_nan=False)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the metadata of {name!r} cannot be stored as JSON ({error}): {one!r}") from None
+    return checked
+
+
+def _checked_filter(filter: Filter | None) -> dict[str, list[Any]] | None:
+    """For every key the values of which one must be met."""
+    if not filter:
+        return None
+    checked = {}
+    for key, wanted in filter.items():
+        values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        if not isinstance(key, str) or not all(isinstance(value, str | bool | int | float) for value in values):
+            raise ValueError(
+                f"the filter {key!r}: {wanted!r} is none; give a string, a number or a truth value, or a list of them"
+            )
+        checked[key] = values
+    return checked
+
+
+def passes(metadata: Metadata, filter: dict[str, list[Any]]) -> bool:
+    """Whether metadata have, for every key of a checked filter, one of its values; 1 and true are two."""
+    for key, values in filter.items():
+        found = metadata.get(key)
+        if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):
+            return False
+    return True
+
+
+def passing_rows(metadata: Iterable[Metadata | None], filter: dict[str, list[Any]]) -> np.ndarray:
+    """Which of the items pass a checked filter, `(n,)` bool."""
+    return np.fromiter((one is not None and passes(one, filter) for one in metadata), dtype=bool)

@@ -1,0 +1,90 @@
+"""Encode items into a store of an index, and add what is stored to its vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2svse.images import OnBadImage
+from d2svse.retrieval.engine import VectorIndex
+from d2svse.retrieval.search import search_vectors
+from d2svse.retrieval.settings import STORE, IndexSettings
+from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
+
+if TYPE_CHECKING:
+    from d2svse.models.modeling import D2SVSE
+
+ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `ImageTextIndex.add` did.
+
+    Attributes:
+        added: ids that are new.
+        changed: ids whose pictures had changed and were encoded again.
+        dropped: ids whose pictures are gone.
+        skipped: pictures that cannot be read, with the reason; they are not in the index.
+    """
+
+    added: list[str]
+    changed: list[str]
+    dropped: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def encode_items(
+    model: D2SVSE,
+    names: Sequence[str],
+    folder: Path,
+    settings: IndexSettings,
+    in_use: Collection[str] = (),
+    *,
+    on_bad_image: OnBadImage,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> EmbeddingStore:
+    """Encode into a store whose name is that of its list, so that a killed call finds it again.
+
+    Args:
+        model: the model, with its processor.
+        names: paths of pictures, or sentences.
+        folder: the folder of the index.
+        settings: of the index.
+        in_use: stores that hold what ids refer to; they are left as they are.
+        on_bad_image: see `encode_images`.
+        batch_size: items encoded at a time.
+        show_progress_bar: show one on the terminal.
+    """
+    exact = settings.shortlist is not None
+    output: Any = "features" if exact and model.similarity_fn.requires == "tokens" else "pooled"
+    key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
+    name = STORE + key.hexdigest()[:12]
+    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
+    store = folder / next(one for one in numbered if one not in in_use)
+    options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}
+    options |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    if settings.side == "text":
+        return encode_texts(model, names, store, **options)
+    return encode_images(model, names, store, on_bad_image=on_bad_image, draft=settings.draft, **options)
+
+
+def add_store(vectors: VectorIndex, model: D2SVSE, store: EmbeddingStore, settings: IndexSettings) -> None:
+    """Add what is in a store, in one call, which engines that learn from their vectors want."""
+    rows = np.empty((len(store), vectors.dim), dtype=np.float32)
+    for start in range(0, len(store), ROWS_AT_A_TIME):
+        part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
+        features = store.features(part).to(model.device)
+        rows[part] = search_vectors(model.similarity_fn, settings.side, features, settings.shortlist)
+    metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
+    if settings.shortlist is not None:
+        for row, one in enumerate(metadata):
+            one |= {"store": store.folder.name, "row": row}
+    vectors.add(store.ids, rows, metadata)

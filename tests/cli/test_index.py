@@ -1,0 +1,157 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from d2svse import D2SVSE
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """A saved model of a similarity, and it loaded."""
+
+    def save(name="cosine", seed=0):
+        folder = tmp_path / f"model-{name}-{seed}"
+        make_model(seed, similarity={"name": name}).save_pretrained(folder)
+        return folder, D2SVSE.from_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture
+def photos(val_dataset, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in val_dataset.images:
+        shutil.copy(path, folder)
+    return folder
+
+
+def hits(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def one_line_error(result, *parts):
+    code, _, err = result
+    assert code == 2
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err, err
+
+
+@pytest.mark.parametrize("name", ["gssf-diagonal", "omit"])
+def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, name):
+    folder, model = saved(name)
+    index = tmp_path / "i"
+    code, out, err = run("index", "build", folder, photos, "-o", index, "--engine-option", "dtype=float16")
+    assert code == 0, err
+    assert "16 pictures" in out
+    names = sorted(map(str, photos.iterdir()))
+    text = ("a red circle", "a blue star [bold]at[/bold] the top")
+    scores = np.asarray(
+        model.similarity(model.encode_image(names, output="features"), model.encode_text(text, output="features"))
+    )
+    code, out, err = run("search", index, *text, "-k", 16, "--json", "--rerank", 16) if name == "omit" else run(
+        "search", index, *text, "-k", 16, "--json"
+    )  # fmt: skip
+    assert code == 0, err
+    for query, line in enumerate(hits(out)):
+        assert line["text"] == text[query]
+        found = {hit["id"]: hit["score"] for hit in line["hits"]}
+        assert found == pytest.approx(dict(zip(names, scores[:, query], strict=True)), abs=2e-3)
+    code, out, _ = run("search", index, *text, "-k", 2)
+    assert "a blue star [bold]at[/bold] the top" in out
+    assert any(line.split()[-1] in names for line in out.splitlines() if line.split()[:1] == ["1"])  # paths stay whole
+    both = run("search", index, "a red circle", "--image", names[4], "--weight", 0, "-k", 1, "--json")[1]
+    assert hits(both)[0]["hits"][0]["id"] == names[4]
+    assert hits(both)[0]["image"] == names[4]
+
+    shutil.copy(scenes / "train" / "000000.png", photos / "new.png")
+    (photos / "000050.png").unlink()
+    (photos / "broken.png").write_bytes(b"no")
+    one_line_error(run("index", "add", index, photos), "broken.png", "--on-bad-image skip")
+    code, out, err = run("index", "add", index, photos, "--on-bad-image", "skip")
+    assert code == 0
+    assert "1 added, 0 encoded again, 1 dropped; 16 pictures" in out
+    assert "skipped 1 pictures" in err
+    assert "broken.png" in (index / "skipped.jsonl").read_text()
+    assert "15 pictures" in run("index", "remove", index, photos / "new.png")[1]
+    one_line_error(run("index", "remove", index, photos / "new.png"), "is not in the index")
+    info = json.loads(run("index", "info", index, "--json")[1])
+    assert {name: info[name] for name in ("count", "side", "engine", "dim", "model")} == {
+        "count": 15, "side": "image", "engine": "exact", "dim": 24, "model": str(folder)
+    }  # fmt: skip
+    assert info["bytes"] > 15 * 24 * 2
+    assert "fingerprint" in run("index", "info", index)[1]
+
+
+def test_sentences_are_found_by_a_picture(saved, scenes, val_dataset, tmp_path, run):
+    folder, model = saved()
+    assert run("index", "build", folder, scenes / "val.jsonl", "-o", tmp_path / "i", "--side", "text")[0] == 0
+    captions = list(dict.fromkeys(val_dataset.captions))
+    picture = val_dataset.images[2]
+    scores = model.similarity(model.encode_image(picture), model.encode_text(captions))[0]
+    code, out, err = run(
+        "search", tmp_path / "i", "--image", picture, "-k", 3, "--json", "--gallery", tmp_path / "g.html"
+    )
+    assert code == 0, err
+    assert [hit["id"] for hit in hits(out)[0]["hits"]] == [captions[i] for i in np.argsort(-scores)[:3]]
+    assert captions[int(np.argmax(scores))] in (tmp_path / "g.html").read_text()
+    one_line_error(run("search", tmp_path / "i", "--image", picture, "--gallery", tmp_path / "g.png"), "ends in .html")
+
+
+def test_galleries(saved, photos, tmp_path, run):
+    folder, _ = saved()
+    assert run("index", "build", folder, photos, "-o", tmp_path / "i")[0] == 0
+    for name in ("g.png", "g.html"):
+        assert run("search", tmp_path / "i", "a ring", "-k", 2, "--gallery", tmp_path / name)[0] == 0
+    assert Image.open(tmp_path / "g.png").format == "PNG"
+    assert (tmp_path / "g.html").read_text().count("data:image/jpeg;base64,") == 2
+    one_line_error(run("search", tmp_path / "i", "a ring", "--gallery", tmp_path / "g.pdf"), ".png or .html", "g.pdf")
+
+
+def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
+    folder, _ = saved()
+    other, _ = saved(seed=1)
+    assert run("index", "build", folder, photos, "-o", tmp_path / "i")[0] == 0
+    one_line_error(run("search", tmp_path / "i", "x", "--model", other), "use the model that built the index")
+    one_line_error(run("search", tmp_path / "i", "x", "-k", 0), "k must be positive")
+    one_line_error(run("search", tmp_path / "i", "x", "--rerank", 5), "the similarity folds into the vectors")
+    one_line_error(run("search", tmp_path / "i", "x", "y", "--image", photos / "000050.png"), "got 2 and 1")
+    one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such picture")
+    one_line_error(run("search", tmp_path / "i", " "), "sentence 0 is empty")
+    one_line_error(run("index", "add", tmp_path / "none", photos), "image_text_index.json is missing")
+    one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine", "annoy"), "unknown engine")
+    one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--side", "video"), "side must be")
+    one_line_error(
+        run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine-option", "kind=x"), "no option 'kind'"
+    )
+    one_line_error(
+        run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"), "on_bad_image must be"
+    )
+    with FileLock(tmp_path / "i" / ".lock"):
+        one_line_error(run("index", "add", tmp_path / "i", photos), "another process is writing")
+    shutil.rmtree(folder)
+    one_line_error(run("search", tmp_path / "i", "x"), f"{folder}: no such model folder")
+    assert run("index", "info", tmp_path / "i")[0] == 0
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_tune_reports_every_setting_on_ones_own_data(saved, scenes, tmp_path, run, side):
+    folder, _ = saved("gssf-diagonal")
+    assert run("index", "build", folder, scenes / "val.jsonl", "-o", tmp_path / "i", "--side", side)[0] == 0
+    code, out, err = run("index", "tune", tmp_path / "i", "--data", scenes / "val.jsonl", "-k", 3, "--json")
+    assert code == 0, err
+    rows = {row["setting"]: row for row in hits(out)}
+    assert rows["exact dtype=float32"]["recall"] == 1
+    assert rows["exact dtype=float32"]["hit_rate_loss"] == 0
+    assert 0.8 < rows["exact dtype=float16"]["recall"] <= 1
+    answers = hits(run("search", tmp_path / "i", "--image", next((scenes / "val").iterdir()), "--json")[1])
+    assert answers
+    code, out, err = run("index", "tune", tmp_path / "i", "--data", scenes / "train.jsonl", "--max-queries", 7)
+    assert code == 0, err
+    assert "recall@10" in out
+    one_line_error(run("index", "tune", tmp_path / "i", "--data", scenes / "val.jsonl", "-k", 0), "must be positive")

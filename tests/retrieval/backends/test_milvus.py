@@ -1,0 +1,168 @@
+"""Milvus over its server on 127.0.0.1, and what happens when that stops."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from d2svse.retrieval import load_index
+
+pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
+
+from d2svse.retrieval.backends import milvus
+from d2svse.retrieval.backends.milvus import MilvusIndex
+
+DIM = 8
+VECTORS = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32)
+VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
+NAMES = [f"n{row}" for row in range(400)]
+
+
+class Server:
+    """Milvus Lite as a process that listens on a port of 127.0.0.1."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = [sys.executable, "-m", "milvus_lite", "server", "--data-dir", str(self.folder)]
+        self.process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(self.port)], stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise TimeoutError("the server did not start")
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path / "data")
+    yield server
+    server.kill()
+
+
+def test_a_server_answers_as_the_embedded_one(server, tmp_path):
+    answers = []
+    for uri in (str(tmp_path / "milvus.db"), server.uri):
+        index = MilvusIndex(DIM, uri, fingerprint="model-a")
+        index.add(NAMES, VECTORS, [{"even": row % 2 == 0} for row in range(400)])
+        index.delete(NAMES[:5])
+        index.save(tmp_path / "i")
+        loaded = load_index(tmp_path / "i", "model-a")
+        found = [loaded.search(VECTORS[:20], 10), loaded.search(VECTORS[:20], 10, {"even": True})]
+        answers.append((len(loaded), sorted(loaded.ids), found))
+        loaded.close()
+        index.close()
+    embedded, served = answers
+    assert embedded[:2] == served[:2]
+    for (scores, ids), (other_scores, other_ids) in zip(embedded[2], served[2], strict=True):
+        assert ids == other_ids
+        np.testing.assert_array_equal(scores, other_scores)
+
+
+def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server, monkeypatch):
+    monkeypatch.setattr(milvus, "BYTES_AT_A_TIME", 50 * (4 * DIM + 220))
+    index = MilvusIndex(DIM, server.uri, timeout=1.5)
+    index.add(NAMES[:100], VECTORS[:100])
+    ask, calls = MilvusIndex._ask, []
+
+    def ask_and_stop(self, method, *arguments, **options):
+        calls.append(method)
+        if calls.count("upsert") == 4:  # the note of the call, two batches, and before the third
+            server.kill()
+            calls.append("upsert")
+        return ask(self, method, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusIndex, "_ask", ask_and_stop)
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match=r"did not upsert .*nothing was added"):
+            index.add(NAMES[100:], VECTORS[100:])
+        assert 1.5 <= time.monotonic() - start < 20
+    server.start()
+    other = MilvusIndex(DIM, server.uri)
+    for one in (index, other):
+        assert len(one) == 100
+        assert sorted(one.ids) == sorted(NAMES[:100])
+        assert set(one.search(VECTORS[100:102], 100)[1][0]) == set(NAMES[:100])
+    index.add(NAMES[100:], VECTORS[100:])
+    assert len(other) == 400
+    assert index._count('key != ""') == 400
+
+
+def test_a_server_that_comes_back_in_time_is_used(server):
+    index = MilvusIndex(DIM, server.uri, timeout=30)
+    index.add(NAMES[:100], VECTORS[:100])
+    server.kill()
+    back = threading.Timer(1.0, server.start)
+    back.start()
+    index.add(NAMES[100:], VECTORS[100:])
+    back.join()
+    assert len(index) == 400
+    assert index.search(VECTORS[300], 1)[1] == [["n300"]]
+
+
+def test_one_process_adds_at_a_time_and_a_dead_one_is_undone(server):
+    one, two = MilvusIndex(DIM, server.uri), MilvusIndex(DIM, server.uri)
+    with one._writing():
+        one._add(NAMES[:10], VECTORS[:10], [{}] * 10)
+        assert len(two) == 0
+        with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .* is writing to 'd2svse'"):
+            two.add(["x"], VECTORS[:1])
+    assert len(two) == 10
+    script = f"""
+import os, numpy as np
+from d2svse.retrieval.backends.milvus import MilvusIndex
+index = MilvusIndex({DIM}, {server.uri!r})
+with index._writing():
+    index._add(["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
+    os._exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+    assert len(two) == 10
+    assert "x" not in two
+    two.add(["x"], VECTORS[:1])
+    assert (len(one), one._count('key != ""')) == (11, 11)
+
+
+def test_bad_places_and_other_collections_are_named(server, tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.db"):
+        MilvusIndex(DIM, str(tmp_path / "milvus"))
+    with pytest.raises(ValueError, match="milvus needs a uri"):
+        MilvusIndex(DIM)
+    with pytest.raises(ConnectionError, match="cannot be opened"):
+        MilvusIndex(DIM, "http://127.0.0.1:1", timeout=0.5)
+    MilvusIndex(DIM, server.uri, fingerprint="model-a")
+    with pytest.raises(ValueError, match=f"are {DIM} wide, not 3"):
+        MilvusIndex(3, server.uri)
+    with pytest.raises(ValueError, match="this model is model-b"):
+        MilvusIndex(DIM, server.uri, fingerprint="model-b")
+    index = MilvusIndex(DIM, server.uri)
+    assert index.fingerprint == "model-a"
+    with pytest.raises(ValueError, match="longer than Milvus's 65535 bytes"):
+        index.add(["x" * 70000], VECTORS[:1])
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        index.add(["a", "\udcff"], VECTORS[:2])
+    assert len(index) == 0
+    index._client.create_collection("alien", dimension=DIM)
+    with pytest.raises(ValueError, match="'alien' is not an index of d2svse"):
+        MilvusIndex(DIM, server.uri, "alien")

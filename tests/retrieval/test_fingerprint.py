@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from d2svse import D2SVSE
+from d2svse.retrieval import model_fingerprint
+
+FRESH = """
+import sys, transformers
+transformers.logging.disable_progress_bar()
+from d2svse import D2SVSE
+from d2svse.retrieval import model_fingerprint
+print(model_fingerprint(D2SVSE.from_pretrained(sys.argv[1])))
+"""
+
+
+def test_the_same_model_has_the_same_fingerprint_wherever_it_is_loaded(model, tmp_path):
+    own = model_fingerprint(model)
+    model.encode_text(["a red circle", "a ring"])  # leaves its padding and truncation in the tokenizer
+    assert model_fingerprint(model) == own
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+        loaded = D2SVSE.from_pretrained(tmp_path / name)
+        assert model_fingerprint(loaded.train()) == own
+    out = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    assert out.stdout.split()[-1] == own
+
+
+def test_whatever_changes_an_embedding_changes_it(make_model, processor, tmp_path):
+    model = make_model()
+    own = model_fingerprint(model)
+
+    def changed(change):
+        model.save_pretrained(tmp_path / "m")
+        other = D2SVSE.from_pretrained(tmp_path / "m")
+        change(other)
+        return model_fingerprint(other)
+
+    with torch.no_grad():
+        found = {
+            "weights": changed(lambda m: m.image_encoder.projection.weight[0, 0].add_(1e-6)),
+            "dtype": changed(lambda m: m.half()),
+            "configuration": changed(lambda m: setattr(m.config, "fusion", "published")),
+            "backbone": changed(lambda m: setattr(m.config.text_config, "num_attention_heads", 4)),
+            "similarity": model_fingerprint(make_model(similarity={"name": "max-mean"})),
+            "similarity's argument": model_fingerprint(make_model(similarity={"name": "max-mean", "direction": "t2i"})),
+            "picture size": changed(lambda m: setattr(m.processor.image_processor, "size", {"height": 8, "width": 8})),
+            "length": changed(lambda m: setattr(m.processor, "max_length", 7)),
+            "vocabulary": changed(lambda m: m.processor.tokenizer.add_tokens(["zebra"])),
+        }
+    assert own not in found.values()
+    assert len(set(found.values())) == len(found)
+    model.processor = None
+    with pytest.raises(ValueError, match="no processor"):
+        model_fingerprint(model)
