@@ -146,7 +146,7 @@ class MilvusIndex(VectorIndex):
         found: list[str] = []
         for page in range(16**digits):
             prefix = f"{page:0{digits}x}" if digits else ""
-            expression = f'key like "{prefix}%" and {visible}'
+            expression = _all_of(f'key like "{prefix}%"', visible)
             rows = self._ask("query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K)
             found += [row["name"] for row in rows]
         return found
@@ -322,9 +322,9 @@ class MilvusIndex(VectorIndex):
         _UNFINISHED.discard(call)
 
     def _visible(self) -> str:
-        """The filter that hides what calls under way have added."""
+        """The filter that hides what calls under way have added; none, which is faster, without any."""
         hidden = [call for call in self._unfinished() if call != self._call]
-        return f"call not in {json.dumps(hidden)}" if hidden else 'key != ""'
+        return f"call not in {json.dumps(hidden)}" if hidden else ""
 
     def _count(self, expression: str) -> int:
         rows = self._ask("query", self.collection, filter=expression, output_fields=["count(*)"])
@@ -339,7 +339,7 @@ class MilvusIndex(VectorIndex):
         keys = {_key(name): name for name in ids}
         every = list(keys)
         for first in range(0, len(every), KEYS_AT_A_TIME):
-            expression = f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])} and {visible}"
+            expression = _all_of(f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])}", visible)
             for row in self._ask("query", self.collection, filter=expression, output_fields=["key", *fields]):
                 found[keys[row["key"]]] = row
         return found
@@ -384,7 +384,7 @@ class MilvusIndex(VectorIndex):
                 "(" + " or ".join(f"metadata[{json.dumps(key)}] == {_literal(value)}" for value in values) + ")"
                 for key, values in filter.items()
             )
-            expression = " and ".join([expression, *conditions])
+            expression = _all_of(expression, *conditions)
         k = min(k, self._count(expression))
         if k > LARGEST_K:
             raise ValueError(f"Milvus gives {LARGEST_K} answers at most, k is {k}")
@@ -429,6 +429,10 @@ class MilvusIndex(VectorIndex):
 def _key(name: str) -> str:
     """A primary key that needs no quotes in any of Milvus's expressions."""
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _all_of(*conditions: str) -> str:
+    return " and ".join(condition for condition in conditions if condition)
 
 
 def _literal(value: Any) -> str:
