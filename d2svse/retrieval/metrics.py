@@ -204,8 +204,9 @@ def fold_slices(n_images: int, folds: int) -> list[slice]:
 
 
 def mean_metrics(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over several results."""
-    return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+    """The mean of each metric over several results, of those that all of them have."""
+    common = [name for name in results[0] if all(name in result for result in results)]
+    return {name: sum(result[name] for result in results) / len(results) for name in common}
 
 
 def bootstrap_intervals(
@@ -245,12 +246,8 @@ def bootstrap_intervals(
             means = _resampled_means(np.stack(list(of_queries.values())), samples, random)
             values[direction] = dict(zip(of_queries, means, strict=True))
         drawn.append(_assemble(values, recall_at))
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    intervals = {}
-    for name in drawn[0]:
-        low, high = np.quantile(sum(fold[name] for fold in drawn) / len(drawn), tails)
-        intervals[name] = (float(low), float(high))
-    return intervals
+    ends = np.quantile(list(mean_metrics(drawn).values()), ((1 - level) / 2, (1 + level) / 2), axis=1)
+    return {name: (float(low), float(high)) for name, low, high in zip(mean_metrics(drawn), *ends, strict=True)}
 
 
 def as_percent(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -185,6 +185,12 @@ class Best:
         self.answers[queries] = answers.gather(1, order)
         self.answers[queries][self.scores[queries] == -torch.inf] = -1
 
+    def take(self, query: int, scores: np.ndarray, answers: np.ndarray) -> None:
+        """Set the best of one query, from all its answers."""
+        best = np.argsort(-scores, kind="stable")[: self.scores.shape[1]]
+        self.scores[query, : len(best)] = torch.from_numpy(scores[best]).float()
+        self.answers[query, : len(best)] = torch.from_numpy(answers[best])
+
 
 def best_wrong(
     scorer: Scorer, captions: RightAnswers, images: RightAnswers, k: int, tile: tuple[int, int] = TILE
@@ -197,6 +203,8 @@ def best_wrong(
     _check(scorer, captions, images)
     n_images, n_captions = scorer.shape
     found = Best(n_images, k), Best(n_captions, k)
+    if not k:
+        return found
     for rows in tile_slices(n_images, tile[0]):
         for columns in tile_slices(n_captions, tile[1]):
             scores = scorer.tile(rows, columns)
