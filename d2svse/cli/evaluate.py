@@ -115,7 +115,7 @@ def evaluate(
     from d2svse.retrieval.report import evaluate_protocol
 
     find_protocol(protocol)
-    loaded = [(Path(name).name, load_model(name)) for name in names]
+    loaded = [(name, load_model(name)) for name in names]
     dataset = ImageTextDataset.from_source(
         data,
         format,
@@ -162,7 +162,11 @@ def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) 
 
 def _print(result: Mapping[str, Any]) -> None:
     metrics, folds = result["metrics"], result.get("folds", [])
-    label = result["model"] if len(result["models"]) == 1 else f"{result['scores']}: {result['model']}"
+    names = [one["name"] for one in result["models"]]
+    short = [Path(name).name for name in names]
+    label = " + ".join(short if len(set(short)) == len(names) else names)
+    if len(names) > 1:
+        label = f"{result['scores']}: {label}"
     if result["rerank_k"] is not None:
         label = f"{label}, {result['candidates']}"
     rows = {} if result["protocol"] == "coco-1k" else {label: metrics}
