@@ -163,19 +163,20 @@ def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) 
 def _print(result: Mapping[str, Any]) -> None:
     metrics, folds = result["metrics"], result.get("folds", [])
     names = [one["name"] for one in result["models"]]
-    short = [Path(name).name for name in names]
-    label = " + ".join(short if len(set(short)) == len(names) else names)
+    label, described = Path(names[0]).name, [f"protocol {result['protocol']}"]
     if len(names) > 1:
-        label = f"{result['scores']}: {label}"
+        label = f"mean of {len(names)}"
+        described.append(f"{result['scores']}: {', '.join(names)}")
     if result["rerank_k"] is not None:
-        label = f"{label}, {result['candidates']}"
-    rows = {} if result["protocol"] == "coco-1k" else {label: metrics}
+        label = f"shortlist of {result['rerank_k']}"
+        described.append(f"{names[0]}, {result['candidates']}")
+    rows = {label: metrics} if "folds" not in result or result["protocol"] == "custom" else {}
     rows |= {f"fold {number}": part for number, part in enumerate(folds, start=1)}
     if folds:
         rows[f"mean of {len(folds)} folds"] = result["fold_mean"]
     count, images = result["num_captions"], result["num_images"]
-    title = f"{Path(result['data']).name}: {images} images, {count} {result['captions']} captions"
-    print_recalls(rows, f"{title}, protocol {result['protocol']}")
+    of = f"{Path(result['data']).name}: {images} images, {count} {result['captions']} captions"
+    print_recalls(rows, "\n".join([of, *described]))
     titles = ["queries", "R@1, 95 %", "median", "mean", "mAP@R", "R-Precision", "nDCG@10"]
     further = {}
     for direction in ("i2t", "t2i"):

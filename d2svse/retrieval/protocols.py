@@ -101,14 +101,13 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
         given, wanted = len(record.captions), protocol.captions_each
         if wanted is not None and (given < wanted or (given > wanted and not protocol.coco)):
             raise refuse(f"{record.image.name} has {given} captions, expected {wanted}")
-    if protocol.coco:
-        ids = [coco_image_id(record) for record in dataset.records]
-        if _hash_ids(sorted(ids)) != COCO_IDS:
-            raise refuse("its image ids are not those of the 5000 test images (Karpathy's split)")
-        if protocol.folds != 1 and _hash_ids(ids) != COCO_ORDER:
-            raise refuse("its images are not in the order of Karpathy's split, which the folds are cut from")
-    if protocol.captions_each is None:
+    if not protocol.coco:
         return dataset, 0
+    ids = [coco_image_id(record) for record in dataset.records]
+    if _hash_ids(sorted(ids)) != COCO_IDS:
+        raise refuse("its image ids are not those of the 5000 test images (Karpathy's split)")
+    if protocol.folds != 1 and _hash_ids(ids) != COCO_ORDER:
+        raise refuse("its images are not in the order of Karpathy's split, which the folds are cut from")
     records = [replace(record, captions=record.captions[: protocol.captions_each]) for record in dataset.records]
     taken = ImageTextDataset(records, dataset.source)
     return taken, len(dataset.captions) - len(taken.captions)

@@ -87,7 +87,10 @@ def test_tiles_are_even_and_cover_everything():
 @pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "max-mean"])
 def test_the_scorer_of_a_similarity_gives_its_scores(name):
     torch.manual_seed(0)
-    images, texts = Features(torch.randn(9, 8), torch.randn(9, 3, 8)), Features(torch.randn(14, 8), torch.randn(14, 5, 8))
+    images, texts = (
+        Features(torch.randn(9, 8), torch.randn(9, 3, 8)),
+        Features(torch.randn(14, 8), torch.randn(14, 5, 8)),
+    )
     similarity = build_similarity(name, 8)
     scorer = make_scorer(similarity, images, texts)
     assert isinstance(scorer, ProductScorer) == similarity.foldable
@@ -103,7 +106,9 @@ def test_the_scorer_of_a_similarity_gives_its_scores(name):
 def test_the_mean_of_scorers_is_the_mean_of_scores():
     one, other = torch.randn(4, 6), torch.randn(4, 6)
     both = MeanScorer([MatrixScorer(one), MatrixScorer(other)])
-    torch.testing.assert_close(both.part(slice(1, 4), slice(0, 5)).tile(slice(0, 3), slice(1, 4)), (one + other)[1:4, 1:4] / 2)
+    torch.testing.assert_close(
+        both.part(slice(1, 4), slice(0, 5)).tile(slice(0, 3), slice(1, 4)), (one + other)[1:4, 1:4] / 2
+    )
     with pytest.raises(ValueError, match="the same pairs"):
         MeanScorer([MatrixScorer(one), MatrixScorer(other[:3])])
 
