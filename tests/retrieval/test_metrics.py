@@ -242,5 +242,5 @@ def test_intervals_are_those_of_queries_drawn_anew():
     np.testing.assert_allclose(one_k["rsum"], expected[1], atol=0.025)
     narrow = bootstrap_intervals(both, samples=2000, seed=3)["rsum"]  # two folds: more queries
     assert narrow[1] - narrow[0] < found["rsum"][1] - found["rsum"][0]
-    with pytest.raises(ValueError, match="level 1.5"):
+    with pytest.raises(ValueError, match=r"level 1\.5"):
         bootstrap_intervals(both, level=1.5)

@@ -119,7 +119,7 @@ def test_right_answers_are_found_by_caption_ids(small, tmp_path, karpathy):
 
 def test_captions_of_another_set_are_named(small, tmp_path):
     file = annotations(tmp_path / "captions.json", captions=1)
-    with pytest.raises(ValueError, match="000000000042.jpg has no caption 'Caption 1, of 42.' there"):
+    with pytest.raises(ValueError, match=r"000000000042\.jpg has no caption 'Caption 1, of 42\.' there"):
         right_answers(small, dataset(), file)
     file = annotations(tmp_path / "captions.json", captions=4)
     records = [Record(record.image, record.captions[1:]) for record in dataset(captions=3).records]
