@@ -13,9 +13,10 @@ a time: each batch reads and encodes the picture of every caption anew (so a pic
 its sentences to the longest among them; of the image vectors one for each picture is kept, and the argsort loop
 ranks. Both use the same model, the same reading threads and the same number of threads.
 
-`truth`: CxC's R@1, 5, 10 and ECCV Caption's R@1, mAP@R and R-Precision of made-up embeddings 64 wide (float64, so that
-no scores tie), from the embeddings to the numbers. The reference makes full rankings, as arrays of ids, which take less
-memory than the lists that its documentation asks for, and gives them to the `eccv_caption` package.
+`truth`: CxC's R@1, 5, 10 and ECCV Caption's R@1, mAP@R and R-Precision, from a matrix of made-up scores (float64, so
+that none tie) and the files of right answers to the numbers. The reference sorts every row and every column, and gives
+these full rankings to the `eccv_caption` package, as arrays of ids, which take less memory than the lists that its
+documentation asks for.
 
 Memory is the rise of the peak resident set above what is held before, in a process of its own.
 """
@@ -41,10 +42,10 @@ import torch
 
 from d2svse import D2SVSE, ImageTextDataset, evaluate
 from d2svse.data.manifest import Record
-from d2svse.retrieval.metrics import rank_metrics, ranking_metrics, ranks
+from d2svse.retrieval.metrics import caption_answers, rank_metrics, ranks
 from d2svse.retrieval.protocols import find_protocol, right_answers, take_split
-from d2svse.retrieval.ranking import caption_answers
-from d2svse.retrieval.streaming import ProductScorer, stream_rankings, stream_ranks
+from d2svse.retrieval.ranking import ranking_metrics, rankings
+from d2svse.retrieval.streaming import ProductScorer, stream_ranks
 
 IMAGES, CAPTIONS, DIM = 5000, 25_000, 512
 BATCH = 128
@@ -188,11 +189,11 @@ def measure_dataset(model_name: str, data: str) -> None:
     )
 
 
-def truth_embeddings() -> tuple[np.ndarray, np.ndarray]:
-    """Made-up embeddings of MS-COCO's test images and captions, in the order of the split."""
+def truth_scores() -> np.ndarray:
+    """Made-up scores of MS-COCO's test images and captions, in the order of the split."""
     random = np.random.default_rng(0)
     images = random.normal(size=(IMAGES, 64))
-    return images, np.repeat(images, CAPTIONS // IMAGES, 0) + 2 * random.normal(size=(CAPTIONS, 64))
+    return images @ (np.repeat(images, CAPTIONS // IMAGES, 0) + 2 * random.normal(size=(CAPTIONS, 64))).T
 
 
 def coco_ids() -> tuple[list[int], list[int]]:
@@ -210,13 +211,13 @@ def truth_by_package() -> dict[str, float]:
     """Full rankings, and the package's metrics of them."""
     import eccv_caption
 
-    left, right = truth_embeddings()
+    scores = truth_scores()
     images, captions = (np.array(ids) for ids in coco_ids())
 
     def measure() -> dict[str, float]:
         truth = eccv_caption.Metrics()
-        i2t = {int(image): captions[np.argsort(-(right @ left[i]))] for i, image in enumerate(images)}
-        t2i = {int(caption): images[np.argsort(-(left @ right[i]))] for i, caption in enumerate(captions)}
+        i2t = {int(image): captions[np.argsort(scores[i])[::-1]] for i, image in enumerate(images)}
+        t2i = {int(caption): images[np.argsort(scores[:, i])[::-1]] for i, caption in enumerate(captions)}
         wanted = ("cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             found = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
@@ -227,7 +228,7 @@ def truth_by_package() -> dict[str, float]:
 
 def truth_here() -> dict[str, float]:
     """The same metrics from tiles of the scores."""
-    left, right = (torch.from_numpy(side) for side in truth_embeddings())
+    scores = truth_scores()
     images, captions = coco_ids()
     each = CAPTIONS // IMAGES
     records = [
@@ -244,11 +245,10 @@ def truth_here() -> dict[str, float]:
             rules = find_protocol(protocol)
             dataset, _ = take_split(rules, ImageTextDataset(records))
             answers = right_answers(rules, dataset, file.name)
+            scored = ranking_metrics(*rankings(scores, *answers))
             if short == "cxc":
-                scored = rank_metrics(*(side.best for side in stream_rankings(ProductScorer(left, right), *answers)))
                 names = {f"recall_at_{k}": f"r{k}" for k in (1, 5, 10)}
             else:
-                scored = ranking_metrics(*stream_rankings(ProductScorer(left, right), *answers))
                 names = {"recall_at_1": "r1", "map_at_r": "map_at_r", "r_precision": "rprecision"}
             for direction in ("i2t", "t2i"):
                 found |= {
@@ -275,7 +275,7 @@ def measure_truth() -> None:
     fast = (here["seconds"] + again["seconds"]) / 2
     numbers = [name for name in here if name not in ("seconds", "megabytes")]
     difference = max(abs(here[name] - package[name]) for name in numbers)
-    print("| CxC and ECCV Caption from embeddings | seconds | extra MB |")
+    print("| CxC and ECCV Caption from scores | seconds | extra MB |")
     print("| --- | ---: | ---: |")
     print(f"| full rankings and `eccv_caption` | {package['seconds']:.2f} | {package['megabytes']:.0f} |")
     print(f"| here | {fast:.2f} | {here['megabytes']:.0f} |")

@@ -10,8 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.retrieval.metrics import rank_metrics, retrieval_metrics
-from d2svse.retrieval.ranking import caption_answers
+from d2svse.retrieval.metrics import caption_answers, rank_metrics, retrieval_metrics
 from d2svse.retrieval.streaming import make_scorer, stream_ranks
 from d2svse.similarity.base import Similarity
 

@@ -17,7 +17,7 @@ import numpy as np
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.layout import read_json
 from d2svse.data.manifest import Record
-from d2svse.retrieval.ranking import RightAnswers, caption_answers
+from d2svse.retrieval.metrics import RightAnswers, caption_answers
 
 COCO_NAME = re.compile(r"(?:COCO_val2014_)?0*(\d+)\.(?:jpg|jpeg|png)")
 FLICKR_NAME = re.compile(r"\d+\.(?:jpg|jpeg|png)")

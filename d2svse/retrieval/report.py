@@ -14,9 +14,9 @@ import numpy as np
 
 from d2svse.features import Features
 from d2svse.retrieval.evaluation import Captions, encode_dataset, owners
-from d2svse.retrieval.metrics import bootstrap_intervals, fold_slices, mean_metrics, ranking_metrics
+from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_slices, mean_metrics
 from d2svse.retrieval.protocols import COCO_NAME, find_protocol, right_answers, split_hash, take_split
-from d2svse.retrieval.ranking import NEVER, Ranking, RightAnswers, caption_answers
+from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics
 from d2svse.retrieval.shortlist import rank_in_two_stages
 from d2svse.retrieval.streaming import Best, MeanScorer, Scorer, best_wrong, make_scorer, stream_rankings
 from d2svse.similarity.base import Similarity, build_similarity

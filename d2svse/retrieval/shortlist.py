@@ -11,7 +11,8 @@ from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.progress import progress_bar
-from d2svse.retrieval.ranking import Ranking, RightAnswers, refuse_nan, tile_slices
+from d2svse.retrieval.metrics import RightAnswers, refuse_nan, tile_slices
+from d2svse.retrieval.ranking import Ranking
 from d2svse.retrieval.streaming import Best
 from d2svse.similarity.base import Similarity
 

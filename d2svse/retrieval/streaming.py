@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.retrieval.ranking import (
-    TILE,
-    Ranking,
-    RightAnswers,
-    best_ranks_in_tiles,
-    rank_in_tiles,
-    refuse_nan,
-    tile_slices,
-)
+from d2svse.retrieval.metrics import TILE, RightAnswers, best_ranks_in_tiles, refuse_nan, tile_slices
+from d2svse.retrieval.ranking import Ranking, rank_in_tiles
 from d2svse.similarity.base import Similarity
 
 

@@ -7,9 +7,9 @@ import torch
 from d2svse import Features, build_similarity, evaluate
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.retrieval import report, retrieval_metrics, score_dataset
-from d2svse.retrieval.metrics import fold_metrics, mean_metrics, ranking_metrics, rankings
+from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_metrics, mean_metrics
 from d2svse.retrieval.protocols import split_hash
-from d2svse.retrieval.ranking import NEVER, RightAnswers, caption_answers
+from d2svse.retrieval.ranking import ranking_metrics, rankings
 from d2svse.retrieval.report import choose_similarity, evaluate_protocol
 from d2svse.retrieval.shortlist import rank_in_two_stages
 

@@ -5,22 +5,27 @@ import pytest
 import torch
 
 from d2svse.retrieval.metrics import (
+    NEVER,
+    RightAnswers,
     as_percent,
-    average_precision_at_r,
-    bootstrap_intervals,
+    caption_answers,
     fold_metrics,
     mean_metrics,
+    ranks,
+    recall_at_k,
+    retrieval_metrics,
+)
+from d2svse.retrieval.ranking import (
+    Ranking,
+    average_precision_at_r,
+    bootstrap_intervals,
     ndcg,
     query_values,
     r_precision,
     ranking_metrics,
     rankings,
-    ranks,
-    recall_at_k,
-    retrieval_metrics,
     true_recall,
 )
-from d2svse.retrieval.ranking import NEVER, Ranking, RightAnswers, caption_answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 

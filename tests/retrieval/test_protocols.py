@@ -9,7 +9,6 @@ import torch
 from d2svse import ImageTextDataset
 from d2svse.data.manifest import Record
 from d2svse.retrieval import protocols
-from d2svse.retrieval.metrics import ranking_metrics
 from d2svse.retrieval.protocols import (
     PROTOCOLS,
     Protocol,
@@ -19,6 +18,7 @@ from d2svse.retrieval.protocols import (
     split_hash,
     take_split,
 )
+from d2svse.retrieval.ranking import ranking_metrics
 from d2svse.retrieval.streaming import ProductScorer, stream_rankings
 
 IDS = [42, 7, 1000]

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity
-from d2svse.retrieval.metrics import rankings, ranks
-from d2svse.retrieval.ranking import RightAnswers, caption_answers, tile_slices
+from d2svse.retrieval.metrics import RightAnswers, caption_answers, ranks, tile_slices
+from d2svse.retrieval.ranking import rankings
 from d2svse.retrieval.streaming import (
     Best,
     MatrixScorer,
