@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,21 +63,28 @@ def readable_images(source: Path, on_bad_image: str) -> list[Path]:
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
-    """A table of recalls in percent, one row a name."""
+    """A table of recalls in percent, one row a name; a dash for what a result does not tell."""
+    names = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
+    titles = [f"{name[:3].upper()} R@{name.rpartition('_')[2]}" for name in names] + ["rSum"]
+    cells = {
+        name: [f"{100 * metrics[key]:.1f}" if key in metrics else "–" for key in (*names, "rsum")]
+        for name, metrics in rows.items()
+    }
+    print_table(titles, cells, title)
+
+
+def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title: str | None = None) -> None:
+    """A table with a name before each row of cells."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    from d2svse.retrieval.metrics import as_percent
-
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for direction in ("I2T", "T2I"):
-        for k in (1, 5, 10):
-            table.add_column(f"{direction} R@{k}", justify="right", no_wrap=True)
-    table.add_column("rSum", justify="right", no_wrap=True)
-    for name, metrics in rows.items():
-        table.add_row(name, *(f"{value:.1f}" for value in as_percent(dict(metrics)).values()))
+    for heading in titles:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     Console().print(table)
 
 

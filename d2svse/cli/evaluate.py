@@ -2,71 +2,194 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, print_recalls
+from d2svse.cli.common import load_model, parse_assignments, print_recalls, print_table
+
+if TYPE_CHECKING:
+    from d2svse.models import D2SVSE
+
+_DATA, _SCORES, _RESULT = "Data", "Scores", "Result"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
+    model: Annotated[list[str], typer.Argument(help="Hub id or folder of a model; several with --ensemble.")],
     data: Annotated[
-        Path, typer.Option(help="Manifest, published folder, Karpathy or COCO JSON, or a table of captions.")
+        Path,
+        typer.Option(
+            help="Manifest, published folder, Karpathy or COCO JSON, or a table of captions.", rich_help_panel=_DATA
+        ),
     ],
-    split: Annotated[str | None, typer.Option(help="Split, where the data have several.")] = None,
-    format: Annotated[str, typer.Option(help="Layout of the data: auto, or its name.")] = "auto",
-    image_folder: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
-    captions: Annotated[str, typer.Option(help="sparse, or dense for one dense caption an image.")] = "sparse",
+    protocol: Annotated[
+        str,
+        typer.Option(help="custom, flickr30k-1k, coco-5k, coco-1k, cxc or eccv-caption.", rich_help_panel=_DATA),
+    ] = "custom",
+    split: Annotated[
+        str | None, typer.Option(help="Split, where the data have several.", rich_help_panel=_DATA)
+    ] = None,
+    format: Annotated[str, typer.Option(help="Layout of the data: auto, or its name.", rich_help_panel=_DATA)] = "auto",
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_DATA)
+    ] = None,
+    captions: Annotated[
+        str, typer.Option(help="sparse, or dense for one dense caption an image.", rich_help_panel=_DATA)
+    ] = "sparse",
     dense: Annotated[
         str | None,
-        typer.Option(help="Dense text: auto, field, concat, long, short200 or a JSONL file. [default: auto]"),
+        typer.Option(
+            help="Dense text: auto, field, concat, long, short200 or a JSONL file. [default: auto]",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
-    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
-    batch_size: Annotated[int, typer.Option(help="Images and sentences encoded at a time.")] = 128,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="MS-COCO's caption ids, for cxc and eccv-caption: captions_val2014.json or dataset_coco.json. "
+            "[default: the data, if they are one of these]",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    on_bad_image: Annotated[
+        str, typer.Option(help="error, or skip to count, list and leave out.", rich_help_panel=_DATA)
+    ] = "error",
+    batch_size: Annotated[
+        int, typer.Option(help="Images and sentences encoded at a time.", rich_help_panel=_DATA)
+    ] = 128,
     folds: Annotated[
-        int | None, typer.Option(help="Folds to rank apart. [default: 5 for 5000 MS-COCO images, else none]")
+        int | None,
+        typer.Option(
+            help="Folds to rank apart, of custom data. [default: 5 for 5000 MS-COCO images, else none]",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the metrics to this JSON file.")] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="Another similarity than the model's own.", rich_help_panel=_SCORES)
+    ] = None,
+    similarity_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the similarity, or for the model's own.", rich_help_panel=_SCORES),
+    ] = None,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(help="A further model: rank by the mean of all models' scores.", rich_help_panel=_SCORES),
+    ] = None,
+    rerank_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank only so many by a similarity of tokens, those of the best cosine.", rich_help_panel=_SCORES
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
+    ] = None,
+    per_query: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write every query's rank, right answers and best wrong ones to this JSONL file.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    wrong: Annotated[
+        int, typer.Option(help="How many wrong answers to write with --per-query.", rich_help_panel=_RESULT)
+    ] = 5,
 ) -> None:
-    """Rank captions for every image and images for every caption; print R@K."""
+    """Rank captions for every image and images for every caption; print R@K and more."""
     if captions not in ("sparse", "dense"):
         raise ValueError(f"--captions takes sparse or dense, got {captions!r}")
     if dense is not None and captions != "dense":
         raise ValueError("--dense says where dense text comes from; it needs --captions dense")
+    names = [*model, *(ensemble or [])]
+    if len(names) > 1 and not ensemble:
+        raise ValueError(f"several models, {', '.join(names)}: give --ensemble to rank by the mean of their scores")
+    if wrong < 0:
+        raise ValueError(f"--wrong {wrong}: expected 0 or more")
     from d2svse.data import ImageTextDataset
-    from d2svse.files import write_json
-    from d2svse.retrieval.evaluation import score_dataset
-    from d2svse.retrieval.metrics import fold_metrics, mean_metrics, retrieval_metrics
+    from d2svse.data.readers import detect_format
+    from d2svse.files import write_json, write_text
+    from d2svse.retrieval.protocols import find_protocol
+    from d2svse.retrieval.report import evaluate_protocol
 
-    source = dense or "auto" if captions == "dense" else None
-    loaded = load_model(model)
+    find_protocol(protocol)
+    loaded = [(name, load_model(name)) for name in names]
     dataset = ImageTextDataset.from_source(
         data,
         format,
         split=split,
         image_folder=image_folder,
-        dense=source,
+        dense=dense or "auto" if captions == "dense" else None,
         on_bad_image=on_bad_image,  # type: ignore[arg-type]
         show_progress_bar=True,
     )
-    if folds is None:
-        folds = 5 if len(dataset) == 5000 and dataset.images[0].name.startswith("COCO_") else 1
-    if folds < 1 or len(dataset) % folds:
-        raise ValueError(f"--folds {folds}: the {len(dataset)} images do not divide into so many")
-    scores, owner = score_dataset(loaded, dataset, captions=captions, batch_size=batch_size, show_progress_bar=True)  # type: ignore[arg-type]
-    metrics = retrieval_metrics(scores, owner)
-    rows, count = {Path(model).name: metrics}, len(owner)
-    parts = fold_metrics(scores, owner, folds) if folds > 1 else []
-    for number, part in enumerate(parts, start=1):
-        rows[f"fold {number}"] = part
-    if parts:
-        rows[f"mean of {folds} folds"] = mean_metrics(parts)
-    print_recalls(rows, f"{data.name}: {len(dataset)} images, {count} {captions} captions")
+    if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
+        annotations = data
+    evaluation = evaluate_protocol(
+        loaded,
+        dataset,
+        protocol,
+        similarity=_similarity(loaded[0][1], similarity, similarity_arg),
+        captions=captions,  # type: ignore[arg-type]
+        folds=folds,
+        rerank_k=rerank_k,
+        annotations=annotations,
+        wrong=wrong if per_query else 0,
+        batch_size=batch_size,
+        show_progress_bar=True,
+    )
+    result = evaluation.result | {"split": split}
+    _print(result)
     if output is not None:
-        result: dict[str, Any] = {"model": model, "data": str(data), "split": split, "captions": captions}
-        result |= {"num_images": len(dataset), "num_captions": count, "metrics": metrics}
-        if parts:
-            result |= {"folds": parts, "fold_mean": mean_metrics(parts)}
         write_json(output, result)
+    if per_query is not None:
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in evaluation.queries())
+        write_text(per_query, "".join(lines))
+
+
+def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
+    """The similarity asked for; arguments alone are for the model's own."""
+    if name is None and not assignments:
+        return None
+    arguments = parse_assignments(assignments or [], "--similarity-arg")
+    if name is not None:
+        return {"name": name, **arguments}
+    own: Any = model.config.similarity or "cosine"
+    return ({"name": own} if isinstance(own, str) else dict(own)) | arguments
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    metrics, folds = result["metrics"], result.get("folds", [])
+    names = [one["name"] for one in result["models"]]
+    label, described = Path(names[0]).name, [f"protocol {result['protocol']}"]
+    if len(names) > 1:
+        label = f"mean of {len(names)}"
+        described.append(f"{result['scores']}: {', '.join(names)}")
+    if result["rerank_k"] is not None:
+        label = f"shortlist of {result['rerank_k']}"
+        described.append(f"{names[0]}, {result['candidates']}")
+    rows = {label: metrics} if "folds" not in result or result["protocol"] == "custom" else {}
+    rows |= {f"fold {number}": part for number, part in enumerate(folds, start=1)}
+    if folds:
+        rows[f"mean of {len(folds)} folds"] = result["fold_mean"]
+    count, images = result["num_captions"], result["num_images"]
+    of = f"{Path(result['data']).name}: {images} images, {count} {result['captions']} captions"
+    print_recalls(rows, "\n".join([of, *described]))
+    titles = ["queries", "R@1, 95 %", "median", "mean", "mAP@R", "R-Precision", "nDCG@10"]
+    further = {}
+    for direction in ("i2t", "t2i"):
+        low, high = result["intervals"][f"{direction}_recall_at_1"]
+        cells = [str(result["num_queries"][direction]), f"{100 * low:.1f}–{100 * high:.1f}"]
+        for name, factor in (
+            ("median_rank", 1),
+            ("mean_rank", 1),
+            ("map_at_r", 100),
+            ("r_precision", 100),
+            ("ndcg_at_10", 100),
+        ):
+            value = metrics.get(f"{direction}_{name}")
+            cells.append("–" if value is None else f"{factor * value:.1f}")
+        further[direction.upper()] = cells
+    print_table(titles, further)

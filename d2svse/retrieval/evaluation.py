@@ -1,43 +1,71 @@
-"""Evaluate a model on images and captions."""
+"""Evaluate a model on images and captions: encode every one once, score, rank."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.retrieval.metrics import retrieval_metrics
+from d2svse.retrieval.metrics import caption_answers, rank_metrics, retrieval_metrics
+from d2svse.retrieval.streaming import make_scorer, stream_ranks
+from d2svse.similarity.base import Similarity
 
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
     from d2svse.models.modeling import D2SVSE
 
+Captions = Literal["sparse", "dense"]
 
-def evaluate(model: D2SVSE, dataset: ImageTextDataset, **options: Any) -> dict[str, float]:
+
+def evaluate(
+    model: D2SVSE,
+    dataset: ImageTextDataset,
+    *,
+    captions: Captions = "sparse",
+    batch_size: int = 128,
+    max_length: int | None = None,
+    show_progress_bar: bool = False,
+    processes: Processes | None = None,
+) -> dict[str, float]:
     """Rank all captions for every image and all images for every caption.
+
+    The scores of a similarity of pooled vectors are never all held; those of one of tokens are.
 
     Args:
         model: the model, with its processor.
         dataset: images and captions.
-        **options: as of `score_dataset`.
+        captions: as in `encode_dataset`.
+        batch_size: as in `encode_dataset`.
+        max_length: as in `encode_dataset`.
+        show_progress_bar: show one on the terminal.
+        processes: share the work among processes that all call this; each gets the whole result.
 
     Returns:
-        See `retrieval_metrics`.
+        See `rank_metrics`.
 
     Raises:
         ImageError: if a picture cannot be read.
         ValueError: if a score is NaN.
     """
-    return retrieval_metrics(*score_dataset(model, dataset, **options))
+    options: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "max_length": max_length}
+    options["show_progress_bar"] = show_progress_bar
+    if processes is not None:
+        return retrieval_metrics(*score_dataset(model, dataset, processes=processes, **options))
+    sides = encode_dataset(model, dataset, tokens=model.similarity_fn.requires == "tokens", **options)
+    answers = caption_answers(owners(dataset, captions), len(dataset))
+    with _without_dropout(model.similarity_fn):
+        return rank_metrics(*stream_ranks(make_scorer(model.similarity_fn, *sides), *answers))
 
 
 def score_dataset(
     model: D2SVSE,
     dataset: ImageTextDataset,
     *,
-    captions: Literal["sparse", "dense"] = "sparse",
+    captions: Captions = "sparse",
     batch_size: int = 128,
     max_length: int | None = None,
     show_progress_bar: bool = False,
@@ -48,10 +76,9 @@ def score_dataset(
     Args:
         model: the model, with its processor.
         dataset: images and captions.
-        captions: the sparse captions, or the one dense caption of each image.
-        batch_size: images, and sentences, encoded at a time; 128 in the published evaluation, on
-            which the result depends where the context decoder does not mask padding.
-        max_length: cut longer sentences, in tokens; the processor's limit without it.
+        captions: as in `encode_dataset`.
+        batch_size: as in `encode_dataset`.
+        max_length: as in `encode_dataset`.
         show_progress_bar: show one on the terminal.
         processes: share the work among processes that all call this; each gets the whole result.
 
@@ -61,38 +88,83 @@ def score_dataset(
     Raises:
         ImageError: if a picture cannot be read.
     """
+    images, texts = encode_dataset(
+        model,
+        dataset,
+        tokens=model.similarity_fn.requires == "tokens",
+        captions=captions,
+        batch_size=batch_size,
+        max_length=max_length,
+        show_progress_bar=show_progress_bar,
+        processes=processes,
+    )
+    with _without_dropout(model.similarity_fn):
+        scores = model.similarity(images, texts)
+    return scores if processes is None else processes.gather_rows(scores), owners(dataset, captions)
+
+
+def encode_dataset(
+    model: D2SVSE,
+    dataset: ImageTextDataset,
+    *,
+    tokens: bool,
+    captions: Captions = "sparse",
+    batch_size: int = 128,
+    max_length: int | None = None,
+    show_progress_bar: bool = False,
+    processes: Processes | None = None,
+) -> tuple[Features, Features]:
+    """Encode every image and every caption once: what everything here is computed from.
+
+    Args:
+        model: the model, with its processor.
+        dataset: images and captions.
+        tokens: keep the tokens beside the pooled vectors.
+        captions: the sparse captions, or the one dense caption of each image.
+        batch_size: images, and sentences, encoded at a time; 128 in the published evaluation, on
+            which the result depends where the context decoder does not mask padding.
+        max_length: cut longer sentences, in tokens; the processor's limit without it.
+        show_progress_bar: show one on the terminal.
+        processes: share the work among processes that all call this.
+
+    Returns:
+        The images, of this process alone where there are several, and all captions, in order.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+    """
     dense = captions == "dense"
-    output: Literal["pooled", "features"] = "features" if model.similarity_fn.requires == "tokens" else "pooled"
     sentences, pictures = dataset.dense_captions if dense else dataset.captions, dataset.images
+    empty = [False, False]
     if processes is not None:
         own = [processes.share(len(items)) for items in (sentences, pictures)]
         empty = [part.start == part.stop for part in own]  # more processes than items: encode one, and drop it
         sentences, pictures = sentences[own[0]] or sentences[:1], pictures[own[1]] or pictures[:1]
-    texts = model.encode_text(
-        sentences,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-        convert_to_tensor=True,
-        output=output,
-        dense=dense,
-        max_length=max_length,
-    )
-    images = model.encode_image(
-        pictures,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-        convert_to_tensor=True,
-        output=output,
-    )
-    owner = np.arange(len(dataset)) if dense else dataset.image_of_caption
-    if processes is None:
-        return model.similarity(images, texts), owner
-    if empty[0]:
-        texts = texts[:0]
-    if empty[1]:
-        images = images[:0]
-    texts = processes.gather_features(texts) if isinstance(texts, Features) else processes.gather_rows(texts)
-    return processes.gather_rows(model.similarity(images, texts)), owner
+    common: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    common |= {"convert_to_tensor": True, "output": "features" if tokens else "pooled"}
+    encoded = model.encode_text(sentences, dense=dense, max_length=max_length, **common)
+    texts = encoded if tokens else Features(encoded)
+    encoded = model.encode_image(pictures, **common)
+    images = encoded if tokens else Features(encoded)
+    if processes is not None:
+        texts = processes.gather_features(texts[:0] if empty[0] else texts)
+    return images[:0] if empty[1] else images, texts
+
+
+def owners(dataset: ImageTextDataset, captions: Captions) -> np.ndarray:
+    """The row of the image of each caption that is evaluated, `(n_captions,)`."""
+    return np.arange(len(dataset)) if captions == "dense" else dataset.image_of_caption
+
+
+@contextmanager
+def _without_dropout(similarity: Similarity) -> Iterator[None]:
+    """Score as after training, also in the middle of it."""
+    training = similarity.training
+    similarity.eval()
+    try:
+        yield
+    finally:
+        similarity.train(training)
 
 
 class Processes(Protocol):

@@ -1,12 +1,19 @@
-"""Retrieval metrics from scores and an explicit image-of-each-caption mapping.
+"""Hit-rate metrics from scores and an explicit relation of right answers, a tile of scores at a time.
 
-*Recall* here is the field's hit rate: the share of queries with at least one right answer among
-the first k, not the share of right answers found. The whole score matrix is held in memory.
+*Recall* here is the field's hit rate: the share of queries with at least one right answer among the
+first k. A NaN raises. A tie counts against the model: a wrong answer with the score of a right one
+stands before it, in every metric, so that a model which gives every pair the same score never does
+better than chance.
+
+All that is needed is how many wrong answers score at least as high as each right one, which tiles
+add up to: the score matrix need not exist, and nothing is sorted. Metrics that look at all right
+answers are in `ranking.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +21,92 @@ import torch
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+NEVER = np.iinfo(np.int64).max  # the position of a right answer that is not among those ranked
+TILE = (1024, 4096)
+BYTE = 255  # the most rows whose counts fit into a byte
+
+ScoreTile = Callable[[slice, slice], Tensor]
+Array = np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RightAnswers:
+    """The right answers of every query, any number each; a query without one is not asked.
+
+    Attributes:
+        offsets: `(n_queries + 1,)` int64; those of query q are `answers[offsets[q]:offsets[q + 1]]`.
+        answers: `(n_pairs,)` int64 rows of the other side; -1 for a right answer that is not among
+            those ranked, which counts and is never found.
+        gains: `(n_pairs,)` how right each is, above 0, for nDCG alone; None where all are alike.
+
+    Raises:
+        ValueError: if the arrays do not fit or a query has an answer twice.
+    """
+
+    offsets: np.ndarray
+    answers: np.ndarray
+    gains: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        steps = np.diff(self.offsets)
+        if len(steps) == 0 or self.offsets[0] or (steps < 0).any() or self.offsets[-1] != len(self.answers):
+            raise ValueError(f"offsets must rise from 0 to the {len(self.answers)} answers")
+        if self.gains is not None and (len(self.gains) != len(self.answers) or not (self.gains > 0).all()):
+            raise ValueError(f"gains must be {len(self.answers)} numbers above 0")
+        order = np.lexsort((self.answers, self.queries))
+        query, answer = self.queries[order], self.answers[order]
+        twice = np.flatnonzero((query[1:] == query[:-1]) & (answer[1:] == answer[:-1]) & (answer[1:] >= 0))
+        if len(twice):
+            raise ValueError(f"query {query[twice[0]]} has the answer {answer[twice[0]]} twice")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many right answers each query has, `(n_queries,)`."""
+        return np.diff(self.offsets)
+
+    @property
+    def queries(self) -> np.ndarray:
+        """The query of each pair, `(n_pairs,)`."""
+        return np.repeat(np.arange(len(self)), self.counts)
+
+    @classmethod
+    def from_lists(
+        cls, answers: Sequence[Sequence[int]], gains: Sequence[Sequence[float]] | None = None
+    ) -> RightAnswers:
+        """From a list of answers for each query, and perhaps a list of their gains."""
+        offsets = np.cumsum([0, *map(len, answers)], dtype=np.int64)
+        joined = np.array([answer for line in answers for answer in line], dtype=np.int64)
+        return cls(offsets, joined, None if gains is None else np.array([gain for line in gains for gain in line]))
+
+
+def caption_answers(image_of_caption: Tensor | np.ndarray, n_images: int) -> tuple[RightAnswers, RightAnswers]:
+    """The captions of every image and the image of every caption.
+
+    Args:
+        image_of_caption: `(n_captions,)` the row of each caption's image; any number of captions an image.
+        n_images: how many images there are.
+
+    Raises:
+        ValueError: if a row is not one of an image, or an image has no caption.
+    """
+    owner = torch.as_tensor(image_of_caption).cpu().numpy().astype(np.int64)
+    if owner.ndim != 1 or len(owner) == 0 or owner.min() < 0 or owner.max() >= n_images:
+        raise ValueError(f"image_of_caption must hold rows of the {n_images} images")
+    counts = np.bincount(owner, minlength=n_images)
+    if counts.min() == 0:
+        raise ValueError(f"image {counts.argmin()} has no caption")
+    captions = RightAnswers(np.concatenate([[0], np.cumsum(counts)]), np.argsort(owner, kind="stable"))
+    return captions, RightAnswers(np.arange(len(owner) + 1), owner)
+
+
+def tile_slices(count: int, size: int) -> Iterator[slice]:
+    """Cut `count` rows into parts of even size, none larger than `size`."""
+    parts = -(-count // size)
+    for i in range(parts):
+        yield slice(count * i // parts, count * (i + 1) // parts)
 
 
 def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -31,28 +124,10 @@ def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) ->
     Raises:
         ValueError: if a score is NaN, the shapes do not fit, or an image has no caption.
     """
-    scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
-    if scores.ndim != 2 or owner.shape != (scores.shape[1],):
-        raise ValueError(f"scores {tuple(scores.shape)} and image_of_caption {tuple(owner.shape)} do not fit")
-    owner = owner.to(scores.device)
-    n_images, n_captions = scores.shape
-    if n_captions == 0 or int(owner.min()) < 0 or int(owner.max()) >= n_images:
-        raise ValueError(f"image_of_caption must hold rows of the {n_images} images")
-    captions_of_image = torch.bincount(owner, minlength=n_images)
-    if int(captions_of_image.min()) == 0:
-        raise ValueError(f"image {int(captions_of_image.argmin())} has no caption")
-    if torch.isnan(scores).any():
-        image, caption = torch.nonzero(torch.isnan(scores))[0].tolist()
-        raise ValueError(f"the score of image {image} and caption {caption} is NaN")
-    columns = torch.arange(n_captions, device=scores.device)
-    right = scores[owner, columns]
-    t2i = (scores >= right).sum(0) - 1
-    best = torch.full((n_images,), -torch.inf, dtype=scores.dtype, device=scores.device)
-    best = best.scatter_reduce(0, owner, right, "amax")
-    beaten_by_right = torch.zeros(n_images, dtype=torch.long, device=scores.device)
-    beaten_by_right = beaten_by_right.scatter_add(0, owner, (right >= best[owner]).long())
-    i2t = (scores >= best[:, None]).sum(1) - beaten_by_right
-    return i2t, t2i
+    scores = torch.as_tensor(scores)
+    answers = caption_answers(image_of_caption, scores.shape[0])
+    i2t, t2i = best_ranks_in_tiles(whole_matrix(scores, *answers), *answers)
+    return torch.from_numpy(i2t).to(scores.device), torch.from_numpy(t2i).to(scores.device)
 
 
 def recall_at_k(query_ranks: Tensor, k: int) -> float:
@@ -63,7 +138,7 @@ def recall_at_k(query_ranks: Tensor, k: int) -> float:
 def retrieval_metrics(
     scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, recall_at: Sequence[int] = RECALL_AT
 ) -> dict[str, float]:
-    """R@K, median and mean rank in both directions, and their sum.
+    """R@K, median and mean rank in both directions, and the sum of the recalls.
 
     Args:
         scores: `(n_images, n_captions)`, higher is closer.
@@ -71,20 +146,24 @@ def retrieval_metrics(
         recall_at: the values of K.
 
     Returns:
-        `i2t_recall_at_1`, …, `t2i_recall_at_10` and `rsum` (their sum) as fractions;
-        `i2t_median_rank`, `i2t_mean_rank` and so on, from 1.
+        See `rank_metrics`.
 
     Raises:
         ValueError: as `ranks`.
     """
-    result: dict[str, float] = {}
-    for direction, query_ranks in zip(("i2t", "t2i"), ranks(scores, image_of_caption), strict=True):
-        for k in recall_at:
-            result[f"{direction}_recall_at_{k}"] = recall_at_k(query_ranks, k)
-        result[f"{direction}_median_rank"] = float(np.floor(np.median(query_ranks.cpu().numpy()))) + 1
-        result[f"{direction}_mean_rank"] = query_ranks.double().mean().item() + 1
-    result["rsum"] = sum(value for name, value in result.items() if "_recall_at_" in name)
-    return result
+    i2t, t2i = ranks(scores, image_of_caption)
+    return rank_metrics(i2t.cpu().numpy(), t2i.cpu().numpy(), recall_at)
+
+
+def rank_metrics(i2t: np.ndarray, t2i: np.ndarray, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """R@K, median and mean rank from the ranks of both directions, from 0.
+
+    Returns:
+        `i2t_recall_at_1`, …, `t2i_recall_at_10` and `rsum` (their sum) as fractions;
+        `i2t_median_rank`, `i2t_mean_rank` and so on, from 1.
+    """
+    result = mean_values({"i2t": rank_values(i2t, recall_at), "t2i": rank_values(t2i, recall_at)}, recall_at)
+    return result | {"i2t_median_rank": median_rank(i2t), "t2i_median_rank": median_rank(t2i)}
 
 
 def fold_metrics(
@@ -103,22 +182,209 @@ def fold_metrics(
         ValueError: if the images do not divide into that many parts, and as `ranks`.
     """
     scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
-    size = scores.shape[0] // max(folds, 1)
-    if folds < 1 or size < 1 or size * folds != scores.shape[0]:
-        raise ValueError(f"{scores.shape[0]} images do not divide into {folds} folds")
     results = []
-    for first in range(0, folds * size, size):
-        inside = (owner >= first) & (owner < first + size)
-        part = scores[first : first + size][:, inside.to(scores.device)]
-        results.append(retrieval_metrics(part, owner[inside] - first))
+    for rows in fold_slices(scores.shape[0], folds):
+        inside = (owner >= rows.start) & (owner < rows.stop)
+        part = scores[rows][:, inside.to(scores.device)]
+        results.append(retrieval_metrics(part, owner[inside] - rows.start))
     return results
 
 
-def mean_metrics(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over several results."""
-    return {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+def fold_slices(n_images: int, folds: int) -> list[slice]:
+    """Equal consecutive parts of the images.
+
+    Raises:
+        ValueError: if they do not divide into that many.
+    """
+    if folds < 1 or n_images < folds or n_images % folds:
+        raise ValueError(f"the {n_images} images do not divide into {folds} folds")
+    size = n_images // folds
+    return [slice(first, first + size) for first in range(0, n_images, size)]
 
 
-def as_percent(metrics: dict[str, Any]) -> dict[str, float]:
+def mean_metrics(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several results, of those that all of them have."""
+    common = [name for name in results[0] if all(name in result for result in results)]
+    return {name: sum(result[name] for result in results) / len(results) for name in common}
+
+
+def as_percent(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The recalls and rSum of `retrieval_metrics` in percent, as papers print them."""
-    return {name: 100 * value for name, value in metrics.items() if "_recall_at_" in name or name == "rsum"}
+    hits = ("i2t_recall_at_", "t2i_recall_at_")
+    return {name: 100 * value for name, value in metrics.items() if name.startswith(hits) or name == "rsum"}
+
+
+def best_ranks_in_tiles(
+    score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `rank_in_tiles`, of the best right answer of each query alone: `Ranking.best` of both, at less work."""
+    image_side, caption_side = count_wrong(score_tile, captions, images, tile, best_only=True)
+    return image_side.wrong, caption_side.wrong
+
+
+def whole_matrix(scores: Array, captions: RightAnswers, images: RightAnswers) -> ScoreTile:
+    """The tiles of a matrix `(n_images, n_captions)`.
+
+    Raises:
+        ValueError: if its shape does not fit the right answers.
+    """
+    matrix = torch.as_tensor(scores)
+    if matrix.shape != (len(captions), len(images)):
+        raise ValueError(f"scores {tuple(matrix.shape)} and right answers {len(captions), len(images)} do not fit")
+    return lambda rows, columns: matrix[rows, columns]
+
+
+class Counter:
+    """The queries of one side: the scores of their right answers, then how many wrong ones reach them.
+
+    Args:
+        right: the right answers.
+        axis: 0 if the queries are the rows of a tile (images), 1 if its columns (captions).
+        best_only: count for the best right answer of each query alone.
+    """
+
+    def __init__(self, right: RightAnswers, axis: int, best_only: bool) -> None:
+        self.right, self.axis, self.best_only = right, axis, best_only
+        self.query = right.queries
+        self.scores = np.full(len(right.answers), -np.inf)
+
+    def inside(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs that lie in a tile, and where they are in it."""
+        queries, answers = (rows, columns) if self.axis == 0 else (columns, rows)
+        first, last = self.right.offsets[queries.start], self.right.offsets[queries.stop]
+        of_queries = self.right.answers[first:last]
+        pairs = first + np.flatnonzero((of_queries >= answers.start) & (of_queries < answers.stop))
+        at = (self.query[pairs] - queries.start, self.right.answers[pairs] - answers.start)
+        return (pairs, *(at if self.axis == 0 else at[::-1]))
+
+    def collect(self, scores: Array, rows: slice, columns: slice) -> None:
+        """Keep the scores of the right answers in a tile."""
+        pairs, row, column = self.inside(rows, columns)
+        self.scores[pairs] = _on_host(scores[row, column])
+
+    def start_counting(self) -> None:
+        """Set what is counted against: the score of every right answer, or of the best of each query."""
+        counts, asked = self.right.counts, np.flatnonzero(self.right.counts)
+        if self.best_only:
+            self.thresholds = np.maximum.reduceat(self.scores, self.right.offsets[asked])
+            counts = np.minimum(counts, 1)
+        else:
+            self.thresholds = self.scores
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.wrong = np.zeros(len(self.thresholds), dtype=np.int64)
+
+    def count(self, scores: Array, rows: slice, columns: slice) -> None:
+        """Add the wrong answers of a tile; what is right is taken off by its score in this very tile."""
+        queries = rows if self.axis == 0 else columns
+        pairs, row, column = self.inside(rows, columns)
+        right, query = _on_host(scores[row, column]), self.query[pairs] - queries.start
+        counts = np.diff(self.offsets[queries.start : queries.stop + 1])
+        taken = np.arange(len(counts))  # the queries that `scores` still holds
+        for level in range(counts.max()):
+            active = counts[taken] > level
+            if 2 * np.count_nonzero(active) <= len(active):  # copying pays only if much is left out
+                scores = scores[active] if self.axis == 0 else scores[:, active]
+                taken, active = taken[active], active[active]
+            at = self.offsets[queries.start + taken[active]] + level
+            limits = np.full(len(counts), np.nan)  # which nothing reaches
+            limits[taken[active]] = self.thresholds[at]
+            as_high = query[right >= limits[query]]
+            wrong = _count_at_least(scores, limits[taken], self.axis)
+            self.wrong[at] += (wrong - np.bincount(as_high, minlength=len(counts))[taken])[active]
+
+
+def count_wrong(
+    score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int], best_only: bool
+) -> tuple[Counter, Counter]:
+    """Go through all tiles: the right answers of both directions and how many wrong ones reach each.
+
+    Raises:
+        ValueError: as `best_ranks_in_tiles`.
+    """
+    for right, others, name in ((captions, images, "caption"), (images, captions, "image")):
+        if len(right.answers) == 0 or right.answers.min() < -1 or right.answers.max() >= len(others):
+            raise ValueError(f"the right answers must be rows of the {len(others)} {name}s, at least one")
+    sides = Counter(captions, 0, best_only), Counter(images, 1, best_only)
+    slices = list(tile_slices(len(captions), tile[0])), list(tile_slices(len(images), tile[1]))
+    grid = [(rows, columns) for rows in slices[0] for columns in slices[1]]
+    for rows, columns in grid:
+        if any(len(side.inside(rows, columns)[0]) for side in sides):
+            scores = _tile_array(score_tile(rows, columns))
+            for side in sides:
+                side.collect(scores, rows, columns)
+    for side in sides:
+        side.start_counting()
+    for rows, columns in grid:
+        scores = _tile_array(score_tile(rows, columns))
+        refuse_nan(scores, rows, columns)
+        for side in sides:
+            side.count(scores, rows, columns)
+    return sides
+
+
+def _tile_array(scores: Tensor) -> Array:
+    """A tile to count in: of NumPy on the CPU, where its loops are several times faster than torch's."""
+    scores = scores.detach()
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    return scores.numpy() if scores.device.type == "cpu" else scores
+
+
+def _on_host(values: Array) -> np.ndarray:
+    return torch.as_tensor(values).cpu().double().numpy()
+
+
+def refuse_nan(scores: Array, rows: slice, columns: slice) -> None:
+    """Check a tile.
+
+    Raises:
+        ValueError: if it holds a NaN; the message names the pair.
+    """
+    lowest = scores.min()
+    if lowest == lowest:
+        return
+    row, column = torch.nonzero(torch.isnan(torch.as_tensor(scores)))[0].tolist()
+    raise ValueError(f"the score of image {rows.start + row} and caption {columns.start + column} is NaN")
+
+
+def _count_at_least(scores: Array, limits: np.ndarray, axis: int) -> np.ndarray:
+    """How many entries of each row (axis 0) or column (axis 1) are at least its limit."""
+    if isinstance(scores, Tensor):
+        on_device = torch.as_tensor(limits, dtype=scores.dtype, device=scores.device)
+        reached = scores >= (on_device[:, None] if axis == 0 else on_device)
+        return reached.sum(1 - axis).cpu().numpy()
+    limits = limits.astype(scores.dtype)  # they came from this type, so nothing is rounded
+    if axis == 0:
+        reached_of_rows = scores >= limits[:, None]
+        return np.array([np.count_nonzero(row) for row in reached_of_rows], dtype=np.int64)
+    total = np.zeros(len(limits), dtype=np.int64)
+    for first in range(0, len(scores), BYTE):
+        reached_here = (scores[first : first + BYTE] >= limits).view(np.uint8)
+        total += np.add.reduce(reached_here, axis=0, dtype=np.uint8)
+    return total
+
+
+def rank_values(best: np.ndarray, recall_at: Sequence[int], depth: int = NEVER) -> dict[str, np.ndarray]:
+    """What the metrics of a direction are the means of, from the ranks of its queries, `(n_asked,)` each."""
+    values = {f"recall_at_{k}": (best < k).astype(np.float64) for k in recall_at if k <= depth}
+    return values | ({"mean_rank": best + 1.0} if depth == NEVER and (best < NEVER).all() else {})
+
+
+def mean_values(values: Mapping[str, Mapping[str, np.ndarray]], recall_at: Sequence[int]) -> dict[str, float]:
+    """The metrics of both directions from the values of their queries."""
+    means = {direction: {name: float(v.mean()) for name, v in of.items()} for direction, of in values.items()}
+    return join_directions(means, recall_at)
+
+
+def join_directions(values: Mapping[str, Mapping[str, Any]], recall_at: Sequence[int]) -> dict[str, Any]:
+    """The metrics of both directions under their full names, and the sum of the recalls if all are there."""
+    result = {f"{direction}_{name}": value for direction, of in values.items() for name, value in of.items()}
+    hits = [f"{direction}_recall_at_{k}" for direction in values for k in recall_at]
+    if all(name in result for name in hits):
+        result["rsum"] = sum(result[name] for name in hits)
+    return result
+
+
+def median_rank(query_ranks: np.ndarray) -> float:
+    """The median of ranks from 0, from 1; of two middle ranks the field takes the better."""
+    return float(np.floor(np.median(query_ranks))) + 1

@@ -4,7 +4,28 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.retrieval.metrics import as_percent, fold_metrics, mean_metrics, ranks, recall_at_k, retrieval_metrics
+from d2svse.retrieval.metrics import (
+    NEVER,
+    RightAnswers,
+    as_percent,
+    caption_answers,
+    fold_metrics,
+    mean_metrics,
+    ranks,
+    recall_at_k,
+    retrieval_metrics,
+)
+from d2svse.retrieval.ranking import (
+    Ranking,
+    average_precision_at_r,
+    bootstrap_intervals,
+    ndcg,
+    query_values,
+    r_precision,
+    ranking_metrics,
+    rankings,
+    true_recall,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -19,6 +40,43 @@ def naive_ranks(scores, owner):
         right = scores[image, caption]
         t2i.append(sum(1 for i in range(scores.shape[0]) if i != image and scores[i, caption] >= right))
     return i2t, t2i
+
+
+def naive_order(line, gains):
+    """All answers of a query from the best: at equal scores wrong ones first, then the less right."""
+    return sorted(range(len(line)), key=lambda answer: (-line[answer], gains.get(answer, 0.0)))
+
+
+def naive_values(line, gains, missing=0, k=10):
+    """Every metric of one query from its sorted answers: true recall, R-precision, AP@R, nDCG."""
+    order, total = naive_order(line, gains), len(gains) + missing
+    values = {f"true_recall_at_{n}": sum(answer in gains for answer in order[:n]) / total for n in (1, 5, 10)}
+    values |= {f"recall_at_{n}": float(any(answer in gains for answer in order[:n])) for n in (1, 5, 10)}
+    values["r_precision"] = sum(answer in gains for answer in order[:total]) / total
+    precisions = 0.0
+    for place in range(min(total, len(order))):
+        if order[place] in gains:
+            precisions += sum(answer in gains for answer in order[: place + 1]) / (place + 1)
+    values["map_at_r"] = precisions / total
+    found = sum(gains.get(answer, 0.0) / np.log2(place + 2) for place, answer in enumerate(order[:k]))
+    ideal = sorted([*gains.values(), *[1.0] * missing], reverse=True)[:k]
+    values["ndcg_at_10"] = found / sum(gain / np.log2(place + 2) for place, gain in enumerate(ideal))
+    return values
+
+
+def random_relation(rng, n_queries, n_answers, graded):
+    """Uneven right answers, some queries without any, some answers that are not there."""
+    lists, gains = [], []
+    for _ in range(n_queries):
+        count = int(rng.integers(0, min(n_answers, 5)))
+        chosen = rng.choice(n_answers, count, replace=False).tolist()
+        if count and rng.random() < 0.2:
+            chosen.append(-1)
+        lists.append(chosen)
+        gains.append([1.0 if answer < 0 or not graded else float(rng.integers(1, 4)) for answer in chosen])
+    if not any(lists):
+        lists[0], gains[0] = [0], [1.0]
+    return lists, gains
 
 
 @pytest.mark.parametrize("levels", [None, 4])
@@ -36,6 +94,30 @@ def test_ranks_equal_the_naive_loop_with_ties_and_uneven_captions(levels):
         assert found[1].tolist() == expected[1]
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("graded", [False, True])
+def test_every_metric_equals_the_naive_one_for_any_relation(ties, graded):
+    rng = np.random.default_rng(1)
+    for _ in range(25):
+        shape = int(rng.integers(2, 12)), int(rng.integers(2, 20))
+        scores = rng.normal(size=shape)
+        if ties:
+            scores = np.round(scores)
+        (captions, caption_gains), (images, image_gains) = (
+            random_relation(rng, *sizes, graded) for sizes in (shape, shape[::-1])
+        )
+        sides = (captions, caption_gains, scores), (images, image_gains, scores.T)
+        found = rankings(scores, *(RightAnswers.from_lists(lists, gains) for lists, gains, _ in sides))
+        for ranking, (lists, gains, lines) in zip(found, sides, strict=True):
+            values = query_values(ranking)
+            assert ranking.queries.tolist() == [query for query, right in enumerate(lists) if right]
+            for i, query in enumerate(ranking.queries):
+                pairs = dict(zip(lists[query], gains[query], strict=True))
+                missing = pairs.pop(-1, None) is not None
+                expected = naive_values(lines[query], pairs, int(missing))
+                assert {name: values[name][i] for name in expected} == pytest.approx(expected)
+
+
 def test_equals_the_published_evaluation():
     golden = np.load(GOLDEN)
     metrics = retrieval_metrics(golden["sims"], np.arange(200) // 5)
@@ -45,16 +127,55 @@ def test_equals_the_published_evaluation():
         np.testing.assert_allclose(found, golden[direction], rtol=1e-12)
     assert metrics["rsum"] == pytest.approx((golden["i2t"][:3].sum() + golden["t2i"][:3].sum()) / 100)
     assert as_percent(metrics)["rsum"] == pytest.approx(372.0)
+    every = ranking_metrics(*rankings(golden["sims"], *caption_answers(np.arange(200) // 5, 40)))
+    assert {name: every[name] for name in metrics} == pytest.approx(metrics)
+    assert set(as_percent(every)) == set(as_percent(metrics))  # true recall is not taken for the hit rate
 
 
 def test_a_constant_model_gains_nothing_from_ties():
     metrics = retrieval_metrics(np.zeros((20, 20)), np.arange(20))
     assert metrics["rsum"] == 0
     assert metrics["t2i_mean_rank"] == 20
+    owner = np.arange(60) // 3
+    every = ranking_metrics(*rankings(np.zeros((20, 60)), *caption_answers(owner, 20)))
+    zero = ("recall", "map_at_r", "r_precision", "ndcg", "rsum")
+    assert not [name for name, value in every.items() if any(part in name for part in zero) and value]
+    assert every["i2t_mean_rank"] == 58  # behind all 57 wrong ones; by chance it would be 15.25
+    assert retrieval_metrics(np.zeros((3, 3)), np.arange(3), (1, 3))["i2t_recall_at_3"] == 1  # as for any model
 
 
-def test_recall_is_a_hit_rate():
+def test_recall_is_a_hit_rate_and_true_recall_the_share_found():
     assert recall_at_k(torch.tensor([0, 3, 5, 9]), 5) == 0.5
+    i2t, _ = rankings(np.array([[0.9, 0.1, 0.5, 0.4]]), *caption_answers([0, 0, 0, 0], 1))
+    assert query_values(i2t)["recall_at_1"].tolist() == [1]
+    assert true_recall(i2t, 1).tolist() == [0.25]
+
+
+def test_small_rankings_by_hand():
+    scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.1, 0.1, 0.1]])  # right, wrong, right, wrong
+    i2t, _ = rankings(scores, RightAnswers.from_lists([[2, 0], []]), RightAnswers.from_lists([[0], [], [0], []]))
+    assert i2t.queries.tolist() == [0]
+    assert (i2t.positions.tolist(), i2t.answers.tolist()) == ([0, 2], [0, 2])
+    assert r_precision(i2t).tolist() == [0.5]
+    assert average_precision_at_r(i2t).tolist() == [0.5]  # (1/1 + 0) / 2
+    assert ndcg(i2t)[0] == pytest.approx((1 + 1 / 2) / (1 + 1 / np.log2(3)))
+    assert ndcg(i2t, 1)[0] == 1
+
+
+def test_a_shortlist_leaves_out_what_it_cannot_tell():
+    right = RightAnswers.from_lists([[0, 1], [2]])
+    ranked = np.array([True, False, False])
+    short = Ranking.from_counts(right, np.array([0.5, 0.1, 0.2]), np.array([1, 0, 0]), ranked, depth=3)
+    assert short.positions.tolist() == [1, NEVER, NEVER]
+    values = query_values(short)
+    assert set(values) == {"recall_at_1", "true_recall_at_1", "map_at_r", "r_precision"}
+    metrics = ranking_metrics(short, short, recall_at=(1, 3))
+    assert metrics["i2t_recall_at_3"] == 0.5
+    assert metrics["rsum"] == 1
+    assert "i2t_median_rank" not in metrics  # between 2 and beyond the shortlist
+    assert "rsum" not in ranking_metrics(short, short)  # R@5 and R@10 are beyond it
+    deep = Ranking.from_counts(RightAnswers.from_lists([[0, 1]]), np.zeros(2), np.zeros(2, int), np.ones(2, bool), 1)
+    assert "map_at_r" not in query_values(deep)  # two right answers, one place
 
 
 def test_bad_input_is_named():
@@ -62,12 +183,36 @@ def test_bad_input_is_named():
     scores[1, 2] = np.nan
     with pytest.raises(ValueError, match="the score of image 1 and caption 2 is NaN"):
         ranks(scores, [0, 1, 1])
+    with pytest.raises(ValueError, match="the score of image 1 and caption 2 is NaN"):
+        rankings(scores, *caption_answers([0, 1, 0], 2))
     with pytest.raises(ValueError, match="image 1 has no caption"):
         ranks(np.ones((2, 3)), [0, 0, 0])
     with pytest.raises(ValueError, match="do not fit"):
         ranks(np.ones((2, 3)), [0, 1])
     with pytest.raises(ValueError, match="rows of the 2 images"):
         ranks(np.ones((2, 3)), [0, 1, 2])
+    with pytest.raises(ValueError, match="rows of the 3 captions"):
+        rankings(np.ones((2, 3)), RightAnswers.from_lists([[3], [0]]), RightAnswers.from_lists([[0], [0], [1]]))
+    with pytest.raises(ValueError, match="query 1 has the answer 2 twice"):
+        RightAnswers.from_lists([[2], [2, 0, 2]])
+    with pytest.raises(ValueError, match="gains must be 2 numbers above 0"):
+        RightAnswers.from_lists([[2, 1]], [[1.0, 0.0]])
+    with pytest.raises(ValueError, match="offsets must rise from 0 to the 1 answers"):
+        RightAnswers(np.array([0, 2]), np.array([0]))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_infinite_scores_are_ranked(value):
+    scores = np.array([[0.0, value], [1.0, 0.0]])
+    assert [side.tolist() for side in ranks(scores, [0, 1])] == list(map(list, naive_ranks(scores, [0, 1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_type_is_ranked_as_it_is(dtype):
+    scores, owner = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).to(dtype), np.arange(12) % 7
+    assert [side.tolist() for side in ranks(scores, owner)] == list(
+        map(list, naive_ranks(scores.double().numpy(), owner))
+    )
 
 
 def test_folds_are_the_metrics_of_their_parts():
@@ -80,3 +225,27 @@ def test_folds_are_the_metrics_of_their_parts():
     for count in (0, 4, 7):
         with pytest.raises(ValueError, match=f"6 images do not divide into {count} folds"):
             fold_metrics(scores, owner, count)
+
+
+def test_intervals_are_those_of_queries_drawn_anew():
+    rng = np.random.default_rng(0)
+    owner = np.arange(180) // 3
+    both = [rankings(rng.normal(size=(60, 180)), *caption_answers(owner, 60)) for _ in range(2)]
+    found = bootstrap_intervals(both[:1], samples=2000, seed=3)
+    assert found == bootstrap_intervals(both[:1], samples=2000, seed=3)
+    assert found != bootstrap_intervals(both[:1], samples=2000, seed=4)
+    metrics = ranking_metrics(*both[0])
+    assert set(found) == {name for name in metrics if "median" not in name}
+    assert all(low <= metrics[name] <= high for name, (low, high) in found.items())
+    loop = []
+    for _ in range(2000):  # the definition: draw queries, take the mean, again and again
+        hits = [(side.best < 5)[rng.integers(0, len(side.best), len(side.best))].mean() for side in both[0]]
+        loop.append([hits[1], sum(hits)])
+    expected = np.quantile(loop, (0.025, 0.975), axis=0).T
+    np.testing.assert_allclose(found["t2i_recall_at_5"], expected[0], atol=0.012)
+    one_k = bootstrap_intervals(both[:1], recall_at=(5,), samples=2000, seed=3)
+    np.testing.assert_allclose(one_k["rsum"], expected[1], atol=0.025)
+    narrow = bootstrap_intervals(both, samples=2000, seed=3)["rsum"]  # two folds: more queries
+    assert narrow[1] - narrow[0] < found["rsum"][1] - found["rsum"][0]
+    with pytest.raises(ValueError, match=r"level 1\.5"):
+        bootstrap_intervals(both, level=1.5)

@@ -1,0 +1,310 @@
+"""Speed and memory of evaluation, against the loops that published implementations use.
+
+    python benchmarks/evaluation.py ranks
+    python benchmarks/evaluation.py dataset --model MODEL --data dev.jsonl
+    python benchmarks/evaluation.py truth
+
+`ranks`: the ranks of 5000 x 25 000 scores, 5 captions an image. The reference is the loop of the published
+evaluation's kind: for each image `np.argsort` of its scores, reversed, and `np.where` for each of its captions; then
+the same for each caption on the transposed matrix. Then the memory of the ranks streamed from embeddings 512 wide.
+
+`dataset`: a whole evaluation, from files to R@K. The reference goes through the captions in the order they come, 128 at
+a time: each batch reads and encodes the picture of every caption anew (so a picture with 5 captions 5 times) and pads
+its sentences to the longest among them; of the image vectors one for each picture is kept, and the argsort loop
+ranks. Both use the same model, the same reading threads and the same number of threads.
+
+`truth`: CxC's R@1, 5, 10 and ECCV Caption's R@1, mAP@R and R-Precision, from a matrix of made-up scores (float64, so
+that none tie) and the files of right answers to the numbers. The reference sorts every row and every column, and gives
+these full rankings to the `eccv_caption` package, as arrays of ids, which take less memory than the lists that its
+documentation asks for.
+
+Memory is the rise of the peak resident set above what is held before, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2svse import D2SVSE, ImageTextDataset, evaluate
+from d2svse.data.manifest import Record
+from d2svse.retrieval.metrics import caption_answers, rank_metrics, ranks
+from d2svse.retrieval.protocols import find_protocol, right_answers, take_split
+from d2svse.retrieval.ranking import ranking_metrics, rankings
+from d2svse.retrieval.streaming import ProductScorer, stream_ranks
+
+IMAGES, CAPTIONS, DIM = 5000, 25_000, 512
+BATCH = 128
+
+
+def argsort_ranks(scores: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ranks of both directions by sorting every row and every column, as the published evaluation does."""
+    captions_of = [np.flatnonzero(owner == image) for image in range(len(scores))]
+    i2t = np.empty(len(scores), dtype=np.int64)
+    for image in range(len(scores)):
+        order = np.argsort(scores[image])[::-1]
+        i2t[image] = min(np.where(order == caption)[0][0] for caption in captions_of[image])
+    t2i = np.empty(len(owner), dtype=np.int64)
+    transposed = scores.T
+    for caption in range(len(owner)):
+        order = np.argsort(transposed[caption])[::-1]
+        t2i[caption] = np.where(order == owner[caption])[0][0]
+    return i2t, t2i
+
+
+def embeddings() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Made-up embeddings of images and captions, and the image of each caption."""
+    torch.manual_seed(0)
+    owner = np.arange(CAPTIONS) // (CAPTIONS // IMAGES)
+    images = torch.randn(IMAGES, DIM)
+    texts = images[owner] + 4 * torch.randn(CAPTIONS, DIM)
+    return torch.nn.functional.normalize(images, dim=-1), torch.nn.functional.normalize(texts, dim=-1), owner
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it gave."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def status(field: str) -> float:
+    """A field of this process's memory in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+class Growth:
+    """How much the peak of the resident set rises above what is held at the start, in MB."""
+
+    def __enter__(self) -> Growth:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.before = status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.megabytes = status("VmHWM") - self.before
+
+
+def child(*arguments: str) -> dict[str, Any]:
+    """Run a part of this script in a process of its own; it prints one JSON object."""
+    call = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure_ranks(repeats: int) -> None:
+    """Time the ranks of given scores, in turns with the reference, and of embeddings."""
+    images, texts, owner = embeddings()
+    scores = (images @ texts.T).numpy()
+    answers = caption_answers(owner, IMAGES)
+    times: dict[str, list[float]] = {"argsort loops": [], "here": [], "here, from embeddings": []}
+    for _ in range(repeats):
+        for name, call in (
+            ("argsort loops", lambda: argsort_ranks(scores, owner)),
+            ("here", lambda: ranks(scores, owner)),
+            ("here, from embeddings", lambda: stream_ranks(ProductScorer(images, texts), *answers)),
+        ):
+            taken, found = seconds(call)
+            times[name].append(taken)
+            if name == "argsort loops":
+                expected = found
+            # a tie may fall either way in a sort; here it counts against the model
+            different = sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(found, expected, strict=True))
+            if different > (IMAGES + CAPTIONS) // 1000:
+                raise RuntimeError(f"{name}: {different} ranks differ")
+    slow = statistics.median(times["argsort loops"])
+    memory = child("ranks-memory")
+    print(f"| ranks of {IMAGES} × {CAPTIONS} scores | seconds | times faster | extra MB |")
+    print("| --- | ---: | ---: | ---: |")
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        print(f"| {name} | {middle:.2f} | {slow / middle:.1f} | {memory[name]:.0f} |")
+
+
+def measure_ranks_memory() -> None:
+    """The memory of each way, above the scores or the embeddings that it is given."""
+    images, texts, owner = embeddings()
+    answers = caption_answers(owner, IMAGES)
+    few = slice(0, 100)  # so that the libraries' own buffers are there before
+    stream_ranks(ProductScorer(images[few], texts[few]), *caption_answers(np.arange(100), 100))
+    result = {}
+    with Growth() as growth:
+        stream_ranks(ProductScorer(images, texts), *answers)
+    result["here, from embeddings"] = growth.megabytes
+    scores = (images @ texts.T).numpy()
+    for name, call in (("here", ranks), ("argsort loops", argsort_ranks)):
+        with Growth() as growth:
+            call(scores, owner)
+        result[name] = growth.megabytes
+    print(json.dumps(result))
+
+
+def encode_per_caption(model: D2SVSE, dataset: ImageTextDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image and caption vectors as the published evaluation makes them, and the image of each caption."""
+    owner = dataset.image_of_caption
+    images, texts = [], []
+    for first in range(0, len(owner), BATCH):
+        batch = slice(first, first + BATCH)
+        images.append(model.encode_image([dataset.images[row] for row in owner[batch]], batch_size=BATCH))
+        texts.append(model.encode_text(dataset.captions[batch], batch_size=BATCH))
+    first_caption = np.searchsorted(owner, np.arange(len(dataset)))
+    return np.concatenate(images)[first_caption], np.concatenate(texts), owner
+
+
+def measure_dataset(model_name: str, data: str) -> None:
+    """Time a whole evaluation, in turns: here, the reference, here."""
+    model, dataset = D2SVSE.from_pretrained(model_name), ImageTextDataset.from_manifest(data)
+    few = ImageTextDataset(dataset.records[:BATCH])
+    evaluate(model, few, batch_size=BATCH)
+
+    def reference() -> dict[str, float]:
+        images, texts, owner = encode_per_caption(model, dataset)
+        return rank_metrics(*argsort_ranks(images @ texts.T, owner))
+
+    first, found = seconds(lambda: evaluate(model, dataset, batch_size=BATCH))
+    slow, expected = seconds(reference)
+    second, _ = seconds(lambda: evaluate(model, dataset, batch_size=BATCH))
+    fast = (first + second) / 2
+    difference = max(abs(found[name] - expected[name]) for name in found if "recall" in name)
+    print(f"| {len(dataset)} pictures, {len(dataset.captions)} captions | seconds | times faster | rSum |")
+    print("| --- | ---: | ---: | ---: |")
+    print(f"| a picture a caption, in the order they come | {slow:.1f} | 1.0 | {100 * expected['rsum']:.1f} |")
+    print(f"| here | {fast:.1f} | {slow / fast:.1f} | {100 * found['rsum']:.1f} |")
+    print(
+        f"\n{torch.get_num_threads()} threads; here {first:.1f} and {second:.1f} s; recalls differ by {difference:.4f}"
+    )
+
+
+def truth_scores() -> np.ndarray:
+    """Made-up scores of MS-COCO's test images and captions, in the order of the split."""
+    random = np.random.default_rng(0)
+    images = random.normal(size=(IMAGES, 64))
+    return images @ (np.repeat(images, CAPTIONS // IMAGES, 0) + 2 * random.normal(size=(CAPTIONS, 64))).T
+
+
+def coco_ids() -> tuple[list[int], list[int]]:
+    """Ids of the 5000 images and the 25 000 captions, from the package."""
+    import eccv_caption
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        truth = eccv_caption.Metrics()
+    captions = truth.coco_ids.tolist()
+    return [truth.coco_gts["t2i"][caption][0] for caption in captions[:: CAPTIONS // IMAGES]], captions
+
+
+def truth_by_package() -> dict[str, float]:
+    """Full rankings, and the package's metrics of them."""
+    import eccv_caption
+
+    scores = truth_scores()
+    images, captions = (np.array(ids) for ids in coco_ids())
+
+    def measure() -> dict[str, float]:
+        truth = eccv_caption.Metrics()
+        i2t = {int(image): captions[np.argsort(scores[i])[::-1]] for i, image in enumerate(images)}
+        t2i = {int(caption): images[np.argsort(scores[:, i])[::-1]] for i, caption in enumerate(captions)}
+        wanted = ("cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            found = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
+        return {f"{name} {direction}": float(v) for name, both in found.items() for direction, v in both.items()}
+
+    return measured(measure)
+
+
+def truth_here() -> dict[str, float]:
+    """The same metrics from tiles of the scores."""
+    scores = truth_scores()
+    images, captions = coco_ids()
+    each = CAPTIONS // IMAGES
+    records = [
+        Record(Path(f"COCO_val2014_{image:012d}.jpg"), tuple(map(str, captions[each * i : each * (i + 1)])))
+        for i, image in enumerate(images)
+    ]
+    rows = [
+        {"image_id": images[i // each], "id": caption, "caption": str(caption)} for i, caption in enumerate(captions)
+    ]
+
+    def measure() -> dict[str, float]:
+        found = {}
+        for protocol, short in (("cxc", "cxc"), ("eccv-caption", "eccv")):
+            rules = find_protocol(protocol)
+            dataset, _ = take_split(rules, ImageTextDataset(records))
+            answers = right_answers(rules, dataset, file.name)
+            scored = ranking_metrics(*rankings(scores, *answers))
+            if short == "cxc":
+                names = {f"recall_at_{k}": f"r{k}" for k in (1, 5, 10)}
+            else:
+                names = {"recall_at_1": "r1", "map_at_r": "map_at_r", "r_precision": "rprecision"}
+            for direction in ("i2t", "t2i"):
+                found |= {
+                    f"{short}_{theirs} {direction}": scored[f"{direction}_{ours}"] for ours, theirs in names.items()
+                }
+        return found
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"annotations": rows}, file)
+        file.flush()
+        return measured(measure)
+
+
+def measured(call: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What a call gives, with its seconds and its memory."""
+    with Growth() as growth:
+        taken, found = seconds(call)
+    return found | {"seconds": taken, "megabytes": growth.megabytes}
+
+
+def measure_truth() -> None:
+    """CxC and ECCV Caption, a process each, in turns."""
+    here, package, again = child("truth-here"), child("truth-package"), child("truth-here")
+    fast = (here["seconds"] + again["seconds"]) / 2
+    numbers = [name for name in here if name not in ("seconds", "megabytes")]
+    difference = max(abs(here[name] - package[name]) for name in numbers)
+    print("| CxC and ECCV Caption from scores | seconds | extra MB |")
+    print("| --- | ---: | ---: |")
+    print(f"| full rankings and `eccv_caption` | {package['seconds']:.2f} | {package['megabytes']:.0f} |")
+    print(f"| here | {fast:.2f} | {here['megabytes']:.0f} |")
+    print(f"| here / there | {fast / package['seconds']:.2f} | {here['megabytes'] / package['megabytes']:.2f} |")
+    print(f"\n{len(numbers)} numbers, which differ by {difference:.1e} at most")
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ranks", "dataset", "truth", "ranks-memory", "truth-here", "truth-package"))
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    if given.what == "ranks":
+        measure_ranks(given.repeats)
+    elif given.what == "ranks-memory":
+        measure_ranks_memory()
+    elif given.what == "dataset":
+        if not (given.model and given.data):
+            parser.error("dataset needs --model and --data")
+        measure_dataset(given.model, given.data)
+    elif given.what == "truth":
+        measure_truth()
+    else:
+        warnings.simplefilter("ignore")
+        print(json.dumps(truth_here() if given.what == "truth-here" else truth_by_package()))
+
+
+if __name__ == "__main__":
+    main()

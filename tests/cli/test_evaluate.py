@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from d2svse.files import write_json
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """Folders of a cosine, another cosine and a token model."""
+
+    def save(name, seed=0, **options):
+        make_model(seed, **options).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return {
+        "one": save("one"),
+        "two": save("two", 1),
+        "tokens": save("tokens", similarity={"name": "max-mean", "direction": "t2i"}),
+    }
+
+
+def result(run, tmp_path, *arguments):
+    code, out, err = run("eval", *arguments, "-o", tmp_path / "r.json")
+    assert code == 0, err
+    return json.loads((tmp_path / "r.json").read_text()), " ".join(out.split())
+
+
+def test_a_result_bears_its_protocol_and_the_table_more_than_recalls(saved, scenes, tmp_path, run):
+    found, out = result(
+        run, tmp_path, saved["one"], "--data", scenes / "val.jsonl", "--per-query", tmp_path / "q.jsonl"
+    )
+    assert found["protocol"] == "custom"
+    assert "protocol custom" in out
+    assert f"{100 * found['metrics']['i2t_map_at_r']:.1f}" in out
+    for heading in ("R@1, 95 %", "mAP@R", "R-Precision", "nDCG@10"):
+        assert heading in out
+    rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 + 80
+    hits = [row["rank"] <= 5 for row in rows if row["direction"] == "i2t"]
+    assert sum(hits) / len(hits) == pytest.approx(found["metrics"]["i2t_recall_at_5"])
+    assert len(rows[0]["wrong"]) == 5
+
+
+def test_an_ensemble_may_be_given_in_any_order(saved, scenes, tmp_path, run):
+    data = ("--data", scenes / "val.jsonl")
+    found, out = result(run, tmp_path, "--ensemble", saved["one"], saved["two"], *data)
+    assert found["scores"] == "mean of 2 models"
+    assert "mean of 2 " in out
+    assert found["model"] == f"{saved['two']} + {saved['one']}"
+    again, _ = result(run, tmp_path, saved["one"], "--ensemble", saved["two"], *data)
+    assert again["metrics"] == pytest.approx(found["metrics"])
+    three, _ = result(run, tmp_path, saved["one"], "--ensemble", saved["two"], saved["tokens"], *data)
+    assert three["scores"] == "mean of 3 models"
+    code, _, err = run("eval", saved["one"], saved["two"], *data)
+    assert (code, "give --ensemble" in err) == (2, True)
+
+
+def test_a_shortlist_and_another_similarity_are_labelled(saved, scenes, tmp_path, run):
+    data = ("--data", scenes / "val.jsonl")
+    found, out = result(run, tmp_path, saved["tokens"], *data, "--rerank-k", 5)
+    assert found["rerank_k"] == 5
+    assert "shortlist of 5 by cosine" in out
+    assert "–" in out
+    assert "rsum" not in found["metrics"]
+    found, _ = result(run, tmp_path, saved["tokens"], *data, "--similarity-arg", "direction=i2t")
+    assert found["models"][0]["similarity"] == {"name": "max-mean", "direction": "i2t", "class": "MaxMean"}
+    options = ("--similarity", "movers", "--similarity-arg", "epsilon=1e-6")
+    found, _ = result(run, tmp_path, saved["one"], *data, *options)
+    assert found["models"][0]["similarity"] == {"name": "movers", "epsilon": 1e-6, "class": "MoversDistance"}
+
+
+def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_model):
+    import torch
+
+    broken = make_model()
+    with torch.no_grad():
+        broken.image_encoder.projection.weight[0, 0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    rows = (scenes / "val.jsonl").read_text().splitlines()
+    (tmp_path / "gone.jsonl").write_text(json.dumps({"image": "gone.png", "captions": ["a"]}) + "\n" + rows[0])
+    write_json(tmp_path / "empty.json", {"images": [], "annotations": []})
+    data = ("--data", scenes / "val.jsonl")
+    for arguments, message in (
+        ((tmp_path / "broken", *data), "the score of image 0 and caption 0 is NaN"),
+        ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png is not there"),
+        ((saved["one"], *data, "--protocol", "coco-5k"), "not the split of the protocol coco-5k: 16 images"),
+        ((saved["one"], *data, "--protocol", "coco"), "unknown protocol 'coco'"),
+        ((saved["one"], *data, "--rerank-k", 5), "a shortlist is for similarities of tokens"),
+        ((saved["tokens"], *data, "--rerank-k", 0), "a shortlist of 0 does not fit"),
+        ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
+        ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
+        ((saved["one"], *data, "--wrong", -1), "--wrong -1"),
+    ):
+        code, _, err = run("eval", *arguments)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert message in err, err
