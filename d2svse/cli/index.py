@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, parse_assignments, quiet_transformers, whole_lines
+from d2svse.cli.common import load_model, parse_assignments, prepare_process, whole_lines
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex
@@ -133,7 +133,7 @@ def tune(
 
 def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:
     """Open an index, with another model than the one that it remembers if there is one."""
-    quiet_transformers()
+    prepare_process()
     from d2svse.retrieval import ImageTextIndex
 
     return ImageTextIndex.load(folder, None if model is None else load_model(model))
