@@ -60,6 +60,10 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(help="Images and sentences encoded at a time.", rich_help_panel=_DATA)
     ] = 128,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep embeddings in: what is there is not encoded again.", rich_help_panel=_DATA),
+    ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
@@ -138,6 +142,7 @@ def evaluate(
         annotations=annotations,
         wrong=wrong if per_query else 0,
         batch_size=batch_size,
+        embeddings=embeddings,
         show_progress_bar=True,
     )
     result = evaluation.result | {"split": split}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from d2svse.features import Features
+from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.metrics import caption_answers, rank_metrics, retrieval_metrics
+from d2svse.retrieval.store import encode_images, encode_texts
 from d2svse.retrieval.streaming import make_scorer, stream_ranks
 from d2svse.similarity.base import Similarity
 
@@ -113,6 +119,7 @@ def encode_dataset(
     max_length: int | None = None,
     show_progress_bar: bool = False,
     processes: Processes | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
 ) -> tuple[Features, Features]:
     """Encode every image and every caption once: what everything here is computed from.
 
@@ -126,6 +133,8 @@ def encode_dataset(
         max_length: cut longer sentences, in tokens; the processor's limit without it.
         show_progress_bar: show one on the terminal.
         processes: share the work among processes that all call this.
+        embeddings: a folder to keep embeddings in (float32), a store for each side, model and list: what is
+            there is not encoded again. Not with `processes`.
 
     Returns:
         The images, of this process alone where there are several, and all captions, in order.
@@ -135,6 +144,15 @@ def encode_dataset(
     """
     dense = captions == "dense"
     sentences, pictures = dataset.dense_captions if dense else dataset.captions, dataset.images
+    if embeddings is not None:
+        if processes is not None:
+            raise ValueError("stored embeddings are for one process")
+        options: dict[str, Any] = {"output": "features" if tokens else "pooled", "batch_size": batch_size}
+        options["show_progress_bar"] = show_progress_bar
+        return (
+            stored_features(model, "image", pictures, embeddings, **options),
+            stored_features(model, "text", sentences, embeddings, dense=dense, max_length=max_length, **options),
+        )
     empty = [False, False]
     if processes is not None:
         own = [processes.share(len(items)) for items in (sentences, pictures)]
@@ -149,6 +167,43 @@ def encode_dataset(
     if processes is not None:
         texts = processes.gather_features(texts[:0] if empty[0] else texts)
     return images[:0] if empty[1] else images, texts
+
+
+def stored_features(
+    model: D2SVSE,
+    side: Literal["image", "text"],
+    items: Sequence[Any],
+    folder: str | os.PathLike[str],
+    **options: Any,
+) -> Features:
+    """Read the features of pictures or sentences from their store in a folder, encoding what is not there.
+
+    Args:
+        model: the model, with its processor.
+        side: which of them.
+        items: pictures or sentences, `n` of them.
+        folder: the folder of all stores; one model's, list's and options' has a name of its own.
+        **options: as of `encode_images` or `encode_texts`.
+
+    Returns:
+        `n` features in float32, in the order of the items, on the model's device.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        BlockingIOError: if another process is writing to the store.
+    """
+    names = [os.fspath(item) for item in items]
+    decisive = {name: value for name, value in options.items() if name not in ("show_progress_bar", "batch_size")}
+    if side == "text" and model.text_depends_on_batch(options["dense"]):
+        decisive["batch_size"] = options["batch_size"]
+    key = hashlib.sha256(json.dumps([model_fingerprint(model), decisive, names]).encode()).hexdigest()[:16]
+    encode: Any = encode_images if side == "image" else encode_texts
+    store = encode(model, items, Path(folder) / f"{side}-{key}", dtype="float32", **options)
+    rows: Sequence[int] = range(len(names))
+    if len(store) < len(names):  # each of the same is stored once
+        row_of = {name: row for row, name in enumerate(store.ids)}
+        rows = [row_of[name] for name in names]
+    return store.features(rows).to(model.device)
 
 
 def owners(dataset: ImageTextDataset, captions: Captions) -> np.ndarray:

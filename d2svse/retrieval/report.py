@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from d2svse.features import Features
 from d2svse.retrieval.evaluation import Captions, encode_dataset, owners
+from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_slices, mean_metrics
 from d2svse.retrieval.protocols import COCO_NAME, find_protocol, right_answers, split_hash, take_split
 from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics
@@ -131,6 +131,7 @@ def evaluate_protocol(
     annotations: str | os.PathLike[str] | None = None,
     wrong: int = 0,
     batch_size: int = 128,
+    embeddings: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = False,
 ) -> Evaluation:
     """Evaluate a model, or several by the mean of their scores, under a protocol.
@@ -148,6 +149,7 @@ def evaluate_protocol(
         annotations: see `right_answers`.
         wrong: keep so many of the best wrong answers of each query.
         batch_size: as in `encode_dataset`.
+        embeddings: as in `encode_dataset`.
         show_progress_bar: show one on the terminal.
 
     Raises:
@@ -171,7 +173,8 @@ def evaluate_protocol(
     chosen = [choose_similarity(model, similarity) for _, model in models]
     if rerank_k is not None and chosen[0].requires != "tokens":
         raise ValueError(f"a shortlist is for similarities of tokens; {type(chosen[0]).__name__} needs none")
-    encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "embeddings": embeddings}
+    encoding["show_progress_bar"] = show_progress_bar
     sides = [
         encode_dataset(model, dataset, tokens=one.requires == "tokens", **encoding)
         for (_, model), one in zip(models, chosen, strict=True)
@@ -239,16 +242,10 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
     return built
 
 
-def model_revision(model: D2SVSE) -> dict[str, str] | None:
-    """Which weights a model has: its commit on the Hub, or else a fingerprint of the weights."""
+def model_revision(model: D2SVSE) -> dict[str, str]:
+    """Which weights a model has: its commit on the Hub, if it came from there, and its fingerprint."""
     commit = getattr(model.config, "_commit_hash", None)
-    if commit:
-        return {"hub_commit": commit}
-    try:
-        fingerprint = importlib.import_module("d2svse.retrieval.fingerprint")
-    except ModuleNotFoundError:
-        return None
-    return {"fingerprint": fingerprint.model_fingerprint(model)}
+    return {**({"hub_commit": commit} if commit else {}), "fingerprint": model_fingerprint(model)}
 
 
 def versions() -> dict[str, str]:

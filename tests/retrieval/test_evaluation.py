@@ -6,7 +6,7 @@ import torch
 
 from d2svse import Features, build_similarity, evaluate
 from d2svse.data.dataset import ImageTextDataset
-from d2svse.retrieval import report, retrieval_metrics, score_dataset
+from d2svse.retrieval import model_fingerprint, report, retrieval_metrics, score_dataset
 from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_metrics, mean_metrics
 from d2svse.retrieval.protocols import split_hash
 from d2svse.retrieval.ranking import ranking_metrics, rankings
@@ -29,7 +29,7 @@ def test_evaluation_in_the_middle_of_training_is_without_dropout(make_model, val
     assert not model.similarity_fn.training
 
 
-def test_a_result_says_what_it_is_of(model, val_dataset, monkeypatch):
+def test_a_result_says_what_it_is_of(model, val_dataset):
     found = evaluate_protocol([("a/model", model)], val_dataset)
     result = json.loads(json.dumps(found.result, allow_nan=False))
     assert result["protocol"] == "custom"
@@ -43,9 +43,11 @@ def test_a_result_says_what_it_is_of(model, val_dataset, monkeypatch):
     assert result["metrics"] == pytest.approx(ranking_metrics(*rankings(scores, *caption_answers(owner, 16))))
     low, high = result["intervals"]["rsum"]
     assert low <= result["metrics"]["rsum"] <= high
+    fingerprint = model_fingerprint(model)
+    assert result["models"][0]["revision"] == {"fingerprint": fingerprint}
     model.config._commit_hash = "abc"
-    assert evaluate_protocol([("a", model)], val_dataset).result["models"][0]["revision"] == {"hub_commit": "abc"}
-    monkeypatch.setattr(model.config, "_commit_hash", None)
+    revision = evaluate_protocol([("a", model)], val_dataset).result["models"][0]["revision"]
+    assert revision == {"hub_commit": "abc", "fingerprint": fingerprint}
 
 
 def test_folds_are_ranked_apart(model, val_dataset):
@@ -207,3 +209,28 @@ def test_right_answers_of_no_query_are_refused():
     nothing = RightAnswers.from_lists([[], []])
     with pytest.raises(ValueError, match="at least one"):
         rankings(np.zeros((2, 2)), nothing, nothing)
+
+
+UNMASKED = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"similarity": {"name": "omit"}}, {"context_decoder": UNMASKED}])
+def test_stored_embeddings_are_not_computed_again(make_model, val_dataset, tmp_path, monkeypatch, options):
+    model = make_model(**options)
+    records = [*val_dataset.records, val_dataset.records[0]]  # a picture and its captions are there twice
+    dataset = ImageTextDataset(records, val_dataset.source)
+    stored = {"embeddings": tmp_path / "e", "batch_size": 32}
+    expected = evaluate_protocol([("m", model)], dataset, batch_size=32).result["metrics"]
+    assert evaluate_protocol([("m", model)], dataset, **stored).result["metrics"] == pytest.approx(expected, abs=0.02)
+    folders = sorted(path.name.split("-")[0] for path in (tmp_path / "e").iterdir())
+    assert folders == ["image", "text"]
+
+    def refuse(*_):
+        raise AssertionError("encoded again")
+
+    for encoder in (model.image_encoder, model.text_encoder):
+        monkeypatch.setattr(encoder, "forward", refuse)
+    again = evaluate_protocol([("m", model)], dataset, **stored).result["metrics"]
+    assert again == pytest.approx(expected, abs=0.02)
+    evaluate_protocol([("m", make_model(seed=1, **options))], dataset, **stored)
+    assert len(list((tmp_path / "e").iterdir())) == 4  # another model has stores of its own
