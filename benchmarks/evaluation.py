@@ -9,9 +9,9 @@ evaluation's kind: for each image `np.argsort` of its scores, reversed, and `np.
 the same for each caption on the transposed matrix. Then the memory of the ranks streamed from embeddings 512 wide.
 
 `dataset`: a whole evaluation, from files to R@K. The reference goes through the captions in the order they come, 128 at
-a time: each batch reads and encodes the picture of every caption anew (so a picture with 5 captions 5 times) and pads
-its sentences to the longest among them; of the image vectors one for each picture is kept, and the argsort loop
-ranks. Both use the same model, the same reading threads and the same number of threads.
+a time: each batch decodes (at full size) and encodes the picture of every caption anew (one with 5 captions 5 times)
+and pads its sentences to the longest among them; of the image vectors one for each picture is kept, and the argsort
+loop ranks. Both use the same model and the same number of threads.
 
 `truth`: CxC's R@1, 5, 10 and ECCV Caption's R@1, mAP@R and R-Precision, from a matrix of made-up scores (float64, so
 that none tie) and the files of right answers to the numbers. The reference sorts every row and every column, and gives
@@ -34,11 +34,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from d2svse import D2SVSE, ImageTextDataset, evaluate
 from d2svse.data.manifest import Record
@@ -160,14 +162,22 @@ def measure_ranks_memory() -> None:
     print(json.dumps(result))
 
 
+def read_picture(path: Path) -> Image.Image:
+    """Decode a picture at its full size, as the published data loader does."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def encode_per_caption(model: D2SVSE, dataset: ImageTextDataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image and caption vectors as the published evaluation makes them, and the image of each caption."""
     owner = dataset.image_of_caption
     images, texts = [], []
-    for first in range(0, len(owner), BATCH):
-        batch = slice(first, first + BATCH)
-        images.append(model.encode_image([dataset.images[row] for row in owner[batch]], batch_size=BATCH))
-        texts.append(model.encode_text(dataset.captions[batch], batch_size=BATCH))
+    with ThreadPoolExecutor(os.cpu_count()) as readers:
+        for first in range(0, len(owner), BATCH):
+            batch = slice(first, first + BATCH)
+            pictures = list(readers.map(read_picture, [Path(dataset.images[row]) for row in owner[batch]]))
+            images.append(model.encode_image(pictures, batch_size=BATCH))
+            texts.append(model.encode_text(dataset.captions[batch], batch_size=BATCH))
     first_caption = np.searchsorted(owner, np.arange(len(dataset)))
     return np.concatenate(images)[first_caption], np.concatenate(texts), owner
 
