@@ -13,6 +13,7 @@ answers are in `ranking.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
 NEVER = np.iinfo(np.int64).max  # the position of a right answer that is not among those ranked
-TILE = (1024, 4096)
+TILE = (512, 8192)
+MATRIX_TILE = (256, 32_768)  # of scores that are there: whole rows, which NumPy counts fastest
 BYTE = 255  # the most rows whose counts fit into a byte
 
 ScoreTile = Callable[[slice, slice], Tensor]
@@ -126,7 +128,7 @@ def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) ->
     """
     scores = torch.as_tensor(scores)
     answers = caption_answers(image_of_caption, scores.shape[0])
-    i2t, t2i = best_ranks_in_tiles(whole_matrix(scores, *answers), *answers)
+    i2t, t2i = best_ranks_in_tiles(whole_matrix(scores, *answers), *answers, MATRIX_TILE)
     return torch.from_numpy(i2t).to(scores.device), torch.from_numpy(t2i).to(scores.device)
 
 
@@ -219,7 +221,7 @@ def best_ranks_in_tiles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `rank_in_tiles`, of the best right answer of each query alone: `Ranking.best` of both, at less work."""
     image_side, caption_side = count_wrong(score_tile, captions, images, tile, best_only=True)
-    return image_side.wrong, caption_side.wrong
+    return image_side.best_ranks(), caption_side.best_ranks()
 
 
 def whole_matrix(scores: Array, captions: RightAnswers, images: RightAnswers) -> ScoreTile:
@@ -292,6 +294,11 @@ class Counter:
             wrong = _count_at_least(scores, limits[taken], self.axis)
             self.wrong[at] += (wrong - np.bincount(as_high, minlength=len(counts))[taken])[active]
 
+    def best_ranks(self) -> np.ndarray:
+        """The rank of the best right answer of each query that is asked; `NEVER` where none is there."""
+        asked = np.flatnonzero(self.right.counts)
+        return np.where(np.maximum.reduceat(self.right.answers, self.right.offsets[asked]) < 0, NEVER, self.wrong)
+
 
 def count_wrong(
     score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int], best_only: bool
@@ -314,11 +321,13 @@ def count_wrong(
                 side.collect(scores, rows, columns)
     for side in sides:
         side.start_counting()
-    for rows, columns in grid:
-        scores = _tile_array(score_tile(rows, columns))
-        refuse_nan(scores, rows, columns)
-        for side in sides:
-            side.count(scores, rows, columns)
+    with ThreadPoolExecutor(1) as other:
+        for rows, columns in grid:
+            scores = _tile_array(score_tile(rows, columns))
+            refuse_nan(scores, rows, columns)
+            one_side = other.submit(sides[0].count, scores, rows, columns)  # NumPy leaves the interpreter free
+            sides[1].count(scores, rows, columns)
+            one_side.result()
     return sides
 
 
@@ -355,8 +364,9 @@ def _count_at_least(scores: Array, limits: np.ndarray, axis: int) -> np.ndarray:
         return reached.sum(1 - axis).cpu().numpy()
     limits = limits.astype(scores.dtype)  # they came from this type, so nothing is rounded
     if axis == 0:
-        reached_of_rows = scores >= limits[:, None]
-        return np.array([np.count_nonzero(row) for row in reached_of_rows], dtype=np.int64)
+        # row by row, so that what is compared is counted while it is in the cache
+        counts = [np.count_nonzero(row >= limit) for row, limit in zip(scores, limits, strict=True)]
+        return np.array(counts, dtype=np.int64)
     total = np.zeros(len(limits), dtype=np.int64)
     for first in range(0, len(scores), BYTE):
         reached_here = (scores[first : first + BYTE] >= limits).view(np.uint8)

@@ -20,6 +20,7 @@ from d2svse.data.manifest import Record
 from d2svse.retrieval.metrics import RightAnswers, caption_answers
 
 COCO_NAME = re.compile(r"(?:COCO_val2014_)?0*(\d+)\.(?:jpg|jpeg|png)")
+NO_LETTER = re.compile(r"\W+")
 FLICKR_NAME = re.compile(r"\d+\.(?:jpg|jpeg|png)")
 # SHA-256 of the 5000 image ids of MS-COCO's test split (Karpathy's), in ascending order and in its own.
 COCO_IDS = "baab55c72b3dfc21360e0ff4fda07f11c8318ef71296ecf0b1eaa4558a1dff05"
@@ -181,17 +182,18 @@ def find_caption_ids(dataset: ImageTextDataset, annotations: str | os.PathLike[s
     found: dict[int, list[int]] = {}
     for record in dataset.records:
         image = coco_image_id(record)
-        left = list(ids.get(image, []))
+        left = ids.get(image, [])
+        words = [pair[0] for pair in left]
         found[image] = []
         for caption in record.captions:
-            match = next((pair for pair in left if pair[0] == _words(caption)), None)
-            if match is None:
+            key = _words(caption)
+            if key not in words:
                 raise ValueError(
-                    f"{os.fspath(annotations)}: {record.image.name} has no caption {caption!r} there "
-                    f"(of {len(ids.get(image, []))})"
+                    f"{os.fspath(annotations)}: {record.image.name} has no caption {caption!r} there (of {len(left)})"
                 )
-            left.remove(match)
-            found[image].append(match[1])
+            at = words.index(key)
+            words[at] = ""  # the same words again are another caption
+            found[image].append(left[at][1])
     return found
 
 
@@ -230,7 +232,7 @@ def _truth_folder(name: str) -> Path:
 
 def _read_truth(path: Path) -> dict[int, list[int]]:
     content: dict[str, Any] = read_json(path)
-    return {int(query): [int(answer) for answer in answers] for query, answers in content.items()}
+    return {int(query): answers for query, answers in content.items()}
 
 
 def _relation(truth: Mapping[int, Sequence[int]], queries: Sequence[int], answers: Sequence[int]) -> RightAnswers:
@@ -248,4 +250,4 @@ def _hash_ids(ids: Iterable[int]) -> str:
 
 def _words(text: str) -> str:
     """A caption's letters and digits: layouts differ in case, spaces and punctuation."""
-    return re.sub(r"\W+", "", text).lower()
+    return NO_LETTER.sub("", text).lower()

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from d2svse.retrieval.metrics import (
+    MATRIX_TILE,
     NEVER,
     RECALL_AT,
     TILE,
@@ -128,7 +129,7 @@ def rankings(scores: Tensor | np.ndarray, captions: RightAnswers, images: RightA
     Raises:
         ValueError: if a score is NaN or the shapes do not fit.
     """
-    return rank_in_tiles(whole_matrix(scores, captions, images), captions, images)
+    return rank_in_tiles(whole_matrix(scores, captions, images), captions, images, MATRIX_TILE)
 
 
 def true_recall(ranking: Ranking, k: int) -> np.ndarray:

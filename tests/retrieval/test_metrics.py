@@ -8,12 +8,14 @@ from d2svse.retrieval.metrics import (
     NEVER,
     RightAnswers,
     as_percent,
+    best_ranks_in_tiles,
     caption_answers,
     fold_metrics,
     mean_metrics,
     ranks,
     recall_at_k,
     retrieval_metrics,
+    whole_matrix,
 )
 from d2svse.retrieval.ranking import (
     Ranking,
@@ -108,6 +110,9 @@ def test_every_metric_equals_the_naive_one_for_any_relation(ties, graded):
         )
         sides = (captions, caption_gains, scores), (images, image_gains, scores.T)
         found = rankings(scores, *(RightAnswers.from_lists(lists, gains) for lists, gains, _ in sides))
+        relations = [RightAnswers.from_lists(lists) for lists, _, _ in sides]
+        best = best_ranks_in_tiles(whole_matrix(scores, *relations), *relations)
+        assert [side.tolist() for side in best] == [ranking.best.tolist() for ranking in found]
         for ranking, (lists, gains, lines) in zip(found, sides, strict=True):
             values = query_values(ranking)
             assert ranking.queries.tolist() == [query for query, right in enumerate(lists) if right]
