@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import socket
-import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import psutil
 
 from d2svse.retrieval import storage
-from d2svse.retrieval.backends import import_extra
+from d2svse.retrieval.backends.milvus_connection import MilvusConnection, pymilvus
 from d2svse.retrieval.engine import Metadata, VectorIndex
 
-pymilvus: Any = import_extra("pymilvus", "milvus")
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it logs is raised here, in one line
-
-TOKEN_VARIABLE = "MILVUS_TOKEN"
 BYTES_AT_A_TIME = 4 << 20
 KEYS_AT_A_TIME = 1000
 ROWS_AT_A_TIME = 8192
 QUERIES_AT_A_TIME = 256
 LARGEST_FIELD = 65535  # bytes, of Milvus's VARCHAR and JSON
 LARGEST_K = 16384  # of Milvus
-NOT_LOADED, CONNECT_FAILED = 101, 2  # its codes
-LONGEST_PAUSE = 3.0
 BUILD = {"HNSW": {"M": 32, "efConstruction": 200}, "IVF": {"nlist": 128}}
 SEARCH = {"HNSW": {"ef": 128}, "IVF": {"nprobe": 32}}
 _UNFINISHED: set[str] = set()  # calls of this process that could not be undone yet
@@ -55,20 +46,19 @@ class MilvusIndex(VectorIndex):
         uri: a local path ending in `.db`, which runs embedded and belongs to one process, or the address of
             a server or cluster, `http://host:19530`. A token is read from the environment, MILVUS_TOKEN.
         collection: its name: letters, digits and underscores.
-        kind: Milvus's name of the vector's index: FLAT, HNSW, IVF_FLAT, IVF_SQ8, and with a server IVF_PQ and
-            the others that it knows.
-        build: parameters of the index, as Milvus names them.
+        kind: Milvus's name of the vector's index: FLAT (the default), HNSW, IVF_FLAT, IVF_SQ8, and with a
+            server IVF_PQ and the others that it knows; of a collection that exists, its own.
+        build: parameters of the index when it is made, as Milvus names them.
         search_parameters: parameters of a search, as Milvus names them.
         timeout: seconds for which a server that does not answer is tried again.
         fingerprint: of the model that made the vectors.
 
     Raises:
         ConnectionError: if Milvus does not answer, or refuses.
-        ValueError: if the collection is not one of these, or its width or fingerprint is another.
+        ValueError: if the collection is not one of these, or its width, kind or fingerprint is another.
     """
 
     engine = "milvus"
-    _open_files: ClassVar[Counter[str]] = Counter()
 
     def __init__(
         self,
@@ -76,7 +66,7 @@ class MilvusIndex(VectorIndex):
         uri: str | None = None,
         collection: str = "d2svse",
         *,
-        kind: str = "FLAT",
+        kind: str | None = None,
         build: Mapping[str, Any] | None = None,
         search_parameters: Mapping[str, Any] | None = None,
         timeout: float = 30.0,
@@ -85,32 +75,17 @@ class MilvusIndex(VectorIndex):
         super().__init__(dim, fingerprint)
         if uri is None:
             raise ValueError("milvus needs a uri: a local path ending in .db, or http://host:19530")
-        family = kind.split("_")[0]
-        self.uri, self.collection, self.kind, self.timeout = uri, collection, kind, timeout
-        self.build = dict(BUILD.get(family, {}) if build is None else build)
-        self.search_parameters = dict(SEARCH.get(family, {}) if search_parameters is None else search_parameters)
+        self.uri, self.collection, self.timeout = uri, collection, timeout
         self._call: str | None = None
-        self._embedded = "://" not in uri
-        if self._embedded:
-            if not uri.endswith(".db"):
-                raise ValueError(f"{uri}: a local path for Milvus ends in .db; a server's address starts with http://")
-            Path(uri).absolute().parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._client = pymilvus.MilvusClient(
-                uri if not self._embedded else str(Path(uri).absolute()),
-                token=os.environ.get(TOKEN_VARIABLE, ""),
-                timeout=timeout,
-            )
-        except Exception as error:
-            hint = "; an embedded one belongs to one process at a time" if self._embedded else ""
-            raise ConnectionError(f"Milvus at {uri} cannot be opened ({_short(error)}){hint}") from None
-        if self._embedded:
-            self._open_files[str(Path(uri).absolute())] += 1
         self._writes = f"{collection}_writes"
-        if self._ask("has_collection", collection):
-            self._attach()
+        self._milvus = MilvusConnection(uri, timeout, (self._writes, collection))
+        if self._milvus.ask("has_collection", collection):
+            self.kind = self._attach(kind)
         else:
-            self._create()
+            self.kind = kind or "FLAT"
+            self._create(BUILD.get(self.kind.split("_")[0], {}) if build is None else build)
+        usual = SEARCH.get(self.kind.split("_")[0], {})
+        self.search_parameters = dict(usual if search_parameters is None else search_parameters)
         self.recover()
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -146,8 +121,10 @@ class MilvusIndex(VectorIndex):
         found: list[str] = []
         for page in range(16**digits):
             prefix = f"{page:0{digits}x}" if digits else ""
-            expression = f'key like "{prefix}%" and {visible}'
-            rows = self._ask("query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K)
+            expression = _all_of(f'key like "{prefix}%"', visible)
+            rows = self._milvus.ask(
+                "query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K
+            )
             found += [row["name"] for row in rows]
         return found
 
@@ -166,19 +143,18 @@ class MilvusIndex(VectorIndex):
         """
         folder = Path(folder).absolute()
         uri = self.uri
-        inside = self._embedded and Path(uri).absolute().is_relative_to(folder)
-        if self._embedded:
+        inside = self._milvus.embedded and Path(uri).absolute().is_relative_to(folder)
+        if self._milvus.embedded:
             path = Path(uri).absolute()
             uri = path.relative_to(folder).as_posix() if inside else str(path)
         if not inside:
             storage.check_replaceable(folder)
         with storage.write_lock(folder):
-            self._ask("flush", self.collection)
+            self._milvus.ask("flush", self.collection)
             options = {
                 "uri": uri,
                 "collection": self.collection,
                 "kind": self.kind,
-                "build": self.build,
                 "search_parameters": self.search_parameters,
                 "timeout": self.timeout,
             }
@@ -207,80 +183,57 @@ class MilvusIndex(VectorIndex):
 
     def close(self) -> None:
         """Let go of the connection, and of a local file when no other index here has it open."""
-        self._client.close()
-        if self._embedded:
-            path = str(Path(self.uri).absolute())
-            self._open_files[path] -= 1
-            if not self._open_files[path]:
-                import_extra("milvus_lite.server_manager", "milvus").server_manager_instance.release_server(path)
+        self._milvus.close()
 
-    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call Milvus; while it cannot be reached, again after growing pauses, until the timeout.
-
-        Raises:
-            ConnectionError: if that did not help, or Milvus refuses.
-        """
-        deadline, pause = time.monotonic() + self.timeout, 0.1
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                return getattr(self._client, method)(*arguments, timeout=max(left, 0.1), **options)
-            except Exception as error:
-                again = left > pause and _may_pass(error)
-                if not again:
-                    raise ConnectionError(f"Milvus at {self.uri} did not {method} ({_short(error)})") from None
-                if getattr(error, "code", None) == NOT_LOADED:  # Milvus Lite, started anew
-                    for name in (self.collection, self._writes):
-                        with suppress(Exception):  # the call itself will say it
-                            self._client.load_collection(name, timeout=left)
-                    continue
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _create(self) -> None:
+    def _create(self, build: Mapping[str, Any]) -> None:
         varchar, json_type, vector = pymilvus.DataType.VARCHAR, pymilvus.DataType.JSON, pymilvus.DataType.FLOAT_VECTOR
-        writes = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        writes = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
         writes.add_field("key", varchar, is_primary=True, max_length=64)
         writes.add_field("content", json_type)
         writes.add_field("vector", vector, dim=2)  # Milvus has no collection without one
-        items = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        items = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
         items.add_field("key", varchar, is_primary=True, max_length=64)
         items.add_field("name", varchar, max_length=LARGEST_FIELD)
         items.add_field("metadata", json_type)
         items.add_field("call", varchar, max_length=64)
         items.add_field("vector", vector, dim=self.dim)
         # The items come last: with them, the index is there.
-        for name, schema, kind, build in (
+        for name, schema, kind, parameters in (
             (self._writes, writes, "FLAT", {}),
-            (self.collection, items, self.kind, self.build),
+            (self.collection, items, self.kind, dict(build)),
         ):
-            if self._ask("has_collection", name):
-                self._ask("drop_collection", name)
-            parameters = self._client.prepare_index_params()
-            parameters.add_index(field_name="vector", index_type=kind, metric_type="IP", params=build)
-            self._ask("create_collection", name, schema=schema, index_params=parameters, consistency_level="Strong")
-            self._ask("load_collection", name)
+            if self._milvus.ask("has_collection", name):
+                self._milvus.ask("drop_collection", name)
+            index = self._milvus.client.prepare_index_params()
+            index.add_index(field_name="vector", index_type=kind, metric_type="IP", params=parameters)
+            self._milvus.ask("create_collection", name, schema=schema, index_params=index, consistency_level="Strong")
+            self._milvus.ask("load_collection", name)
             if name == self._writes:
-                self._write_note("about", {"dim": self.dim, "fingerprint": self.fingerprint})
+                self._write_note("about", {"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint})
 
-    def _attach(self) -> None:
-        """Open the collection that is there, if it is one for these vectors."""
-        if not self._ask("has_collection", self._writes):
+    def _attach(self, kind: str | None) -> str:
+        """Open the collection that is there, if it is one for these vectors, and tell its kind."""
+        if not self._milvus.ask("has_collection", self._writes):
             raise ValueError(f"{self.uri}: the collection {self.collection!r} is not an index of d2svse")
         for name in (self.collection, self._writes):
-            self._ask("load_collection", name)
+            self._milvus.ask("load_collection", name)
         about = self._notes()["about"]
         if about["dim"] != self.dim:
             raise ValueError(f"{self.uri}: vectors in {self.collection!r} are {about['dim']} wide, not {self.dim}")
+        if kind not in (None, about["kind"]):
+            raise ValueError(f"{self.uri}: {self.collection!r} is of the kind {about['kind']}, not {kind}")
         given, self.fingerprint = self.fingerprint, about["fingerprint"]
         self.check_fingerprint(given)
+        return about["kind"]
 
     def _notes(self) -> dict[str, Any]:
-        rows = self._ask("query", self._writes, filter='key != ""', output_fields=["key", "content"], limit=LARGEST_K)
+        rows = self._milvus.ask(
+            "query", self._writes, filter='key != ""', output_fields=["key", "content"], limit=LARGEST_K
+        )
         return {row["key"]: row["content"] for row in rows}
 
     def _write_note(self, key: str, content: Mapping[str, Any]) -> None:
-        self._ask("upsert", self._writes, [{"key": key, "content": dict(content), "vector": [1.0, 0.0]}])
+        self._milvus.ask("upsert", self._writes, [{"key": key, "content": dict(content), "vector": [1.0, 0.0]}])
 
     def _unfinished(self) -> dict[str, Any]:
         return {key: owner for key, owner in self._notes().items() if key != "about"}
@@ -314,20 +267,20 @@ class MilvusIndex(VectorIndex):
             self._call = None
 
     def _undo(self, call: str) -> None:
-        self._ask("delete", self.collection, filter=f'call == "{call}"')
+        self._milvus.ask("delete", self.collection, filter=f'call == "{call}"')
         self._forget(call)
 
     def _forget(self, call: str) -> None:
-        self._ask("delete", self._writes, filter=f'key in ["{call}"]')
+        self._milvus.ask("delete", self._writes, filter=f'key in ["{call}"]')
         _UNFINISHED.discard(call)
 
     def _visible(self) -> str:
-        """The filter that hides what calls under way have added."""
+        """The filter that hides what calls under way have added; none, which is faster, without any."""
         hidden = [call for call in self._unfinished() if call != self._call]
-        return f"call not in {json.dumps(hidden)}" if hidden else 'key != ""'
+        return f"call not in {json.dumps(hidden)}" if hidden else ""
 
     def _count(self, expression: str) -> int:
-        rows = self._ask("query", self.collection, filter=expression, output_fields=["count(*)"])
+        rows = self._milvus.ask("query", self.collection, filter=expression, output_fields=["count(*)"])
         return int(rows[0]["count(*)"])
 
     def _known(self, ids: list[str]) -> set[str]:
@@ -339,8 +292,8 @@ class MilvusIndex(VectorIndex):
         keys = {_key(name): name for name in ids}
         every = list(keys)
         for first in range(0, len(every), KEYS_AT_A_TIME):
-            expression = f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])} and {visible}"
-            for row in self._ask("query", self.collection, filter=expression, output_fields=["key", *fields]):
+            expression = _all_of(f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])}", visible)
+            for row in self._milvus.ask("query", self.collection, filter=expression, output_fields=["key", *fields]):
                 found[keys[row["key"]]] = row
         return found
 
@@ -360,16 +313,16 @@ class MilvusIndex(VectorIndex):
             batch.append(row)
             size += vector.nbytes + 4 * len(name) + len(str(described)) + 200
             if size >= BYTES_AT_A_TIME:
-                self._ask("upsert", self.collection, batch)  # repeated, it adds nothing twice
+                self._milvus.ask("upsert", self.collection, batch)  # repeated, it adds nothing twice
                 batch, size = [], 0
         if batch:
-            self._ask("upsert", self.collection, batch)
+            self._milvus.ask("upsert", self.collection, batch)
 
     def _delete(self, ids: list[str]) -> None:
         for first in range(0, len(ids), KEYS_AT_A_TIME):
             keys = [_key(name) for name in ids[first : first + KEYS_AT_A_TIME]]
             try:
-                self._ask("delete", self.collection, filter=f"key in {json.dumps(keys)}")
+                self._milvus.ask("delete", self.collection, filter=f"key in {json.dumps(keys)}")
             except ConnectionError as error:
                 raise ConnectionError(f"{error}; {first} of {len(ids)} ids are deleted for sure") from None
 
@@ -384,13 +337,13 @@ class MilvusIndex(VectorIndex):
                 "(" + " or ".join(f"metadata[{json.dumps(key)}] == {_literal(value)}" for value in values) + ")"
                 for key, values in filter.items()
             )
-            expression = " and ".join([expression, *conditions])
+            expression = _all_of(expression, *conditions)
         k = min(k, self._count(expression))
         if k > LARGEST_K:
             raise ValueError(f"Milvus gives {LARGEST_K} answers at most, k is {k}")
         scores, ids = np.empty((len(queries), k), dtype=np.float32), []
         for first in range(0, len(queries) if k else 0, QUERIES_AT_A_TIME):
-            found = self._ask(
+            found = self._milvus.ask(
                 "search",
                 self.collection,
                 data=list(queries[first : first + QUERIES_AT_A_TIME]),
@@ -431,15 +384,10 @@ def _key(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _all_of(*conditions: str) -> str:
+    return " and ".join(condition for condition in conditions if condition)
+
+
 def _literal(value: Any) -> str:
     """A value in an expression of Milvus."""
     return json.dumps(value, ensure_ascii=False)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(getattr(error, "message", None) or error).split())[:300]
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a call may do better the next time: the server is away, or has just come back."""
-    return getattr(error, "code", None) in (NOT_LOADED, CONNECT_FAILED) or "UNAVAILABLE" in str(error)

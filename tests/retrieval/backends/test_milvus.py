@@ -17,6 +17,7 @@ pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
 from d2svse.retrieval.backends import milvus
 from d2svse.retrieval.backends.milvus import MilvusIndex
+from d2svse.retrieval.backends.milvus_connection import MilvusConnection
 
 DIM = 8
 VECTORS = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32)
@@ -83,7 +84,7 @@ def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server,
     monkeypatch.setattr(milvus, "BYTES_AT_A_TIME", 50 * (4 * DIM + 220))
     index = MilvusIndex(DIM, server.uri, timeout=1.5)
     index.add(NAMES[:100], VECTORS[:100])
-    ask, calls = MilvusIndex._ask, []
+    ask, calls = MilvusConnection.ask, []
 
     def ask_and_stop(self, method, *arguments, **options):
         calls.append(method)
@@ -93,7 +94,7 @@ def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server,
         return ask(self, method, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MilvusIndex, "_ask", ask_and_stop)
+        patch.setattr(MilvusConnection, "ask", ask_and_stop)
         start = time.monotonic()
         with pytest.raises(ConnectionError, match=r"did not upsert .*nothing was added"):
             index.add(NAMES[100:], VECTORS[100:])
@@ -106,7 +107,7 @@ def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server,
         assert set(one.search(VECTORS[100:102], 100)[1][0]) == set(NAMES[:100])
     index.add(NAMES[100:], VECTORS[100:])
     assert len(other) == 400
-    assert index._count('key != ""') == 400
+    assert index._count("") == 400
 
 
 def test_a_server_that_comes_back_in_time_is_used(server):
@@ -141,7 +142,7 @@ with index._writing():
     assert len(two) == 10
     assert "x" not in two
     two.add(["x"], VECTORS[:1])
-    assert (len(one), one._count('key != ""')) == (11, 11)
+    assert (len(one), one._count("")) == (11, 11)
 
 
 def test_bad_places_and_other_collections_are_named(server, tmp_path):
@@ -156,13 +157,15 @@ def test_bad_places_and_other_collections_are_named(server, tmp_path):
         MilvusIndex(3, server.uri)
     with pytest.raises(ValueError, match="this model is model-b"):
         MilvusIndex(DIM, server.uri, fingerprint="model-b")
+    with pytest.raises(ValueError, match="'d2svse' is of the kind FLAT, not HNSW"):
+        MilvusIndex(DIM, server.uri, kind="HNSW")
     index = MilvusIndex(DIM, server.uri)
-    assert index.fingerprint == "model-a"
+    assert (index.fingerprint, index.kind) == ("model-a", "FLAT")
     with pytest.raises(ValueError, match="longer than Milvus's 65535 bytes"):
         index.add(["x" * 70000], VECTORS[:1])
     with pytest.raises(ValueError, match="not valid Unicode"):
         index.add(["a", "\udcff"], VECTORS[:2])
     assert len(index) == 0
-    index._client.create_collection("alien", dimension=DIM)
+    index._milvus.client.create_collection("alien", dimension=DIM)
     with pytest.raises(ValueError, match="'alien' is not an index of d2svse"):
         MilvusIndex(DIM, server.uri, "alien")

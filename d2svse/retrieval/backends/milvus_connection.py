@@ -1,0 +1,102 @@
+"""A connection to Milvus that outlives a server's pauses, and says what is wrong in one error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from d2svse.retrieval.backends import import_extra
+
+pymilvus: Any = import_extra("pymilvus", "milvus")
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it logs is raised here, in one line
+
+TOKEN_VARIABLE = "MILVUS_TOKEN"
+NOT_LOADED, CONNECT_FAILED = 101, 2  # codes of Milvus
+LONGEST_PAUSE = 3.0
+
+
+class MilvusConnection:
+    """Milvus's client, to a local file or a server.
+
+    Args:
+        uri: a local path ending in `.db`, or the address of a server.
+        timeout: seconds for which what does not answer is tried again.
+        collections: what must be loaded; Milvus Lite has loaded nothing when it is started anew.
+
+    Attributes:
+        client: the `MilvusClient`.
+        embedded: whether it runs in this process.
+
+    Raises:
+        ConnectionError: if it cannot be opened.
+        ValueError: if the path does not end in `.db`.
+    """
+
+    _open_files: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, uri: str, timeout: float, collections: tuple[str, ...]) -> None:
+        self.uri, self.timeout, self.collections = uri, timeout, collections
+        self.embedded = "://" not in uri
+        self._place = str(Path(uri).absolute()) if self.embedded else uri
+        if self.embedded:
+            if not uri.endswith(".db"):
+                raise ValueError(f"{uri}: a local path for Milvus ends in .db; a server's address starts with http://")
+            Path(self._place).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.client = pymilvus.MilvusClient(
+                self._place,
+                token=os.environ.get(TOKEN_VARIABLE, ""),
+                timeout=timeout,
+                grpc_options={"grpc.keepalive_permit_without_calls": 0},  # servers end connections that only ping
+            )
+        except Exception as error:
+            hint = "; an embedded one belongs to one process at a time" if self.embedded else ""
+            raise ConnectionError(f"Milvus at {uri} cannot be opened ({_short(error)}){hint}") from None
+        if self.embedded:
+            self._open_files[self._place] += 1
+
+    def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call Milvus; while it cannot be reached, again after growing pauses, until the timeout.
+
+        Raises:
+            ConnectionError: if that did not help, or Milvus refuses.
+        """
+        deadline, pause = time.monotonic() + self.timeout, 0.1
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return getattr(self.client, method)(*arguments, timeout=max(left, 0.1), **options)
+            except Exception as error:
+                again = left > pause and _may_pass(error)
+                if not again:
+                    raise ConnectionError(f"Milvus at {self.uri} did not {method} ({_short(error)})") from None
+                if getattr(error, "code", None) == NOT_LOADED:  # Milvus Lite, started anew
+                    for name in self.collections:
+                        with suppress(Exception):  # the call itself will say it
+                            self.client.load_collection(name, timeout=left)
+                    continue
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def close(self) -> None:
+        """Let go of the connection, and of a local file when no other one here has it open."""
+        self.client.close()
+        if self.embedded:
+            self._open_files[self._place] -= 1
+            if not self._open_files[self._place]:
+                lite = import_extra("milvus_lite.server_manager", "milvus")
+                lite.server_manager_instance.release_server(self._place)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a call may do better the next time: the server is away, or has just come back."""
+    return getattr(error, "code", None) in (NOT_LOADED, CONNECT_FAILED) or "UNAVAILABLE" in str(error)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(getattr(error, "message", None) or error).split())[:300]
