@@ -91,7 +91,9 @@ class EmbeddingStore:
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
         if not self._tokens:
             return Features(pooled)
-        parts = [self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self._places(rows)]
+        parts = [
+            self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self.pooled.places(rows)
+        ]
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
         tokens = torch.zeros(len(parts), longest, self.dim)
@@ -99,9 +101,6 @@ class EmbeddingStore:
             item[: len(part)] = part
         mask = torch.arange(longest) < lengths[:, None]
         return Features(pooled, tokens, None if bool(mask.all()) else mask)
-
-    def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        return self.pooled.places(rows)
 
 
 class Rows:
@@ -296,9 +295,21 @@ def _encode(
         for _ in progress_bar(batches(), f"Encoding {what}", total, "batches", show_progress_bar):
             pass
         store = EmbeddingStore(folder)
-        lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in store.skipped]
-        write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+        write_skipped(folder, store.skipped)
         return store
+
+
+def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """List pictures that were left out, with the reasons, in `skipped.jsonl`."""
+    lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
+    write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+
+
+def read_skipped(folder: Path) -> list[tuple[str, str]]:
+    """What `write_skipped` listed; nothing if it did not."""
+    path = folder / SKIPPED
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [(row["image"], row["reason"]) for row in map(json.loads, lines)]
 
 
 def _read_description(folder: Path) -> dict[str, Any] | None:
