@@ -261,8 +261,6 @@ def _encode(
     show_progress_bar: bool,
 ) -> EmbeddingStore:
     folder = Path(folder)
-    if not names:
-        raise ValueError("nothing to encode: an empty list")
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
     if kind["shard_size"] < 1:
@@ -270,6 +268,8 @@ def _encode(
     listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     description = {**kind, "dim": model.config.embed_dim, "count": len(names), "list": listed}
     description["fingerprint"] = model_fingerprint(model)
+    if not names:
+        raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
         _check(folder, description)
         write_json(folder / DESCRIPTION, description)
@@ -281,7 +281,6 @@ def _encode(
             if not _holds(shard, states):
                 open_ones.append((shard, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
-        what = "pictures" if kind["side"] == "image" else "sentences"
 
         def batches() -> Iterator[None]:
             for shard, part, states in open_ones:
@@ -292,7 +291,7 @@ def _encode(
                     yield
                 _write_shard(shard, part, states, skipped, encoded, description)
 
-        for _ in progress_bar(batches(), f"Encoding {what}", total, "batches", show_progress_bar):
+        for _ in progress_bar(batches(), f"Encoding {kind['side']}s", total, "batches", show_progress_bar):
             pass
         store = EmbeddingStore(folder)
         write_skipped(folder, store.skipped)
@@ -329,7 +328,7 @@ def _check(folder: Path, description: Mapping[str, Any]) -> None:
         if any(path.suffix != ".tmp" and path.name != ".lock" for path in folder.iterdir()):
             raise FileExistsError(f"{folder}: a folder that holds no {DESCRIPTION}; give another name")
         return
-    for left in folder.glob(".*.tmp"):  # by a killed call
+    for left in folder.glob(".*.tmp"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     words = {"list": "the list of items", "count": "how many items there are", "fingerprint": "the model"}
     differs = [
