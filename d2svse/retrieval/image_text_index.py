@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
@@ -13,22 +12,19 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from d2svse.features import Features
-from d2svse.files import write_text
 from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.retrieval.backends import load_index, make_index
 from d2svse.retrieval.engine import VectorIndex
 from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, ranked, search_vectors
-from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable
+from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, length_of_shortlist, ranked, search_vectors
+from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable, name_of
 from d2svse.retrieval.sources import Items, read_items
 from d2svse.retrieval.storage import write_lock
-from d2svse.retrieval.store import SKIPPED, EmbeddingStore
+from d2svse.retrieval.store import EmbeddingStore, read_skipped, write_skipped
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
-
-DEFAULT_RERANK = 100
 
 
 class ImageTextIndex:
@@ -108,7 +104,7 @@ class ImageTextIndex:
             raise ValueError(f"the {engine} index holds {len(vectors)} items already; remove it, or name another one")
         kind = None if similarity.foldable else shortlist if similarity.requires == "tokens" else "pooled"
         vectors_folder = VECTORS + uuid.uuid4().hex[:12]
-        settings = IndexSettings(side, kind, draft, _name_of(model), fingerprint, vectors_folder)
+        settings = IndexSettings(side, kind, draft, name_of(model), fingerprint, vectors_folder)
         names = list(read_items(source, side)[0])
         with write_lock(folder):
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
@@ -119,7 +115,7 @@ class ImageTextIndex:
             vectors.save(folder / settings.vectors)
             settings.write(folder)
             index = cls(folder, model)
-            index._write_skipped(store.skipped)
+            write_skipped(folder, store.skipped)
             index._sweep()
         return index
 
@@ -226,7 +222,7 @@ class ImageTextIndex:
                 add_store(self.vectors, self.model, store, self._settings)
             if store is not None or gone:
                 self.vectors.save(self.folder / self._settings.vectors)
-                self._write_skipped(skipped)
+                write_skipped(self.folder, skipped)
             self._sweep()
         bad = {name for name, _ in skipped}
         gone += [name for name in changed if name in bad]
@@ -308,7 +304,7 @@ class ImageTextIndex:
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
-        length = self._length_of_shortlist(rerank, k, across in queries)
+        length = length_of_shortlist(rerank, k, self.shortlist, across in queries)
         scores, ids = self.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
@@ -353,9 +349,7 @@ class ImageTextIndex:
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """Pictures that the last `build` or `add` could not read, with the reason."""
-        path = self.folder / SKIPPED
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [(row["image"], row["reason"]) for row in map(json.loads, lines)]
+        return read_skipped(self.folder)
 
     def _open(self) -> None:
         """Read the folder, again if a writer replaced its parts meanwhile."""
@@ -373,21 +367,6 @@ class ImageTextIndex:
             else:
                 return
 
-    def _length_of_shortlist(self, rerank: int | None, k: int, across: bool) -> int:
-        """How many to score exactly; 0 where the vectors' scores are the answer."""
-        if rerank is not None and rerank < 0:
-            raise ValueError(f"rerank must not be negative, got {rerank}")
-        if self.shortlist is None or not across:
-            if rerank:
-                what = (
-                    "the similarity folds into the vectors" if self.shortlist is None else "like is compared with like"
-                )
-                raise ValueError(f"rerank {rerank}: {what}, there is no shortlist to rank again")
-            return 0
-        if rerank and rerank < k:
-            raise ValueError(f"rerank must be at least k, {k}, got {rerank}")
-        return max(DEFAULT_RERANK, k) if rerank is None else rerank
-
     def _features(self, ids: Sequence[str]) -> Features:
         """Read what is stored of some ids."""
         places = self.vectors.metadata_of(ids)
@@ -395,10 +374,6 @@ class ImageTextIndex:
         if len(names) == 1:
             return self._stores[names.pop()].features([place["row"] for place in places])
         return Features.cat([self._stores[place["store"]].features([place["row"]]) for place in places])
-
-    def _write_skipped(self, skipped: Sequence[tuple[str, str]]) -> None:
-        lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
-        write_text(self.folder / SKIPPED, "".join(f"{line}\n" for line in lines))
 
     def _sweep(self) -> None:
         """Remove what no id refers to any more; under the lock."""
@@ -410,9 +385,3 @@ class ImageTextIndex:
                 shutil.rmtree(path)
         if self.shortlist:
             self._stores = {name: EmbeddingStore(self.folder / name) for name in used if name.startswith(STORE)}
-
-
-def _name_of(model: D2SVSE) -> str | None:
-    """The folder (absolute) or the Hub id that a model was loaded from."""
-    name = model.name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None

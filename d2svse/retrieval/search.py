@@ -17,6 +17,7 @@ from d2svse.similarity.tiles import FragmentSimilarity
 
 Side = Literal["image", "text"]
 Shortlist = Literal["mean", "pooled"]
+DEFAULT_RERANK = 100
 FEW_QUERIES = 8
 PICTURES_TOGETHER = 64
 
@@ -125,3 +126,27 @@ def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]
     """The k best of some ids, best first; of equal scores the one that stands first."""
     order = np.argsort(-np.asarray(scores), kind="stable")[:k]
     return [Hit(ids[place], float(scores[place])) for place in order]
+
+
+def length_of_shortlist(rerank: int | None, k: int, shortlist: Shortlist | None, across: bool) -> int:
+    """How many items to score exactly; 0 where the scores of the vectors are the answer.
+
+    Args:
+        rerank: what was asked for, see `ImageTextIndex.search`.
+        k: how many answers are wanted.
+        shortlist: what the vectors are, None where they give the similarity itself.
+        across: whether a query is of the other side than what is stored.
+
+    Raises:
+        ValueError: if there is nothing to score exactly, or it is negative or less than k.
+    """
+    if rerank is not None and rerank < 0:
+        raise ValueError(f"rerank must not be negative, got {rerank}")
+    if shortlist is None or not across:
+        if rerank:
+            why = "the similarity folds into the vectors" if shortlist is None else "like is compared with like"
+            raise ValueError(f"rerank {rerank}: {why}, there is no shortlist to rank again")
+        return 0
+    if rerank and rerank < k:
+        raise ValueError(f"rerank must be at least k, {k}, got {rerank}")
+    return max(DEFAULT_RERANK, k) if rerank is None else rerank

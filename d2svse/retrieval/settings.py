@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from d2svse.files import write_json
 from d2svse.retrieval.search import Shortlist, Side
+
+if TYPE_CHECKING:
+    from d2svse.models.modeling import D2SVSE
 
 MANIFEST = "image_text_index.json"
 VECTORS, STORE = "vectors-", "store-"
@@ -67,3 +70,9 @@ def check_replaceable(folder: Path) -> None:
         return
     if any(not path.name.startswith((".", VECTORS, STORE)) for path in folder.iterdir()):
         raise FileExistsError(f"{folder}: a folder that holds no {MANIFEST}, so it is not replaced; give another name")
+
+
+def name_of(model: D2SVSE) -> str | None:
+    """The folder (absolute) or the Hub id that a model was loaded from."""
+    name = model.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None

@@ -91,7 +91,9 @@ class EmbeddingStore:
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
         if not self._tokens:
             return Features(pooled)
-        parts = [self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self._places(rows)]
+        parts = [
+            self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self.pooled.places(rows)
+        ]
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
         tokens = torch.zeros(len(parts), longest, self.dim)
@@ -99,9 +101,6 @@ class EmbeddingStore:
             item[: len(part)] = part
         mask = torch.arange(longest) < lengths[:, None]
         return Features(pooled, tokens, None if bool(mask.all()) else mask)
-
-    def _places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        return self.pooled.places(rows)
 
 
 class Rows:
@@ -262,8 +261,6 @@ def _encode(
     show_progress_bar: bool,
 ) -> EmbeddingStore:
     folder = Path(folder)
-    if not names:
-        raise ValueError("nothing to encode: an empty list")
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
     if kind["shard_size"] < 1:
@@ -271,6 +268,8 @@ def _encode(
     listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     description = {**kind, "dim": model.config.embed_dim, "count": len(names), "list": listed}
     description["fingerprint"] = model_fingerprint(model)
+    if not names:
+        raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
         _check(folder, description)
         write_json(folder / DESCRIPTION, description)
@@ -282,7 +281,6 @@ def _encode(
             if not _holds(shard, states):
                 open_ones.append((shard, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
-        what = "pictures" if kind["side"] == "image" else "sentences"
 
         def batches() -> Iterator[None]:
             for shard, part, states in open_ones:
@@ -293,12 +291,24 @@ def _encode(
                     yield
                 _write_shard(shard, part, states, skipped, encoded, description)
 
-        for _ in progress_bar(batches(), f"Encoding {what}", total, "batches", show_progress_bar):
+        for _ in progress_bar(batches(), f"Encoding {kind['side']}s", total, "batches", show_progress_bar):
             pass
         store = EmbeddingStore(folder)
-        lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in store.skipped]
-        write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+        write_skipped(folder, store.skipped)
         return store
+
+
+def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """List pictures that were left out, with the reasons, in `skipped.jsonl`."""
+    lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
+    write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+
+
+def read_skipped(folder: Path) -> list[tuple[str, str]]:
+    """What `write_skipped` listed; nothing if it did not."""
+    path = folder / SKIPPED
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [(row["image"], row["reason"]) for row in map(json.loads, lines)]
 
 
 def _read_description(folder: Path) -> dict[str, Any] | None:
@@ -318,7 +328,7 @@ def _check(folder: Path, description: Mapping[str, Any]) -> None:
         if any(path.suffix != ".tmp" and path.name != ".lock" for path in folder.iterdir()):
             raise FileExistsError(f"{folder}: a folder that holds no {DESCRIPTION}; give another name")
         return
-    for left in folder.glob(".*.tmp"):  # by a killed call
+    for left in folder.glob(".*.tmp"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     words = {"list": "the list of items", "count": "how many items there are", "fingerprint": "the model"}
     differs = [

@@ -17,7 +17,7 @@ from d2svse.retrieval.settings import MANIFEST
 from d2svse.similarity import Similarity
 
 CAPTIONS = 3
-STRIDE = 7  # a kill at every seventh file operation
+STRIDE = 11  # a kill at every eleventh file operation
 
 
 @pytest.fixture
