@@ -22,7 +22,7 @@ __all__ = ["ExactIndex", "VectorIndex"]
 
 StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = 16384
 LARGEST_CODE = 127
 PIECE = 1 << 15  # numbers; torch shares larger ones among threads
 KEPT_MAPPED = 1 << 26
