@@ -85,7 +85,7 @@ def million(given: argparse.Namespace) -> int:
     calls: dict[str, Callable[[], object]] = {f"bare product, blocks of {n}": lambda n=n: bare(n) for n in BARE_BLOCKS}
     calls["`ExactIndex.search`, top 10"] = lambda: index.search(queries, K)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS):
+    for _ in range(given.repeats):
         for name, call in calls.items():
             times[name].append(seconds(call))
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -221,6 +221,7 @@ def main() -> int:
     part = parts.add_parser("million", help="the exact index against the bare product")
     part.add_argument("--folder", type=Path, default=Path("d2svse-search"), help="where the file is made, once")
     part.add_argument("--rows", type=int, default=ROWS)
+    part.add_argument("--repeats", type=int, default=REPEATS)
     part.set_defaults(run=million)
     part = parts.add_parser("memory", help="what `million` starts")
     part.add_argument("--folder", type=Path, required=True)
