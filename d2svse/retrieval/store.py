@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -96,9 +97,12 @@ class EmbeddingStore:
         ]
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
-        tokens = torch.zeros(len(parts), longest, self.dim)
-        for item, part in zip(tokens.numpy(), parts, strict=True):
-            item[: len(part)] = part
+        tokens = torch.empty(len(parts), longest, self.dim)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
+            for item, part in zip(tokens, parts, strict=True):
+                item[: len(part)] = torch.from_numpy(part)
+                item[len(part) :] = 0
         mask = torch.arange(longest) < lengths[:, None]
         return Features(pooled, tokens, None if bool(mask.all()) else mask)
 
