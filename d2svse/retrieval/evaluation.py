@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
 Captions = Literal["sparse", "dense"]
+PICTURES_ON_CPU = 32  # larger batches are slower there: what each needs is given back to the system
 
 
 def evaluate(
@@ -128,8 +129,8 @@ def encode_dataset(
         dataset: images and captions.
         tokens: keep the tokens beside the pooled vectors.
         captions: the sparse captions, or the one dense caption of each image.
-        batch_size: images, and sentences, encoded at a time; 128 in the published evaluation, on
-            which the result depends where the context decoder does not mask padding.
+        batch_size: sentences encoded at a time, and images (on a CPU no more than 32); 128 in the published
+            evaluation, on which the result depends where the context decoder does not mask padding.
         max_length: cut longer sentences, in tokens; the processor's limit without it.
         show_progress_bar: show one on the terminal.
         processes: share the work among processes that all call this.
@@ -144,25 +145,26 @@ def encode_dataset(
     """
     dense = captions == "dense"
     sentences, pictures = dataset.dense_captions if dense else dataset.captions, dataset.images
+    pictures_together = min(batch_size, PICTURES_ON_CPU) if model.device.type == "cpu" else batch_size
     if embeddings is not None:
         if processes is not None:
             raise ValueError("stored embeddings are for one process")
-        options: dict[str, Any] = {"output": "features" if tokens else "pooled", "batch_size": batch_size}
-        options["show_progress_bar"] = show_progress_bar
+        options: dict[str, Any] = {"output": "features" if tokens else "pooled", "show_progress_bar": show_progress_bar}
+        of_text: dict[str, Any] = {"dense": dense, "max_length": max_length, "batch_size": batch_size}
         return (
-            stored_features(model, "image", pictures, embeddings, **options),
-            stored_features(model, "text", sentences, embeddings, dense=dense, max_length=max_length, **options),
+            stored_features(model, "image", pictures, embeddings, batch_size=pictures_together, **options),
+            stored_features(model, "text", sentences, embeddings, **of_text, **options),
         )
     empty = [False, False]
     if processes is not None:
         own = [processes.share(len(items)) for items in (sentences, pictures)]
         empty = [part.start == part.stop for part in own]  # more processes than items: encode one, and drop it
         sentences, pictures = sentences[own[0]] or sentences[:1], pictures[own[1]] or pictures[:1]
-    common: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    common: dict[str, Any] = {"show_progress_bar": show_progress_bar}
     common |= {"convert_to_tensor": True, "output": "features" if tokens else "pooled"}
-    encoded = model.encode_text(sentences, dense=dense, max_length=max_length, **common)
+    encoded = model.encode_text(sentences, dense=dense, max_length=max_length, batch_size=batch_size, **common)
     texts = encoded if tokens else Features(encoded)
-    encoded = model.encode_image(pictures, **common)
+    encoded = model.encode_image(pictures, batch_size=pictures_together, **common)
     images = encoded if tokens else Features(encoded)
     if processes is not None:
         texts = processes.gather_features(texts[:0] if empty[0] else texts)
