@@ -5,6 +5,7 @@ depend on the number of processes. All see the same batches; sums of floating-po
 another order.
 
     python benchmarks/processes.py
+    python benchmarks/processes.py --processes 1 --threads 1
 """
 
 import argparse
@@ -33,7 +34,7 @@ def prepare(folder: Path, num_train: int, num_test: int, dropout: float) -> None
     model.save_pretrained(folder / "start")
 
 
-def train(folder: Path, processes: int, epochs: tuple[float, float]) -> dict[str, dict[str, float]]:
+def train(folder: Path, processes: int, epochs: tuple[float, float], threads: int) -> dict[str, dict[str, float]]:
     """Run `d2svse train` on the demo's settings; the batch of all processes together is the demo's."""
     output = folder / f"run-{processes}"
     options = {**TRAINING, "pretrain.num_train_epochs": epochs[0], "distill.num_train_epochs": epochs[1]}
@@ -43,7 +44,6 @@ def train(folder: Path, processes: int, epochs: tuple[float, float]) -> dict[str
     scenes = folder / "scenes"
     command += ["--model", folder / "start", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl"]
     command += ["-o", output, *(f"--set={name}={json.dumps(value)}" for name, value in options.items())]
-    threads = max(1, (os.cpu_count() or 1) // processes)
     subprocess.run([str(part) for part in command], check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     return json.loads((output / "results.json").read_text())
 
@@ -52,6 +52,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, help="of each process; the cores are shared out without it")
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the text backbone; 0.1 in the demo")
@@ -60,7 +61,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, args.num_train, args.num_test, args.dropout)
-        results = {count: train(folder, count, args.epochs) for count in args.processes}
+        cores = os.cpu_count() or 1
+        results = {
+            count: train(folder, count, args.epochs, args.threads or max(1, cores // count)) for count in args.processes
+        }
     print("| stage | processes | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rSum |")
     print("| --- | ---: |" + " ---: |" * len(COLUMNS))
     for stage in ("pretrain", "distill"):
