@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -206,8 +207,7 @@ def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
         if not name:
             raise ValueError(f"id {row} is empty")
     if not twice and len(set(names)) < len(names):
-        seen: set[str] = set()
-        raise ValueError(f"the id {next(n for n in names if n in seen or seen.add(n))!r} is given twice")  # type: ignore[func-returns-value]
+        raise ValueError(f"the id {Counter(names).most_common(1)[0][0]!r} is given twice")
     return names
 
 

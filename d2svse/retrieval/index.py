@@ -272,10 +272,6 @@ def _allow_mapped_files() -> None:
         torch.from_numpy(array)
 
 
-def _listed(scales: np.ndarray | None) -> list[float] | None:
-    return None if scales is None else scales.tolist()
-
-
 def _joint_scales(parts: list[Part]) -> np.ndarray | None:
     """Scales that fit all the parts."""
     scales = [part.scales for part in parts if part.scales is not None]
