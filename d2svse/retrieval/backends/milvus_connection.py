@@ -68,19 +68,18 @@ class MilvusConnection:
         """
         deadline, pause = time.monotonic() + self.timeout, 0.1
         while True:
-            left = deadline - time.monotonic()
             try:
-                return getattr(self.client, method)(*arguments, timeout=max(left, 0.1), **options)
+                return getattr(self.client, method)(*arguments, timeout=max(deadline - time.monotonic(), 0.1), **options)
             except Exception as error:
-                again = left > pause and _may_pass(error)
-                if not again:
+                left = deadline - time.monotonic()
+                if left <= 0 or not _may_pass(error):
                     raise ConnectionError(f"Milvus at {self.uri} did not {method} ({_short(error)})") from None
                 if getattr(error, "code", None) == NOT_LOADED:  # Milvus Lite, started anew
                     for name in self.collections:
                         with suppress(Exception):  # the call itself will say it
-                            self.client.load_collection(name, timeout=left)
+                            self.client.load_collection(name, timeout=max(left, 0.1))
                     continue
-            time.sleep(pause)
+            time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def close(self) -> None:
