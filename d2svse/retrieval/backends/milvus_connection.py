@@ -68,8 +68,9 @@ class MilvusConnection:
         """
         deadline, pause = time.monotonic() + self.timeout, 0.1
         while True:
+            given = max(deadline - time.monotonic(), 0.1)
             try:
-                return getattr(self.client, method)(*arguments, timeout=max(deadline - time.monotonic(), 0.1), **options)
+                return getattr(self.client, method)(*arguments, timeout=given, **options)
             except Exception as error:
                 left = deadline - time.monotonic()
                 if left <= 0 or not _may_pass(error):
