@@ -18,8 +18,8 @@ from d2svse.similarity.tiles import FragmentSimilarity
 Side = Literal["image", "text"]
 Shortlist = Literal["mean", "pooled"]
 DEFAULT_RERANK = 100
-FEW_QUERIES = 8
-PICTURES_TOGETHER = 64
+PICTURES_TOGETHER = 16  # that are stored: their tokens stay in the CPU's cache
+QUERIES_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +80,22 @@ def exact_scores(
         For each query its scores `(len(shortlist),)` float32, in the order of the shortlist.
     """
     device = queries.pooled.device
-    if len(queries) <= FEW_QUERIES or not isinstance(similarity, FragmentSimilarity):
+    if not isinstance(similarity, FragmentSimilarity):
         scores = []
         for row, shortlist in enumerate(shortlists):
-            query, items = _without_padding(queries[row : row + 1]), stored(shortlist).to(device)
+            query, items = queries[row : row + 1], stored(shortlist).to(device)
             sides = (items, query) if side == "image" else (query, items)
             scores.append(similarity(*sides).flatten().cpu().numpy())
         return scores
     if side == "text":
         scores = []
-        for start in range(0, len(queries), PICTURES_TOGETHER):
-            some = shortlists[start : start + PICTURES_TOGETHER]
+        for start in range(0, len(queries), QUERIES_TOGETHER):
+            some = shortlists[start : start + QUERIES_TOGETHER]
             row_of = {name: row for row, name in enumerate(dict.fromkeys(name for part in some for name in part))}
             chosen = [[row_of[name] for name in part] for part in some]
-            pictures = queries[start : start + PICTURES_TOGETHER]
-            sentences = stored(list(row_of)).to(device)
-            scores += [part.cpu().numpy() for part in similarity.score_some(pictures, sentences, chosen)]
+            pictures = queries[start : start + QUERIES_TOGETHER]
+            for parts in similarity.score_some([(pictures, chosen)], stored(list(row_of)).to(device)):
+                scores += [part.cpu().numpy() for part in parts]
         return scores
     scores = [np.empty(len(shortlist), dtype=np.float32) for shortlist in shortlists]
     asked: dict[str, list[tuple[int, int]]] = {}
@@ -103,23 +103,13 @@ def exact_scores(
         for place, name in enumerate(shortlist):
             asked.setdefault(name, []).append((row, place))
     names = list(asked)
-    for start in range(0, len(names), PICTURES_TOGETHER):
-        block = names[start : start + PICTURES_TOGETHER]
-        chosen = [[row for row, _ in asked[name]] for name in block]
-        parts = similarity.score_some(stored(block).to(device), queries, chosen)
+    blocks = [names[start : start + PICTURES_TOGETHER] for start in range(0, len(names), PICTURES_TOGETHER)]
+    read = ((stored(block).to(device), [[row for row, _ in asked[name]] for name in block]) for block in blocks)
+    for block, parts in zip(blocks, similarity.score_some(read, queries), strict=True):
         for name, part in zip(block, parts, strict=True):
             for (row, place), score in zip(asked[name], part.tolist(), strict=True):
                 scores[row][place] = score
     return scores
-
-
-def _without_padding(features: Features) -> Features:
-    """Cut the tokens after the last real one of all items."""
-    if features.tokens is None or features.mask is None:
-        return features
-    real = features.mask.any(0).nonzero()
-    length = int(real[-1]) + 1 if len(real) else 1
-    return Features(features.pooled, features.tokens[:, :length], features.mask[:, :length])
 
 
 def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]:

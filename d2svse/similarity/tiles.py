@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -117,39 +117,54 @@ class FragmentSimilarity(Similarity):
         elements = self._elements(images)
         words = elements // max(1, min(n_images * n_patches, math.isqrt(elements)))
         lengths = _lengths(texts)
-        for index in _like_lengths(lengths, words):
+        for index in like_lengths(lengths, words):
             width = lengths[index[0]]
             rows = max(1, elements // (len(index) * width * max(1, n_patches)))
             slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
             yield torch.tensor(index, device=texts.mask.device), width, slices
 
     @torch.no_grad()
-    def score_some(self, images: Features, texts: Features, chosen: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Score each image with some of the texts, without gradient; the fragments are made ready once.
+    def score_some(
+        self, blocks: Iterable[tuple[Features, Sequence[Sequence[int]]]], texts: Features
+    ) -> Iterator[list[Tensor]]:
+        """Score each image with some of the texts, without gradient; the texts are made ready once.
 
         Args:
-            images: features of `n_images` images.
+            blocks: images a few at a time, so that they may be read meanwhile, and for each of them
+                the rows of the texts to score.
             texts: features of sentences.
-            chosen: for each image the rows of the texts to score.
 
-        Returns:
-            For each image its scores `(len(rows),)`, as `forward` gives them.
+        Yields:
+            For each image of a block its scores `(len(rows),)`, as `forward` gives them.
 
         Raises:
             ValueError: as `forward`.
         """
-        with self.prepared(images, texts) as sides:
-            left, right = self.fragments(*sides)
-            lengths, scores = _lengths(right), []
-            words = self._elements(left) // max(1, left.mask.shape[1])
-            for row, rows in enumerate(chosen):
-                image, own = left.cut(slice(row, row + 1)), left.vectors.new_zeros(len(rows))
-                for group in _like_lengths([lengths[i] for i in rows], words):
-                    index = [rows[place] for place in group]
-                    tile = right.cut(torch.tensor(index, device=own.device), lengths[index[0]])
-                    own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
-                scores.append(own)
-            return scores
+        right: Fragments | None = None
+        for images, chosen in blocks:
+            with self.prepared(images, texts) as sides:
+                if right is None:
+                    left, right = self.fragments(*sides)
+                    lengths = _lengths(right)
+                else:
+                    left, _ = self.fragments(sides[0], sides[1][:0])
+                scores = self.score_chosen(left, right, lengths, chosen)
+            yield scores
+
+    def score_chosen(
+        self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Score each image with some of the texts, for `score_some`; `lengths` are the texts' numbers of words."""
+        scores = []
+        words = self._elements(images) // max(1, images.mask.shape[1])
+        for row, rows in enumerate(chosen):
+            image, own = images.cut(slice(row, row + 1)), images.vectors.new_zeros(len(rows))
+            for group in like_lengths([lengths[i] for i in rows], words):
+                index = [rows[place] for place in group]
+                tile = texts.cut(torch.tensor(index, device=own.device), lengths[index[0]])
+                own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
+            scores.append(own)
+        return scores
 
     def _elements(self, images: Fragments) -> int:
         """How many elements a tensor of a tile may have."""
@@ -197,7 +212,7 @@ def _lengths(texts: Fragments) -> list[int]:
     return F.pad(texts.mask * positions, (1, 0), value=1).amax(-1).tolist()
 
 
-def _like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
+def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
     """Group sentences, the longest first, so that a group is of like length and of about so many words."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

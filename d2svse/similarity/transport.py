@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +15,7 @@ from d2svse.features import Features
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.metric import Structure
 from d2svse.similarity.scaling import scaled_scores
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
+from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity, like_lengths
 
 SMALLEST_SCALED = 0.01  # below it kernels underflow so often that the log domain is taken at once
 Marginals = Literal["uniform", "norm", "similarity"]
@@ -208,7 +209,40 @@ class Transport(FragmentSimilarity):
             return self._solve(products, *self._marginals(left, right))
 
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
-        a, b = self._marginals(images, texts)
+        return self._scores(products, *self._marginals(images, texts))
+
+    def score_chosen(
+        self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """As of every similarity of fragments; the pairs of all images are solved together, like lengths at a time."""
+        if self.marginals == "similarity":  # weights that belong to a pair
+            return super().score_chosen(images, texts, lengths, chosen)
+        device, (n_patches, n_words) = images.mask.device, (images.mask.shape[1], texts.mask.shape[1])
+        counts, of_text = [len(rows) for rows in chosen], [text for rows in chosen for text in rows]
+        of_pair = [lengths[text] for text in of_text]
+        text, length = torch.tensor(of_text, device=device), torch.tensor(of_pair, device=device)
+        image = torch.arange(len(chosen), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        end = length.cumsum(0)
+        start = end - length
+        # the words of all pairs one after another, and their products with the patches
+        words = (text * n_words - start).repeat_interleave(length) + torch.arange(sum(of_pair), device=device)
+        products = images.vectors.new_empty(len(words), n_patches)
+        flat, first = texts.mapped.flatten(0, 1), 0
+        for vectors, rows in zip(images.mapped, chosen, strict=True):
+            last = first + sum(lengths[row] for row in rows)
+            torch.mm(flat[words[first:last]], vectors.T, out=products[first:last])
+            first = last
+        a, b = (self._marginal(self._weights(side), side.mask) for side in (images, texts))
+        scores = products.new_zeros(len(of_pair))
+        for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
+            pairs, width = torch.tensor(group, device=device), of_pair[group[0]]
+            places = torch.arange(width, device=device) + start[pairs, None]
+            tile = products[places.minimum(end[pairs, None] - 1)].mT.contiguous()
+            weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
+            scores[pairs] = self._scores(tile[:, :, None], *weights)[:, 0]
+        return list(scores.split(counts))
+
+    def _scores(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if self.epsilon == 0 and self.regularization >= SMALLEST_SCALED:
             scores, exact = scaled_scores(products, a, b, self.regularization, self.num_iterations, self.partial)
             if exact:
@@ -231,14 +265,17 @@ class Transport(FragmentSimilarity):
         pairs = (len(images.mask), len(texts.mask))
         rows = images.mask[:, None].expand(*pairs, -1)
         columns = texts.mask[None].expand(*pairs, -1)
-        if self.marginals == "norm":
-            row_weights, column_weights = images.norms[:, None].expand_as(rows), texts.norms[None].expand_as(columns)
-        elif self.marginals == "similarity":
+        if self.marginals == "similarity":
             row_weights = (images.vectors @ texts.pooled.T).transpose(1, 2).clamp(min=0)
             column_weights = torch.einsum("id,tld->itl", images.pooled, texts.vectors).clamp(min=0)
         else:
-            row_weights, column_weights = rows.to(images.vectors.dtype), columns.to(images.vectors.dtype)
+            row_weights, column_weights = self._weights(images)[:, None], self._weights(texts)[None]
+            row_weights, column_weights = row_weights.expand_as(rows), column_weights.expand_as(columns)
         return self._marginal(row_weights, rows), self._marginal(column_weights, columns)
+
+    def _weights(self, side: Fragments) -> Tensor:
+        """Weights that a side has by itself, `(n, length)`."""
+        return side.norms if self.marginals == "norm" else side.mask.to(side.vectors.dtype)
 
     def _marginal(self, weights: Tensor, real: Tensor) -> Tensor:
         """Weights that sum to 1 over the real fragments; a bin, the first, weighs as the mean of the others."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity
-from d2svse.similarity.tiles import _like_lengths
+from d2svse.similarity.tiles import like_lengths
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
 DIM = 6
@@ -229,7 +229,7 @@ def test_bad_arguments_are_named():
 
 def test_sentences_of_like_length_go_together():
     lengths = [3, 40, 7, 39, 8, 31, 1, 40]
-    groups = list(_like_lengths(lengths, 90))
+    groups = list(like_lengths(lengths, 90))
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert groups == [[1, 7], [3, 5], [4, 2], [0], [6]]
 
