@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.images import ImageError, ImageSource, load_image
+from d2svse.models.onednn import faster_linear
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.progress import progress_bar
 
@@ -244,7 +245,7 @@ def _inference(model: torch.nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), faster_linear(next(model.parameters()).device):
             yield
     finally:
         model.train(training)

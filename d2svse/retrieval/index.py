@@ -26,6 +26,7 @@ ROWS_AT_A_TIME = 16384
 LARGEST_CODE = 127
 PIECE = 1 << 15  # numbers; torch shares larger ones among threads
 KEPT_MAPPED = 1 << 26
+FEW_QUERIES = 8
 
 
 @dataclass(slots=True)
@@ -138,9 +139,7 @@ class ExactIndex(LocalIndex):
             elif vectors is not codes:
                 np.copyto(vectors, codes)
             for number, group in enumerate(groups):
-                with np.errstate(over="ignore", invalid="ignore"):  # the top k finds what is not finite
-                    out = np.matmul(group, vectors.T, out=scores[: len(group), : len(numbers)])
-                yield number, numbers, out
+                yield number, numbers, _product(group, vectors, scores[: len(group), : len(numbers)])
             if (numbers[-1] + 1 - last) * self.dim * codes.itemsize > KEPT_MAPPED:
                 part.forget(last, numbers[-1] + 1)
                 last = numbers[-1] + 1
@@ -247,6 +246,19 @@ def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndar
     if not np.isfinite(codes).all():
         raise ValueError(f"a value of {np.abs(vectors).max():g} is too large for {dtype}; normalise the vectors")
     return codes, None
+
+
+def _product(queries: np.ndarray, vectors: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`queries @ vectors.T` into `out`, whose rows may lie apart.
+
+    Of few queries by torch: threads of NumPy's BLAS would go on waiting for more while torch scores a shortlist.
+    """
+    if len(queries) <= FEW_QUERIES:
+        _allow_mapped_files()
+        torch.mm(torch.from_numpy(queries), torch.from_numpy(vectors).T, out=torch.from_numpy(out))
+        return out
+    with np.errstate(over="ignore", invalid="ignore"):  # the top k finds what is not finite
+        return np.matmul(queries, vectors.T, out=out)
 
 
 def _widen(codes: np.ndarray, vectors: np.ndarray) -> None:

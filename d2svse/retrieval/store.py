@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -98,12 +97,11 @@ class EmbeddingStore:
         ]
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
-        tokens = torch.empty(len(parts), longest, self.dim)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
-            for item, part in zip(tokens, parts, strict=True):
-                item[: len(part)] = torch.from_numpy(part)
-                item[len(part) :] = 0
+        # put together as they are stored and widened at once: many small conversions wait for each other's threads
+        stored = np.zeros((len(parts), longest, self.dim), self._tokens[0].dtype)
+        for item, part in zip(stored, parts, strict=True):
+            item[: len(part)] = part
+        tokens = torch.from_numpy(stored).float()
         mask = torch.arange(longest) < lengths[:, None]
         return Features(pooled, tokens, None if bool(mask.all()) else mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 import torch
@@ -226,18 +227,20 @@ class Transport(FragmentSimilarity):
         start = end - length
         # the words of all pairs one after another, and their products with the patches
         words = (text * n_words - start).repeat_interleave(length) + torch.arange(sum(of_pair), device=device)
-        products = images.vectors.new_empty(len(words), n_patches)
-        flat, first = texts.mapped.flatten(0, 1), 0
-        for vectors, rows in zip(images.mapped, chosen, strict=True):
-            last = first + sum(lengths[row] for row in rows)
-            torch.mm(flat[words[first:last]], vectors.T, out=products[first:last])
-            first = last
+        flat, row, first, products = texts.mapped.flatten(0, 1), 0, 0, []
+        for rows, alike in groupby(chosen):
+            vectors = images.mapped[row : row + sum(1 for _ in alike)]
+            last = first + sum(lengths[text] for text in rows)
+            of_all = flat[words[first:last]] @ vectors.flatten(0, 1).T
+            products += of_all.view(-1, len(vectors), n_patches).unbind(1)
+            row, first = row + len(vectors), first + len(vectors) * (last - first)
+        product = torch.cat(products)
         a, b = (self._marginal(self._weights(side), side.mask) for side in (images, texts))
-        scores = products.new_zeros(len(of_pair))
+        scores = product.new_zeros(len(of_pair))
         for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
             pairs, width = torch.tensor(group, device=device), of_pair[group[0]]
             places = torch.arange(width, device=device) + start[pairs, None]
-            tile = products[places.minimum(end[pairs, None] - 1)].mT.contiguous()
+            tile = product[places.minimum(end[pairs, None] - 1)].mT.contiguous()
             weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
             scores[pairs] = self._scores(tile[:, :, None], *weights)[:, 0]
         return list(scores.split(counts))
