@@ -227,7 +227,8 @@ class Transport(FragmentSimilarity):
         start = end - length
         # the words of all pairs one after another, and their products with the patches
         words = (text * n_words - start).repeat_interleave(length) + torch.arange(sum(of_pair), device=device)
-        flat, row, first, products = texts.mapped.flatten(0, 1), 0, 0, []
+        products: list[Tensor] = []
+        flat, row, first = texts.mapped.flatten(0, 1), 0, 0
         for rows, alike in groupby(chosen):
             vectors = images.mapped[row : row + sum(1 for _ in alike)]
             last = first + sum(lengths[text] for text in rows)
