@@ -92,18 +92,14 @@ class EndpointCaptioner:
         backoff: float = 1.0,
     ) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"the endpoint is an address such as http://localhost:8000/v1, got {url!r}")
         if parts.username or parts.password or parts.query:
             raise ValueError(f"the endpoint {parts.hostname}: give the key in the environment, not in the address")
-        if (
-            concurrency < 1
-            or tries < 1
-            or timeout <= 0
-            or backoff < 0
-            or (max_requests is not None and max_requests < 1)
-        ):
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"the endpoint is an address such as http://localhost:8000/v1, got {url!r}")
+        if min(concurrency, tries, timeout, 1 if max_requests is None else max_requests) <= 0 or backoff < 0:
             raise ValueError("concurrency, tries, timeout and the budget of requests must be positive")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("the key of the endpoint holds signs that no key has, such as a line break")
         self.base = url.rstrip("/").removesuffix("/chat/completions")
         self.model, self.sampling, self.concurrency, self.timeout = model, sampling, concurrency, timeout
         self.tries, self.max_requests, self.backoff, self.requests = tries, max_requests, backoff, 0
@@ -149,6 +145,9 @@ class EndpointCaptioner:
             if outcome is None:
                 return
             take(outcome)
+            if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+                said = f"{self._failures_in_a_row} pictures in a row failed, the last: {outcome.reason}"
+                raise EndpointError(f"{self.base}: {said}")
 
     async def _caption(self, client: Any, picture: Picture) -> Outcome | None:
         """What becomes of a picture; None if the budget is spent first."""
@@ -179,8 +178,6 @@ class EndpointCaptioner:
             reason, unheard, wait, draw = fault, False, 0.0, draw + 1
         if unheard:
             self._failures_in_a_row += 1
-            if self._failures_in_a_row == FAILURES_IN_A_ROW:
-                raise EndpointError(f"{self.base}: {FAILURES_IN_A_ROW} pictures in a row failed, the last: {reason}")
         return Outcome(picture, reason=reason, draw=draw)
 
     def _next_wait(self, attempt: int, asked: float | None) -> float:
@@ -223,9 +220,7 @@ class EndpointCaptioner:
         if status in RETRIED or status >= 500:
             raise _Retry(said, retry_after(response.headers))
         if status in (401, 403):
-            raise EndpointError(
-                f"{self.base}: the key is refused or missing; name its variable (--api-key-env). {said}"
-            )
+            raise EndpointError(f"{self.base}: refuses the key, or wants one; see --api-key-env ({said})")
         if status == 404:
             raise EndpointError(f"{self.base}: no model {self.model!r} there, or the address is wrong ({said})")
         if status < 400:

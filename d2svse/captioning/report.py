@@ -30,7 +30,7 @@ class CaptionReport:
         tokens: the same of the tokens of a text encoder, special tokens included; None without one.
         max_length: longest text that the encoder reads, in tokens, or None.
         truncated: how many are longer than that, or None.
-        unfinished: how many the captioning model did not end itself, as far as the file says so.
+        unfinished: how many the captioning model did not end itself, or None where the file does not say.
         duplicates: how many are word for word what an earlier line says.
         repeating: where a caption says the same again and again, and what.
         empty: where captions are empty.
@@ -41,7 +41,7 @@ class CaptionReport:
     tokens: dict[str, float] | None
     max_length: int | None
     truncated: int | None
-    unfinished: int
+    unfinished: int | None
     duplicates: int
     repeating: dict[str, str]
     empty: list[str]
@@ -60,11 +60,11 @@ def report_captions(
     Raises:
         ManifestError: if a line is not JSON or has no text, or all texts are empty.
     """
-    texts, empty, repeating, unfinished = [], [], {}, 0
+    texts, empty, repeating, ends = [], [], {}, Counter[Any]()
     for line, row in read_json_lines(Path(path)):
         text = row[_text_field(row, f"{path}:{line}")].strip()
         name = str(row.get("image", f"line {line}"))
-        unfinished += row.get("finish") == "length"
+        ends[row.get("finish")] += 1
         if not text:
             empty.append(name)
             continue
@@ -82,7 +82,7 @@ def report_captions(
         tokens=None if lengths is None else _figures(lengths),
         max_length=max_length,
         truncated=sum(length > max_length for length in lengths) if known else None,  # type: ignore[operator, union-attr]
-        unfinished=unfinished,
+        unfinished=None if set(ends) == {None} else ends["length"],
         duplicates=sum(count - 1 for count in Counter(texts).values()),
         repeating=repeating,
         empty=empty,

@@ -27,7 +27,8 @@ _BEGINNERS = frozenset(
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text, without the space around them.
 
-    A sentence ends at `.`, `!` or `?` before a space, at their full-width forms, and at a line break.
+    A sentence ends at `.`, `!` or `?` before a space, at their full-width forms, and at a line break; not
+    before a small letter, unless the text has no others.
     The full stops of decimals, of titles and abbreviations ("Dr. Smith", "e.g. a cat"), of initials
     ("J. Smith") and of the numbers of a list ("1. A man") end none.
     """
@@ -47,11 +48,12 @@ def first_sentences(text: str, count: int) -> str:
 
 
 def _spans(text: str) -> Iterator[tuple[int, int]]:
-    start = 0
+    start, cased = 0, text != text.lower()
     for match in _END.finditer(text):
+        after = text[match.end() : match.end() + 40].lstrip(" \t")
         if match[0].isspace():
             end = match.start()
-        elif _goes_on(text[start : match.start()], match[0], text[match.end() :].lstrip(" \t")[:40]):
+        elif (cased and after[:1].islower()) or _goes_on(text[start : match.start()], match[0], after):
             continue
         else:
             end = match.end()
@@ -70,8 +72,6 @@ def _goes_on(before: str, sign: str, after: str) -> bool:
     """Whether a full stop stands within a sentence."""
     if sign != "." or not after:
         return False
-    if after[0].islower():
-        return True
     words = before.split()
     word = words[-1].lstrip("(\"'“‘[").lower() if words else ""
     if word in _BEFORE_A_NAME or (len(words) == 1 and word.isdigit()):

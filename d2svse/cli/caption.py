@@ -198,7 +198,8 @@ def report(
     if found.truncated is not None:
         share = 100 * found.truncated / (found.captions - len(found.empty))
         typer.echo(f"longer than {found.max_length} tokens, so truncated: {found.truncated} ({share:.1f} %)")
-    typer.echo(f"not ended by the captioning model: {found.unfinished}")
+    if found.unfinished is not None:
+        typer.echo(f"not ended by the captioning model: {found.unfinished}")
     typer.echo(f"word for word as an earlier one: {found.duplicates}")
     first = [f'{name} ("{phrase[:60]}")' for name, phrase in list(found.repeating.items())[:5]]
     typer.echo(f"says the same again and again: {len(found.repeating)}{_listed(first)}")
