@@ -4,10 +4,10 @@
     python benchmarks/captioning.py --by endpoint --images 1000 --kills 20
 
 A tiny LLaVA with random weights, or an endpoint on this machine, captions random pictures. The command is killed
-(SIGKILL) and run again; after the last kill it runs to its end. Three of four kills come a few random milliseconds after
-a random number of new lines, the others a random time after the start of the process. After each kill all lines that end
-must be whole, and those of before must be there as they were. Exits with 1 if a picture is missing or stands there twice,
-or a line is broken.
+(SIGKILL) and run again; after the last kill it runs to its end. Three of four kills come a few random milliseconds
+after a random number of new lines, the others a random time after the start of the process. After each kill all lines
+that end must be whole, and those of before must be there as they were. Exits with 1 if a picture is missing or stands
+there twice, or a line is broken.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def count_lines(path: Path) -> int:
 
 
 def kill(command: list[str], output: Path, new_lines: int | None, seconds: float) -> bool:
-    """Run the command and kill it so many seconds after so many new lines, or after its start; False if it ended first."""
+    """Run the command and kill it so long after so many new lines, or after its start; False if it ended first."""
     wanted = None if new_lines is None else count_lines(output) + new_lines
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while wanted is not None and count_lines(output) < wanted and process.poll() is None:
@@ -82,7 +82,18 @@ def main() -> int:
         options = [str(photos), "-o", str(output)]
         if given.by == "local":
             model = str(save_tiny_llava(folder / "model"))
-            drawing = ["--temperature", "1", "--max-new-tokens", "24", "--dtype", "float32", "--device", "cpu"]
+            drawing = [
+                "--temperature",
+                "2",
+                "--tries",
+                "20",
+                "--max-new-tokens",
+                "24",
+                "--dtype",
+                "float32",
+                "--device",
+                "cpu",
+            ]
             options = ["local", model, *options, *drawing, "--batch-size", "4"]
         else:
             server = stack.enter_context(Loopback(delay=0.05))

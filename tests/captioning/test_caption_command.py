@@ -95,7 +95,7 @@ def test_pictures_never_tried_come_before_those_that_failed(run, serve, tmp_path
     one_line_error(run(*command), "20 pictures in a row failed, the last: HTTP 400")
     assert len(lines(tmp_path / "dense.failed.jsonl")) == 20
     server.behave = lambda request, earlier: "400" if earlier else "ok"
-    assert run(*command)[0] == 1
+    assert run(*command)[0] == 2
     assert len(lines(output)) == 5
     assert len(server.bodies) == 20 + 25
 
