@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,10 @@ from typing import Any
 
 from d2svse.captioning.output import CaptionFile
 from d2svse.captioning.pictures import Captioner, Outcome, Picture
-from d2svse.images import OnBadImage, select_readable
+from d2svse.images import ImageError, OnBadImage, select_readable
 from d2svse.progress import make_progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class Summary:
     Attributes:
         made: captions of this run.
         done: captions of these pictures, those of earlier runs included.
-        skipped: a message for each broken picture that was left out.
+        skipped: one for each broken picture that was left out, with its name.
         failed: the reason, by name, for pictures that were tried and have no caption.
         left: pictures that have no caption and were not skipped, the failed ones included.
         failed_path: where the failed ones are listed.
@@ -66,7 +69,13 @@ def caption_pictures(
         skipped: list[str] = []
         if missing:
             paths = [picture.path for picture in missing]
-            good, skipped = select_readable(paths, on_bad_image, show_progress_bar=show_progress_bar)
+            try:
+                good, skipped = select_readable(paths, on_bad_image, show_progress_bar=show_progress_bar)
+            except ImageError as error:
+                if on_bad_image != "skip" or not before:
+                    raise
+                logger.warning("skipped: %s", error)  # all that is left to caption is broken, and that is no error
+                good, skipped = [], [str(path) for path in paths]
             missing = [missing[row] for row in good]
         missing.sort(key=lambda picture: picture.name in file.failed)
         tried = [replace(picture, draw=file.failed.get(picture.name, {}).get("draw", 0)) for picture in missing]

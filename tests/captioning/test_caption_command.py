@@ -58,6 +58,10 @@ def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
     code, out, _ = local(photos, output, "--on-bad-image", "skip")
     assert code == 0
     assert "5 of 6 pictures have a caption, 5 of them new, 1 broken ones skipped" in out
+    code, out, _ = local(photos, output, "--on-bad-image", "skip")  # only the broken one is left
+    assert code == 0
+    assert "5 of 6 pictures have a caption, 0 of them new, 1 broken ones skipped" in out
+    one_line_error(local(photos, output), "002.png: not a picture")
     one_line_error(local(photos, output, "--on-bad-image", "hope"), "must be one of error, skip")
 
 

@@ -1,6 +1,8 @@
 import asyncio
 import base64
 import email.utils
+import importlib
+import sys
 import time
 from io import BytesIO
 
@@ -32,6 +34,13 @@ def captions(captioner, pictures):
     outcomes = []
     captioner.run(pictures, outcomes.append)
     return {outcome.picture.name: outcome for outcome in outcomes}
+
+
+def test_without_the_library_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    monkeypatch.delitem(sys.modules, "d2svse.captioning.endpoint")
+    with pytest.raises(ImportError, match=r"d2svse\[captioning\]"):
+        importlib.import_module("d2svse.captioning.endpoint")
 
 
 def test_requests_are_what_such_endpoints_take(serve, photos):
