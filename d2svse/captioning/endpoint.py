@@ -181,12 +181,10 @@ class EndpointCaptioner:
         return Outcome(picture, reason=reason, draw=draw)
 
     def _next_wait(self, attempt: int, asked: float | None) -> float:
-        if asked is None:
-            return min(LONGEST_BACKOFF, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
-        if asked > LONGEST_WAIT:
+        if asked is not None and asked > LONGEST_WAIT:
             raise EndpointError(f"{self.base}: asks to come back in {asked:.0f} seconds; run the command again then")
-        self._resume_at = max(self._resume_at, time.monotonic() + asked)
-        return 0.0
+        self._resume_at = max(self._resume_at, time.monotonic() + (asked or 0.0))
+        return min(LONGEST_BACKOFF, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
 
     async def _wait(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
