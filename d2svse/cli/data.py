@@ -1,4 +1,4 @@
-"""`d2svse data convert` and `d2svse data shard`."""
+"""`d2svse data convert`, `dense`, `shard` and `index-shards`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+NAMED_IMAGES = 10
 
 app = typer.Typer(help="Data layouts.", no_args_is_help=True)
 
@@ -38,6 +40,43 @@ def convert(
     captions = sum(len(record.captions) for record in records)
     texts = sum(record.dense is not None for record in records)
     typer.echo(f"{output}: {len(records)} images, {captions} captions, {texts} dense")
+
+
+@app.command("dense")
+def dense(
+    manifest: Annotated[str, typer.Argument(help="A manifest, or any layout that `convert` reads.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The manifest (.jsonl) to write.")],
+    from_: Annotated[
+        str, typer.Option("--from", help="concat, auto, or a JSONL with {image, dense} a line or {text} by line.")
+    ],
+    split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Where relative image paths start, of both. [default: the layout's usual place]")
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Write images without dense text too, without it.")
+    ] = False,
+) -> None:
+    """Give the images of a manifest their dense text."""
+    from dataclasses import replace
+
+    from d2svse.data.manifest import ManifestError, dense_texts, write_manifest
+    from d2svse.data.readers import dense_folder, read_records, require_pictures
+
+    if output.exists():
+        raise FileExistsError(f"{output}: is there already; give another name")
+    records = read_records(manifest, split=split, image_folder=image_folder)
+    require_pictures(records, manifest)
+    texts = dense_texts(records, from_, dense_folder(manifest, image_folder))
+    missing = [str(record.image) for record, text in zip(records, texts, strict=True) if text is None]
+    if missing:
+        named = ", ".join(missing[:NAMED_IMAGES]) + (", …" if len(missing) > NAMED_IMAGES else "")
+        found = f"{len(missing)} of {len(records)} images have no dense text from {from_}: {named}"
+        if not allow_missing:
+            raise ManifestError(f"{found}; caption them, or write them without it (--allow-missing)")
+        typer.echo(found, err=True)
+    write_manifest(output, [replace(record, dense=text) for record, text in zip(records, texts, strict=True)])
+    typer.echo(f"{output}: {len(records)} images, {len(records) - len(missing)} with dense text")
 
 
 @app.command("shard")

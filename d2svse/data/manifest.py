@@ -192,23 +192,32 @@ def join_dense(
     Raises:
         ManifestError: if a record is left without dense text.
     """
-    joined = [" ".join(caption.strip() for caption in record.captions) for record in records]
-    if source == "concat":
-        texts: list[str | None] = list(joined)
-    elif source in ("field", "auto"):
-        texts = [record.dense for record in records]
-    else:
-        texts = _dense_from_file(Path(source), records, Path(base))
+    texts = dense_texts(records, source, base)
     result = []
-    for record, text, substitute in zip(records, texts, joined, strict=True):
-        if text is None and source == "auto":
-            text = substitute
+    for record, text in zip(records, texts, strict=True):
         if text is None:
             raise ManifestError(
                 f"{record.where(manifest)}: {record.image} has no dense text from {os.fspath(source)!r}"
             )
         result.append(Record(record.image, record.captions, text, record.line))
     return result
+
+
+def dense_texts(
+    records: Sequence[Record], source: DenseSource | str | os.PathLike[str], base: str | os.PathLike[str] = "."
+) -> list[str | None]:
+    """The dense text of each record, or None; arguments as of `join_dense`."""
+    joined = [" ".join(caption.strip() for caption in record.captions) for record in records]
+    if source == "concat":
+        return list(joined)
+    if source == "field":
+        return [record.dense for record in records]
+    if source == "auto":
+        return [
+            substitute if record.dense is None else record.dense
+            for record, substitute in zip(records, joined, strict=True)
+        ]
+    return _dense_from_file(Path(source), records, Path(base))
 
 
 def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[str | None]:

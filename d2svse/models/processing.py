@@ -53,7 +53,7 @@ class D2SVSEProcessor(ProcessorMixin):
             check_vocabulary(text)
         tokenizer = AutoTokenizer.from_pretrained(text)
         if max_length is None:
-            max_length = min(tokenizer.model_max_length, _longest_sentence(AutoConfig.from_pretrained(text)))
+            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil"), tokenizer, max_length=max_length)
 
     @classmethod
@@ -203,7 +203,7 @@ def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get(WITHOUT_TOKENIZER))
 
 
-def _longest_sentence(config: Any) -> int:
+def longest_sentence(config: Any) -> int:
     """Tokens that a text backbone has positions for."""
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH

@@ -1,0 +1,273 @@
+"""Captions by an OpenAI-compatible endpoint: vLLM, TGI and others."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from d2svse.captioning.pictures import Outcome, Picture, Sampling
+from d2svse.captioning.text import find_fault
+from d2svse.images import ImageError, load_image
+
+try:
+    import httpx2
+except ImportError:
+    raise ImportError(
+        "captions by an endpoint need httpx2, which comes with huggingface_hub 2 or with the extra [captioning]: "
+        'pip install "d2svse[captioning]"'
+    ) from None
+
+LONGEST_WAIT = 600.0
+LONGEST_BACKOFF = 60.0
+FAILURES_IN_A_ROW = 20
+RETRIED = (408, 409, 425, 429)
+SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+ORIENTATION_TAG = 0x0112
+
+
+class EndpointError(ValueError):
+    """The endpoint cannot be used, for any picture; the message says why and what to do."""
+
+
+class _Retry(Exception):
+    """A request that went wrong and may go well the next time; `wait` is what the endpoint asked for, in seconds."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class _Refused(Exception):
+    """A request that the endpoint will not answer, for this picture."""
+
+
+class EndpointCaptioner:
+    """Captions pictures by chat completions, several requests at a time.
+
+    What goes wrong with one request (no answer in time, a broken connection, 408, 409, 425, 429, 5xx, no
+    completion in the answer) is tried again after a wait that doubles each time, with jitter; a
+    `Retry-After` holds back all requests. An empty or repeating caption is thrown away and asked for with
+    another seed. What goes wrong with all (the key, the address, the model) stops the run.
+
+    Args:
+        url: the API's base, such as `http://localhost:8000/v1`.
+        model: the model's name there.
+        sampling: how captions are drawn; every request carries the picture's seed.
+        api_key: sent as a bearer token; it stands in no message.
+        concurrency: most requests under way.
+        timeout: seconds for a whole answer.
+        tries: requests for a picture before it counts as failed.
+        max_requests: most requests of a run, those tried again included; None sets no limit.
+        backoff: seconds before the first request is tried again.
+
+    Attributes:
+        requests: how many were sent.
+
+    Raises:
+        ValueError: if the URL is none, holds a password or a query, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        sampling: Sampling,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        tries: int = 5,
+        max_requests: int | None = None,
+        backoff: float = 1.0,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(f"the endpoint {parts.hostname}: give the key in the environment, not in the address")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"the endpoint is an address such as http://localhost:8000/v1, got {url!r}")
+        if min(concurrency, tries, timeout, 1 if max_requests is None else max_requests) <= 0 or backoff < 0:
+            raise ValueError("concurrency, tries, timeout and the budget of requests must be positive")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("the key of the endpoint holds signs that no key has, such as a line break")
+        self.base = url.rstrip("/").removesuffix("/chat/completions")
+        self.model, self.sampling, self.concurrency, self.timeout = model, sampling, concurrency, timeout
+        self.tries, self.max_requests, self.backoff, self.requests = tries, max_requests, backoff, 0
+        self._key = api_key
+        self._resume_at = 0.0
+        self._failures_in_a_row = 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the captions depend on."""
+        return {"made_by": "endpoint", "model": self.model, **asdict(self.sampling)}
+
+    def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
+        """Caption pictures until all are done or the budget is spent; see `Captioner`.
+
+        Raises:
+            EndpointError: if the endpoint refuses the key, does not know the model or the address, asks
+                for too long a wait, or 20 pictures in a row have failed.
+        """
+        try:
+            asyncio.run(self._run(iter(pictures), take))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget of requests is spent."""
+        return self.max_requests is not None and self.requests >= self.max_requests
+
+    async def _run(self, queue: Iterator[Picture], take: Callable[[Outcome], None]) -> None:
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        limits = httpx2.Limits(max_connections=self.concurrency)
+        async with (
+            httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client,
+            asyncio.TaskGroup() as workers,
+        ):
+            for _ in range(self.concurrency):
+                workers.create_task(self._work(client, queue, take))
+
+    async def _work(self, client: Any, queue: Iterator[Picture], take: Callable[[Outcome], None]) -> None:
+        for picture in queue:
+            outcome = None if self.spent else await self._caption(client, picture)
+            if outcome is None:
+                return
+            take(outcome)
+            if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+                said = f"{self._failures_in_a_row} pictures in a row failed, the last: {outcome.reason}"
+                raise EndpointError(f"{self.base}: {said}")
+
+    async def _caption(self, client: Any, picture: Picture) -> Outcome | None:
+        """What becomes of a picture; None if the budget is spent first."""
+        try:
+            address, content = await asyncio.to_thread(encode_picture, picture.path)
+        except (ImageError, OSError) as error:
+            return Outcome(picture, reason=str(error), draw=picture.draw)
+        draw, wait, reason, unheard = picture.draw, 0.0, "", False
+        for attempt in range(self.tries):
+            await self._wait(wait)
+            if self.spent:
+                return None
+            self.requests += 1
+            seed = self.sampling.picture_seed(content, draw)
+            try:
+                text, finish = await self._ask(client, address, seed)
+            except _Refused as error:
+                reason, unheard = str(error), True
+                break
+            except _Retry as error:
+                reason, unheard = str(error), True
+                wait = self._next_wait(attempt, error.wait)
+                continue
+            fault = find_fault(text)
+            if fault is None:
+                self._failures_in_a_row = 0
+                return Outcome(picture, text.strip(), seed, finish, draw=draw)
+            reason, unheard, wait, draw = fault, False, 0.0, draw + 1
+        if unheard:
+            self._failures_in_a_row += 1
+        return Outcome(picture, reason=reason, draw=draw)
+
+    def _next_wait(self, attempt: int, asked: float | None) -> float:
+        if asked is not None and asked > LONGEST_WAIT:
+            raise EndpointError(f"{self.base}: asks to come back in {asked:.0f} seconds; run the command again then")
+        self._resume_at = max(self._resume_at, time.monotonic() + (asked or 0.0))
+        return min(LONGEST_BACKOFF, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+
+    async def _wait(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        while (pause := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(pause + random.uniform(0, min(1.0, self.backoff)))
+
+    async def _ask(self, client: Any, address: str, seed: int) -> tuple[str, str]:
+        content = [
+            {"type": "image_url", "image_url": {"url": address}},
+            {"type": "text", "text": self.sampling.prompt},
+        ]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_new_tokens,
+            "seed": seed,
+        }
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await client.post(f"{self.base}/chat/completions", json=body)
+        except TimeoutError:
+            raise _Retry(f"no answer within {self.timeout:g} seconds") from None
+        except httpx2.RequestError as error:
+            raise _Retry(self._hide(f"the connection failed ({type(error).__name__}: {error})")) from None
+        status = response.status_code
+        said = self._hide(f"HTTP {status}: {' '.join(response.text.split())[:200]}")
+        if status == 200:
+            return self._read(response)
+        if status in RETRIED or status >= 500:
+            raise _Retry(said, retry_after(response.headers))
+        if status in (401, 403):
+            raise EndpointError(f"{self.base}: refuses the key, or wants one; see --api-key-env ({said})")
+        if status == 404:
+            raise EndpointError(f"{self.base}: no model {self.model!r} there, or the address is wrong ({said})")
+        if status < 400:
+            raise EndpointError(f"{self.base}: answers with a redirection; give the address itself ({said})")
+        raise _Refused(said)
+
+    def _read(self, response: Any) -> tuple[str, str]:
+        try:
+            choice = response.json()["choices"][0]
+            text, finish = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            text, finish = 0, None
+        if not isinstance(text, str | None):
+            said = " ".join(response.text.split())[:100]
+            raise _Retry(self._hide(f"the answer is no chat completion: {said!r}"))
+        return text or "", "length" if finish == "length" else "stop"
+
+    def _hide(self, message: str) -> str:
+        return message.replace(self._key, "***") if self._key else message
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that `Retry-After` asks for, given as such or as a date; None without it."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def encode_picture(path: Path) -> tuple[str, bytes]:
+    """A picture as a data URL, and what its file holds.
+
+    A JPEG, PNG or WebP file that is upright and of 8-bit RGB goes as it is, any other as an upright RGB PNG.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    picture = load_image(path)
+    content = sent = path.read_bytes()
+    with Image.open(BytesIO(content)) as opened:
+        upright = opened.getexif().get(ORIENTATION_TAG, 1) == 1
+        kind = SENT_AS_THEY_ARE.get(opened.format or "") if opened.mode == "RGB" and upright else None
+    if kind is None:
+        buffer = BytesIO()
+        picture.save(buffer, format="PNG")
+        sent, kind = buffer.getvalue(), "image/png"
+    return f"data:{kind};base64,{base64.b64encode(sent).decode()}", content

@@ -1,0 +1,224 @@
+"""Captions by any model of transformers that takes a picture and a text: LLaVA and its family."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from d2svse.captioning.pictures import Outcome, Picture, Sampling
+from d2svse.captioning.text import find_fault
+from d2svse.images import ImageError, load_image
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What LLaVA-1.5 was trained with, for processors that bring no chat template.
+PLAIN_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
+
+
+class SeededSampling(LogitsProcessor):
+    """Draws the next token of each row with that row's own random numbers.
+
+    Greedy decoding then takes it: all other tokens get a score of minus infinity. So what is drawn
+    for a row depends on its seed and its scores, and not on the other rows of the batch. The token is
+    the one at which the cumulative probability, in the order of the vocabulary, passes a uniform number.
+
+    Args:
+        seeds: one a row.
+        temperature: above 0.
+        top_p: see `Sampling`.
+        prompt_length: tokens before the first that is drawn, padding included.
+        max_new_tokens: how many numbers each row needs.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], temperature: float, top_p: float, prompt_length: int, max_new_tokens: int
+    ) -> None:
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        self.prompt_length = prompt_length
+        self.uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Leave one token of each row: `(n_rows, n_tokens)` to `(n_rows, n_tokens)` float32."""
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # there is no float64 on mps
+        probabilities = self.warpers(input_ids, scores.float()).to(dtype).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        uniform = torch.as_tensor(self.uniform[:, input_ids.shape[1] - self.prompt_length, None])
+        threshold = uniform.to(cumulative) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, threshold, right=True)
+        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding may reach the very end
+        return torch.full_like(scores, -torch.inf, dtype=torch.float32).scatter(1, torch.minimum(drawn, last), 0.0)
+
+
+class LlavaCaptioner:
+    """Captions pictures in batches.
+
+    A text that is empty or says the same again and again is thrown away and drawn anew.
+
+    Args:
+        model: a model that generates from pictures and text.
+        processor: its processor.
+        sampling: how captions are drawn.
+        batch_size: pictures at a time.
+        tries: texts drawn for a picture before it counts as failed.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    def __init__(self, model: Any, processor: Any, sampling: Sampling, batch_size: int = 8, tries: int = 3) -> None:
+        if batch_size < 1 or tries < 1:
+            raise ValueError(f"batch size and tries must be positive, got {batch_size} and {tries}")
+        self.model, self.processor, self.sampling = model, processor, sampling
+        self.batch_size, self.tries = batch_size, tries if sampling.temperature > 0 else 1
+        processor.tokenizer.padding_side = "left"
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        config = copy.deepcopy(model.generation_config)
+        config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
+        config.update(max_new_tokens=sampling.max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id)
+        self.generation_config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        sampling: Sampling,
+        *,
+        revision: str | None = None,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        batch_size: int = 8,
+        tries: int = 3,
+    ) -> LlavaCaptioner:
+        """Load a model and its processor (a Hub id or a folder).
+
+        Args:
+            name: Hub id or folder.
+            sampling: how captions are drawn.
+            revision: of a Hub id.
+            dtype: "bfloat16", "float16" or "float32".
+            device: such as "cuda:1" or "cpu"; the first accelerator, or else the CPU, without it.
+            batch_size: pictures at a time.
+            tries: texts drawn for a picture before it counts as failed.
+
+        Raises:
+            OSError: if there is no such model, or it lacks a file.
+            ValueError: if it is none that generates from pictures and text, or the dtype or the device is unknown.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise FileNotFoundError(f"{name}: no such model folder")
+        place = _device(device)
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(
+                f"{name}: a {config.model_type} model, expected one that generates text from pictures, such as llava"
+            )
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=DTYPES[dtype])
+        return cls(model.to(place).eval(), processor, sampling, batch_size, tries)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the captions depend on."""
+        made_by = {
+            "made_by": "transformers",
+            "model": self.model.name_or_path,
+            "commit": getattr(self.model.config, "_commit_hash", None),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+        return {**made_by, **asdict(self.sampling)}
+
+    def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
+        """Caption all pictures; see `Captioner`."""
+        queue = deque((picture, picture.draw) for picture in pictures)
+        while queue:
+            batch = [queue.popleft() for _ in range(min(self.batch_size, len(queue)))]
+            rows, images, seeds = [], [], []
+            for picture, draw in batch:
+                try:
+                    images.append(load_image(picture.path))
+                except ImageError as error:
+                    take(Outcome(picture, reason=str(error), draw=draw))
+                    continue
+                rows.append((picture, draw))
+                seeds.append(self.sampling.picture_seed(picture.path.read_bytes(), draw))
+            if not rows:
+                continue
+            for (picture, draw), seed, (text, finish) in zip(rows, seeds, self.generate(images, seeds), strict=True):
+                fault = find_fault(text)
+                outcome = Outcome(picture, text, seed, finish, draw=draw)
+                if fault is None:
+                    take(outcome)
+                elif draw + 1 - picture.draw < self.tries:
+                    queue.append((picture, draw + 1))
+                else:
+                    take(replace(outcome, text=None, reason=fault, draw=draw + 1))
+
+    @torch.inference_mode()
+    def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[tuple[str, str]]:
+        """The text of each picture, and "stop", or "length" where it was cut."""
+        inputs = self._inputs(images).to(self.model.device, self.model.dtype)
+        length, sampling = inputs["input_ids"].shape[1], self.sampling
+        processors = LogitsProcessorList()
+        if sampling.temperature > 0:
+            drawing = (sampling.temperature, sampling.top_p, length, sampling.max_new_tokens)
+            processors.append(SeededSampling(seeds, *drawing))
+        ids = self.model.generate(**inputs, generation_config=self.generation_config, logits_processor=processors)
+        new = ids[:, length:]
+        ends = self.generation_config.eos_token_id
+        ends = torch.as_tensor([] if ends is None else ends, device=new.device, dtype=new.dtype).flatten()
+        stopped = torch.isin(new, ends).any(dim=1).tolist()
+        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [
+            (text.strip(), "stop" if stop or new.shape[1] < sampling.max_new_tokens else "length")
+            for text, stop in zip(texts, stopped, strict=True)
+        ]
+
+    def _inputs(self, images: Sequence[Image.Image]) -> Any:
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if self.processor.chat_template is None:
+            image = getattr(self.processor, "image_token", "<image>")
+            text = PLAIN_TEMPLATE.format(image=image, prompt=self.sampling.prompt)
+            return self.processor(images=list(images), text=[text] * len(images), **options)
+        question = {"type": "text", "text": self.sampling.prompt}
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, question]}] for image in images
+        ]
+        return self.processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
+        )
+
+
+def _device(name: str | os.PathLike[str] | None) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(os.fspath(name))
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not known; give cpu, or such as cuda:0") from None
+    if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
+        raise ValueError(f"device {name!r} is not there; {accelerator or 'cpu'} is")
+    return device

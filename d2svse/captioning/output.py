@@ -1,0 +1,171 @@
+"""The dense JSONL: a whole line for each picture, whatever happens to its writer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from d2svse.captioning.pictures import Outcome
+from d2svse.data.manifest import ManifestError, read_json_lines
+from d2svse.files import write_json, write_text
+
+Failures = dict[str, dict[str, Any]]
+
+
+class CaptionFile:
+    """A dense JSONL that is open for more lines.
+
+    Every line is `{"image": ..., "dense": ..., "seed": ..., "finish": ...}`, which training reads. It is
+    written by one call and brought to the disk before the next. What a killed writer left half-written
+    is taken off when the file is opened. Beside `dense.jsonl` stand `dense.settings.json`, what the captions were
+    made with, and `dense.failed.jsonl`, the pictures without caption and why, where there are any.
+
+    Args:
+        path: the file, `.jsonl`.
+        settings: what the captions are made with; a file that was made with other ones is refused.
+        notes: recorded with the settings of a new file, and not compared.
+
+    Attributes:
+        done: names of the pictures that have a caption.
+        failed: by name, the `reason` and the `draw` of the pictures that could not be captioned.
+
+    Raises:
+        BlockingIOError: on opening, if another process writes to it.
+        ManifestError: on opening, if a line is not one of ours, or names a picture a second time.
+        ValueError: on opening, if it was made with other settings; the message says what differs.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], notes: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl":
+            raise ValueError(f"the output takes a name that ends in .jsonl, got {self.path}")
+        self.settings, self.notes = dict(settings), dict(notes or {})
+        self.settings_path = self.path.with_suffix(".settings.json")
+        self.failed_path = self.path.with_suffix(".failed.jsonl")
+        self.done: set[str] = set()
+        self.failed: Failures = {}
+
+    def __enter__(self) -> CaptionFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise BlockingIOError(f"{self.path}: another process is writing to it; give another output") from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            os.close(self._file)
+            self._write_failures()
+        finally:
+            self._lock.release()
+
+    def _open(self) -> None:
+        if self.path.exists():
+            mend_last_line(self.path)
+            self.done = _read_names(self.path)
+        if self.done:
+            self._compare_settings()
+        else:
+            write_json(self.settings_path, {**self.settings, "made_with": self.notes})
+        if self.failed_path.exists():
+            self.failed = {str(row.pop("image")): row for _, row in read_json_lines(self.failed_path)}
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def _compare_settings(self) -> None:
+        if not self.settings_path.is_file():
+            raise ValueError(
+                f"{self.path}: {self.settings_path.name} is not beside it, so what it was made with is not known; "
+                "give another output"
+            )
+        recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        recorded.pop("made_with", None)
+        differing = [
+            f"{name} was {recorded.get(name)!r} and is {self.settings.get(name)!r}"
+            for name in sorted({*recorded, *self.settings})
+            if recorded.get(name) != self.settings.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path}: its {len(self.done)} captions were made with other settings: {'; '.join(differing)}; "
+                "give the same, or another output"
+            )
+
+    def take(self, outcome: Outcome) -> None:
+        """Append a caption, or remember why there is none.
+
+        Raises:
+            OSError: if the line cannot be written whole; then nothing of it is left.
+        """
+        name = outcome.picture.name
+        if outcome.text is None:
+            self.failed[name] = {"reason": outcome.reason, "draw": outcome.draw}
+            return
+        if name in self.done:
+            raise ValueError(f"{self.path}: {name} has a caption already")
+        row = {"image": name, "dense": outcome.text, "seed": outcome.seed, "finish": outcome.finish}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError("only a part of a line could be written; is the disk full?")
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, size)
+            raise OSError(f"{self.path}: {error.strerror or error}") from None
+        self.done.add(name)
+        self.failed.pop(name, None)
+
+    def _write_failures(self) -> None:
+        if self.failed:
+            rows = [json.dumps({"image": name, **row}, ensure_ascii=False) for name, row in self.failed.items()]
+            write_text(self.failed_path, "\n".join(rows) + "\n")
+        else:
+            self.failed_path.unlink(missing_ok=True)
+
+
+def mend_last_line(path: Path) -> None:
+    """Take off what a killed writer left of its last line; a line that lacks only its end is given it."""
+    with path.open("r+b") as file:
+        last = b""
+        for line in file:
+            last = line
+        if last.endswith(b"\n") or not last:
+            return
+        try:
+            complete = isinstance(json.loads(last), dict)
+        except ValueError:
+            complete = False
+        end = file.seek(0, os.SEEK_END)
+        if complete:
+            file.write(b"\n")
+        else:
+            file.truncate(end - len(last))
+
+
+def _read_names(path: Path) -> set[str]:
+    lines: dict[str, int] = {}
+    for line, row in read_json_lines(path):
+        name, text = row.get("image"), row.get("dense")
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise ManifestError(f'{path}:{line}: expected "image" and "dense"; it is no output of d2svse caption')
+        if name in lines:
+            raise ManifestError(f"{path}:{line}: {name} stands in line {lines[name]} already; take one of them out")
+        lines[name] = line
+    return set(lines)

@@ -1,0 +1,142 @@
+"""What dense captions are like: lengths, what will be cut, what repeats, what is empty; and their short form."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2svse.captioning.text import find_repetition, first_sentences
+from d2svse.data.manifest import ManifestError, read_json_lines
+from d2svse.files import write_text
+
+PERCENTILES = (5, 50, 95, 99)
+TOKENIZING_CHUNK = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionReport:
+    """Figures of a file of dense captions; lengths are of those that are not empty.
+
+    Attributes:
+        captions: how many lines there are.
+        words: `mean`, `min`, `p5`, `p50`, `p95`, `p99` and `max` of the words (what stands between spaces).
+        tokens: the same of the tokens of a text encoder, special tokens included; None without one.
+        max_length: longest text that the encoder reads, in tokens, or None.
+        truncated: how many are longer than that, or None.
+        unfinished: how many the captioning model did not end itself, or None where the file does not say.
+        duplicates: how many are word for word what an earlier line says.
+        repeating: where a caption says the same again and again, and what.
+        empty: where captions are empty.
+    """
+
+    captions: int
+    words: dict[str, float]
+    tokens: dict[str, float] | None
+    max_length: int | None
+    truncated: int | None
+    unfinished: int | None
+    duplicates: int
+    repeating: dict[str, str]
+    empty: list[str]
+
+
+def report_captions(
+    path: str | os.PathLike[str], tokenizer: Any = None, max_length: int | None = None
+) -> CaptionReport:
+    """Look at a dense JSONL, `{"image": ..., "dense": ...}` or `{"text": ...}` a line.
+
+    Args:
+        path: the file.
+        tokenizer: of the text encoder; None leaves tokens out.
+        max_length: tokens that the encoder reads.
+
+    Raises:
+        ManifestError: if a line is not JSON or has no text, or all texts are empty.
+    """
+    texts, empty, repeating, ends = [], [], {}, Counter[Any]()
+    for line, row in read_json_lines(Path(path)):
+        text = row[_text_field(row, f"{path}:{line}")].strip()
+        name = str(row.get("image", f"line {line}"))
+        ends[row.get("finish")] += 1
+        if not text:
+            empty.append(name)
+            continue
+        texts.append(text)
+        repeated = find_repetition(text)
+        if repeated is not None:
+            repeating[name] = repeated
+    if not texts:
+        raise ManifestError(f"{path}: no captions in it")
+    lengths = None if tokenizer is None else list(_token_lengths(texts, tokenizer))
+    known = lengths is not None and max_length is not None
+    return CaptionReport(
+        captions=len(texts) + len(empty),
+        words=_figures([len(text.split()) for text in texts]),
+        tokens=None if lengths is None else _figures(lengths),
+        max_length=max_length,
+        truncated=sum(length > max_length for length in lengths) if known else None,  # type: ignore[operator, union-attr]
+        unfinished=None if set(ends) == {None} else ends["length"],
+        duplicates=sum(count - 1 for count in Counter(texts).values()),
+        repeating=repeating,
+        empty=empty,
+    )
+
+
+def load_tokenizer(name: str) -> tuple[Any, int]:
+    """The tokenizer of a text encoder or of a model of ours (Hub id or folder), and the longest text that it reads.
+
+    Raises:
+        OSError: if there is none.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from d2svse.models.configuration import D2SVSEConfig
+    from d2svse.models.processing import D2SVSEProcessor, check_vocabulary, longest_sentence
+
+    if Path(name).is_dir():
+        check_vocabulary(name)
+    config = AutoConfig.from_pretrained(name)
+    if isinstance(config, D2SVSEConfig):
+        processor = D2SVSEProcessor.from_pretrained(name)
+        return processor.tokenizer, processor.max_length
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return tokenizer, min(tokenizer.model_max_length, longest_sentence(config))
+
+
+def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[str], sentences: int) -> int:
+    """Write a dense JSONL again with the first sentences of each text, and return how many lines it has.
+
+    Raises:
+        ManifestError: if a line is not JSON or has no text.
+        ValueError: if `sentences` is not positive.
+    """
+    rows = []
+    for line, row in read_json_lines(Path(source)):
+        field = _text_field(row, f"{source}:{line}")
+        rows.append(json.dumps({**row, field: first_sentences(row[field], sentences)}, ensure_ascii=False))
+    write_text(output, "".join(row + "\n" for row in rows))
+    return len(rows)
+
+
+def _text_field(row: Mapping[str, Any], where: str) -> str:
+    field = "dense" if "dense" in row else "text"
+    if not isinstance(row.get(field), str):
+        raise ManifestError(f'{where}: expected "dense" (or "text") with a text, got {row.get(field)!r}')
+    return field
+
+
+def _token_lengths(texts: Sequence[str], tokenizer: Any) -> Iterator[int]:
+    for start in range(0, len(texts), TOKENIZING_CHUNK):
+        yield from map(len, tokenizer(list(texts[start : start + TOKENIZING_CHUNK]))["input_ids"])
+
+
+def _figures(lengths: Sequence[int]) -> dict[str, float]:
+    percentiles = {f"p{q}": float(np.percentile(lengths, q)) for q in PERCENTILES}
+    return {"mean": float(np.mean(lengths)), "min": float(min(lengths)), **percentiles, "max": float(max(lengths))}

@@ -1,0 +1,210 @@
+"""`d2svse caption local`, `endpoint`, `shorten` and `report`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2svse.cli.common import prepare_process, print_table
+
+if TYPE_CHECKING:
+    from d2svse.captioning.pictures import Captioner, Picture
+
+KEY_VARIABLE = "D2SVSE_API_KEY"
+
+app = typer.Typer(help="Dense captions for pictures.", no_args_is_help=True)
+Source = Annotated[str, typer.Argument(help="A folder of pictures, a manifest, or another layout of data.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The dense .jsonl; a run that was stopped goes on.")]
+Split = Annotated[str | None, typer.Option(help="Split, where the layout has several.")]
+ImageFolder = Annotated[Path | None, typer.Option(help="Where relative image paths start.")]
+Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
+Temperature = Annotated[float, typer.Option(help="Of the draws; 0 draws nothing.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest words of this probability.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest caption, in tokens.")]
+Seed = Annotated[int, typer.Option(help="Seed of all draws.")]
+Shard = Annotated[str, typer.Option(help="i/n: every n-th picture from the i-th, on one of n machines.")]
+Sentences = Annotated[
+    int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
+]
+OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
+
+
+@app.command("local")
+def local(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a LLaVA or another model of transformers.")],
+    source: Source,
+    output: Output,
+    split: Split = None,
+    image_folder: ImageFolder = None,
+    prompt: Prompt = "Describe this image in detail",
+    temperature: Temperature = 0.2,
+    top_p: TopP = 0.9,
+    max_new_tokens: MaxNewTokens = 500,
+    seed: Seed = 0,
+    shard: Shard = "1/1",
+    sentences: Sentences = None,
+    on_bad_image: OnBadImage = "error",
+    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1. [default: an accelerator, or the CPU]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
+    tries: Annotated[int, typer.Option(help="Texts drawn before a picture counts as failed.")] = 3,
+) -> None:
+    """Caption pictures with a model on this machine."""
+    prepare_process()
+    import torch
+    import transformers
+
+    from d2svse.captioning.llava import LlavaCaptioner
+    from d2svse.captioning.pictures import Sampling
+
+    sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
+    pictures = _pictures(source, split, image_folder, shard)
+    placed: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    captioner = LlavaCaptioner.from_pretrained(model, sampling, batch_size=batch_size, tries=tries, **placed)
+    notes = {"torch": torch.__version__, "transformers": transformers.__version__}
+    _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
+
+
+@app.command("endpoint")
+def endpoint(
+    url: Annotated[str, typer.Argument(help="The API's base, such as http://localhost:8000/v1.")],
+    source: Source,
+    model: Annotated[str, typer.Option(help="The model's name there.")],
+    output: Output,
+    split: Split = None,
+    image_folder: ImageFolder = None,
+    prompt: Prompt = "Describe this image in detail",
+    temperature: Temperature = 0.2,
+    top_p: TopP = 0.9,
+    max_new_tokens: MaxNewTokens = 500,
+    seed: Seed = 0,
+    shard: Shard = "1/1",
+    sentences: Sentences = None,
+    on_bad_image: OnBadImage = "error",
+    concurrency: Annotated[int, typer.Option(help="Most requests under way.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds for a whole answer.")] = 120.0,
+    tries: Annotated[int, typer.Option(help="Requests for a picture before it counts as failed.")] = 5,
+    max_requests: Annotated[int | None, typer.Option(help="Most requests of this run, all tries counted.")] = None,
+    backoff: Annotated[float, typer.Option(help="Seconds before a second try; doubles each time.")] = 1.0,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = KEY_VARIABLE,
+) -> None:
+    """Caption pictures with an OpenAI-compatible endpoint, such as one of vLLM or TGI."""
+    from d2svse.captioning.endpoint import EndpointCaptioner
+    from d2svse.captioning.pictures import Sampling
+
+    key = os.environ.get(api_key_env, "").strip() or None
+    if key is None and api_key_env != KEY_VARIABLE:
+        raise ValueError(f"--api-key-env {api_key_env}: there is no such variable in the environment, or it is empty")
+    limits: dict[str, Any] = {"timeout": timeout, "tries": tries, "max_requests": max_requests, "backoff": backoff}
+    sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
+    pictures = _pictures(source, split, image_folder, shard)
+    captioner = EndpointCaptioner(url, model, sampling, api_key=key, concurrency=concurrency, **limits)
+    notes = {"url": captioner.base}
+    _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
+
+
+def _pictures(source: str, split: str | None, image_folder: Path | None, shard: str) -> list[Picture]:
+    from d2svse.captioning.pictures import find_pictures, take_shard
+
+    return take_shard(find_pictures(source, split=split, image_folder=image_folder), shard)
+
+
+def _run(
+    captioner: Captioner,
+    pictures: list[Picture],
+    settings: dict[str, Any],
+    notes: dict[str, Any],
+    output: Path,
+    sentences: int | None,
+    on_bad_image: str,
+) -> None:
+    """Caption what is missing, say how it ended, and exit with 1 if pictures are left."""
+    from d2svse.captioning.report import shorten_captions
+    from d2svse.captioning.running import caption_pictures
+    from d2svse.version import __version__
+
+    choice: Any = on_bad_image
+    notes = {"d2svse": __version__, **notes}
+    options: dict[str, Any] = {"notes": notes, "on_bad_image": choice, "show_progress_bar": True}
+    summary = caption_pictures(captioner, pictures, output, settings, **options)
+    skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
+    typer.echo(
+        f"{output}: {summary.done} of {len(pictures)} pictures have a caption, {summary.made} of them new{skipped}"
+    )
+    if sentences is not None and summary.done:
+        short = output.with_name(f"{output.stem}-{sentences}-sentences.jsonl")
+        shorten_captions(output, short, sentences)
+        typer.echo(f"{short}: the first {sentences} sentences of each")
+    if summary.left:
+        failed = ""
+        if summary.failed:
+            name, reason = next(iter(summary.failed.items()))
+            failed = f", {len(summary.failed)} of them failed, listed in {summary.failed_path} ({name}: {reason})"
+        message = (
+            f"d2svse: {summary.left} pictures are left without a caption{failed}; the same command tries them again"
+        )
+        typer.echo(" ".join(message.split()), err=True)
+        raise typer.Exit(1)
+
+
+@app.command("shorten")
+def shorten(
+    file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl to write.")],
+    sentences: Annotated[int, typer.Option(min=1, help="How many sentences to keep.")],
+) -> None:
+    """Keep the first sentences of each caption."""
+    from d2svse.captioning.report import shorten_captions
+
+    if output.exists():
+        raise FileExistsError(f"{output}: is there already; give another name")
+    typer.echo(f"{output}: {shorten_captions(file, output, sentences)} captions of at most {sentences} sentences")
+
+
+@app.command("report")
+def report(
+    file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
+    text: Annotated[str | None, typer.Option(help="Text encoder or model: Hub id or folder.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens that are read. [default: the encoder's limit]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lengths in words and tokens, what will be truncated, and repeated and empty captions."""
+    if max_length is not None and (text is None or max_length < 1):
+        raise ValueError("--max-length takes a positive number of tokens, and the encoder that counts them (--text)")
+    from dataclasses import asdict
+
+    from d2svse.captioning.report import load_tokenizer, report_captions
+
+    tokenizer, limit = None, None
+    if text is not None:
+        prepare_process()
+        tokenizer, limit = load_tokenizer(text)
+    found = report_captions(file, tokenizer, max_length or limit)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    rows = {"words": found.words} | ({"tokens": found.tokens} if found.tokens else {})
+    names = list(found.words)
+    print_table(
+        names,
+        {row: [f"{figures[name]:.1f}".removesuffix(".0") for name in names] for row, figures in rows.items()},
+        f"{found.captions} captions, {file.name}",
+    )
+    if found.truncated is not None:
+        share = 100 * found.truncated / (found.captions - len(found.empty))
+        typer.echo(f"longer than {found.max_length} tokens, so truncated: {found.truncated} ({share:.1f} %)")
+    if found.unfinished is not None:
+        typer.echo(f"not ended by the captioning model: {found.unfinished}")
+    typer.echo(f"word for word as an earlier one: {found.duplicates}")
+    first = [f'{name} ("{phrase[:60]}")' for name, phrase in list(found.repeating.items())[:5]]
+    typer.echo(f"says the same again and again: {len(found.repeating)}{_listed(first)}")
+    typer.echo(f"empty: {len(found.empty)}{_listed(found.empty[:5])}")
+
+
+def _listed(names: list[str]) -> str:
+    return f"; the first: {', '.join(names)}" if names else ""

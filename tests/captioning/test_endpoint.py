@@ -1,0 +1,293 @@
+import asyncio
+import base64
+import email.utils
+import importlib
+import sys
+import time
+from io import BytesIO
+
+import numpy as np
+import pytest
+from conftest import write_pictures
+from loopback import caption_for
+from PIL import Image
+
+from d2svse.captioning.pictures import Sampling, find_pictures
+from d2svse.images import ImageError, load_image
+
+pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
+
+from d2svse.captioning.endpoint import (
+    FAILURES_IN_A_ROW,
+    EndpointCaptioner,
+    EndpointError,
+    encode_picture,
+    retry_after,
+)
+
+
+def make(server, sampling=None, **options):
+    return EndpointCaptioner(server.url, "tiny", sampling or Sampling(), **{"backoff": 0.01, **options})
+
+
+def captions(captioner, pictures):
+    outcomes = []
+    captioner.run(pictures, outcomes.append)
+    return {outcome.picture.name: outcome for outcome in outcomes}
+
+
+def test_without_the_library_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    monkeypatch.delitem(sys.modules, "d2svse.captioning.endpoint")
+    with pytest.raises(ImportError, match=r"d2svse\[captioning\]"):
+        importlib.import_module("d2svse.captioning.endpoint")
+
+
+def test_requests_are_what_such_endpoints_take(serve, photos):
+    server = serve()
+    pictures = find_pictures(photos)
+    sampling = Sampling(prompt="What is it?", temperature=0.5, top_p=0.8, max_new_tokens=77, seed=3)
+    outcomes = captions(make(server, sampling, api_key="sk-1"), pictures)
+    bodies = {body["messages"][0]["content"][0]["image_url"]["url"]: body for body in server.bodies}
+    for picture in pictures:
+        address, content = encode_picture(picture.path)
+        body, seed = bodies[address], sampling.picture_seed(content, 0)
+        assert body["messages"][0]["content"][1] == {"type": "text", "text": "What is it?"}
+        del body["messages"]
+        assert body == {"model": "tiny", "temperature": 0.5, "top_p": 0.8, "max_tokens": 77, "seed": seed}
+        outcome = outcomes[picture.name]
+        assert (outcome.text, outcome.seed, outcome.finish) == (caption_for(address, seed), seed, "stop")
+    assert set(server.keys) == {"Bearer sk-1"}
+    captions(make(server), pictures[:1])
+    assert server.keys[-1] is None
+
+
+def test_an_address_with_the_path_is_taken_as_well(serve, photos):
+    server = serve()
+    captioner = EndpointCaptioner(f"{server.url}/chat/completions", "tiny", Sampling())
+    assert captions(captioner, find_pictures(photos)[:1])["000.png"].text
+
+
+@pytest.mark.parametrize(
+    "fault", ["429", "429 after 0", "500", "503", "408", "half", "nonsense", "broken", "empty", "null", "repeating"]
+)
+def test_a_fault_that_passes_costs_a_request_and_nothing_else(serve, photos, fault):
+    server = serve(lambda request, earlier: fault if earlier == 0 else "ok")
+    captioner = make(server)
+    outcomes = captions(captioner, find_pictures(photos))
+    assert len(outcomes) == 6
+    assert all(outcome.text for outcome in outcomes.values())
+    assert captioner.requests == len(server.bodies) == 12
+    thrown_away = fault in ("empty", "null", "repeating")
+    assert {outcome.draw for outcome in outcomes.values()} == {int(thrown_away)}
+    seeds = {body["seed"] for body in server.bodies}
+    assert len(seeds) == (12 if thrown_away else 6)  # another seed where a text was thrown away, and only there
+
+
+def test_a_timeout_passes(serve, photos):
+    server = serve(lambda request, earlier: "slow" if earlier == 0 else "ok")
+    outcomes = captions(make(server, timeout=0.3), find_pictures(photos)[:3])
+    assert all(outcome.text for outcome in outcomes.values())
+    assert len(server.bodies) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "draw"),
+    [
+        ("slow", "no answer within 0.2 seconds", 0),
+        ("429", "HTTP 429", 0),
+        ("500", "HTTP 500", 0),
+        ("half", 'the answer is no chat completion: \'{"object"', 0),
+        ("broken", "the connection failed (RemoteProtocolError", 0),
+        ("empty", "an empty caption", 3),
+        ("repeating", 'says "he holds a cup in his hand" again and again', 3),
+    ],
+)
+def test_a_fault_that_stays_is_given_as_the_reason_and_the_others_go_on(serve, photos, fault, reason, draw):
+    pictures = find_pictures(photos)
+    bad, _ = encode_picture(pictures[2].path)
+    server = serve()
+    server.behave = lambda request, earlier: (
+        fault if server.bodies[-1]["messages"][0]["content"][0]["image_url"]["url"] == bad else "ok"
+    )
+    outcomes = captions(make(server, tries=3, timeout=0.2 if fault == "slow" else 60), pictures)
+    failed = outcomes.pop("002.png")
+    assert failed.text is None
+    assert reason in failed.reason
+    assert failed.draw == draw
+    assert len(outcomes) == 5
+    assert all(outcome.text for outcome in outcomes.values())
+    assert len(server.bodies) == 5 + 3
+
+
+def test_a_picture_that_is_refused_is_not_sent_again(serve, photos):
+    server = serve(lambda request, earlier: "400" if request == 0 else "ok")
+    outcomes = captions(make(server, concurrency=1), find_pictures(photos))
+    assert outcomes["000.png"].reason.startswith("HTTP 400")
+    assert len(server.bodies) == 6
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("401", r"127\.0\.0\.1:\d+/v1: refuses the key, or wants one; see --api-key-env \(HTTP 401"),
+        ("403", "refuses the key"),
+        ("404", "no model 'tiny' there, or the address is wrong"),
+        ("307", "answers with a redirection"),
+        ("429 after 3600", "asks to come back in 3600 seconds"),
+    ],
+)
+def test_what_is_wrong_for_all_stops_at_once(serve, photos, fault, message):
+    server = serve(lambda request, earlier: fault)
+    with pytest.raises(EndpointError, match=message) as stopped:
+        captions(make(server, api_key="sk-secret", concurrency=2), find_pictures(photos))
+    assert len(server.bodies) <= 2
+    assert "secret" not in str(stopped.value)
+
+
+def test_a_wrong_path_stops(serve, photos):
+    captioner = EndpointCaptioner(serve().url.replace("/v1", "/v2"), "tiny", Sampling())
+    with pytest.raises(EndpointError, match="the address is wrong"):
+        captions(captioner, find_pictures(photos))
+
+
+def test_the_key_stands_in_no_reason(serve, photos):
+    server = serve(lambda request, earlier: "400")
+    outcomes = captions(make(server, api_key="sk-secret"), find_pictures(photos))
+    assert all("***" in outcome.reason and "secret" not in outcome.reason for outcome in outcomes.values())
+
+
+def test_an_endpoint_that_is_down_does_not_use_up_all_pictures(serve, tmp_path):
+    server = serve(lambda request, earlier: "500")
+    pictures = find_pictures(write_pictures(tmp_path / "many", FAILURES_IN_A_ROW + 10))
+    outcomes = []
+    with pytest.raises(EndpointError, match="20 pictures in a row failed, the last: HTTP 500"):
+        make(server, tries=1, concurrency=2).run(pictures, outcomes.append)
+    assert len(outcomes) == FAILURES_IN_A_ROW
+    server.__exit__(None, None, None)
+    with pytest.raises(EndpointError, match=r"the connection failed \(ConnectError"):
+        make(server, tries=1).run(pictures, outcomes.append)
+
+
+def test_failures_in_a_row_are_counted_anew_after_a_success(serve, tmp_path):
+    server = serve(lambda request, earlier: "ok" if request % 10 == 9 else "500")
+    pictures = find_pictures(write_pictures(tmp_path / "many", 3 * FAILURES_IN_A_ROW))
+    outcomes = captions(make(server, tries=1, concurrency=1), pictures)
+    assert sum(outcome.text is not None for outcome in outcomes.values()) == 6
+
+
+def test_requests_under_way_are_bounded(serve, tmp_path):
+    server = serve(delay=0.03)
+    pictures = find_pictures(write_pictures(tmp_path / "many", 30))
+    captions(make(server, concurrency=3), pictures)
+    assert server.most_under_way == 3
+
+
+@pytest.mark.parametrize("budget", [1, 5, 8])
+def test_the_budget_counts_every_request(serve, photos, budget):
+    server = serve(lambda request, earlier: "500" if earlier == 0 else "ok")
+    captioner = make(server, max_requests=budget, concurrency=2)
+    outcomes = captions(captioner, find_pictures(photos))
+    assert len(server.bodies) == captioner.requests == budget
+    assert captioner.spent
+    assert all(outcome.text for outcome in outcomes.values())
+    assert len(outcomes) == len(server.bodies) - len(server.earlier)  # one request of each was in vain
+
+
+def test_the_budget_may_be_larger_than_needed(serve, photos):
+    captioner = make(serve(), max_requests=7)
+    assert len(captions(captioner, find_pictures(photos))) == 6
+    assert not captioner.spent
+
+
+def test_retry_after_holds_back_all_requests(serve, photos):
+    server = serve(lambda request, earlier: "429 after 1" if request == 0 else "ok", delay=0.05)
+    assert len(captions(make(server, concurrency=2), find_pictures(photos))) == 6
+    first, second, *rest = server.times
+    assert second - first < 0.5  # it was under way
+    assert rest[0] - first >= 1.0
+
+
+def test_waits_double_with_jitter(serve):
+    captioner = make(serve(), backoff=1.0)
+    for attempt, longest in ((0, 1), (1, 2), (3, 8), (20, 60)):
+        waits = [captioner._next_wait(attempt, None) for _ in range(200)]
+        assert longest / 2 <= min(waits) < 0.6 * longest
+        assert 0.9 * longest < max(waits) <= longest
+
+
+def test_retry_after_in_seconds_and_as_a_date():
+    assert retry_after({"Retry-After": "7"}) == 7
+    assert retry_after({"Retry-After": "-7"}) == 0
+    assert retry_after({}) is None
+    assert retry_after({"Retry-After": "soon"}) is None
+    assert retry_after({"Retry-After": email.utils.formatdate(time.time() + 100, usegmt=True)}) == pytest.approx(
+        100, abs=2
+    )
+    assert retry_after({"Retry-After": email.utils.formatdate(0, usegmt=True)}) == 0
+
+
+def decode(address):
+    kind, _, data = address.partition(";base64,")
+    return kind, base64.b64decode(data)
+
+
+def test_pictures_go_as_they_are_where_endpoints_read_them_right(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
+    for suffix, kind in ((".jpg", "data:image/jpeg"), (".png", "data:image/png"), (".webp", "data:image/webp")):
+        path = tmp_path / f"a{suffix}"
+        Image.fromarray(pixels).save(path)
+        assert decode(encode_picture(path)[0]) == (kind, path.read_bytes())
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels).save(tmp_path / "a.bmp")
+    for name in ("turned.jpg", "grey.png", "a.bmp"):
+        address, content = encode_picture(tmp_path / name)
+        kind, sent = decode(address)
+        assert kind == "data:image/png"
+        assert np.array_equal(np.asarray(Image.open(BytesIO(sent))), np.asarray(load_image(tmp_path / name)))
+        assert content == (tmp_path / name).read_bytes()
+    (tmp_path / "no.png").write_bytes(b"no")
+    with pytest.raises(ImageError, match=r"no\.png: not a picture"):
+        encode_picture(tmp_path / "no.png")
+
+
+def test_a_picture_that_breaks_later_is_an_outcome(serve, photos):
+    pictures = find_pictures(photos)
+    (photos / "001.png").unlink()
+    outcomes = captions(make(serve()), pictures)
+    assert "001.png: no such picture" in outcomes["001.png"].reason
+    assert len(outcomes) == 6
+
+
+def test_an_error_of_the_taker_comes_out_as_it_is(serve, photos):
+    def take(outcome):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        make(serve()).run(find_pictures(photos), take)
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("localhost:8000", {}, "an address such as http"),
+        ("ftp://localhost", {}, "an address such as http"),
+        ("http://me:sk-secret@localhost/v1", {}, "give the key in the environment"),
+        ("http://localhost/v1?key=sk-secret", {}, "give the key in the environment"),
+        ("http://localhost", {"api_key": "sk-secret\n"}, "signs that no key has"),
+        ("http://localhost", {"concurrency": 0}, "must be positive"),
+        ("http://localhost", {"max_requests": 0}, "must be positive"),
+        ("http://localhost", {"timeout": 0}, "must be positive"),
+        ("http://localhost", {"tries": 0}, "must be positive"),
+        ("http://localhost", {"backoff": -1}, "must be positive"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_show_no_key(url, options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        EndpointCaptioner(url, "tiny", Sampling(), **options)
+    assert "secret" not in str(refused.value)
