@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import prepare_process
+from d2svse.cli.common import prepare_process, show_transfers
 
 _CARD = "Model card"
 
@@ -52,6 +52,7 @@ def push(
             raise ValueError(f"--eval-dataset takes PROTOCOL=ORG/NAME, got {assignment!r}")
         facts[protocol] = name
     prepare_process()
+    show_transfers()
     from d2svse.hub import CardFacts, push_folder
 
     pushed = push_folder(

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
-_BEARER = re.compile(r"(?<=Bearer )[^\s'\"\\]+")
+BAD_TOKEN = "Invalid credentials in Authorization header"  # what the Hub says, as huggingface_hub knows it
+_BEARER = re.compile(r"(?<=Bearer )[^'\"]+")
 
 
 def check_repo_name(repo_id: str) -> None:
@@ -69,25 +70,36 @@ def fetch_model(
         config = Path(hf_hub_download(repo_id, f"{prefix}config.json", revision=revision, **options))  # type: ignore[arg-type]
         commit = config.parents[prefix.count("/")].name
         patterns = [prefix + name for name in MODEL_FILES]
-        return Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options))  # type: ignore[arg-type]
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options))  # type: ignore[arg-type]
+        if not any(folder.glob(f"{prefix}{MODEL_FILES[-1]}")):
+            # Files that were fetched one by one, by others, count as the whole where the Hub cannot be asked.
+            if local_files_only:
+                raise errors.LocalEntryNotFoundError(repo_id)
+            HfApi(token=token).list_repo_files(repo_id, revision=commit)  # fails for the same reason
+        return folder
 
 
 @contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(repo_id: str, revision: str | None = None, push: bool = False) -> Iterator[None]:
     """Turn what can go wrong on the way to the Hub into built-in errors with one sentence that says what to do.
 
     Messages are written anew, so that nothing that was sent, such as a token, can stand in them.
+
+    Args:
+        repo_id: name of the repository.
+        revision: the one asked for.
+        push: it is written to, which nobody may do without a login.
     """
     try:
         yield
     except Exception as error:
-        told = _tell(error, repo_id, revision)
+        told = _tell(error, repo_id, revision, push)
         if told is None:
             raise
         raise told from None
 
 
-def _tell(error: Exception, repo_id: str, revision: str | None) -> Exception | None:
+def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> Exception | None:
     causes = list(_causes(error))
     hub, named = constants.ENDPOINT, repo_id + (f" at {revision}" if revision else "")
 
@@ -104,17 +116,14 @@ def _tell(error: Exception, repo_id: str, revision: str | None) -> Exception | N
     if caused_by(errors.GatedRepoError):
         return PermissionError(f"{repo_id}: its owner wants terms to be accepted at {hub}/{repo_id}; then {LOG_IN}")
     if caused_by(errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{repo_id}: no folder here and no repository that can be seen at {hub}; check the name, or if it is "
-            f"private {LOG_IN} as someone who may read it"
-        )
+        return _not_seen(repo_id)
     if caused_by(errors.RevisionNotFoundError):
         return FileNotFoundError(f"{repo_id}: no revision {revision or 'main'!r}; expected a branch, a tag or a commit")
     if caused_by(errors.RemoteEntryNotFoundError):
         return FileNotFoundError(f"{named}: config.json is missing; expected a model written by save_pretrained")
     for cause in causes:
         if isinstance(cause, errors.HfHubHTTPError):
-            return _tell_status(cause, repo_id)
+            return _tell_status(cause, repo_id, push)
         if isinstance(cause, errors.HTTPError):
             reason = _BEARER.sub("<token>", str(cause)) or type(cause).__name__
             return ConnectionError(f"{named}: no answer from {hub} ({reason}); what was fetched is kept, so try again")
@@ -123,10 +132,21 @@ def _tell(error: Exception, repo_id: str, revision: str | None) -> Exception | N
     return None
 
 
-def _tell_status(error: errors.HfHubHTTPError, repo_id: str) -> Exception:
+def _not_seen(repo_id: str) -> Exception:
+    return FileNotFoundError(
+        f"{repo_id}: no folder here and no repository that can be seen at {constants.ENDPOINT}; check the name, or if "
+        f"it is private {LOG_IN} as someone who may read it"
+    )
+
+
+def _tell_status(error: errors.HfHubHTTPError, repo_id: str, push: bool) -> Exception:
     status, said = error.response.status_code, error.server_message or "no reason given"
     if status == 401:
-        return PermissionError(f"{constants.ENDPOINT} refused the token (401): {LOG_IN} anew")
+        if error.response.headers.get("X-Error-Message") == BAD_TOKEN:
+            return PermissionError(f"{repo_id}: {constants.ENDPOINT} does not know the token (401); {LOG_IN} anew")
+        if push:
+            return PermissionError(f"{repo_id}: {constants.ENDPOINT} wants a login (401); {LOG_IN}")
+        return _not_seen(repo_id)
     if status == 403:
         return PermissionError(f"{repo_id}: the token does not allow this (403: {said}); use one that may write to it")
     if status >= 500 or status == 429:

@@ -62,7 +62,7 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
     """
     check_repo_name(repo_id)
     api = HfApi(token=token)
-    with hub_errors(repo_id):
+    with hub_errors(repo_id, push=True):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private is None or api.model_info(repo_id).private == private:
             return repo_id
@@ -123,7 +123,7 @@ def push_folder(
     config, processor = _read_json(folder / "config.json"), _read_json(folder / PROCESSOR_FILE)
     api = HfApi(token=token)
     repo_id = make_repository(repo_id, private=private, token=token)
-    with hub_errors(repo_id, revision):
+    with hub_errors(repo_id, revision, push=True):
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         target = None if create_pr else revision
