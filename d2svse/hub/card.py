@@ -17,7 +17,10 @@ from d2svse.hub.publishable import publishable
 
 CARD_MARK = "<!-- Written by d2svse push. Without this line a later push leaves the card as it is. -->"
 PIPELINE_TAG = "zero-shot-image-classification"
-RUN_CARD_KEYS = ("d2svse", "versions", "command", "seed", "configuration", "data", "hardware", "metrics")
+RUN_CARD_KEYS = {
+    **{"d2svse": str, "command": list, "seed": int | None},
+    **{name: dict for name in ("versions", "configuration", "data", "hardware", "metrics")},
+}
 TAGS = ("image-text-retrieval", "cross-modal-retrieval")
 METRICS = {
     **{
@@ -79,9 +82,9 @@ def results_of_run(run_card: Mapping[str, Any]) -> list[Result]:
     Raises:
         ValueError: if it is no run card.
     """
-    missing = [name for name in RUN_CARD_KEYS if name not in run_card]
-    if missing:
-        raise ValueError(f"not a run card as training writes it: {missing[0]!r} is missing")
+    for name, kind in RUN_CARD_KEYS.items():
+        if name not in run_card or not isinstance(run_card[name], kind):
+            raise ValueError(f"not a run card as training writes it: {name!r} is missing or of another kind")
     try:
         stages, data = run_card["metrics"], run_card["data"]
         part = "test" if "test" in data else "val"
