@@ -127,6 +127,9 @@ def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> E
         if isinstance(cause, errors.HTTPError):
             reason = _BEARER.sub("<token>", str(cause)) or type(cause).__name__
             return ConnectionError(f"{named}: no answer from {hub} ({reason}); what was fetched is kept, so try again")
+    if any(type(cause).__name__.startswith("Xet") for cause in causes) or caused_by(RuntimeError):  # of large files
+        reason = _BEARER.sub("<token>", str(causes[-1]))
+        return OSError(f"{named}: the transfer from or to {hub} failed ({reason}); try again")
     if caused_by(errors.LocalEntryNotFoundError):
         return FileNotFoundError(f"{named} is not all in the cache, and local_files_only forbids to ask {hub} for it")
     return None

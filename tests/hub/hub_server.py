@@ -37,11 +37,12 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What is done to requests: an answer with this status, or the connection cut after so many bytes of a body."""
+    """What is done to requests: an answer with this status and error code, or a body cut after so many bytes."""
 
     method: str
     path: str
     status: int = 0
+    code: str = ""
     cut: int = 0
     times: int = 10**9
 
@@ -83,7 +84,7 @@ class LoopbackHub(ThreadingHTTPServer):
         """Another host, as on the Hub: no token may be sent there."""
         return f"http://localhost:{self.server_port}/storage"
 
-    def fail(self, method: str, path: str, **what: int) -> None:
+    def fail(self, method: str, path: str, **what: int | str) -> None:
         """Do `what` to requests of this method whose path holds this regular expression."""
         self.faults.append(Fault(method, path, **what))
 
@@ -122,13 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
                     fault.times -= 1
                     cut, status = fault.cut, fault.status
                     if status:
-                        answer = Answer(status, {"error": "a fault"})
+                        answer = Answer(status, {"error": "a fault"}, X_Error_Code=fault.code)
                     break
             else:
                 status = 0
             if not status:
                 try:
-                    self._route(path)
+                    self._route(urlsplit(self.path).path)
                 except Answer as given:
                     answer = given
         self._send(answer, cut)
@@ -168,11 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/api/repos/create", self._create),
             ("POST", r"/api/validate-yaml", self._validate),
             ("GET", model, self._info),
-            ("GET", rf"{model}/revision/(.+)", self._info),
-            ("GET", rf"{model}/tree/(.+)", self._tree),
-            ("POST", rf"{model}/branch/(.+)", self._branch),
-            ("POST", rf"{model}/preupload/(.+)", self._preupload),
-            ("POST", rf"{model}/commit/(.+)", self._commit),
+            ("GET", rf"{model}/revision/([^/]+)", self._info),
+            ("GET", rf"{model}/tree/([^/]+)(?:/(.+))?", self._tree),
+            ("POST", rf"{model}/branch/([^/]+)", self._branch),
+            ("POST", rf"{model}/preupload/([^/]+)", self._preupload),
+            ("POST", rf"{model}/commit/([^/]+)", self._commit),
             ("POST", r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", self._large_files),
             ("PUT", r"/storage/(\w+)", self._store),
             ("GET|HEAD", r"/storage/(\w+)", self._stored),
@@ -181,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         for methods, pattern, serve in routes:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split("|"):
-                serve(*match.groups())
+                serve(*(unquote(group) for group in match.groups() if group is not None))
 
     def _namespaces(self) -> tuple[str, ...]:
         given = self.headers.get("Authorization")
@@ -247,10 +248,14 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         raise Answer(200, {"id": name, "sha": commit, "private": repository.private, "siblings": siblings})
 
-    def _tree(self, name: str, revision: str) -> None:
+    def _tree(self, name: str, revision: str, folder: str = "") -> None:
         repository = self._repository(name)
+        commit, files = self._files(repository, revision)
+        files = {path: content for path, content in files.items() if path.startswith(folder)}
+        if not files:
+            raise Answer(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         rows = []
-        for path, content in self._files(repository, revision)[1].items():
+        for path, content in files.items():
             row = {"type": "file", "path": path, "size": len(content), "oid": _git_id(content)}
             if path in repository.stored:
                 row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}

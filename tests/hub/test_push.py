@@ -6,7 +6,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from transformers import AutoModel, AutoProcessor
 
 from d2svse import D2SVSE, Trainer
 from d2svse.hub import push_folder
@@ -75,11 +76,11 @@ def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_pa
     first = push_folder(folder, "lab/tiny")
     hub.repositories["lab/tiny"].refs["v1"] = first.commit  # a tag
     other = make_model(seed=1)
-    other.push_to_hub("lab/tiny", revision="trial")
+    other.push_to_hub("lab/tiny", revision="my/trial")
     scale = D2SVSE.from_pretrained(folder).text_encoder.projection.weight
     for revision in (None, "main", "v1", first.commit):
         assert D2SVSE.from_pretrained("lab/tiny", revision=revision).text_encoder.projection.weight.equal(scale)
-    back = D2SVSE.from_pretrained("lab/tiny", revision="trial")
+    back = D2SVSE.from_pretrained("lab/tiny", revision="my/trial")
     assert back.text_encoder.projection.weight.equal(other.text_encoder.projection.weight)
     with pytest.raises(FileNotFoundError, match=r"lab/tiny: no revision 'v2'; expected a branch, a tag or a commit"):
         D2SVSE.from_pretrained("lab/tiny", revision="v2")
@@ -216,6 +217,30 @@ def test_faults_on_the_way_to_the_hub_are_told(folder, hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="lab/tiny is not all in the cache, and HF_HUB_OFFLINE forbids to ask"):
         D2SVSE.from_pretrained("lab/tiny")
+
+
+def test_terms_to_accept_and_failed_transfers_are_told(folder, hub, monkeypatch):
+    push_folder(folder, "lab/tiny")
+    hub.fail("HEAD", "/config.json", status=403, code="GatedRepo")
+    with pytest.raises(PermissionError, match="lab/tiny: its owner wants terms to be accepted at http://127"):
+        D2SVSE.from_pretrained("lab/tiny")
+
+    def fail(*_, **__):
+        raise RuntimeError("Data processing error")
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(
+        OSError, match=r"lab/tiny: the transfer from or to .* failed .Data processing error.; try again"
+    ):
+        push_folder(folder, "lab/tiny")
+
+
+def test_transformers_loads_it_from_the_hub_by_its_auto_classes(folder, hub, val_dataset):
+    push_folder(folder, "lab/tiny")
+    model = AutoModel.from_pretrained("lab/tiny")
+    assert_equal_models(model, folder, val_dataset)
+    text = AutoProcessor.from_pretrained("lab/tiny")(text=SENTENCES)
+    assert text["input_ids"].equal(model.processor(text=SENTENCES)["input_ids"])
 
 
 def test_what_is_no_model_on_the_hub_is_told(folder, hub):
