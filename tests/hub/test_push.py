@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoProcessor
 
 from d2svse import D2SVSE, Trainer
 from d2svse.hub import push_folder
+from d2svse.retrieval.fingerprint import model_fingerprint
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
 
@@ -25,6 +26,7 @@ def assert_equal_models(back: D2SVSE, folder, val_dataset) -> None:
     """Bit by bit, against the folder that was pushed."""
     model = D2SVSE.from_pretrained(folder)
     state = model.state_dict()
+    assert model_fingerprint(back) == model_fingerprint(model)
     assert back.state_dict().keys() == state.keys()
     assert all(tensor.equal(state[name]) for name, tensor in back.state_dict().items())
     np.testing.assert_array_equal(back.encode_text(SENTENCES), model.encode_text(SENTENCES))
