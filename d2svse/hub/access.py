@@ -23,7 +23,7 @@ def check_repo_name(repo_id: str) -> None:
     Raises:
         ValueError: naming what is allowed.
     """
-    with hub_errors(repo_id):
+    with hub_errors(repo_id, push=True):
         validate_repo_id(repo_id)
 
 
@@ -108,7 +108,7 @@ def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> E
 
     if caused_by(errors.HFValidationError):
         return ValueError(
-            f"{repo_id!r} is no name of a repository: expected ORG/NAME of at most 96 letters, digits, '-', '_' and "
+            f"{repo_id!r} is {'' if push else 'no folder here, and '}no name of a repository: expected ORG/NAME of at most 96 letters, digits, '-', '_' and "
             "'.', neither beginning nor ending with '-' or '.', without '--', '..' and '.git' at the end"
         )
     if caused_by(errors.OfflineModeIsEnabled):

@@ -112,7 +112,7 @@ class Recipe:
         D2SVSEConfig.check_names(self.model_options)
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         for section in ("training", *STAGES):
-            for name in set(getattr(self, section)) & HUB_ARGUMENTS:  # a token would stand in the recipe
+            for name in sorted(HUB_ARGUMENTS.intersection(getattr(self, section))):  # a token would stand in the recipe
                 raise ValueError(
                     f"{name} is no option of {section}: push with push_to_hub: ORG/NAME of the recipe, with the "
                     "token of HF_TOKEN or of hf auth login"

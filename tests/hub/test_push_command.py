@@ -201,7 +201,7 @@ def test_each_fault_is_one_line(model, hub, run, tmp_path, monkeypatch):
     hub.fail("HEAD", "/resolve/", status=500)
     for name, message in (
         ("lab/there", r"lab/there: http://127\S+ is in trouble \(500\)"),
-        ("lab/a b", "'lab/a b' is no name of a repository"),
+        ("runs/a/model", "'runs/a/model' is no folder here, and no name of a repository"),
     ):
         code, _, err = run("encode", name, "--texts", texts, "-o", tmp_path / "x.npy")
         assert code == 2
