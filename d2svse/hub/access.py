@@ -107,9 +107,10 @@ def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> E
         return any(isinstance(cause, kinds) for cause in causes)
 
     if caused_by(errors.HFValidationError):
+        local = "" if push else "no folder here, and "
         return ValueError(
-            f"{repo_id!r} is {'' if push else 'no folder here, and '}no name of a repository: expected ORG/NAME of at most 96 letters, digits, '-', '_' and "
-            "'.', neither beginning nor ending with '-' or '.', without '--', '..' and '.git' at the end"
+            f"{repo_id!r} is {local}no name of a repository: expected ORG/NAME of at most 96 letters, digits, '-', '_' "
+            "and '.', neither beginning nor ending with '-' or '.', without '--', '..' and '.git' at the end"
         )
     if caused_by(errors.OfflineModeIsEnabled):
         return FileNotFoundError(f"{named} is not all in the cache, and HF_HUB_OFFLINE forbids to ask {hub} for it")
