@@ -10,6 +10,7 @@ import pytest
 from hub_server import LoopbackHub
 from huggingface_hub import constants
 from published_files import GOLDEN_MODELS, save_golden
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
@@ -31,6 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at its first use, for the endpoint of then
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
