@@ -18,6 +18,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.retrieval import ImageTextIndex, draw_gallery
 from d2svse.similarity import build_similarity
 from d2svse.training import Trainer, TrainingArguments
+from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 512
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -148,15 +149,14 @@ def run_demo(
     stages = {"stage 1": train_stage(model, "pretrain", pretrain_epochs)}
     say(f"Stage 2: {distill_epochs:g} epochs on sparse captions, distilling the dense embedding")
     stages["stage 2"] = train_stage(model, "distill", distill_epochs)
+    epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
     both = pretrain_epochs + distill_epochs
     say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
     stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
-    results = {
-        name: {key.removeprefix("test_"): value for key, value in metrics.items() if key != "epoch"}
-        for name, metrics in stages.items()
-    }
+    results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
     with written_aside(output / "model", replaces="config.json") as aside:
         model.save_pretrained(aside)
+        write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
     index = ImageTextIndex.build(D2SVSE.from_pretrained(output / "model"), test.images, output / "index")
@@ -171,6 +171,17 @@ def run_demo(
     made = ["model", "index", "gallery.png"]
     say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in made)}")
     return results
+
+
+def _run_card(
+    seed: int, epochs: Mapping[str, float], datasets: dict[str, ImageTextDataset], stages: Mapping[str, Any]
+) -> dict[str, Any]:
+    metrics = {f"stage {number}": _without_prefix(stages[f"stage {number}"]) for number in (1, 2)}
+    return run_card({"seed": seed, "epochs": dict(epochs), "training": TRAINING}, datasets, metrics, ["d2svse", "demo"])
+
+
+def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("test_"): value for name, value in metrics.items() if name != "epoch"}
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

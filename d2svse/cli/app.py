@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli import caption, convert, data, demo, encode, evaluate, index, search, train
+from d2svse.cli import caption, convert, data, demo, encode, evaluate, index, push, search, train
 from d2svse.version import __version__
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(index.app, name="index")
 app.command("search")(search.search)
 app.command("demo")(demo.demo)
 app.add_typer(caption.app, name="caption")
+app.command("push")(push.push)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,26 +15,42 @@ if TYPE_CHECKING:
 
 
 def prepare_process() -> None:
-    """Set up the CPU, and let transformers show errors only, and no bars of its own beside ours."""
+    """Set up the CPU, and let transformers and huggingface_hub show errors only, and no bars beside ours.
+
+    huggingface_hub keeps to HF_HUB_VERBOSITY and HF_DEBUG where they are set.
+    """
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     from d2svse.cpu import prepare_cpu
 
     prepare_cpu()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not {"HF_HUB_VERBOSITY", "HF_DEBUG"} & os.environ.keys():
+        hub_logging.set_verbosity_error()
+
+
+def show_transfers() -> None:
+    """Let huggingface_hub show bars of what it fetches and sends, on a terminal."""
+    from huggingface_hub.utils import enable_progress_bars
+
+    if sys.stderr.isatty():
+        enable_progress_bars()
 
 
 def load_model(name: str) -> D2SVSE:
     """Load a model for use, with its processor."""
     prepare_process()
     from d2svse.models import D2SVSE
-    from d2svse.models.modeling import check_model_folder
+    from d2svse.models.folder import check_model_folder
 
     if Path(name).is_dir():
         check_model_folder(name, processor=True)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such model folder")
+    else:
+        show_transfers()
     return D2SVSE.from_pretrained(name)
 
 

@@ -103,6 +103,12 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The one seed of the run. [default: 42]")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="ORG/NAME on the Hub: push the model there at the end, with a model card.")
+    ] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see it there. [default: as its owner has set]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run with this output stopped.")] = False,
 ) -> None:
     """Train a model in two stages, or in one of them."""
@@ -115,7 +121,8 @@ def train(
         "train": train, "val": val, "train_split": train_split, "val_split": val_split,
         "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
         "vision": vision, "text": text, "model": model, "output": output, "preset": preset, "seed": seed,
-        "stages": stages, "resume": resume or None,
+        "stages": stages, "push_to_hub": push_to_hub, "hub_private": private,
+        "resume": resume or None,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
 
@@ -147,3 +154,5 @@ def train(
         return
     print_recalls(results, f"validation, {Path(recipe.val).name}")
     typer.echo(f"model: {Path(recipe.output) / 'model'}")
+    if recipe.push_to_hub:
+        typer.echo(f"pushed to {recipe.push_to_hub}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from d2svse.features import Features
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
@@ -24,12 +24,15 @@ from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
-from d2svse.models.processing import PROCESSOR_FILE, D2SVSEProcessor, check_vocabulary, reads_no_sentences
+from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
+from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.sharing import SharingMixin
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_FILES = (PROCESSOR_FILE, "tokenizer_config.json")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 
 
 @dataclass
@@ -55,7 +58,7 @@ class D2SVSEOutput(ModelOutput):
     text_features: Features | None = None
 
 
-class D2SVSE(EncodingMixin, PreTrainedModel):
+class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc]  # its push_to_hub takes other options
     """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
 
     Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
@@ -143,31 +146,39 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model and its processor from the Hub or a folder; arguments as in transformers.
 
+        From the Hub all files are of one commit, which `config._commit_hash` tells.
+
         Raises:
-            FileNotFoundError: if a local folder lacks a file of the model; the message names it.
+            FileNotFoundError: if a file of the model is missing, or there is no such repository or
+                revision; the message names it.
+            OSError: if the Hub cannot be reached or refuses, of a kind that says which.
             ValueError: if the weights are broken or lack a tensor of the configured model.
         """
-        folder = Path(pretrained_model_name_or_path)
-        subfolder = kwargs.get("subfolder", "")
-        if folder.is_dir():
-            check_model_folder(folder / subfolder)
+        name = os.fspath(pretrained_model_name_or_path)
+        folder, subfolder = Path(name), kwargs.get("subfolder", "")
+        hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+        if not folder.is_dir():
+            from d2svse.hub.access import fetch_model  # whose package needs this class
+
+            folder = fetch_model(name, subfolder=subfolder, **hub_options)
+        check_model_folder(folder / subfolder, name=name)
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"{folder}: model.safetensors is broken ({error})") from None
+            raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
         model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            raise ValueError(f"{folder}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
-        known = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        options = {name: kwargs[name] for name in known if name in kwargs}
-        name = PROCESSOR_FILES[0]
-        if cached_file(pretrained_model_name_or_path, name, _raise_exceptions_for_missing_entries=False, **options):
-            model.processor = D2SVSEProcessor.from_pretrained(pretrained_model_name_or_path, **options)
+            raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+        model.name_or_path = model.config.name_or_path = name
+        if not Path(name).is_dir():
+            model.config._commit_hash = folder.name
+        if (folder / subfolder / PROCESSOR_FILES[0]).is_file():
+            model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder)
         else:
-            logger.warning("%s holds no %s: set model.processor before encoding", folder, name)
+            logger.warning("%s holds no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
 
     @classmethod
@@ -186,11 +197,22 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
 
         return load_published(path, **options)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save weights (safetensors), configuration and processor; arguments as in transformers."""
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save weights (safetensors), configuration and processor; arguments as in transformers.
+
+        With `push_to_hub` the folder is then pushed to `repo_id`, by default one of the folder's name; see
+        `d2svse.hub.push_folder` for `private`, `token`, `revision`, `commit_message` and `create_pr`.
+        """
+        hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.processor is not None and kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            return
+        if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+        if push_to_hub:
+            from d2svse.hub import push_folder  # which needs this class
+
+            push_folder(save_directory, hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
@@ -359,29 +381,3 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
-
-
-def check_model_folder(folder: str | os.PathLike[str], processor: bool = False) -> None:
-    """Check that a folder holds what a saved model needs.
-
-    Args:
-        folder: the local folder.
-        processor: the processor is needed too.
-
-    Raises:
-        FileNotFoundError: naming the first file that is missing and what it is.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such model folder")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: config.json is missing; expected a folder written by save_pretrained")
-    if not any(folder.glob("model*.safetensors*")):
-        raise FileNotFoundError(f"{folder}: model.safetensors is missing; expected a folder written by save_pretrained")
-    if processor or any((folder / name).is_file() for name in PROCESSOR_FILES):
-        if reads_no_sentences(folder):
-            return
-        for name in PROCESSOR_FILES:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder}: {name} is missing; expected the processor beside the weights")
-        check_vocabulary(folder)

@@ -20,10 +20,11 @@ from transformers import set_seed
 
 from d2svse.data import ImageTextDataset
 from d2svse.files import parse_yaml, write_json, write_text, written_aside
+from d2svse.hub import make_repository, push_folder
 from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
-from d2svse.models.modeling import check_model_folder
+from d2svse.models.folder import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.distributed import barrier, is_main_process, world_size
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
@@ -32,6 +33,7 @@ from d2svse.training.trainer import Trainer
 
 STAGES = ("pretrain", "distill", "align")
 START_FILE = "start.json"
+HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Recipe:
         distill: the same.
         align: the same.
         seed: the one seed that all randomness flows from.
+        push_to_hub: ORG/NAME of a repository to push the model to at the end, made if there is none.
+        hub_private: whether only those who are allowed may see it; None for the owner's default.
         resume: go on where a run with this output stopped.
         show_progress_bar: show bars on the terminal.
     """
@@ -82,6 +86,8 @@ class Recipe:
     distill: dict[str, Any] = field(default_factory=dict)
     align: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
+    push_to_hub: str | None = None
+    hub_private: bool | None = None
     resume: bool = False
     show_progress_bar: bool = True
 
@@ -106,6 +112,11 @@ class Recipe:
         D2SVSEConfig.check_names(self.model_options)
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         for section in ("training", *STAGES):
+            for name in sorted(HUB_ARGUMENTS.intersection(getattr(self, section))):  # a token would stand in the recipe
+                raise ValueError(
+                    f"{name} is no option of {section}: push with push_to_hub: ORG/NAME of the recipe, with the "
+                    "token of HF_TOKEN or of hf auth login"
+                )
             wrong = sorted(set(getattr(self, section)) - known)
             if wrong:
                 raise ValueError(f"unknown option {wrong[0]!r} in {section}; see d2svse.TrainingArguments")
@@ -135,7 +146,8 @@ class Recipe:
     def effective_configuration(self) -> str:
         """The recipe as YAML that `--config` takes back, with the preset's values written out."""
         values = {**dataclasses.asdict(self), "training": {**PRESETS[self.preset], **self.training}}
-        del values["resume"]
+        for name in ("resume", "push_to_hub", "hub_private"):  # of one call, not of what is trained
+            del values[name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def model_folder(self, stage: str) -> Path:
@@ -164,13 +176,14 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
 
     Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
     each, the effective configuration (`recipe.yaml`) and the run card (`run.json`), which stand
-    beside the weights as well.
+    beside the weights as well. With `push_to_hub` the last model is pushed.
 
     Returns:
         The validation metrics (see `retrieval_metrics`) of each stage's best model.
 
     Raises:
         ManifestError: if a manifest or a picture cannot be used; before anything is trained.
+        OSError: if the model shall be pushed and the Hub refuses; before anything is trained.
         ValueError: if an option does not fit, or another run writes to the same output.
     """
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
@@ -189,6 +202,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
+    if recipe.push_to_hub and is_main_process():  # to hear of a refusal now, not after training
+        make_repository(recipe.push_to_hub, private=recipe.hub_private)
     output.mkdir(parents=True, exist_ok=True)
     with _only_run(output):
         return _train_stages(recipe, model, train_dataset, eval_dataset)
@@ -250,6 +265,8 @@ def _train_stages(
         card = json.loads((recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE).read_text(encoding="utf-8"))
         _save(model, output / "model", configuration, card)
         write_json(output / RUN_CARD_FILE, card)
+        if recipe.push_to_hub:
+            push_folder(output / "model", recipe.push_to_hub, commit_message="End of training")
     barrier()
     return results
 

@@ -19,6 +19,8 @@ from d2svse.training.distributed import world_size
 from d2svse.version import __version__
 
 RUN_CARD_FILE = "run.json"
+PROTOCOL = "custom"  # of the evaluation in training: all images and captions of the set
+STARTS = ("vision", "text", "model")  # fields of a recipe that name what training starts from
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "numpy", "pillow")
 
 
@@ -33,7 +35,8 @@ def run_card(
     Args:
         configuration: the effective recipe.
         datasets: by the part they play, such as "train" and "val".
-        metrics: validation metrics of each stage.
+        metrics: metrics of each stage, of the test set where there is one among the data, else of the
+            validation set.
         command: the command line.
     """
     return {
@@ -43,6 +46,7 @@ def run_card(
         "command": command,
         "seed": configuration.get("seed"),
         "configuration": configuration,
+        "hub_models": [name for name in map(configuration.get, STARTS) if name and not Path(name).exists()],
         "data": {
             name: {
                 "source": dataset.source,
@@ -53,6 +57,7 @@ def run_card(
             for name, dataset in datasets.items()
         },
         "hardware": hardware(),
+        "protocol": PROTOCOL,
         "metrics": metrics,
     }
 

@@ -40,6 +40,7 @@ from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
 from d2svse.training.distributed import Processes, average_gradients, world_size
 from d2svse.training.gradcache import cached_backward
+from d2svse.training.hub import HubMixin
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
 from d2svse.training.statistics import CollapseCallback
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 TEACHER_CACHE = "teacher_embeddings.safetensors"
 
 
-class Trainer(TransformersTrainer):
+class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_to_hub takes other options
     """Train a `D2SVSE` model through one stage.
 
     For stage 2 give it the stage-1 model: its text encoder is copied and frozen as the teacher,
@@ -135,6 +136,8 @@ class Trainer(TransformersTrainer):
         )
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
+        if args.push_to_hub and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("push_to_hub works with one process and with DDP; else push the saved folder: d2svse push")
         if hasattr(model.config, "use_cache"):
             del model.config.use_cache  # set by transformers' Trainer for language models
         for printer in (PrinterCallback, ProgressCallback):
@@ -146,6 +149,7 @@ class Trainer(TransformersTrainer):
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
+        self._datasets = {"train": train_dataset, **({"val": eval_dataset} if eval_dataset else {})}
         if world_size() > 1:
             batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
             freeze_unused(model, self.task, self._prepare_inputs(batch))
@@ -162,6 +166,8 @@ class Trainer(TransformersTrainer):
             self._stop.restore()
         if self._stop.agreed(self.args.device):  # after the last checkpoint
             self._stop.leave(self.state.global_step)
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return result
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

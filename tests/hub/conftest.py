@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import LoopbackHub
+from huggingface_hub import constants
 from published_files import GOLDEN_MODELS, save_golden
+from transformers.utils import hub as transformers_hub
+
+TOKEN = "hf_AnnsTokenThatNobodyMaySee"
+OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +21,37 @@ def golden_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The four golden models as published files."""
     folder = tmp_path_factory.mktemp("published")
     return {name: save_golden(folder, name) for name in GOLDEN_MODELS}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A loopback Hub that this process reaches, with an empty cache and the token of the user `ann`."""
+    server = LoopbackHub({TOKEN: ("ann", "lab"), OTHER_TOKEN: ("bob",)})
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at its first use, for the endpoint of then
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def in_new_process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python in a process of its own that reaches the Hub; its cache is empty at first and is kept."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    settings = {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=keep | settings | environment, timeout=200)
+
+    return call

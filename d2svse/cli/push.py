@@ -1,0 +1,72 @@
+"""`d2svse push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2svse.cli.common import prepare_process, show_transfers
+
+_CARD = "Model card"
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved model, such as the folder `model` of a training run.")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; made if there is none.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see it. [default: as its owner has set]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if there is none.")] = None,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="The Hub's name of its licence, such as apache-2.0.", rich_help_panel=_CARD)
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language of the captions, such as en.", rich_help_panel=_CARD)
+    ] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of training data.", rich_help_panel=_CARD)] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A further tag.", rich_help_panel=_CARD)] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="A file of d2svse eval --output, for the table of results.", rich_help_panel=_CARD),
+    ] = None,
+    eval_dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PROTOCOL=ORG/NAME, the Hub id of the data of a protocol's results: writes .eval_results.",
+            rich_help_panel=_CARD,
+        ),
+    ] = None,
+) -> None:
+    """Push a model with its processor and a model card to the Hub.
+
+    The access token is that of HF_TOKEN or of `hf auth login`.
+    """
+    facts = {}
+    for assignment in eval_dataset or []:
+        protocol, equals, name = assignment.partition("=")
+        if not (protocol and equals and name):
+            raise ValueError(f"--eval-dataset takes PROTOCOL=ORG/NAME, got {assignment!r}")
+        facts[protocol] = name
+    prepare_process()
+    show_transfers()
+    from d2svse.hub import CardFacts, push_folder
+
+    pushed = push_folder(
+        folder,
+        repository,
+        facts=CardFacts(license, language or (), dataset or (), facts, tag or ()),
+        results=results or (),
+        private=private,
+        revision=revision,
+        commit_message=message,
+        create_pr=pull_request,
+    )
+    if pushed.left_out:
+        typer.echo(f"not pushed (hidden, pickles, checkpoints): {', '.join(pushed.left_out)}", err=True)
+    if pushed.card_kept:
+        typer.echo(f"the model card of {pushed.repo_id} was not written by a push and is kept", err=True)
+    typer.echo(pushed.url)

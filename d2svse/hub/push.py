@@ -1,0 +1,200 @@
+"""Pushing a folder of a saved model to the Hub, with a model card, in one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+
+from d2svse.files import parse_yaml
+from d2svse.hub.access import check_repo_name, hub_errors
+from d2svse.hub.card import CARD_MARK, CardFacts, Result, eval_results, model_card, result_of_evaluation, results_of_run
+from d2svse.hub.publishable import publishable, publishable_names
+from d2svse.models.folder import check_model_folder
+from d2svse.models.processing import PROCESSOR_FILE
+
+CARD_FILE = "README.md"
+RUN_CARD_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"
+CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", PROCESSOR_FILE)
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
+LEFT_OUT = (".*", "*.bin", "*.ckpt", "*.pkl", "*.pt", "*.pth", "checkpoint-*")  # hidden, pickled, or of a trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What was pushed.
+
+    Attributes:
+        repo_id: the repository, with its owner.
+        commit: the commit.
+        url: where it is to be seen.
+        left_out: files of the folder that were not pushed: hidden ones, pickles, checkpoints.
+        card_kept: the repository has a model card that was not written by a push, and keeps it.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    left_out: Sequence[str]
+    card_kept: bool
+
+
+def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Make a repository for a model if there is none; its name with the owner.
+
+    Args:
+        repo_id: ORG/NAME, or NAME for one of one's own.
+        private: whether only those who are allowed may see it; None for the owner's default.
+        token: an access token; without it that of the environment or of `hf auth login`.
+
+    Raises:
+        ValueError: if the name is not allowed, or the repository is there and not as private as asked for.
+        OSError: if the Hub cannot be reached or refuses; the message says why.
+    """
+    check_repo_name(repo_id)
+    api = HfApi(token=token)
+    with hub_errors(repo_id, push=True):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is None or api.model_info(repo_id).private == private:
+            return repo_id
+    kind = "public" if private else "private"
+    raise ValueError(f"{repo_id} is there and {kind}, which a push does not change; do so in its settings on the Hub")
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    facts: CardFacts | None = None,
+    results: Sequence[str | os.PathLike[str]] = (),
+    run_card: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+    create_pr: bool = False,
+) -> Pushed:
+    """Push what `save_pretrained` or a training run wrote; a repository is made if there is none.
+
+    A `README.md` in the folder is pushed as it is. Without one the model card is written from the run card,
+    but one on the Hub that was not written so is kept. From the run card, the recipe and the configurations
+    the folders of this machine are cut. Weights on the Hub that the model no longer has are deleted.
+
+    Args:
+        folder: the model with its processor.
+        repo_id: ORG/NAME, or NAME for one of one's own.
+        facts: what the model card shall say that no file tells.
+        results: JSON files of `d2svse eval --output`, for the model card.
+        run_card: what training wrote; `run.json` of the folder without it.
+        private: as of `make_repository`.
+        token: the same.
+        revision: a branch, made if there is none; "main" without it.
+        commit_message: the commit's title.
+        create_pr: open a pull request instead.
+
+    Raises:
+        FileNotFoundError: if the folder lacks a file of the model; the message names it.
+        ValueError: if the name is not allowed, or a file for the card is not what it should be.
+        OSError: if the Hub cannot be reached or refuses; the message says why.
+    """
+    folder = Path(folder)
+    check_repo_name(repo_id)
+    check_model_folder(folder, processor=True)
+    files, left_out = _files(folder)
+    if run_card is None and RUN_CARD_FILE in files:
+        run_card = _read_json(files[RUN_CARD_FILE])
+    facts = facts or CardFacts()
+    known = _known_results(folder, run_card, results)
+    contents: dict[str, Path | bytes] = {name: _content(name, path) for name, path in files.items()}
+    contents |= {name: text.encode() for name, text in eval_results(known, facts).items()}
+    if run_card is not None:
+        contents[RUN_CARD_FILE] = _json(publishable(run_card))
+    if CARD_FILE in files:
+        _check_card(files[CARD_FILE])
+    config, processor = _read_json(folder / "config.json"), _read_json(folder / PROCESSOR_FILE)
+    api = HfApi(token=token)
+    repo_id = make_repository(repo_id, private=private, token=token)
+    with hub_errors(repo_id, revision, push=True):
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        target = None if create_pr else revision
+        there = api.list_repo_files(repo_id, revision=target)
+        kept = CARD_FILE not in files and CARD_FILE in there and not _card_is_ours(api, repo_id, target)
+        if CARD_FILE not in files and not kept:
+            contents[CARD_FILE] = model_card(repo_id, config, processor, run_card, known, facts).encode()
+        stale = [name for name in there if name not in contents and any(fnmatch(name, kind) for kind in WEIGHTS)]
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+            ],
+            commit_message=commit_message,
+            revision=target,
+            create_pr=create_pr,
+        )
+    return Pushed(repo_id, commit.oid, commit.pr_url or str(commit.commit_url), left_out, kept)
+
+
+def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    files, left_out = {}, []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if any(fnmatch(part, kind) for part in name.parts for kind in LEFT_OUT):
+            left_out.append(name.as_posix())
+        else:
+            files[name.as_posix()] = path
+    return files, left_out
+
+
+def _content(name: str, path: Path) -> Path | bytes:
+    if name == RECIPE_FILE:
+        recipe = publishable(parse_yaml(path.read_text(encoding="utf-8")))
+        return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
+    return _json(publishable_names(_read_json(path))) if name in CONFIGURATIONS else path
+
+
+def _known_results(
+    folder: Path, run_card: Mapping[str, Any] | None, results: Sequence[str | os.PathLike[str]]
+) -> list[Result]:
+    known = [] if run_card is None else results_of_run(run_card)
+    if results:
+        from d2svse.models import D2SVSE
+        from d2svse.retrieval.fingerprint import model_fingerprint
+
+        fingerprint = model_fingerprint(D2SVSE.from_pretrained(folder))
+        known += [result_of_evaluation(path, fingerprint) for path in results]
+    return known
+
+
+def _check_card(path: Path) -> None:
+    try:
+        ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a model card ({' '.join(str(error).split())})") from None
+
+
+def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    with TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=folder)
+        return CARD_MARK in Path(path).read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
