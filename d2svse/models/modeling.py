@@ -24,6 +24,7 @@ from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
+from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import PROCESSOR_FILE, D2SVSEProcessor, check_vocabulary, reads_no_sentences
 from d2svse.similarity import Similarity, build_similarity
 
@@ -55,7 +56,7 @@ class D2SVSEOutput(ModelOutput):
     text_features: Features | None = None
 
 
-class D2SVSE(EncodingMixin, PreTrainedModel):
+class D2SVSE(Shimmed, EncodingMixin, PreTrainedModel):
     """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
 
     Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
@@ -187,10 +188,14 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         return load_published(path, **options)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save weights (safetensors), configuration and processor; arguments as in transformers."""
+        """Save weights (safetensors), configuration, processor and what other libraries load it by.
+
+        Arguments are those of transformers.
+        """
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.processor is not None and kwargs.get("is_main_process", True):
             self.processor.save_pretrained(save_directory)
+            write_sentence_transformers(save_directory, self.similarity_fn)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
@@ -202,6 +207,23 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
+    def image_vectors(self, pixel_values: Tensor) -> Tensor:
+        """Encode images to what a vector engine stores, `(batch, embed_dim)` float32.
+
+        Their inner product with `text_vectors` is the similarity where it folds (cosine, GSSF). Of
+        one that compares tokens these are the pooled vectors, L2-normalised.
+        """
+        return self._vectors("image", self.image_encoder(pixel_values.to(self.dtype)).pooled)
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode sentences to what stored images are searched by, `(batch, embed_dim)` float32."""
+        return self._vectors("text", self.fuse(self.text_encoder(input_ids, attention_mask)).pooled)
+
+    def _vectors(self, side: Literal["image", "text"], pooled: Tensor) -> Tensor:
+        if self.similarity_fn.foldable:
+            return self.similarity_fn.fold(side, pooled)
+        return F.normalize(pooled.float(), dim=-1)
+
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -212,6 +234,7 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
         return_loss: bool = False,
         return_logits: bool = True,
         text_groups: int = 1,
+        token_type_ids: Tensor | None = None,
     ) -> D2SVSEOutput:
         """Encode either side or both, and score all pairs.
 
@@ -226,10 +249,15 @@ class D2SVSE(EncodingMixin, PreTrainedModel):
             return_logits: score all pairs; training tasks leave it out and score by themselves.
             text_groups: encode sentences in so many groups of like length, so that less padding is
                 computed; the result is the same.
+            token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
+                no second part.
 
         Raises:
-            ValueError: if neither side is given, an image twice, or a loss is asked of one side.
+            ValueError: if neither side is given, an image twice, a loss is asked of one side, or a
+                sentence has a second part.
         """
+        if token_type_ids is not None and token_type_ids.any():
+            raise ValueError("token_type_ids mark a second sentence; give one sentence a row")
         if pixel_values is not None and image_tokens is not None:
             raise ValueError("give pixel_values or image_tokens, not both")
         if pixel_values is None and image_tokens is None and input_ids is None:
