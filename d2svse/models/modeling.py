@@ -207,23 +207,6 @@ class D2SVSE(Shimmed, EncodingMixin, PreTrainedModel):
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
-    def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Encode images to what a vector engine stores, `(batch, embed_dim)` float32.
-
-        Their inner product with `text_vectors` is the similarity where it folds (cosine, GSSF). Of
-        one that compares tokens these are the pooled vectors, L2-normalised.
-        """
-        return self._vectors("image", self.image_encoder(pixel_values.to(self.dtype)).pooled)
-
-    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode sentences to what stored images are searched by, `(batch, embed_dim)` float32."""
-        return self._vectors("text", self.fuse(self.text_encoder(input_ids, attention_mask)).pooled)
-
-    def _vectors(self, side: Literal["image", "text"], pooled: Tensor) -> Tensor:
-        if self.similarity_fn.foldable:
-            return self.similarity_fn.fold(side, pooled)
-        return F.normalize(pooled.float(), dim=-1)
-
     def forward(
         self,
         pixel_values: Tensor | None = None,
