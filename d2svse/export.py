@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from d2svse.files import written_aside
+from d2svse.models.decoder import ContextDecoder
 from d2svse.models.pooling import GeneralizedPooling
 
 if TYPE_CHECKING:
@@ -164,9 +165,10 @@ def _outputs(model: D2SVSE, side: Any, features: Any) -> tuple[Tensor, Tensor]:
 
 def _longest_sentence(model: D2SVSE) -> int:
     assert model.processor is not None
-    longest = model.processor.max_length
-    positions = getattr(model.decoder, "position_embeddings", None)
-    return longest if positions is None else min(longest, positions.num_embeddings - len(model.decoder.tokens))
+    longest, decoder = model.processor.max_length, model.decoder
+    if not isinstance(decoder, ContextDecoder) or decoder.position_embeddings is None:
+        return longest
+    return min(longest, decoder.position_embeddings.num_embeddings - len(decoder.tokens))
 
 
 @contextmanager
@@ -175,21 +177,27 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
     training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
     image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]
-    lengths = {
+    lengths: dict[Any, range] = {
         model.image_encoder: range(image_tokens, image_tokens + 1),
         model.text_encoder: range(1, longest + 1),
     }
-    if model.decoder is not None:
+    if isinstance(model.decoder, ContextDecoder):
         lengths[model.decoder] = range(len(model.decoder.tokens), len(model.decoder.tokens) + 1)
-    pooled = [part for part in lengths if isinstance(getattr(part, "pooling", None), GeneralizedPooling)]
+    backbones: list[Any] = [model.image_encoder.backbone, model.text_encoder.backbone]
+    attentions = [backbone.config._attn_implementation for backbone in backbones]
+    pooled = [part for part in lengths if isinstance(part.pooling, GeneralizedPooling)]
     kept = [part.pooling for part in pooled]
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        for backbone in backbones:
+            backbone.set_attn_implementation("eager")
         for part in pooled:
             part.pooling = TabledPooling(part.pooling, lengths[part])
         yield
     finally:
         for part, pooling in zip(pooled, kept, strict=True):
             part.pooling = pooling
+        for backbone, attention in zip(backbones, attentions, strict=True):
+            backbone.set_attn_implementation(attention)
         torch.backends.mha.set_fastpath_enabled(fast_path)
         model.train(training)

@@ -22,8 +22,11 @@ def export(
     from d2svse.export import export_onnx
 
     logging.disable(logging.WARNING)  # the exporter tells of torchvision, of folded constants and of axes
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export_onnx(loaded, output, dense)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export_onnx(loaded, output, dense)
+    finally:
+        logging.disable(logging.NOTSET)
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     typer.echo(f"{output}: image_encoder.onnx and text_encoder.onnx, {size:.1f} MB with the processor")
