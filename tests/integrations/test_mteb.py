@@ -1,3 +1,6 @@
+import importlib
+import sys
+
 import pytest
 import torch
 
@@ -48,3 +51,11 @@ def test_bad_input(dataset, model):
         MTEBModel(model).encode(
             [{"image": [], "text": []}], task_metadata=task.metadata, hf_split="test", hf_subset="default"
         )
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    import d2svse.integrations.mteb as module
+
+    monkeypatch.setitem(sys.modules, "mteb.abstasks", None)
+    with pytest.raises(ImportError, match=r"pip install 'd2svse\[mteb\]'"):
+        importlib.reload(module)
