@@ -1,7 +1,8 @@
 """d2svse: image-text retrieval trained in two stages, from dense captions to sparse ones.
 
 The public names below are loaded when they are first used, so that `import d2svse` and
-`d2svse --help` stay fast: neither torch nor transformers is imported before it is needed.
+`d2svse --help` stay fast: neither torch nor transformers is imported before it is needed. Once
+transformers' Auto classes are imported, before or after d2svse, they know the model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from d2svse.registration import register_when_transformers_is_loaded
 from d2svse.version import __version__
 
 _PUBLIC_NAMES = {
@@ -60,3 +62,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
     return sorted(set(globals()) | set(__all__))
+
+
+register_when_transformers_is_loaded()

@@ -31,7 +31,9 @@ class Features:
         if self.pooled.ndim != 2:
             raise ValueError(f"pooled must be (batch, embed_dim), got {tuple(self.pooled.shape)}")
         if self.tokens is not None and (
-            self.tokens.ndim != 3 or self.tokens.shape[0] != len(self) or self.tokens.shape[2] != self.pooled.shape[1]
+            self.tokens.ndim != 3
+            or self.tokens.shape[0] != self.pooled.shape[0]  # len() would be a constant in torch.export
+            or self.tokens.shape[2] != self.pooled.shape[1]
         ):
             expected = f"({len(self)}, length, {self.pooled.shape[1]})"
             raise ValueError(f"tokens must be {expected} to go with pooled, got {tuple(self.tokens.shape)}")

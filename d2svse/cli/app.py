@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli import caption, convert, data, demo, encode, evaluate, index, push, search, train
+from d2svse.cli import caption, convert, data, demo, encode, evaluate, export, index, push, search, train
 from d2svse.version import __version__
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("encode")(encode.encode)
+app.command("export")(export.export)
 app.add_typer(index.app, name="index")
 app.command("search")(search.search)
 app.command("demo")(demo.demo)

@@ -1,6 +1,12 @@
 """The model, its configuration and its processor; importing this registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextDecoder
@@ -12,6 +18,7 @@ from d2svse.models.processing import D2SVSEProcessor
 
 AutoConfig.register("d2svse", D2SVSEConfig, exist_ok=True)
 AutoModel.register(D2SVSEConfig, D2SVSE, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(D2SVSEConfig, D2SVSE, exist_ok=True)
 AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)
 AutoProcessor.register(D2SVSEConfig, D2SVSEProcessor, exist_ok=True)
 

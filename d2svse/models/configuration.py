@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +10,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
+
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
 FUSIONS = ("sum", "published")
 
 
 @strict
-class D2SVSEConfig(PreTrainedConfig):
+class D2SVSEConfig(Shimmed, PreTrainedConfig):
     """Configuration of a `D2SVSE` model.
 
     Args:
@@ -40,6 +43,7 @@ class D2SVSEConfig(PreTrainedConfig):
     """
 
     model_type = "d2svse"
+    attribute_map = {"projection_dim": "embed_dim"}  # noqa: RUF012 - the name that CLIP gave it, for other libraries
     sub_configs_defaults = {  # noqa: RUF012 - read as a class attribute by transformers
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
@@ -75,6 +79,13 @@ class D2SVSEConfig(PreTrainedConfig):
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save `config.json`, and the file by which it is loaded without d2svse imported."""
+        self.auto_map = dict(MODEL_MAP)
+        os.makedirs(save_directory, exist_ok=True)
+        write_shim(save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def check_names(cls, options: Iterable[str]) -> None:

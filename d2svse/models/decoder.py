@@ -154,7 +154,7 @@ class ContextAttention(nn.Module):
         Returns:
             `(batch, embed_dim)`: the mean over the learnable tokens.
         """
-        tokens = self.tokens.to(words.dtype).expand(len(words), -1, -1)
+        tokens = self.tokens.to(words.dtype).expand(words.shape[0], -1, -1)
         hidden = ~mask if mask is not None and self.mask_padding else None
         attended, _ = self.attention(tokens, words, words, key_padding_mask=hidden, need_weights=False)
         return at_least_float32(tokens + attended).mean(1)

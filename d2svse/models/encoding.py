@@ -218,6 +218,27 @@ class EncodingMixin:
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 
+    def image_vectors(self, pixel_values: Tensor) -> Tensor:
+        """Encode prepared images to what a vector engine stores, `(batch, embed_dim)` float32; see `vectors`."""
+        model: Any = self
+        return self.vectors("image", model.image_encoder(pixel_values.to(model.dtype)).pooled)
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode tokenized sentences to what stored images are searched by; see `vectors`."""
+        model: Any = self
+        return self.vectors("text", model.fuse(model.text_encoder(input_ids, attention_mask)).pooled)
+
+    def vectors(self, side: Literal["image", "text"], pooled: Tensor) -> Tensor:
+        """Turn pooled vectors `(n, embed_dim)` into those that other libraries compare, in float32.
+
+        Where the similarity folds (cosine, GSSF), the inner product of the two sides is the
+        similarity. Where it compares tokens, these are the pooled vectors, L2-normalised.
+        """
+        model: Any = self
+        if model.similarity_fn.foldable:
+            return model.similarity_fn.fold(side, pooled)
+        return F.normalize(pooled.float(), dim=-1)
+
     def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
         if output not in get_args(Output):
             raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")

@@ -25,6 +25,7 @@ from d2svse.models.decoder import ContextAttention, ContextDecoder, build_contex
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
 from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
+from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.models.sharing import SharingMixin
 from d2svse.similarity import Similarity, build_similarity
@@ -58,7 +59,7 @@ class D2SVSEOutput(ModelOutput):
     text_features: Features | None = None
 
 
-class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc]  # its push_to_hub takes other options
+class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc]  # other options of push_to_hub
     """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
 
     Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
@@ -198,10 +199,11 @@ class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc
         return load_published(path, **options)
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save weights (safetensors), configuration and processor; arguments as in transformers.
+        """Save weights (safetensors), configuration, processor and what other libraries load it by.
 
-        With `push_to_hub` the folder is then pushed to `repo_id`, by default one of the folder's name; see
-        `d2svse.hub.push_folder` for `private`, `token`, `revision`, `commit_message` and `create_pr`.
+        Arguments are those of transformers. With `push_to_hub` the folder is then pushed to
+        `repo_id`, by default one of the folder's name; see `d2svse.hub.push_folder` for `private`,
+        `token`, `revision`, `commit_message` and `create_pr`.
         """
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -209,6 +211,7 @@ class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc
             return
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
+            write_sentence_transformers(save_directory, self.similarity_fn)
         if push_to_hub:
             from d2svse.hub import push_folder  # which needs this class
 
@@ -234,6 +237,7 @@ class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc
         return_loss: bool = False,
         return_logits: bool = True,
         text_groups: int = 1,
+        token_type_ids: Tensor | None = None,
     ) -> D2SVSEOutput:
         """Encode either side or both, and score all pairs.
 
@@ -248,10 +252,15 @@ class D2SVSE(EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc
             return_logits: score all pairs; training tasks leave it out and score by themselves.
             text_groups: encode sentences in so many groups of like length, so that less padding is
                 computed; the result is the same.
+            token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
+                no second part.
 
         Raises:
-            ValueError: if neither side is given, an image twice, or a loss is asked of one side.
+            ValueError: if neither side is given, an image twice, a loss is asked of one side, or a
+                sentence has a second part.
         """
+        if token_type_ids is not None and token_type_ids.any():
+            raise ValueError("token_type_ids mark a second sentence; give one sentence a row")
         if pixel_values is not None and image_tokens is not None:
             raise ValueError("give pixel_values or image_tokens, not both")
         if pixel_values is None and image_tokens is None and input_ids is None:

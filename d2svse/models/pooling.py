@@ -46,7 +46,7 @@ class GeneralizedPooling(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             values = at_least_float32(tokens.transpose(1, 2))
             if mask is None:
-                return sort_descending(values) @ self._coefficients([length])[0].to(values)
+                return sort_descending(values) @ self.coefficients([length])[0].to(values)
             counts = mask.sum(1)
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
@@ -56,14 +56,14 @@ class GeneralizedPooling(nn.Module):
             values = sort_descending(values)[..., : lengths[-1]]
             real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
             values = values.masked_fill(~real[:, None, :], 0)
-            return (values @ self._coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
+            return (values @ self.coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
         """Set the training mode, and forget the coefficients that were kept."""
         self._kept = {}
         return super().train(mode)
 
-    def _coefficients(self, lengths: list[int]) -> Tensor:
+    def coefficients(self, lengths: list[int]) -> Tensor:
         """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             self._kept = {}  # fused optimizers change weights without raising their version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
 from d2svse.images import ImageSource, load_image
+from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 
 DEFAULT_MAX_LENGTH = 512
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -21,7 +22,7 @@ PROCESSOR_FILE = "processor_config.json"
 WITHOUT_TOKENIZER = "without_tokenizer"
 
 
-class D2SVSEProcessor(ProcessorMixin):
+class D2SVSEProcessor(Shimmed, ProcessorMixin):
     """An image processor and a tokenizer in one.
 
     Args:
@@ -69,16 +70,20 @@ class D2SVSEProcessor(ProcessorMixin):
         return parts
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the parts and `processor_config.json`; arguments as in transformers."""
+        """Save the parts and `processor_config.json`, and the file by which it is loaded without d2svse imported.
+
+        Arguments are those of transformers.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_shim(save_directory)
         if self.tokenizer is not None:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(save_directory) / PROCESSOR_FILE)
         return [str(Path(save_directory) / PROCESSOR_FILE)]
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; says also if there is no tokenizer."""
-        values = super().to_dict()
+        values = {**super().to_dict(), "auto_map": dict(PROCESSOR_MAP)}
         if self.tokenizer is None:
             values.pop("tokenizer", None)
             values[WITHOUT_TOKENIZER] = True
@@ -93,7 +98,12 @@ class D2SVSEProcessor(ProcessorMixin):
         truncation: bool = True,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
-        **images_kwargs: Any,
+        text_kwargs: Mapping[str, Any] | None = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        audio_kwargs: Mapping[str, Any] | None = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
+        common_kwargs: Mapping[str, Any] | None = None,
+        **image_options: Any,
     ) -> BatchFeature:
         """Prepare a batch.
 
@@ -104,7 +114,12 @@ class D2SVSEProcessor(ProcessorMixin):
             truncation: cut what is longer than `max_length`.
             max_length: longest sentence in tokens; the processor's own without it.
             return_tensors: "pt", "np" or None for lists.
-            **images_kwargs: further options of the image processor.
+            text_kwargs: further options of the tokenizer.
+            images_kwargs: further options of the image processor.
+            audio_kwargs: there is no sound to use them for; other libraries give them to every processor.
+            videos_kwargs: the same.
+            common_kwargs: options of both, such as `return_tensors`.
+            **image_options: further options of the image processor, as in `images_kwargs`.
 
         Returns:
             `pixel_values (n_images, channels, height, width)`, `input_ids` and `attention_mask`
@@ -114,16 +129,16 @@ class D2SVSEProcessor(ProcessorMixin):
             ImageError: if a picture cannot be read.
             ValueError: if a sentence is empty or not a string, or nothing is given.
         """
+        common = {"return_tensors": return_tensors, **(common_kwargs or {})}
         data: dict[str, Any] = {}
         if images is not None:
-            data["pixel_values"] = self.pixel_values(images, return_tensors=return_tensors, **images_kwargs)
+            data["pixel_values"] = self.pixel_values(images, **common, **(images_kwargs or {}), **image_options)
         if text is not None:
             sentences = [text] if isinstance(text, str) else list(text)
             self._check_sentences(sentences)
-            limit = min(max_length or self.max_length, self.max_length)
-            data |= self.tokenizer(
-                sentences, padding=padding, truncation=truncation, max_length=limit, return_tensors=return_tensors
-            )
+            options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
+            options["max_length"] = min(options["max_length"] or self.max_length, self.max_length)
+            data |= self.tokenizer(sentences, **common, **options)
         if not data:
             raise ValueError("give images, text or both")
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})

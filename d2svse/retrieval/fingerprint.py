@@ -19,6 +19,7 @@ UNRELATED = frozenset(
         "_commit_hash",
         "_name_or_path",
         "architectures",
+        "auto_map",
         "dtype",
         "image_processor_type",
         "logit_scale_init_value",

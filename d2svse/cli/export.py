@@ -1,0 +1,32 @@
+"""`d2svse export`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2svse.cli.common import load_model
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Encode dense captions: without the context decoder.")] = False,
+) -> None:
+    """Write both encoders as ONNX, and the processor beside them."""
+    loaded = load_model(model)
+    from d2svse.export import export_onnx
+
+    logging.disable(logging.WARNING)  # the exporter tells of torchvision, of folded constants and of axes
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            export_onnx(loaded, output, dense)
+    finally:
+        logging.disable(logging.NOTSET)
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    typer.echo(f"{output}: image_encoder.onnx and text_encoder.onnx, {size:.1f} MB with the processor")

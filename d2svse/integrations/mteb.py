@@ -1,0 +1,143 @@
+"""MTEB: the model for its image-text tasks, and tasks from one's own data (the extra `[mteb]`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from d2svse.data import ImageTextDataset
+from d2svse.images import StoredImage
+from d2svse.version import __version__
+
+try:
+    from datasets import Dataset, Image
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ScoringFunction
+except ImportError as error:
+    raise ImportError(f"MTEB is not there ({error}): pip install 'd2svse[mteb]'") from None
+
+if TYPE_CHECKING:
+    from d2svse.models import D2SVSE
+
+Direction = Literal["t2i", "i2t"]
+SPLIT = "test"
+
+
+class MTEBModel(AbsEncoder):
+    """A model as MTEB's tasks call it: `mteb.evaluate(MTEBModel(model), task)`.
+
+    Vectors are those of `D2SVSE.image_vectors` and `text_vectors`, compared by inner product: the
+    model's own similarity where it folds (cosine, GSSF); of one that compares tokens the cosine of
+    the pooled vectors. MTEB's prompts are left out, as the model is trained without any.
+
+    Args:
+        model: the model, with its processor.
+        name: what the results are filed under, ORGANISATION/NAME.
+        revision: the same, of the weights.
+    """
+
+    def __init__(self, model: D2SVSE, name: str = "d2svse/local", revision: str = "local") -> None:
+        self.model = model
+        self.mteb_model_meta = ModelMeta(
+            loader=None,
+            name=name,
+            revision=revision,
+            release_date=None,
+            languages=None,
+            n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            memory_usage_mb=None,
+            max_tokens=None if model.processor is None else model.processor.max_length,
+            embed_dim=model.config.embed_dim,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch"],
+            similarity_fn_name=ScoringFunction.DOT_PRODUCT,
+            use_instructions=False,
+            training_datasets=None,
+            modalities=["image", "text"],
+        )
+
+    @torch.no_grad()
+    def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **kwargs: Any) -> Tensor:
+        """Encode the pictures or the sentences of a task.
+
+        Args:
+            inputs: batches with "image" or "text".
+            task_metadata: the task's.
+            hf_split: the split.
+            hf_subset: the subset.
+            **kwargs: MTEB's further settings, of which none is used: batches come from `inputs`.
+
+        Returns:
+            `(n, embed_dim)` float32 on the CPU.
+
+        Raises:
+            ValueError: if an item is a picture with a sentence, for which the model has no embedding.
+        """
+        parts = []
+        for batch in inputs:
+            if ("image" in batch) == ("text" in batch):
+                raise ValueError(f"{task_metadata.name}: an item must be a picture or a sentence, got {sorted(batch)}")
+            if "image" in batch:
+                found = self.model.encode_image(batch["image"], batch_size=len(batch["image"]), convert_to_tensor=True)
+            else:
+                found = self.model.encode_text(batch["text"], batch_size=len(batch["text"]), convert_to_tensor=True)
+            parts.append(self.model.vectors("image" if "image" in batch else "text", found).cpu())
+        return torch.cat(parts)
+
+
+class LocalRetrieval(AbsTaskRetrieval):
+    """Retrieval over one's own images and captions, as an MTEB task.
+
+    MTEB's `hit_rate_at_k` is what is called recall at k here and in the field.
+
+    Args:
+        dataset: the images, as files, and their captions.
+        direction: "t2i" to find the image of each caption, "i2t" any caption of each image.
+        name: what the results are filed under.
+
+    Raises:
+        ValueError: if a picture is not a file of its own, or the direction is unknown.
+    """
+
+    def __init__(self, dataset: ImageTextDataset, direction: Direction, name: str = "LocalRetrieval") -> None:
+        if direction not in ("t2i", "i2t"):
+            raise ValueError(f"direction must be 't2i' or 'i2t', got {direction!r}")
+        stored = [image for image in dataset.images if isinstance(image, StoredImage)]
+        if stored:
+            raise ValueError(f"{stored[0]}: MTEB reads pictures that are files; use a manifest of them")
+        self.metadata = TaskMetadata(
+            dataset={"path": dataset.source, "revision": __version__},
+            name=f"{name}-{direction}",
+            description=f"Retrieval over {dataset.source}",
+            type="Any2AnyRetrieval",
+            category=direction,
+            modalities=["image", "text"],
+            eval_splits=[SPLIT],
+            eval_langs=["eng-Latn"],
+            main_score="hit_rate_at_1",
+        )
+        super().__init__()
+        rows = [int(row) for row in dataset.image_of_caption]
+        images = Dataset.from_dict(
+            {"id": [f"image-{row}" for row in range(len(dataset))], "image": [str(image) for image in dataset.images]}
+        ).cast_column("image", Image())
+        texts = Dataset.from_dict({"id": [f"text-{n}" for n in range(len(rows))], "text": dataset.captions})
+        relevant: dict[str, dict[str, int]] = {}
+        for caption, row in enumerate(rows):
+            query, found = f"text-{caption}", f"image-{row}"
+            if direction == "i2t":
+                query, found = found, query
+            relevant.setdefault(query, {})[found] = 1
+        queries, corpus = (texts, images) if direction == "t2i" else (images, texts)
+        split = RetrievalSplitData(queries=queries, corpus=corpus, relevant_docs=relevant, top_ranked=None)
+        self.dataset = {"default": {SPLIT: split}}
+        self.data_loaded = True

@@ -1,0 +1,66 @@
+"""What a saved model leaves in its folder for the libraries that load it beside this one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from d2svse.files import write_json, write_text
+from d2svse.similarity import Similarity
+from d2svse.similarity.cosine import Cosine
+
+SHIM = "modeling_d2svse"  # a Python file, which transformers copies and runs with trust_remote_code=True
+SHIM_CODE = "from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor\n"
+MODEL_MAP = {
+    "AutoConfig": f"{SHIM}.D2SVSEConfig",
+    "AutoModel": f"{SHIM}.D2SVSE",
+    "AutoModelForZeroShotImageClassification": f"{SHIM}.D2SVSE",
+}
+PROCESSOR_MAP = {"AutoProcessor": f"{SHIM}.D2SVSEProcessor"}
+
+SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+class Shimmed:
+    """A class that transformers' Auto classes find through the file that is saved beside it."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: transformers would save the class's source file, where a line that imports it does."""
+
+
+def write_shim(folder: str | os.PathLike[str]) -> None:
+    """Write the line by which transformers finds the classes where nobody has imported d2svse."""
+    write_text(Path(folder) / f"{SHIM}.py", SHIM_CODE)
+
+
+def write_sentence_transformers(folder: str | os.PathLike[str], similarity: Similarity) -> None:
+    """Write what `SentenceTransformer(folder)` reads, version 5.4 and later.
+
+    Its own module loads the model and calls `image_vectors` and `text_vectors`. Vectors of a
+    similarity that folds are compared by inner product, others by cosine.
+    """
+    names = dict(zip(("modules", "module", "model"), SENTENCE_TRANSFORMERS_FILES, strict=True))
+    module = "sentence_transformers.base.modules.transformer.Transformer"
+    sides = {side: {"method": f"{side}_vectors", "method_output_name": None} for side in ("image", "text")}
+    product = similarity.foldable and not isinstance(similarity, Cosine)
+    write_json(Path(folder) / names["modules"], [{"idx": 0, "name": "0", "path": "", "type": module}])
+    write_json(
+        Path(folder) / names["module"],
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": sides,
+            "module_output_name": "sentence_embedding",
+            "unpad_inputs": False,
+        },
+    )
+    write_json(
+        Path(folder) / names["model"],
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "dot" if product else "cosine",
+        },
+    )

@@ -1,0 +1,61 @@
+import importlib
+import sys
+
+import pytest
+import torch
+
+from d2svse import ImageTextDataset
+from d2svse.retrieval import evaluate
+
+mteb = pytest.importorskip("mteb", reason="the extra [mteb]")
+
+
+@pytest.fixture(scope="module")
+def dataset(train_dataset):
+    """Images of which no two share a caption, as a tie counts against the model here and not there."""
+    seen: set[str] = set()
+    records = []
+    for record in train_dataset.records:
+        if not seen & set(record.captions) and len(set(record.captions)) == len(record.captions):
+            seen |= set(record.captions)
+            records.append(record)
+    assert len(records) >= 12
+    return ImageTextDataset(records)
+
+
+@pytest.mark.parametrize("similarity", [None, {"name": "gssf-dense"}], ids=["cosine", "gssf"])
+def test_a_task_on_local_data_gives_our_recalls(similarity, make_model, dataset):
+    from d2svse.integrations.mteb import LocalRetrieval, MTEBModel
+
+    model = make_model(similarity=similarity, context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
+    if similarity:
+        torch.nn.init.normal_(model.similarity_fn.metric.weight)
+    ours = evaluate(model, dataset)
+    for direction in ("t2i", "i2t"):
+        task = LocalRetrieval(dataset, direction)
+        result = mteb.evaluate(MTEBModel(model), task, cache=None, show_progress_bar=False, co2_tracker=False)
+        scores = result.task_results[0].scores["test"][0]
+        for k in (1, 5, 10):
+            assert scores[f"hit_rate_at_{k}"] == pytest.approx(ours[f"{direction}_recall_at_{k}"], abs=1e-5)
+        assert scores["main_score"] == scores["hit_rate_at_1"]
+    assert 0 < ours["i2t_recall_at_10"] < 1
+
+
+def test_bad_input(dataset, model):
+    from d2svse.integrations.mteb import LocalRetrieval, MTEBModel
+
+    with pytest.raises(ValueError, match="direction must be"):
+        LocalRetrieval(dataset, "image")
+    task = LocalRetrieval(dataset, "t2i")
+    with pytest.raises(ValueError, match="LocalRetrieval-t2i: an item must be a picture or a sentence"):
+        MTEBModel(model).encode(
+            [{"image": [], "text": []}], task_metadata=task.metadata, hf_split="test", hf_subset="default"
+        )
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    import d2svse.integrations.mteb as module
+
+    monkeypatch.setitem(sys.modules, "mteb.abstasks", None)
+    with pytest.raises(ImportError, match=r"pip install 'd2svse\[mteb\]'"):
+        importlib.reload(module)

@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, ConvNextConfig, RobertaConfig, SwinConfig, ViTConfig
+
+from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.export import TabledPooling, export_onnx, export_programs
+from d2svse.models.pooling import GeneralizedPooling
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+VISION = {
+    "vit": ViTConfig(**SMALL, image_size=32, patch_size=8),
+    "swin": SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=32, patch_size=4),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
+}
+DECODER = {"num_tokens": 4, "num_layers": 2, "num_heads": 2}
+GSSF = {"name": "gssf-dense"}
+TEXTS = ["a red circle", "a small green star at the top left and something blue at the middle", "a ring"]
+
+
+@pytest.fixture
+def make(processor):
+    def make(vision="vit", text="bert", **options) -> D2SVSE:
+        torch.manual_seed(0)
+        vocabulary = len(processor.tokenizer)
+        texts = {
+            "bert": BertConfig(**SMALL, vocab_size=vocabulary, max_position_embeddings=96),
+            "roberta": RobertaConfig(**SMALL, vocab_size=vocabulary, pad_token_id=1, max_position_embeddings=98),
+        }
+        configs = {"vision_config": VISION[vision].to_dict(), "text_config": texts[text].to_dict()}
+        model = D2SVSE(D2SVSEConfig(**configs, **{"embed_dim": 24, **options})).eval()
+        if options.get("similarity"):
+            torch.nn.init.normal_(model.similarity_fn.metric.weight)
+        model.processor = D2SVSEProcessor(processor.image_processor, processor.tokenizer, max_length=40)
+        return model
+
+    return make
+
+
+def expected_of(model, images, texts, dense):
+    """Embeddings and tokens by the library, folded where the similarity folds."""
+    features = model.encode_image(images, output="features"), model.encode_text(texts, output="features", dense=dense)
+    with torch.no_grad():
+        vectors = [model.vectors(side, part.pooled) for side, part in zip(("image", "text"), features, strict=True)]
+    return vectors, features
+
+
+def check(run, model, images, texts, dense):
+    """Compare what `run(name, inputs)` gives for batches of several sizes and lengths with the library."""
+    for count in (1, 2, len(texts)):
+        vectors, features = expected_of(model, images[:count], texts[:count], dense)
+        batch = model.processor(images=images[:count], text=texts[:count])
+        inputs = {"image_encoder": ["pixel_values"], "text_encoder": ["input_ids", "attention_mask"]}
+        for name, expected, part in zip(inputs, vectors, features, strict=True):
+            embeddings, tokens = run(name, {key: batch[key] for key in inputs[name]})
+            np.testing.assert_allclose(embeddings, expected, atol=1e-4)
+            real = part.real_tokens().numpy()
+            np.testing.assert_allclose(np.asarray(tokens)[real], part.tokens.numpy()[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_tabled_pooling_is_generalized_pooling(length):
+    torch.manual_seed(0)
+    pooling = GeneralizedPooling()
+    tokens = torch.randn(4, length, 6)
+    mask = torch.arange(length) < torch.tensor([length, 1, max(1, length // 2), length])[:, None]
+    with torch.no_grad():
+        tabled = TabledPooling(pooling, range(1, 12))
+        torch.testing.assert_close(tabled(tokens, mask), pooling(tokens, mask), atol=1e-6, rtol=0)
+        fixed = TabledPooling(pooling, range(length, length + 1))
+        torch.testing.assert_close(fixed(tokens), pooling(tokens), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "dense", "options"),
+    [
+        ("vit", "bert", False, {"context_decoder": DECODER}),
+        ("swin", "roberta", False, {"context_decoder": {**DECODER, "pooling": "gpo", "positions": False}}),
+        ("convnext", "bert", True, {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}),
+    ],
+    ids=["vit-bert-decoder", "swin-roberta-gpo-decoder", "convnext-dense-gssf"],
+)
+def test_onnx_of_the_command_gives_what_the_model_gives(vision, text, dense, options, make, val_dataset, run, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+    import onnxruntime
+
+    model = make(vision, text, **options)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "image_encoder.onnx").write_bytes(b"of an earlier export")
+    code, out, err = run("export", tmp_path / "model", "-o", tmp_path / "onnx", *["--dense"] * dense)
+    assert (code, err) == (0, "")
+    assert "image_encoder.onnx and text_encoder.onnx" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "onnx"]
+    sessions = {
+        name: onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx")
+        for name in ("image_encoder", "text_encoder")
+    }
+
+    def session_run(name, inputs):
+        return sessions[name].run(["embeddings", "tokens"], {key: value.numpy() for key, value in inputs.items()})
+
+    check(session_run, model, val_dataset.images[:3], TEXTS, dense)
+    assert [part.shape for part in sessions["text_encoder"].get_inputs()] == [["batch", "length"]] * 2
+    again = D2SVSEProcessor.from_pretrained(tmp_path / "onnx")
+    np.testing.assert_array_equal(again(text=TEXTS)["input_ids"], model.processor(text=TEXTS)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context_decoder": DECODER},
+        {"context_decoder": {"kind": "attention", "num_tokens": 4, "num_heads": 2}, "text_projection": "residual_mlp"},
+    ],
+    ids=["decoder", "attention"],
+)
+def test_torch_export_gives_what_the_model_gives_and_leaves_it_as_it_was(options, make, val_dataset):
+    model = make(**options).train()
+    before = [type(module) for module in model.modules()]
+    config = model.config.to_dict()
+    implementation = model.text_encoder.backbone.config._attn_implementation
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    programs = export_programs(model)
+    assert model.training
+    assert [type(module) for module in model.modules()] == before
+    assert model.config.to_dict() == config
+    assert model.text_encoder.backbone.config._attn_implementation == implementation == "sdpa"
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    modules = {name: program.module() for name, program in programs.items()}
+
+    def run(name, inputs):
+        with torch.no_grad():
+            return modules[name](*inputs.values())
+
+    check(run, model.eval(), val_dataset.images[:3], TEXTS, dense=False)
+
+
+def test_a_sentence_as_long_as_the_decoder_allows(make, val_dataset):
+    model = make(context_decoder={**DECODER, "max_positions": 24})
+    program = export_programs(model)["text_encoder"].module()
+    ids = torch.randint(5, 20, (2, 20))
+    with torch.no_grad():
+        found = program(ids, torch.ones_like(ids))[0]
+        torch.testing.assert_close(found, model.text_vectors(ids, torch.ones_like(ids)), atol=1e-5, rtol=0)
+        with pytest.raises(Exception, match="20"):
+            program(torch.ones(2, 21, dtype=torch.long), torch.ones(2, 21, dtype=torch.long))
+
+
+def test_a_missing_package_names_the_extra_and_another_folder_is_not_touched(make, run, tmp_path, monkeypatch):
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").touch()
+    for folder in ("mine", "model"):
+        code, _, err = run("export", tmp_path / "model", "-o", tmp_path / folder)
+        assert code == 2
+        assert f"{folder}: a folder that holds no image_encoder.onnx" in err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'd2svse\[onnx\]'"):
+        export_onnx(model, tmp_path / "onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+    model.processor = None
+    with pytest.raises(ValueError, match="has no processor"):
+        export_programs(model)
