@@ -6,6 +6,7 @@ another order.
 
     python benchmarks/processes.py
     python benchmarks/processes.py --processes 1 --threads 1
+    python benchmarks/processes.py --float64
 """
 
 import argparse
@@ -23,7 +24,7 @@ SEED = 42
 COLUMNS = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["rsum"]
 
 
-def prepare(folder: Path, num_train: int, num_test: int, dropout: float) -> None:
+def prepare(folder: Path, num_train: int, num_test: int, dropout: float, float64: bool) -> None:
     """Draw the demo's scenes and save its model before training."""
     manifest = write_scenes(folder / "scenes", "train", num_train, seed=SEED, size=IMAGE_SIZE)
     write_scenes(folder / "scenes", "val", num_test, seed=SEED, first=num_train, size=IMAGE_SIZE)
@@ -31,7 +32,7 @@ def prepare(folder: Path, num_train: int, num_test: int, dropout: float) -> None
     model = build_model([text for record in records for text in (*record.captions, record.dense or "")], SEED)
     text_config = model.config.text_config
     text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = dropout
-    model.save_pretrained(folder / "start")
+    (model.double() if float64 else model).save_pretrained(folder / "start")
 
 
 def train(folder: Path, processes: int, epochs: tuple[float, float], threads: int) -> dict[str, dict[str, float]]:
@@ -56,11 +57,12 @@ def main() -> None:
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
     parser.add_argument("--dropout", type=float, default=0.0, help="of the text backbone; 0.1 in the demo")
+    parser.add_argument("--float64", action="store_true", help="weights in float64, where rounding hardly grows")
     parser.add_argument("--epochs", type=float, nargs=2, default=[PRETRAIN_EPOCHS, DISTILL_EPOCHS])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, args.num_train, args.num_test, args.dropout)
+        prepare(folder, args.num_train, args.num_test, args.dropout, args.float64)
         cores = os.cpu_count() or 1
         results = {
             count: train(folder, count, args.epochs, args.threads or max(1, cores // count)) for count in args.processes

@@ -67,7 +67,7 @@ class ImageEncoder(nn.Module):
         arguments: dict[str, Any] = {}
         if self._interpolates and list(pixel_values.shape[-2:]) != image_size(self.backbone.config):
             arguments["interpolate_pos_encoding"] = True
-        hidden = self.backbone(pixel_values=pixel_values, **arguments).last_hidden_state
+        hidden = self.backbone(pixel_values=pixel_values.to(self.backbone.dtype), **arguments).last_hidden_state
         return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
     @torch.no_grad()
