@@ -29,7 +29,7 @@ def faster_linear(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def has_slow_blas() -> bool:
-    """Whether PyTorch multiplies float32 matrices by MKL on an AMD CPU with AVX-512, where oneDNN is faster (docs/benchmarks.md)."""
+    """Whether PyTorch multiplies by MKL on an AMD CPU with AVX-512, where oneDNN is faster (docs/benchmarks.md)."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if platform.machine() != "x86_64" or not CPU_INFO.is_file() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
