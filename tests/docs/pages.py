@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -60,7 +61,7 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 
 def run_bash(block: Block, addresses: Mapping[str, str]) -> None:
     """Run the commands of a block: those of d2svse in this process, others by bash."""
-    code = block.code
+    code = block.code.replace("$PWD", os.getcwd())
     for written, real in addresses.items():
         code = code.replace(written, real)
     for command in code.replace("\\\n", " ").splitlines():

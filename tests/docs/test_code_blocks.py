@@ -2,8 +2,8 @@
 
 `<!-- not run: REASON -->` leaves a block out; `<!-- needs: PACKAGE, ... -->` leaves it out where a package is
 missing. A page's blocks run in order in a copy of one folder, and share their Python names. In that folder small
-data and models stand under the names of the pages; presets train for one epoch, the demo is small, and servers of the
-tests answer for http://localhost:8000/v1 and for the Hub.
+data and models stand under the names of the pages; presets train a small decoder for one epoch, the demo is small, and servers
+of the tests answer for http://localhost:8000/v1 and for the Hub.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ PAGES = [page for page in find_pages() if read_blocks(page)] if (ROOT / "docs").
 def small(monkeypatch):
     """Little work, and nothing that stays in this process."""
     for preset in PRESETS.values():
-        monkeypatch.setitem(preset, "num_train_epochs", 1)
+        for name, value in (("num_train_epochs", 1), ("decoder_layers", 1), ("num_context_tokens", 4)):
+            monkeypatch.setitem(preset, name, value)
     sizes = {"num_train": 32, "num_test": 8, "pretrain_epochs": 1, "distill_epochs": 1, "show_progress_bar": False}
     monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
     monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))

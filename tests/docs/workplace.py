@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 from PIL import Image
 from published_files import save_golden
 from tiny_llava import save_tiny_llava
+from transformers import LlavaForConditionalGeneration
 
 from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_scenes
@@ -23,33 +25,45 @@ def fill(folder: Path, backbones: Path) -> None:
     """Fill a folder, which is the current one."""
     shutil.copytree(backbones / "vision", folder / "google/vit-base-patch16-224")
     shutil.copytree(backbones / "text", folder / "google-bert/bert-base-uncased")
-    save_tiny_llava(folder / "llava-hf/llava-1.5-13b-hf")
-    write_scenes(folder, "train", 24, size=SIZE)
+    _save_llava(folder / "llava-hf/llava-1.5-13b-hf")
+    train = read_manifest(write_scenes(folder, "train", 24, size=SIZE))
     records = read_manifest(write_scenes(folder, "val", 8, first=24, size=SIZE))
     shutil.copy(folder / "val.jsonl", folder / "dev.jsonl")
     write_scenes(folder / "d2svse-demo/scenes", "val", 1, first=4000, size=SIZE)
     write_scenes(folder / "d2svse-demo/scenes", "test", 8, first=4200, size=SIZE)
     (folder / "captions.txt").write_text("".join(f"{sentence}\n" for sentence in SENTENCES))
-    _write_photos(folder, records)
+    dense = [{"image": str(record.image.relative_to(folder)), "dense": record.dense} for record in [*train, *records]]
+    (folder / "dense.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dense))
+    _write_photos(folder, train)
     _write_benchmarks(folder, records)
     save_golden(folder, "vit_distill").rename(folder / "f30k_vit.pth")
     _train(folder)
 
 
+def _save_llava(folder: Path) -> None:
+    """A tiny LLaVA for which all words are alike, so that it hardly repeats itself."""
+    model = LlavaForConditionalGeneration.from_pretrained(save_tiny_llava(folder))
+    model.lm_head.weight.data.zero_()
+    model.generation_config.suppress_tokens = [model.config.image_token_index]
+    model.save_pretrained(folder)
+
+
 def _write_photos(folder: Path, records: Sequence[Record]) -> None:
-    for name in ("photos", "flickr30k-images", "coco"):
-        (folder / name).mkdir()
-    for row, record in enumerate(records):
+    (folder / "photos").mkdir()
+    for record, letter in zip(records, ascii_lowercase, strict=False):
         with Image.open(record.image) as picture:
-            picture.save(folder / "photos" / f"{'abcdefgh'[row]}.jpg")
-            for name in ("flickr30k-images", "coco"):
-                picture.save(folder / name / f"{row}.jpg")
-    for name in ("a", "b", "square"):
-        shutil.copy(folder / "photos" / f"{name[0] if name != 'square' else 'c'}.jpg", folder / f"{name}.jpg")
+            picture.save(folder / "photos" / f"{letter}.jpg")
+    for letter, name in (("a", "a"), ("b", "b"), ("c", "square")):
+        shutil.copy(folder / "photos" / f"{letter}.jpg", folder / f"{name}.jpg")
 
 
 def _write_benchmarks(folder: Path, records: Sequence[Record]) -> None:
     """Flickr30K and MS-COCO in the published layout, and Karpathy's JSON."""
+    for name in ("flickr30k-images", "coco"):
+        (folder / name).mkdir()
+        for row, record in enumerate(records):
+            with Image.open(record.image) as picture:
+                picture.save(folder / name / f"{row}.jpg")
     for name in ("f30k", "coco"):
         data = folder / "data" / name
         data.mkdir(parents=True)
