@@ -2,8 +2,8 @@
 
     python benchmarks/caption_information.py --images docs/images
 
-What there is to know of a scene is the colour, shape, size and place of each of its shapes, and the background. Prints a
-Markdown table of the share that captions tell.
+What there is to know of a scene is the colour, shape, size and place of each of its shapes, and the background. Prints
+a Markdown table of the share that captions tell.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def draw_captions(scene: Scene) -> str:
     file = io.BytesIO()
     scene.draw(192).save(file, "PNG", optimize=True)
     picture = base64.b64encode(file.getvalue()).decode()
-    lines = [("bold", "dense"), *(("normal", line) for line in textwrap.wrap(scene.dense_caption, 62))]
+    lines = [("bold", "dense"), *(("normal", line) for line in textwrap.wrap(scene.dense_caption, 72))]
     lines += [("bold", "sparse"), *(("normal", caption) for caption in scene.sparse_captions)]
     parts = [f'<image x="16" y="16" width="192" height="192" href="data:image/png;base64,{picture}"/>']
     for row, (weight, line) in enumerate(lines):
         y = 32 + 20 * row + (8 if row > lines.index(("bold", "sparse")) - 1 else 0)
         parts.append(f'<text x="228" y="{y}" font-weight="{weight}">{escape(line)}</text>')
-    return _page(680, 64 + 20 * len(lines), parts)
+    return _page(800, 40 + 20 * len(lines), parts)
 
 
 def draw_bars(shares: dict[str, float]) -> str:

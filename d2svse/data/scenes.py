@@ -93,7 +93,7 @@ class Scene:
         return tuple(captions[i] for i in rng.permutation(len(captions)))
 
     def tell(self, a: Item, b: Item) -> tuple[str, ...]:
-        """What each of the five forms of a sparse caption says of two of the shapes; the fourth says it of `a` alone."""
+        """What each of the five forms of a sparse caption says of two shapes; the fourth tells of `a` alone."""
         background = f"on {_a(self.background)} background"
         return (
             f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape} {background}",

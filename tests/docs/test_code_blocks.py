@@ -2,8 +2,8 @@
 
 `<!-- not run: REASON -->` leaves a block out; `<!-- needs: PACKAGE, ... -->` leaves it out where a package is
 missing. A page's blocks run in order in a copy of one folder, and share their Python names. In that folder small
-data and models stand under the names of the pages; presets train a small decoder for one epoch, the demo is small, and servers
-of the tests answer for http://localhost:8000/v1 and for the Hub.
+data and models stand under the names of the pages; presets train a small decoder for one epoch, the demo is small, and
+servers of the tests answer for http://localhost:8000/v1 and for the Hub.
 """
 
 from __future__ import annotations
