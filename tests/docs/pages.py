@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from d2svse.cli.app import main
+from d2svse.cli.app import app, main
 
 ROOT = Path(__file__).parents[2]
 MARK = r"<!-- (?P<kind>not run|needs): (?P<what>[^\n]+) -->\n"
@@ -59,15 +60,35 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     exec(compile(block.code, block.place, "exec"), names)
 
 
+def read_commands(code: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands of a bash block, a line each, and their words."""
+    for command in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(command, comments=True)
+        if words:
+            yield command, words
+
+
+def check_spelling(block: Block) -> None:
+    """Check of a bash block that is not run that its commands of d2svse parse, and its scripts have the options."""
+    for _, words in read_commands(block.code):
+        if words[0] == "python":
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            unknown = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in script]
+            assert not unknown, f"{block.place}: {words[1]} has no {unknown[0]}"
+        elif "d2svse" in words and not OF_THE_SHELL.intersection(words):
+            command: Any = typer.main.get_command(app)
+            rest = words[words.index("d2svse") + 1 :]
+            while hasattr(command, "commands"):
+                command, rest = command.commands[rest[0]], rest[1:]
+            command.make_context(block.place, rest)  # raises where an option is unknown
+
+
 def run_bash(block: Block, addresses: Mapping[str, str]) -> None:
     """Run the commands of a block: those of d2svse in this process, others by bash."""
     code = block.code.replace("$PWD", os.getcwd())
     for written, real in addresses.items():
         code = code.replace(written, real)
-    for command in code.replace("\\\n", " ").splitlines():
-        words = shlex.split(command, comments=True)
-        if not words:
-            continue
+    for command, words in read_commands(code):
         if words[0] == "d2svse":
             assert not OF_THE_SHELL.intersection(words), f"{block.place}: {command} needs a shell"
             with pytest.raises(SystemExit) as stop:

@@ -14,7 +14,7 @@ import os
 import shutil
 
 import pytest
-from pages import FENCE, ROOT, find_pages, read_blocks, run_bash, run_python
+from pages import FENCE, ROOT, check_spelling, find_pages, read_blocks, run_bash, run_python
 
 import d2svse.demo
 from d2svse.hub import push_folder
@@ -86,6 +86,13 @@ def test_the_blocks_of_a_page_run(page, workplace, small, tmp_path, monkeypatch,
             run_bash(block, addresses)
     if missing:
         pytest.skip(f"all blocks ran but those that need {', '.join(sorted(missing))}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_that_are_not_run_are_spelled_right(page):
+    for block in read_blocks(page):
+        if block.not_run and block.language == "bash":
+            check_spelling(block)
 
 
 @pytest.mark.parametrize("page", find_pages())
