@@ -89,16 +89,19 @@ class Scene:
         """Five captions that each tell a part."""
         rng = np.random.default_rng([self.seed, self.number, 2])
         pairs = [[self.items[i] for i in rng.choice(len(self.items), 2, replace=False)] for _ in range(5)]
-        (a, b), (c, d), (e, f), (g, _), (h, i) = pairs
-        background = f"on {_a(self.background)} background"
-        captions = (
-            f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape} {background}",
-            f"{_a(c.color)} {c.shape} {_relation(c, d)} {_a(d.color)} {d.shape}",
-            f"{_a(e.color)} {e.shape} at the {e.place} and {_a(f.color)} {f.shape} at the {f.place}",
-            f"{_a(g.size)} {g.color} {g.shape} at the {g.place} {background}",
-            f"{_a(h.color)} {h.shape} at the {h.place} and something {i.color} at the {i.place}",
-        )
+        captions = [self.tell(a, b)[form] for form, (a, b) in enumerate(pairs)]
         return tuple(captions[i] for i in rng.permutation(len(captions)))
+
+    def tell(self, a: Item, b: Item) -> tuple[str, ...]:
+        """What each of the five forms of a sparse caption says of two shapes; the fourth tells of `a` alone."""
+        background = f"on {_a(self.background)} background"
+        return (
+            f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape} {background}",
+            f"{_a(a.color)} {a.shape} {_relation(a, b)} {_a(b.color)} {b.shape}",
+            f"{_a(a.color)} {a.shape} at the {a.place} and {_a(b.color)} {b.shape} at the {b.place}",
+            f"{_a(a.size)} {a.color} {a.shape} at the {a.place} {background}",
+            f"{_a(a.color)} {a.shape} at the {a.place} and something {b.color} at the {b.place}",
+        )
 
 
 def make_scene(seed: int, number: int) -> Scene:

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from huggingface_hub import constants
+from hub_server import LoopbackHub, use_hub
 from published_files import GOLDEN_MODELS, save_golden
-from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
@@ -27,15 +25,7 @@ def golden_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     """A loopback Hub that this process reaches, with an empty cache and the token of the user `ann`."""
     server = LoopbackHub({TOKEN: ("ann", "lab"), OTHER_TOKEN: ("bob",)})
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at its first use, for the endpoint of then
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    use_hub(monkeypatch, server.url, TOKEN, tmp_path / "cache")
     yield server
     server.shutdown()
     server.server_close()

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("captioning", "hub")]  # whose helpers are used here
+
+
+@pytest.fixture(scope="session")
+def workplace(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of which every page gets a copy."""
+    from workplace import fill
+
+    folder = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fill(folder, backbones)
+    return folder
