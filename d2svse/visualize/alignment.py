@@ -165,7 +165,8 @@ def _attention(
             notes = [f"class token {_percent(special[0])}"] if len(special) else []
         panels.append(Panel(text, patches, _joined(notes)))
     if isinstance(similarity, CrossAttentionT2I):
-        title, unit, remarks = "SCAN: the patches that each word attends to", "share of the word's attention", ()
+        title, unit = "SCAN: the patches that each word attends to", "share of the word's attention"
+        remarks: tuple[str, ...] = ()
     else:
         title, unit = "SCAN: how much each patch attends to each word", "share of the patch's attention"
         remarks = _special_words(attention.sum(0), words, "the patches' attention")
@@ -214,7 +215,7 @@ def _patch_scores(similarity: Similarity, images: Features, texts: Features, gri
     special, patches = grid.split(scores)
     notes = [f"class token {special[0]:.2f}"] if len(special) else []
     kind = type(similarity).__name__
-    title = f"{kind} of each projected patch alone with the whole sentence: the model compares pooled vectors"
+    title = f"{kind} of each projected patch alone with the whole sentence (pooled vectors have no alignment)"
     panel = Panel("the whole sentence", patches, _joined(notes))
     return [MapSet(title, "score of patch and sentence", (panel,), shares=False)]
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from d2svse.models import D2SVSE
 from d2svse.visualize.figures import MEDIUM, RIGHT, SMALL, WRONG, new_figure, plain
 
-LINE = 58  # characters
-LINE_HEIGHT = 0.19  # inches
+LINE = 62  # characters
+LINE_HEIGHT, GAP = 0.137, 0.05  # inches
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def context_neighbours(
     ]
     heads = [textwrap.wrap(sentence, 120) for sentence in sentences]
     heights = [
-        LINE_HEIGHT * (len(head) + 2 + max(sum(map(len, column)) for column in both))
+        LINE_HEIGHT * (1.3 * len(head) + 2 + max(sum(map(len, column)) for column in both)) + GAP * (k + 3)
         for head, both in zip(heads, lines, strict=True)
     ]
     figure = new_figure(10, sum(heights) + 0.2)
@@ -98,13 +98,13 @@ def context_neighbours(
         axis.set_ylim(height, 0)
         axis.text(0, 0, va="top", fontsize=MEDIUM, weight="bold", **plain("\n".join(heads[n])))
         for x, name, side, column in zip((0, 0.5), ("without", "with"), sides, lines[n], strict=True):
-            top = LINE_HEIGHT * (len(heads[n]) + 0.2)
+            top = 1.3 * LINE_HEIGHT * len(heads[n]) + GAP
             rank = "" if side.ranks is None else f": its own dense sentence is at {side.ranks[n]} of {len(dense)}"
             axis.text(x, top, va="top", fontsize=SMALL, style="italic", **plain(f"{name} the decoder's tokens{rank}"))
-            top += LINE_HEIGHT
+            top += LINE_HEIGHT + GAP
             for row, cosine, parts in zip(side.rows[n], side.cosines[n], column, strict=True):
                 colour = RIGHT if own is not None and row == own[n] else WRONG
                 axis.text(x, top, va="top", fontsize=SMALL, color=colour, **plain(f"{cosine:.2f}"))
                 axis.text(x + 0.04, top, va="top", fontsize=SMALL, color=colour, **plain("\n".join(parts)))
-                top += LINE_HEIGHT * len(parts)
+                top += LINE_HEIGHT * len(parts) + GAP
     return figure

@@ -90,7 +90,7 @@ def draw_maps(
     small = picture.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     high = PANEL * min(1.6, max(0.5, picture.height / picture.width)) + 0.45  # a title and a note
-    heights = [high * count + 0.75 for count in rows]
+    heights = [high * count + 0.3 + 0.2 * len(one.remarks) for count, one in zip(rows, sets, strict=True)]
     width = max(columns * PANEL + 0.8, 6.0)
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(width * 11))]
     figure = new_figure(width, sum(heights) + 0.22 * len(lines))

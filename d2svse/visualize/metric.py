@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d2svse.similarity import Metric, Similarity
@@ -14,7 +15,7 @@ BINS = 80
 
 
 def metric_weights(metric: Metric | Similarity) -> Figure:
-    """Draw a GSSF metric: its blocks side by side (the paper's Fig. 4), and a histogram of the weights.
+    """Draw a GSSF metric: its blocks side by side (the paper's Fig. 4), what they learned, and a histogram.
 
     Weights on the diagonal start at 1 and say how much a dimension counts; the others start at 0
     and say how much two dimensions of a block mix. A diagonal metric is drawn as a line.
@@ -30,9 +31,9 @@ def metric_weights(metric: Metric | Similarity) -> Figure:
     if weights is None:
         raise ValueError(f"{type(metric).__name__} has no learned weights: its metric is cosine or none of GSSF's")
     values = weights.float().cpu().numpy()
-    figure = new_figure(10, 4.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     if values.ndim == 1:
+        figure = new_figure(10, 4)
+        left, right = figure.subplots(1, 2)
         left.plot(values, linewidth=0.8)
         left.axhline(1, color="grey", linewidth=0.8, linestyle="--")
         left.set_xlabel("dimension")
@@ -40,14 +41,12 @@ def metric_weights(metric: Metric | Similarity) -> Figure:
         left.set_title(f"diagonal, {len(values)} weights", fontsize=MEDIUM)
         diagonal, others = values, values[:0]
     else:
+        figure = new_figure(14, 4.4)
+        left, middle, right = figure.subplots(1, 3)
         blocks, size, _ = values.shape
-        most = float(np.abs(values).max()) or 1.0
-        shown = left.imshow(montage(values), cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
-        left.set_facecolor("#dddddd")
-        left.set_xticks([])
-        left.set_yticks([])
-        left.set_title(f"{blocks} block{'s' if blocks > 1 else ''} of {size} × {size}", fontsize=MEDIUM)
-        figure.colorbar(shown, ax=left, fraction=0.046).ax.tick_params(labelsize=SMALL)
+        name = f"{blocks} block{'s' if blocks > 1 else ''} of {size} × {size}"
+        _draw_blocks(left, values, name)
+        _draw_blocks(middle, values - np.eye(size, dtype=values.dtype), "what was learned: less the identity")
         on = np.eye(size, dtype=bool)
         diagonal, others = values[:, on].ravel(), values[:, ~on].ravel()
     edges = np.histogram_bin_edges(values, BINS)
@@ -61,6 +60,17 @@ def metric_weights(metric: Metric | Similarity) -> Figure:
     right.legend(fontsize=SMALL, title="mean ± standard deviation", title_fontsize=SMALL)
     right.set_title("histogram", fontsize=MEDIUM)
     return figure
+
+
+def _draw_blocks(axis: Axes, blocks: np.ndarray, title: str) -> None:
+    most = float(np.abs(blocks).max()) or 1.0
+    shown = axis.imshow(montage(blocks), cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+    axis.set_facecolor("#dddddd")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=MEDIUM)
+    assert axis.figure is not None
+    axis.figure.colorbar(shown, ax=axis, fraction=0.046).ax.tick_params(labelsize=SMALL)
 
 
 def montage(blocks: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ LOG, STATE, CHECKPOINTS = "log.jsonl", "trainer_state.json", "checkpoints"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STAGES = ("pretrain", "distill", "align")
 RECALLS = {f"eval_{side}_recall_at_{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+MEAN_LOSS = "train_loss"  # of the whole run, in its last row
 SCORES = {"positive_score": "right pairs", "hardest_negative_score": "hardest wrong pairs"}
 
 Log = list[dict[str, Any]]
@@ -33,10 +34,10 @@ def training_curves(folder: str | os.PathLike[str]) -> Figure:
         ValueError: if a log is broken or empty.
     """
     logs = read_logs(folder)
-    figure = new_figure(12, 3.3 * len(logs))
+    figure = new_figure(14, 3.1 * len(logs))
     rows = figure.subplots(len(logs), 3, squeeze=False)
     for (losses, scores, recalls), (stage, log) in zip(rows, logs.items(), strict=True):
-        names = sorted({name for row in log for name in row if name.endswith("_loss") or name == "loss"})
+        names = sorted({name for row in log for name in row if name.endswith("_loss") or name == "loss"} - {MEAN_LOSS})
         single = len(names) == 2 and "loss" in names  # the sum of one loss is that loss
         shown = {name: name.replace("_", " ") for name in names if not (single and name == "loss")}
         _curves(losses, log, shown, f"{stage}: losses")
@@ -55,7 +56,7 @@ def _curves(axis: Axes, log: Log, names: dict[str, str], title: str, factor: flo
     axis.tick_params(labelsize=SMALL)
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize=SMALL)
+        axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1))
     else:
         axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, fontsize=SMALL)
 

@@ -21,9 +21,11 @@ def counted(axis) -> list[float]:
 def test_blocks_are_drawn_side_by_side_and_all_weights_are_counted():
     similarity = learned(GSSFBlockDiagonal(12, 6))
     figure = metric_weights(similarity)
-    left, right = figure.axes[:2]
+    left, middle, right = figure.axes[:3]
     image = left.get_images()[0]
     np.testing.assert_array_equal(image.get_array().filled(np.nan), montage(similarity.metric.weights().numpy()))
+    learned_alone = montage(similarity.metric.weights().numpy() - np.eye(2, dtype=np.float32))
+    np.testing.assert_array_equal(middle.get_images()[0].get_array().filled(np.nan), learned_alone)
     low, high = image.get_clim()
     assert low == -high  # white is zero
     assert counted(right) == [12, 12]  # six blocks of 2 × 2: two weights on each diagonal, two beside it
@@ -51,7 +53,7 @@ def test_a_diagonal_is_drawn_as_a_line():
 def test_a_metric_of_fragments_and_an_untrained_one():
     figure = metric_weights(MaxMean(metric="block-diagonal", dim=8, num_blocks=2))
     assert figure.axes[0].get_title() == "2 blocks of 4 × 4"
-    assert "1.000 ± 0.000" in figure.axes[1].get_legend().get_texts()[1].get_text()
+    assert "1.000 ± 0.000" in figure.axes[2].get_legend().get_texts()[1].get_text()
 
 
 @pytest.mark.parametrize("metric", [Cosine(), MaxMean(), Metric("cosine")])
