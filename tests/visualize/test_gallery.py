@@ -12,7 +12,7 @@ OWNER = np.array([0, 0, 1, 2, 3])
 SCORES = np.array(
     [[0.9, 0.1, 0.5, 0.2, 0.1], [0.8, 0.7, 0.5, 0.3, 0.2], [0.1, 0.6, 0.4, 0.9, 0.3], [0.0, 0.5, 0.3, 0.1, 0.9]]
 )
-CAPTIONS = ["first", "costs $5 or $6", "third", "fourth", "a very long one " * 12]
+CAPTIONS = ["first", "costs $5 or $6", "third", "fourth", "a $\\frac$ very long one " * 12]
 
 
 @pytest.fixture
