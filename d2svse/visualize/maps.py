@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -59,7 +60,8 @@ def explain(
     sets = alignment_maps(similarity, pair.images, pair.texts, pair.grid, pair.words)
     if chosen is not None:
         sets = [_only(one, chosen, len(pair.words)) for one in sets]
-    score = float(similarity(pair.images, pair.texts)[0, 0])
+    with torch.no_grad():
+        score = similarity(pair.images, pair.texts).item()
     cut = " (cut: longer than the model reads)" if pair.words.cut else ""
     return draw_maps(pair.picture, sets, pair.box, f"{sentence}{cut}\n{type(similarity).__name__}: {score:.3f}")
 

@@ -67,6 +67,12 @@ def test_some_words_and_another_similarity(make_model, val_dataset):
     assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole sentence"]
 
 
+def test_a_learned_metric_is_drawn_without_a_warning(make_model, val_dataset, recwarn):
+    figure = explain(make_model(similarity={"name": "gssf-diagonal"}), val_dataset.images[0], SENTENCE)
+    assert "GSSFDiagonal: " in texts(figure)
+    assert not list(recwarn)
+
+
 def test_frames_lie_on_their_patches_and_nothing_is_drawn_where_there_is_no_value():
     values = np.array([[np.nan, 0.5, 1.0], [0.25, 0.0, np.nan]])
     sets = [MapSet("maps", "score", (Panel("word", values, "note", ((1, 2),)),), ("a remark",), shares=False)]
