@@ -64,11 +64,14 @@ class ImageEncoder(nn.Module):
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
         """The backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened."""
-        arguments: dict[str, Any] = {}
+        hidden = self.backbone_output(pixel_values).last_hidden_state
+        return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+
+    def backbone_output(self, pixel_values: Tensor, **arguments: Any) -> Any:
+        """What the backbone gives; `arguments` are further ones of its `forward`."""
         if self._interpolates and list(pixel_values.shape[-2:]) != image_size(self.backbone.config):
             arguments["interpolate_pos_encoding"] = True
-        hidden = self.backbone(pixel_values=pixel_values.to(self.backbone.dtype), **arguments).last_hidden_state
-        return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+        return self.backbone(pixel_values=pixel_values.to(self.backbone.dtype), **arguments)
 
     @torch.no_grad()
     def count_tokens(self, height: int, width: int) -> int:

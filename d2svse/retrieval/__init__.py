@@ -5,7 +5,7 @@ from d2svse.retrieval.engine import VectorIndex
 from d2svse.retrieval.evaluation import evaluate, score_dataset
 from d2svse.retrieval.filling import Changes
 from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.gallery import draw_gallery, write_gallery_page
+from d2svse.retrieval.gallery import compose_gallery, draw_gallery, write_gallery_page
 from d2svse.retrieval.image_text_index import ImageTextIndex
 from d2svse.retrieval.index import ExactIndex
 from d2svse.retrieval.metrics import (
@@ -37,6 +37,7 @@ __all__ = [
     "VectorIndex",
     "bootstrap_intervals",
     "caption_answers",
+    "compose_gallery",
     "draw_gallery",
     "encode_images",
     "encode_texts",

@@ -6,7 +6,7 @@ import base64
 import html
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from d2svse.retrieval.search import Hit
 GAP = 8
 CAPTION_WIDTH = 220
 FONT_SIZE = 16
+FRAME, FRAME_WIDTH = "#1a8a3a", 5
 STYLE = (
     "body{font:16px sans-serif;margin:2em}section{margin-bottom:2em}h2{font-size:1.1em}"
     "ol{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0}li{max-width:14em}"
@@ -26,22 +27,26 @@ STYLE = (
 )
 
 
-def draw_gallery(
-    rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]], path: str | os.PathLike[str], thumbnail: int = 144
-) -> None:
-    """Draw queries at the left and their pictures beside them, one query a row, to a PNG.
+def compose_gallery(
+    rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]],
+    thumbnail: int = 144,
+    right: Sequence[Collection[int]] | None = None,
+) -> Image.Image:
+    """Lay queries at the left and their pictures beside them, one query a row.
 
     Args:
         rows: a query and the paths of its pictures, best first.
-        path: the PNG to write.
         thumbnail: side of a picture in pixels.
+        right: for each row the places of the right answers among its pictures, which are framed.
 
     Raises:
         ImageError: if a picture cannot be read.
-        ValueError: if there are no rows.
+        ValueError: if there are no rows, or `right` is of another number of them.
     """
     if not rows:
         raise ValueError("nothing to draw: no queries")
+    if right is not None and len(right) != len(rows):
+        raise ValueError(f"right answers of {len(right)} rows were given for {len(rows)}")
     columns = max(len(pictures) for _, pictures in rows)
     cell = thumbnail + GAP
     canvas = Image.new("RGB", (CAPTION_WIDTH + columns * cell + GAP, len(rows) * cell + GAP), "white")
@@ -52,8 +57,25 @@ def draw_gallery(
         text = "\n".join(textwrap.wrap(query, width=CAPTION_WIDTH // (FONT_SIZE // 2)))
         pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
         for column, picture in enumerate(pictures):
-            image = ImageOps.fit(load_image(picture), (thumbnail, thumbnail))
-            canvas.paste(image, (CAPTION_WIDTH + column * cell, top))
+            left = CAPTION_WIDTH + column * cell
+            canvas.paste(ImageOps.fit(load_image(picture), (thumbnail, thumbnail)), (left, top))
+            if right is not None and column in right[row]:
+                last = (left + thumbnail - 1, top + thumbnail - 1)
+                pen.rectangle([(left, top), last], outline=FRAME, width=FRAME_WIDTH)
+    return canvas
+
+
+def draw_gallery(
+    rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]], path: str | os.PathLike[str], thumbnail: int = 144
+) -> None:
+    """Write `compose_gallery` to a PNG; arguments and errors are its own.
+
+    Args:
+        rows: a query and the paths of its pictures, best first.
+        path: the PNG to write.
+        thumbnail: side of a picture in pixels.
+    """
+    canvas = compose_gallery(rows, thumbnail)
     with written_aside(path) as aside:
         canvas.save(aside, format="PNG")
 

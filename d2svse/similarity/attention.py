@@ -57,6 +57,23 @@ class CrossAttention(FragmentSimilarity):
             raise ValueError(f"smoothing and lse_scale must be positive, got {smoothing} and {lse_scale}")
         self.smoothing, self.pooling, self.lse_scale = smoothing, pooling, lse_scale
 
+    def attention(self, products: Tensor, query_mask: Tensor, context_mask: Tensor) -> Tensor:
+        """How much every query fragment attends to each of the context: it sums to 1 over the real context.
+
+        Args:
+            products: `(n_contexts, n_queries, length_queries, length_contexts)`.
+            query_mask: `(n_queries, length_queries)` bool.
+            context_mask: `(n_contexts, length_contexts)` bool.
+
+        Returns:
+            The shape of `products`; 0 for masked context, and all 0 where there is no other.
+        """
+        sharp = F.leaky_relu(products, 0.1).masked_fill(~query_mask[None, :, :, None], 0)
+        sharp = sharp / (sharp.square().sum(2, keepdim=True) + _EPSILON**2).sqrt()
+        lowest = torch.finfo(products.dtype).min
+        hidden = ~context_mask[:, None, None, :]
+        return (sharp * self.smoothing).masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0)
+
     def relevance(self, products: Tensor, query_mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
         """Compare every query fragment with what it attends to.
 
@@ -69,11 +86,7 @@ class CrossAttention(FragmentSimilarity):
         Returns:
             `(n_contexts, n_queries, length_queries)`; 0 where there is no context.
         """
-        sharp = F.leaky_relu(products, 0.1).masked_fill(~query_mask[None, :, :, None], 0)
-        sharp = sharp / (sharp.square().sum(2, keepdim=True) + _EPSILON**2).sqrt()
-        lowest = torch.finfo(products.dtype).min
-        hidden = ~context_mask[:, None, None, :]
-        attention = (sharp * self.smoothing).masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0)
+        attention = self.attention(products, query_mask, context_mask)
         numerator = (attention * products).sum(-1)
         gram = context @ context.transpose(1, 2)
         spread = (attention.flatten(1, 2) @ gram).view_as(attention)

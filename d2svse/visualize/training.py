@@ -1,0 +1,112 @@
+"""The course of a run, from what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from d2svse.visualize.figures import MEDIUM, SMALL, new_figure
+
+LOG, STATE, CHECKPOINTS = "log.jsonl", "trainer_state.json", "checkpoints"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STAGES = ("pretrain", "distill", "align")
+RECALLS = {f"eval_{side}_recall_at_{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+MEAN_LOSS = "train_loss"  # of the whole run, in its last row
+SCORES = {"positive_score": "right pairs", "hardest_negative_score": "hardest wrong pairs"}
+
+Log = list[dict[str, Any]]
+
+
+def training_curves(folder: str | os.PathLike[str]) -> Figure:
+    """Draw the losses, the scores of the batches and the recalls of every stage of a run.
+
+    Args:
+        folder: see `read_logs`.
+
+    Raises:
+        FileNotFoundError: if there is no log in the folder.
+        ValueError: if a log is broken or empty.
+    """
+    logs = read_logs(folder)
+    figure = new_figure(14, 3.1 * len(logs))
+    rows = figure.subplots(len(logs), 3, squeeze=False)
+    for (losses, scores, recalls), (stage, log) in zip(rows, logs.items(), strict=True):
+        names = sorted({name for row in log for name in row if name.endswith("_loss") or name == "loss"} - {MEAN_LOSS})
+        single = len(names) == 2 and "loss" in names  # the sum of one loss is that loss
+        shown = {name: name.replace("_", " ") for name in names if not (single and name == "loss")}
+        _curves(losses, log, shown, f"{stage}: losses")
+        _curves(scores, log, SCORES, f"{stage}: mean scores in a batch")
+        _curves(recalls, log, RECALLS, f"{stage}: recall on the validation set, percent", factor=100, marker="o")
+    return figure
+
+
+def _curves(axis: Axes, log: Log, names: dict[str, str], title: str, factor: float = 1, marker: str = "") -> None:
+    for name, label in names.items():
+        points = [(row["epoch"], factor * row[name]) for row in log if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1.2, label=label)
+    axis.set_title(title, fontsize=MEDIUM)
+    axis.set_xlabel("epoch", fontsize=SMALL)
+    axis.tick_params(labelsize=SMALL)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, fontsize=SMALL)
+
+
+def read_logs(folder: str | os.PathLike[str]) -> dict[str, Log]:
+    """Read what a run logged, by its stages in order.
+
+    Of a stage that is done the run's `log.jsonl` is read, of another the `trainer_state.json` of its
+    newest checkpoint.
+
+    Args:
+        folder: of a run of `d2svse train` or `d2svse demo`, of a stage, or of a checkpoint.
+
+    Returns:
+        For each stage its rows, as transformers' `log_history`: "epoch", "step", and what was logged.
+
+    Raises:
+        FileNotFoundError: if there is no log in the folder.
+        ValueError: if a log is broken or empty.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    states: dict[Path, list[tuple[int, Path]]] = {}
+    for path in folder.rglob(STATE):
+        if match := _CHECKPOINT.fullmatch(path.parent.resolve().name):
+            stage = path.parent.resolve().parent
+            stage = stage.parent if stage.name == CHECKPOINTS else stage
+            states.setdefault(stage, []).append((int(match[1]), path))
+    files = {stage: max(found)[1] for stage, found in states.items()}
+    files |= {path.parent.resolve(): path for path in folder.rglob(LOG)}
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {LOG} and no checkpoint-*/{STATE} in it; expected the folder of a run")
+
+    def place(stage: Path) -> tuple[int, str]:
+        return (STAGES.index(stage.name) if stage.name in STAGES else len(STAGES), str(stage))
+
+    names = {stage: stage.name for stage in files}
+    if len(set(names.values())) < len(files):
+        names = {stage: str(stage.relative_to(folder.resolve())) for stage in files}
+    return {names[stage]: _rows(files[stage]) for stage in sorted(files, key=place)}
+
+
+def _rows(path: Path) -> Log:
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = [json.loads(line) for line in text.splitlines()] if path.name == LOG else json.loads(text)["log_history"]
+        rows = [dict(row) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a broken log ({type(error).__name__}: {error})") from None
+    if not any("epoch" in row for row in rows):
+        raise ValueError(f"{path}: nothing was logged yet")
+    return [row for row in rows if "epoch" in row]

@@ -1,0 +1,58 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+SENTENCE = "a red circle and a blue star"
+
+
+@pytest.fixture
+def folder(make_model, tmp_path):
+    make_model(similarity={"name": "omit"}).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def one_line_error(done, *words):
+    code, out, err = done
+    assert code == 2
+    assert err.startswith("d2svse: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    for word in words:
+        assert word in err
+
+
+def test_a_map_is_written(folder, val_dataset, run):
+    pytest.importorskip("matplotlib", reason="d2svse explain needs matplotlib (d2svse[visualize])")
+    picture, out = val_dataset.images[0], folder / "new" / "map.png"
+    code, printed, err = run("explain", picture, SENTENCE, "--model", folder / "model", "--out", out)
+    assert (code, err) == (0, "")
+    assert printed == f"map: {out}\n"
+    few = folder / "few.png"
+    assert run("explain", picture, SENTENCE, "--model", folder / "model", "-o", few, "--word", "star")[0] == 0
+    with Image.open(out) as all_words, Image.open(few) as one_word:
+        assert all_words.format == "PNG"
+        assert one_word.height < all_words.height
+
+
+def test_user_errors_are_one_line(folder, val_dataset, run):
+    pytest.importorskip("matplotlib", reason="d2svse explain needs matplotlib (d2svse[visualize])")
+    picture, model, out = val_dataset.images[0], folder / "model", folder / "map.png"
+    one_line_error(run("explain", folder / "none.jpg", SENTENCE, "--model", model, "--out", out), "no such picture")
+    (folder / "text.jpg").write_text("no picture")
+    one_line_error(run("explain", folder / "text.jpg", SENTENCE, "--model", model, "--out", out), "not a picture")
+    one_line_error(run("explain", picture, " ", "--model", model, "--out", out), "empty")
+    one_line_error(run("explain", picture, SENTENCE, "--model", folder / "m", "--out", out), "no such model folder")
+    one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", folder / "m.doc"), "ends in one of")
+    one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is none")
+    assert not out.exists()
+
+
+def test_without_matplotlib_the_extra_is_named(folder, val_dataset):
+    code = "import sys; sys.modules['matplotlib'] = None; from d2svse.cli.app import main; main(sys.argv[1:])"
+    command = ["explain", val_dataset.images[0], SENTENCE, "--model", folder / "model", "--out", folder / "map.png"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'd2svse[visualize]'" in done.stderr
+    assert done.stderr.count("\n") == 1

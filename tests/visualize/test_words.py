@@ -1,0 +1,63 @@
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from d2svse import D2SVSEProcessor
+from d2svse.visualize import Words, split_words
+
+
+@pytest.fixture
+def processor():
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "play", "##ing", "##ful", "."]
+    tokenizer = Tokenizer(models.WordPiece({piece: row for row, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **names)
+    processor = D2SVSEProcessor(None)
+    processor.tokenizer, processor.max_length = fast, 12
+    return processor
+
+
+def test_pieces_are_joined_to_words_as_they_stand(processor):
+    words = split_words(processor, "A playful Dog playing.")
+    assert words.texts == ("A", "playful", "Dog", "playing", ".")
+    assert words.pieces == ((1,), (2, 3), (4,), (5, 6), (7,))
+    assert words.special == (("[CLS]", 0), ("[SEP]", 8))
+    assert not words.cut
+
+
+def test_unknown_words_keep_their_spelling(processor):
+    assert split_words(processor, "a $5 zebra 狗").texts == ("a", "$", "5", "zebra", "狗")
+
+
+def test_a_cut_sentence_says_so(processor):
+    words = split_words(processor, "a dog " * 20)
+    assert words.cut
+    assert len(words) == 10
+    assert not split_words(processor, "a dog " * 5).cut
+
+
+def test_some_words_are_found_in_any_case():
+    words = Words(("A", "dog", "bites", "a", "Dog"), ((0,), (1,), (2,), (3,), (4,)))
+    assert words.select(["DOG"]) == [1, 4]
+    assert words.select(["bites", "a"]) == [0, 2, 3]
+    with pytest.raises(ValueError, match="'cat' is none of the sentence's words: A, dog"):
+        words.select(["dog", "cat"])
+
+
+def test_bad_sentences_and_tokenizers_are_refused(processor):
+    with pytest.raises(ValueError, match="empty"):
+        split_words(processor, "  ")
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, sentences, **options):
+            return {"input_ids": [[1, 2] for _ in sentences]}
+
+    processor.tokenizer = Slow()
+    with pytest.raises(ValueError, match="Slow does not tell which tokens"):
+        split_words(processor, "a dog")
