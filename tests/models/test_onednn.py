@@ -4,7 +4,6 @@ import torch.nn.functional as F
 
 from d2svse.models import onednn
 
-
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of PyTorch is without oneDNN's linear layers"
 )
