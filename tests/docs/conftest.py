@@ -9,11 +9,11 @@ sys.path += [str(Path(__file__).parents[1] / name) for name in ("captioning", "h
 
 
 @pytest.fixture(scope="session")
-def workplace(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(backbones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of which every page gets a copy."""
-    from workplace import fill
+    from workspace import fill
 
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("workspace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         fill(folder, backbones)

@@ -50,7 +50,7 @@ def endpoint(monkeypatch):
 
 
 @pytest.fixture
-def hub(workplace, tmp_path, monkeypatch):
+def hub(workspace, tmp_path, monkeypatch):
     """A Hub of this machine with two private models of `org`."""
     from hub_server import LoopbackHub, use_hub
 
@@ -58,7 +58,7 @@ def hub(workplace, tmp_path, monkeypatch):
     use_hub(monkeypatch, server.url, "hf_TokenOfTheTests", tmp_path / "cache")
     monkeypatch.setenv("ANOTHER_TOKEN", "hf_TokenOfTheTests")
     for name in ("org/name", "org/private"):
-        push_folder(workplace / "runs/first/model", name, private=True)
+        push_folder(workspace / "runs/first/model", name, private=True)
     server.repositories["org/name"].refs["v1"] = server.repositories["org/name"].refs["main"]
     yield server
     server.shutdown()
@@ -66,12 +66,12 @@ def hub(workplace, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page, workplace, small, tmp_path, monkeypatch, request):
+def test_the_blocks_of_a_page_run(page, workspace, small, tmp_path, monkeypatch, request):
     addresses = {"http://localhost:8000/v1": request.getfixturevalue("endpoint")} if page == CAPTIONING else {}
     if page == HUB:
         request.getfixturevalue("hub")
     folder = tmp_path / "here"
-    shutil.copytree(workplace, folder)
+    shutil.copytree(workspace, folder)
     monkeypatch.chdir(folder)
     names: dict = {"__name__": "page"}
     missing = set()
