@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def train_dataset(scenes: Path) -> ImageTextDataset:
 @pytest.fixture(scope="session")
 def val_dataset(scenes: Path) -> ImageTextDataset:
     return ImageTextDataset.from_manifest(scenes / "val.jsonl")
+
+
+@pytest.fixture
+def photos(val_dataset: ImageTextDataset, tmp_path: Path) -> Path:
+    """A folder of 16 pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in val_dataset.images:
+        shutil.copy(path, folder)
+    return folder
 
 
 def tiny_config(**options) -> D2SVSEConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from d2svse.data import ImageTextDataset, TrainingSamples
 from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import MARK
+from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
 from d2svse.training.tasks import DistillTask, PretrainTask
@@ -111,12 +113,11 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
             loss.log_scale = model.logit_scale.requires_grad_(True)
 
 
-def warn_of_truncation(samples: TrainingSamples) -> None:
-    """Warn if dense captions are longer than the limit, and say what share of them."""
-    if samples.dense_captions is None:
-        return
-    lengths = [len(ids) for ids in samples.processor.tokenizer(samples.dense_captions, verbose=False)["input_ids"]]
-    cut = sum(length > samples.max_length for length in lengths)
+def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:
+    """Warn if dense captions are longer than the limit (the processor's without one), and say what share of them."""
+    limit = processor.max_length if max_length is None else max_length
+    lengths = [len(ids) for ids in processor.tokenizer(list(dense), verbose=False)["input_ids"]]
+    cut = sum(length > limit for length in lengths)
     if cut:
         logger.warning(
             "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "
@@ -124,5 +125,5 @@ def warn_of_truncation(samples: TrainingSamples) -> None:
             cut,
             len(lengths),
             100 * cut / len(lengths),
-            samples.max_length,
+            limit,
         )

@@ -100,6 +100,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             file = Path(str(args.output_dir)) / TEACHER_CACHE
             texts, batch_size = train_dataset.dense_captions, args.per_device_eval_batch_size
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, batch_size, not args.disable_tqdm)
+            warn_of_truncation(texts, teacher.processor, teacher.max_length)
             if model.decoder is None:
                 model.add_decoder(**args.decoder_arguments())
         if args.stage == "pretrain" and model.decoder is not None:
@@ -124,7 +125,8 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         if world_size() > 1 and not args.chunk_size:  # chunks are encoded at different times
             synchronise_batch_norm(model, args.device)
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
-        warn_of_truncation(samples)
+        if samples.dense_captions is not None:
+            warn_of_truncation(samples.dense_captions, samples.processor, samples.max_length)
         stop = StopOnSignalCallback()
         super().__init__(
             model=model,

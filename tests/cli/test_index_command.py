@@ -21,15 +21,6 @@ def saved(make_model, tmp_path):
     return save
 
 
-@pytest.fixture
-def photos(val_dataset, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in val_dataset.images:
-        shutil.copy(path, folder)
-    return folder
-
-
 def hits(out):
     return [json.loads(line) for line in out.splitlines()]
 

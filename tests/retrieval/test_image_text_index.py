@@ -20,16 +20,6 @@ CAPTIONS = 3
 STRIDE = 11  # a kill at every eleventh file operation
 
 
-@pytest.fixture
-def photos(val_dataset, tmp_path):
-    """A folder of 16 pictures."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in val_dataset.images:
-        shutil.copy(path, folder)
-    return folder
-
-
 def break_picture(path):
     path.write_bytes(path.read_bytes()[:80])
 

@@ -69,6 +69,20 @@ def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(
     assert any(not torch.equal(value, before[name]) for name, value in model.text_encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_dense_captions_that_are_cut_are_counted(stage, make_model, make_args, train_dataset, caplog):
+    model, dense = make_model(), train_dataset.dense_captions
+    lengths = [len(ids) for ids in model.processor.tokenizer(dense)["input_ids"]]
+    limit = sorted(lengths)[len(lengths) // 2]
+    cut = sum(length > limit for length in lengths)
+    assert 0 < cut < len(dense)
+    Trainer(model, make_args(stage, dense_max_length=limit), train_dataset)
+    assert f"{cut} of {len(dense)} dense captions" in caplog.text
+    caplog.clear()
+    Trainer(make_model(), make_args(stage, dense_max_length=max(lengths)), train_dataset)
+    assert "dense captions" not in caplog.text
+
+
 def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dataset):
     teacher = Teacher(model)
     assert not teacher.text_encoder.training
