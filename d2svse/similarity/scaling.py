@@ -1,13 +1,14 @@
 """Sinkhorn scores of all pairs by matrix scaling.
 
 The log domain is safe for every λ and slow: each half-iteration takes the exponential of every
-fragment pair. Scaling takes it once, K = exp((c − 1) / λ), and then alternates
+fragment pair. Scaling takes it once, K = exp(c / λ), and then alternates
 
     f = a / (K g),   g = b / (Kᵀ f)
 
-so that the plan is diag(f) K diag(g). It is exact as long as neither an entry of K nor a sum K g or
-Kᵀ f leaves the range of the floating-point type (a small entry counts too, where f is large); where
-one does, `scaled_scores` says so, and the caller turns to the log domain. The backward pass goes
+so that the plan is diag(f) K diag(g). Against exp((c − 1) / λ) K is scaled by a number, which f takes
+up, and cosines lie in the middle of the floating-point range instead of its lower half. It is exact as
+long as neither an entry of K nor a sum K g or Kᵀ f leaves that range (a small entry counts too, where f
+is large); where one does, `scaled_scores` says so, and the caller turns to the log domain. The backward pass goes
 through the iterations; what it collects for K is a sum of outer products of vectors, so that nothing
 of the size of K is made but K and its gradient.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MARGIN = 1e4  # how far above the smallest normal number everything has to stay
+MARGIN = 1e4  # how far from the smallest normal and the largest number everything has to stay
 
 
 def scaled_scores(
@@ -54,7 +55,7 @@ class _ScaledScores(torch.autograd.Function):
         pairs = a.shape[:2]
         product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), and contiguous
         a, b = a.flatten(0, 1), b.flatten(0, 1)
-        kernel = (product - 1).div_(regularization).exp_()
+        kernel = product.div(regularization).exp_()
         if not _in_range(kernel, a, b):
             return a.new_zeros(pairs), False
         turned = kernel.mT.contiguous()
@@ -107,12 +108,16 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
 
 
 def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether no entry between real fragments is so small that the scaling could need what it has lost."""
-    bound = torch.finfo(kernel.dtype).tiny * MARGIN
-    if bool(kernel.amin() > bound):
+    """Whether no entry between real fragments is infinite, or so small that the scaling could need what it has lost."""
+    if _within(*kernel.aminmax()):
         return True
     masked = (a <= 0).unsqueeze(2) | (b <= 0).unsqueeze(1)
-    return bool(kernel.masked_fill(masked, 1).amin() > bound)
+    return _within(*kernel.masked_fill(masked, 1).aminmax())
+
+
+def _within(smallest: Tensor, largest: Tensor) -> bool:
+    limits = torch.finfo(smallest.dtype)
+    return bool((smallest > limits.tiny * MARGIN) & (largest < limits.max / MARGIN))
 
 
 def _solve(
@@ -122,16 +127,16 @@ def _solve(
     masked_rows, masked_columns = a <= 0, b <= 0
     fs: list[Tensor] = []
     gs = [(~masked_columns).to(b.dtype)]
-    smallest = kernel.new_full((), torch.inf)
+    smallest, largest = kernel.new_full((), torch.inf), kernel.new_zeros(())
     for _ in range(iterations):
         sums = _vectors_times(gs[-1], turned).masked_fill_(masked_rows, 1)
-        smallest = torch.minimum(smallest, sums.amin())
+        smallest, largest = torch.minimum(smallest, sums.amin()), torch.maximum(largest, sums.amax())
         fs.append((a / sums).masked_fill_(masked_rows, 0))
         sums = _vectors_times(fs[-1], kernel).masked_fill_(masked_columns, 1)
-        smallest = torch.minimum(smallest, sums.amin())
+        smallest, largest = torch.minimum(smallest, sums.amin()), torch.maximum(largest, sums.amax())
         gs.append((b / sums).masked_fill_(masked_columns, 0))
-    exact = (smallest > torch.finfo(b.dtype).tiny * MARGIN) & (fs[-1].sum() + gs[-1].sum()).isfinite()
-    return fs, gs, bool(exact)
+    exact = _within(smallest, largest) and bool((fs[-1].sum() + gs[-1].sum()).isfinite())
+    return fs, gs, exact
 
 
 def _vectors_times(vectors: Tensor, matrices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import sinkhorn
+from d2svse.similarity.scaling import scaled_scores
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
 DIM = 6
@@ -271,6 +272,26 @@ def test_small_lambda_and_opposite_fragments_stay_exact(name, regularization):
             torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
             for single, double in zip(found[0][1], found[1][1], strict=True):
                 assert (single - double).norm() <= 1e-3 * double.norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("low", "regularization", "fits"), [(-1.0, 0.02, True), (-0.7, 0.01, True), (-1.0, 0.01, False)]
+)
+def test_cosines_of_any_size_fit_into_the_scaling_at_the_papers_lambda(low, regularization, fits):
+    generator = torch.Generator().manual_seed(0)
+    products = torch.rand(6, 40, 5, 12, generator=generator, dtype=torch.float64) * (0.7 - low) + low
+    products[0, 3, 0, 2] = low
+    a, b = (torch.rand(6, 5, n, generator=generator, dtype=torch.float64) for n in (40, 12))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    double, single = products.clone().requires_grad_(), products.float().requires_grad_()
+    expected = sinkhorn(1 - double.transpose(1, 2), a, b, regularization=regularization, bins=True).scores
+    scores, exact = scaled_scores(single, a.float(), b.float(), regularization, 3, True)
+    assert exact == fits
+    if fits:
+        torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
+        expected.sum().backward()
+        scores.sum().backward()
+        torch.testing.assert_close(single.grad.double(), double.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_sinkhorn_says_what_it_cannot_solve():
