@@ -49,20 +49,7 @@ class VectorIndex(ABC):
             ValueError: if the shapes do not fit, an id is empty, given twice or there already, a value is
                 not finite, or JSON cannot hold the metadata. Nothing is added then.
         """
-        names = _checked_ids(ids)
-        rows = np.asarray(vectors, dtype=np.float32)
-        if rows.shape != (len(names), self.dim):
-            raise ValueError(f"expected {len(names)} vectors of width {self.dim}, got {rows.shape}")
-        finite = np.isfinite(rows).all(1)
-        if not finite.all():
-            raise ValueError(f"the vector of {names[int(np.argmin(finite))]!r} is not finite")
-        known = self._known(names)
-        for name in names:
-            if name in known:
-                raise ValueError(f"the id {name!r} is in the index already")
-        described = [NOTHING] * len(names) if metadata is None else _checked_metadata(names, metadata)
-        if names:
-            self._add(names, rows, described)
+        self.replace([], ids, vectors, metadata)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove ids and their vectors.
@@ -70,9 +57,40 @@ class VectorIndex(ABC):
         Raises:
             ValueError: if an id is not in the index, or given twice. Nothing is removed then.
         """
-        names = self._checked_known(ids)
-        if names:
-            self._delete(names)
+        self.replace(ids, [], np.empty((0, self.dim), dtype=np.float32))
+
+    def replace(
+        self,
+        gone: Sequence[str],
+        ids: Sequence[str],
+        vectors: np.ndarray,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Remove ids and add others, in one step; an id may be among both.
+
+        Args:
+            gone: names that are in the index.
+            ids: as of `add`.
+            vectors: as of `add`.
+            metadata: as of `add`.
+
+        Raises:
+            ValueError: as `delete` and `add`. Nothing is changed then.
+        """
+        leaving, names = self._checked_known(gone), _checked_ids(ids)
+        rows = np.asarray(vectors, dtype=np.float32)
+        if rows.shape != (len(names), self.dim):
+            raise ValueError(f"expected {len(names)} vectors of width {self.dim}, got {rows.shape}")
+        finite = np.isfinite(rows).all(1)
+        if not finite.all():
+            raise ValueError(f"the vector of {names[int(np.argmin(finite))]!r} is not finite")
+        known = self._known(names).difference(leaving)
+        for name in names:
+            if name in known:
+                raise ValueError(f"the id {name!r} is in the index already")
+        described = [NOTHING] * len(names) if metadata is None else _checked_metadata(names, metadata)
+        if names or leaving:
+            self._replace(leaving, names, rows, described)
 
     def search(self, queries: np.ndarray, k: int, filter: Filter | None = None) -> tuple[np.ndarray, list[list[str]]]:
         """Find the k best of each query.
@@ -131,6 +149,9 @@ class VectorIndex(ABC):
                 "or build it again with this one"
             )
 
+    def close(self) -> None:  # noqa: B027
+        """Let go of what is held open, of most engines nothing; an embedded Milvus belongs to one process at a time."""
+
     @property
     @abstractmethod
     def ids(self) -> Sequence[str]:
@@ -171,10 +192,7 @@ class VectorIndex(ABC):
         """Those of the ids that are in the index."""
 
     @abstractmethod
-    def _add(self, ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None: ...
-
-    @abstractmethod
-    def _delete(self, ids: list[str]) -> None: ...
+    def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None: ...
 
     @abstractmethod
     def _search(

@@ -76,8 +76,10 @@ def encode_items(
     return encode_images(model, names, store, on_bad_image=on_bad_image, draft=settings.draft, **options)
 
 
-def add_store(vectors: VectorIndex, model: D2SVSE, store: EmbeddingStore, settings: IndexSettings) -> None:
-    """Add what is in a store, in one call, which engines that learn from their vectors want."""
+def add_store(
+    vectors: VectorIndex, model: D2SVSE, store: EmbeddingStore, settings: IndexSettings, gone: Sequence[str] = ()
+) -> None:
+    """Add what is in a store and remove ids, in one call, which engines that learn from their vectors want too."""
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
     for start in range(0, len(store), ROWS_AT_A_TIME):
         part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
@@ -87,4 +89,4 @@ def add_store(vectors: VectorIndex, model: D2SVSE, store: EmbeddingStore, settin
     if settings.shortlist is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}
-    vectors.add(store.ids, rows, metadata)
+    vectors.replace(gone, store.ids, rows, metadata)

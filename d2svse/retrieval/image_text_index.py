@@ -115,6 +115,7 @@ class ImageTextIndex:
             vectors.save(folder / settings.vectors)
             settings.write(folder)
             index = cls(folder, model)
+            vectors.close()
             write_skipped(folder, store.skipped)
             index._sweep()
         return index
@@ -133,6 +134,16 @@ class ImageTextIndex:
             ValueError: if the model is another than the one that built the index.
         """
         return cls(folder, model)
+
+    def close(self) -> None:
+        """Let go of the vectors; an embedded Milvus belongs to one process at a time."""
+        self.vectors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -216,10 +227,10 @@ class ImageTextIndex:
                     self.model, wanted, self.folder, self._settings, self._stores, on_bad_image=on_bad_image, **options
                 )
                 skipped = store.skipped
-            if gone or changed:
-                self.vectors.delete([*gone, *changed])
             if store is not None and len(store):
-                add_store(self.vectors, self.model, store, self._settings)
+                add_store(self.vectors, self.model, store, self._settings, [*gone, *changed])
+            elif gone or changed:
+                self.vectors.delete([*gone, *changed])
             if store is not None or gone:
                 self.vectors.save(self.folder / self._settings.vectors)
                 write_skipped(self.folder, skipped)
@@ -353,11 +364,14 @@ class ImageTextIndex:
 
     def _open(self) -> None:
         """Read the folder, again if a writer replaced its parts meanwhile."""
-        before = None
+        before, held = None, self.__dict__.get("vectors")
         while True:
             self._settings = IndexSettings.read(self.folder)
             try:
                 self.vectors: VectorIndex = load_index(self.folder / self._settings.vectors)
+                if held is not None:
+                    held.close()
+                held = self.vectors
                 places = self.vectors.metadata_of(self.ids) if self.shortlist and len(self) else []
                 self._stores = {name: EmbeddingStore(self.folder / name) for name in {p["store"] for p in places}}
             except FileNotFoundError as error:

@@ -120,14 +120,13 @@ class LocalIndex(VectorIndex):
             self._numbers = {name: row for row, name in enumerate(self._ids) if row not in self._dead}
         return self._numbers
 
-    def _add(self, ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
-        self._append(vectors)
+    def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
+        if ids:
+            self._append(vectors)
+        self._dead.update(self._row_of.pop(name) for name in gone)
         self._row_of.update(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
         self._ids += ids
         self._metadata += metadata
-
-    def _delete(self, ids: list[str]) -> None:
-        self._dead.update(self._row_of.pop(name) for name in ids)
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(len(self._ids), dtype=bool)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 
 from d2svse.retrieval import storage
 from d2svse.retrieval.backends.milvus_connection import MilvusConnection, pymilvus
+from d2svse.retrieval.backends.milvus_journal import LARGEST_K, MilvusJournal
 from d2svse.retrieval.engine import Metadata, VectorIndex
 
 BYTES_AT_A_TIME = 4 << 20
@@ -24,10 +21,9 @@ KEYS_AT_A_TIME = 1000
 ROWS_AT_A_TIME = 8192
 QUERIES_AT_A_TIME = 256
 LARGEST_FIELD = 65535  # bytes, of Milvus's VARCHAR and JSON
-LARGEST_K = 16384  # of Milvus
 BUILD = {"HNSW": {"M": 32, "efConstruction": 200}, "IVF": {"nlist": 128}}
 SEARCH = {"HNSW": {"ef": 128}, "IVF": {"nprobe": 32}}
-_UNFINISHED: set[str] = set()  # calls of this process that could not be undone yet
+T = TypeVar("T")
 
 
 class MilvusIndex(VectorIndex):
@@ -36,9 +32,9 @@ class MilvusIndex(VectorIndex):
     A collection that exists is opened, another is made. What is added or deleted is in Milvus at once;
     `save` writes to the folder where it is found.
 
-    An `add` registers all its items or none: a second collection, `<collection>_writes`, says which calls
-    are under way, and their items are hidden. A call that failed, or whose process is gone, is undone by
-    whoever opens the index or writes to it next. Only one process may write at a time. In a filter, the
+    A write takes effect in one step, or not at all: a second collection, `<collection>_writes`, says which are
+    under way and what they have done (see `MilvusJournal`). One that failed, or whose process is gone, is brought to
+    its end by whoever opens the index or writes to it next. Only one process may write at a time. In a filter, the
     embedded Milvus takes 1 and true for equal.
 
     Args:
@@ -77,8 +73,8 @@ class MilvusIndex(VectorIndex):
             raise ValueError("milvus needs a uri: a local path ending in .db, or http://host:19530")
         self.uri, self.collection, self.timeout = uri, collection, timeout
         self._call: str | None = None
-        self._writes = f"{collection}_writes"
-        self._milvus = MilvusConnection(uri, timeout, (self._writes, collection))
+        self._milvus = MilvusConnection(uri, timeout, (f"{collection}_writes", collection))
+        self._journal = MilvusJournal(self._milvus, collection)
         if self._milvus.ask("has_collection", collection):
             self.kind = self._attach(kind)
         else:
@@ -88,27 +84,33 @@ class MilvusIndex(VectorIndex):
         self.search_parameters = dict(usual if search_parameters is None else search_parameters)
         self.recover()
 
-    def add(self, ids: Sequence[str], vectors: np.ndarray, metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Add vectors, all or none; see `VectorIndex.add`.
+    def replace(
+        self,
+        gone: Sequence[str],
+        ids: Sequence[str],
+        vectors: np.ndarray,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Remove ids and add others, in one step; see `VectorIndex.replace`. `add` and `delete` come here too.
 
         Raises:
-            BlockingIOError: if another process is adding.
+            BlockingIOError: if another process is writing.
             ConnectionError: if Milvus does not answer.
-            ValueError: as `VectorIndex.add`, and if an id or its metadata are longer than 65535 bytes.
+            ValueError: as `VectorIndex.replace`, and if an id or its metadata are longer than 65535 bytes.
         """
-        with self._writing():
-            super().add(ids, vectors, metadata)
+        with self._journal.writing() as self._call:
+            try:
+                super().replace(gone, ids, vectors, metadata)
+            finally:
+                self._call = None
 
     def recover(self, force: bool = False) -> None:
-        """Undo the calls of `add` that did not end; called when an index is opened and before a write.
+        """Bring writes to their end that did not come to it; called when an index is opened and before a write.
 
         Args:
-            force: undo those of other machines and of living processes too. Use it when a machine is gone.
+            force: those of other machines and of living processes too. Use it when a machine is gone.
         """
-        for call, owner in self._unfinished().items():
-            here = owner["host"] == socket.gethostname()
-            if force or call in _UNFINISHED or (here and not psutil.pid_exists(owner["pid"])):
-                self._undo(call)
+        self._journal.recover(force)
 
     @property
     def ids(self) -> Sequence[str]:
@@ -117,19 +119,22 @@ class MilvusIndex(VectorIndex):
         digits = 0
         while len(self) > ROWS_AT_A_TIME * 16**digits:
             digits += 1
-        visible = self._visible()
-        found: list[str] = []
-        for page in range(16**digits):
-            prefix = f"{page:0{digits}x}" if digits else ""
-            expression = _all_of(f'key like "{prefix}%"', visible)
-            rows = self._milvus.ask(
-                "query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K
-            )
-            found += [row["name"] for row in rows]
-        return found
+
+        def read(visible: str) -> list[str]:
+            found: list[str] = []
+            for page in range(16**digits):
+                prefix = f"{page:0{digits}x}" if digits else ""
+                expression = _all_of(f'key like "{prefix}%"', visible)
+                rows = self._milvus.ask(
+                    "query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K
+                )
+                found += [row["name"] for row in rows]
+            return found
+
+        return self._seen(read)
 
     def __len__(self) -> int:
-        return self._count(self._visible())
+        return self._seen(self._count)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write to a folder where the collection is found; Milvus has the vectors already.
@@ -187,37 +192,23 @@ class MilvusIndex(VectorIndex):
 
     def _create(self, build: Mapping[str, Any]) -> None:
         varchar, json_type, vector = pymilvus.DataType.VARCHAR, pymilvus.DataType.JSON, pymilvus.DataType.FLOAT_VECTOR
-        writes = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
-        writes.add_field("key", varchar, is_primary=True, max_length=64)
-        writes.add_field("content", json_type)
-        writes.add_field("vector", vector, dim=2)  # Milvus has no collection without one
-        items = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
-        items.add_field("key", varchar, is_primary=True, max_length=64)
-        items.add_field("name", varchar, max_length=LARGEST_FIELD)
-        items.add_field("metadata", json_type)
-        items.add_field("call", varchar, max_length=64)
-        items.add_field("vector", vector, dim=self.dim)
+        schema = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("key", varchar, is_primary=True, max_length=64)
+        schema.add_field("name", varchar, max_length=LARGEST_FIELD)
+        schema.add_field("metadata", json_type)
+        schema.add_field("call", varchar, max_length=64)
+        schema.add_field("vector", vector, dim=self.dim)
+        self._journal.create({"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint})
         # The items come last: with them, the index is there.
-        for name, schema, kind, parameters in (
-            (self._writes, writes, "FLAT", {}),
-            (self.collection, items, self.kind, dict(build)),
-        ):
-            if self._milvus.ask("has_collection", name):
-                self._milvus.ask("drop_collection", name)
-            index = self._milvus.client.prepare_index_params()
-            index.add_index(field_name="vector", index_type=kind, metric_type="IP", params=parameters)
-            self._milvus.ask("create_collection", name, schema=schema, index_params=index, consistency_level="Strong")
-            self._milvus.ask("load_collection", name)
-            if name == self._writes:
-                self._write_note("about", {"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint})
+        self._milvus.make_collection(self.collection, schema, self.kind, build)
 
     def _attach(self, kind: str | None) -> str:
         """Open the collection that is there, if it is one for these vectors, and tell its kind."""
-        if not self._milvus.ask("has_collection", self._writes):
+        if not self._milvus.ask("has_collection", self._journal.name):
             raise ValueError(f"{self.uri}: the collection {self.collection!r} is not an index of d2svse")
-        for name in (self.collection, self._writes):
+        for name in (self.collection, self._journal.name):
             self._milvus.ask("load_collection", name)
-        about = self._notes()["about"]
+        about = self._journal.about()
         if about["dim"] != self.dim:
             raise ValueError(f"{self.uri}: vectors in {self.collection!r} are {about['dim']} wide, not {self.dim}")
         if kind not in (None, about["kind"]):
@@ -226,58 +217,14 @@ class MilvusIndex(VectorIndex):
         self.check_fingerprint(given)
         return about["kind"]
 
-    def _notes(self) -> dict[str, Any]:
-        rows = self._milvus.ask(
-            "query", self._writes, filter='key != ""', output_fields=["key", "content"], limit=LARGEST_K
-        )
-        return {row["key"]: row["content"] for row in rows}
-
-    def _write_note(self, key: str, content: Mapping[str, Any]) -> None:
-        self._milvus.ask("upsert", self._writes, [{"key": key, "content": dict(content), "vector": [1.0, 0.0]}])
-
-    def _unfinished(self) -> dict[str, Any]:
-        return {key: owner for key, owner in self._notes().items() if key != "about"}
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Write as the only one; what was added is undone unless all goes well."""
-        self.recover()
-        call = uuid.uuid4().hex
-        self._write_note(call, {"host": socket.gethostname(), "pid": os.getpid()})
-        try:
-            for other, owner in self._unfinished().items():
-                if other != call:
-                    raise BlockingIOError(
-                        f"Milvus at {self.uri}: process {owner['pid']} on {owner['host']} is writing to "
-                        f"{self.collection!r}; try again when it is done, or call recover(force=True) if it is gone"
-                    )
-            self._call = call
-            yield
-            self._forget(call)
-        except BaseException as error:
-            _UNFINISHED.add(call)
-            try:
-                self._undo(call)
-            except ConnectionError:
-                raise ConnectionError(
-                    f"{error}; nothing was added: what reached Milvus is hidden, and undone when it is next opened"
-                ) from None
-            raise
-        finally:
-            self._call = None
-
-    def _undo(self, call: str) -> None:
-        self._milvus.ask("delete", self.collection, filter=f'call == "{call}"')
-        self._forget(call)
-
-    def _forget(self, call: str) -> None:
-        self._milvus.ask("delete", self._writes, filter=f'key in ["{call}"]')
-        _UNFINISHED.discard(call)
-
-    def _visible(self) -> str:
-        """The filter that hides what calls under way have added; none, which is faster, without any."""
-        hidden = [call for call in self._unfinished() if call != self._call]
-        return f"call not in {json.dumps(hidden)}" if hidden else ""
+    def _seen(self, ask: Callable[[str], T]) -> T:
+        """What Milvus answers, given the filter that hides what does not count: before a write or after it."""
+        notes = self._journal.notes()
+        while True:
+            answer = ask(self._journal.hidden(notes, self._call))
+            before, notes = notes, self._journal.notes()
+            if notes == before:
+                return answer
 
     def _count(self, expression: str) -> int:
         rows = self._milvus.ask("query", self.collection, filter=expression, output_fields=["count(*)"])
@@ -287,17 +234,24 @@ class MilvusIndex(VectorIndex):
         return set(self._rows_of(ids, []))
 
     def _rows_of(self, ids: list[str], fields: list[str]) -> dict[str, dict[str, Any]]:
-        """Fields of those ids that are there."""
-        visible, found = self._visible(), {}
-        keys = {_key(name): name for name in ids}
-        every = list(keys)
-        for first in range(0, len(every), KEYS_AT_A_TIME):
-            expression = _all_of(f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])}", visible)
-            for row in self._milvus.ask("query", self.collection, filter=expression, output_fields=["key", *fields]):
-                found[keys[row["key"]]] = row
-        return found
+        """Their keys, and other fields, of those ids that are there."""
+        names = {key: name for name in ids for key in _keys(name)}
+        every = list(names)
 
-    def _add(self, ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
+        def read(visible: str) -> dict[str, dict[str, Any]]:
+            found = {}
+            for first in range(0, len(every), KEYS_AT_A_TIME):
+                expression = _all_of(f"key in {json.dumps(every[first : first + KEYS_AT_A_TIME])}", visible)
+                for row in self._milvus.ask(
+                    "query", self.collection, filter=expression, output_fields=["key", *fields]
+                ):
+                    found[names[row["key"]]] = row
+            return found
+
+        return self._seen(read)
+
+    def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
+        assert self._call is not None
         for name, described in zip(ids, metadata, strict=True):
             for what, text in (("id", name), ("metadata", json.dumps(described, ensure_ascii=False))):
                 if len(text.encode("utf-8", "surrogatepass")) > LARGEST_FIELD:
@@ -306,10 +260,13 @@ class MilvusIndex(VectorIndex):
                 name.encode("utf-8")
             except UnicodeEncodeError:
                 raise ValueError(f"the id {name!r} is not valid Unicode, which Milvus needs") from None
+        leaving = {name: row["key"] for name, row in self._rows_of(gone, []).items()}
+        self._journal.replace(self._call, list(leaving.values()))
         batch: list[dict[str, Any]] = []
         size = 0
         for name, vector, described in zip(ids, vectors, metadata, strict=True):
-            row = {"key": _key(name), "name": name, "metadata": described, "call": self._call, "vector": vector}
+            key = next(key for key in _keys(name) if key != leaving.get(name))
+            row = {"key": key, "name": name, "metadata": described, "call": self._call, "vector": vector}
             batch.append(row)
             size += vector.nbytes + 4 * len(name) + len(str(described)) + 200
             if size >= BYTES_AT_A_TIME:
@@ -318,26 +275,20 @@ class MilvusIndex(VectorIndex):
         if batch:
             self._milvus.ask("upsert", self.collection, batch)
 
-    def _delete(self, ids: list[str]) -> None:
-        for first in range(0, len(ids), KEYS_AT_A_TIME):
-            keys = [_key(name) for name in ids[first : first + KEYS_AT_A_TIME]]
-            try:
-                self._milvus.ask("delete", self.collection, filter=f"key in {json.dumps(keys)}")
-            except ConnectionError as error:
-                raise ConnectionError(f"{error}; {first} of {len(ids)} ids are deleted for sure") from None
-
     def _search(
         self, queries: np.ndarray, k: int, filter: dict[str, list[Any]] | None
     ) -> tuple[np.ndarray, list[list[str]]]:
-        expression = self._visible()
+        conditions: list[str] = []
         if filter is not None:
             if not all(filter.values()):
                 return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]
-            conditions = (
+            conditions = [
                 "(" + " or ".join(f"metadata[{json.dumps(key)}] == {_literal(value)}" for value in values) + ")"
                 for key, values in filter.items()
-            )
-            expression = _all_of(expression, *conditions)
+            ]
+        return self._seen(lambda visible: self._search_in(_all_of(visible, *conditions), queries, k))
+
+    def _search_in(self, expression: str, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         k = min(k, self._count(expression))
         if k > LARGEST_K:
             raise ValueError(f"Milvus gives {LARGEST_K} answers at most, k is {k}")
@@ -379,9 +330,10 @@ class MilvusIndex(VectorIndex):
         return [dict(rows[name]["metadata"]) for name in ids]
 
 
-def _key(name: str) -> str:
-    """A primary key that needs no quotes in any of Milvus's expressions."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+def _keys(name: str) -> tuple[str, str]:
+    """Two primary keys, so that an item can lie beside the one that it replaces; they need no quotes in expressions."""
+    key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return key, key[:-1] + "+"
 
 
 def _all_of(*conditions: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,6 +83,25 @@ class MilvusConnection:
                     continue
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def make_collection(self, name: str, schema: Any, kind: str, build: Mapping[str, Any]) -> None:
+        """Make a collection in the place of one that is there, with an index of its field `vector`, and load it.
+
+        Args:
+            name: of the collection.
+            schema: as `client.create_schema` gives it.
+            kind: Milvus's name of the index.
+            build: parameters of the index.
+
+        Raises:
+            ConnectionError: as `ask`.
+        """
+        if self.ask("has_collection", name):
+            self.ask("drop_collection", name)
+        index = self.client.prepare_index_params()
+        index.add_index(field_name="vector", index_type=kind, metric_type="IP", params=dict(build))
+        self.ask("create_collection", name, schema=schema, index_params=index, consistency_level="Strong")
+        self.ask("load_collection", name)
 
     def close(self) -> None:
         """Let go of the connection, and of a local file when no other one here has it open."""

@@ -15,7 +15,7 @@ from d2svse.retrieval import load_index
 
 pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
-from d2svse.retrieval.backends import milvus
+from d2svse.retrieval.backends import milvus, milvus_journal
 from d2svse.retrieval.backends.milvus import MilvusIndex
 from d2svse.retrieval.backends.milvus_connection import MilvusConnection
 
@@ -96,7 +96,7 @@ def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server,
     with monkeypatch.context() as patch:
         patch.setattr(MilvusConnection, "ask", ask_and_stop)
         start = time.monotonic()
-        with pytest.raises(ConnectionError, match=r"did not upsert .*nothing was added"):
+        with pytest.raises(ConnectionError, match=r"did not upsert .*nothing was changed"):
             index.add(NAMES[100:], VECTORS[100:])
         assert 1.5 <= time.monotonic() - start < 20
     server.start()
@@ -124,8 +124,8 @@ def test_a_server_that_comes_back_in_time_is_used(server):
 
 def test_one_process_adds_at_a_time_and_a_dead_one_is_undone(server):
     one, two = MilvusIndex(DIM, server.uri), MilvusIndex(DIM, server.uri)
-    with one._writing():
-        one._add(NAMES[:10], VECTORS[:10], [{}] * 10)
+    with one._journal.writing() as one._call:
+        one._replace([], NAMES[:10], VECTORS[:10], [{}] * 10)
         assert len(two) == 0
         with pytest.raises(BlockingIOError, match=f"process {os.getpid()} on .* is writing to 'd2svse'"):
             two.add(["x"], VECTORS[:1])
@@ -134,8 +134,8 @@ def test_one_process_adds_at_a_time_and_a_dead_one_is_undone(server):
 import os, numpy as np
 from d2svse.retrieval.backends.milvus import MilvusIndex
 index = MilvusIndex({DIM}, {server.uri!r})
-with index._writing():
-    index._add(["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
+with index._journal.writing() as index._call:
+    index._replace([], ["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
     os._exit(7)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
@@ -143,6 +143,86 @@ with index._writing():
     assert "x" not in two
     two.add(["x"], VECTORS[:1])
     assert (len(one), one._count("")) == (11, 11)
+
+
+class Killed(BaseException):
+    """The end of the process, before which nothing is put in order."""
+
+
+def test_a_replacement_that_is_killed_at_any_moment_is_before_or_after_never_between(server, monkeypatch):
+    """Of 30 items 10 are removed and 10 replaced, and 10 added, in several batches and notes."""
+    monkeypatch.setattr(milvus, "BYTES_AT_A_TIME", 8 * (4 * DIM + 220))
+    monkeypatch.setattr(milvus_journal, "KEYS_AT_A_TIME", 7)
+    before, after = VECTORS[:30], np.concatenate([VECTORS[100:110], VECTORS[20:30], VECTORS[30:40]])
+    names = {"before": NAMES[:30], "after": [*NAMES[:10], *NAMES[20:40]]}
+    ask, left = MilvusConnection.ask, [10**9]
+
+    def ask_and_die(self, method, *arguments, **options):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return ask(self, method, *arguments, **options)
+
+    def state(index):
+        for name, vectors in (("before", before), ("after", after)):
+            if sorted(index.ids) == sorted(names[name]):
+                np.testing.assert_array_equal(index.vectors_of(names[name]), vectors)
+                scores, ids = index.search(VECTORS[:3], 40)
+                assert [sorted(line) for line in ids] == [sorted(names[name])] * 3
+                expected = np.sort(VECTORS[:3] @ vectors.T)[:, ::-1]
+                np.testing.assert_allclose(scores, expected, atol=1e-6)
+                assert len(index) == len(vectors)
+                return name
+        raise AssertionError(sorted(index.ids))
+
+    monkeypatch.setattr(MilvusConnection, "ask", ask_and_die)
+    found, moment = [], 0
+    while True:
+        index = MilvusIndex(DIM, server.uri, f"c{moment}")
+        index.add(names["before"], before)
+        assert state(index) == "before"
+        left[0] = moment
+        try:
+            index.replace(NAMES[:20], [*NAMES[:10], *NAMES[30:40]], np.concatenate([after[:10], after[20:]]))
+            done = True
+        except Killed:
+            done = False
+        left[0] = 10**9
+        milvus_journal._UNFINISHED.clear()  # as another process, which sees that this one lives
+        reader = MilvusIndex(DIM, server.uri, f"c{moment}")
+        seen = state(reader)
+        reader.recover(force=True)
+        assert state(reader) == seen
+        assert reader._count("") == 30
+        assert set(reader._journal.notes()) <= {"about", "last"}
+        reader.replace(["n25"], ["n25"], VECTORS[:1])  # into the other place, and back into the first
+        reader.replace(["n25"], ["n25"], VECTORS[25:26])
+        assert state(reader) == seen
+        found.append(seen)
+        if done:
+            break
+        moment += 1
+    turn = found.index("after")
+    assert found == ["before"] * turn + ["after"] * (len(found) - turn)
+    assert turn > 10
+    assert len(found) - turn > 5
+
+
+def test_what_is_read_while_a_write_ends_is_read_again(server, monkeypatch):
+    writer, reader = MilvusIndex(DIM, server.uri), MilvusIndex(DIM, server.uri)
+    writer.add(NAMES[:10], VECTORS[:10])
+    hidden, writes = reader._journal.hidden, [([], ["x"], VECTORS[:1]), (["x"], ["x"], VECTORS[1:2])]
+
+    def hidden_and_late(notes, own):
+        expression = hidden(notes, own)
+        if writes:
+            writer.replace(*writes.pop(0))
+        return expression
+
+    monkeypatch.setattr(reader._journal, "hidden", hidden_and_late)
+    assert sorted(reader.ids) == sorted([*NAMES[:10], "x"])
+    assert not writes
+    np.testing.assert_array_equal(reader.vectors_of(["x"]), VECTORS[1:2])
 
 
 def test_bad_places_and_other_collections_are_named(server, tmp_path):
