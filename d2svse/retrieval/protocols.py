@@ -21,7 +21,9 @@ from d2svse.retrieval.metrics import RightAnswers, caption_answers
 
 COCO_NAME = re.compile(r"(?:COCO_val2014_)?0*(\d+)\.(?:jpg|jpeg|png)")
 NO_LETTER = re.compile(r"\W+")
-FLICKR_NAME = re.compile(r"\d+\.(?:jpg|jpeg|png)")
+FLICKR_NAME = re.compile(r"0*(\d+)\.(?:jpg|jpeg|png)")
+# SHA-256 of the 1000 image ids, Flickr's numbers, of Flickr30K's test split in ascending order.
+FLICKR_IDS = "f0dfde6f3a6fb9d770e8e4d84569d15677584b102546db5b242b8c68140839d8"
 # SHA-256 of the 5000 image ids of MS-COCO's test split (Karpathy's), in ascending order and in its own.
 COCO_IDS = "baab55c72b3dfc21360e0ff4fda07f11c8318ef71296ecf0b1eaa4558a1dff05"
 COCO_ORDER = "203ac417d83f9daeaa4e041453b76d9ff25f6c96730a6dda61383fb3916df81e"
@@ -37,7 +39,7 @@ class Protocol:
         n_images: how many images; None for any.
         captions_each: captions of each image; of MS-COCO's the first so many are taken where there are
             more, as is usual. None for any.
-        coco: the images are those of MS-COCO's test split.
+        coco: the images are those of MS-COCO's test split; else, with a number of images, of Flickr30K's.
         folds: parts that are ranked apart and whose metrics are averaged; None to leave it open.
         truth: whose right answers count: "cxc" or "eccv"; None for each caption's own image.
     """
@@ -94,19 +96,21 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
 
     if protocol.n_images is not None and len(dataset) != protocol.n_images:
         raise refuse(f"{len(dataset)} images, expected {protocol.n_images}")
-    pattern = COCO_NAME if protocol.coco else FLICKR_NAME if protocol.n_images is not None else None
+    if protocol.n_images is None:
+        return dataset, 0
+    ids = []
     for record in dataset.records:
-        if pattern is not None and not pattern.fullmatch(record.image.name):
-            example = "COCO_val2014_000000391895.jpg" if protocol.coco else "1007129816.jpg"
-            raise refuse(f"a picture is named {record.image.name}, expected names such as {example}")
+        try:
+            ids.append(coco_image_id(record) if protocol.coco else flickr_image_id(record))
+        except ValueError as error:
+            raise refuse(str(error)) from None
         given, wanted = len(record.captions), protocol.captions_each
         if wanted is not None and (given < wanted or (given > wanted and not protocol.coco)):
             raise refuse(f"{record.image.name} has {given} captions, expected {wanted}")
+    if _hash_ids(sorted(ids)) != (COCO_IDS if protocol.coco else FLICKR_IDS):
+        raise refuse(f"its image ids are not those of the {protocol.n_images} test images (Karpathy's split)")
     if not protocol.coco:
         return dataset, 0
-    ids = [coco_image_id(record) for record in dataset.records]
-    if _hash_ids(sorted(ids)) != COCO_IDS:
-        raise refuse("its image ids are not those of the 5000 test images (Karpathy's split)")
     if protocol.folds != 1 and _hash_ids(ids) != COCO_ORDER:
         raise refuse("its images are not in the order of Karpathy's split, which the folds are cut from")
     records = [replace(record, captions=record.captions[: protocol.captions_each]) for record in dataset.records]
@@ -163,10 +167,16 @@ def coco_image_id(record: Record) -> int:
     Raises:
         ValueError: if the name is of another kind.
     """
-    found = COCO_NAME.fullmatch(record.image.name)
-    if found is None:
-        raise ValueError(f"{record.image.name}: no name of an MS-COCO picture, such as COCO_val2014_000000391895.jpg")
-    return int(found.group(1))
+    return _number(record, COCO_NAME, "an MS-COCO picture, such as COCO_val2014_000000391895.jpg")
+
+
+def flickr_image_id(record: Record) -> int:
+    """Flickr's number in the name of a Flickr30K picture.
+
+    Raises:
+        ValueError: if the name is of another kind.
+    """
+    return _number(record, FLICKR_NAME, "a Flickr30K picture, such as 1007129816.jpg")
 
 
 def find_caption_ids(dataset: ImageTextDataset, annotations: str | os.PathLike[str]) -> dict[int, list[int]]:
@@ -242,6 +252,13 @@ def _relation(truth: Mapping[int, Sequence[int]], queries: Sequence[int], answer
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     rows = np.array([row_of.get(answer, -1) for line in lists for answer in line], dtype=np.int64)
     return RightAnswers(offsets, rows)
+
+
+def _number(record: Record, pattern: re.Pattern[str], what: str) -> int:
+    found = pattern.fullmatch(record.image.name)
+    if found is None:
+        raise ValueError(f"{record.image.name}: no name of {what}")
+    return int(found.group(1))
 
 
 def _hash_ids(ids: Iterable[int]) -> str:

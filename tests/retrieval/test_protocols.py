@@ -22,6 +22,7 @@ from d2svse.retrieval.ranking import ranking_metrics
 from d2svse.retrieval.streaming import ProductScorer, stream_rankings
 
 IDS = [42, 7, 1000]
+FLICKR = (Path(__file__).parents[1] / "golden" / "flickr30k_test_images.txt").read_text().split()
 SMALL = Protocol("small", "three images of MS-COCO", 3, 2, coco=True, truth="cxc")
 
 
@@ -75,12 +76,13 @@ def test_the_named_protocols():
     ("protocol", "data", "message"),
     [
         ("flickr30k-1k", dataset([1, 2]), "set: not the split of the protocol flickr30k-1k: 2 images, expected 1000"),
-        ("flickr30k-1k", dataset(range(1000), 5), "named COCO_val2014_000000000000.jpg, expected names such as"),
+        ("flickr30k-1k", dataset(range(1000), 5), "COCO_val2014_000000000000.jpg: no name of a Flickr30K picture"),
+        ("flickr30k-1k", dataset([*FLICKR[:999], 36979], 5, "{}.jpg"), "its image ids are not those of the 1000 test"),
         ("flickr30k-1k", dataset(range(1000), 4, "{}.jpg"), "0.jpg has 4 captions, expected 5"),
         ("flickr30k-1k", dataset(range(1000), 6, "{}.jpg"), "0.jpg has 6 captions, expected 5"),
         ("coco-5k", dataset(range(5000), 5), "its image ids are not those of the 5000 test images"),
         ("coco-5k", dataset(range(5000), 4), "has 4 captions, expected 5"),
-        ("coco-5k", dataset(range(5000), 5, "a{}.jpg"), "named a0.jpg"),
+        ("coco-5k", dataset(range(5000), 5, "a{}.jpg"), "a0.jpg: no name of an MS-COCO picture"),
     ],
 )
 def test_another_split_than_the_one_named_is_refused(protocol, data, message):
@@ -89,7 +91,7 @@ def test_another_split_than_the_one_named_is_refused(protocol, data, message):
 
 
 def test_the_split_that_is_named_is_taken(small):
-    flickr = dataset(range(1000), 5, "{}.jpg")
+    flickr = dataset(FLICKR, 5, "{}.jpg")
     assert take_split(PROTOCOLS["flickr30k-1k"], flickr) == (flickr, 0)
     assert take_split(PROTOCOLS["custom"], dataset(captions=1))[1] == 0
     taken, left_out = take_split(small, dataset(captions=4))

@@ -119,6 +119,28 @@ def test_deletes(filled, vectors):
     assert len(filled) == 61
 
 
+def test_replaces_in_one_step(filled, vectors, tmp_path):
+    filled.replace(["n3", "n4"], ["n4", "new"], vectors[7:9], [{"number": 44}, {"number": 45}])
+    for index in (filled, _saved_and_loaded(filled, tmp_path / "i")):
+        assert sorted(index.ids) == sorted([*(name for name in names(range(300)) if name != "n3"), "new"])
+        np.testing.assert_allclose(index.vectors_of(["n4", "new"]), vectors[7:9], atol=0.05)  # int8, PQ
+        assert index.metadata_of(["n4", "new"]) == [{"number": 44}, {"number": 45}]
+        assert len(index) == 300
+    for gone, ids, message in (
+        (["n5", "n3"], ["n5"], "the id 'n3' is not in the index"),
+        (["n5"], ["n5", "n6"], "the id 'n6' is in the index already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            filled.replace(gone, ids, vectors[: len(ids)])
+        assert {"n5", "n6"} <= set(filled.ids)
+        assert len(filled) == 300
+
+
+def _saved_and_loaded(index, folder):
+    index.save(folder)
+    return load_index(folder)
+
+
 def test_filters_by_metadata(filled, vectors, engine):
     every = range(300)
     for wanted, passing in [
