@@ -1,5 +1,9 @@
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from urllib.parse import unquote
 
 import d2svse
 
@@ -45,3 +49,19 @@ def test_pieces_import_nothing_of_the_package_but_features():
             if not name.startswith((own, "d2svse.features", "d2svse.registration", "d2svse.version"))
         ]
         assert others == []
+
+
+def test_the_badges_of_the_readme_are_true():
+    root = Path(__file__).parents[1]
+    text, project = (root / "README.md").read_text(), tomllib.loads((root / "pyproject.toml").read_text())
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-((?:--|[^-])+)-\w+\)", text))
+    about = project["project"]
+    assert {name: unquote(value.replace("--", "-")) for name, value in badges.items()} == {
+        "python": about["requires-python"].replace(">=", "≥"),
+        "licence": about["license"],
+        "types": "mypy",
+        "lint": "ruff",
+    }
+    checks = (root / ".ci" / "run").read_text()
+    assert ".venv/bin/mypy" in checks
+    assert ".venv/bin/ruff check" in checks
