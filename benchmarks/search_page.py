@@ -14,7 +14,6 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from d2svse import ImageTextIndex
-from d2svse.serving.asking import Searcher
 from d2svse.serving.page import SearchPage
 
 SETTLED = 900  # milliseconds, for pictures to fade in
@@ -36,7 +35,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    page = SearchPage(Searcher(ImageTextIndex.load(options.index)))
+    page = SearchPage(ImageTextIndex.load(options.index))
     page.launch("127.0.0.1", port)
     options.output.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as player:

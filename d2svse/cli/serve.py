@@ -30,10 +30,9 @@ def serve(
     _check_address(host, port)  # before what takes longer
     with TemporaryDirectory(prefix="d2svse-serve-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        from d2svse.serving.asking import Searcher
-        from d2svse.serving.page import SearchPage  # first, to hear whether gradio is there
+        from d2svse.serving.page import SearchPage
 
-        page = SearchPage(Searcher(open_index(index, model)))
+        page = SearchPage(open_index(index, model))
         public = page.launch(host, port, share=share)
         typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")
         if share:

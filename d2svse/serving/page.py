@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from d2svse.images import ImageError
+from d2svse.retrieval.image_text_index import ImageTextIndex
 from d2svse.retrieval.search import DEFAULT_RERANK
 from d2svse.serving.asking import Answer, Searcher
 from d2svse.serving.html import (
@@ -76,14 +77,21 @@ def _take_files_as_they_are(picture: gr.Image) -> None:
 class SearchPage:
     """The page of an index; what a user has asked is kept in the user's own session.
 
+    Args:
+        index: the index. Its model is loaded here.
+
     Attributes:
         blocks: the Gradio application.
+
+    Raises:
+        FileNotFoundError: if the model is not there any more.
+        ValueError: if the index is empty or the model is another.
     """
 
-    def __init__(self, searcher: Searcher) -> None:
-        self.searcher, self.pictures = searcher, Pictures()
+    def __init__(self, index: ImageTextIndex) -> None:
+        self.searcher, self.pictures = Searcher(index), Pictures()
         self.blocks = gr.Blocks(
-            title=f"Search {searcher.things}",
+            title=f"Search {self.searcher.things}",
             analytics_enabled=False,
             delete_cache=(3600, 3600 * HOURS_KEPT),
             fill_width=True,
