@@ -99,12 +99,12 @@ class SearchPage:
         with self.blocks:
             self._build()
 
-    def launch(self, host: str, port: int, *, share: bool = False) -> str | None:
+    def launch(self, host: str = "127.0.0.1", port: int | None = None, *, share: bool = False) -> str | None:
         """Start to serve, and come back.
 
         Args:
             host: the address to listen at.
-            port: a free port.
+            port: a free port; without it the first free one from 7860 on.
             share: ask Gradio's servers for a public address too.
 
         Returns:

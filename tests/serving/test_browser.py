@@ -113,7 +113,7 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     expect(user.page.locator("#d2-weight")).to_be_visible()
     user.cards.first.click()
     expect(user.reason).to_contain_text("it has no words")
-    user.page.locator("#d2-picture button[aria-label=Clear]").click()
+    user.page.locator("#d2-picture .icon-button-wrapper button").click()
     expect(user.page.locator("#d2-weight")).not_to_be_visible()
 
     false = tmp_path / "notes.jpg"
@@ -121,7 +121,7 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     user.drop(false, "image/jpeg")
     expect(user.message).to_contain_text("notes.jpg: not a picture")
     expect(user.cards).to_have_count(12)
-    user.page.locator("#d2-picture button[aria-label=Clear]").click()
+    user.page.locator("#d2-picture .icon-button-wrapper button").click()
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     user.drop(text, "text/plain")  # Gradio itself refuses it, before it is sent
