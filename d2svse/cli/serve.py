@@ -27,6 +27,8 @@ def serve(
     It listens to this machine alone, and sends nothing out.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page itself whether it is up
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     _check_address(host, port)  # before what takes longer
     with TemporaryDirectory(prefix="d2svse-serve-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads

@@ -34,28 +34,41 @@ RERANKED, VECTORS = "re-ranked", "vectors only"
 HERE = Path(__file__).parent
 HOURS_KEPT = 12  # of what was uploaded and of a session's answers
 
-# A card tells its place; a picture that is being read is faded out, so that none stands under another's name.
-ON_CARDS = """
+# A picture that is being read is faded out, so that none stands under another's name.
+WATCH_PICTURES = """
+const watchPictures = () => {
+  for (const image of element.querySelectorAll('.d2-frame img')) {
+    if (image.complete && image.naturalWidth) continue;
+    image.style.opacity = 0;
+    image.onload = () => { image.style.opacity = 1; };
+    image.onerror = () => { image.style.opacity = 1; image.alt = 'cannot be read any more'; };
+  }
+};
+"""
+ON_CARDS = (
+    WATCH_PICTURES
+    + """
 element.addEventListener('click', (event) => {
   const card = event.target.closest('[data-place]');
   if (card) trigger('select', {place: Number(card.dataset.place)});
 });
 watch('value', () => {
-  for (const image of element.querySelectorAll('img')) {
-    if (image.complete) continue;
-    image.style.opacity = 0;
-    image.onload = image.onerror = () => { image.style.opacity = 1; };
-  }
+  watchPictures();
   const top = element.getBoundingClientRect().top;
   if (top < 0) window.scrollTo({top: window.scrollY + top - 80});
 });
 """
-ON_REASON = """
+)
+ON_REASON = (
+    WATCH_PICTURES
+    + """
 watch('value', () => {
+  watchPictures();
   const top = element.getBoundingClientRect().top;
   if (props.value && (top < 0 || top > window.innerHeight * 0.7)) window.scrollTo({top: window.scrollY + top - 60});
 });
 """
+)
 
 
 def _take_files_as_they_are(picture: gr.Image) -> None:

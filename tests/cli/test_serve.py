@@ -18,7 +18,7 @@ def index(make_model, photos, tmp_path):
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """What the command sets in the environment is as before afterwards."""
-    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "")
 
 
@@ -40,8 +40,7 @@ def one_line_error(done, *words):
 
 def test_the_page_is_served(index, port, run, monkeypatch):
     gradio = pytest.importorskip("gradio", reason="d2svse serve needs gradio (d2svse[demo])")
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing listens
     read = []
 
     def look(page):

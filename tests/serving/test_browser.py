@@ -1,6 +1,7 @@
 """The page in a real Chromium without a window."""
 
 import shutil
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -144,3 +145,13 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     assert phone.wide() <= 390
     assert phone.elsewhere == []
     assert phone.complaints == []
+
+    first, second = (Path(hit.id) for hit in index.search("a blue star", k=30)[0][:2])
+    first.write_bytes(b"no picture any more")
+    second.unlink()
+    later = User(browser, address)
+    later.search("a blue star")
+    expect(later.page.get_by_alt_text("cannot be read any more")).to_be_visible()
+    expect(later.page.get_by_text("missing: no longer on the disk")).to_have_count(1)
+    later.cards.first.click()
+    expect(later.reason).to_contain_text(f"No map: {first.name}: not a picture")
