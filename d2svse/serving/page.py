@@ -36,12 +36,16 @@ HOURS_KEPT = 12  # of what was uploaded and of a session's answers
 
 # A picture that is being read is faded out, so that none stands under another's name.
 WATCH_PICTURES = """
+const fail = (image) => {
+  image.style.display = 'none';
+  image.parentElement.dataset.why = 'cannot be read any more';
+};
 const watchPictures = () => {
   for (const image of element.querySelectorAll('.d2-frame img')) {
-    if (image.complete && image.naturalWidth) continue;
-    image.style.opacity = 0;
     image.onload = () => { image.style.opacity = 1; };
-    image.onerror = () => { image.style.opacity = 1; image.alt = 'cannot be read any more'; };
+    image.onerror = () => fail(image);
+    if (!image.complete) image.style.opacity = 0;
+    else if (!image.naturalWidth) fail(image);
   }
 };
 """
@@ -74,7 +78,8 @@ watch('value', () => {
 def _take_files_as_they_are(picture: gr.Image) -> None:
     """Hand over an uploaded file untouched, so that what is no picture gets the library's message; fetch no address.
 
-    The methods are replaced on the object: Gradio writes a file beside the source of a subclass.
+    The methods are replaced on the object, because Gradio writes a file beside the source of a subclass. It makes a new
+    object for a session in which the component was an output of an event, so this one must never be an output.
     """
     move = picture.async_move_resource_to_block_cache
 
@@ -171,7 +176,7 @@ class SearchPage:
                     )  # fmt: skip
                     weight = gr.Slider(
                         0, 1, 0.5, step=0.05,
-                        label="Weight of the sentence beside the picture",
+                        label="Weight of the sentence",
                         visible=False, min_width=200, elem_id="d2-weight",
                     )  # fmt: skip
             picture = gr.Image(
@@ -206,6 +211,8 @@ class SearchPage:
         def search(words: str | None, file: str | None, share: float, how: str) -> dict[Any, Any]:
             try:
                 new = searcher.ask(words, file, share, rerank=how == RERANKED)
+            except ImageError as error:
+                return {message: show_message(f"{error}. Take it away, or drop another.", "error")}
             except (ValueError, OSError) as error:
                 return {message: show_message(str(error), "error")}
             return {
