@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli import caption, convert, data, demo, encode, evaluate, explain, export, index, push, search, train
+from d2svse.cli import (
+    caption,
+    convert,
+    data,
+    demo,
+    encode,
+    evaluate,
+    explain,
+    export,
+    index,
+    push,
+    search,
+    serve,
+    train,
+)
 from d2svse.version import __version__
 
 app = typer.Typer(
@@ -25,6 +39,7 @@ app.command("export")(export.export)
 app.add_typer(index.app, name="index")
 app.command("search")(search.search)
 app.command("explain")(explain.explain)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.add_typer(caption.app, name="caption")
 app.command("push")(push.push)

@@ -111,6 +111,20 @@ def draw_maps(
     return figure
 
 
+def scale_of(one: MapSet) -> Normalize:
+    """The scale that the maps of a set share: shares start at 0, scores at the lowest."""
+    values = np.concatenate([panel.values.ravel() for panel in one.panels])
+    values = values[np.isfinite(values)]
+    low, high = (0.0, 1.0) if not len(values) else (0.0 if one.shares else values.min(), values.max())
+    return Normalize(low, high if high > low else low + 1e-6)
+
+
+def opacity_of(values: np.ndarray, scale: Normalize) -> np.ndarray:
+    """How much of the heat's colour is laid over the picture, `(rows, columns)` from 0 to 1; NaN is left clear."""
+    shown = np.nan_to_num(np.asarray(scale(np.nan_to_num(values, nan=scale.vmin or 0.0))))
+    return np.where(np.isnan(values), 0, FAINTEST + (STRONGEST - FAINTEST) * shown)
+
+
 def _draw_set(
     part: SubFigure,
     axes: Sequence[Axes],
@@ -121,10 +135,7 @@ def _draw_set(
     characters: int,
 ) -> None:
     grey = ImageOps.grayscale(small)
-    values = np.concatenate([panel.values.ravel() for panel in one.panels])
-    values = values[np.isfinite(values)]
-    low, high = (0.0, 1.0) if not len(values) else (0.0 if one.shares else values.min(), values.max())
-    scale = Normalize(low, high if high > low else low + 1e-6)
+    scale = scale_of(one)
     for axis, panel in zip(axes, one.panels, strict=False):
         axis.imshow(grey, cmap="gray", vmin=-80, vmax=255, extent=(0, picture.width, picture.height, 0))
         _draw_panel(axis, panel, scale, box)
@@ -144,13 +155,11 @@ def _draw_set(
 
 def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, box: tuple[float, float, float, float]) -> None:
     left, top, right, bottom = box
-    shown = np.nan_to_num(np.asarray(scale(np.nan_to_num(panel.values, nan=scale.vmin or 0.0))))
-    opacity = np.where(np.isnan(panel.values), 0, FAINTEST + (STRONGEST - FAINTEST) * shown)
     axis.imshow(
         np.nan_to_num(panel.values, nan=scale.vmin or 0.0),
         norm=scale,
         cmap=COLOURS,
-        alpha=opacity,
+        alpha=opacity_of(panel.values, scale),
         extent=(left, right, bottom, top),
         interpolation="nearest",
     )

@@ -1,0 +1,58 @@
+"""`d2svse serve`."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from d2svse.cli.index import Model, open_index
+
+
+def serve(
+    index: Annotated[Path, typer.Argument(help="Folder of an index.")],
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public link too: all goes through servers of Gradio's makers.")
+    ] = False,
+) -> None:
+    """Serve a page to search an index with a browser, and to see why an answer scores as it does.
+
+    It listens to this machine alone, and sends nothing out.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page itself whether it is up
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
+    _check_address(host, port)  # before what takes longer
+    with TemporaryDirectory(prefix="d2svse-serve-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        from d2svse.serving.page import SearchPage
+
+        page = SearchPage(open_index(index, model))
+        public = page.launch(host, port, share=share)
+        typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")
+        if share:
+            typer.echo(f"public: {public}" if public else "no public link: Gradio's servers gave none", err=not public)
+        page.blocks.block_thread()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Check that a port is free.
+
+    Raises:
+        OSError: if it is in use, or there is no such address here.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(f"cannot listen at {host}, port {port} ({why}): take another --port or --host") from None

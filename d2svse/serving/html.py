@@ -1,0 +1,129 @@
+"""The parts of the search page as HTML; all that comes from outside is escaped."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from d2svse.images import ImageError
+from d2svse.serving.asking import Answer, Reason, Searcher
+from d2svse.serving.maps import DrawnPanel, DrawnSet
+from d2svse.serving.pictures import LARGE, SMALL, Pictures, as_uri, is_there, small_copy
+
+PAGE = 12
+FOLDER = "pictures"  # below which a browser reads small copies
+
+
+def picture_address(pictures: Pictures, path: str, size: int = SMALL) -> str:
+    """Where a browser reads a small copy of a picture, from the page's own address."""
+    return f"{FOLDER}/{'large' if size == LARGE else 'small'}/{pictures.name_of(path)}.jpg"
+
+
+def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "note") -> str:
+    """A message or several, one a line; nothing of none."""
+    lines = [text] if isinstance(text, str) else list(text)
+    if not lines:
+        return ""
+    role = "alert" if kind == "error" else "status"
+    body = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    return f'<div class="d2-message d2-{kind}" role="{role}">{body}</div>'
+
+
+def page_start(count: int, first: int) -> int:
+    """The first place of a page; a place that lies before or behind all answers gives the nearest page."""
+    return max(0, min(first, count - 1)) // PAGE * PAGE
+
+
+def show_range(answer: Answer | None, first: int, things: str) -> str:
+    """Which answers a page shows, such as "13 to 24 of 1000 pictures"."""
+    if answer is None:
+        return ""
+    last = min(first + PAGE, len(answer.hits))
+    return f'<p class="d2-range">{first + 1} to {last} of {len(answer.hits)} {things}</p>'
+
+
+def show_hits(answer: Answer | None, first: int, searcher: Searcher, pictures: Pictures) -> str:
+    """The hits of a page: cards of pictures, or lines of sentences; each a button that tells its place."""
+    if answer is None:
+        return ""
+    cards = []
+    for place in range(first, min(first + PAGE, len(answer.hits))):
+        hit = answer.hits[place]
+        score = f'<span class="d2-score" title="{html.escape(answer.score_name(place))}">{hit.score:.4f}</span>'
+        rank = f'<span class="d2-rank">{place + 1}</span>'
+        if searcher.side == "text":
+            inside = f'{rank}<span class="d2-sentence">{html.escape(hit.id)}</span>{score}'
+        else:
+            name = html.escape(Path(hit.id).name)
+            inside = f'{_frame(hit.id, name, pictures)}<span class="d2-caption">{rank}'
+            inside += f'<span class="d2-name">{name}</span>{score}</span>'
+        cards.append(f'<button type="button" class="d2-card" data-place="{place}">{inside}</button>')
+    scores = html.escape(answer.all_scores)
+    kind = "d2-pictures" if searcher.side == "image" else "d2-sentences"
+    return f'<p class="d2-scores">Scores: {scores}</p><div class="{kind}">{"".join(cards)}</div>'
+
+
+def show_reason(answer: Answer, reason: Reason, searcher: Searcher, pictures: Pictures) -> str:
+    """A hit at large, its score, and the maps."""
+    hit = reason.hit
+    asked = hit.id if searcher.side == "text" else answer.sentence
+    facts = "" if asked is None else f'<p class="d2-asked">{html.escape(asked)}</p>'
+    if searcher.side == "image":
+        facts += f'<p class="d2-path">{html.escape(searcher.shown_name(hit.id))}</p>'
+    count = f"<b>{reason.place + 1}</b> of {len(answer.hits)}"
+    facts += f'<p class="d2-facts">{count} · {html.escape(reason.score)} <b>{hit.score:.4f}</b></p>'
+    facts += "".join(f'<p class="d2-remark">{html.escape(note)}</p>' for note in reason.notes)
+    large = _large_pictures(answer, hit.id, searcher, pictures)
+    two = " d2-two" if searcher.side == "image" and answer.picture is not None else ""
+    maps = "".join(map(_maps, reason.sets))
+    return f'<div class="d2-reason"><div class="d2-top{two}">{large}<div>{facts}</div></div>{maps}</div>'
+
+
+def _frame(path: str, name: str, pictures: Pictures, size: int = SMALL) -> str:
+    if not is_there(path):
+        return '<span class="d2-frame d2-missing">missing: no longer on the disk</span>'
+    address = picture_address(pictures, path, size)
+    return f'<span class="d2-frame"><img src="{address}" alt="{name}" loading="lazy" decoding="async"></span>'
+
+
+def _large_pictures(answer: Answer, name: str, searcher: Searcher, pictures: Pictures) -> str:
+    shown = []
+    if searcher.side == "image":
+        shown.append(_frame(name, html.escape(Path(name).name), pictures, LARGE))
+    if answer.picture is not None:
+        try:
+            address = as_uri(small_copy(answer.picture, SMALL if searcher.side == "image" else LARGE))
+            shown.append(f'<span class="d2-frame"><img src="{address}" alt="the picture of the query"></span>')
+        except ImageError:
+            shown.append('<span class="d2-frame d2-missing">the picture of the query is gone</span>')
+    return f'<div class="d2-large">{"".join(shown)}</div>'
+
+
+def _maps(one: DrawnSet) -> str:
+    bar = f"linear-gradient(to right,{','.join(one.colours)})"
+    ends = f'<span>{html.escape(one.low)}</span><i style="background:{bar}"></i><span>{html.escape(one.high)}</span>'
+    panels = "".join(_panel(panel) for panel in one.panels)
+    remarks = "".join(f'<p class="d2-remark">{html.escape(remark)}</p>' for remark in one.remarks)
+    return (
+        f'<section class="d2-maps"><h3>{html.escape(one.title)}</h3>'
+        f'<p class="d2-scale">{ends}<em>{html.escape(one.unit)}</em></p>'
+        f'<div class="d2-panels">{panels}</div>{remarks}</section>'
+    )
+
+
+def _panel(panel: DrawnPanel) -> str:
+    title, note = html.escape(panel.title), html.escape(panel.note)
+    image = f'<img src="{as_uri(panel.jpeg)}" alt="map of {title}">'
+    return f"<figure>{image}<figcaption><b>{title}</b><small>{note}</small></figcaption></figure>"
+
+
+def heading(searcher: Searcher) -> str:
+    """What is searched, in words."""
+    name = html.escape(os.path.basename(os.path.abspath(searcher.index.folder)))
+    what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {html.escape(searcher.similarity)}"
+    if not searcher.can_rerank:
+        what += ", which lies in their vectors: there is nothing to rank again"
+    return f'<header class="d2-head"><h1>Search {searcher.things}</h1><p>{what}</p></header>'

@@ -1,0 +1,121 @@
+"""Alignment maps as small pictures, which a page lays out as wide as the screen is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from d2svse.serving.pictures import as_jpeg
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
+
+    from d2svse.models import D2SVSE
+    from d2svse.visualize import MapSet, Pair, Panel
+
+PANEL = 320  # pixels of the longest side
+MOST_PANELS = 48
+FRAME = "#00e5ff"
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPanel:
+    """A map: the word, what the map cannot show, and the picture with the heat over it as JPEG."""
+
+    title: str
+    note: str
+    jpeg: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSet:
+    """Maps that share a scale.
+
+    Attributes:
+        title: what they show.
+        unit: what a value is.
+        low: the value of the coldest colour, as text.
+        high: that of the hottest.
+        colours: from the coldest to the hottest, as `#rrggbb`.
+        panels: the maps.
+        remarks: what holds for all of them.
+    """
+
+    title: str
+    unit: str
+    low: str
+    high: str
+    colours: tuple[str, ...]
+    panels: tuple[DrawnPanel, ...]
+    remarks: tuple[str, ...]
+
+
+def draw_sets(model: D2SVSE, picture: str, sentence: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
+    """Draw the maps of `d2svse.visualize.explain` as single small pictures.
+
+    Returns:
+        The sets of maps, the model's score of the two, and what the reader has to know.
+
+    Raises:
+        ImageError: if the picture cannot be read.
+        ImportError: without matplotlib; the message names the extra.
+        ValueError: as `alignment_maps` and `look_at`.
+    """
+    from d2svse.visualize import alignment_maps, look_at
+
+    pair = look_at(model, picture, sentence)
+    sets = alignment_maps(model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)
+    with torch.no_grad():
+        score = model.similarity_fn(pair.images, pair.texts).item()
+    notes = []
+    if pair.words.cut:
+        notes.append("The sentence is longer than the model reads: its end has no maps.")
+    longest = max(len(one.panels) for one in sets)
+    if longest > MOST_PANELS:
+        notes.append(f"The first {MOST_PANELS} of {longest} words are drawn.")
+    return tuple(_draw_set(pair, one) for one in sets), score, notes
+
+
+def _draw_set(pair: Pair, one: MapSet) -> DrawnSet:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    from d2svse.visualize.maps import COLOURS, scale_of
+
+    scale = scale_of(one)
+    ends = [f"{100 * end:.3g} %" if one.shares else f"{end:.3g}" for end in (scale.vmin or 0.0, scale.vmax or 0.0)]
+    small = pair.picture.copy()
+    small.thumbnail((PANEL, PANEL))
+    faded = Image.blend(ImageOps.grayscale(small).convert("RGB"), Image.new("RGB", small.size, "white"), 0.25)
+    ratio = small.width / pair.picture.width, small.height / pair.picture.height
+    left, top, right, bottom = (round(edge * ratio[side % 2]) for side, edge in enumerate(pair.box))
+    panels = [
+        DrawnPanel(panel.title, panel.note, as_jpeg(_lay_over(faded, panel, scale, (left, top, right, bottom))))
+        for panel in one.panels[:MOST_PANELS]
+    ]
+    stops = tuple(to_hex(colour) for colour in colormaps[COLOURS](np.linspace(0, 1, 9)))
+    return DrawnSet(one.title, one.unit, ends[0], ends[1], stops, tuple(panels), one.remarks)
+
+
+def _lay_over(picture: Image.Image, panel: Panel, scale: Normalize, box: tuple[int, int, int, int]) -> Image.Image:
+    """The heat of a map over a part of a picture."""
+    from matplotlib import colormaps
+
+    from d2svse.visualize.maps import COLOURS, opacity_of
+
+    left, top, right, bottom = box
+    colours = np.asarray(colormaps[COLOURS](scale(np.nan_to_num(panel.values, nan=scale.vmin or 0.0))))
+    colours[..., 3] = opacity_of(panel.values, scale)
+    size = max(1, right - left), max(1, bottom - top)
+    heat = Image.fromarray((255 * colours).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    shown = picture.copy()
+    shown.paste(heat, (left, top), heat)
+    pen, (rows, columns) = ImageDraw.Draw(shown), panel.values.shape
+    for row, column in panel.framed:
+        corner = left + column * size[0] / columns, top + row * size[1] / rows
+        pen.rectangle((corner, (corner[0] + size[0] / columns, corner[1] + size[1] / rows)), outline=FRAME, width=3)
+    return shown
