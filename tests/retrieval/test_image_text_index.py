@@ -13,6 +13,7 @@ from filelock import FileLock
 from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
 from d2svse.images import ImageError
+from d2svse.retrieval import VectorIndex
 from d2svse.retrieval.settings import MANIFEST
 from d2svse.similarity import Similarity
 
@@ -150,7 +151,9 @@ def test_a_sentence_and_a_picture_are_weighed(make_model, val_dataset, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["cosine", "omit"])
-def test_add_takes_what_is_new_or_changed_and_drops_what_is_gone(make_model, photos, scenes, tmp_path, name):
+def test_add_takes_what_is_new_or_changed_and_drops_what_is_gone(
+    make_model, photos, scenes, tmp_path, name, monkeypatch
+):
     model = make_model(similarity={"name": name})
     index = ImageTextIndex.build(model, photos, tmp_path / "i")
     other = scenes / "train" / "000000.png"
@@ -162,7 +165,11 @@ def test_add_takes_what_is_new_or_changed_and_drops_what_is_gone(make_model, pho
     encoded = []
     batches = model.image_batches
     model.image_batches = lambda images, **options: encoded.extend(images) or batches(images, **options)
+    writes = []
+    replace = VectorIndex.replace
+    monkeypatch.setattr(VectorIndex, "replace", lambda self, *given: writes.append(given) or replace(self, *given))
     changes = index.add(photos)
+    assert len(writes) == 1  # of engines whose writes are seen at once, nothing is seen between
     assert changes.added == [str(photos / "new.png")]
     assert changes.changed == [str(names[1])]
     assert changes.dropped == [str(names[0])]
