@@ -120,10 +120,11 @@ for name, text in intervals.items():
 # The intervals are 95 % bootstrap intervals over the queries: how far the figure would move with other test captions.
 # They do not tell how far it moves with another seed of training, which is often as much.
 #
-# What this shows, on the drawn scenes: each of the three learns, far above chance. **It does not show which is
-# best.** At 75 steps a similarity that starts with a better gradient leads, and more steps can turn the order round;
-# overlapping intervals settle nothing. For a comparison that you would publish train to the end, with several seeds,
-# choose on the validation set, and report the protocol.
+# What this shows, on the drawn scenes: each of the three learns, far above chance. GSSF starts as cosine and is still
+# near it; their intervals overlap, and nothing tells them apart. OMIT lags. **That is how fast they start from random
+# weights, not where they end**: 75 steps are no training, and a similarity that leads after them need not lead after
+# thousands, or with backbones that have learned before. For a comparison that you would publish train to the end,
+# with several seeds, choose on the validation set, and report the protocol.
 #
 # The time of a step is mostly the encoders'. What a similarity adds grows with the batch: cosine costs $n^2 D$ for
 # $n$ pairs of width $D$, OMIT $n^2 K L D$ for $K$ patches and $L$ words. Here $K$ is 16; a ViT on photos has 197. The
