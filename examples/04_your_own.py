@@ -48,7 +48,7 @@ logging.disable_progress_bar()  # of reading and writing weights
 
 # %%
 DATA = None
-EPOCHS = 3
+EPOCHS = 2
 OUTPUT = Path("d2svse-examples/your-own")  # all that is written lies here
 
 # %% [markdown]
@@ -214,10 +214,10 @@ for name, model in models.items():
     print(f"{name}: the whole counts {100 * model.similarity_fn.share.sigmoid().item():.0f} %, the words the rest")
 
 # %% [markdown]
-# Both are above chance on the scenes, so both give a gradient that teaches. They are not tuned: the temperature, the
-# bias and the learning rate of a new loss want a search, and 75 steps tell nothing about where a loss ends. What to
-# look at when a new one does not learn: `loss_if_collapsed`, `embedding_std` and `active_share` in the log, which
-# [training](../docs/training.md#watching) explains.
+# Both are well above chance on the scenes, so both give a gradient that teaches. They are not tuned: the temperature,
+# the bias and the learning rate of a new loss want a search, and fifty steps tell nothing about where a loss ends.
+# What to look at when a new one does not learn: `loss_if_collapsed`, `embedding_std` and `active_share` in the log,
+# which [training](../docs/training.md#watching) explains. The learned share hardly moves in so few steps.
 #
 # ## Save and load
 #

@@ -137,10 +137,14 @@ keep(retrieval_gallery(test.images, test.captions, scores, owner, [0, 1], direct
 # For each word the score of every patch. The frame is the patch that the word takes. The ResNet gives 4 × 4 patches
 # for a scene, each of which has seen more than its own square; a ViT gives 14 × 14 for a photo.
 #
-# Heat says where a word was *matched*, not that it is there: every word has to take some patch, "a" and "the" too. So
-# compare a word with its own lowest patch, and several pictures, before you believe a map. [What a model
-# sees](../docs/visualize.md#on-real-photos) counts how often the hottest patch of "dog" lies on the dog: with the
-# small models there, not often enough to trust a single map.
+# Heat says where a word was *matched*, not that it is there: every word has to take some patch, "a" and "the" too. A
+# word's vector has also seen its neighbours, so that "an" before "orange" lights up where "orange" does. In the run
+# by which this was written "orange" and "yellow" took a patch at their shape and "left" one at the left; "star",
+# "ring" and "right" did not find theirs. Colours are learned first.
+#
+# So look at several pictures before you believe a map. [What a model sees](../docs/visualize.md#on-real-photos)
+# counts how often the hottest patch of "dog" lies on the dog: with the small models there, not often enough to trust
+# a single map.
 
 # %%
 first = test.records[0]
@@ -202,9 +206,10 @@ for name, found in zip(("without", "with"), nearest_dense(of_vectors, sparse, te
     print(f"{name:7} the tokens: own dense text at place {mean:.0f} in the mean, {top:.0f} % among the first 10")
 
 # %% [markdown]
-# `without` is not the sentence's vector before stage 2: the encoder has been trained together with the decoder, to be
-# completed by it. The figures tell how the work is shared between them, not what a model without decoder would do.
-# For that train one by `stage="align"` (notebook 2).
+# On the scenes, after so short a stage 2, the tokens bring sentences no nearer to their dense text than the encoder
+# alone. That is worth knowing: the drawing above would have shown it only by chance. `without` is not what a model
+# without a decoder would give, though. The encoder has been trained together with the decoder, to be completed by it;
+# for the other train one by `stage="align"` (notebook 2).
 #
 # ## Where to read on
 #
