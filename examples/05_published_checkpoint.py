@@ -39,11 +39,11 @@ logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
 # `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, as notebook 1 tells;
-# None draws scenes. The budget are the epochs of each stage.
+# None draws scenes. The budget is the epochs of each stage.
 
 # %%
 DATA = None
-PRETRAIN_EPOCHS, DISTILL_EPOCHS = 1, 3
+PRETRAIN_EPOCHS, DISTILL_EPOCHS = 1, 2
 OUTPUT = Path("d2svse-examples/published")  # all that is written lies here
 
 # %%
@@ -120,8 +120,8 @@ for name in ("img_enc.image_encoder.fc.weight", "txt_enc.fc.weight", "prompt_lea
 # trained here.
 
 # %%
-as_published = D2SVSE.from_published(published, tokenizer=tokenizer)
-as_trained = D2SVSE.from_published(published, tokenizer=tokenizer, fusion="sum", mask_padding=True)
+as_published = D2SVSE.from_published(published, tokenizer=tokenizer).to(model.device)
+as_trained = D2SVSE.from_published(published, tokenizer=tokenizer, fusion="sum", mask_padding=True).to(model.device)
 
 # %% [markdown]
 # ## Convert it
@@ -131,7 +131,7 @@ as_trained = D2SVSE.from_published(published, tokenizer=tokenizer, fusion="sum",
 
 # %%
 convert_published(published, OUTPUT / "converted", tokenizer=tokenizer)
-converted = D2SVSE.from_pretrained(OUTPUT / "converted")
+converted = D2SVSE.from_pretrained(OUTPUT / "converted").to(model.device)
 
 # %% [markdown]
 # ## Evaluate
@@ -189,8 +189,8 @@ print(len(back["model"]), "tensors, all equal")
 
 # %% [markdown]
 # What this shows and what not: the file, the folder and the model give the same scores, and the small ViT, trained
-# for a hundred steps from random weights, ranks above chance and no better than that. The recalls of the paper are
-# not reproduced here; the published weights were not at hand when this was written.
+# for 75 steps from random weights, ranks above chance and no better than that. The recalls of the paper are not
+# reproduced here; the published weights were not at hand when this was written.
 #
 # ## Where to read on
 #

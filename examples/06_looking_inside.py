@@ -50,7 +50,7 @@ logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
 # `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, as notebook 1 tells;
-# None draws scenes. The budget are the epochs with dense text and with sparse captions. To look at a model that you
+# None draws scenes. The budget is the epochs with dense text and with sparse captions. To look at a model that you
 # have, put `model = D2SVSE.from_pretrained(...)` in place of the training.
 
 # %%
