@@ -54,11 +54,19 @@ EPOCHS = 3
 OUTPUT = Path("d2svse-examples/quickstart")  # all that is written lies here
 
 # %%
+OUTPUT.mkdir(parents=True, exist_ok=True)
 data = Path(DATA) if DATA else draw_scenes(OUTPUT / "scenes", num_train=800, num_test=100)
 train, val, test = (
     ImageTextDataset.from_manifest(data / f"{split}.jsonl", dense="auto") for split in ("train", "val", "test")
 )
 print(f"{len(train)} pictures to train on, {len(val)} to choose the epoch by, {len(test)} to test on")
+
+
+def keep(picture, name):
+    """Write a picture to a file, and give it back for the notebook to show."""
+    picture.save(OUTPUT / name)
+    return picture
+
 
 # %% [markdown]
 # A picture has several *sparse* captions, which tell a part each, and one *dense* text, which tells everything. Here
@@ -68,7 +76,7 @@ print(f"{len(train)} pictures to train on, {len(val)} to choose the epoch by, {l
 first = test.records[0]
 print("\n".join(first.captions))
 print("\ndense:", first.dense)
-compose_gallery([(first.captions[0], [first.image])])
+keep(compose_gallery([(first.captions[0], [first.image])]), "first.png")
 
 # %% [markdown]
 # ## A model
@@ -141,7 +149,7 @@ for record, query, hits in zip(test.records[:3], queries, answers, strict=True):
     found = [hit.id for hit in hits]
     rows.append((query, found))
     right.append([place for place, path in enumerate(found) if path == str(record.image)])
-compose_gallery(rows, right=right)
+keep(compose_gallery(rows, right=right), "answers.png")
 
 # %% [markdown]
 # The same from a shell, with the folders that are there now:
