@@ -53,6 +53,7 @@ def build_model(
     seed: int = 42,
     vision: PreTrainedConfig | None = None,
     similarity: Mapping[str, Any] | None = None,
+    text_heads: int = 4,
 ) -> D2SVSE:
     """A small model with random weights: a ResNet, a BERT and a word-level tokenizer for these texts.
 
@@ -61,6 +62,7 @@ def build_model(
         seed: seed of the weights.
         vision: configuration of another vision backbone.
         similarity: the similarity, cosine without it.
+        text_heads: attention heads of the BERT.
     """
     tokenizer = build_tokenizer(texts)
     vision = vision or ResNetConfig(
@@ -70,7 +72,7 @@ def build_model(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         num_hidden_layers=1,
-        num_attention_heads=4,
+        num_attention_heads=text_heads,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=tokenizer.model_max_length,
     )
@@ -81,6 +83,25 @@ def build_model(
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     model.processor = D2SVSEProcessor(image_processor, tokenizer, max_length=tokenizer.model_max_length)
     return model
+
+
+def draw_scenes(folder: str | os.PathLike[str], num_train: int = 4000, num_test: int = 200, seed: int = 42) -> Path:
+    """Draw scenes to train on, and as many others to choose by as to test on.
+
+    Args:
+        folder: where `train.jsonl`, `val.jsonl`, `test.jsonl` and their pictures are written.
+        num_train: scenes to train on.
+        num_test: scenes of each of the two others.
+        seed: seed of the world.
+
+    Returns:
+        The folder.
+    """
+    first = 0
+    for name, count in (("train", num_train), ("val", num_test), ("test", num_test)):
+        write_scenes(folder, name, count, seed=seed, first=first, size=IMAGE_SIZE)
+        first += count
+    return Path(folder)
 
 
 def run_demo(
@@ -118,13 +139,8 @@ def run_demo(
     start = time.monotonic()
     scenes = output / "scenes"
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
-    train = ImageTextDataset.from_manifest(write_scenes(scenes, "train", num_train, seed=seed, size=IMAGE_SIZE))
-    val, test = (
-        ImageTextDataset.from_manifest(
-            write_scenes(scenes, name, num_test, seed=seed, first=num_train + place * num_test, size=IMAGE_SIZE)
-        )
-        for place, name in enumerate(("val", "test"))
-    )
+    draw_scenes(scenes, num_train, num_test, seed)
+    train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in ("train", "val", "test"))
     texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
     say(
         f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights; the loss is InfoNCE: "

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 
-from d2svse.demo import run_demo
+from d2svse.data import read_manifest
+from d2svse.demo import build_model, draw_scenes, run_demo
 
+SPLITS = ("train", "val", "test")
 EVALUATE = """
 import json, sys
 from d2svse import D2SVSE, ImageTextDataset, evaluate
@@ -59,3 +61,18 @@ def test_the_demo_can_be_run_again_in_the_same_place(demo):
         show_progress_bar=False,
     )
     assert again == results
+
+
+def test_no_scene_is_in_two_splits(tmp_path):
+    assert draw_scenes(tmp_path, num_train=5, num_test=2) == tmp_path
+    rows = {split: [record.image.stem for record in read_manifest(tmp_path / f"{split}.jsonl")] for split in SPLITS}
+    assert rows == {
+        "train": ["000000", "000001", "000002", "000003", "000004"],
+        "val": ["000005", "000006"],
+        "test": ["000007", "000008"],
+    }
+
+
+def test_the_heads_of_the_text_side_can_be_chosen():
+    assert build_model(["a red circle"]).config.text_config.num_attention_heads == 4
+    assert build_model(["a red circle"], text_heads=2).config.text_config.num_attention_heads == 2

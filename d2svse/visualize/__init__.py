@@ -1,7 +1,7 @@
 """What a model sees: figures of alignments, metrics, scores, answers and runs (the extra `[visualize]`).
 
 Every function gives a `matplotlib.figure.Figure`, to be saved by `figure.savefig` or shown by a
-notebook; none needs a display or touches pyplot.
+notebook, after `%matplotlib inline`; none needs a display or touches pyplot.
 """
 
 from __future__ import annotations
