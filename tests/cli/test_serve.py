@@ -1,6 +1,6 @@
 import socket
 import sys
-from urllib.request import urlopen
+from urllib.request import build_opener
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_the_page_is_served(index, port, run, monkeypatch):
     read = []
 
     def look(page):
-        with urlopen(f"http://127.0.0.1:{port}/") as answer:
+        with build_opener().open(f"http://127.0.0.1:{port}/") as answer:  # urlopen would keep the proxy for later tests
             read.append(answer.read().decode())
         assert not page.analytics_enabled
         assert not page.share
