@@ -120,7 +120,7 @@ def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All pictures below a folder by their suffix, sorted.
+    """All pictures below a folder by their suffix, sorted; not the `._` files that macOS puts beside pictures.
 
     Raises:
         FileNotFoundError: if the folder is missing or holds no picture.
@@ -128,7 +128,11 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._") and path.is_file()
+    )
     if not found:
         raise FileNotFoundError(f"{folder}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return found

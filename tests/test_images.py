@@ -88,7 +88,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 def test_find_images_looks_below_and_sorts(tmp_path):
     (tmp_path / "b").mkdir()
-    for name in ("b/2.JPG", "a.png", "notes.txt"):
+    for name in ("b/2.JPG", "a.png", "notes.txt", "b/._2.JPG"):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "2.JPG"]
     (tmp_path / "c").mkdir()

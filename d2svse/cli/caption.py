@@ -50,7 +50,9 @@ def local(
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="Such as cuda:1. [default: an accelerator, or the CPU]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1.", show_default="an accelerator, or the CPU")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
     tries: Annotated[int, typer.Option(help="Texts drawn before a picture counts as failed.")] = 3,
 ) -> None:
@@ -170,7 +172,9 @@ def shorten(
 def report(
     file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
     text: Annotated[str | None, typer.Option(help="Text encoder or model: Hub id or folder.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens that are read. [default: the encoder's limit]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens that are read.", show_default="the encoder's limit")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Lengths in words and tokens, what will be truncated, and repeated and empty captions."""

@@ -17,7 +17,8 @@ def published(
     checkpoint: Annotated[Path, typer.Argument(help="The published .pth file.")],
     output: Annotated[Path, typer.Argument(help="The model folder to write.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the tokenizer. [default: bert-base-uncased from the Hub]")
+        str | None,
+        typer.Option(help="Folder or Hub id of the tokenizer.", show_default="bert-base-uncased from the Hub"),
     ] = None,
     keep_teacher: Annotated[
         bool, typer.Option("--keep-teacher", help="Keep the frozen dense text encoder, to train on.")

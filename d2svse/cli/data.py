@@ -18,7 +18,9 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
     format: Annotated[str, typer.Option(help="auto, published, karpathy, coco, table, datasets or manifest.")] = "auto",
-    image_folder: Annotated[Path | None, typer.Option(help="The pictures. [default: the layout's usual place]")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="The pictures.", show_default="the layout's usual place")
+    ] = None,
     dense: Annotated[
         str | None, typer.Option(help="long or short200 of the published layout, auto, field, concat or a JSONL file.")
     ] = None,
@@ -51,7 +53,8 @@ def dense(
     ],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where relative image paths start, of both. [default: the layout's usual place]")
+        Path | None,
+        typer.Option(help="Where relative image paths start, of both.", show_default="the layout's usual place"),
     ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Write images without dense text too, without it.")
@@ -84,7 +87,9 @@ def shard(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards and their index, shards.jsonl.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
-    image_folder: Annotated[Path | None, typer.Option(help="The pictures. [default: the layout's usual place]")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="The pictures.", show_default="the layout's usual place")
+    ] = None,
     dense: Annotated[str | None, typer.Option(help="Where dense text comes from, as of `train`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in a shard.")] = 1000,
 ) -> None:

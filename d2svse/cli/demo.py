@@ -15,7 +15,7 @@ def demo(
         "d2svse-demo"
     ),
     seed: Annotated[int, typer.Option(help="The one seed.")] = 42,
-    similarity: Annotated[str, typer.Option(help="Name of the similarity.")] = "cosine",
+    similarity: Annotated[str, typer.Option(help="Name of the similarity, such as max-mean or omit.")] = "cosine",
     similarity_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.")] = None,
 ) -> None:
     """Train both stages from scratch on drawn scenes, on the CPU, in minutes; nothing is downloaded."""
@@ -25,3 +25,4 @@ def demo(
     chosen = {"name": similarity, **parse_assignments(similarity_arg or [], "--similarity-arg")}
     results = run_demo(output, seed=seed, similarity=chosen, say=typer.echo)
     print_recalls(results, "200 held-out scenes, five captions each (chance: R@1 0.5, R@10 5)")
+    typer.echo(f'Search on: d2svse search {output / "index"} "a blue star at the top left"')

@@ -42,15 +42,16 @@ def evaluate(
     dense: Annotated[
         str | None,
         typer.Option(
-            help="Dense text: auto, field, concat, long, short200 or a JSONL file. [default: auto]",
+            help="Dense text: auto, field, concat, long, short200 or a JSONL file.",
+            show_default="auto",
             rich_help_panel=_DATA,
         ),
     ] = None,
     annotations: Annotated[
         Path | None,
         typer.Option(
-            help="MS-COCO's caption ids, for cxc and eccv-caption: captions_val2014.json or dataset_coco.json. "
-            "[default: the data, if they are one of these]",
+            help="MS-COCO's caption ids, for cxc and eccv-caption: captions_val2014.json or dataset_coco.json.",
+            show_default="the data, if they are one of these",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -67,7 +68,8 @@ def evaluate(
     folds: Annotated[
         int | None,
         typer.Option(
-            help="Folds to rank apart, of custom data. [default: 5 for 5000 MS-COCO images, else none]",
+            help="Folds to rank apart, of custom data.",
+            show_default="5 for 5000 MS-COCO images, else none",
             rich_help_panel=_DATA,
         ),
     ] = None,

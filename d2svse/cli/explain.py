@@ -19,9 +19,10 @@ def explain(
 ) -> None:
     """Draw why a picture and a sentence score as they do: a heat map over the picture for each word.
 
-    What is drawn is what the model's similarity compares: the transport plan and its bins (omit,
-    movers), attention (scan-t2i, scan-i2t), the best partners (max-mean, …). Of a model that
-    compares pooled vectors it is the score of each patch alone with the sentence.
+    What is drawn is what the model's similarity compares: the transport plan
+    and its bins (omit, movers), attention (scan-t2i, scan-i2t), the best
+    partners (max-mean, …). Of a model that compares pooled vectors it is the
+    score of each patch alone with the sentence.
     """
     from d2svse.images import load_image
 

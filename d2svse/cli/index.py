@@ -74,7 +74,7 @@ def add(
 @app.command("remove")
 def remove(
     index: Index,
-    ids: Annotated[list[str], typer.Argument(help="Paths of pictures, or sentences, as search prints them.")],
+    ids: Annotated[list[str], typer.Argument(help="Paths of pictures, or sentences.")],
 ) -> None:
     """Remove pictures or sentences."""
     opened = open_index(index)

@@ -16,7 +16,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A saved model, such as the folder `model` of a training run.")],
     repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; made if there is none.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who may see it. [default: as its owner has set]")
+        bool | None, typer.Option("--private/--public", help="Who may see it.", show_default="as its owner has set")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to, made if there is none.")] = None,
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",

@@ -28,7 +28,9 @@ def search(
     k: Annotated[int, typer.Option("--k", "-k", help="Answers to each query.")] = 5,
     rerank: Annotated[
         int | None,
-        typer.Option(help="Shortlist to score exactly, where the similarity compares tokens; 0: none. [default: 100]"),
+        typer.Option(
+            help="Shortlist to score exactly, where the similarity compares tokens; 0: none.", show_default="100"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one query a line.")] = False,
     gallery: Annotated[Path | None, typer.Option(help="Show the answers in this .png or .html file.")] = None,

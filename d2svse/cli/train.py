@@ -29,10 +29,12 @@ def train(
     ] = None,
     dense: Annotated[
         str | None,
-        typer.Option(help="Dense text: auto, field, concat or a JSONL file. [default: auto]", rich_help_panel=_DATA),
+        typer.Option(
+            help="Dense text: auto, field, concat or a JSONL file.", show_default="auto", rich_help_panel=_DATA
+        ),
     ] = None,
     on_bad_image: Annotated[
-        str | None, typer.Option(help="error or skip. [default: error]", rich_help_panel=_DATA)
+        str | None, typer.Option(help="error or skip.", show_default="error", rich_help_panel=_DATA)
     ] = None,
     vision: Annotated[
         str | None, typer.Option(help="Vision backbone: Hub id or folder.", rich_help_panel=_MODEL)
@@ -41,23 +43,40 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Start from this model instead of backbones.", rich_help_panel=_MODEL)
     ] = None,
-    embed_dim: Annotated[int | None, typer.Option(help="Width of the joint space.", rich_help_panel=_MODEL)] = None,
+    embed_dim: Annotated[
+        int | None, typer.Option(help="Width of the joint space.", show_default="512", rich_help_panel=_MODEL)
+    ] = None,
     similarity: Annotated[
-        str | None, typer.Option(help="Name of the similarity. [default: cosine]", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            help="Name of the similarity, such as max-mean or omit.", show_default="cosine", rich_help_panel=_MODEL
+        ),
     ] = None,
     similarity_arg: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the similarity.", rich_help_panel=_MODEL)
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for all results.")] = None,
     stages: Annotated[
-        str | None, typer.Option(help="In order: pretrain, distill, align. [default: pretrain,distill]")
+        str | None, typer.Option(help="In order: pretrain, distill, align.", show_default="pretrain,distill")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="paper, published or recommended. [default: recommended]")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Epochs of each stage.", rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs a batch.", rich_help_panel=_TRAINING)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=_TRAINING)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, published or recommended.", show_default="recommended")
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Epochs of each stage.", show_default="of the preset", rich_help_panel=_TRAINING),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pairs a batch.", show_default="of the preset", rich_help_panel=_TRAINING)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", show_default="of the preset", rich_help_panel=_TRAINING)
+    ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="infonce, hinge, cmpm or max-polynomial.", rich_help_panel=_TRAINING)
+        str | None,
+        typer.Option(
+            help="infonce, hinge, cmpm or max-polynomial.", show_default="of the preset", rich_help_panel=_TRAINING
+        ),
     ] = None,
     freeze_vision: Annotated[
         bool, typer.Option("--freeze-vision", help="Keep the vision backbone as it is.", rich_help_panel=_TRAINING)
@@ -91,7 +110,7 @@ def train(
     on_nonfinite: Annotated[
         str | None,
         typer.Option(
-            help="At a NaN or infinite loss: error, or skip the step. [default: error]", rich_help_panel=_TRAINING
+            help="At a NaN or infinite loss: error, or skip the step.", show_default="error", rich_help_panel=_TRAINING
         ),
     ] = None,
     set_: Annotated[
@@ -102,16 +121,20 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of the run. [default: 42]")] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed of the run.", show_default="42")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="ORG/NAME on the Hub: push the model there at the end, with a model card.")
     ] = None,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who may see it there. [default: as its owner has set]")
+        bool | None,
+        typer.Option("--private/--public", help="Who may see it there.", show_default="as its owner has set"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run with this output stopped.")] = False,
 ) -> None:
-    """Train a model in two stages, or in one of them."""
+    """Train a model in two stages, or in one of them.
+
+    It needs --train, --val, --output, and --vision with --text, or --model; or --config.
+    """
     prepare_process()
     from d2svse.training.distributed import is_main_process
     from d2svse.training.recipe import STAGES, Recipe, read_recipe, run_recipe

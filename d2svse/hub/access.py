@@ -101,19 +101,19 @@ def hub_errors(repo_id: str, revision: str | None = None, push: bool = False) ->
 
 def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> Exception | None:
     causes = list(_causes(error))
+    local = "" if push else "no folder here, and "
     hub, named = constants.ENDPOINT, repo_id + (f" at {revision}" if revision else "")
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if caused_by(errors.HFValidationError):
-        local = "" if push else "no folder here, and "
         return ValueError(
             f"{repo_id!r} is {local}no name of a repository: expected ORG/NAME of at most 96 letters, digits, '-', '_' "
             "and '.', neither beginning nor ending with '-' or '.', without '--', '..' and '.git' at the end"
         )
     if caused_by(errors.OfflineModeIsEnabled):
-        return FileNotFoundError(f"{named} is not all in the cache, and HF_HUB_OFFLINE forbids to ask {hub} for it")
+        return FileNotFoundError(f"{named} is {local}not all in the cache; HF_HUB_OFFLINE forbids to ask {hub} for it")
     if caused_by(errors.GatedRepoError):
         return PermissionError(f"{repo_id}: its owner wants terms to be accepted at {hub}/{repo_id}; then {LOG_IN}")
     if caused_by(errors.RepositoryNotFoundError):
@@ -127,12 +127,16 @@ def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> E
             return _tell_status(cause, repo_id, push)
         if isinstance(cause, errors.HTTPError):
             reason = _BEARER.sub("<token>", str(cause)) or type(cause).__name__
-            return ConnectionError(f"{named}: no answer from {hub} ({reason}); what was fetched is kept, so try again")
+            return ConnectionError(
+                f"{named}: {local}no answer from {hub} ({reason}); what was fetched is kept, so try again"
+            )
     if any(type(cause).__name__.startswith("Xet") for cause in causes) or caused_by(RuntimeError):  # of large files
         reason = _BEARER.sub("<token>", str(causes[-1]))
         return OSError(f"{named}: the transfer from or to {hub} failed ({reason}); try again")
     if caused_by(errors.LocalEntryNotFoundError):
-        return FileNotFoundError(f"{named} is not all in the cache, and local_files_only forbids to ask {hub} for it")
+        return FileNotFoundError(
+            f"{named} is {local}not all in the cache; local_files_only forbids to ask {hub} for it"
+        )
     return None
 
 

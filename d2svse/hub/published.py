@@ -251,13 +251,15 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
     elif (config.similarity or {}).get("name") != "cosine":
         problem = f"it compares by cosine, not by {config.similarity}"
     elif decoder and not placed:
-        problem = "its decoder has postfix tokens without positions"
+        problem = "its decoder has postfix tokens without positions (--preset published trains such a one)"
     elif decoder and heads != (ATTENTION_HEADS if attends else DECODER_HEADS):
         problem = f"its decoder has {DECODER_HEADS} heads, or {ATTENTION_HEADS} in cross-attention, not {heads}"
     elif decoder.get("pooling", "mean") not in ("mean", "gpo"):
         problem = f"its decoder pools by mean or gpo, not by {decoder['pooling']}"
     if problem:
         raise ValueError(f"{folder}: the published code has no such model: {problem}")
+    if model.processor is not None and getattr(model.processor.image_processor, "antialias", True):
+        logger.warning("%s was trained on pictures prepared in another way than the published code does it", folder)
     if decoder and model.decoder is not None and model.decoder.mask_padding:
         logger.warning("%s masks padding; the published code will not, and its embeddings will differ a little", folder)
 

@@ -26,11 +26,11 @@ class RankingLoss(nn.Module, ABC):
             A scalar.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: if the shapes do not fit, or a subclass gives no scalar.
         """
         negatives = _negatives(scores, image_ids)
         with torch.autocast(scores.device.type, enabled=False):
-            return self.compute(scores if scores.dtype == torch.float64 else scores.float(), negatives)
+            return _scalar(self, self.compute(scores if scores.dtype == torch.float64 else scores.float(), negatives))
 
     @abstractmethod
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ class DistillationLoss(nn.Module, ABC):
             A scalar.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: if the shapes differ, or a subclass gives no scalar.
         """
         if student.shape != teacher.shape or student.ndim != 2:
             raise ValueError(f"student and teacher must both be (n, embed_dim), got {student.shape}, {teacher.shape}")
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         with torch.autocast(student.device.type, enabled=False):
-            return self.compute(student.to(dtype), teacher.detach().to(dtype))
+            return _scalar(self, self.compute(student.to(dtype), teacher.detach().to(dtype)))
 
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -82,18 +82,24 @@ class ScoreDistillationLoss(nn.Module, ABC):
             A scalar.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            ValueError: if the shapes do not fit, or a subclass gives no scalar.
         """
         if student.shape != teacher.shape:
             raise ValueError(f"student and teacher must be of one shape, got {student.shape} and {teacher.shape}")
         negatives = _negatives(student, image_ids)
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         with torch.autocast(student.device.type, enabled=False):
-            return self.compute(student.to(dtype), teacher.detach().to(dtype), negatives)
+            return _scalar(self, self.compute(student.to(dtype), teacher.detach().to(dtype), negatives))
 
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:
         """Compute the scalar from float scores and the bool mask of negatives, all `(n, n)`."""
+
+
+def _scalar(loss: nn.Module, value: Tensor) -> Tensor:
+    if value.ndim:
+        raise ValueError(f"{type(loss).__name__}.compute must give a scalar, got a tensor {tuple(value.shape)}")
+    return value
 
 
 def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, length_of_shortlist, ranked, search_vectors
 from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable, name_of
-from d2svse.retrieval.sources import Items, read_items
+from d2svse.retrieval.sources import Items, read_items, stored_names
 from d2svse.retrieval.storage import write_lock
 from d2svse.retrieval.store import EmbeddingStore, read_skipped, write_skipped
 
@@ -243,13 +243,16 @@ class ImageTextIndex:
     def remove(self, ids: Sequence[str]) -> None:
         """Remove some ids.
 
+        Args:
+            ids: as `search` gives them, or paths of pictures from the working directory.
+
         Raises:
             ValueError: if an id is not in the index; nothing is removed then.
             BlockingIOError: if another process is writing to the index.
         """
         with write_lock(self.folder):
             self._open()
-            self.vectors.delete(ids)
+            self.vectors.delete(ids if self.side == "text" else stored_names(ids, self.vectors))
             self.vectors.save(self.folder / self._settings.vectors)
             self._sweep()
 

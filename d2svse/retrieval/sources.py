@@ -9,6 +9,7 @@ from typing import Any
 
 from d2svse.data.manifest import read_manifest
 from d2svse.images import find_images, picture_state
+from d2svse.retrieval.engine import VectorIndex
 
 Items = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 MANIFEST_SUFFIX = ".jsonl"
@@ -50,6 +51,16 @@ def read_items(source: Items, side: str, may_be_empty: bool = False) -> tuple[li
         raise ValueError("nothing to index: an empty list")
     names = list(dict.fromkeys(names))
     return names, {name: _state(name) if side == "image" else None for name in names}, below
+
+
+def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
+    """The ids of pictures, a path from the working directory turned into the absolute one that is stored."""
+    if isinstance(names, str):  # refused by the index
+        return names
+    absolute = [str(Path(name).resolve()) for name in names]
+    return [
+        path if name not in vectors and path in vectors else name for name, path in zip(names, absolute, strict=True)
+    ]
 
 
 def _read_sentences(path: Path) -> list[str]:

@@ -57,10 +57,10 @@ class Similarity(nn.Module, ABC):
             `(n_images, n_texts)` float32 (float64 for float64 input); higher is closer.
 
         Raises:
-            ValueError: if the widths differ, or tokens are needed and missing.
+            ValueError: if the widths differ, tokens are needed and missing, or a subclass gives another shape.
         """
         with self.prepared(images, texts) as sides:
-            return self.score(*sides)
+            return self._shaped("score", self.score(*sides), len(images), len(texts))
 
     def pairwise(self, images: Features, texts: Features) -> Tensor:
         """Score image i with text i: `(n,)`, equal to the diagonal of `forward`.
@@ -71,7 +71,7 @@ class Similarity(nn.Module, ABC):
         with self.prepared(images, texts) as sides:
             if len(images) != len(texts):
                 raise ValueError(f"pairwise needs as many images as texts, got {len(images)} and {len(texts)}")
-            return self.score_pairs(*sides)
+            return self._shaped("score_pairs", self.score_pairs(*sides), len(images))
 
     def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
         """Turn pooled vectors `(n, embed_dim)` of one side into ones whose inner product is the score.
@@ -101,6 +101,11 @@ class Similarity(nn.Module, ABC):
         dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
         with torch.autocast(images.pooled.device.type, enabled=False):
             yield images.to(dtype), texts.to(dtype)
+
+    def _shaped(self, method: str, scores: Tensor, *shape: int) -> Tensor:
+        if tuple(scores.shape) != shape:
+            raise ValueError(f"{type(self).__name__}.{method} must give a tensor {shape}, got {tuple(scores.shape)}")
+        return scores
 
     def _check(self, images: Features, texts: Features) -> None:
         if images.pooled.shape[1] != texts.pooled.shape[1]:
@@ -157,7 +162,10 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
                 register_similarity(point.name)(point.load())
                 break
         else:
-            raise ValueError(f"unknown similarity {name!r}; known are {', '.join(similarity_names())}")
+            raise ValueError(
+                f"unknown similarity {name!r}; known are {', '.join(similarity_names())}; one of your own is known "
+                f"once its module is imported, to commands by an entry point of the group {ENTRY_POINT_GROUP}"
+            )
     if dim is not None and "dim" in inspect.signature(_TABLE[name]).parameters:
         arguments.setdefault("dim", dim)
     try:

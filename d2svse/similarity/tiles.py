@@ -316,4 +316,5 @@ class _Tile(nn.Module):
 
 def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
     products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
-    return similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
+    scores = similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
+    return similarity._shaped("score_tile", scores, len(images.mask), len(texts.mask))

@@ -104,7 +104,9 @@ class Recipe:
         if self.on_bad_image not in get_args(OnBadImage):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}")
         if self.model is None and (self.vision is None or self.text is None):
-            raise ValueError("give a model to start from, or both a vision and a text backbone")
+            raise ValueError(
+                "give a model to start from, or both a vision and a text backbone: --model, or --vision and --text"
+            )
         if self.model is not None and (self.vision or self.text or self.model_options):
             raise ValueError("a model to start from brings its own backbones and options; give one or the other")
         if self.model is None and self.stages[0] == "distill":
@@ -134,7 +136,9 @@ class Recipe:
                 raise ValueError(f"{os.fspath(source)}: unknown option {name!r}; known are {', '.join(sorted(known))}")
         for name in ("train", "val", "output"):
             if values.get(name) is None:
-                raise ValueError(f"{os.fspath(source)}: {name!r} is missing")
+                raise ValueError(
+                    f"{os.fspath(source)}: {name!r} is missing; give --{name}, or {name}: in the file of --config"
+                )
         return cls(**values)
 
     def arguments(self, stage: str) -> TrainingArguments:

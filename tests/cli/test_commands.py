@@ -170,7 +170,7 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     ends = ["--vision", backbones / "vision", "--text", backbones / "text"]
     one_line_error(run("train", "--wrong"), "--wrong")
     one_line_error(run("train"), "'train' is missing")
-    one_line_error(run(*train), "give a model to start from, or both")
+    one_line_error(run(*train), "give a model to start from, or both", "--vision and --text")
     one_line_error(run(*train, *ends, "--similarity", "cosin"), "unknown similarity 'cosin'", "cosine")
     one_line_error(run(*train, *ends, "--similarity-arg", "k=1"), "similarity 'cosine'", "k")
     one_line_error(run(*train, *ends, "--similarity-arg", "k"), "KEY=VALUE")
@@ -259,3 +259,9 @@ def test_help_and_version_come_without_torch():
         [sys.executable, "-m", "d2svse", "--version"], capture_output=True, text=True, check=True
     ).stdout
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", version)
+
+
+def test_help_shows_defaults_that_a_configuration_may_change(run):
+    out = run("train", "--help")[1]
+    for default in ("(pretrain,distill)", "(recommended)", "(cosine)", "(auto)", "(42)"):
+        assert default in out, default

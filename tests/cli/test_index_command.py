@@ -34,7 +34,7 @@ def one_line_error(result, *parts):
 
 
 @pytest.mark.parametrize("name", ["gssf-diagonal", "omit"])
-def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, name):
+def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, monkeypatch, name):
     folder, model = saved(name)
     index = tmp_path / "i"
     code, out, err = run("index", "build", folder, photos, "-o", index, "--engine-option", "dtype=float16")
@@ -69,7 +69,9 @@ def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, 
     assert "1 added, 0 encoded again, 1 dropped; 16 pictures" in out
     assert "skipped 1 pictures" in err
     assert "broken.png" in (index / "skipped.jsonl").read_text()
-    assert "15 pictures" in run("index", "remove", index, photos / "new.png")[1]
+    monkeypatch.chdir(photos.parent)
+    one_line_error(run("index", "remove", index, "new.png"), "the id 'new.png' is not in the index")
+    assert "15 pictures" in run("index", "remove", index, f"{photos.name}/new.png")[1]
     one_line_error(run("index", "remove", index, photos / "new.png"), "is not in the index")
     info = json.loads(run("index", "info", index, "--json")[1])
     assert {name: info[name] for name in ("count", "side", "engine", "dim", "model")} == {

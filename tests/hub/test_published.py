@@ -323,7 +323,7 @@ def test_settings_can_be_given_by_hand(golden_files):
         load(golden_files["vit_distill"], vision__heads=3)
 
 
-def test_a_model_trained_here_is_written_as_published_and_read_back(processor, tmp_path):
+def test_a_model_trained_here_is_written_as_published_and_read_back(processor, tmp_path, caplog):
     small = {"num_hidden_layers": 1, "intermediate_size": 16, "hidden_size": 64, "num_attention_heads": 1}
     vision = ViTConfig(**small, image_size=32, patch_size=8)
     text = BertConfig(**small, vocab_size=100, max_position_embeddings=96)
@@ -342,6 +342,11 @@ def test_a_model_trained_here_is_written_as_published_and_read_back(processor, t
         for method, value in (("get_text_features", ids), ("get_image_features", torch.rand(2, 3, 32, 32))):
             found, expected = (getattr(m, method)(value).pooler_output for m in (back, model))
             torch.testing.assert_close(found, expected)
+    assert "prepared in another way" not in caplog.text
+    model.processor = processor
+    model.save_pretrained(tmp_path / "prepared")
+    write_published(tmp_path / "prepared", tmp_path / "p.pth")
+    assert "prepared in another way" in caplog.text
     make(placement="surround").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="postfix tokens without positions"):
         write_published(tmp_path / "other", tmp_path / "n.pth")
@@ -421,12 +426,13 @@ def test_what_cannot_be_kept_is_said_and_the_input_is_never_replaced(golden_file
     assert inside.is_file()
 
 
-def test_what_the_published_code_cannot_express_is_refused(golden_files, tmp_path):
+def test_what_the_published_code_cannot_express_is_refused(golden_files, tmp_path, caplog):
     convert_published(golden_files["vit_distill"], tmp_path / "a", tokenizer=False, decoder_heads=8)
     with pytest.raises(ValueError, match="its decoder has 4 heads"):
         write_published(tmp_path / "a", tmp_path / "a.pth")
     convert_published(golden_files["vit_distill"], tmp_path / "b", tokenizer=False, no_res_embed=False, img_res=32)
     write_published(tmp_path / "b", tmp_path / "b.pth")
+    assert "prepared in another way" not in caplog.text
     back = load(tmp_path / "b.pth")
     assert not back.config.context_residual
     assert back.processor.image_processor.size["height"] == 32

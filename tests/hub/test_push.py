@@ -125,7 +125,9 @@ def test_a_download_that_keeps_breaking_is_told_and_whole_files_are_kept(folder,
     push_folder(folder, "lab/tiny")
     hub.fail("GET", "/storage/", cut=1)
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(ConnectionError, match=r"lab/tiny: no answer .* what was fetched is kept, so try again"):
+    with pytest.raises(
+        ConnectionError, match=r"lab/tiny: no folder here, and no answer .* what was fetched is kept, so try again"
+    ):
         D2SVSE.from_pretrained("lab/tiny")
     assert len(hub.requests("GET", "/storage/")) == 6
     hub.faults.clear()
@@ -207,17 +209,19 @@ def test_faults_on_the_way_to_the_hub_are_told(folder, hub, monkeypatch):
     assert "MaySee" not in str(told.value)
     assert "SplitToken" not in str(told.value)
     with pytest.raises(
-        FileNotFoundError, match="lab/tiny is not all in the cache, and local_files_only forbids to ask"
+        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; local_files_only forbids to ask"
     ):
         D2SVSE.from_pretrained("lab/tiny", local_files_only=True)
     push_folder(folder, "lab/tiny")
     huggingface_hub.hf_hub_download("lab/tiny", "config.json")  # as AutoConfig would
     with pytest.raises(
-        FileNotFoundError, match="lab/tiny is not all in the cache, and local_files_only forbids to ask"
+        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; local_files_only forbids to ask"
     ):
         D2SVSE.from_pretrained("lab/tiny", local_files_only=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="lab/tiny is not all in the cache, and HF_HUB_OFFLINE forbids to ask"):
+    with pytest.raises(
+        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; HF_HUB_OFFLINE forbids to ask"
+    ):
         D2SVSE.from_pretrained("lab/tiny")
 
 

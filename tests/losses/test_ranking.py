@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.losses import CMPM, InfoNCE, MaxPolynomial, TripletLoss, build_loss
+from d2svse.losses import CMPM, InfoNCE, MaxPolynomial, RankingLoss, TripletLoss, build_loss
 
 IDS = torch.tensor([0, 1, 2, 1, 4, 0])
 
@@ -158,3 +158,12 @@ def test_coefficients_are_checked():
         MaxPolynomial(positive=[])
     with pytest.raises(ValueError, match="must be positive"):
         CMPM(temperature=0)
+
+
+def test_a_loss_of_ones_own_must_give_a_scalar():
+    class Each(RankingLoss):
+        def compute(self, scores, negatives):
+            return scores.masked_fill(~negatives, 0).sum(1)
+
+    with pytest.raises(ValueError, match=r"Each\.compute must give a scalar, got a tensor \(3,\)"):
+        Each()(torch.eye(3))

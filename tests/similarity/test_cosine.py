@@ -55,10 +55,25 @@ def test_widths_that_differ_are_named():
         Cosine().pairwise(Features(torch.zeros(1, 3)), Features(torch.zeros(2, 3)))
 
 
+def test_scores_of_another_shape_are_refused():
+    class Vectors(Cosine):
+        def score(self, images, texts):
+            return images.pooled
+
+        def score_pairs(self, images, texts):
+            return images.pooled
+
+    images, texts = Features(torch.ones(2, 3)), Features(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"Vectors\.score must give a tensor \(2, 2\), got \(2, 3\)"):
+        Vectors()(images, texts)
+    with pytest.raises(ValueError, match=r"Vectors\.score_pairs must give a tensor \(2,\), got \(2, 3\)"):
+        Vectors().pairwise(images, texts)
+
+
 def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
     assert isinstance(build_similarity("cosine"), Cosine)
     assert isinstance(build_similarity({"name": "cosine"}), Cosine)
-    with pytest.raises(ValueError, match=r"unknown similarity 'cosin'; known are .*cosine"):
+    with pytest.raises(ValueError, match=r"unknown similarity 'cosin'; known are .*cosine.* entry point of"):
         build_similarity("cosin")
     with pytest.raises(ValueError, match=r"similarity 'cosine': .*margin"):
         build_similarity({"name": "cosine", "margin": 1})

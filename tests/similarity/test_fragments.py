@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity
+from d2svse.similarity import FragmentSimilarity
 from d2svse.similarity.tiles import like_lengths
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
@@ -347,3 +348,12 @@ def test_a_similarity_in_half_precision_still_scores_in_float32():
     for configuration in ({"num_blocks": 0}, {"num_blocks": -2}):
         with pytest.raises(ValueError, match="num_blocks must be positive"):
             build_similarity({"name": "max-mean", "metric": "block-diagonal", **configuration}, DIM)
+
+
+def test_a_tile_of_another_shape_is_refused():
+    class Words(FragmentSimilarity):
+        def score_tile(self, images, texts, products):
+            return products.amax(1)
+
+    with pytest.raises(ValueError, match=r"Words\.score_tile must give a tensor \(2, 1\), got \(2, 1, 4\)"):
+        Words()(side(2, 3, 0), side(1, 4, 1, masked=False))
