@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ finally:
 
 def answers(folder: Path, model: D2SVSE) -> tuple[list[str], list[list[Hit]]]:
     """The ids of an index and all hits of the queries."""
-    with ImageTextIndex.load(folder, model) as index:
+    with closing(ImageTextIndex.load(folder, model)) as index:
         return sorted(index.ids), index.search(QUERIES, k=PICTURES + NEW)
 
 
@@ -106,7 +107,7 @@ def kill_often(engine: str, similarity: str, kills: int, work: Path, rng: random
         process.wait()
         found = answers(index, model)
         counts[next((state for state, answer in expected.items() if answer == found), "between")] += 1
-        with ImageTextIndex.load(index, model) as again:
+        with closing(ImageTextIndex.load(index, model)) as again:
             again.add(photos)
         if answers(index, model) != expected["after"]:
             counts["between"] += 1

@@ -139,12 +139,6 @@ class ImageTextIndex:
         """Let go of the vectors; an embedded Milvus belongs to one process at a time."""
         self.vectors.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def __len__(self) -> int:
         return len(self.vectors)
 
