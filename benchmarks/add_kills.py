@@ -1,6 +1,6 @@
 """Kill `d2svse index add` at random moments; after each kill the index has to answer as before or as after.
 
-    python benchmarks/add_kills.py --kills 50
+    python benchmarks/add_kills.py --kills 75
 
 Of 60 drawn scenes five are gone, five have changed, and 60 are new; the model is tiny, with random weights. Both kinds
 of index, of vectors alone and with stored tokens, and one whose vectors are in an embedded Milvus. Each kill takes a
@@ -117,7 +117,7 @@ def kill_often(engine: str, similarity: str, kills: int, work: Path, rng: random
 def main() -> None:
     """Kill, and count what is found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each kind, a third of them")
+    parser.add_argument("--kills", type=int, default=75, help="in all; a third of them of each kind")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -203,9 +203,10 @@ def test_the_budget_may_be_larger_than_needed(serve, photos):
 def test_retry_after_holds_back_all_requests(serve, photos):
     server = serve(lambda request, earlier: "429 after 1" if request == 0 else "ok", delay=0.05)
     assert len(captions(make(server, concurrency=2), find_pictures(photos))) == 6
-    first, second, *rest = server.times
-    assert second - first < 0.5  # it was under way
-    assert rest[0] - first >= 1.0
+    first, *others = server.times
+    early = [time for time in others if time - first < 0.5]
+    assert 1 <= len(early) <= 2  # under way, or begun before the answer was read
+    assert all(time - first >= 1.0 for time in others[len(early) :])
 
 
 def test_waits_double_with_jitter(serve):
