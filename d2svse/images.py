@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 from abc import abstractmethod
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+JPEG_QUALITY = 85  # of the small copies in pages
 
 
 class StoredImage(os.PathLike[str]):
@@ -192,3 +194,15 @@ def select_readable(
     if bad:
         logger.warning("\n  ".join([f"skipped {len(bad)} of {len(paths)} pictures:", *bad]))
     return good, bad
+
+
+def jpeg_bytes(picture: Image.Image) -> bytes:
+    """A picture as JPEG."""
+    data = BytesIO()
+    picture.save(data, format="JPEG", quality=JPEG_QUALITY)
+    return data.getvalue()
+
+
+def jpeg_uri(jpeg: bytes) -> str:
+    """A JPEG as an address that holds it, for a page."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

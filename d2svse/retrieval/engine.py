@@ -163,6 +163,10 @@ class VectorIndex(ABC):
     def __contains__(self, id: object) -> bool:
         return isinstance(id, str) and bool(self._known([id]))
 
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are in the index."""
+        return self._known(list(ids))
+
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index to a folder, which is whole before and after, whatever happens between.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import os
 import textwrap
 from collections.abc import Collection, Sequence
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from d2svse.files import write_text, written_aside
-from d2svse.images import load_image
+from d2svse.images import jpeg_bytes, jpeg_uri, load_image
 from d2svse.retrieval.search import Hit
 
 GAP = 8
@@ -116,8 +114,7 @@ def write_gallery_page(
 
 
 def _embedded(picture: str | os.PathLike[str], thumbnail: int) -> str:
-    image, data = load_image(picture), BytesIO()
+    image = load_image(picture)
     image.thumbnail((thumbnail, thumbnail))
-    image.save(data, format="JPEG", quality=85)
     name = html.escape(os.fspath(picture), quote=True)
-    return f'<img alt="{name}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return f'<img alt="{name}" src="{jpeg_uri(jpeg_bytes(image))}">'

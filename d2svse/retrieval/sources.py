@@ -58,9 +58,8 @@ def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
     if isinstance(names, str):  # refused by the index
         return names
     absolute = [str(Path(name).resolve()) for name in names]
-    return [
-        path if name not in vectors and path in vectors else name for name, path in zip(names, absolute, strict=True)
-    ]
+    known = vectors.known([*names, *absolute])
+    return [path if name not in known and path in known else name for name, path in zip(names, absolute, strict=True)]
 
 
 def _read_sentences(path: Path) -> list[str]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from d2svse.images import ImageError
+from d2svse.images import ImageError, jpeg_uri
 from d2svse.serving.asking import Answer, Reason, Searcher
 from d2svse.serving.maps import DrawnPanel, DrawnSet
-from d2svse.serving.pictures import LARGE, SMALL, Pictures, as_uri, is_there, small_copy
+from d2svse.serving.pictures import LARGE, SMALL, Pictures, is_there, small_copy
 
 PAGE = 12
 FOLDER = "pictures"  # below which a browser reads small copies
@@ -95,7 +95,7 @@ def _large_pictures(answer: Answer, name: str, searcher: Searcher, pictures: Pic
         shown.append(_frame(name, html.escape(Path(name).name), pictures, LARGE))
     if answer.picture is not None:
         try:
-            address = as_uri(small_copy(answer.picture, SMALL if searcher.side == "image" else LARGE))
+            address = jpeg_uri(small_copy(answer.picture, SMALL if searcher.side == "image" else LARGE))
             shown.append(f'<span class="d2-frame"><img src="{address}" alt="the picture of the query"></span>')
         except ImageError:
             shown.append('<span class="d2-frame d2-missing">the picture of the query is gone</span>')
@@ -116,7 +116,7 @@ def _maps(one: DrawnSet) -> str:
 
 def _panel(panel: DrawnPanel) -> str:
     title, note = html.escape(panel.title), html.escape(panel.note)
-    image = f'<img src="{as_uri(panel.jpeg)}" alt="map of {title}">'
+    image = f'<img src="{jpeg_uri(panel.jpeg)}" alt="map of {title}">'
     return f"<figure>{image}<figcaption><b>{title}</b><small>{note}</small></figcaption></figure>"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from d2svse.serving.pictures import as_jpeg
+from d2svse.images import jpeg_bytes
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -94,7 +94,7 @@ def _draw_set(pair: Pair, one: MapSet) -> DrawnSet:
     ratio = small.width / pair.picture.width, small.height / pair.picture.height
     left, top, right, bottom = (round(edge * ratio[side % 2]) for side, edge in enumerate(pair.box))
     panels = [
-        DrawnPanel(panel.title, panel.note, as_jpeg(_lay_over(faded, panel, scale, (left, top, right, bottom))))
+        DrawnPanel(panel.title, panel.note, jpeg_bytes(_lay_over(faded, panel, scale, (left, top, right, bottom))))
         for panel in one.panels[:MOST_PANELS]
     ]
     stops = tuple(to_hex(colour) for colour in colormaps[COLOURS](np.linspace(0, 1, 9)))

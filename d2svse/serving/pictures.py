@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import secrets
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-
-from d2svse.images import ImageSource, load_image
+from d2svse.images import ImageSource, jpeg_bytes, load_image
 
 SMALL, LARGE = 360, 960  # longest side in pixels
-QUALITY = 82
 
 
 class Pictures:
@@ -56,16 +51,4 @@ def small_copy(source: ImageSource, size: int) -> bytes:
     """
     picture = load_image(source, at_least=size)
     picture.thumbnail((size, size))
-    return as_jpeg(picture)
-
-
-def as_jpeg(picture: Image.Image) -> bytes:
-    """A picture as JPEG."""
-    data = BytesIO()
-    picture.save(data, format="JPEG", quality=QUALITY)
-    return data.getvalue()
-
-
-def as_uri(jpeg: bytes) -> str:
-    """A JPEG as an address that holds it."""
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    return jpeg_bytes(picture)

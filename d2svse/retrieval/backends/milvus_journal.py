@@ -96,9 +96,9 @@ class MilvusJournal:
         """
         self.recover()
         call, owner = uuid.uuid4().hex, {"host": socket.gethostname(), "pid": os.getpid()}
-        self._write({call: owner, LAST: {"call": call}})
         stepped = False
         try:
+            self._write({call: owner, LAST: {"call": call}})
             notes = self.notes()
             for other in _writes(notes):
                 if other != call:

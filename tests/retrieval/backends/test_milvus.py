@@ -145,6 +145,26 @@ with index._journal.writing() as index._call:
     assert (len(one), one._count("")) == (11, 11)
 
 
+def test_a_note_whose_answer_is_lost_bars_no_later_write(server, monkeypatch):
+    index = MilvusIndex(DIM, server.uri)
+    ask = MilvusConnection.ask
+
+    def lose_the_answer(self, method, *arguments, **options):
+        answer = ask(self, method, *arguments, **options)
+        if method == "upsert" or self.lost:  # from the first note on nothing is heard any more
+            self.lost = True
+            raise ConnectionError(f"Milvus at {self.uri} did not {method}")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MilvusConnection, "lost", False, raising=False)
+        patch.setattr(MilvusConnection, "ask", lose_the_answer)
+        with pytest.raises(ConnectionError, match="did not upsert; nothing was changed"):
+            index.add(NAMES[:5], VECTORS[:5])
+    index.add(NAMES[:5], VECTORS[:5])
+    assert len(index) == 5
+
+
 class Killed(BaseException):
     """The end of the process, before which nothing is put in order."""
 
