@@ -90,6 +90,9 @@ def evaluate(
             help="Rank only so many by a similarity of tokens, those of the best cosine.", rich_help_panel=_SCORES
         ),
     ] = None,
+    shortlist: Annotated[
+        str, typer.Option(help="Make the shortlist by mean or pooled vectors.", rich_help_panel=_SCORES)
+    ] = "mean",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
@@ -141,6 +144,7 @@ def evaluate(
         captions=captions,  # type: ignore[arg-type]
         folds=folds,
         rerank_k=rerank_k,
+        shortlist=shortlist,  # type: ignore[arg-type]
         annotations=annotations,
         wrong=wrong if per_query else 0,
         batch_size=batch_size,

@@ -17,6 +17,7 @@ from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_slices, mean_metrics
 from d2svse.retrieval.protocols import COCO_NAME, find_protocol, right_answers, split_hash, take_split
 from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics
+from d2svse.retrieval.search import Shortlist
 from d2svse.retrieval.shortlist import rank_in_two_stages
 from d2svse.retrieval.streaming import Best, MeanScorer, Scorer, best_wrong, make_scorer, stream_rankings
 from d2svse.similarity.base import Similarity, build_similarity
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LEVEL, DRAWS, SEED = 0.95, 1000, 0
 COCO_TEST, COCO_FOLDS = 5000, 5
+SHORTLISTS: dict[Shortlist, str] = {"mean": "means of tokens", "pooled": "pooled vectors"}
 DIRECTIONS = ("i2t", "t2i")
 
 
@@ -109,14 +111,22 @@ class RankShortlist:
     images: Features
     texts: Features
     depth: int
+    shortlist: Shortlist
     show_progress_bar: bool = False
 
     def rank(  # noqa: D102
         self, rows: slice, columns: slice, answers: tuple[RightAnswers, RightAnswers], wrong: int
     ) -> tuple[tuple[Ranking, Ranking], tuple[Best, Best]]:
         sides = self.images[rows], self.texts[columns]
-        options: dict[str, Any] = {"wrong": wrong, "show_progress_bar": self.show_progress_bar}
-        return rank_in_two_stages(self.similarity, *sides, *answers, self.depth, **options)
+        return rank_in_two_stages(
+            self.similarity,
+            *sides,
+            *answers,
+            self.depth,
+            shortlist=self.shortlist,
+            wrong=wrong,
+            show_progress_bar=self.show_progress_bar,
+        )
 
 
 def evaluate_protocol(
@@ -128,6 +138,7 @@ def evaluate_protocol(
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank_k: int | None = None,
+    shortlist: Shortlist = "mean",
     annotations: str | os.PathLike[str] | None = None,
     wrong: int = 0,
     batch_size: int = 128,
@@ -144,8 +155,9 @@ def evaluate_protocol(
         captions: as in `encode_dataset`; dense ones in a custom protocol only.
         folds: of a custom protocol, parts to rank apart beside the whole; five by default for 5000
             images of MS-COCO.
-        rerank_k: rank in two stages: so many by the cosine of the pooled vectors, put in order by
+        rerank_k: rank in two stages: so many by the cosine of one vector an item, put in order by
             the similarity.
+        shortlist: that vector, as of an `ImageTextIndex`: "mean", of the tokens, or "pooled".
         annotations: see `right_answers`.
         wrong: keep so many of the best wrong answers of each query.
         batch_size: as in `encode_dataset`.
@@ -171,6 +183,8 @@ def evaluate_protocol(
         folds = COCO_FOLDS if is_coco else 1
     fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
     chosen = [choose_similarity(model, similarity) for _, model in models]
+    if shortlist not in SHORTLISTS:
+        raise ValueError(f"shortlist takes {' or '.join(SHORTLISTS)}, got {shortlist!r}")
     if rerank_k is not None and chosen[0].requires != "tokens":
         raise ValueError(f"a shortlist is for similarities of tokens; {type(chosen[0]).__name__} needs none")
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "embeddings": embeddings}
@@ -184,7 +198,7 @@ def evaluate_protocol(
         scorers = [make_scorer(one, *side) for one, side in zip(chosen, sides, strict=True)]
         ranker = RankAll(scorers[0] if len(scorers) == 1 else MeanScorer(scorers))
     else:
-        ranker = RankShortlist(chosen[0], *sides[0], rerank_k, show_progress_bar)
+        ranker = RankShortlist(chosen[0], *sides[0], rerank_k, shortlist, show_progress_bar)
 
     def rank(rows: slice) -> Part:
         columns = slice(*np.searchsorted(owner, [rows.start, rows.stop]).tolist())
@@ -194,6 +208,7 @@ def evaluate_protocol(
     whole = rank(slice(0, len(dataset))) if len(fold_rows) == 1 or rules.folds is None else None
     parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
     names = [os.fspath(path) for path in dataset.images]
+    candidates = "all" if rerank_k is None else f"shortlist of {rerank_k} by cosine of the {SHORTLISTS[shortlist]}"
     result = {
         "protocol": rules.name,
         "model": " + ".join(name for name, _ in models),
@@ -202,7 +217,7 @@ def evaluate_protocol(
             {"name": name, "revision": model_revision(model), "similarity": _describe(model, similarity, one)}
             for (name, model), one in zip(models, chosen, strict=True)
         ],
-        "candidates": "all" if rerank_k is None else f"shortlist of {rerank_k} by cosine of the pooled vectors",
+        "candidates": candidates,
         "rerank_k": rerank_k,
         "data": dataset.source,
         "split_sha256": split_hash(dataset),

@@ -1,4 +1,4 @@
-"""Two stages: a shortlist by the cosine of the pooled vectors, put in order by a dearer similarity."""
+"""Two stages: a shortlist by the cosine of one vector an item, put in order by a dearer similarity."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.progress import progress_bar
 from d2svse.retrieval.metrics import RightAnswers, refuse_nan, tile_slices
 from d2svse.retrieval.ranking import Ranking
+from d2svse.retrieval.search import Shortlist, Side, search_vectors
 from d2svse.retrieval.streaming import Best
 from d2svse.similarity.base import Similarity
 
 QUERIES_AT_A_TIME = 256
+ITEMS_AT_A_TIME = 256
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def rank_in_two_stages(
     image_answers: RightAnswers,
     depth: int,
     *,
+    shortlist: Shortlist = "mean",
     wrong: int = 0,
     show_progress_bar: bool = False,
 ) -> tuple[tuple[Ranking, Ranking], tuple[Best, Best]]:
@@ -42,6 +44,7 @@ def rank_in_two_stages(
         captions: the right captions of every image.
         image_answers: the right images of every caption.
         depth: length of a shortlist.
+        shortlist: the vectors whose cosine makes it, as in `search_vectors`.
         wrong: keep so many of the best wrong answers of each shortlist.
         show_progress_bar: show one on the terminal.
 
@@ -56,7 +59,7 @@ def rank_in_two_stages(
             f"a shortlist of {depth} does not fit {len(images)} images and {len(texts)} captions: "
             "it must have at least one place and not more than either has"
         )
-    left, right = F.normalize(images.pooled.float(), dim=-1), F.normalize(texts.pooled.float(), dim=-1)
+    left, right = _vectors(similarity, "image", images, shortlist), _vectors(similarity, "text", texts, shortlist)
 
     def score_captions(image: int, rows: Tensor) -> Tensor:
         return similarity(images[image], texts[rows])[0]
@@ -68,6 +71,12 @@ def rank_in_two_stages(
     i2t, of_images = _rank_side(score_captions, left, right, captions, ("image", "caption"), *options)
     t2i, of_captions = _rank_side(score_images, right, left, image_answers, ("caption", "image"), *options)
     return (i2t, t2i), (of_images, of_captions)
+
+
+def _vectors(similarity: Similarity, side: Side, features: Features, shortlist: Shortlist) -> Tensor:
+    parts = tile_slices(len(features), ITEMS_AT_A_TIME)
+    vectors = [search_vectors(similarity, side, features[rows], shortlist) for rows in parts]
+    return torch.from_numpy(np.concatenate(vectors)).to(features.pooled.device)
 
 
 def _rank_side(

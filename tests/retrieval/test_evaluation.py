@@ -118,7 +118,8 @@ def naive_two_stages(cosine, scores, right, depth):
 
 @pytest.mark.parametrize("depth", [1, 4, 9])
 @pytest.mark.parametrize("ties", [False, True])
-def test_two_stages_equal_two_sorts(depth, ties):
+@pytest.mark.parametrize("shortlist", ["mean", "pooled"])
+def test_two_stages_equal_two_sorts(depth, ties, shortlist):
     torch.manual_seed(0)
     images, texts = (
         Features(torch.randn(9, 4), torch.randn(9, 3, 4)),
@@ -130,8 +131,12 @@ def test_two_stages_equal_two_sorts(depth, ties):
         texts = Features(pooled, tokens)
     owner = torch.cat([torch.arange(9), torch.randint(0, 9, (11,))]).numpy()
     similarity = build_similarity("max-mean")
-    (i2t, t2i), wrong = rank_in_two_stages(similarity, images, texts, *caption_answers(owner, 9), depth, wrong=2)
-    cosine = torch.nn.functional.normalize(images.pooled) @ torch.nn.functional.normalize(texts.pooled).T
+    answers = caption_answers(owner, 9)
+    (i2t, t2i), wrong = rank_in_two_stages(similarity, images, texts, *answers, depth, shortlist=shortlist, wrong=2)
+    unit = torch.nn.functional.normalize
+    means = shortlist == "mean"
+    left, right = (unit(unit(side.tokens, dim=-1).mean(1) if means else side.pooled) for side in (images, texts))
+    cosine = left @ right.T
     scores = similarity(images, texts)
     if ties:  # the same bits for the same captions, as in the shortlist
         cosine[:, 10:], scores[:, 10:] = cosine[:, :10], scores[:, :10]
@@ -151,9 +156,12 @@ def test_two_stages_over_everything_are_one(make_model, val_dataset):
     model = make_model(similarity={"name": "omit"})
     short = evaluate_protocol([("m", model)], dataset, rerank_k=16)
     whole = evaluate_protocol([("m", model)], dataset).result["metrics"]
-    assert short.result["candidates"] == "shortlist of 16 by cosine of the pooled vectors"
+    assert short.result["candidates"] == "shortlist of 16 by cosine of the means of tokens"
     assert short.result["metrics"].keys() == whole.keys() - {"i2t_mean_rank", "t2i_mean_rank"}
     assert short.result["metrics"] == pytest.approx({name: whole[name] for name in short.result["metrics"]})
+    pooled = evaluate_protocol([("m", model)], dataset, rerank_k=16, shortlist="pooled").result
+    assert pooled["candidates"] == "shortlist of 16 by cosine of the pooled vectors"
+    assert pooled["metrics"] == short.result["metrics"]
     shorter = evaluate_protocol([("m", model)], dataset, rerank_k=3, wrong=2)
     assert {name for name in shorter.result["metrics"] if "recall_at_5" in name or name == "rsum"} == set()
     beyond = [row for row in shorter.queries() if row["rank"] is None]
@@ -164,6 +172,7 @@ def test_two_stages_over_everything_are_one(make_model, val_dataset):
 def test_options_that_do_not_go_together_are_named(make_model, model, val_dataset):
     models = [("m", model)]
     for options, message in (
+        ({"shortlist": "max"}, "shortlist takes mean or pooled, got 'max'"),
         ({"rerank_k": 5}, "a shortlist is for similarities of tokens; Cosine needs none"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
