@@ -79,7 +79,7 @@ def local(
 
 
 @app.command(
-    "endpoint", epilog=examples("d2svse caption endpoint http://gpu:8000/v1 photos --model llava -o dense.jsonl")
+    "endpoint", epilog=examples("d2svse caption endpoint http://gpu:8000/v1 photos --model llava -o out.jsonl")
 )
 def endpoint(
     url: Annotated[str, typer.Argument(help="The API's base, such as http://localhost:8000/v1.")],
