@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})  # Pillow reads these in some builds or by a plugin
+OTHER_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})
 JPEG_QUALITY = 85  # of the small copies in pages
 
 
@@ -124,20 +126,36 @@ def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """All pictures below a folder by their suffix, sorted; not the `._` files that macOS puts beside pictures.
 
+    A warning counts those that are passed over: camera raw files, drawings, and HEIC, AVIF and
+    JPEG XL where Pillow does not read them here.
+
     Raises:
         FileNotFoundError: if the folder is missing or holds no picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = sorted(
+    known = IMAGE_SUFFIXES | PLUGIN_SUFFIXES | OTHER_SUFFIXES
+    pictures = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._") and path.is_file()
+        if path.suffix.lower() in known and not path.name.startswith("._") and path.is_file()
     )
+    found = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES or _pillow_reads(path)]
+    passed_over = sorted(set(pictures).difference(found))
+    if passed_over:
+        logger.warning(
+            f"{folder}: passed over {len(passed_over)} of {len(pictures)} pictures, in a format that is not read here, "
+            f"such as {passed_over[0].relative_to(folder)}; convert them, to JPEG for example"
+        )
     if not found:
         raise FileNotFoundError(f"{folder}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
+
+
+def _pillow_reads(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in PLUGIN_SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:

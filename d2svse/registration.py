@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from itertools import dropwhile
 from types import ModuleType
 from typing import Any
 
@@ -15,41 +17,83 @@ AUTO_CLASSES = "transformers.models.auto.configuration_auto"  # all Auto classes
 
 
 def register_when_transformers_is_loaded() -> None:
-    """Import `d2svse.models`, which registers the model, as soon as transformers' Auto classes are imported."""
+    """Import `d2svse.models`, which registers the model, as soon as transformers' Auto classes are imported.
+
+    Where that fails there is a warning: other libraries take an error while they import transformers
+    for a sign that it is not there.
+    """
     if AUTO_CLASSES in sys.modules:
-        importlib.import_module("d2svse.models")
+        try:
+            importlib.import_module("d2svse.models")
+        except Exception as error:
+            _warn(error)
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
 
-class _Watch(MetaPathFinder, threading.local):
-    """Notices when the outermost import of transformers or d2svse ends.
+def _warn(error: Exception) -> None:
+    what = "transformers' Auto classes do not know the model of d2svse, for importing it failed"
+    warnings.warn(f"{what}: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
-    Not earlier: in the middle of one, modules that the model needs are there by half.
+
+class _Watch(MetaPathFinder):
+    """Notices when a thread's outermost import of transformers or d2svse ends.
+
+    Not earlier: in the middle of one, modules that the model needs are there by half. It finds
+    modules by the finders behind it, and stays where it is when all is done: a finder that goes
+    makes an import of another thread skip the next one.
     """
 
-    depth = 0
+    def __init__(self) -> None:
+        self.importing: list[int] = []  # threads, each as often as it is within an import
+        self.done = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in ("transformers", "d2svse"):
+        if self.done or fullname.partition(".")[0] not in ("transformers", "d2svse"):
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            loader.exec_module = self._watched(loader.exec_module)
+        behind = list(dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
+        specs = (finder.find_spec(fullname, path, target) for finder in behind if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            watched: Any = _WatchedLoader(spec.loader, self)
+            spec.loader = watched
         return spec
 
-    def _watched(self, run: Any) -> Any:
-        def exec_module(module: ModuleType) -> None:
-            self.depth += 1
-            try:
-                run(module)
-            finally:
-                self.depth -= 1
-            if self.depth == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
-                sys.meta_path.remove(self)
-                importlib.import_module("d2svse.models")
+    def run(self, loader: Any, module: ModuleType) -> None:
+        """Run a module by its loader; register the model if it was the outermost one."""
+        thread = threading.get_ident()
+        self.importing.append(thread)
+        try:
+            loader.exec_module(module)
+        finally:
+            self.importing.remove(thread)
+        if self.done or thread in self.importing or AUTO_CLASSES not in sys.modules:
+            return
+        self.importing.append(thread)
+        try:
+            importlib.import_module("d2svse.models")
+        except Exception as error:
+            if set(self.importing) != {thread}:  # another thread has a module by half and waits for this one: it will
+                return
+            _warn(error)
+        finally:
+            self.importing.remove(thread)
+        self.done = True
 
-        return exec_module
+
+class _WatchedLoader:
+    """Stands for a module's loader, which may be one for many modules, until the module is run."""
+
+    def __init__(self, loader: Any, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.watch.run(self.loader, module)

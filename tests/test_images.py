@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from d2svse.images import ImageError, check_images, find_images, load_image
 
@@ -96,3 +96,37 @@ def test_find_images_looks_below_and_sorts(tmp_path):
         find_images(tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_images(tmp_path / "d")
+
+
+def test_find_images_counts_what_it_passes_over(tmp_path, caplog, monkeypatch):
+    for name in ("a.png", "b/IMG_1.HEIC", "b/IMG_2.heic", "c.nef", "._d.heic", "notes.txt", "movie.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in find_images(tmp_path)] == ["a.png"]
+    (line,) = caplog.messages
+    assert line == (
+        f"{tmp_path}: passed over 3 of 4 pictures, in a format that is not read here, such as b/IMG_1.HEIC; "
+        "convert them, to JPEG for example"
+    )
+    caplog.clear()
+    with pytest.raises(FileNotFoundError, match="no picture in it"):
+        find_images(tmp_path / "b")
+    assert "passed over 2 of 2 pictures" in caplog.text
+    caplog.clear()
+    # as by pillow-heif in a program that registers it
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+    assert [path.name for path in find_images(tmp_path)] == ["a.png"]  # to write them only
+    monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
+    assert [path.name for path in find_images(tmp_path)] == ["a.png", "IMG_1.HEIC", "IMG_2.heic"]
+    assert "passed over 1 of 4 pictures, in a format that is not read here, such as c.nef" in caplog.messages[-1]
+
+
+def test_avif_is_a_picture_where_pillow_reads_it(tmp_path, caplog):
+    (tmp_path / "a.avif").write_bytes(b"")
+    save(tmp_path, Image.new("RGB", (2, 2)))
+    reads = features.check("avif")
+    if reads:
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "a.avif")
+        assert load_image(tmp_path / "a.avif").size == (4, 4)
+    assert [path.name for path in find_images(tmp_path)] == (["a.avif"] if reads else []) + ["x.png"]
+    assert bool(caplog.messages) is not reads

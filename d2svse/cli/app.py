@@ -23,26 +23,30 @@ from d2svse.cli import (
     serve,
     train,
 )
+from d2svse.cli.common import examples
 from d2svse.version import __version__
 
 app = typer.Typer(
     name="d2svse",
     help="Image-text retrieval: train in two stages, evaluate, encode, search.",
+    epilog=examples(
+        "d2svse demo", "d2svse index build MODEL photos -o INDEX", 'd2svse search INDEX "a dog on a beach"'
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("encode")(encode.encode)
-app.command("export")(export.export)
+app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
+app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(index.app, name="index")
-app.command("search")(search.search)
-app.command("explain")(explain.explain)
-app.command("serve")(serve.serve)
-app.command("demo")(demo.demo)
+app.command("search", epilog=search.EXAMPLES)(search.search)
+app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(caption.app, name="caption")
-app.command("push")(push.push)
+app.command("push", epilog=push.EXAMPLES)(push.push)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")
 
@@ -68,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     With `D2SVSE_DEBUG` set in the environment the traceback is shown as well.
     """
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, prog_name="d2svse", standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, ImportError) as error:

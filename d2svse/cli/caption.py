@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import prepare_process, print_table
+from d2svse.cli.common import examples, prepare_process, print_table
 
 if TYPE_CHECKING:
     from d2svse.captioning.pictures import Captioner, Picture
@@ -33,7 +33,13 @@ Sentences = Annotated[
 OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
 
 
-@app.command("local")
+@app.command(
+    "local",
+    epilog=examples(
+        "d2svse caption local llava-hf/llava-1.5-13b-hf photos -o dense.jsonl",
+        "d2svse caption local MODEL train.jsonl -o dense-1.jsonl --shard 1/4",
+    ),
+)
 def local(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a LLaVA or another model of transformers.")],
     source: Source,
@@ -72,7 +78,9 @@ def local(
     _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
 
 
-@app.command("endpoint")
+@app.command(
+    "endpoint", epilog=examples("d2svse caption endpoint http://gpu:8000/v1 photos --model llava -o out.jsonl")
+)
 def endpoint(
     url: Annotated[str, typer.Argument(help="The API's base, such as http://localhost:8000/v1.")],
     source: Source,
@@ -154,7 +162,7 @@ def _run(
         raise typer.Exit(1)
 
 
-@app.command("shorten")
+@app.command("shorten", epilog=examples("d2svse caption shorten dense.jsonl --sentences 2 -o short.jsonl"))
 def shorten(
     file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl to write.")],
@@ -168,7 +176,13 @@ def shorten(
     typer.echo(f"{output}: {shorten_captions(file, output, sentences)} captions of at most {sentences} sentences")
 
 
-@app.command("report")
+@app.command(
+    "report",
+    epilog=examples(
+        "d2svse caption report dense.jsonl",
+        "d2svse caption report dense.jsonl --text google-bert/bert-base-uncased",
+    ),
+)
 def report(
     file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
     text: Annotated[str | None, typer.Option(help="Text encoder or model: Hub id or folder.")] = None,

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from d2svse.models import D2SVSE
 
 
+def examples(*commands: str) -> str:
+    """An epilog of commands to copy, each a paragraph: lines of one are joined by some versions of typer."""
+    return "\n\n".join(["Examples:" if len(commands) > 1 else "Example:", *commands])
+
+
 def prepare_process() -> None:
     """Set up the CPU, and let transformers and huggingface_hub show errors only, and no bars beside ours.
 

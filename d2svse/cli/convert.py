@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.cli.common import parse_assignments, prepare_process
+from d2svse.cli.common import examples, parse_assignments, prepare_process
 
 app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
 
 
-@app.command("published")
+@app.command("published", epilog=examples("d2svse convert published f30k_vit.pth models/f30k-vit"))
 def published(
     checkpoint: Annotated[Path, typer.Argument(help="The published .pth file.")],
     output: Annotated[Path, typer.Argument(help="The model folder to write.")],
@@ -57,7 +57,7 @@ def published(
     typer.echo(f"{output}: {kind}, {millions:.1f} million parameters")
 
 
-@app.command("to-published")
+@app.command("to-published", epilog=examples("d2svse convert to-published models/f30k-vit f30k_vit.pth"))
 def to_published(
     folder: Annotated[Path, typer.Argument(help="The model folder.")],
     output: Annotated[Path, typer.Argument(help="The .pth file to write.")],

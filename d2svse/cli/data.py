@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
+from d2svse.cli.common import examples
+
 NAMED_IMAGES = 10
 
 app = typer.Typer(help="Data layouts.", no_args_is_help=True)
 
 
-@app.command("convert")
+@app.command(
+    "convert",
+    epilog=examples(
+        "d2svse data convert dataset_coco.json train.jsonl --split train+restval",
+        "d2svse data convert captions.csv train.jsonl --image-folder photos",
+    ),
+)
 def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data.")],
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
@@ -44,7 +52,7 @@ def convert(
     typer.echo(f"{output}: {len(records)} images, {captions} captions, {texts} dense")
 
 
-@app.command("dense")
+@app.command("dense", epilog=examples("d2svse data dense train.jsonl --from dense.jsonl -o train-dense.jsonl"))
 def dense(
     manifest: Annotated[str, typer.Argument(help="A manifest, or any layout that `convert` reads.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The manifest (.jsonl) to write.")],
@@ -82,7 +90,7 @@ def dense(
     typer.echo(f"{output}: {len(records)} images, {len(records) - len(missing)} with dense text")
 
 
-@app.command("shard")
+@app.command("shard", epilog=examples("d2svse data shard train.jsonl shards/train"))
 def shard(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards and their index, shards.jsonl.")],
@@ -104,7 +112,9 @@ def shard(
     typer.echo(f"{index}: {len(records)} images in {count} shards")
 
 
-@app.command("index-shards")
+@app.command(
+    "index-shards", epilog=examples("d2svse data index-shards shards/a.tar shards/b.tar -o shards/shards.jsonl")
+)
 def index_shards(
     shards: Annotated[list[str], typer.Argument(help="Tar files, or their URLs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The index to write.")] = Path("shards.jsonl"),

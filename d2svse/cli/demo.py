@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import parse_assignments, prepare_process, print_recalls
+from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
+
+EXAMPLES = examples(
+    "d2svse demo",
+    "d2svse demo --similarity omit -o omit-demo",
+)
 
 
 def demo(

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import load_model, readable_images
+from d2svse.cli.common import examples, load_model, readable_images
+
+EXAMPLES = examples(
+    "d2svse encode MODEL --images photos -o photos.npy",
+    "d2svse encode MODEL --texts sentences.txt -o sentences.npy",
+)
 
 
 def encode(

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, parse_assignments, print_recalls, print_table
+from d2svse.cli.common import examples, load_model, parse_assignments, print_recalls, print_table
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
 
 _DATA, _SCORES, _RESULT = "Data", "Scores", "Result"
+
+EXAMPLES = examples(
+    "d2svse eval MODEL --data val.jsonl",
+    "d2svse eval MODEL --data dataset_coco.json --split test --protocol coco-5k",
+    "d2svse eval MODEL --data val.jsonl -o result.json --per-query queries.jsonl",
+)
 
 
 def evaluate(

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import load_model, prepare_process
+from d2svse.cli.common import examples, load_model, prepare_process
+
+EXAMPLES = examples('d2svse explain photo.jpg "a dog on a beach" --model MODEL -o map.png')
 
 
 def explain(

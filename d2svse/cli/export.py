@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import load_model
+from d2svse.cli.common import examples, load_model
+
+EXAMPLES = examples("d2svse export MODEL -o onnx")
 
 
 def export(

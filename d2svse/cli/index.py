@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex
@@ -21,7 +21,14 @@ OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out
 Model = Annotated[str | None, typer.Option(help="The model, if it is not where it was when the index was built.")]
 
 
-@app.command("build")
+@app.command(
+    "build",
+    epilog=examples(
+        "d2svse index build MODEL photos -o INDEX",
+        "d2svse index build MODEL captions.txt --side text -o INDEX",
+        "d2svse index build MODEL photos -o INDEX --engine-option dtype=float16",
+    ),
+)
 def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
     source: Annotated[Path, typer.Argument(help="A folder of pictures, a manifest, or with --side text a text file.")],
@@ -55,7 +62,7 @@ def build(
     _list_skipped(index.skipped, output)
 
 
-@app.command("add")
+@app.command("add", epilog=examples("d2svse index add INDEX photos"))
 def add(
     index: Index,
     source: Annotated[Path, typer.Argument(help="As of build; of a folder, what is gone is dropped.")],
@@ -71,7 +78,7 @@ def add(
     _list_skipped(changes.skipped, index)
 
 
-@app.command("remove")
+@app.command("remove", epilog=examples("d2svse index remove INDEX photos/a.jpg photos/b.jpg"))
 def remove(
     index: Index,
     ids: Annotated[list[str], typer.Argument(help="Paths of pictures, or sentences.")],
@@ -82,7 +89,13 @@ def remove(
     typer.echo(f"{index}: {len(ids)} removed; {_count(opened)}")
 
 
-@app.command("info")
+@app.command(
+    "info",
+    epilog=examples(
+        "d2svse index info INDEX",
+        "d2svse index info INDEX --json",
+    ),
+)
 def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print what an index is: count, engine, width, model, fingerprint and bytes."""
     found = open_index(index).info()
@@ -92,7 +105,7 @@ def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Pri
         typer.echo("\n".join(f"{name:12} {value}" for name, value in found.items() if value is not None))
 
 
-@app.command("tune")
+@app.command("tune", epilog=examples("d2svse index tune INDEX --data val.jsonl"))
 def tune(
     index: Index,
     data: Annotated[Path, typer.Option(help="A manifest: its captions (or pictures) are the queries.")],

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import prepare_process, show_transfers
+from d2svse.cli.common import examples, prepare_process, show_transfers
 
 _CARD = "Model card"
+
+EXAMPLES = examples("d2svse push runs/a/model org/name --private --license apache-2.0")
 
 
 def push(

@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import whole_lines
+from d2svse.cli.common import examples, whole_lines
 from d2svse.cli.index import Model, open_index
 
 if TYPE_CHECKING:
     from d2svse.retrieval import Hit
 
 PAGE_SUFFIXES = (".html", ".htm")
+
+EXAMPLES = examples(
+    'd2svse search INDEX "a dog on a beach" "two people at night" -k 12',
+    'd2svse search INDEX "a dog on a beach" --gallery answers.html',
+    'd2svse search INDEX "at night" --image square.jpg --json',
+)
 
 
 def search(

@@ -10,7 +10,13 @@ from typing import Annotated
 
 import typer
 
+from d2svse.cli.common import examples
 from d2svse.cli.index import Model, open_index
+
+EXAMPLES = examples(
+    "d2svse serve INDEX",
+    "d2svse serve INDEX --model MODEL --port 8000",
+)
 
 
 def serve(

@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.cli.common import parse_assignments, prepare_process, print_recalls
+from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
 
 _DATA, _MODEL, _TRAINING = "Data", "Model", "Training"
+
+EXAMPLES = examples(
+    "d2svse train --train train.jsonl --val val.jsonl --model MODEL -o runs/a",
+    "d2svse train --config runs/a/recipe.yaml --lr 3e-4 -o runs/b",
+    "d2svse train --config runs/b/recipe.yaml --resume",
+)
 
 
 def train(
