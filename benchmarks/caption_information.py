@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 from d2svse.data.scenes import Scene, make_scene
 from d2svse.files import write_text
 
-NUM_SCENES, SEED = 4000, 42
+SEED = 42
 SHOWN = 4000  # the first validation scene of `d2svse demo`
 FONT = 'font-family="system-ui, sans-serif" font-size="14"'
 # What each form of a sparse caption tells of its first and its second shape, and whether of the background.
@@ -37,9 +37,11 @@ def main() -> None:
     """Count, print the table and draw the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="draw the figures into this folder")
-    folder = parser.parse_args().images
-    shares = measure([make_scene(SEED, number) for number in range(NUM_SCENES)])
-    print(f"| mean of {NUM_SCENES} scenes | told, % |\n| --- | ---: |")
+    parser.add_argument("--scenes", type=int, default=4000)
+    given = parser.parse_args()
+    folder = given.images
+    shares = measure([make_scene(SEED, number) for number in range(given.scenes)])
+    print(f"| mean of {given.scenes} scenes | told, % |\n| --- | ---: |")
     for name, share in shares.items():
         print(f"| {name} | {100 * share:.1f} |")
     if folder is not None:

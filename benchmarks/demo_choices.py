@@ -8,6 +8,7 @@ results as a Markdown table.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import write_scenes
 from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
 
-NUM_TRAIN, NUM_TEST, EPOCHS = 4000, 200, {"pretrain": 1, "distill": 3}
+EPOCHS = {"pretrain": 1, "distill": 3}
 VIT = ViTConfig(
     hidden_size=WIDTH,
     num_hidden_layers=4,
@@ -37,12 +38,17 @@ CHOICES = {
 
 def main() -> None:
     """Train with each choice and print a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-train", type=int, default=4000)
+    parser.add_argument("--num-test", type=int, default=200)
+    given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train = ImageTextDataset.from_manifest(write_scenes(folder, "train", NUM_TRAIN, size=IMAGE_SIZE))
-        test = ImageTextDataset.from_manifest(write_scenes(folder, "test", NUM_TEST, first=NUM_TRAIN, size=IMAGE_SIZE))
+        sets = (("train", given.num_train, 0), ("test", given.num_test, given.num_train))
+        manifests = [write_scenes(folder, split, count, first=first, size=IMAGE_SIZE) for split, count, first in sets]
+        train, test = map(ImageTextDataset.from_manifest, manifests)
         texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
         print("| choice | t2i R@1 | t2i R@10 | rSum | seconds |\n| --- | --- | --- | --- | --- |", flush=True)
         for choice, (vision, options) in CHOICES.items():

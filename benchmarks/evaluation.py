@@ -61,7 +61,8 @@ from d2svse.retrieval.protocols import find_protocol, right_answers, take_split
 from d2svse.retrieval.ranking import ranking_metrics, rankings
 from d2svse.retrieval.streaming import ProductScorer, stream_ranks
 
-IMAGES, CAPTIONS, DIM = 5000, 25_000, 512
+IMAGES, CAPTIONS_EACH, DIM = 5000, 5, 512
+CAPTIONS = IMAGES * CAPTIONS_EACH
 BATCH = 128
 
 
@@ -80,12 +81,12 @@ def argsort_ranks(scores: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np
     return i2t, t2i
 
 
-def embeddings() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Made-up embeddings of images and captions, and the image of each caption."""
+def embeddings(count: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Made-up embeddings of so many images and of their captions, and the image of each caption."""
     torch.manual_seed(0)
-    owner = np.arange(CAPTIONS) // (CAPTIONS // IMAGES)
-    images = torch.randn(IMAGES, DIM)
-    texts = images[owner] + 4 * torch.randn(CAPTIONS, DIM)
+    owner = np.arange(count * CAPTIONS_EACH) // CAPTIONS_EACH
+    images = torch.randn(count, DIM)
+    texts = images[owner] + 4 * torch.randn(len(owner), DIM)
     return torch.nn.functional.normalize(images, dim=-1), torch.nn.functional.normalize(texts, dim=-1), owner
 
 
@@ -120,11 +121,11 @@ def child(*arguments: str) -> dict[str, Any]:
     return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def measure_ranks(repeats: int) -> None:
+def measure_ranks(repeats: int, count: int) -> None:
     """Time the ranks of given scores, in turns with the reference, and of embeddings."""
-    images, texts, owner = embeddings()
+    images, texts, owner = embeddings(count)
     scores = (images @ texts.T).numpy()
-    answers = caption_answers(owner, IMAGES)
+    answers = caption_answers(owner, count)
     times: dict[str, list[float]] = {"argsort loops": [], "here": [], "here, from embeddings": []}
     for _ in range(repeats):
         for name, call in (
@@ -138,23 +139,23 @@ def measure_ranks(repeats: int) -> None:
                 expected = found
             # a tie may fall either way in a sort; here it counts against the model
             different = sum(int((np.asarray(a) != np.asarray(b)).sum()) for a, b in zip(found, expected, strict=True))
-            if different > (IMAGES + CAPTIONS) // 1000:
+            if different > (len(images) + len(texts)) // 1000:
                 raise RuntimeError(f"{name}: {different} ranks differ")
     slow = statistics.median(times["argsort loops"])
-    memory = child("ranks-memory")
-    print(f"| ranks of {IMAGES} × {CAPTIONS} scores | seconds | times faster | extra MB |")
+    memory = child("ranks-memory", "--images", str(count))
+    print(f"| ranks of {len(images)} × {len(texts)} scores | seconds | times faster | extra MB |")
     print("| --- | ---: | ---: | ---: |")
     for name, taken in times.items():
         middle = statistics.median(taken)
         print(f"| {name} | {middle:.2f} | {slow / middle:.1f} | {memory[name]:.0f} |")
 
 
-def measure_ranks_memory() -> None:
+def measure_ranks_memory(count: int) -> None:
     """The memory of each way, above the scores or the embeddings that it is given."""
-    images, texts, owner = embeddings()
-    answers = caption_answers(owner, IMAGES)
-    few = slice(0, 100)  # so that the libraries' own buffers are there before
-    stream_ranks(ProductScorer(images[few], texts[few]), *caption_answers(np.arange(100), 100))
+    images, texts, owner = embeddings(count)
+    answers = caption_answers(owner, count)
+    few = min(100, count)  # so that the libraries' own buffers are there before
+    stream_ranks(ProductScorer(images[:few], texts[:few]), *caption_answers(np.arange(few), few))
     result = {}
     with Growth() as growth:
         stream_ranks(ProductScorer(images, texts), *answers)
@@ -228,7 +229,7 @@ def truth_scores() -> np.ndarray:
     """Made-up scores of MS-COCO's test images and captions, in the order of the split."""
     random = np.random.default_rng(0)
     images = random.normal(size=(IMAGES, 64))
-    return images @ (np.repeat(images, CAPTIONS // IMAGES, 0) + 2 * random.normal(size=(CAPTIONS, 64))).T
+    return images @ (np.repeat(images, CAPTIONS_EACH, 0) + 2 * random.normal(size=(CAPTIONS, 64))).T
 
 
 def coco_ids() -> tuple[list[int], list[int]]:
@@ -239,7 +240,7 @@ def coco_ids() -> tuple[list[int], list[int]]:
         warnings.simplefilter("ignore")
         truth = eccv_caption.Metrics()
     captions = truth.coco_ids.tolist()
-    return [truth.coco_gts["t2i"][caption][0] for caption in captions[:: CAPTIONS // IMAGES]], captions
+    return [truth.coco_gts["t2i"][caption][0] for caption in captions[::CAPTIONS_EACH]], captions
 
 
 def truth_by_package() -> dict[str, float]:
@@ -265,7 +266,7 @@ def truth_here() -> dict[str, float]:
     """The same metrics from tiles of the scores."""
     scores = truth_scores()
     images, captions = coco_ids()
-    each = CAPTIONS // IMAGES
+    each = CAPTIONS_EACH
     records = [
         Record(Path(f"COCO_val2014_{image:012d}.jpg"), tuple(map(str, captions[each * i : each * (i + 1)])))
         for i, image in enumerate(images)
@@ -326,11 +327,12 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=IMAGES, help="of `ranks`, 5 captions each")
     given = parser.parse_args()
     if given.what == "ranks":
-        measure_ranks(given.repeats)
+        measure_ranks(given.repeats, given.images)
     elif given.what == "ranks-memory":
-        measure_ranks_memory()
+        measure_ranks_memory(given.images)
     elif given.what == "dataset":
         if not (given.model and given.data):
             parser.error("dataset needs --model and --data")

@@ -21,8 +21,6 @@ from d2svse.visualize import (
 )
 from d2svse.visualize.figures import save_figure
 
-WORDS = ["yellow", "red", "brown"]
-
 
 def main() -> None:
     """Draw them."""
@@ -30,12 +28,14 @@ def main() -> None:
     parser.add_argument("omit", type=Path, help="folder of a demo with --similarity omit")
     parser.add_argument("gssf", type=Path, help="folder of a demo with --similarity gssf-block-diagonal")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/images"))
+    parser.add_argument("--words", nargs="+", default=["yellow", "red", "brown"], help="of the first scene's caption")
+    parser.add_argument("--queries", type=int, nargs="+", default=[0, 7, 300], help="captions, by their numbers")
     options = parser.parse_args()
     output = options.output
     omit, gssf = (D2SVSE.from_pretrained(folder / "model") for folder in (options.omit, options.gssf))
     test = ImageTextDataset.from_manifest(options.omit / "scenes" / "test.jsonl")
     first = test.records[0]
-    save_figure(explain(omit, first.image, first.captions[1], words=WORDS), output / "explain.png")
+    save_figure(explain(omit, first.image, first.captions[1], words=options.words), output / "explain.png")
     results = {}
     for name, model in (("omit", omit), ("gssf-block-diagonal", gssf)):
         images = model.encode_image(test.images, output="features")
@@ -44,8 +44,7 @@ def main() -> None:
     save_figure(score_distributions(results), output / "score-distributions.png")
     save_figure(metric_weights(gssf.similarity_fn), output / "metric-weights.png")
     scores, owner = results["gssf-block-diagonal"]
-    queries = [0, 7, 300]
-    save_figure(retrieval_gallery(test.images, test.captions, scores, owner, queries), output / "retrieval.png")
+    save_figure(retrieval_gallery(test.images, test.captions, scores, owner, options.queries), output / "retrieval.png")
     sentences = [record.captions[0] for record in test.records[:3]]
     near = context_neighbours(gssf, sentences, test.dense_captions, own=range(3), k=2)
     save_figure(near, output / "context.png")

