@@ -41,7 +41,7 @@ LOUD = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": 
 def demo(tmp_path_factory):
     """What `d2svse demo` leaves behind, with little training."""
     folder = tmp_path_factory.mktemp("demo")
-    sizes = {"num_train": 64, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
+    sizes = {"num_train": 24, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
     run_demo(folder, **sizes, say=lambda _: None, show_progress_bar=False)
     return folder
 
