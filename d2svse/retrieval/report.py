@@ -185,6 +185,8 @@ def evaluate_protocol(
     chosen = [choose_similarity(model, similarity) for _, model in models]
     if shortlist not in SHORTLISTS:
         raise ValueError(f"shortlist takes {' or '.join(SHORTLISTS)}, got {shortlist!r}")
+    if rerank_k is None and shortlist != "mean":
+        raise ValueError(f"shortlist {shortlist!r} without rerank_k: nothing makes a shortlist")
     if rerank_k is not None and chosen[0].requires != "tokens":
         raise ValueError(f"a shortlist is for similarities of tokens; {type(chosen[0]).__name__} needs none")
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "embeddings": embeddings}

@@ -173,6 +173,7 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     models = [("m", model)]
     for options, message in (
         ({"shortlist": "max"}, "shortlist takes mean or pooled, got 'max'"),
+        ({"shortlist": "pooled"}, "shortlist 'pooled' without rerank_k"),
         ({"rerank_k": 5}, "a shortlist is for similarities of tokens; Cosine needs none"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
