@@ -117,6 +117,8 @@ class TrainingArguments(TransformersTrainingArguments):
         unique_images: never have two captions of an image in a batch, where an epoch takes all captions.
         chunk_size: encode so many pairs of a process at a time (gradient caching): any batch size in the
             memory of one chunk, with the same gradient; 0 encodes the batch at once.
+        attn_implementation: attention of both backbones while they train, as transformers names it: "eager",
+            "sdpa" and so on; as they were loaded without it.
         text_groups: encode the sentences of a batch in so many groups of like length, which computes less
             padding; more is faster on a CPU, 1 on an accelerator that a batch does not fill.
         cache_image_tokens: folder to keep the tokens of a frozen vision backbone in (float16): pictures are
@@ -162,6 +164,7 @@ class TrainingArguments(TransformersTrainingArguments):
     captions_per_epoch: str = "one"
     unique_images: bool = False
     chunk_size: int = 0
+    attn_implementation: str | None = None
     text_groups: int = 4
     cache_image_tokens: str | None = None
     augment_images: bool = True

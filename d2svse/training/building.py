@@ -64,17 +64,36 @@ def make_samples(
 
 
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:
-    """Give the model the LoRA matrices that the arguments name; those it has from before are trained on.
+    """Give the model the attention and the LoRA matrices that the arguments name; LoRA from before is trained on.
 
     Raises:
-        ValueError: if it has others.
+        ValueError: if it has other matrices, or no such attention.
     """
+    if args.attn_implementation:
+        set_attention(model, args.attn_implementation, args.attn_implementation)
     present = model.config.lora or {}
     for side, arguments in args.lora_arguments().items():
         if side not in present:
             model.add_lora(side, **arguments)  # type: ignore[arg-type]
         elif present[side] != arguments:
             raise ValueError(f"the {side} backbone has LoRA with {present[side]}, and {arguments} was asked for")
+
+
+def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
+    """Let the backbones compute attention by implementations that transformers names; those they had before.
+
+    Raises:
+        ValueError: if there is none of that name, or it cannot run here.
+    """
+    before = []
+    for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
+        backbone: Any = encoder.backbone
+        before.append(backbone.config._attn_implementation)
+        try:
+            backbone.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"attn_implementation {name!r}: {error}") from None
+    return before[0], before[1]
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:

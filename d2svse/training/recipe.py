@@ -26,6 +26,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.folder import check_model_folder
 from d2svse.training.arguments import PRESETS, TrainingArguments
+from d2svse.training.building import set_attention
 from d2svse.training.distributed import barrier, is_main_process, world_size
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
@@ -198,8 +199,11 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
     set_seed(recipe.seed)
     model = _start(recipe)
+    for arguments in stage_arguments.values():  # to hear of a misfit now, not after stage 1
+        if name := arguments.attn_implementation:
+            set_attention(model, *set_attention(model, name, name))
     if "distill" in recipe.stages:
-        with torch.device("meta"):  # to hear of a misfit now, not after stage 1
+        with torch.device("meta"):
             build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()

@@ -193,6 +193,7 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(
         run(*train, *ends, "--set", "decoder_heads=5", "--embed-dim", 24), "5 heads do not divide the width 24"
     )
+    one_line_error(run(*train, *ends, "--set", "distill.attn_implementation=fast"), "attn_implementation 'fast'")
     one_line_error(run(*train, *ends, "--set", "learning_rate=fast"), "learning_rate must be a number")
     one_line_error(run(*train, *ends, "--stages", "distill"), "needs a teacher")
     one_line_error(run(*train, *ends, "--model", trained / "model"), "one or the other")

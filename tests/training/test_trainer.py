@@ -181,6 +181,24 @@ def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dat
     assert all(loss == loss for loss in losses(trainer))
 
 
+def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset, monkeypatch):
+    calls, plain = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or plain(*a, **k)
+    )
+    counts, losses = {}, {}
+    for name in (None, "eager"):
+        model = make_model()
+        trainer = Trainer(model, make_args("pretrain", max_steps=1, attn_implementation=name), train_dataset)
+        calls.clear()
+        trainer.train()
+        counts[name], losses[name] = len(calls), trainer.state.log_history[-1]["train_loss"]
+    assert counts == {None: 2 + 4 * 2, "eager": 0}  # two layers, of sentences in four groups
+    assert losses["eager"] == pytest.approx(losses[None], abs=1e-5)
+    with pytest.raises(ValueError, match=r"attn_implementation 'none'.*possible arguments are"):
+        Trainer(make_model(), make_args("pretrain", attn_implementation="none"), train_dataset)
+
+
 def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset):
     for stage in ("pretrain", "distill"):
         with pytest.raises(ValueError, match="of stage 2 already"):
