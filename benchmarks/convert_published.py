@@ -49,8 +49,8 @@ print(json.dumps(result))
 """
 
 
-def write_checkpoint(path: Path, kind: str, resolution: int, detail: int, stage: int) -> None:
-    """Write a random checkpoint of base size in the published layout."""
+def write_checkpoint(path: Path, kind: str, resolution: int, detail: int, stage: int, layers: int = 12) -> None:
+    """Write a random checkpoint of base size in the published layout; `layers` are of BERT and of a ViT."""
     import torch
     from transformers import BertConfig, SwinConfig, ViTConfig
 
@@ -58,14 +58,14 @@ def write_checkpoint(path: Path, kind: str, resolution: int, detail: int, stage:
     from d2svse.hub.names import published_shapes
 
     if kind == "vit":
-        vision = ViTConfig(image_size=detail)
+        vision = ViTConfig(image_size=detail, num_hidden_layers=layers)
     else:
         heads = {"depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
         vision = SwinConfig(embed_dim=128, window_size=detail, image_size=resolution, **heads)
     decoder = {"num_tokens": 100, "num_layers": 4, "placement": "postfix", "positions": False, "mask_padding": False}
     config = D2SVSEConfig(
         vision_config=vision.to_dict(),
-        text_config=BertConfig().to_dict(),
+        text_config=BertConfig(num_hidden_layers=layers).to_dict(),
         text_projection="residual_mlp",
         context_decoder=decoder if stage == 2 else None,
     )
@@ -92,6 +92,7 @@ def main() -> None:
     """Print a row for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=list(SIZES), help=", ".join(SIZES))
+    parser.add_argument("--layers", type=int, default=12, help="of BERT and of a ViT; fewer for a quick look")
     arguments = parser.parse_args()
     print("| checkpoint | file MB | convert s | peak MB | peak / file | load and encode s |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -101,7 +102,7 @@ def main() -> None:
             from d2svse.demo import build_tokenizer
 
             build_tokenizer(["a dog runs on the beach"]).save_pretrained(tokenizer)
-            write = f"c.write_checkpoint(c.Path({str(checkpoint)!r}), *c.SIZES[{name!r}])"
+            write = f"c.write_checkpoint(c.Path({str(checkpoint)!r}), *c.SIZES[{name!r}], layers={arguments.layers})"
             writer = f"import convert_published as c; {write}"
             subprocess.run([sys.executable, "-c", writer], check=True, cwd=Path(__file__).parent)
             size = checkpoint.stat().st_size / 2**20

@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from d2svse.data.manifest import Record
 from d2svse.models import onednn
 from d2svse.retrieval.metrics import (
     MATRIX_TILE,
+    RightAnswers,
     best_ranks_in_tiles,
     caption_answers,
     rank_metrics,
@@ -243,17 +244,27 @@ def coco_ids() -> tuple[list[int], list[int]]:
     return [truth.coco_gts["t2i"][caption][0] for caption in captions[::CAPTIONS_EACH]], captions
 
 
-def truth_by_package() -> dict[str, float]:
-    """Full rankings, and the package's metrics of them."""
+def asked_of_package(every: int) -> Any:
+    """The package's truths, of which every so many-th query of each is kept."""
     import eccv_caption
 
+    truth = eccv_caption.Metrics()
+    for lists in (truth.cxc_gts, truth.eccv_gts):
+        for direction, answers in lists.items():
+            lists[direction] = dict(list(answers.items())[::every])
+    return truth
+
+
+def truth_by_package(every: int) -> dict[str, float]:
+    """Full rankings, and the package's metrics of them."""
     scores = truth_scores()
     images, captions = (np.array(ids) for ids in coco_ids())
 
     def measure() -> dict[str, float]:
-        truth = eccv_caption.Metrics()
-        i2t = {int(image): captions[np.argsort(scores[i])[::-1]] for i, image in enumerate(images)}
-        t2i = {int(caption): images[np.argsort(scores[:, i])[::-1]] for i, caption in enumerate(captions)}
+        truth = asked_of_package(every)
+        i2t, t2i = (set(truth.cxc_gts[name]) | set(truth.eccv_gts[name]) for name in ("i2t", "t2i"))
+        i2t = {int(image): captions[np.argsort(scores[i])[::-1]] for i, image in enumerate(images) if image in i2t}
+        t2i = {int(text): images[np.argsort(scores[:, i])[::-1]] for i, text in enumerate(captions) if text in t2i}
         wanted = ("cxc_recalls", "eccv_map_at_r", "eccv_rprecision", "eccv_r1")
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             found = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
@@ -262,7 +273,13 @@ def truth_by_package() -> dict[str, float]:
     return measured(measure)
 
 
-def truth_here() -> dict[str, float]:
+def only(answers: RightAnswers, queries: list[int], asked: Collection[int]) -> RightAnswers:
+    """The right answers of the queries that are asked."""
+    kept, counts = np.isin(queries, list(asked)), np.diff(answers.offsets)
+    return RightAnswers(np.concatenate([[0], (counts * kept).cumsum()]), answers.answers[np.repeat(kept, counts)])
+
+
+def truth_here(every: int) -> dict[str, float]:
     """The same metrics from tiles of the scores."""
     scores = truth_scores()
     images, captions = coco_ids()
@@ -281,6 +298,9 @@ def truth_here() -> dict[str, float]:
             rules = find_protocol(protocol)
             dataset, _ = take_split(rules, ImageTextDataset(records))
             answers = right_answers(rules, dataset, file.name)
+            if every > 1:
+                lists = getattr(asked_of_package(every), f"{short}_gts")
+                answers = only(answers[0], images, lists["i2t"]), only(answers[1], captions, lists["t2i"])
             if short == "cxc":  # the best right answer of each query is all that R@K needs
                 scored = rank_metrics(*best_ranks_in_tiles(whole_matrix(scores, *answers), *answers, MATRIX_TILE))
                 names = {f"recall_at_{k}": f"r{k}" for k in (1, 5, 10)}
@@ -306,9 +326,9 @@ def measured(call: Callable[[], dict[str, float]]) -> dict[str, float]:
     return found | {"seconds": taken, "megabytes": growth.megabytes}
 
 
-def measure_truth() -> None:
-    """CxC and ECCV Caption, a process each, in turns."""
-    here, package, again = child("truth-here"), child("truth-package"), child("truth-here")
+def measure_truth(every: int) -> int:
+    """CxC and ECCV Caption, a process each, in turns; 1 if the numbers differ."""
+    here, package, again = (child(f"truth-{how}", "--every", str(every)) for how in ("here", "package", "here"))
     fast = (here["seconds"] + again["seconds"]) / 2
     numbers = [name for name in here if name not in ("seconds", "megabytes")]
     difference = max(abs(here[name] - package[name]) for name in numbers)
@@ -318,9 +338,10 @@ def measure_truth() -> None:
     print(f"| here | {fast:.2f} | {here['megabytes']:.0f} |")
     print(f"| here / there | {fast / package['seconds']:.2f} | {here['megabytes'] / package['megabytes']:.2f} |")
     print(f"\n{len(numbers)} numbers, which differ by {difference:.1e} at most")
+    return int(difference > 1e-6)
 
 
-def main() -> None:
+def main() -> int:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ranks", "dataset", "truth", "ranks-memory", "truth-here", "truth-package"))
@@ -328,6 +349,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=IMAGES, help="of `ranks`, 5 captions each")
+    parser.add_argument("--every", type=int, default=1, help="of `truth`, ask every so many-th query")
     given = parser.parse_args()
     if given.what == "ranks":
         measure_ranks(given.repeats, given.images)
@@ -338,11 +360,12 @@ def main() -> None:
             parser.error("dataset needs --model and --data")
         measure_dataset(given.model, given.data)
     elif given.what == "truth":
-        measure_truth()
+        return measure_truth(given.every)
     else:
         warnings.simplefilter("ignore")
-        print(json.dumps(truth_here() if given.what == "truth-here" else truth_by_package()))
+        print(json.dumps((truth_here if given.what == "truth-here" else truth_by_package)(given.every)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ which shows what is needed, and once with glibc's heap as it is, which keeps and
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from d2svse.losses import InfoNCE
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.tasks import PretrainTask, total_loss
 
-BATCH, CHUNKS = 256, 8
+CHUNKS = 8
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
@@ -73,9 +74,9 @@ def measure(size: int, chunk_size: int) -> dict[str, float]:
     return {"memory": peak_memory() - before, "seconds": time.perf_counter() - start}
 
 
-def measured(environment: dict[str, str], *arguments: int) -> dict[str, float]:
+def measured(environment: dict[str, str], size: int, chunk_size: int) -> dict[str, float]:
     """`measure` in a process of its own."""
-    call = [sys.executable, __file__, *map(str, arguments)]
+    call = [sys.executable, __file__, "--batch", str(size), "--measure", str(chunk_size)]
     done = subprocess.run(call, check=True, capture_output=True, text=True, env=os.environ | environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -83,28 +84,34 @@ def measured(environment: dict[str, str], *arguments: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure each way in a process of its own and compare the gradients of a small batch."""
-    chunk = BATCH // CHUNKS
-    ways = {"one chunk alone": (chunk, 0), f"{CHUNKS} chunks": (BATCH, chunk), "the batch at once": (BATCH, 0)}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {BATCH}, chunks of {chunk}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256, help=f"pairs, at least {CHUNKS}")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure is not None:
+        print(json.dumps(measure(given.batch, given.measure)))
+        return
+    whole = given.batch
+    chunk = whole // CHUNKS
+    ways = {"one chunk alone": (chunk, 0), f"{CHUNKS} chunks": (whole, chunk), "the batch at once": (whole, 0)}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; batch {whole}, chunks of {chunk}\n")
     print("| | needed, MB | / one chunk and the scores | with glibc's heap, MB | seconds |")
     print("| --- | ---: | ---: | ---: | ---: |")
     base = 0.0
     for name, arguments in ways.items():
         needed, heap = measured(GIVEN_BACK, *arguments), measured({}, *arguments)
-        base = base or needed["memory"] + BATCH * BATCH * 4 / 2**20
+        base = base or needed["memory"] + whole * whole * 4 / 2**20
         cells = f"{needed['memory']:.0f} | {needed['memory'] / base:.2f} | {heap['memory']:.0f} | {heap['seconds']:.1f}"
         print(f"| {name} | {cells} |", flush=True)
-    model, batch, gradients = make_model(), make_batch(32), []
-    for chunk_size in (0, 4):
+    few = min(32, whole)
+    model, batch, gradients = make_model(), make_batch(few), []
+    for chunk_size in (0, few // CHUNKS):
         model.zero_grad()
         step(model, batch, chunk_size)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     difference = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    print(f"\ngradient of 32 pairs in 8 chunks against at once, float32: {difference:.1e}, relatively")
+    print(f"\ngradient of {few} pairs in {CHUNKS} chunks against at once, float32: {difference:.1e}, relatively")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(json.dumps(measure(*map(int, sys.argv[1:]))))
-    else:
-        main()
+    main()

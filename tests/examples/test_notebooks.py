@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import forks
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -73,7 +74,8 @@ def test_a_notebook_runs_and_claims_what_is_so(name, tmp_path, monkeypatch):
     here.mkdir()
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(CLAIMS[name]))
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(here)}}).execute()
+    with forks():  # a kernel of its own for each, without an import of torch
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(here)}}).execute()
     assert os.listdir(here) == ["d2svse-examples"]
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     told = [

@@ -12,6 +12,7 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+from forks import forks
 from safetensors.torch import load_file
 
 from d2svse.cli.app import main
@@ -25,6 +26,12 @@ def torchrun(*arguments: object) -> subprocess.Popen[str]:
     call = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def torchrun_by_forks(*arguments: object) -> subprocess.Popen[str]:
+    """The same, without an import of torch by each process."""
+    with forks():
+        return torchrun(*arguments)
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -41,7 +48,9 @@ def alone() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
-    ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, tmp_path / "gradients.safetensors"))
+    ends_well(
+        torchrun_by_forks("--standalone", "--nproc-per-node", processes, WORKER, tmp_path / "gradients.safetensors")
+    )
     together = load_file(tmp_path / "gradients.safetensors")
     assert set(together) >= set(alone)
     assert not any(together[name].any() for name in set(together) - set(alone))  # what no loss reaches
@@ -93,7 +102,7 @@ def same_run(one: Path, two: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
+    ends_well(torchrun_by_forks("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
     same_run(one_process, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
 
@@ -106,7 +115,7 @@ def test_two_nodes_train_as_one(one_process, scenes, backbones, tmp_path):
     nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     nodes += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
     command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(*[torchrun(*nodes, "-m", "d2svse", *command) for _ in range(2)])
+    ends_well(*[torchrun_by_forks(*nodes, "-m", "d2svse", *command) for _ in range(2)])
     same_run(one_process, tmp_path / "run")
 
 

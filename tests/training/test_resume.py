@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import forks
 
 from d2svse.training.checkpoints import SUMS_FILE, checkpoint_fault, last_whole_checkpoint, seal_checkpoint
 
@@ -15,7 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(tmp_path):
     call = [sys.executable, SCRIPT, "--kills", "1", "--truncations", "1", "--folder", tmp_path / "runs"]
-    done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=900)
+    with forks():
+        done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
