@@ -28,8 +28,7 @@ from unittest import mock
 PR_SET_CHILD_SUBREAPER = 36
 POPEN = subprocess.Popen
 PARAMETERS = inspect.signature(getattr(POPEN, "_execute_child", None) or POPEN)
-FORK_HERE = (0, None)
-_server: Any = None  # who started the process that forks, and the way to it; FORK_HERE in a fork
+_server: tuple[int, socket.socket] | None = None  # who started the process that forks, and the way to it
 
 
 @contextmanager
@@ -67,12 +66,13 @@ class ForkedPopen(POPEN):
 
 def _fork(wish: bytes, streams: list[int]) -> int:
     """The process id of a fork that does as is wished."""
-    if _server is FORK_HERE:
-        process = os.fork()
-        if not process:
-            _begin(wish, streams)
-        return process
-    way = _way()
+    global _server
+    if _server is None or _server[0] != os.getpid():
+        here, there = socket.socketpair()
+        POPEN([sys.executable, __file__, str(there.fileno())], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
+        there.close()
+        _server = os.getpid(), here
+    way = _server[1]
     _adopt(True)
     try:
         socket.send_fds(way, [len(wish).to_bytes(4, "big")], streams)
@@ -80,17 +80,6 @@ def _fork(wish: bytes, streams: list[int]) -> int:
         return int.from_bytes(_read(way, 4), "big")
     finally:
         _adopt(False)
-
-
-def _way() -> socket.socket:
-    """The way to the process that forks, which is started when it is first needed."""
-    global _server
-    if _server is None or _server[0] != os.getpid():
-        here, there = socket.socketpair()
-        POPEN([sys.executable, __file__, str(there.fileno())], pass_fds=[there.fileno()], stdin=subprocess.DEVNULL)
-        there.close()
-        _server = os.getpid(), here
-    return _server[1]
 
 
 def _adopt(whether: bool) -> None:
@@ -110,12 +99,6 @@ def _read(way: socket.socket, count: int) -> bytes:
 
 def serve(way: socket.socket) -> None:
     """Fork for every wish, until nobody can wish any more."""
-    import torch  # noqa: F401
-
-    import d2svse.cli.app
-    import d2svse.retrieval
-    import d2svse.training.recipe  # noqa: F401
-
     while True:
         size, streams, _, _ = socket.recv_fds(way, 4, 3)
         if not size:
@@ -124,30 +107,31 @@ def serve(way: socket.socket) -> None:
         ready, told = os.pipe()
         between = os.fork()
         if not between:
-            process = os.fork()
-            if not process:
-                for end in (ready, told, way.detach()):
-                    os.close(end)
-                _begin(wish, streams)
-            os.write(told, process.to_bytes(4, "big"))
-            os._exit(0)
+            if os.fork():
+                os._exit(0)
+            for end in (ready, way.detach()):
+                os.close(end)
+            _begin(wish, streams, told)
         os.waitpid(between, 0)  # from here on the fork is a child of who wished for it
+        os.close(told)
         way.sendall(os.read(ready, 4))
-        for end in (ready, told, *streams):
+        for end in (ready, *streams):
             os.close(end)
 
 
-def _begin(wish: bytes, streams: list[int]) -> NoReturn:
-    """In a fork: do what `python WORDS` does, up to its exit code. Python processes that it starts are forks, too."""
-    global _server
-    _server = FORK_HERE
-    for module in _users_of_popen():
-        module.Popen = ForkedPopen  # type: ignore[attr-defined]
+def _begin(wish: bytes, streams: list[int], told: int) -> NoReturn:
+    """In a fork: do what `python WORDS` does, up to its exit code."""
+    words, folder, environment, new_session = pickle.loads(wish)
+    if new_session:
+        os.setsid()  # before anyone who knows the process could signal its group
+    os.write(told, os.getpid().to_bytes(4, "big"))
+    os.close(told)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    _fork_on()
     code: Any = 0
     try:
-        run(*pickle.loads(wish))
+        run(words, folder, environment)
     except SystemExit as stop:
         code = stop.code or 0
         if not isinstance(code, int):
@@ -162,12 +146,27 @@ def _begin(wish: bytes, streams: list[int]) -> NoReturn:
     os._exit(code)  # to take the interpreter down takes a fork of this size seconds
 
 
-def run(words: list[str], folder: str, environment: dict[str, str], new_session: bool) -> None:
+def _fork_on() -> None:
+    """Let Python processes that this fork starts be forks, too, of one that has computed nothing, as it may have."""
+    global _server
+    here, there = socket.socketpair()
+    if not os.fork():
+        here.close()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nothing, number)
+        serve(there)
+        os._exit(0)
+    there.close()
+    _server = os.getpid(), here
+    for module in _users_of_popen():
+        module.Popen = ForkedPopen  # type: ignore[attr-defined]
+
+
+def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """Do what `python WORDS` does in a folder and an environment."""
     import torch
 
-    if new_session:
-        os.setsid()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -188,4 +187,8 @@ def run(words: list[str], folder: str, environment: dict[str, str], new_session:
 
 
 if __name__ == "__main__":
+    import d2svse.cli.app
+    import d2svse.retrieval
+    import d2svse.training.recipe  # noqa: F401 - imported for the forks
+
     serve(socket.socket(fileno=int(sys.argv[1])))

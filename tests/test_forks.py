@@ -58,8 +58,8 @@ def test_streams_and_signals_reach_it():
     sleep = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)"]
     for kind in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(sleep, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert os.getsid(process.pid) == process.pid  # at once: who launches kernels signals its group
         assert process.stdout.readline() == "ready\n"
-        assert os.getsid(process.pid) == process.pid
         assert process.poll() is None
         process.send_signal(kind)
         assert process.wait(20) == -kind
