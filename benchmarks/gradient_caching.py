@@ -30,19 +30,20 @@ CHUNKS = 8
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def make_model() -> D2SVSE:
+def make_model(image_size: int) -> D2SVSE:
     """The model, without dropout, so that both ways give the same gradient."""
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    vision = ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, **off)
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    vision = ViTConfig(**sizes, image_size=image_size, **off)
     text = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **off)
     return D2SVSE(D2SVSEConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), embed_dim=256)).train()
 
 
-def make_batch(size: int) -> dict[str, torch.Tensor]:
+def make_batch(size: int, image_size: int) -> dict[str, torch.Tensor]:
     """Random pictures and sentences."""
     return {
-        "pixel_values": torch.randn(size, 3, 224, 224),
+        "pixel_values": torch.randn(size, 3, image_size, image_size),
         "input_ids": torch.randint(1000, 2000, (size, 32)),
         "attention_mask": torch.ones(size, 32, dtype=torch.long),
         "image_ids": torch.arange(size),
@@ -64,9 +65,9 @@ def peak_memory() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def measure(size: int, chunk_size: int) -> dict[str, float]:
+def measure(size: int, chunk_size: int, image_size: int) -> dict[str, float]:
     """Rise of the peak and seconds of one step, after a small one that loads what is loaded once."""
-    model, batch = make_model(), make_batch(size)
+    model, batch = make_model(image_size), make_batch(size, image_size)
     step(model, {name: tensor[:2] for name, tensor in batch.items()}, 0)
     model.zero_grad()
     before, start = peak_memory(), time.perf_counter()
@@ -74,9 +75,10 @@ def measure(size: int, chunk_size: int) -> dict[str, float]:
     return {"memory": peak_memory() - before, "seconds": time.perf_counter() - start}
 
 
-def measured(environment: dict[str, str], size: int, chunk_size: int) -> dict[str, float]:
+def measured(environment: dict[str, str], size: int, chunk_size: int, image_size: int) -> dict[str, float]:
     """`measure` in a process of its own."""
-    call = [sys.executable, __file__, "--batch", str(size), "--measure", str(chunk_size)]
+    options = {"--batch": size, "--measure": chunk_size, "--image-size": image_size}
+    call = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
     done = subprocess.run(call, check=True, capture_output=True, text=True, env=os.environ | environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -86,10 +88,11 @@ def main() -> None:
     """Measure each way in a process of its own and compare the gradients of a small batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256, help=f"pairs, at least {CHUNKS}")
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure is not None:
-        print(json.dumps(measure(given.batch, given.measure)))
+        print(json.dumps(measure(given.batch, given.measure, given.image_size)))
         return
     whole = given.batch
     chunk = whole // CHUNKS
@@ -99,12 +102,12 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: |")
     base = 0.0
     for name, arguments in ways.items():
-        needed, heap = measured(GIVEN_BACK, *arguments), measured({}, *arguments)
+        needed, heap = (measured(place, *arguments, given.image_size) for place in (GIVEN_BACK, {}))
         base = base or needed["memory"] + whole * whole * 4 / 2**20
         cells = f"{needed['memory']:.0f} | {needed['memory'] / base:.2f} | {heap['memory']:.0f} | {heap['seconds']:.1f}"
         print(f"| {name} | {cells} |", flush=True)
     few = min(32, whole)
-    model, batch, gradients = make_model(), make_batch(few), []
+    model, batch, gradients = make_model(given.image_size), make_batch(few, given.image_size), []
     for chunk_size in (0, few // CHUNKS):
         model.zero_grad()
         step(model, batch, chunk_size)

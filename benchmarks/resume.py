@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "text")
 
 
-def command(folder: Path, output: Path, processes: int) -> list[str]:
+def command(folder: Path, output: Path, processes: int, epochs: int) -> list[str]:
     """The training command of every run."""
     start = ["-m", "d2svse"]
     if processes > 1:
@@ -63,23 +63,23 @@ def command(folder: Path, output: Path, processes: int) -> list[str]:
     return [
         *(sys.executable, *start, "train", "--train", str(scenes / "train.jsonl"), "--val", str(scenes / "val.jsonl")),
         *("--vision", str(folder / "vision"), "--text", str(folder / "text"), "-o", str(output)),
-        *("--embed-dim", "24", "--epochs", "4", "--workers", "1", "--resume"),
+        *("--embed-dim", "24", "--epochs", str(epochs), "--workers", "1", "--resume"),
         *(part for option in options for part in ("--set", option)),
     ]
 
 
-def launch(folder: Path, output: Path, processes: int) -> subprocess.Popen[bytes]:
+def launch(folder: Path, output: Path, *choice: int) -> subprocess.Popen[bytes]:
     """Start or resume a run; its output goes to a file beside it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with Path(f"{output}.log").open("ab") as log:
         return subprocess.Popen(
-            command(folder, output, processes), stdout=log, stderr=log, env=environment, start_new_session=True
+            command(folder, output, *choice), stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 
-def finish(folder: Path, output: Path, processes: int) -> None:
+def finish(folder: Path, output: Path, *choice: int) -> None:
     """Resume a run to its end."""
-    code = launch(folder, output, processes).wait()
+    code = launch(folder, output, *choice).wait()
     if code:
         raise RuntimeError(f"exit {code}: see {output}.log")
 
@@ -147,23 +147,25 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--truncations", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=4, help="of each stage, at least 3 to cut a file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("d2svse-resume"))
     given = parser.parse_args()
     random_, folder = random.Random(given.seed), given.folder.absolute()
+    choice = given.processes, given.epochs
     shutil.rmtree(folder, ignore_errors=True)
     prepare(folder)
     whole = folder / "whole"
     start = time.monotonic()
-    finish(folder, whole, given.processes)
+    finish(folder, whole, *choice)
     lasted = time.monotonic() - start
     print(f"left alone: {lasted:.0f} s", flush=True)
     right = 0
     for number in range(given.kills):
         kind, output = (signal.SIGKILL, signal.SIGTERM)[number % 2], folder / f"kill-{number}"
         moment, times = random_.uniform(0.2, 1.0) * lasted, 0
-        times += kill(launch(folder, output, given.processes), kind, moment, given.processes == 1)
-        finish(folder, output, given.processes)
+        times += kill(launch(folder, output, *choice), kind, moment, given.processes == 1)
+        finish(folder, output, *choice)
         equal = same(whole, output)
         right += equal
         print(f"{kind.name} after {moment:.1f} s ({times} killed): {'same bits' if equal else 'DIFFERS'}", flush=True)
@@ -173,12 +175,12 @@ def main() -> int:
         stage = random_.choice(("pretrain", "distill"))
         while len(found := checkpoints_under_way(output, stage)) < 2:  # so that there is one before the newest
             shutil.rmtree(output, ignore_errors=True)
-            process = launch(folder, output, given.processes)
+            process = launch(folder, output, *choice)
             while process.poll() is None and len(checkpoints_under_way(output, stage)) < 2:
                 time.sleep(0.05)
             kill(process, signal.SIGKILL, random_.uniform(0.01, 0.5))
         cut = truncate(random_.choice(found[-2:]) if number % 4 == 3 else found[-1], random_)
-        finish(folder, output, given.processes)
+        finish(folder, output, *choice)
         if number % 4 != 3 and f"{found[-1]} is left out" not in Path(f"{output}.log").read_text():
             raise RuntimeError(f"{cut}: nothing was said of it in {output}.log")
         equal = same(whole, output)

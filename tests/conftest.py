@@ -24,6 +24,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this proce
 IMAGE_SIZE = 32
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that no process of pytest-xdist is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 training and 16 validation scenes of 32 × 32 pixels."""

@@ -146,8 +146,10 @@ def run_here(words: list[str]) -> Any:
 
 
 def launch(words: list[str]) -> int:
-    """Run torchrun, once for each machine that it is told of; the first exit code that is not 0."""
+    """Run torchrun, once for each machine that it is told of, with two processes in all; the first exit code but 0."""
     machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    words = words.copy()
+    words[words.index("--nproc-per-node") + 1] = str(2 // machines)
     command = [sys.executable, "-m", "torch.distributed.run", *words]
     with forks():
         agents = [subprocess.Popen(command) for _ in range(machines)]

@@ -6,8 +6,8 @@ missing. A page's blocks run in order in a copy of one folder, and share their P
 names. In that folder small data and models stand under the names of the pages, with a copy of the package's own files,
 and there lies what scripts write; presets train a small decoder for one epoch, the demo and the protocols are small,
 and servers of the tests answer for the addresses of the pages and for the Hub. Python processes that scripts start, and
-torchrun's, are forks of one. pip installs into environments of the test's own, which see the packages of this one, and
-downloads nothing.
+torchrun's, two in all, are forks of one. pip installs into environments of the test's own, which see the packages of
+this one, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def hub(workspace, tmp_path, monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, workspace, small, tmp_path, monkeypatch, request):
     blocks = read_blocks(page)
