@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,11 @@ IMAGE_SIZE = 32
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests come first, so that no process of pytest-xdist is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections, of which every training and loading has some."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import inspect
 import os
 import pickle
@@ -191,4 +192,5 @@ if __name__ == "__main__":
     import d2svse.retrieval
     import d2svse.training.recipe  # noqa: F401 - imported for the forks
 
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))
