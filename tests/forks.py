@@ -36,7 +36,7 @@ _server: tuple[int, socket.socket] | None = None  # who started the process that
 def forks() -> Iterator[None]:
     """Let subprocess start Python processes as forks."""
     with ExitStack() as patches:
-        for module in _users_of_popen() if sys.platform == "linux" else []:
+        for module in _users_of_popen() if sys.platform == "linux" and _adopt(False) else []:
             patches.enter_context(mock.patch.object(module, "Popen", ForkedPopen))
         yield
 
@@ -83,9 +83,9 @@ def _fork(wish: bytes, streams: list[int]) -> int:
         _adopt(False)
 
 
-def _adopt(whether: bool) -> None:
-    """Become the parent of what is left behind by processes below this one, or leave that to init."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(whether), 0, 0, 0)
+def _adopt(whether: bool) -> bool:
+    """Become the parent of what processes below this one leave behind, or leave that to init; whether it can."""
+    return ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(whether), 0, 0, 0) == 0
 
 
 def _read(way: socket.socket, count: int) -> bytes:
