@@ -36,7 +36,7 @@ _server: tuple[int, socket.socket] | None = None  # who started the process that
 def forks() -> Iterator[None]:
     """Let subprocess start Python processes as forks."""
     with ExitStack() as patches:
-        for module in _users_of_popen() if sys.platform == "linux" and _adopt(False) else []:
+        for module in _users_of_popen() if can_fork() else []:
             patches.enter_context(mock.patch.object(module, "Popen", ForkedPopen))
         yield
 
@@ -44,6 +44,11 @@ def forks() -> Iterator[None]:
 def _users_of_popen() -> list[ModuleType]:
     """subprocess itself, and the modules that took its Popen by name."""
     return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get("Popen") is POPEN]
+
+
+def can_fork() -> bool:
+    """Whether forks can become children of this process; if not, all processes are started as ever."""
+    return sys.platform == "linux" and _adopt(False)
 
 
 class ForkedPopen(POPEN):

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from forks import forks
+from forks import can_fork, forks
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are adopted by a call of Linux")
+pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are adopted by a call of Linux")
 PRINT = "import os, sys; print(sys.argv, os.getcwd(), os.environ['GIVEN'], os.getpid(), flush=True); sys.exit(3)"
 ALL_REDUCE = """
 import torch
@@ -77,7 +77,7 @@ def test_torchrun_and_its_workers(tmp_path):
     script.write_text(ALL_REDUCE)
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["done"] * 3
+    assert done.stdout.count("done") == 3  # on one line or several: they write at once
 
 
 def test_outside_processes_are_as_ever():

@@ -2,12 +2,11 @@
 
 `<!-- run with: OPTIONS -->` above a block puts options after each of its commands, of which the last one counts, so
 that a benchmark of minutes takes seconds; `<!-- needs: NAME, ... -->` leaves a block out where a package or program is
-missing. A page's blocks run in order in a copy of one folder, and share their Python
-names. In that folder small data and models stand under the names of the pages, with a copy of the package's own files,
-and there lies what scripts write; presets train a small decoder for one epoch, the demo and the protocols are small,
-and servers of the tests answer for the addresses of the pages and for the Hub. Python processes that scripts start, and
-torchrun's, two in all, are forks of one. pip installs into environments of the test's own, which see the packages of
-this one, and downloads nothing.
+missing. A page's blocks run in order in a copy of one folder, and share their Python names. In that folder small data
+and models stand under the names of the pages, with the package's own files, and there lies what scripts write; presets
+train a small decoder for one epoch, the demo and the protocols are small, and servers of the tests answer for the
+addresses of the pages and for the Hub. Python processes that scripts start, and torchrun's, two in all, are forks of
+one. pip installs into environments of the test's own, which see the packages of this one, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -122,7 +121,8 @@ def environment(tmp_path):
     (folder / "bin/pip").write_text(STUB.format(python=folder / "bin/python"))
     (folder / "bin/pip").chmod(0o755)
     path = os.pathsep.join([str(folder / "bin"), os.path.dirname(sys.executable), os.environ["PATH"]])
-    pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    pip = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    pip["PIP_NO_BUILD_ISOLATION"] = "0"  # of this option pip reads "no" as yes: builds see the packages too
     return {"PATH": path, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", **pip}
 
 

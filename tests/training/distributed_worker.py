@@ -4,7 +4,7 @@ torchrun --nproc-per-node 2 tests/training/distributed_worker.py OUTPUT
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,23 +64,19 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def cases(processes: int = 1) -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
-    """Name, model, task, batch and chunk size of every case; of large batches, more than two processes take few."""
+def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
+    """Name, model, task, batch and chunk size of every case."""
     for size in (7, 3):
-
-        def taken(names: Iterable[str], few: bool = size == 7 and processes > 2) -> list[str]:
-            return list(names)[: 1 if few else None]
-
         model, task = make_model(batch_norm=True), PretrainTask(build_loss("infonce"))
         yield f"batch norm, {size} pairs", model, task, make_batch(size), 0
         for chunk_size in (0, 2):
             end = f", {size} pairs{', chunks' if chunk_size else ''}"
-            for name in taken(LOSSES):
-                yield name + end, make_model(), PretrainTask(build_loss(LOSSES[name])), make_batch(size), chunk_size
-            for name in taken(SIMILARITIES):
+            for name, loss in LOSSES.items():
+                yield name + end, make_model(), PretrainTask(build_loss(loss)), make_batch(size), chunk_size
+            for name in SIMILARITIES:
                 task = PretrainTask(build_loss("infonce"))
                 yield name + end, make_model(name), task, make_batch(size), chunk_size
-            for name in taken(DISTILLATIONS):
+            for name in DISTILLATIONS:
                 task = DistillTask(build_loss("infonce"), build_distillation_loss(name))
                 model = make_model("gssf-diagonal", decoder=True)
                 yield "distil by " + name + end, model, task, make_batch(size), chunk_size
@@ -121,7 +117,7 @@ def main(output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {}
-    for name, *case in cases(dist.get_world_size()):
+    for name, *case in cases():
         for key, tensor in gradients(*case).items():
             found[f"{name}/{key}"] = tensor.clone()
     if dist.get_rank() == 0:

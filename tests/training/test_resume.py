@@ -15,8 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    few = ["--kills", "1", "--truncations", "1", "--epochs", "3"]
-    call = [sys.executable, SCRIPT, *few, "--folder", tmp_path / "runs"]
+    call = [sys.executable, SCRIPT, "--kills", "1", "--truncations", "1", "--folder", tmp_path / "runs"]
     with forks():
         done = subprocess.run([str(part) for part in call], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
