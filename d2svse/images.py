@@ -141,7 +141,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
         for path in folder.rglob("*")
         if path.suffix.lower() in known and not path.name.startswith("._") and path.is_file()
     )
-    found = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES or _pillow_reads(path)]
+    found = [path for path in pictures if has_image_suffix(path.name)]
     passed_over = sorted(set(pictures).difference(found))
     if passed_over:
         logger.warning(
@@ -153,9 +153,12 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def _pillow_reads(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return suffix in PLUGIN_SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
+def has_image_suffix(name: str) -> bool:
+    """Whether a file of that name is, by its suffix, a picture that Pillow reads here."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or (
+        suffix in PLUGIN_SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
+    )
 
 
 def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:

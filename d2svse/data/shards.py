@@ -25,9 +25,11 @@ from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
 from urllib.request import Request, urlopen
 
+from PIL import Image
+
 from d2svse.data.manifest import ManifestError, Record, parse_json_lines, record_texts
 from d2svse.files import write_text, written_aside
-from d2svse.images import IMAGE_SUFFIXES, StoredImage
+from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix
 from d2svse.progress import progress_bar
 
 INDEX_FILE = "shards.jsonl"
@@ -150,7 +152,7 @@ def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     `KEY.txt`.
 
     Raises:
-        ManifestError: if it is no tar file, or a picture has no text.
+        ManifestError: if it is no tar file, a picture has no captions, or captions have no picture.
     """
     name = os.fspath(source) if is_url(source) else Path(source).name
     pictures: dict[str, tarfile.TarInfo] = {}
@@ -159,7 +161,7 @@ def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
         with _open_tar(source) as tar:
             for member in tar:
                 key, suffix = os.path.splitext(member.name)
-                if suffix.lower() in IMAGE_SUFFIXES:
+                if has_image_suffix(member.name):
                     pictures[key] = member
                 elif suffix in (".json", ".txt"):
                     file = tar.extractfile(member)
@@ -167,6 +169,10 @@ def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
                     texts[key] = texts.get(key, {}) | _texts(file.read().decode(), suffix)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ManifestError(f"{name}: not a tar shard ({error})") from None
+    for key, text in texts.items():
+        if text.get("captions") and key not in pictures:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ManifestError(f"{name}: {key} has captions but no picture; expected {key} with one of {suffixes}")
     rows = []
     for key, member in pictures.items():
         if not texts.get(key, {}).get("captions"):
@@ -269,8 +275,20 @@ def _members(key: str, record: Record) -> Iterator[tuple[str, bytes]]:
     texts: dict[str, Any] = {"captions": list(record.captions)}
     if record.dense is not None:
         texts["dense"] = record.dense
-    yield key + Path(record.image.name).suffix.lower(), record.image.read_bytes()
+    content = record.image.read_bytes()
+    yield key + _image_suffix(record.image, content), content
     yield f"{key}.json", json.dumps(texts, ensure_ascii=False).encode()
+
+
+def _image_suffix(image: Path | StoredImage, content: bytes) -> str:
+    """The suffix of its name, or one by its content where that is none of a picture."""
+    if has_image_suffix(image.name):
+        return os.path.splitext(image.name)[1].lower()
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return f".{(picture.format or '').lower()}"
+    except OSError as error:
+        raise ImageError(f"{os.fspath(image)}: not a picture in a format that Pillow reads") from error
 
 
 def _holds(path: Path, records: dict[str, Record]) -> bool:

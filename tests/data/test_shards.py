@@ -5,10 +5,12 @@ import json
 import re
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, features
 from torch.utils.data import DataLoader
 
 from d2svse import ImageTextDataset
@@ -136,6 +138,22 @@ def test_shards_of_other_tools_can_be_indexed(train_dataset, tmp_path):
     assert load_image(records[1].image).tobytes() == load_image(train_dataset.images[0]).tobytes()
 
 
+@pytest.mark.parametrize("name", ["picture", "picture.dat", "picture.AVIF"])
+def test_pictures_with_other_suffixes_are_packed_too(name, train_dataset, tmp_path):
+    if name.endswith("AVIF") and not features.check("avif"):
+        pytest.skip("this Pillow does not read AVIF")
+    with Image.open(train_dataset.images[0]) as image:
+        image.save(tmp_path / name, "avif" if name.endswith("AVIF") else "png")
+    record = replace(train_dataset.records[0], image=tmp_path / name)
+    (packed,) = read_shards(write_shards([record], tmp_path / "shards"))
+    assert packed.image.name == ("000000000.avif" if name.endswith("AVIF") else "000000000.png")
+    assert packed.captions == record.captions
+    assert load_image(packed.image).tobytes() == load_image(tmp_path / name).tobytes()
+    (tmp_path / "text.dat").write_text("no picture")
+    with pytest.raises(ImageError, match=r"text\.dat: not a picture"):
+        write_shards([replace(record, image=tmp_path / "text.dat")], tmp_path / "others")
+
+
 def test_writing_goes_on_where_it_was_stopped(train_dataset, tmp_path):
     index = write_shards(train_dataset.records, tmp_path, 20)
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
@@ -180,6 +198,14 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
         tar.add(tmp_path / "k.json", "k.json")
     with pytest.raises(ManifestError, match="expected a JSON object with captions, got list"):
         index_shards([tmp_path / "list.tar"], index)
+    with tarfile.open(tmp_path / "heic.tar", "w") as tar:
+        (tmp_path / "k.json").write_text('{"caption": "One sentence."}')
+        for name in ("k.json", "k.heic"):
+            tar.add(tmp_path / "k.json", name)
+    with pytest.raises(
+        ManifestError, match=r"heic\.tar: k has captions but no picture; expected k with one of .*\.jpg"
+    ):
+        index_shards([tmp_path / "heic.tar"], index)
 
 
 def test_shards_are_not_written_over_their_source(shards):
