@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, ResNetConfig, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -20,7 +21,7 @@ from d2svse.similarity import build_similarity
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
-IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 512
+IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
@@ -80,6 +81,7 @@ def build_model(
     sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
     chosen = None if similarity is None else dict(similarity)
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # a third off the ResNet's time
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     model.processor = D2SVSEProcessor(image_processor, tokenizer, max_length=tokenizer.model_max_length)
     return model

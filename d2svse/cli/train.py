@@ -49,6 +49,10 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Start from this model instead of backbones.", rich_help_panel=_MODEL)
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Stage-1 model to distil from, where --model is of stage 2 already.", rich_help_panel=_MODEL),
+    ] = None,
     embed_dim: Annotated[
         int | None, typer.Option(help="Width of the joint space.", show_default="512", rich_help_panel=_MODEL)
     ] = None,
@@ -149,8 +153,8 @@ def train(
     given = {
         "train": train, "val": val, "train_split": train_split, "val_split": val_split,
         "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
-        "vision": vision, "text": text, "model": model, "output": output, "preset": preset, "seed": seed,
-        "stages": stages, "push_to_hub": push_to_hub, "hub_private": private,
+        "vision": vision, "text": text, "model": model, "teacher": teacher, "output": output,
+        "preset": preset, "seed": seed, "stages": stages, "push_to_hub": push_to_hub, "hub_private": private,
         "resume": resume or None,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}

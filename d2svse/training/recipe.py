@@ -50,6 +50,8 @@ class Recipe:
         vision: Hub id or folder of the vision backbone.
         text: Hub id or folder of the text backbone.
         model: Hub id or folder of a model to start from, instead of backbones.
+        teacher: Hub id or folder of another stage-1 model for stage "distill" to learn from. A run from a model
+            of stage 2 needs it, unless its teacher lies beside that, as conversion may leave it.
         stages: the stages in order: "pretrain", "distill", "align".
         preset: "paper", "published" or "recommended".
         dense: where dense text comes from: "auto", "field", "concat", a JSONL file, or "long" or
@@ -76,6 +78,7 @@ class Recipe:
     train_split: str | None = None
     val_split: str | None = None
     model: str | None = None
+    teacher: str | None = None
     stages: list[str] = field(default_factory=lambda: ["pretrain", "distill"])
     preset: str = "recommended"
     dense: str = "auto"
@@ -110,6 +113,8 @@ class Recipe:
             )
         if self.model is not None and (self.vision or self.text or self.model_options):
             raise ValueError("a model to start from brings its own backbones and options; give one or the other")
+        if self.teacher is not None and "distill" not in self.stages:
+            raise ValueError(f"a teacher is for stage distill, and the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         D2SVSEConfig.check_names(self.model_options)
@@ -199,6 +204,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
     set_seed(recipe.seed)
     model = _start(recipe)
+    teacher = _given_teacher(recipe, model, stage_arguments)
     for arguments in stage_arguments.values():  # to hear of a misfit now, not after stage 1
         if name := arguments.attn_implementation:
             set_attention(model, *set_attention(model, name, name))
@@ -214,7 +220,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         make_repository(recipe.push_to_hub, private=recipe.hub_private)
     output.mkdir(parents=True, exist_ok=True)
     with _only_run(output):
-        return _train_stages(recipe, model, train_dataset, eval_dataset)
+        return _train_stages(recipe, model, teacher, train_dataset, eval_dataset)
 
 
 @contextmanager
@@ -231,7 +237,11 @@ def _only_run(output: Path) -> Iterator[None]:
 
 
 def _train_stages(
-    recipe: Recipe, model: D2SVSE, train_dataset: ImageTextDataset, eval_dataset: ImageTextDataset
+    recipe: Recipe,
+    model: D2SVSE,
+    teacher: Teacher | None,
+    train_dataset: ImageTextDataset,
+    eval_dataset: ImageTextDataset,
 ) -> dict[str, dict[str, float]]:
     output, main = Path(recipe.output), is_main_process()
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
@@ -248,10 +258,9 @@ def _train_stages(
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
             continue
         model.freeze(vision=False, text=False)
-        teacher = None
-        if stage == "distill" and model.decoder is not None and recipe.model is not None:
-            teacher = Teacher.from_folder(model, recipe.model, stage_arguments[stage].dense_max_length)
-        trainer = Trainer(model, stage_arguments[stage], train_dataset, eval_dataset, teacher=teacher)
+        trainer = Trainer(
+            model, stage_arguments[stage], train_dataset, eval_dataset, teacher=teacher if stage == "distill" else None
+        )
         trainer.train(resume_from_checkpoint=recipe.resume)
         metrics = trainer.evaluate(metric_key_prefix="final")
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
@@ -329,3 +338,12 @@ def _start(recipe: Recipe) -> D2SVSE:
     assert recipe.vision is not None
     assert recipe.text is not None
     return D2SVSE.from_backbones(recipe.vision, recipe.text, **recipe.model_options)
+
+
+def _given_teacher(recipe: Recipe, model: D2SVSE, stage_arguments: Mapping[str, TrainingArguments]) -> Teacher | None:
+    """The teacher that does not come from this run's own stage 1."""
+    source = recipe.teacher or (recipe.model if model.decoder is not None else None)
+    if source is None or "distill" not in recipe.stages:
+        return None
+    arguments = stage_arguments["distill"]
+    return Teacher.from_folder(model, source, arguments.dense_max_length, arguments.device)

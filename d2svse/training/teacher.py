@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2svse.hub.published import TEACHER_FILE
-from d2svse.models import D2SVSE
+from d2svse.models import D2SVSE, D2SVSEConfig
+from d2svse.models.folder import check_model_folder
 from d2svse.progress import progress_bar
 
 
@@ -38,25 +39,47 @@ class Teacher:
         self.processor, self.max_length = model.processor, max_length
 
     @classmethod
-    def from_folder(cls, model: D2SVSE, folder: str | os.PathLike[str], max_length: int | None = None) -> Teacher:
-        """Take the teacher that lies beside a converted stage-2 model (`teacher.safetensors`).
+    def from_folder(
+        cls,
+        model: D2SVSE,
+        folder: str | os.PathLike[str],
+        max_length: int | None = None,
+        device: torch.device | None = None,
+    ) -> Teacher:
+        """Take the teacher of a stage-2 model that is trained further.
+
+        It is the text encoder of a stage-1 model, or `teacher.safetensors`, which conversion keeps beside a
+        published stage-2 model.
 
         Args:
-            model: the stage-2 model, whose text encoder is built like the teacher's.
-            folder: the model's folder.
+            model: the stage-2 model.
+            folder: folder or Hub id of the stage-1 model, or the folder of a model that has that file.
             max_length: longest dense caption in tokens; the processor's limit without it.
+            device: where to run it; the model's own device without it.
 
         Raises:
-            FileNotFoundError: if the folder holds no teacher.
+            FileNotFoundError: if a local folder is no model's, or that of a stage-2 model without the file.
+            ValueError: if the stage-1 model's embeddings are of another width.
         """
         file = Path(folder) / TEACHER_FILE
-        if not file.is_file():
+        if file.is_file():
+            teacher = cls(model, max_length, device)
+            teacher.text_encoder.load_state_dict(load_file(file))
+            return teacher
+        if Path(folder).is_dir():
+            check_model_folder(folder, processor=True)
+        config = D2SVSEConfig.from_pretrained(folder)
+        if config.context_decoder is not None:
             raise FileNotFoundError(
-                f"{file}: no teacher beside this stage-2 model; convert the checkpoint with --keep-teacher to train on"
+                f"{os.fspath(folder)}: a stage-2 model with no teacher beside it; name its stage-1 model with "
+                "--teacher (teacher= of a recipe), or convert a published checkpoint with --keep-teacher"
             )
-        teacher = cls(model, max_length)
-        teacher.text_encoder.load_state_dict(load_file(file))
-        return teacher
+        if config.embed_dim != model.config.embed_dim:
+            raise ValueError(
+                f"{os.fspath(folder)}: the teacher's embeddings are {config.embed_dim} wide, "
+                f"and the model's {model.config.embed_dim}"
+            )
+        return cls(D2SVSE.from_pretrained(folder), max_length, device or model.device)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> Tensor:

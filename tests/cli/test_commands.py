@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from d2svse import D2SVSE, evaluate
 from d2svse.cli.app import main
@@ -154,6 +156,30 @@ def test_encode_index_and_search_agree(trained, scenes, val_dataset, tmp_path, r
     assert "a red circle" in run(*arguments)[1]
     code, out, _ = run("search", tmp_path / "index", "--image", names[3], "-k", 1)
     assert Path(names[3]).name in out
+
+
+def test_a_stage_two_goes_on_from_its_stage_one_as_teacher(trained, scenes, tmp_path, run):
+    command = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "--stages", "distill"]
+    command += ["--epochs", 1, "--batch-size", 16, "--set", "max_steps=2", "--seed", 3]
+    stage_one, stage_two = trained / "pretrain" / "model", trained / "distill" / "model"
+    one_line_error(run(*command, "--model", stage_two, "-o", tmp_path / "a"), "stage-2 model", "--teacher")
+    one_line_error(run(*command, "--model", stage_two, "--teacher", stage_two, "-o", tmp_path / "a"), "--teacher")
+    one_line_error(run(*command, "--model", stage_two, "--teacher", tmp_path / "no", "-o", tmp_path / "a"), "no")
+    other = D2SVSE.from_pretrained(stage_one)
+    other.config.embed_dim += 1
+    other.config.save_pretrained(shutil.copytree(stage_one, tmp_path / "wider"))
+    wider = ["--model", stage_two, "--teacher", tmp_path / "wider"]
+    one_line_error(run(*command, *wider, "-o", tmp_path / "a"), "wider: the teacher's embeddings are 25 wide", "24")
+    one_line_error(run(*command, *wider, "--stages", "align", "-o", tmp_path / "a"), "a teacher is for stage distill")
+    assert not (tmp_path / "a").exists()
+    code, _, err = run(*command, "--model", stage_two, "--teacher", stage_one, "-o", tmp_path / "a")
+    assert code == 0, err
+    kept = shutil.copytree(stage_two, tmp_path / "kept")
+    save_file(D2SVSE.from_pretrained(stage_one).text_encoder.state_dict(), kept / "teacher.safetensors")
+    code, _, err = run(*command, "--model", kept, "-o", tmp_path / "b")
+    assert code == 0, err
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def one_line_error(result, *parts):
