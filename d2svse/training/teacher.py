@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2svse.hub.published import TEACHER_FILE
-from d2svse.models import D2SVSE, D2SVSEConfig
+from d2svse.models import D2SVSE
 from d2svse.models.folder import check_model_folder
 from d2svse.progress import progress_bar
 
@@ -68,18 +68,17 @@ class Teacher:
             return teacher
         if Path(folder).is_dir():
             check_model_folder(folder, processor=True)
-        config = D2SVSEConfig.from_pretrained(folder)
-        if config.context_decoder is not None:
+        source = D2SVSE.from_pretrained(folder)
+        if source.decoder is not None:
             raise FileNotFoundError(
                 f"{os.fspath(folder)}: a stage-2 model with no teacher beside it; name its stage-1 model with "
                 "--teacher (teacher= of a recipe), or convert a published checkpoint with --keep-teacher"
             )
-        if config.embed_dim != model.config.embed_dim:
-            raise ValueError(
-                f"{os.fspath(folder)}: the teacher's embeddings are {config.embed_dim} wide, "
-                f"and the model's {model.config.embed_dim}"
-            )
-        return cls(D2SVSE.from_pretrained(folder), max_length, device or model.device)
+        width = model.config.embed_dim
+        if source.config.embed_dim != width:
+            given = source.config.embed_dim
+            raise ValueError(f"{os.fspath(folder)}: the teacher's embeddings are {given} wide, and the model's {width}")
+        return cls(source, max_length, device or model.device)
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> Tensor:
