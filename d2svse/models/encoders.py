@@ -144,13 +144,18 @@ class TextEncoder(nn.Module):
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
         """
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.pool(self.words(input_ids, attention_mask), mask)
+
+    def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The projected words of sentences, `(batch, length, embed_dim)`, not yet pooled."""
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.projection(hidden)
-        if self.mlp is not None:
-            words = words + self.mlp(hidden)
-        mask = None if attention_mask is None else attention_mask.bool()
-        pooled = self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype))
-        return Features(pooled, words, mask)
+        return words if self.mlp is None else words + self.mlp(hidden)
+
+    def pool(self, words: Tensor, mask: Tensor | None = None) -> Features:
+        """Pool words, which stay beside the pooled vectors."""
+        return Features(self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype)), words, mask)
 
 
 def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:

@@ -292,20 +292,29 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         )
         if groups < 2 or attention_mask is None or padding_counts or len(input_ids) < 2 * groups:
             return self.fuse(self.text_encoder(input_ids, attention_mask))
+        real = attention_mask.bool()
         positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        lengths = (attention_mask.bool() * positions).amax(1)  # to the last real word
+        lengths = (real * positions).amax(1)  # to the last real word
         order = lengths.argsort(descending=True, stable=True)
-        parts = []
+        longest = int(lengths[order[0]])
+        padded, contexts = [], []
         for rows in order.tensor_split(groups):
             width = int(lengths[rows[0]])
-            parts.append(self.fuse(self.text_encoder(input_ids[rows, :width], attention_mask[rows, :width])))
-        return Features.cat(parts)[order.argsort()]
+            words = self.text_encoder.words(input_ids[rows, :width], attention_mask[rows, :width])
+            padded.append(F.pad(words, (0, 0, 0, longest - width)))
+            if self.decoder is not None:
+                contexts.append(self.decoder(words, real[rows, :width]))
+        # All are pooled at once: GPO's coefficients cost one pass over the longest, not one for each group.
+        texts = self.text_encoder.pool(torch.cat(padded), real[order, :longest])
+        if contexts:
+            texts = self._add_context(texts, torch.cat(contexts))
+        return texts[order.argsort()]
 
     def fuse(self, texts: Features) -> Features:
         """Add the context decoder's output to the pooled sentence (D2S-VSE, Eq. 3), if there is a decoder."""
-        if self.decoder is None:
-            return texts
-        context = self.decoder(texts.tokens, texts.mask)
+        return texts if self.decoder is None else self._add_context(texts, self.decoder(texts.tokens, texts.mask))
+
+    def _add_context(self, texts: Features, context: Tensor) -> Features:
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
         pooled = texts.pooled + context if self.config.context_residual else context

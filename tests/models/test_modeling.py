@@ -383,12 +383,22 @@ def test_a_second_decoder_is_refused(model):
         model.add_decoder()
 
 
-def test_groups_of_like_length_change_nothing(model, train_dataset):
+def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch):
     texts = [caption for record in train_dataset.records[:12] for caption in (record.captions[0], record.dense)]
     batch = model.processor(text=texts)
     whole = model(**batch)
+    widths, pooled = [], []
+    encode, compute = model.text_encoder.words, model.text_encoder.pooling._compute
+    monkeypatch.setattr(model.text_encoder, "words", lambda ids, mask: widths.append(ids.shape[1]) or encode(ids, mask))
+    monkeypatch.setattr(
+        model.text_encoder.pooling, "_compute", lambda lengths: pooled.append(lengths) or compute(lengths)
+    )
     for groups in (2, 5):
+        widths.clear(), pooled.clear()
         parts = model(**batch, text_groups=groups)
+        assert len(widths) == groups
+        assert widths[0] == batch["input_ids"].shape[1] > widths[-1]
+        assert len(pooled) == 1, "coefficients are made once a batch"
         torch.testing.assert_close(parts.text_embeds, whole.text_embeds, rtol=1e-5, atol=1e-5)
         real = whole.text_features.mask
         assert torch.equal(parts.text_features.mask, real)
