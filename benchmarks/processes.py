@@ -1,8 +1,7 @@
 """Train the demo's model by `d2svse train` with one process and with several, and compare the results.
 
-The scenes and the model with its random weights are those of `d2svse demo`, but for dropout, whose draws
-depend on the number of processes. All see the same batches; sums of floating-point numbers are taken in
-another order.
+The scenes and the model with its random weights are those of `d2svse demo`. All see the same batches; sums of
+floating-point numbers are taken in another order.
 
     python benchmarks/processes.py
     python benchmarks/processes.py --processes 1 --threads 1
@@ -24,14 +23,12 @@ SEED = 42
 COLUMNS = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["rsum"]
 
 
-def prepare(folder: Path, num_train: int, num_test: int, dropout: float, float64: bool) -> None:
+def prepare(folder: Path, num_train: int, num_test: int, float64: bool) -> None:
     """Draw the demo's scenes and save its model before training."""
     manifest = write_scenes(folder / "scenes", "train", num_train, seed=SEED, size=IMAGE_SIZE)
     write_scenes(folder / "scenes", "val", num_test, seed=SEED, first=num_train, size=IMAGE_SIZE)
     records = ImageTextDataset.from_manifest(manifest).records
     model = build_model([text for record in records for text in (*record.captions, record.dense or "")], SEED)
-    text_config = model.config.text_config
-    text_config.hidden_dropout_prob = text_config.attention_probs_dropout_prob = dropout
     (model.double() if float64 else model).save_pretrained(folder / "start")
 
 
@@ -56,13 +53,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of each process; the cores are shared out without it")
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the text backbone; 0.1 in the demo")
     parser.add_argument("--float64", action="store_true", help="weights in float64, where rounding hardly grows")
     parser.add_argument("--epochs", type=float, nargs=2, default=[PRETRAIN_EPOCHS, DISTILL_EPOCHS])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, args.num_train, args.num_test, args.dropout, args.float64)
+        prepare(folder, args.num_train, args.num_test, args.float64)
         cores = os.cpu_count() or 1
         results = {
             count: train(folder, count, args.epochs, args.threads or max(1, cores // count)) for count in args.processes

@@ -151,8 +151,8 @@ print(f"stage 1, ranked by its dense text instead: T2I R@10 {100 * dense_ranked[
 # - **Stage 1 is poor with sparse captions.** It has never seen one. With dense text, which it was trained on, it
 #   finds twice as much; it has had 25 steps.
 # - **Stage 2 is well above chance** after 50 more.
-# - **Aligning alone is ahead.** All of its steps go into what is measured, and in so few that decides. It stays ahead
-#   on these scenes, by less, when `d2svse demo` trains on 4000 of them for minutes (rSum 434 against 420). The paper
+# - **Aligning alone is ahead.** All of its steps go into what is measured, and in so few that decides. When `d2svse
+#   demo` trains on 4000 scenes for minutes, the two come out level ([results](../docs/results.md)). The paper
 #   reports a gain by the two stages on Flickr30K and MS-COCO, with pretrained backbones and captions by a large
 #   model, which was not repeated here. Compare both on your data before you choose.
 #
