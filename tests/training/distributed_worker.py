@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 tests/training/distributed_worker.py OUTPUT
 """
 
+import copy
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +36,13 @@ DISTILLATIONS = ("cosine", "l1", "l2", "kl")
 IMAGE_SIZE, DIM = 16, 12
 
 
-def make_model(similarity: str = "cosine", decoder: bool = False, batch_norm: bool = False) -> D2SVSE:
+def make_model(*options: Any) -> D2SVSE:
+    """One of the models, as it was made."""
+    return copy.deepcopy(build_model(*options))
+
+
+@functools.cache
+def build_model(similarity: str = "cosine", decoder: bool = False, batch_norm: bool = False) -> D2SVSE:
     """A tiny model in float64, without dropout; with batch norm a ResNet, and the published projection of words."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -67,7 +75,7 @@ def make_batch(size: int) -> dict[str, torch.Tensor]:
 def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
     """Name, model, task, batch and chunk size of every case."""
     for size in (7, 3):
-        model, task = make_model(batch_norm=True), PretrainTask(build_loss("infonce"))
+        model, task = make_model("cosine", False, True), PretrainTask(build_loss("infonce"))
         yield f"batch norm, {size} pairs", model, task, make_batch(size), 0
         for chunk_size in (0, 2):
             end = f", {size} pairs{', chunks' if chunk_size else ''}"
@@ -78,7 +86,7 @@ def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
                 yield name + end, make_model(name), task, make_batch(size), chunk_size
             for name in DISTILLATIONS:
                 task = DistillTask(build_loss("infonce"), build_distillation_loss(name))
-                model = make_model("gssf-diagonal", decoder=True)
+                model = make_model("gssf-diagonal", True)
                 yield "distil by " + name + end, model, task, make_batch(size), chunk_size
 
 
