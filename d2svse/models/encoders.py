@@ -154,7 +154,7 @@ class TextEncoder(nn.Module):
         return words if self.mlp is None else words + self.mlp(hidden)
 
     def pool(self, words: Tensor, mask: Tensor | None = None) -> Features:
-        """Pool words, which stay beside the pooled vectors."""
+        """Pool words `(batch, length, embed_dim)`, of which `mask` `(batch, length)` bool marks the real ones."""
         return Features(self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype)), words, mask)
 
 

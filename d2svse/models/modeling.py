@@ -306,15 +306,13 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
                 contexts.append(self.decoder(words, real[rows, :width]))
         # All are pooled at once: GPO's coefficients cost one pass over the longest, not one for each group.
         texts = self.text_encoder.pool(torch.cat(padded), real[order, :longest])
-        if contexts:
-            texts = self._add_context(texts, torch.cat(contexts))
-        return texts[order.argsort()]
+        return self.fuse(texts, torch.cat(contexts) if contexts else None)[order.argsort()]
 
-    def fuse(self, texts: Features) -> Features:
-        """Add the context decoder's output to the pooled sentence (D2S-VSE, Eq. 3), if there is a decoder."""
-        return texts if self.decoder is None else self._add_context(texts, self.decoder(texts.tokens, texts.mask))
-
-    def _add_context(self, texts: Features, context: Tensor) -> Features:
+    def fuse(self, texts: Features, context: Tensor | None = None) -> Features:
+        """Add the decoder's output `(batch, embed_dim)`, made here if not given, to pooled text (D2S-VSE, Eq. 3)."""
+        if self.decoder is None:
+            return texts
+        context = self.decoder(texts.tokens, texts.mask) if context is None else context
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
         pooled = texts.pooled + context if self.config.context_residual else context
