@@ -28,6 +28,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from transformers import ResNetConfig, logging
 
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments, evaluate
@@ -36,7 +37,6 @@ from d2svse.demo import TRAINING, build_model, draw_scenes
 from d2svse.training.arguments import PRESETS
 from d2svse.visualize import read_logs, training_curves
 
-# %matplotlib inline
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
@@ -74,9 +74,9 @@ def train_stage(model, stage, epochs):
 
 
 def keep(figure, name):
-    """Write a figure to a file, and give it back for the notebook to show."""
+    """Write a figure to a file, and give it back as a picture for the notebook to show."""
     figure.savefig(OUTPUT / name)
-    return figure
+    return Image.open(OUTPUT / name)
 
 
 # %% [markdown]

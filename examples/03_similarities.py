@@ -33,6 +33,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from PIL import Image
 from transformers import ResNetConfig, logging
 
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
@@ -42,7 +43,6 @@ from d2svse.retrieval import evaluate_protocol, score_dataset
 from d2svse.training.arguments import PRESETS
 from d2svse.visualize import score_distributions
 
-# %matplotlib inline
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
@@ -85,9 +85,9 @@ def train_one(similarity):
 
 
 def keep(figure, name):
-    """Write a figure to a file, and give it back for the notebook to show."""
+    """Write a figure to a file, and give it back as a picture for the notebook to show."""
     figure.savefig(OUTPUT / name)
-    return figure
+    return Image.open(OUTPUT / name)
 
 
 # %% [markdown]

@@ -27,6 +27,7 @@
 # %%
 from pathlib import Path
 
+from PIL import Image
 from transformers import ResNetConfig, logging
 
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments, evaluate
@@ -45,7 +46,6 @@ from d2svse.visualize import (
     training_curves,
 )
 
-# %matplotlib inline
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
@@ -83,9 +83,9 @@ def train_stages(name, similarity, stages):
 
 
 def keep(figure, name):
-    """Write a figure to a file, and give it back for the notebook to show."""
+    """Write a figure to a file, and give it back as a picture for the notebook to show."""
     figure.savefig(OUTPUT / name)
-    return figure
+    return Image.open(OUTPUT / name)
 
 
 # %%

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import forks
+from PIL import Image
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -115,7 +116,8 @@ def other_data(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_other_data_take_one_path(name, other_data, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure", reason="notebooks draw by matplotlib")
-    monkeypatch.setattr(figure.Figure, "savefig", lambda *_: None)  # the notebooks draw them, and it takes its time
+    # The notebooks draw them, and it takes its time.
+    monkeypatch.setattr(figure.Figure, "savefig", lambda _, path: Image.new("RGB", (1, 1)).save(path))
     code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     changed, count = re.subn(r"^DATA = None$", f"DATA = {str(other_data / 'my photos')!r}", code, flags=re.MULTILINE)
     assert count == 1
