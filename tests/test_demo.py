@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import forks
 
 from d2svse.data import read_manifest
 from d2svse.demo import build_model, draw_scenes, run_demo
@@ -44,7 +45,10 @@ def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
 
 def test_a_fresh_process_gives_the_same_table(demo):
     folder, results, _ = demo
-    found = subprocess.run([sys.executable, "-c", EVALUATE, str(folder)], capture_output=True, text=True, check=True)
+    with forks():
+        found = subprocess.run(
+            [sys.executable, "-c", EVALUATE, str(folder)], capture_output=True, text=True, check=True
+        )
     fresh = json.loads(found.stdout.splitlines()[-1])
     assert fresh == pytest.approx(results["stage 2"], abs=1e-6)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import forks
 
 from d2svse.captioning.output import CaptionFile, mend_last_line
 from d2svse.captioning.pictures import Outcome, Picture
@@ -105,7 +106,9 @@ def test_two_writers_on_one_file(tmp_path):
         "import sys; from d2svse.captioning.output import CaptionFile\n"
         f"with CaptionFile({str(path)!r}, {SETTINGS!r}):\n    print(1, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with forks():
+        running = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with running as other:
         assert other.stdout.readline() == b"1\n"
         with (
             pytest.raises(BlockingIOError, match=r"dense\.jsonl: another process is writing to it"),

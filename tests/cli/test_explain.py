@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import forks
 from PIL import Image
 
 SENTENCE = "a red circle and a blue star"
@@ -52,7 +53,8 @@ def test_user_errors_are_one_line(folder, val_dataset, run):
 def test_without_matplotlib_the_extra_is_named(folder, val_dataset):
     code = "import sys; sys.modules['matplotlib'] = None; from d2svse.cli.app import main; main(sys.argv[1:])"
     command = ["explain", val_dataset.images[0], SENTENCE, "--model", folder / "model", "--out", folder / "map.png"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    with forks():
+        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install 'd2svse[visualize]'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from forks import forks
 
 from d2svse import D2SVSE
 from d2svse.retrieval import model_fingerprint
@@ -24,7 +25,9 @@ def test_the_same_model_has_the_same_fingerprint_wherever_it_is_loaded(model, tm
         model.save_pretrained(tmp_path / name)
         loaded = D2SVSE.from_pretrained(tmp_path / name)
         assert model_fingerprint(loaded.train()) == own
-    out = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "a")]
+    with forks():
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.split()[-1] == own
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import forks
 
 DOCS = Path(__file__).parents[2] / "docs" / "similarities.md"
 
@@ -17,7 +18,8 @@ def documented_code() -> str:
 
 def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     code = f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}\n{code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    with forks():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -22,16 +22,11 @@ WORKER = Path(worker.__file__)
 
 
 def torchrun(*arguments: object) -> subprocess.Popen[str]:
-    """Start processes of this machine."""
+    """Start processes of this machine, as forks."""
     call = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def torchrun_by_forks(*arguments: object) -> subprocess.Popen[str]:
-    """The same, without an import of torch by each process."""
     with forks():
-        return torchrun(*arguments)
+        return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -49,7 +44,7 @@ def alone() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
     file = tmp_path / "gradients.safetensors"
-    ends_well(torchrun_by_forks("--standalone", "--nproc-per-node", processes, WORKER, file))
+    ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, file))
     together = load_file(file)
     assert set(together) >= set(alone)
     assert not any(together[name].any() for name in set(together) - set(alone))  # what no loss reaches
@@ -101,7 +96,7 @@ def same_run(one: Path, two: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(torchrun_by_forks("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
+    ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
     same_run(one_process, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
 
@@ -114,34 +109,33 @@ def test_two_nodes_train_as_one(one_process, scenes, backbones, tmp_path):
     nodes = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     nodes += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
     command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(*[torchrun_by_forks(*nodes, "-m", "d2svse", *command) for _ in range(2)])
+    ends_well(*[torchrun(*nodes, "-m", "d2svse", *command) for _ in range(2)])
     same_run(one_process, tmp_path / "run")
 
 
-def worker_of(torchrun_pid: int, rank: int) -> int:
-    """The process that torchrun started as this rank (Linux)."""
-    for _ in range(600):
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == torchrun_pid and f"\0RANK={rank}\0".encode() in (folder / "environ").read_bytes():
-                    return int(folder.name)
-            except OSError:  # it has ended meanwhile
-                continue
-        time.sleep(0.1)
-    raise AssertionError(f"no process of rank {rank}")
+def workers_of(torchrun_pid: int) -> list[int]:
+    """The two processes that torchrun started last, which it does in order of their ranks (Linux)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent, *_, start = (folder / "stat").read_text().rpartition(")")[2].split()[1:20]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(parent) == torchrun_pid:
+            found.append((int(start), int(folder.name)))
+    return [pid for _, pid in sorted(found)][-2:]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_process_that_dies_ends_the_others_and_is_named(scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
     command[command.index("--epochs") + 1] = 100
     running = torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command)
-    victim, other = (worker_of(running.pid, rank) for rank in (1, 0))
     while not list((tmp_path / "run").rglob("checkpoint-*")):
         assert running.poll() is None
         time.sleep(0.1)
+    other, victim = workers_of(running.pid)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     _, errors = running.communicate(timeout=120)

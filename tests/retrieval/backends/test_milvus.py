@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from forks import forks
 
 from d2svse.retrieval import load_index
 
@@ -138,7 +139,8 @@ with index._journal.writing() as index._call:
     index._replace([], ["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
     os._exit(7)
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+    with forks():
+        assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
     assert len(two) == 10
     assert "x" not in two
     two.add(["x"], VECTORS[:1])
