@@ -43,6 +43,7 @@ TRAINING: dict[str, Any] = {
     "num_context_tokens": 8,
     "decoder_layers": 1,
     "augment_images": False,
+    "keep_pixels": True,
     "augment_words": False,
     "drop_image_tokens": False,
     "save_only_model": True,

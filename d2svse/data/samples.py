@@ -119,9 +119,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
         image_tokens: the vision backbone's tokens of each image, by row, to give instead of pixels;
             pictures are then neither read nor augmented.
+        keep_pixels: read and prepare each picture once, and keep its pixels in memory.
 
     Raises:
-        ValueError: if dense text is asked for and an image has none.
+        ValueError: if dense text is asked for and an image has none, or if pictures are to be augmented and kept.
     """
 
     def __init__(
@@ -138,11 +139,15 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         teacher_embeddings: Tensor | None = None,
         image_tokens: SupportsRows | None = None,
+        keep_pixels: bool = False,
     ) -> None:
+        if keep_pixels and augment_images:
+            raise ValueError("keep_pixels keeps pictures as they are: set augment_images to False too")
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
         self.image_tokens = image_tokens
+        self.kept_pixels: dict[int, Tensor] | None = {} if keep_pixels else None
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -194,6 +199,13 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         return captions[augment.generator(self.seed, epoch, index, augment.CAPTION).integers(len(captions))]
 
     def _pixels(self, epoch: int, index: int, row: int) -> Tensor:
+        if self.kept_pixels is None:
+            return self._prepare(epoch, index, row)
+        if row not in self.kept_pixels:
+            self.kept_pixels[row] = self._prepare(epoch, index, row)
+        return self.kept_pixels[row]
+
+    def _prepare(self, epoch: int, index: int, row: int) -> Tensor:
         record = self.dataset.records[row]
         try:
             image = load_image(record.image)

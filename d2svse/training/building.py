@@ -54,6 +54,7 @@ def make_samples(
         max_length=args.dense_max_length if dense else args.max_length,
         teacher_embeddings=teacher_embeddings,
         image_tokens=image_tokens,
+        keep_pixels=args.keep_pixels,
     )
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = image_tokens.shape[1]

@@ -4,6 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from d2svse.data import Collator, EpochBatches, TrainingSamples
+from d2svse.data import samples as samples_module
 from d2svse.data.samples import Draw
 from d2svse.images import ImageError
 
@@ -92,6 +93,18 @@ def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset,
     samples.dataset = type(train_dataset)([replace(train_dataset.records[0], image=tmp_path / "gone.png")], "m.jsonl")
     with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such picture"):
         samples[Draw(0, 0)]
+
+
+def test_pictures_that_are_kept_are_read_once(make, train_dataset, monkeypatch):
+    read = []
+    load = samples_module.load_image
+    monkeypatch.setattr(samples_module, "load_image", lambda path: (read.append(path), load(path))[1])
+    samples, fresh = (make(augment_images=False, keep_pixels=keep) for keep in (True, False))
+    for epoch in range(2):
+        assert all(same(samples[Draw(epoch, i)], fresh[Draw(epoch, i)]) for i in range(len(train_dataset)))
+    assert len(read) == 3 * len(train_dataset)
+    with pytest.raises(ValueError, match="set augment_images to False too"):
+        make(keep_pixels=True)
 
 
 def test_replacements_hold_no_special_token(make):

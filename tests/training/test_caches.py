@@ -132,3 +132,12 @@ def test_training_on_kept_tokens_is_training_on_pictures(make_model, make_args, 
 def test_what_is_trained_cannot_be_kept():
     with pytest.raises(ValueError, match="set freeze_vision too"):
         TrainingArguments(output_dir="x", cache_image_tokens="tokens")
+
+
+def test_pixels_are_kept_of_pictures_as_they_are_by_processes_that_stay():
+    with pytest.raises(ValueError, match="set augment_images to false too"):
+        TrainingArguments(output_dir="x", keep_pixels=True)
+    plain = {"output_dir": "x", "keep_pixels": True, "augment_images": False}
+    with pytest.raises(ValueError, match="set dataloader_persistent_workers to true too"):
+        TrainingArguments(**plain, dataloader_num_workers=1)
+    assert TrainingArguments(**plain, dataloader_num_workers=1, dataloader_persistent_workers=True).keep_pixels
