@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+GROUP_TOKENS = 256  # a smaller group of sentences costs more than it saves in padding
 
 
 @dataclass
@@ -250,7 +251,7 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
                 earlier, instead of `pixel_values`.
             return_loss: also compute InfoNCE; image i must match text i.
             return_logits: score all pairs; training tasks leave it out and score by themselves.
-            text_groups: encode sentences in so many groups of like length, so that less padding is
+            text_groups: encode sentences in up to so many groups of like length, so that less padding is
                 computed; the result is the same.
             token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
                 no second part.
@@ -290,11 +291,11 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         padding_counts = self.text_encoder.mlp is not None or (
             self.decoder is not None and not self.decoder.mask_padding
         )
-        if groups < 2 or attention_mask is None or padding_counts or len(input_ids) < 2 * groups:
+        groups = min(groups, input_ids.numel() // GROUP_TOKENS, len(input_ids) // 2)
+        if groups < 2 or attention_mask is None or padding_counts:
             return self.fuse(self.text_encoder(input_ids, attention_mask))
         real = attention_mask.bool()
-        positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        lengths = (real * positions).amax(1)  # to the last real word
+        lengths = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # to the last real word
         order = lengths.argsort(descending=True, stable=True)
         longest = int(lengths[order[0]])
         padded, contexts = [], []

@@ -119,8 +119,9 @@ class TrainingArguments(TransformersTrainingArguments):
             memory of one chunk, with the same gradient; 0 encodes the batch at once.
         attn_implementation: attention of both backbones while they train, as transformers names it: "eager",
             "sdpa" and so on; as they were loaded without it.
-        text_groups: encode the sentences of a batch in so many groups of like length, which computes less
-            padding; more is faster on a CPU, 1 on an accelerator that a batch does not fill.
+        text_groups: encode the sentences of a batch in up to so many groups of like length, which computes less
+            padding; more is faster on a CPU, 1 on an accelerator that a batch does not fill. Small batches
+            are not divided.
         cache_image_tokens: folder to keep the tokens of a frozen vision backbone in (float16): pictures are
             then encoded once, without cropping and mirroring; needs `freeze_vision`.
         keep_pixels: read and prepare each picture once and keep its pixels in memory, where `augment_images` is

@@ -25,7 +25,7 @@ from transformers import (
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.images import ImageError, load_image
 from d2svse.losses import InfoNCE
-from d2svse.models import ImageEncoder, TextEncoder
+from d2svse.models import ImageEncoder, TextEncoder, modeling
 from d2svse.models.encoders import load_backbone
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -386,6 +386,7 @@ def test_a_second_decoder_is_refused(model):
 def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch):
     texts = [caption for record in train_dataset.records[:12] for caption in (record.captions[0], record.dense)]
     batch = model.processor(text=texts)
+    monkeypatch.setattr(modeling, "GROUP_TOKENS", batch["input_ids"].numel() // 5)
     whole = model(**batch)
     widths, pooled = [], []
     encode, compute = model.text_encoder.words, model.text_encoder.pooling._compute
@@ -393,9 +394,9 @@ def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch)
     monkeypatch.setattr(
         model.text_encoder.pooling, "_compute", lambda lengths: pooled.append(lengths) or compute(lengths)
     )
-    for groups in (2, 5):
+    for asked, groups in ((2, 2), (5, 5), (9, 5)):
         widths.clear(), pooled.clear()
-        parts = model(**batch, text_groups=groups)
+        parts = model(**batch, text_groups=asked)
         assert len(widths) == groups
         assert widths[0] == batch["input_ids"].shape[1] > widths[-1]
         assert len(pooled) == 1, "coefficients are made once a batch"
