@@ -193,7 +193,7 @@ def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset,
         calls.clear()
         trainer.train()
         counts[name], losses[name] = len(calls), trainer.state.log_history[-1]["train_loss"]
-    assert counts == {None: 2 + 2 * 2, "eager": 0}  # two layers, of sentences in two groups
+    assert counts == {None: 2 + 3 * 2, "eager": 0}  # two layers, of sentences in three groups
     assert losses["eager"] == pytest.approx(losses[None], abs=1e-5)
     with pytest.raises(ValueError, match=r"attn_implementation 'none'.*possible arguments are"):
         Trainer(make_model(), make_args("pretrain", attn_implementation="none"), train_dataset)
