@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from d2svse.cli import (
     caption,
@@ -66,13 +68,16 @@ def _options(
     pass
 
 
+_command = functools.cache(get_command)  # typer makes it anew for every call, which takes its time in tests
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's error prints one line and exits with 2.
 
     With `D2SVSE_DEBUG` set in the environment the traceback is shown as well.
     """
     try:
-        code = app(args=arguments, prog_name="d2svse", standalone_mode=False)
+        code = _command(app)(args=arguments, prog_name="d2svse", standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, ImportError) as error:
