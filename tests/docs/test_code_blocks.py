@@ -4,9 +4,10 @@
 that a benchmark of minutes takes seconds; `<!-- needs: NAME, ... -->` leaves a block out where a package or program is
 missing. A page's blocks run in order in a copy of one folder, and share their Python names. In that folder small data
 and models stand under the names of the pages, with the package's own files, and there lies what scripts write; presets
-train a small decoder for one epoch, the demo and the protocols are small, and servers of the tests answer for the
-addresses of the pages and for the Hub. Python processes that scripts start, and torchrun's, two in all, are forks of
-one. pip installs into environments of the test's own, which see the packages of this one, and downloads nothing.
+train a small decoder for one epoch, the demo, its scenes and the protocols are small, and servers of the tests answer
+for the addresses of the pages and for the Hub. Python processes that scripts start, and torchrun's, two in all, are
+forks of one. pip installs into environments of the test's own, which see the packages of this one, and downloads
+nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def small(monkeypatch, tmp_path):
             monkeypatch.setitem(preset, name, value)
     sizes = {"num_train": 32, "num_test": 8, "pretrain_epochs": 1, "distill_epochs": 1, "show_progress_bar": False}
     monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
+    draw = d2svse.demo.draw_scenes
+    monkeypatch.setattr(d2svse.demo, "draw_scenes", lambda folder, *_, **__: draw(folder, 32, 8))
     monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
     use_small_protocols(monkeypatch, tmp_path / "truth")
 
