@@ -163,7 +163,7 @@ def test_an_endpoint_that_is_down_does_not_use_up_all_pictures(serve, tmp_path):
     outcomes = []
     with pytest.raises(EndpointError, match="20 pictures in a row failed, the last: HTTP 500"):
         make(server, tries=1, concurrency=2).run(pictures, outcomes.append)
-    assert len(outcomes) == FAILURES_IN_A_ROW
+    assert 0 <= len(outcomes) - FAILURES_IN_A_ROW <= 1  # what the other had under way may be answered too
     server.__exit__(None, None, None)
     with pytest.raises(EndpointError, match=r"the connection failed \(ConnectError"):
         make(server, tries=1).run(pictures, outcomes.append)
