@@ -14,7 +14,6 @@ VISION = {
     "convnext": ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
 }
 DECODER = {"num_tokens": 4, "num_layers": 2, "num_heads": 2}
-ONE_LAYER = DECODER | {"num_layers": 1}
 GSSF = {"name": "gssf-dense"}
 TEXTS = ["a red circle", "a small green star at the top left and something blue at the middle", "a ring"]
 
@@ -76,7 +75,7 @@ def test_tabled_pooling_is_generalized_pooling(length):
     ("vision", "text", "dense", "options"),
     [
         ("vit", "bert", False, {"context_decoder": DECODER}),
-        ("swin", "roberta", False, {"context_decoder": ONE_LAYER | {"pooling": "gpo", "positions": False}}),
+        ("swin", "roberta", False, {"context_decoder": {**DECODER, "pooling": "gpo", "positions": False}}),
         ("convnext", "bert", True, {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}),
     ],
     ids=["vit-bert-decoder", "swin-roberta-gpo-decoder", "convnext-dense-gssf"],
