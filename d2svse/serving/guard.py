@@ -108,12 +108,11 @@ async def _drain(receive: Receive) -> None:
     """Read what is still sent, as far as is decent: a client that is cut off while it sends sees no answer."""
     left = 2 * MOST_BYTES
     try:
-        async with asyncio.timeout(30):
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body"):
-                    return
+        while left > 0:
+            message = await asyncio.wait_for(receive(), 2)
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
     except TimeoutError:
         return
 
