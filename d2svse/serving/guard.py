@@ -170,7 +170,7 @@ class Guard:
         """Refuse routes that the page does not need, files that were not uploaded, and bodies that are too large."""
         path = scope["path"]
         if scope["method"] in ("GET", "HEAD"):
-            known = _READ.fullmatch(path) is not None
+            known = _READ.fullmatch(path) is not None and ".." not in path.split("/")
             if path.startswith(_FILE):
                 known = known and self._uploads.holds(path.removeprefix(_FILE))
             if known and path == _PROGRESS:  # Gradio would keep a record of each name that is asked for

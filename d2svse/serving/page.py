@@ -75,7 +75,7 @@ watch('value', () => {
 
 
 def _bound_queue(queue: Any) -> None:
-    """Bound the answers that wait to be fetched, in all and of one session.
+    """Bound the answers that wait to be fetched, in all and of one session; of an event take its place alone.
 
     Gradio keeps each answer until it is fetched. Those that nobody has fetched for some minutes are forgotten.
     """
@@ -91,6 +91,8 @@ def _bound_queue(queue: Any) -> None:
             del joined[session]
 
     async def push_bounded(body: Any, request: Any, username: str | None) -> Any:
+        place = body.event_data.get("place") if isinstance(body.event_data, dict) else None
+        body.event_data = {"place": place} if isinstance(place, int | float) else None
         forget(time.monotonic())
         waiting = queue.pending_event_ids_session
         own = len(waiting.get(body.session_hash, ()))
