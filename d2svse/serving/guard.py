@@ -109,7 +109,7 @@ async def _drain(receive: Receive) -> None:
     left = 2 * MOST_BYTES
     try:
         while left > 0:
-            message = await asyncio.wait_for(receive(), 2)
+            message = await asyncio.wait_for(receive(), 1)
             left -= len(message.get("body", b""))
             if not message.get("more_body"):
                 return

@@ -79,7 +79,8 @@ def _bound_queue(queue: Any) -> None:
 
     Gradio keeps each answer until it is fetched. Those that nobody has fetched for some minutes are forgotten.
     """
-    push, joined = queue.push, {}
+    push = queue.push
+    joined: dict[str, float] = {}  # when a session asked last
 
     def forget(now: float) -> None:
         for session, events in list(queue.pending_event_ids_session.items()):
@@ -303,8 +304,12 @@ class SearchPage:
 
         def explain(new: Answer | None, event: gr.EventData) -> dict[Any, Any]:
             try:
-                found = searcher.explain(new, int(event._data["place"]))
-            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                place = int(event._data["place"])
+            except (ValueError, TypeError, OverflowError):  # nothing that the page sends
+                place = -1
+            try:
+                found = searcher.explain(new, place)
+            except ValueError as error:
                 return {message: show_message(str(error), "error")}
             assert new is not None
             return {reason: show_reason(new, found, searcher, self.pictures), why: gr.update(visible=True)}
