@@ -448,35 +448,36 @@ def test_fifty_search_at_the_same_time(server):
 
 def test_what_sessions_leave_behind_is_bounded(start, monkeypatch):
     server = start()
-    state = server.page.blocks.state_holder
+    state, queue = server.page.blocks.state_holder, server.page.blocks._queue
+    assert state.capacity == serving.MOST_SESSIONS
+    assert queue.pending_messages_per_session.max_size > serving.MOST_UNREAD  # or Gradio drops what it then looks for
+    state.capacity = 6
     search = next(one["id"] for one in server.functions() if one["api_name"] == "search")
+    blank = [" ", None, 0.5, "vectors only"]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda row: server.run(search, [" ", None, 0.5, "vectors only"], f"session{row}"), range(65)))
+        list(pool.map(lambda row: server.run(search, blank, f"session{row}"), range(16)))
     server.run(search, [RED, None, 0.5, "vectors only"], "last")
-    assert len(state.session_data) <= 60  # what this module sets
-    assert all(not one.config_values for one in list(state.session_data.values())[-5:])  # no copies of what was shown
-    last = state.session_data["last"]
-    assert sum(len(value.hits) for value in last.state_data.values() if hasattr(value, "hits")) == 14
+    assert len(state.session_data) <= 6
+    assert all(not one.config_values for one in state.session_data.values())  # no copies of what was shown
+    kept = state.session_data["last"].state_data.values()
+    assert sum(len(value.hits) for value in kept if hasattr(value, "hits")) == 14
 
+    def finish():
+        deadline = time.monotonic() + 20
+        while queue.event_ids_to_events and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    monkeypatch.setattr(serving, "MOST_UNREAD_OF_ONE", 5)
+    statuses = [server.join(search, blank, "quiet")[0] for _ in range(8)]
+    assert statuses == [200] * 5 + [503] * 3
+    monkeypatch.setattr(serving, "MOST_UNREAD", sum(map(len, queue.pending_event_ids_session.values())) + 3)
+    assert [server.join(search, blank, f"many{row}")[0] for row in range(5)] == [200] * 3 + [503] * 2
+    assert server.post("/gradio_api/call/search", {"data": blank})[0] == 503
+    finish()
     monkeypatch.setattr(serving, "SECONDS_UNREAD", 0)
-    queue = server.page.blocks._queue
-    statuses = [server.join(search, [" ", None, 0.5, "vectors only"], "silent")[0] for _ in range(200)]
-    deadline = time.monotonic() + 20
-    while queue.event_ids_to_events and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert set(statuses) <= {200, 503}
-    monkeypatch.setattr(serving, "SECONDS_UNREAD", 300)
-    statuses = [server.join(search, [" ", None, 0.5, "vectors only"], "quiet")[0] for _ in range(40)]
-    assert (statuses.count(200), statuses.count(503)) == (serving.MOST_UNREAD_OF_ONE, 8)
-    unread = sum(map(len, queue.pending_event_ids_session.values()))
-    monkeypatch.setattr(serving, "MOST_UNREAD", unread + 3)
-    assert {server.join(search, [" ", None, 0.5, "vectors only"], f"many{row}")[0] for row in range(10)} == {200, 503}
-    assert sum(map(len, queue.pending_event_ids_session.values())) <= serving.MOST_UNREAD
-    while queue.event_ids_to_events and time.monotonic() < deadline:
-        time.sleep(0.02)
-    monkeypatch.setattr(serving, "SECONDS_UNREAD", 0)
-    assert "type a sentence" in server.run(search, [" ", None, 0.5, "vectors only"], "later")
+    assert "type a sentence" in server.run(search, blank, "later")
     assert set(queue.pending_event_ids_session) <= {"later"}  # what nobody has fetched is forgotten
+    assert set(queue.pending_messages_per_session) <= {"later"}
 
 
 NAMES = [

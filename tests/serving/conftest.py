@@ -62,4 +62,4 @@ def serve_page(free_port, tmp_path, monkeypatch):
 
     yield serve
     for page in pages:
-        page.blocks.close(verbose=False)
+        page.close()
