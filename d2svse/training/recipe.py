@@ -310,9 +310,8 @@ def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
 def _check_output(recipe: Recipe) -> None:
     """Refuse, before anything is trained, to take the place of files that no run wrote."""
     output = Path(recipe.output)
-    for folder in (*map(recipe.model_folder, recipe.stages), output / "model"):
-        check_folder(folder, TRAINED)
-    if (output / START_FILE).is_file() and _is_start(output / START_FILE):
+    written = [check_folder(folder, TRAINED) for folder in (*map(recipe.model_folder, recipe.stages), output / "model")]
+    if any(written) or _is_start(output / START_FILE):  # a run has been here
         return
     for name in (START_FILE, "recipe.yaml", "results.json", RUN_CARD_FILE):
         if (output / name).exists() and not (recipe.resume and name != START_FILE):
@@ -324,7 +323,7 @@ def _check_output(recipe: Recipe) -> None:
 def _is_start(path: Path) -> bool:
     try:
         return {"data", "processes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
