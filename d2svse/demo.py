@@ -15,14 +15,17 @@ from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, 
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import ImageTextDataset, write_scenes
-from d2svse.files import write_json, written_aside
+from d2svse.files import shown, write_json
+from d2svse.folders import check_folder, written_folder
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.models.saving import model_kind
 from d2svse.retrieval import ImageTextIndex, draw_gallery
 from d2svse.similarity import build_similarity
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
+DEMO = model_kind("d2svse demo", [RUN_CARD_FILE])
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
@@ -144,6 +147,10 @@ def run_demo(
     output = Path(output)
     start = time.monotonic()
     scenes = output / "scenes"
+    check_folder(output / "model", DEMO)
+    for name in ("results.json", "gallery.png"):
+        if (output / name).exists() and not (scenes / "train.jsonl").is_file():
+            raise FileExistsError(f"{shown(output / name)}: no demo wrote it, so it is not replaced; give another name")
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
     draw_scenes(scenes, num_train, num_test, seed)
     train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in ("train", "val", "test"))
@@ -176,7 +183,7 @@ def run_demo(
     say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
     stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
     results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
-    with written_aside(output / "model", replaces="config.json") as aside:
+    with written_folder(output / "model", DEMO) as aside:
         model.save_pretrained(aside)
         write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
     asked = test.records[:NUM_QUERIES]

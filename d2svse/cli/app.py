@@ -26,6 +26,7 @@ from d2svse.cli import (
     train,
 )
 from d2svse.cli.common import examples
+from d2svse.text import visible
 from d2svse.version import __version__
 
 app = typer.Typer(
@@ -99,5 +100,5 @@ def _fail(error: Exception) -> None:
         raise error
     message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
     if message.strip():  # without a command typer has printed the help already
-        typer.echo(f"d2svse: {' '.join(message.split())}", err=True)
+        typer.echo(f"d2svse: {visible(' '.join(message.split()))}", err=True)
     sys.exit(2)

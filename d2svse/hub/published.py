@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from d2svse.files import write_json, written_aside
+from d2svse.folders import check_folder, written_folder
 from d2svse.hub.architecture import (
     ATTENTION_HEADS,
     DECODER_HEADS,
@@ -44,6 +45,7 @@ from d2svse.hub.names import (
 )
 from d2svse.models import D2SVSE, D2SVSEImageProcessorPil, D2SVSEProcessor
 from d2svse.models.processing import check_vocabulary
+from d2svse.models.saving import model_kind
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ PUBLISHED_TOKENIZER = "google-bert/bert-base-uncased"
 PUBLISHED_FILE = "published.json"
 UNUSED_FILE = "published.safetensors"
 TEACHER_FILE = "teacher.safetensors"
+CONVERTED = model_kind("d2svse convert published", [PUBLISHED_FILE], [UNUSED_FILE, TEACHER_FILE])
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -128,7 +131,7 @@ def convert_published(
 
     Args:
         path: the `.pth` file.
-        output: the folder.
+        output: the folder. Files that a conversion wrote there earlier are replaced, others stay.
         keep_teacher: keep the frozen dense text encoder of a stage-2 checkpoint as well, to go on
             training or to write the checkpoint back whole.
         tokenizer: see `load_published`.
@@ -139,11 +142,12 @@ def convert_published(
         The model.
 
     Raises:
-        FileExistsError: if `output` is a folder that holds no model.
+        FileExistsError: if `output` is a folder that no conversion wrote.
         ValueError: as `load_published`.
     """
     if Path(path).resolve().is_relative_to(Path(output).resolve()):
         raise ValueError(f"{path} lies in the folder to write, {output}; give another folder")
+    check_folder(output, CONVERTED)
     checkpoint = read_checkpoint(path)
     model = _load(checkpoint, tokenizer, antialias, given)
     has_teacher = keep_teacher and any(is_teacher_weight(name) for name in checkpoint.weights)
@@ -157,7 +161,7 @@ def convert_published(
         if len(record[name]) < len(values):
             dropped = ", ".join(str(key) for key in values if key not in record[name])
             logger.warning("%s: %s holds more than plain values; not kept: %s", path, name, dropped)
-    with written_aside(output, replaces="config.json") as aside:
+    with written_folder(output, CONVERTED) as aside:
         model.save_pretrained(aside)
         save_file({name: tensor.clone().contiguous() for name, tensor in unused.items()}, aside / UNUSED_FILE)
         if has_teacher:

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from d2svse.files import parse_yaml
+from d2svse.folders import is_own
 from d2svse.hub.access import check_repo_name, hub_errors
 from d2svse.hub.card import CARD_MARK, CardFacts, Result, eval_results, model_card, result_of_evaluation, results_of_run
 from d2svse.hub.publishable import publishable, publishable_names
@@ -149,6 +150,8 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     files, left_out = {}, []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
+        if is_own(name.parts[0]):
+            continue
         if any(fnmatch(part, kind) for part in name.parts for kind in LEFT_OUT):
             left_out.append(name.as_posix())
         else:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from d2svse.folders import recover_folder
 from d2svse.models.processing import PROCESSOR_FILE, check_vocabulary, reads_no_sentences
 
 PROCESSOR_FILES = (PROCESSOR_FILE, "tokenizer_config.json")
@@ -25,6 +26,7 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, 
         ValueError: if the list of shards is broken.
     """
     folder = Path(folder)
+    recover_folder(folder)
     name = name or str(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: no such model folder")

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from d2svse.features import Features
+from d2svse.folders import recover_folder, written_folder
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.configuration import D2SVSEConfig
@@ -27,6 +28,7 @@ from d2svse.models.encoding import EncodingMixin
 from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.saving import saved_kind
 from d2svse.models.sharing import SharingMixin
 from d2svse.similarity import Similarity, build_similarity
 
@@ -159,6 +161,7 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+        recover_folder(folder)
         if not folder.is_dir():
             from d2svse.hub.access import fetch_model  # whose package needs this class
 
@@ -205,14 +208,23 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         Arguments are those of transformers. With `push_to_hub` the folder is then pushed to
         `repo_id`, by default one of the folder's name; see `d2svse.hub.push_folder` for `private`,
         `token`, `revision`, `commit_message` and `create_pr`.
+
+        Other files of the folder stay. After a kill the folder holds the earlier model or this one.
+
+        Raises:
+            NotADirectoryError: if there is a file of that name.
+            OSError: if it cannot be written; the message names the folder.
         """
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        main = args[0] if args else kwargs.get("is_main_process", True)
+        if not main or kwargs.get("distributed_checkpoint"):  # all processes write to the one folder
+            super().save_pretrained(save_directory, *args, **kwargs)
             return
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
-            write_sentence_transformers(save_directory, self.similarity_fn)
+        with written_folder(save_directory, saved_kind(kwargs.get("variant"))) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
+                write_sentence_transformers(folder, self.similarity_fn)
         if push_to_hub:
             from d2svse.hub import push_folder  # which needs this class
 

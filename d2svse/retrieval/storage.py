@@ -25,7 +25,7 @@ from d2svse.files import written_aside
 MANIFEST = "index.json"
 LOCK = ".lock"
 _DATA = re.compile(r"(vectors|items|deleted|faiss)-[0-9a-f]{12}\.(npy|json|faiss)")
-_ASIDE = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{8}}\.tmp")
+_ASIDE = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f-]+\.tmp")
 
 Opened = TypeVar("Opened")
 

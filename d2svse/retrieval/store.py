@@ -20,6 +20,7 @@ import torch
 
 from d2svse.features import Features
 from d2svse.files import write_json, write_text, written_aside
+from d2svse.folders import recover_folder
 from d2svse.images import ImageError, OnBadImage, picture_state
 from d2svse.progress import progress_bar
 from d2svse.retrieval.fingerprint import model_fingerprint
@@ -313,6 +314,7 @@ def _shards(folder: Path, description: Mapping[str, Any]) -> list[Path]:
 
 
 def _read_items(shard: Path) -> dict[str, Any]:
+    recover_folder(shard)
     items: dict[str, Any] = json.loads((shard / ITEMS).read_text(encoding="utf-8"))
     return items
 

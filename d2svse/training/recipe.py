@@ -19,12 +19,14 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from d2svse.data import ImageTextDataset
-from d2svse.files import parse_yaml, write_json, write_text, written_aside
+from d2svse.files import parse_yaml, shown, write_json, write_text
+from d2svse.folders import check_folder, written_folder
 from d2svse.hub import make_repository, push_folder
 from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.folder import check_model_folder
+from d2svse.models.saving import model_kind
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.building import set_attention
 from d2svse.training.distributed import barrier, is_main_process, world_size
@@ -34,6 +36,7 @@ from d2svse.training.trainer import Trainer
 
 STAGES = ("pretrain", "distill", "align")
 START_FILE = "start.json"
+TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 
@@ -184,7 +187,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models; every process of a distributed run calls it.
 
-    Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
+    Writes, below `output`, a model for each stage (other files in their folders stay), `results.json` with the
+    validation metrics of
     each, the effective configuration (`recipe.yaml`) and the run card (`run.json`), which stand
     beside the weights as well. With `push_to_hub` the last model is pushed.
 
@@ -193,7 +197,9 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
 
     Raises:
         ManifestError: if a manifest or a picture cannot be used; before anything is trained.
-        OSError: if the model shall be pushed and the Hub refuses; before anything is trained.
+        FileExistsError: if the output holds files that no run wrote; before anything is trained.
+        OSError: if the model shall be pushed and the Hub refuses, before anything is trained; or if something cannot
+            be written, such as on a full disk; the message names the file.
         ValueError: if an option does not fit, or another run writes to the same output.
     """
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
@@ -202,6 +208,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         _check_unchanged(recipe)
     elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
+    _check_output(recipe)
     set_seed(recipe.seed)
     model = _start(recipe)
     teacher = _given_teacher(recipe, model, stage_arguments)
@@ -300,6 +307,26 @@ def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
         write_json(path, now)
 
 
+def _check_output(recipe: Recipe) -> None:
+    """Refuse, before anything is trained, to take the place of files that no run wrote."""
+    output = Path(recipe.output)
+    written = [check_folder(folder, TRAINED) for folder in (*map(recipe.model_folder, recipe.stages), output / "model")]
+    if any(written) or _is_start(output / START_FILE):  # a run has been here
+        return
+    for name in (START_FILE, "recipe.yaml", "results.json", RUN_CARD_FILE):
+        if (output / name).exists() and not (recipe.resume and name != START_FILE):
+            raise FileExistsError(
+                f"{shown(output / name)}: no run wrote it, so it is not replaced; give another output"
+            )
+
+
+def _is_start(path: Path) -> bool:
+    try:
+        return {"data", "processes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
     return any((Path(recipe.output) / stage / "checkpoints").glob("checkpoint-*"))
 
@@ -324,7 +351,7 @@ def _check_unchanged(recipe: Recipe) -> None:
 
 
 def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any]) -> None:
-    with written_aside(folder, replaces="config.json") as aside:
+    with written_folder(folder, TRAINED) as aside:
         model.save_pretrained(aside)
         write_text(aside / "recipe.yaml", configuration)
         write_json(aside / RUN_CARD_FILE, card)

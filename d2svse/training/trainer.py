@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Collator, EpochBatches, ImageTextDataset
+from d2svse.files import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation import evaluate
@@ -37,7 +38,13 @@ from d2svse.training.building import (
 )
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
 from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
-from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
+from d2svse.training.checkpoints import (
+    ASIDE_PREFIX,
+    last_whole_checkpoint,
+    remove_unfinished,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 from d2svse.training.distributed import Processes, average_gradients, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.hub import HubMixin
@@ -346,11 +353,25 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         return self._run_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, seal it with the sums of its files, and rename it."""
+        """Write a checkpoint aside, seal it with the sums of its files, and rename it.
+
+        Raises:
+            OSError: if it cannot be written; the message names it. Earlier checkpoints stay.
+        """
         run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         aside = run_dir / f"{ASIDE_PREFIX}{name}"
+        try:
+            with write_faults(run_dir / name, aside.absolute(), aside):
+                self._write_checkpoint(model, trial, run_dir, name)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run_dir: Path, name: str) -> None:
+        aside = run_dir / f"{ASIDE_PREFIX}{name}"
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_unfinished(run_dir)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._run_dir = str(aside)
@@ -365,7 +386,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
             seal_checkpoint(aside / name, run_dir / name)
             aside.rmdir()
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
 
