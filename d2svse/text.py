@@ -87,7 +87,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         data = json.loads(text)
         _check_depth(data, MAX_JSON_DEPTH)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep") from None
