@@ -367,13 +367,13 @@ class _Redirects(HTTPRedirectHandler):
 _OPENER = build_opener(_Redirects)
 
 
-def fetch(url: str, most: int = MAX_INDEX_BYTES) -> bytes:
+def fetch(url: str) -> bytes:
     """The whole content of a URL.
 
     Raises:
-        OSError: if it cannot be had, or is larger than `most` bytes.
+        OSError: if it cannot be had, or is larger than an index may be.
     """
-    return _request(url, most=most)[1]
+    return _request(url, {}, MAX_INDEX_BYTES)[1]
 
 
 def _fetch_range(url: str, offset: int, size: int) -> bytes:
@@ -385,11 +385,11 @@ def _fetch_range(url: str, offset: int, size: int) -> bytes:
     return content
 
 
-def _request(url: str, headers: dict[str, str] | None = None, most: int = MAX_INDEX_BYTES) -> tuple[int, bytes]:
+def _request(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
     """Status and content."""
 
     def ask() -> tuple[int, bytes]:
-        with _OPENER.open(Request(url, headers=headers or {}), timeout=TIMEOUT) as response:
+        with _OPENER.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
             if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
                 return response.status, b""  # do not fetch a whole shard for a picture
             return response.status, _read_response(response, most)
