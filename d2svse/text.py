@@ -35,6 +35,9 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _WIDE.items():
         if data.startswith(mark):
             raise ValueError(f"{name}: {encoding} text; save it as UTF-8")
+    head = data[:400]
+    if len(head) > 3 and 3 * head.count(0) > len(head):
+        raise ValueError(f"{name}: UTF-16 or UTF-32 without a mark, or no text at all; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

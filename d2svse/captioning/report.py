@@ -120,7 +120,11 @@ def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[s
     rows = []
     for line, row in read_json_lines(Path(source)):
         field = _text_field(row, f"{source}:{line}")
-        rows.append(to_json({**row, field: first_sentences(row[field], sentences)}))
+        short = {**row, field: first_sentences(row[field], sentences)}
+        try:
+            rows.append(to_json(short))
+        except ValueError as error:  # a NaN, which JSON has none of
+            raise ManifestError(f"{source}:{line}: {error}") from None
     write_text(output, "".join(row + "\n" for row in rows))
     return len(rows)
 
