@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from d2svse import ImageTextDataset
 from d2svse.captioning.output import CaptionFile
 from d2svse.captioning.report import report_captions, shorten_captions
-from d2svse.data import ManifestError, join_dense, read_manifest, read_records
+from d2svse.data import ManifestError, Record, join_dense, read_manifest, read_records
 from d2svse.data.readers import detect_format
 from d2svse.data.shards import INDEX_FILE, index_shard, read_shards
+from d2svse.retrieval.protocols import find_caption_ids
 
 WRONG: list[Any] = [None, [], {}, [[1]], {"a": {}}, 0, -1, 1.5, True, "", "x", "\ud83d", 10**40]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -176,6 +178,26 @@ def test_a_wrong_value_in_a_shard_costs_its_sample_alone(folder):
         write(text)
         rows = index_shard(folder / "a.tar")
         assert [row["image"] for row in rows] in (["b.png"], ["a.png", "b.png"]), text[:100]
+
+
+@pytest.mark.parametrize("form", ["coco", "karpathy"])
+def test_a_wrong_value_in_annotations_with_ids_is_named(folder, form):
+    Image.new("RGB", (4, 4)).save(folder / "COCO_val2014_000000000007.png")
+    dataset = ImageTextDataset([Record(folder / "COCO_val2014_000000000007.png", ("a dog",))])
+    sentences = [{"raw": "a dog", "sentid": "3"}]
+    karpathy = {"images": [{"cocoid": 7, "filename": "a.png", "split": "test", "sentences": sentences}]}
+    good, file = {"coco": COCO, "karpathy": karpathy}[form], folder / "ids.json"
+    file.write_text(json.dumps(good))
+    assert find_caption_ids(dataset, file) == {7: [1 if form == "coco" else 3]}
+    for value in mutants(good):
+        file.write_text(json.dumps(value))
+        try:
+            find_caption_ids(dataset, file)
+        except ValueError as error:
+            message = str(error)
+        else:
+            continue
+        assert str(file) in message
 
 
 @pytest.mark.parametrize("name", ["dense.jsonl", "dense.settings.json", "dense.failed.jsonl"])
