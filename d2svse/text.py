@@ -35,6 +35,9 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _WIDE.items():
         if data.startswith(mark):
             raise ValueError(f"{name}: {encoding} text; save it as UTF-8")
+    head = data[:400]
+    if len(head) > 3 and 3 * head.count(0) > len(head):
+        raise ValueError(f"{name}: UTF-16 or UTF-32 without a mark, or no text at all; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,7 +90,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         data = json.loads(text)
         _check_depth(data, MAX_JSON_DEPTH)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep") from None
