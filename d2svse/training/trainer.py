@@ -46,6 +46,7 @@ from d2svse.training.progress import RichProgressCallback
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
+from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
     ) -> None:
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
+        if eval_dataset is not None and type(self).evaluate is Trainer.evaluate:
+            args.check_metric()
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -164,10 +167,15 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             remove_unfinished(str(self.args.output_dir))
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            plain = worker_error(error)
+            if plain is None:
+                raise
+            raise plain from None
         finally:
             self._stop.restore()
         if self._stop.agreed(self.args.device):  # after the last checkpoint
-            self._stop.leave(self.state.global_step)
+            self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_to_hub()
         return result
