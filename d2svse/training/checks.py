@@ -109,7 +109,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         ValueError: naming the first that is not.
     """
     for name, value in values.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if not math.isfinite(value) and name != "max_grad_norm":  # where infinity clips nothing
             raise ValueError(f"{name} must be a finite number, got {value}")

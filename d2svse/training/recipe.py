@@ -237,6 +237,11 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
     for arguments in stage_arguments.values():
         arguments.check_metric()
+        if arguments.per_device_train_batch_size * world_size() < 2:
+            raise ValueError(
+                f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
+                "no negatives and trains nothing; give 2 at least"
+            )
     output = Path(recipe.output)
     if recipe.resume:
         _check_unchanged(recipe)

@@ -23,11 +23,14 @@ from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 from d2svse.data import Collator, EpochBatches, ImageTextDataset
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
+from d2svse.models.encoders import check_class_token
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
     adapt,
+    check_negatives,
+    check_tokens,
     data_seed,
     make_samples,
     make_task,
@@ -91,6 +94,8 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             raise ValueError("the model has no processor; set model.processor before training")
         if eval_dataset is not None and type(self).evaluate is Trainer.evaluate:
             args.check_metric()
+        check_class_token(model.text_encoder)
+        check_tokens(model, args, train_dataset, *([eval_dataset] if eval_dataset else []))
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -148,6 +153,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        check_negatives(samples, self._batches())
         self._stop = stop
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
