@@ -82,7 +82,15 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
-_LOOSE = ("fsdp", "deepspeed", "parallelism_config", "debug", "include_num_input_tokens_seen", "report_to")
+_LOOSE = (
+    "accelerator_config",
+    "fsdp",
+    "deepspeed",
+    "parallelism_config",
+    "debug",
+    "include_num_input_tokens_seen",
+    "report_to",
+)
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:

@@ -41,7 +41,7 @@ def worker_error(error: Exception) -> Exception | None:
     for found in _LAST_ERROR.finditer(text.split("Traceback (most recent call last):", 1)[-1]):
         message = found[2] or found[1]
     if isinstance(error, MemoryError):
-        return WorkerError(f"memory ran out in a process that prepares samples ({message}); lower --workers")
+        return WorkerError(f"memory ran out in a process that prepares samples ({message.strip()}); lower --workers")
     if not isinstance(error, OSError | ValueError):
         return None
     try:
