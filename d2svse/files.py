@@ -272,12 +272,26 @@ def parse_yaml(text: str) -> Any:
     """Read YAML.
 
     Raises:
-        ValueError: if it is not YAML.
+        ValueError: if it is not YAML, or is nested or repeated without end.
     """
     try:
-        return yaml.load(text, _YamlLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _YamlLoader)  # a SafeLoader
+        _check_expanded(data, 100, iter(range(100_000)))
+        return data
+    except (RecursionError, StopIteration):
+        raise ValueError("YAML that is nested more than 100 deep, or holds more than 100,000 values") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date that is none, a key that is a list
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+
+
+def _check_expanded(data: Any, depth: int, left: Iterator[int]) -> None:
+    """Count values as if every alias were written out, which copying and saving do."""
+    next(left)
+    if isinstance(data, dict | list | tuple | set):
+        if not depth:
+            raise RecursionError
+        for item in data.values() if isinstance(data, dict) else data:
+            _check_expanded(item, depth - 1, left)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:

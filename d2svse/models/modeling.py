@@ -23,7 +23,7 @@ from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
-from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
 from d2svse.models.encoding import EncodingMixin
 from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
@@ -143,6 +143,7 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             for parameter in backbone.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, vision_backbone, text_backbone)
+        check_class_token(model.text_encoder)
         model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
         return model
 

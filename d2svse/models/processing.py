@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEnc
 
 from d2svse.images import ImageSource, load_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
+from d2svse.models.tokenizing import complete_tokenizer
 
 DEFAULT_MAX_LENGTH = 512
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -39,6 +40,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         if tokenizer is None:  # ProcessorMixin itself knows no processor that lacks a part
             self.image_processor, self.tokenizer, self.chat_template = image_processor, None, None
         else:
+            complete_tokenizer(tokenizer)
             super().__init__(image_processor, tokenizer, **kwargs)
         limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 where a tokenizer knows of no limit
         self.max_length: int = min(max_length or min(limit, DEFAULT_MAX_LENGTH), limit)

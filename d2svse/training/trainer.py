@@ -24,11 +24,14 @@ from d2svse.data import Collator, EpochBatches, ImageTextDataset
 from d2svse.files import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
+from d2svse.models.encoders import check_class_token
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
     adapt,
+    check_negatives,
+    check_tokens,
     data_seed,
     make_samples,
     make_task,
@@ -53,6 +56,7 @@ from d2svse.training.progress import RichProgressCallback
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
+from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +99,10 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
     ) -> None:
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
+        if eval_dataset is not None and type(self).evaluate is Trainer.evaluate:
+            args.check_metric()
+        check_class_token(model.text_encoder)
+        check_tokens(model, args, train_dataset, *([eval_dataset] if eval_dataset else []))
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -152,6 +160,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        check_negatives(samples, self._batches())
         self._stop = stop
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
@@ -171,10 +180,15 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             remove_unfinished(str(self.args.output_dir))
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            plain = worker_error(error)
+            if plain is None:
+                raise
+            raise plain from None
         finally:
             self._stop.restore()
         if self._stop.agreed(self.args.device):  # after the last checkpoint
-            self._stop.leave(self.state.global_step)
+            self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_to_hub()
         return result
