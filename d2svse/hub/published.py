@@ -8,7 +8,6 @@ are kept beside a converted model, so that it can be written back bit by bit.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from d2svse.files import write_json, written_aside
@@ -43,7 +42,10 @@ from d2svse.hub.names import (
     to_published,
 )
 from d2svse.models import D2SVSE, D2SVSEImageProcessorPil, D2SVSEProcessor
+from d2svse.models.folder import check_contents, loading
 from d2svse.models.processing import check_vocabulary
+from d2svse.models.weights import read_tensors
+from d2svse.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -187,12 +189,12 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
     weights = {to_published(n): t for n, t in saved_state(model).items() if n != "logit_scale"}
     record: dict[str, Any] = {}
     if (folder / PUBLISHED_FILE).is_file():
-        record = json.loads((folder / PUBLISHED_FILE).read_text(encoding="utf-8"))
-        weights |= load_file(folder / UNUSED_FILE)
+        record = read_json(folder / PUBLISHED_FILE)
+        weights |= read_tensors(folder / UNUSED_FILE)
     else:
         weights |= neutral_tensors(weights)
     if (folder / TEACHER_FILE).is_file():
-        teacher = load_file(folder / TEACHER_FILE)
+        teacher = read_tensors(folder / TEACHER_FILE)
         weights |= {teacher_published_name(name): tensor for name, tensor in teacher.items()}
     elif model.decoder is not None:
         logger.warning("%s keeps no teacher: the checkpoint lacks long_txt_enc.…, which is of use in training", folder)
@@ -293,11 +295,16 @@ def _find_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is False:
         return None
     if tokenizer is not None:
-        if isinstance(tokenizer, str | os.PathLike) and Path(tokenizer).is_dir():
+        if not isinstance(tokenizer, str | os.PathLike):
+            return tokenizer
+        if Path(tokenizer).is_dir():
+            check_contents(tokenizer)
             check_vocabulary(tokenizer)
-        return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+        with loading(os.fspath(tokenizer)):
+            return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(PUBLISHED_TOKENIZER, local_files_only=not _hub_answers())
+        offline = not _hub_answers()
+        return AutoTokenizer.from_pretrained(PUBLISHED_TOKENIZER, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning(
             "the tokenizer %s is neither in the cache nor to be had from the Hub: the model encodes pictures, "

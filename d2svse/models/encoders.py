@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
+from d2svse.models.folder import loading
 from d2svse.models.pooling import POOLINGS
+from d2svse.models.weights import check_finite, check_size, local_files, weight_files
 
 
 class ImageEncoder(nn.Module):
@@ -169,16 +171,27 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name: str, part: str) -> PreTrainedModel:
-    """Load a pretrained backbone from the Hub or a folder, in float32.
+    """Load a pretrained backbone from the Hub or a folder, in float32; code that it brings is never run.
 
     Args:
         name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
         part: "vision_config" or "text_config".
+
+    Raises:
+        ValueError: if it needs code of its own, names something outside of its folder, is larger than its weights,
+            or holds a NaN or an infinity.
     """
-    config = AutoConfig.from_pretrained(name)
-    config = getattr(config, part, None) or config
-    model_class = _backbone_class(config)
-    return model_class.from_pretrained(name, config=config, dtype=torch.float32, **_no_pooler(model_class))
+    folder = local_files(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(config, part, None) or config
+        model_class = _backbone_class(config)
+        files = weight_files(folder, name)
+        check_size(lambda: model_class(config), files, name)
+        options = {"config": config, "dtype": torch.float32, "trust_remote_code": False, **_no_pooler(model_class)}
+        backbone: PreTrainedModel = model_class.from_pretrained(name, **options)
+    check_finite(backbone, files, name)
+    return backbone
 
 
 def token_width(config: PreTrainedConfig) -> int:

@@ -24,10 +24,11 @@ from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
 from d2svse.models.encoding import EncodingMixin
-from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
+from d2svse.models.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.models.sharing import SharingMixin
+from d2svse.models.weights import check_finite, check_size, weight_files
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             for parameter in backbone.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, vision_backbone, text_backbone)
-        model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
+        with loading(f"{vision} and {text}"):
+            model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
         return model
 
     @classmethod
@@ -154,7 +156,8 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             FileNotFoundError: if a file of the model is missing, or there is no such repository or
                 revision; the message names it.
             OSError: if the Hub cannot be reached or refuses, of a kind that says which.
-            ValueError: if the weights are broken or lack a tensor of the configured model.
+            ValueError: if the weights are broken, not finite or fewer than the configuration describes, or the
+                folder names something outside of itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
@@ -163,22 +166,30 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             from d2svse.hub.access import fetch_model  # whose package needs this class
 
             folder = fetch_model(name, subfolder=subfolder, **hub_options)
-        check_model_folder(folder / subfolder, name=name)
+        inner = check_subfolder(folder, subfolder, name)
+        check_model_folder(inner, name=name)
+        files = weight_files(inner, name)
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any
         try:
-            loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+            config = kwargs.get("config") or _read_configuration(inner, name)
+            check_size(lambda: cls(config), files, name)
+            with loading(name):
+                loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
         model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+        check_finite(model, files, name)
         model.name_or_path = model.config.name_or_path = name
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name
         if (folder / subfolder / PROCESSOR_FILES[0]).is_file():
-            model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder)
+            with loading(name):
+                model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder, trust_remote_code=False)
         else:
             logger.warning("%s holds no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
@@ -398,3 +409,12 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+
+
+def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
+    try:
+        return D2SVSEConfig.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers and huggingface_hub raise many kinds for values of the wrong type
+        raise ValueError(f"{name}: config.json: {' '.join(str(error).split())[:300]}") from None
