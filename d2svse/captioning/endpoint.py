@@ -212,7 +212,7 @@ class EndpointCaptioner:
         except httpx2.RequestError as error:
             raise _Retry(self._hide(f"the connection failed ({type(error).__name__}: {error})")) from None
         status = response.status_code
-        said = self._hide(f"HTTP {status}: {' '.join(response.text.split())[:200]}")
+        said = f"HTTP {status}: {self._hide(' '.join(response.text.split()))[:200]}"  # hidden before it is cut
         if status == 200:
             return self._read(response)
         if status in RETRIED or status >= 500:
@@ -232,8 +232,8 @@ class EndpointCaptioner:
         except (ValueError, LookupError, TypeError, AttributeError):
             text, finish = 0, None
         if not isinstance(text, str | None):
-            said = " ".join(response.text.split())[:100]
-            raise _Retry(self._hide(f"the answer is no chat completion: {said!r}"))
+            said = self._hide(" ".join(response.text.split()))[:100]
+            raise _Retry(f"the answer is no chat completion: {said!r}")
         return text or "", "length" if finish == "length" else "stop"
 
     def _hide(self, message: str) -> str:

@@ -153,6 +153,15 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def check_tensors(path: Path) -> None:
+    """Check that a file is one of safetensors, by its header.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    _shapes(path, str(path.parent))
+
+
 def check_finite(model: nn.Module, files: Sequence[Path], name: str) -> None:
     """Check that all weights of a loaded model are finite.
 
