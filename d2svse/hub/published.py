@@ -189,7 +189,7 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
     weights = {to_published(n): t for n, t in saved_state(model).items() if n != "logit_scale"}
     record: dict[str, Any] = {}
     if (folder / PUBLISHED_FILE).is_file():
-        record = read_json(folder / PUBLISHED_FILE)
+        record = _read_record(folder / PUBLISHED_FILE)
         weights |= read_tensors(folder / UNUSED_FILE)
     else:
         weights |= neutral_tensors(weights)
@@ -200,8 +200,13 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
         logger.warning("%s keeps no teacher: the checkpoint lacks long_txt_enc.…, which is of use in training", folder)
     order = {name: place for place, name in enumerate(record.get("names", []))}
     state = {name: weights[name] for name in sorted(weights, key=lambda name: order.get(name, len(order)))}
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}
     for name, dtype in record.get("dtypes", {}).items():
-        state[name] = state[name].to(getattr(torch, dtype))
+        if name not in state or dtype not in known:
+            raise ValueError(
+                f"{folder / PUBLISHED_FILE}: dtypes names {name!r:.100} as {dtype!r:.20}; convert it again"
+            )
+        state[name] = state[name].to(known[dtype])
     own = _options_of(model)
     changed = {name: own[name] for name in ("img_res", "no_res_embed") if name in own}
     opt = {**own, **record.get("opt", {}), **changed}
@@ -332,3 +337,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    parts = {"names": list, "dtypes": dict, "opt": dict, "rest": dict}
+    if not isinstance(record, dict) or any(not isinstance(record.get(name, of()), of) for name, of in parts.items()):
+        raise ValueError(f"{path}: expected names, dtypes, opt and rest, as d2svse convert published writes them")
+    return record

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from d2svse.features import Features
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
+from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
@@ -218,7 +219,10 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         `token`, `revision`, `commit_message` and `create_pr`.
         """
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("state_dict"):  # as of a Trainer, which may have taken it from a wrapped model
+            kwargs["state_dict"] = {name.replace(COMPILED, ""): t for name, t in kwargs["state_dict"].items()}
+        with uncompiled(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return
         if self.processor is not None:
@@ -228,6 +232,20 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             from d2svse.hub import push_folder  # which needs this class
 
             push_folder(save_directory, hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors by name; parts that `torch.compile` has wrapped keep the names that they had before."""
+        state = super().state_dict(*args, **kwargs)
+        if any(COMPILED in name for name in state):
+            for name in list(state):  # in place, and in the same order
+                state[name.replace(COMPILED, "")] = state.pop(name)
+        return state
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors by the names that `state_dict` gives them, into compiled parts as well."""
+        compiled = {name.replace(COMPILED, ""): name for name in super().state_dict()}
+        state = {compiled.get(name.replace(COMPILED, ""), name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state, *args, **kwargs)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
