@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hub_server import Repository
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel, AutoProcessor
 
 from d2svse import D2SVSE, Trainer
 from d2svse.hub import push_folder
 from d2svse.hub.publishable import publishable
+from d2svse.models.encoders import load_backbone
 from d2svse.retrieval.fingerprint import model_fingerprint
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
@@ -382,12 +384,14 @@ def test_options_of_a_published_checkpoint_are_pushed_without_machine_and_keys(f
 
 def test_no_option_of_a_run_card_keeps_a_folder_or_a_key(folder, hub):
     secrets = {
-        "wandb_key": "abcdefgh", "note": "sk-proj-abcdefgh1234", "url": "https://ann:pw1234@host.org/x", 
-        "aws": "AKIAABCDEFGH1234", "cut": "it said hf_AnnsTokenThatNob", "revision_of_data": "0123456789abcdef0123456789abcdef01234567",
+        "wandb_key": "abcdefgh", "note": "sk-proj-abcdefgh1234", "url": "https://ann:pw1234@host.org/x",
+        "aws": "AKIAABCDEFGH1234", "cut": "it said hf_AnnsTokenThatNob",
+        "revision_of_data": "0123456789abcdef0123456789abcdef01234567",
     }  # fmt: skip
     command = [
-        "d2svse", "train", "-o/home/ann/runs", "--train=file:///home/ann/a.jsonl", "--set", "train:/home/ann/b", 
-        "--token", "verysecret", "--val=/home/ann/my data/v.jsonl", "WANDB_API_KEY=abcdefgh", "pipe:cat /home/ann/c.tar",
+        "d2svse", "train", "-o/home/ann/runs", "--train=file:///home/ann/a.jsonl", "--set", "train:/home/ann/b",
+        "--token", "verysecret", "--val=/home/ann/my data/v.jsonl", "WANDB_API_KEY=abcdefgh",
+        "pipe:cat /home/ann/c.tar",
     ]  # fmt: skip
     card = {
         "d2svse": "1", "command": command, "seed": 1, "versions": {}, "hardware": {}, "metrics": {}, "data": {},
@@ -416,3 +420,26 @@ def test_a_compiled_model_is_saved_and_pushed_under_plain_names(make_model, tmp_
     compiled.load_state_dict(D2SVSE.from_pretrained(tmp_path / "plain").state_dict())  # as when training resumes
     compiled.save_pretrained(tmp_path / "given", state_dict={f"{n}": t for n, t in compiled.state_dict().items()})
     assert (tmp_path / "given" / "model.safetensors").read_bytes() == files[0].read_bytes()
+
+
+def test_backbones_of_the_hub_are_checked_as_folders_are(backbones, hub, tmp_path):
+    files = {path.name: path.read_bytes() for path in (backbones / "text").iterdir()}
+    config = json.loads(files["config.json"])
+    hub.repositories["lab/text"] = repository = Repository(False)
+    repository.commit("main", files, "text")
+    backbone = load_backbone("lab/text", "text_config")
+    assert backbone.embeddings.word_embeddings.weight.isfinite().all()
+    assert hub.requests("GET", "/lab/text/resolve/.*/model.safetensors")
+    code = {"evil.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()}
+    for number, (changed, message) in enumerate(
+        (
+            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, "needs code of its own"),
+            ({"vocab_size": 10**8}, "they do not belong together"),
+            ({"num_hidden_layers": 10**6}, "at most 1000 is allowed"),
+        )
+    ):
+        hub.repositories[f"lab/evil{number}"] = repository = Repository(False)
+        repository.commit("main", {**files, **code, "config.json": json.dumps(config | changed).encode()}, "evil")
+        with pytest.raises(ValueError, match=message):
+            load_backbone(f"lab/evil{number}", "text_config")
+    assert not (tmp_path / "ran").exists()
