@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -164,6 +165,10 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             remove_unfinished(str(self.args.output_dir))
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except pickle.UnpicklingError:  # of torch.load, which reads plain values alone
+            raise ValueError(
+                f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle holds more than numbers and texts"
+            ) from None
         finally:
             self._stop.restore()
         if self._stop.agreed(self.args.device):  # after the last checkpoint
