@@ -98,15 +98,18 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoTokenizer
 
     from d2svse.models.configuration import D2SVSEConfig
+    from d2svse.models.folder import check_contents, loading
     from d2svse.models.processing import D2SVSEProcessor, check_vocabulary, longest_sentence
 
     if Path(name).is_dir():
+        check_contents(name)
         check_vocabulary(name)
-    config = AutoConfig.from_pretrained(name)
-    if isinstance(config, D2SVSEConfig):
-        processor = D2SVSEProcessor.from_pretrained(name)
-        return processor.tokenizer, processor.max_length
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if isinstance(config, D2SVSEConfig):
+            processor = D2SVSEProcessor.from_pretrained(name, trust_remote_code=False)
+            return processor.tokenizer, processor.max_length
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return tokenizer, min(tokenizer.model_max_length, longest_sentence(config))
 
 

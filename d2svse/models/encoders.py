@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
+from d2svse.models.folder import loading
 from d2svse.models.pooling import POOLINGS, ClsPooling
+from d2svse.models.weights import check_finite, check_size, local_files, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -181,26 +183,32 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name: str, part: str) -> PreTrainedModel:
-    """Load a pretrained backbone from the Hub or a folder, in float32.
+    """Load a pretrained backbone from the Hub or a folder, in float32; code that it brings is never run.
 
     Args:
         name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
         part: "vision_config" or "text_config".
 
     Raises:
-        ValueError: if weights are missing, of another shape, or not finite: the backbone would start from random ones.
+        ValueError: if weights are missing, of another shape, or not finite (the backbone would start from random
+            ones); if it needs code of its own, names something outside of its folder, or is larger than its weights.
     """
-    config = AutoConfig.from_pretrained(name)
-    config = getattr(config, part, None) or config
-    model_class = _backbone_class(config)
-    backbone, info = model_class.from_pretrained(
-        name,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, in one sentence
-        **_no_pooler(model_class),
-    )
+    folder = local_files(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(config, part, None) or config
+        model_class = _backbone_class(config)
+        files = weight_files(folder, name)
+        check_size(lambda: model_class(config), files, name)
+        backbone, info = model_class.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one sentence
+            trust_remote_code=False,
+            **_no_pooler(model_class),
+        )
     odd = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     if odd:
         raise ValueError(f"{name}: the weight {min(odd)} is of another shape than config.json says ({len(odd)} such)")
@@ -214,9 +222,7 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
         )
     if config.model_type == MASKED_AUTOENCODER:
         logger.warning("%s masks random patches: that is turned off, and all are encoded in order", name)
-    for key, parameter in backbone.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise ValueError(f"{name}: the weight {key} holds NaN or infinite values")
+    check_finite(backbone, files, name)
     return backbone
 
 

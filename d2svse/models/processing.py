@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEnc
 from d2svse.images import ImageSource, load_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 from d2svse.models.tokenizing import complete_tokenizer
+from d2svse.text import read_json
 
 DEFAULT_MAX_LENGTH = 512
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
@@ -54,14 +54,16 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         """
         if Path(text).is_dir():
             check_vocabulary(text)
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        safe = {"trust_remote_code": False}  # never asks, never runs what a folder brings
+        tokenizer = AutoTokenizer.from_pretrained(text, **safe)
         if max_length is None:
-            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text)))
-        return cls(AutoImageProcessor.from_pretrained(vision, backend="pil"), tokenizer, max_length=max_length)
+            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text, **safe)))
+        return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the parts, with the Pillow image processor: another backend would resize differently."""
+        kwargs["trust_remote_code"] = False
         kept = {name: value for name, value in kwargs.items() if name != "processor_dict"}
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kept)
         processor_dict = kwargs.get("processor_dict") or (args[0] if args else None) or {}
@@ -217,7 +219,7 @@ def check_vocabulary(folder: str | os.PathLike[str]) -> None:
 def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
     """Whether a local folder holds a processor that was saved without a tokenizer."""
     file = Path(folder) / PROCESSOR_FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get(WITHOUT_TOKENIZER))
+    return file.is_file() and bool(read_json(file).get(WITHOUT_TOKENIZER))
 
 
 def longest_sentence(config: Any) -> int:

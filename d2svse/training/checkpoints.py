@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -99,8 +98,10 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
     best = state.get("best_global_step")
+    if not isinstance(best, int | None):
+        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best step"
     fault = checkpoint_fault(checkpoint.with_name(f"checkpoint-{best}")) if best else None
     return fault and f"its best checkpoint, checkpoint-{best}, is broken: {fault}"
 
@@ -109,13 +110,15 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         recover_folder(checkpoint)
-        sums = json.loads((checkpoint / SUMS_FILE).read_text(encoding="utf-8"))
+        sums = read_json(checkpoint / SUMS_FILE)
         files = dict(sums.items())
     except FileNotFoundError:
         return f"it has no {SUMS_FILE}: its writing was cut short"
     except (ValueError, AttributeError, OSError) as error:
         return f"{SUMS_FILE} cannot be read ({error})"
     for name, expected in files.items():
+        if not Path(os.path.realpath(checkpoint / name)).is_relative_to(os.path.realpath(checkpoint)):
+            return f"{name} lies outside of it"
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _sum(checkpoint / name) != expected:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -180,6 +181,10 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             remove_unfinished(str(self.args.output_dir))
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except pickle.UnpicklingError:  # of torch.load, which reads plain values alone
+            raise ValueError(
+                f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle holds more than numbers and texts"
+            ) from None
         except Exception as error:
             plain = worker_error(error)
             if plain is None:

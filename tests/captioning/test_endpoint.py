@@ -158,6 +158,10 @@ def test_the_key_stands_in_no_reason(serve, photos):
     server = serve(lambda request, earlier: "400")
     outcomes = captions(make(server, api_key="sk-secret"), find_pictures(photos))
     assert all("***" in outcome.reason and "secret" not in outcome.reason for outcome in outcomes.values())
+    for length in (150, 250, 400):  # the answer repeats the key, and is cut within it
+        key = "sk-" + "secret" * (length // 6)
+        outcomes = captions(make(server, api_key=key), find_pictures(photos))
+        assert all("secret" not in outcome.reason for outcome in outcomes.values())
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
