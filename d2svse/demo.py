@@ -18,7 +18,7 @@ from d2svse.data import ImageTextDataset, write_scenes
 from d2svse.files import write_json, written_aside
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.retrieval import ImageTextIndex, draw_gallery
-from d2svse.similarity import build_similarity
+from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
@@ -83,7 +83,7 @@ def build_model(
     )
     set_seed(seed)
     sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
-    chosen = None if similarity is None else dict(similarity)
+    chosen = similarity_options(similarity)
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
     convert_conv2d_weight_memory_format(model, torch.channels_last)  # the CPU convolves faster so
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

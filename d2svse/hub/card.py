@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from d2svse.hub.publishable import publishable
+from d2svse.similarity.base import similarity_options
 
 CARD_MARK = "<!-- Written by d2svse push. Without this line a later push leaves the card as it is. -->"
 PIPELINE_TAG = "zero-shot-image-classification"
@@ -239,7 +240,7 @@ def _metadata(
 
 
 def _similarity(config: Mapping[str, Any]) -> str:
-    return str((config.get("similarity") or {}).get("name", "cosine"))
+    return str(similarity_options(config.get("similarity"))["name"])
 
 
 def _architecture(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:

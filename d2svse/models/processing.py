@@ -65,18 +65,20 @@ class TextReport:
 
     def __getitem__(self, rows: Sequence[int]) -> TextReport:
         """The report on some of the texts."""
-        return TextReport(
-            [self.texts[row] for row in rows],
-            *(part[list(rows)] for part in (self.lengths, self.unknown, self.wordless)),
-            self.limit,
-        )
+        rows = list(rows)
+        texts = [self.texts[row] for row in rows]
+        return TextReport(texts, self.lengths[rows], self.unknown[rows], self.wordless[rows], self.limit)
 
     @classmethod
     def join(cls, reports: Sequence[TextReport]) -> TextReport:
         """One report of several, of the same limit."""
-        texts = [text for report in reports for text in report.texts]
-        parts = zip(*((report.lengths, report.unknown, report.wordless) for report in reports), strict=True)
-        return cls(texts, *(np.concatenate(part) for part in parts), reports[0].limit)
+        return cls(
+            [text for report in reports for text in report.texts],
+            np.concatenate([report.lengths for report in reports]),
+            np.concatenate([report.unknown for report in reports]),
+            np.concatenate([report.wordless for report in reports]),
+            reports[0].limit,
+        )
 
     @property
     def cut(self) -> np.ndarray:
