@@ -296,9 +296,9 @@ class ImageTextIndex:
             raise ValueError("give texts, images or both")
         reports: list[TextReport] = []
         queries = self.encode_queries(texts, images, reports.append)
+        answers = self.search_features(queries, k, weight=weight, rerank=rerank)
         for report in reports:
             report.warn()
-        answers = self.search_features(queries, k, weight=weight, rerank=rerank)
         notes = [report[[row]].notes() for report in reports for row in range(len(report))] or [[]] * len(answers)
         return [Hits(*found) for found in zip(answers, notes, strict=True)]
 
