@@ -349,7 +349,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
                 "D2SVSEProcessor(model.processor.image_processor, AutoTokenizer.from_pretrained(FOLDER_OR_ID)), "
                 "or convert the checkpoint again with tokenizer=FOLDER_OR_ID (--tokenizer)"
             )
-        limit = min(self.max_length if max_length is None else max_length, self.max_length)
+        if max_length is None:
+            return self.max_length
+        limit = min(max_length, self.max_length)
         own = self.tokenizer.num_special_tokens_to_add()
         if limit <= own:
             raise ValueError(f"max_length {limit} leaves no room for a word: {own} tokens mark the ends of a text")
