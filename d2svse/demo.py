@@ -20,7 +20,7 @@ from d2svse.folders import check_folder, written_folder
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.models.saving import model_kind
 from d2svse.retrieval import ImageTextIndex, draw_gallery
-from d2svse.similarity import build_similarity
+from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
@@ -86,7 +86,7 @@ def build_model(
     )
     set_seed(seed)
     sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
-    chosen = None if similarity is None else dict(similarity)
+    chosen = similarity_options(similarity)
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
     convert_conv2d_weight_memory_format(model, torch.channels_last)  # the CPU convolves faster so
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

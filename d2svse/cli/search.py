@@ -11,6 +11,7 @@ import typer
 
 from d2svse.cli.common import examples, whole_lines
 from d2svse.cli.index import Model, open_index
+from d2svse.text import check_text
 
 if TYPE_CHECKING:
     from d2svse.retrieval import Hit
@@ -47,6 +48,8 @@ def search(
         raise ValueError("give sentences, pictures with --image, or both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
+    for number, text in enumerate(queries or [], start=1):
+        check_text(text, f"query {number}")
     opened = open_index(index, model)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the answers are sentences; take a name that ends in .html")
@@ -60,7 +63,8 @@ def search(
             query = {"text": sentence, "image": None if picture is None else str(picture)}
             found = [{"id": hit.id, "score": hit.score} for hit in hits]
             line: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
-            typer.echo(json.dumps({**line, "hits": found}, ensure_ascii=False))
+            notes = {"notes": hits.notes} if hits.notes else {}
+            typer.echo(json.dumps({**line, **notes, "hits": found}, ensure_ascii=False))
         else:
             _print_table(_words(sentence, picture), hits)
     if gallery is not None:

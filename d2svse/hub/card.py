@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from d2svse.hub.publishable import publishable
+from d2svse.similarity.base import similarity_options
 from d2svse.text import read_json
 
 CARD_MARK = "<!-- Written by d2svse push. Without this line a later push leaves the card as it is. -->"
@@ -241,7 +242,7 @@ def _metadata(
 
 
 def _similarity(config: Mapping[str, Any]) -> str:
-    return str((config.get("similarity") or {}).get("name", "cosine"))
+    return str(similarity_options(config.get("similarity"))["name"])
 
 
 def _architecture(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:

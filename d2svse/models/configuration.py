@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
+from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
@@ -44,12 +45,14 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
             so in training, and in eval mode adds it L2-normalised, as the published evaluation.
         context_residual: False takes the decoder's output alone, without the pooled sentence.
-        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`.
+        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
+            and saved in that form too; cosine without it.
         lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
         logit_scale_init_value: log(1 / temperature) by which scores become logits.
 
     Raises:
-        ValueError: if a pooling, projection or fusion is unknown or the width is not positive.
+        ValueError: if a pooling, projection or fusion is unknown, the width is not positive, or the similarity is
+            neither a name nor a dictionary with one.
     """
 
     model_type = "d2svse"
@@ -68,13 +71,11 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     context_decoder: dict[str, Any] | None = None
     fusion: str = "sum"
     context_residual: bool = True
-    similarity: dict[str, Any] | None = None
+    similarity: dict[str, Any] | str | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.similarity is None:
-            self.similarity = {"name": "cosine"}
         for kind, name, known in (
             ("pooling", self.image_pooling, POOLING_NAMES),
             ("pooling", self.text_pooling, POOLING_NAMES),
@@ -91,6 +92,9 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, similarity_options(value) if name == "similarity" else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `config.json`, and the file by which it is loaded without d2svse imported."""

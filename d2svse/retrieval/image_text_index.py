@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -13,11 +13,21 @@ import numpy as np
 
 from d2svse.features import Features
 from d2svse.images import ImageError, ImageSource, OnBadImage
+from d2svse.models.processing import TextReport
 from d2svse.retrieval.backends import load_index, make_index
 from d2svse.retrieval.engine import VectorIndex
 from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, length_of_shortlist, ranked, search_vectors
+from d2svse.retrieval.search import (
+    Hit,
+    Hits,
+    Shortlist,
+    Side,
+    exact_scores,
+    length_of_shortlist,
+    ranked,
+    search_vectors,
+)
 from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable, name_of
 from d2svse.retrieval.sources import Items, read_items, stored_names
 from d2svse.retrieval.storage import write_lock
@@ -258,7 +268,7 @@ class ImageTextIndex:
         *,
         weight: float = 0.5,
         rerank: int | None = None,
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         """Find the k best answers to each query: a sentence, a picture, or a sentence with a picture.
 
         What is asked from the other side (sentences for stored pictures) is scored by the model's
@@ -275,7 +285,8 @@ class ImageTextIndex:
                 scores are inner products of its vectors.
 
         Returns:
-            For each query its hits, best first.
+            For each query its hits, best first. Their `notes` say what of its text does not reach the model; it is
+            logged as a warning too.
 
         Raises:
             ImageError: if a picture cannot be read.
@@ -283,7 +294,19 @@ class ImageTextIndex:
         """
         if texts is None and images is None:
             raise ValueError("give texts, images or both")
-        return self.search_features(self.encode_queries(texts, images), k, weight=weight, rerank=rerank)
+        reports: list[TextReport] = []
+        queries = self.encode_queries(texts, images, reports.append)
+        answers = self.search_features(queries, k, weight=weight, rerank=rerank)
+        for report in reports:
+            report.warn()
+        notes = [report[[row]].notes() for report in reports for row in range(len(report))] or [[]] * len(answers)
+        return [Hits(*found) for found in zip(answers, notes, strict=True)]
+
+    def query_notes(self, texts: str | Sequence[str]) -> list[str]:
+        """Say what of some texts does not reach the model: words that its tokenizer does not know, and what is cut."""
+        processor = self.model.processor
+        assert processor is not None  # without it the model has no fingerprint
+        return processor.report(texts).notes()
 
     def search_features(
         self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
@@ -325,12 +348,20 @@ class ImageTextIndex:
             answers.append(ranked(found, line, k))
         return answers
 
-    def encode_queries(self, texts: Any = None, images: Any = None) -> dict[Side, Features]:
-        """Encode sentences, pictures or both as `search` does, for `search_features`."""
+    def encode_queries(
+        self, texts: Any = None, images: Any = None, on_report: Callable[[TextReport], None] = TextReport.warn
+    ) -> dict[Side, Features]:
+        """Encode sentences, pictures or both as `search` does, for `search_features`.
+
+        Args:
+            texts: as of `search`.
+            images: as of `search`.
+            on_report: see `D2SVSE.encode_text`.
+        """
         output: Any = "features" if self.model.similarity_fn.requires == "tokens" else "pooled"
         asked: dict[Side, Any] = {}
         if texts is not None:
-            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output)
+            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output, on_report=on_report)
         if images is not None:
             options: dict[str, Any] = {"convert_to_tensor": True, "output": output, "draft": self._settings.draft}
             asked["image"] = self.model.encode_image(images, **options)

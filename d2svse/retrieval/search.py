@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,19 @@ class Hit:
 
     id: str
     score: float
+
+
+class Hits(list[Hit]):
+    """The answers to one query, best first.
+
+    Attributes:
+        notes: what of the query's text does not reach the model, one sentence each: words that the tokenizer does not
+            know, and what was cut.
+    """
+
+    def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(hits)
+        self.notes = tuple(notes)
 
 
 @torch.no_grad()

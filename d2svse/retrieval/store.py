@@ -22,6 +22,7 @@ from d2svse.features import Features
 from d2svse.files import write_json, write_text, written_aside
 from d2svse.folders import recover_folder
 from d2svse.images import ImageError, OnBadImage, picture_state
+from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
 from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.rows import Rows
@@ -198,10 +199,12 @@ def encode_texts(
         show_progress_bar: show one on the terminal.
 
     Raises:
-        ValueError: if a sentence is empty, or the folder holds a store of another model, list or kind; the message
-            says what differs.
+        ValueError: if a sentence is empty, not a string or holds half a character, or the folder holds a store of
+            another model, list or kind; the message says what differs.
         BlockingIOError: if another process is writing to it.
     """
+    texts = as_texts(texts)
+    reports: list[TextReport] = []
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": shard_size}
     description |= {"dense": dense, "max_length": max_length}
     names = list(dict.fromkeys(texts))
@@ -213,9 +216,12 @@ def encode_texts(
 
     def encode(sentences: Sequence[str], skipped: dict[int, str]) -> Batches:
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
-        return model.text_batches(sentences, max_length=max_length, **options)
+        return model.text_batches(sentences, max_length=max_length, on_report=reports.append, **options)
 
-    return _encode(model, names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    store = _encode(model, names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    if reports:
+        TextReport.join(reports).warn()
+    return store
 
 
 def _encode(

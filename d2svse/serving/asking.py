@@ -145,10 +145,12 @@ class Searcher:
         depth = min(DEFAULT_RERANK, count) if rerank and across and self.can_rerank else 0
         with self._lock:
             # What the reader has to know of the query; the page shows it above the answers.
-            notes: list[str] = [] if sentence is None else self._truncation(sentence)
+            notes = [] if sentence is None else self.index.query_notes(sentence)
             try:
                 queries = self.index.encode_queries(
-                    None if sentence is None else [sentence], None if picture is None else [picture]
+                    None if sentence is None else [sentence],
+                    None if picture is None else [picture],
+                    lambda report: None,  # the notes tell it
                 )
             except ImageError as error:
                 assert picture is not None
@@ -209,18 +211,6 @@ class Searcher:
 
     def _short(self, picture: str | os.PathLike[str]) -> str:
         return self.shown_name(os.fspath(picture)) if self.side == "image" else Path(picture).name
-
-    def _truncation(self, sentence: str) -> list[str]:
-        processor = self.model.processor
-        if processor is None or processor.tokenizer is None:
-            return []  # which encoding will tell
-        count = len(processor.tokenizer(sentence, truncation=False, verbose=False)["input_ids"])
-        if count <= processor.max_length:
-            return []
-        return [
-            f"The sentence was truncated to {processor.max_length} tokens, the most that the model reads; "
-            f"it has {count}, and what comes after does not count."
-        ]
 
 
 def _common_folder(names: Sequence[str]) -> str:

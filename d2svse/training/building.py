@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -201,9 +202,9 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
 
 def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:
     """Warn if dense captions are longer than the limit (the processor's without one), and say what share of them."""
-    limit = processor.max_length if max_length is None else max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dense), verbose=False)["input_ids"]]
-    cut = sum(length > limit for length in lengths)
+    report = processor.report(dense, max_length)
+    limit, lengths, cut = report.limit, report.lengths, report.cut.sum()
+    replace(report, limit=int(lengths.max())).warn()  # of unknown words; what is cut has a sentence of its own
     if cut:
         logger.warning(
             "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "

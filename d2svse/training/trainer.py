@@ -143,6 +143,8 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, samples.processor, samples.max_length)
+        else:
+            samples.processor.report(train_dataset.captions, samples.max_length).warn()
         stop = StopOnSignalCallback()
         super().__init__(
             model=model,

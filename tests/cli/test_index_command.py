@@ -33,6 +33,20 @@ def one_line_error(result, *parts):
         assert part in err, err
 
 
+def test_a_query_of_unknown_words_is_told(saved, photos, tmp_path, run, caplog):
+    index = tmp_path / "i"
+    assert run("index", "build", saved("cosine")[0], photos, "-o", index)[0] == 0
+    code, out, _ = run("search", index, "a red circle", "你好", "-k", 2, "--json")
+    assert code == 0
+    good, bad = hits(out)
+    assert "notes" not in good
+    assert bad["notes"] == [
+        "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+    ]
+    assert caplog.text.count("no word of 1 of 2 texts") == 1
+    one_line_error(run("search", index, "a ring", "a dog \ud83d"), "query 2: half a character")
+
+
 @pytest.mark.parametrize("name", ["gssf-diagonal", "omit"])
 def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, monkeypatch, name):
     folder, model = saved(name)
@@ -115,7 +129,7 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     one_line_error(run("search", tmp_path / "i", "x", "--rerank", 5), "the similarity folds into the vectors")
     one_line_error(run("search", tmp_path / "i", "x", "y", "--image", photos / "000050.png"), "got 2 and 1")
     one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such picture")
-    one_line_error(run("search", tmp_path / "i", " "), "sentence 0 is empty")
+    one_line_error(run("search", tmp_path / "i", " "), "query 1: expected a text")
     one_line_error(run("index", "add", tmp_path / "none", photos), "image_text_index.json is missing")
     one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine", "annoy"), "unknown engine")
     one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--side", "video"), "side must be")
