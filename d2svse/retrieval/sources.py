@@ -103,7 +103,12 @@ def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
         return names
     ways = [[name, canonical_path(name), str(Path(name).resolve())] for name in map(os.fsdecode, names)]
     known = vectors.known(list(dict.fromkeys(way for every in ways for way in every)))
-    return [next((way for way in every if way in known), every[0]) for every in ways]
+    found = [next((way for way in every if way in known), None) for every in ways]
+    if None in found and len(vectors):  # of a list, an id may be a path from another working directory
+        metadata = zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)
+        id_of = {one["path"]: id for id, one in metadata if "path" in one}
+        found = [id or id_of.get(every[1]) for id, every in zip(found, ways, strict=True)]
+    return [id or every[0] for id, every in zip(found, ways, strict=True)]
 
 
 def _path(item: Any) -> str:

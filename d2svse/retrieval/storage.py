@@ -17,9 +17,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from d2svse.files import written_aside
@@ -220,22 +221,47 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarra
         ValueError: if the file holds something else or is cut short.
     """
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found, fortran, found_dtype = read(file)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError(f"{path}: not an array ({error}); the index is not whole, build it again") from None
-        start, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
-        if (found, found_dtype, fortran) != (shape, np.dtype(dtype), False) or path.stat().st_size != start + size:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, where {start + size} of "
-                f"{np.dtype(dtype)} {shape} were expected; the index is not whole, build it again"
-            )
+        start, size = _checked_header(path, file, shape, dtype)
         if not size:
             return np.empty(shape, dtype), None
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, dtype, offset=start).reshape(shape), mapped
+
+
+def map_unheld(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Map the array of a `.npy` file without a descriptor that stays open, so that any number may be mapped.
+
+    Raises:
+        ValueError: if the file holds something else or is cut short.
+    """
+    with path.open("rb") as file:
+        start, size = _checked_header(path, file, shape, dtype)
+    if not size:
+        return np.empty(shape, dtype)
+    try:
+        # Python's own map keeps a duplicate of the descriptor; torch closes it. A write would stay in memory.
+        whole = torch.from_file(str(path), shared=False, size=start + size, dtype=torch.uint8).numpy()
+    except UnicodeEncodeError:  # torch takes no name that is not UTF-8
+        return map_array(path, shape, dtype)[0]
+    whole.flags.writeable = False
+    return np.frombuffer(whole, dtype, offset=start).reshape(shape).view(np.memmap)
+
+
+def _checked_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
+    """Where the numbers of a `.npy` file start, and their size in bytes."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found, fortran, found_dtype = read(file)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: not an array ({error}); the index is not whole, build it again") from None
+    start, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
+    if (found, found_dtype, fortran) != (shape, np.dtype(dtype), False) or path.stat().st_size != start + size:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, where {start + size} of "
+            f"{np.dtype(dtype)} {shape} were expected; the index is not whole, build it again"
+        )
+    return start, size
 
 
 def first_to_merge(sizes: list[int]) -> int:

@@ -98,7 +98,7 @@ class FaissIndex(LocalIndex):
             if value is not None and (name not in OPTIONS[kind] or not 1 <= value <= LARGEST_OPTION):
                 known = ", ".join(OPTIONS[kind]) or "none"
                 raise ValueError(
-                    f"{name}={value} is no option of {kind}; they are {known}, each at least 1, at most {LARGEST_OPTION}"
+                    f"{name}={value} is no option of {kind}; they are {known}, each from 1 to {LARGEST_OPTION}"
                 )
         if code_size is not None and dim % code_size:
             raise ValueError(f"code_size must divide the width {dim}, got {code_size}")
