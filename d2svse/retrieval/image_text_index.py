@@ -33,7 +33,7 @@ from d2svse.retrieval.settings import (
 from d2svse.retrieval.sources import Items, SourceItems, read_items, stored_names
 from d2svse.retrieval.storage import write_lock
 from d2svse.retrieval.store import read_skipped, write_skipped
-from d2svse.retrieval.stored import StoredItems
+from d2svse.retrieval.stored import StoredItems, joined_stores
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -170,7 +170,8 @@ class ImageTextIndex:
         with write_lock(folder):
             note_folders(folder, before)
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-            store = encode_items(model, items.names, folder, settings, on_bad_image=on_bad_image, **options)
+            taken = joined_stores(folder)
+            store = encode_items(model, items.names, folder, settings, taken, on_bad_image=on_bad_image, **options)
             if not len(store):
                 raise ImageError(
                     f"none of the {len(items.names)} pictures can be read; the first: {store.skipped[0][1]}"
@@ -293,7 +294,9 @@ class ImageTextIndex:
                 )
                 if written:
                     write_skipped(self.folder, changes.skipped)
-                opened = self._settled(opened, join=written)
+                    opened = self._settled(opened, join=True)
+                else:
+                    self._sweep(opened)  # what a killed call left
             except BaseException:
                 opened.vectors.close()
                 raise

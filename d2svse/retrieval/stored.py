@@ -78,9 +78,10 @@ class StoredItems:
                 raise ValueError(
                     f"{folder}: an item without its place in a store ({error!r}); build it again"
                 ) from None
-        joined = self._joined()
+        joined = joined_stores(folder)
         stores: dict[str, EmbeddingStore] = {}
         self.places: dict[str, Place] = {}
+        self._joined = set(joined)
         for name in self.used:
             holder, *where = joined.get(name, (name,))
             if holder not in stores:
@@ -101,7 +102,7 @@ class StoredItems:
     @property
     def names(self) -> set[str]:
         """All names that must not be given to another store."""
-        return self.folders | set(self.used)
+        return self.folders | set(self.used) | self._joined
 
     def features(self, metadata: Sequence[Mapping[str, Any]]) -> Features:
         """Read what is stored of some items, in their order."""
@@ -152,26 +153,39 @@ class StoredItems:
         note_folders(self.folder, [name])
         with written_aside(self.folder / name, replaces=DESCRIPTION) as aside:
             join_stores(parts, aside)
-            write_text(aside / JOINED, to_json(listed) + "\n")
+            number = max((number for number, _, _ in _lists(self.folder)), default=0) + 1
+            write_text(aside / JOINED, to_json({"number": number, "stores": listed}) + "\n")
         return True
 
-    def _joined(self) -> dict[str, tuple[Any, ...]]:
-        """For each earlier store the folder that holds its rows now, and where; of two the one that joins more."""
-        found: dict[str, tuple[Any, ...]] = {}
-        lists = []
-        for path in self.folder.iterdir():
-            if not path.name.startswith(STORE) or not (path / JOINED).is_file():
-                continue
-            listed = read_json(inside(own_folder(self.folder, path.name), JOINED))
+
+def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Return, for each store that was joined, the folder that holds its rows now, and where.
+
+    A store must not be given one of these names. Where two joined stores hold the same rows, since the first has not
+    been swept yet, the later one counts.
+
+    Raises:
+        ValueError: if a list is not one that this package wrote.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for _, holder, stores in sorted(_lists(folder), key=lambda one: one[:2]):
+        try:
+            for name, first, count, kept in stores:
+                rows = None if kept is None else [count_of(row, name) for row in kept]
+                found[name] = (holder, count_of(first, name), count_of(count, name), rows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / holder / JOINED}: not a list of joined stores ({error})") from None
+    return found
+
+
+def _lists(folder: Path) -> list[tuple[int, str, list[Any]]]:
+    """The number of each joining, its store and its list."""
+    lists = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(STORE) and (path / JOINED).is_file():
+            content = read_json(inside(own_folder(folder, path.name), JOINED))
             try:
-                parts = [
-                    (name, count_of(first, name), count_of(count, name), kept and [count_of(row, name) for row in kept])
-                    for name, first, count, kept in listed
-                ]
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path / JOINED}: not a list of joined stores ({error}); build it again") from None
-            lists.append((len(parts), path.name, parts))
-        for _, holder, parts in sorted(lists, key=lambda one: one[:2]):
-            for name, *where in parts:
-                found[name] = (holder, *where)
-        return found
+                lists.append((count_of(content["number"], JOINED), path.name, list(content["stores"])))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path / JOINED}: not a list of joined stores ({error!r})") from None
+    return lists
