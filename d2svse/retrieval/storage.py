@@ -76,10 +76,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = read_json(path)
         if not isinstance(manifest, dict) or not {"engine", "dim", "revision", "files"} <= manifest.keys():
             raise ValueError("written by something else, or by an earlier version")
-        if not isinstance(manifest["dim"], int) or not 1 <= manifest["dim"] <= WIDEST:
+        if (
+            isinstance(manifest["dim"], bool)
+            or not isinstance(manifest["dim"], int)
+            or not 1 <= manifest["dim"] <= WIDEST
+        ):
             raise ValueError(f"vectors of width {manifest['dim']!r:.20}")
-        if not isinstance(manifest["files"], list):
-            raise ValueError("no list of files")
+        if not isinstance(manifest["files"], list) or not isinstance(manifest["engine"], str):
+            raise ValueError(f"files {manifest['files']!r:.80}, engine {manifest['engine']!r:.80}")
     except ValueError as error:
         raise ValueError(f"{path}: not an index written by `d2svse index` ({error}); build it again") from None
     return manifest
