@@ -285,6 +285,7 @@ def milvus(monkeypatch):
     from d2svse.retrieval.backends import milvus_connection
 
     Client.calls = []
+    monkeypatch.setattr(milvus_connection.MilvusConnection, "_given", set())
     monkeypatch.setattr(milvus_connection.pymilvus, "MilvusClient", Client)
     monkeypatch.setenv("MILVUS_TOKEN", "secret")
     monkeypatch.delenv("MILVUS_URI", raising=False)
@@ -324,6 +325,14 @@ def test_a_token_goes_where_the_user_says(milvus, tmp_path, monkeypatch):
     with pytest.raises(ConnectionError):
         make_index("milvus", 4, uri="http://localhost:19530")
     assert milvus == [(uri, "secret"), ("https://typed.example", "secret"), ("http://localhost:19530", "secret")]
+
+
+def test_an_address_that_this_process_was_given_is_opened_again(milvus, tmp_path):
+    write_milvus(tmp_path / "v", "https://typed.example")
+    for call in (lambda: make_index("milvus", 4, uri="https://typed.example"), lambda: load_index(tmp_path / "v")):
+        with pytest.raises(ConnectionError):
+            call()
+    assert milvus == [("https://typed.example", "secret")] * 2
 
 
 @pytest.mark.parametrize("uri", ["http://typed.example:19530", "tcp://10.0.0.7:19530", "http://localhost.example.org"])

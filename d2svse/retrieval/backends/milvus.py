@@ -17,8 +17,8 @@ from d2svse.retrieval.backends.milvus_connection import (
     TOKEN_VARIABLE,
     URI_VARIABLE,
     MilvusConnection,
+    is_given,
     is_local,
-    is_named,
     pymilvus,
 )
 from d2svse.retrieval.backends.milvus_journal import LARGEST_K, MilvusJournal
@@ -197,13 +197,13 @@ class MilvusIndex(VectorIndex):
                 raise ValueError(f"{path / storage.MANIFEST}: the uri is {uri!r:.80}, expected a text")
             outside = False
             if "://" in uri:
-                if not (is_local(uri) or is_named(uri)):
+                if not (is_local(uri) or is_given(uri)):
                     raise ValueError(
                         f"{path} names the Milvus server {uri}; to let it be asked, set {URI_VARIABLE}={uri} "
                         f"beside {TOKEN_VARIABLE}"
                     )
             elif Path(uri).is_absolute():
-                outside = not is_named(uri)
+                outside = not is_given(uri)
                 if not Path(uri).exists():
                     raise FileNotFoundError(f"{uri} is missing; {path / storage.MANIFEST} names it")
             else:

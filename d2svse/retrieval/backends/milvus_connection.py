@@ -44,6 +44,7 @@ class MilvusConnection:
     """
 
     _open_files: ClassVar[Counter[str]] = Counter()
+    _given: ClassVar[set[str]] = set()  # addresses that the user gave to this process
 
     def __init__(self, uri: str, timeout: float, collections: tuple[str, ...], typed: bool = True) -> None:
         self.uri, self.timeout, self.collections = uri, timeout, collections
@@ -53,8 +54,10 @@ class MilvusConnection:
             if not uri.endswith(".db"):
                 raise ValueError(f"{uri}: a local path for Milvus ends in .db; a server's address starts with http://")
             Path(self._place).parent.mkdir(parents=True, exist_ok=True)
-        token = "" if self.embedded or not (typed or is_named(uri)) else os.environ.get(TOKEN_VARIABLE, "")
+        token = "" if self.embedded or not (typed or is_given(uri)) else os.environ.get(TOKEN_VARIABLE, "")
         _check_address(uri, bool(token))
+        if typed:
+            self._given.add(uri)
         try:
             self.client = pymilvus.MilvusClient(
                 self._place,
@@ -120,9 +123,9 @@ class MilvusConnection:
                 lite.server_manager_instance.release_server(self._place)
 
 
-def is_named(uri: str) -> bool:
-    """Whether the user set this address in the environment."""
-    return os.environ.get(URI_VARIABLE, "").rstrip("/") == uri.rstrip("/")
+def is_given(uri: str) -> bool:
+    """Whether the user gave this address: to this process, or in the environment."""
+    return uri in MilvusConnection._given or os.environ.get(URI_VARIABLE, "").rstrip("/") == uri.rstrip("/")
 
 
 def is_local(uri: str) -> bool:
