@@ -47,9 +47,9 @@ def search(
         raise ValueError("give sentences, pictures with --image, or both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
-    for number, query in enumerate(queries or [], start=1):
-        if query.strip():  # the processor says which one is empty
-            check_text(query, f"query {number}")
+    for number, words in enumerate(queries or [], start=1):
+        if words.strip():  # the processor says which one is empty
+            check_text(words, f"query {number}")
     opened = open_index(index, model)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the answers are sentences; take a name that ends in .html")

@@ -284,6 +284,7 @@ class ImageTextIndex:
         items = read_items(source, self.side, may_be_empty=True, exclude=exclude, follow_links=follow_links)
         with write_lock(self.folder):
             opened = self._read()
+            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 changes, written = self._add(
                     opened,
@@ -384,6 +385,7 @@ class ImageTextIndex:
     def _rewrite(self, change: Callable[[VectorIndex], None] | None) -> None:
         with write_lock(self.folder):
             opened = self._read()
+            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 if change is not None:
                     change(opened.vectors)
@@ -545,9 +547,11 @@ class ImageTextIndex:
         before.vectors.close()
 
     def _sweep(self, opened: _Opened) -> None:
-        used = {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
-        note_folders(self.folder, used)  # an index of an earlier version has no list
-        sweep_folders(self.folder, used)
+        sweep_folders(self.folder, _folders(opened))
+
+
+def _folders(opened: _Opened) -> set[str]:
+    return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
 
 
 def _remembered(name: str | None, folder: Path) -> D2SVSE:

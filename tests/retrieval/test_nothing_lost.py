@@ -329,6 +329,21 @@ def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path
     assert len(index.search("a red circle", k=99)[0]) == 15
 
 
+def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp_path):
+    """As an index of an earlier version is, whose stores are not joined either."""
+    model = make_model(similarity={"name": "omit"})
+    paths = sorted(map(str, photos.iterdir()))
+    index = ImageTextIndex.build(model, paths[:5], tmp_path / "i")
+    index.add(paths[5:7])
+    (tmp_path / "i" / "folders.json").unlink()
+    index = ImageTextIndex.load(tmp_path / "i", model)
+    index.add(paths[7:])
+    index.remove(paths[:1])
+    index.compact()
+    assert len(list((tmp_path / "i").glob("store-*"))) == 1
+    assert len(index.search("a red circle", k=99)[0]) == 15
+
+
 def test_a_saved_model_is_found_again(make_model, photos, tmp_path):
     make_model().save_pretrained(tmp_path / "m")
     ImageTextIndex.build(D2SVSE.from_pretrained(tmp_path / "m"), photos, tmp_path / "i")
