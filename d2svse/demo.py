@@ -188,7 +188,8 @@ def run_demo(
         write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
-    index = ImageTextIndex.build(D2SVSE.from_pretrained(output / "model"), test.images, output / "index")
+    made = D2SVSE.from_pretrained(output / "model")
+    index = ImageTextIndex.build(made, test.images, output / "index", overwrite=True)
     answers = index.search(queries, k=num_test)
     rows = [(query, [hit.id for hit in hits[:GALLERY_COLUMNS]]) for query, hits in zip(queries, answers, strict=True)]
     draw_gallery(rows, output / "gallery.png")
@@ -197,8 +198,8 @@ def run_demo(
         say(f"\n{query}\n  its own scene comes at place {rank} of {num_test}; first comes {hits[0].id}:")
         say(f"  {next(other.dense for other in test.records if str(other.image) == hits[0].id)}")
     write_json(output / "results.json", results)
-    made = ["model", "index", "gallery.png"]
-    say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in made)}")
+    written = ["model", "index", "gallery.png"]
+    say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in written)}")
     return results
 
 
