@@ -161,7 +161,9 @@ class ImageTextIndex:
         folder, similarity = Path(folder), model.similarity_fn
         fingerprint = model_fingerprint(model)
         check_replaceable(folder)
-        items = read_items(source, side, exclude=exclude, follow_links=follow_links)
+        items = read_items(
+            source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
+        )
         kind = None if similarity.foldable else shortlist if similarity.requires == "tokens" else "pooled"
         settings = IndexSettings(
             side,
@@ -291,7 +293,14 @@ class ImageTextIndex:
             ValueError: as `build`, or if too much is gone and `prune` is not given; nothing is changed then.
             BlockingIOError: if another process is writing to the index.
         """
-        items = read_items(source, self.side, may_be_empty=True, exclude=exclude, follow_links=follow_links)
+        items = read_items(
+            source,
+            self.side,
+            may_be_empty=True,
+            exclude=exclude,
+            follow_links=follow_links,
+            allow_missing=on_bad_image == "skip",
+        )
         with write_lock(self.folder):
             opened = self._read()
             note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list

@@ -44,6 +44,7 @@ def read_items(
     *,
     exclude: Sequence[str] = (),
     follow_links: bool = False,
+    allow_missing: bool = False,
 ) -> SourceItems:
     """Return the ids of a source, each once.
 
@@ -54,6 +55,7 @@ def read_items(
         may_be_empty: a folder may hold no image.
         exclude: of a folder, patterns that are left out; see `walk_images`.
         follow_links: of a folder, look into folders that links lead to.
+        allow_missing: of a manifest, take images that are not there; reading them tells it.
 
     Raises:
         FileNotFoundError: if the file or folder is missing, or holds no image.
@@ -68,7 +70,7 @@ def read_items(
         names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
         paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
     elif Path(path).is_file():
-        names = [_path(record.image) for record in read_manifest(source)]  # type: ignore[arg-type]
+        names = [_path(record.image) for record in read_manifest(source, allow_missing=allow_missing)]  # type: ignore[arg-type]
     else:
         found = walk_images(path, exclude=exclude, follow_links=follow_links)
         found.tell(Path(path))
