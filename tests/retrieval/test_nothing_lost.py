@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from d2svse import D2SVSE, ImageTextIndex
+from d2svse import ImageTextIndex
 from d2svse.images import ImageError
 from d2svse.retrieval import encode_images, load_index, make_index, model_fingerprint
 from d2svse.retrieval.store import EmbeddingStore
@@ -342,10 +341,3 @@ def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp
     index.compact()
     assert len(list((tmp_path / "i").glob("store-*"))) == 1
     assert len(index.search("a red circle", k=99)[0]) == 15
-
-
-def test_a_saved_model_is_found_again(make_model, photos, tmp_path):
-    make_model().save_pretrained(tmp_path / "m")
-    ImageTextIndex.build(D2SVSE.from_pretrained(tmp_path / "m"), photos, tmp_path / "i")
-    assert ImageTextIndex.load(tmp_path / "i").search("a red circle", k=1)
-    assert Image.open(sorted(photos.iterdir())[0]).size == (32, 32)
