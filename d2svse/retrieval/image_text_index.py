@@ -17,7 +17,7 @@ from d2svse.retrieval.backends import load_index, make_index
 from d2svse.retrieval.engine import VectorIndex
 from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.search import Hit, Shortlist, Side, exact_scores, length_of_shortlist, ranked, search_vectors
+from d2svse.retrieval.search import Hit, Shortlist, Side, length_of_shortlist, ranked
 from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable, name_of
 from d2svse.retrieval.sources import Items, read_items, stored_names
 from d2svse.retrieval.storage import write_lock
@@ -80,7 +80,7 @@ class ImageTextIndex:
             folder: where the index is to be.
             side: what is stored, "image" or "text".
             engine: "exact", "faiss" or "milvus", see `make_index`.
-            shortlist: see `search_vectors`; it counts only where the similarity does not fold.
+            shortlist: see `Similarity.vectors`; it counts only where the similarity does not fold.
             batch_size: items encoded at a time.
             on_bad_image: "error" to stop at a picture that cannot be read, "skip" to list it and go on.
             draft: see `D2SVSE.encode_image`; it is kept for pictures that are added, and for queries.
@@ -102,9 +102,10 @@ class ImageTextIndex:
         check_replaceable(folder)
         if len(vectors):
             raise ValueError(f"the {engine} index holds {len(vectors)} items already; remove it, or name another one")
-        kind = None if similarity.foldable else shortlist if similarity.requires == "tokens" else "pooled"
         vectors_folder = VECTORS + uuid.uuid4().hex[:12]
-        settings = IndexSettings(side, kind, draft, name_of(model), fingerprint, vectors_folder)
+        settings = IndexSettings(
+            side, similarity.candidates(shortlist), draft, name_of(model), fingerprint, vectors_folder
+        )
         names = list(read_items(source, side)[0])
         with write_lock(folder):
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
@@ -154,7 +155,7 @@ class ImageTextIndex:
 
     @property
     def shortlist(self) -> Shortlist | None:
-        """What the vectors are where the similarity does not fold, see `search_vectors`; else None."""
+        """What the vectors are where the similarity does not fold, see `Similarity.vectors`; else None."""
         return self._settings.shortlist
 
     @property
@@ -316,9 +317,9 @@ class ImageTextIndex:
         scores, ids = self.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
-        exact = exact_scores(self.model.similarity_fn, self.side, self._features, queries[across], ids)
+        exact = self.model.similarity_fn.score_candidates(self.side, self._features, queries[across], ids)
         answers = []
-        for row, (found, line) in enumerate(zip(ids, exact, strict=True)):
+        for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
             if both:
                 alike = self.vectors.vectors_of(found) @ vectors[self.side][row]
                 line = shares[across] * line + shares[self.side] * alike
@@ -327,7 +328,7 @@ class ImageTextIndex:
 
     def encode_queries(self, texts: Any = None, images: Any = None) -> dict[Side, Features]:
         """Encode sentences, pictures or both as `search` does, for `search_features`."""
-        output: Any = "features" if self.model.similarity_fn.requires == "tokens" else "pooled"
+        output = self.model.similarity_fn.output
         asked: dict[Side, Any] = {}
         if texts is not None:
             asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output)
@@ -337,8 +338,8 @@ class ImageTextIndex:
         return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
 
     def query_vectors(self, side: Side, features: Features) -> np.ndarray:
-        """What the stored vectors are searched by, `(n, dim)` float32, see `search_vectors`."""
-        return search_vectors(self.model.similarity_fn, side, features, self.shortlist)
+        """What the stored vectors are searched by, `(n, dim)` float32, see `Similarity.vectors`."""
+        return self.model.similarity_fn.vectors(side, features, self.shortlist).cpu().numpy()
 
     def info(self) -> dict[str, Any]:
         """What the index is: count, what is stored, engine, dim, shortlist, model, fingerprint and bytes."""
