@@ -66,7 +66,7 @@ def main() -> None:
                 _click(phone, options.place)
                 _shoot(phone, options.output / f"search-page-phone-map{suffix}.png", whole=True)
         browser.close()
-    page.blocks.close(verbose=False)
+    page.close()
 
 
 def _open(browser: Browser, port: int, size: tuple[int, int], scheme: str) -> Page:

@@ -15,14 +15,17 @@ from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, 
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import ImageTextDataset, write_scenes
-from d2svse.files import write_json, written_aside
+from d2svse.files import shown, write_json
+from d2svse.folders import check_folder, written_folder
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.models.saving import model_kind
 from d2svse.retrieval import ImageTextIndex, draw_gallery
-from d2svse.similarity import build_similarity
+from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
+DEMO = model_kind("d2svse demo", [RUN_CARD_FILE])
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
@@ -83,7 +86,7 @@ def build_model(
     )
     set_seed(seed)
     sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
-    chosen = None if similarity is None else dict(similarity)
+    chosen = similarity_options(similarity)
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
     convert_conv2d_weight_memory_format(model, torch.channels_last)  # the CPU convolves faster so
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
@@ -144,6 +147,10 @@ def run_demo(
     output = Path(output)
     start = time.monotonic()
     scenes = output / "scenes"
+    check_folder(output / "model", DEMO)
+    for name in ("results.json", "gallery.png"):
+        if (output / name).exists() and not (scenes / "train.jsonl").is_file():
+            raise FileExistsError(f"{shown(output / name)}: no demo wrote it, so it is not replaced; give another name")
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
     draw_scenes(scenes, num_train, num_test, seed)
     train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in ("train", "val", "test"))
@@ -176,12 +183,13 @@ def run_demo(
     say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
     stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
     results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
-    with written_aside(output / "model", replaces="config.json") as aside:
+    with written_folder(output / "model", DEMO) as aside:
         model.save_pretrained(aside)
         write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
-    index = ImageTextIndex.build(D2SVSE.from_pretrained(output / "model"), test.images, output / "index")
+    made = D2SVSE.from_pretrained(output / "model")
+    index = ImageTextIndex.build(made, test.images, output / "index", overwrite=True)
     answers = index.search(queries, k=num_test)
     rows = [(query, [hit.id for hit in hits[:GALLERY_COLUMNS]]) for query, hits in zip(queries, answers, strict=True)]
     draw_gallery(rows, output / "gallery.png")
@@ -190,8 +198,8 @@ def run_demo(
         say(f"\n{query}\n  its own scene comes at place {rank} of {num_test}; first comes {hits[0].id}:")
         say(f"  {next(other.dense for other in test.records if str(other.image) == hits[0].id)}")
     write_json(output / "results.json", results)
-    made = ["model", "index", "gallery.png"]
-    say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in made)}")
+    written = ["model", "index", "gallery.png"]
+    say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in written)}")
     return results
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from d2svse.files import written_aside
+from d2svse.folders import FolderKind, is_own, written_folder
 from d2svse.models.decoder import ContextDecoder
 from d2svse.models.pooling import GeneralizedPooling
+from d2svse.models.saving import PROCESSOR_NAMES, named_files
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
@@ -27,6 +29,17 @@ AXES = {
     TEXT_ENCODER: {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "length"}},
 }
 NEEDED = ("onnx", "onnxscript")
+GRAPHS = (f"{IMAGE_ENCODER}.onnx", f"{TEXT_ENCODER}.onnx")
+
+
+def _exported_earlier(folder: Path) -> set[str] | None:
+    """Return the names of a folder without a list, if all are an export's."""
+    names = {path.name for path in folder.iterdir() if not is_own(path.name)}
+    known = named_files(folder, (*GRAPHS, *PROCESSOR_NAMES))
+    return known if GRAPHS[0] in names and names == known else None
+
+
+EXPORTED = FolderKind("d2svse export", GRAPHS[0], _exported_earlier)
 
 
 class ImageGraph(nn.Module):
@@ -133,7 +146,7 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
 def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = False) -> None:
     """Write `image_encoder.onnx`, `text_encoder.onnx` and the processor to a folder.
 
-    The folder is written aside and renamed; one that was written by this function is replaced.
+    Files that this function wrote to the folder earlier are replaced, others stay.
     Inputs and outputs are named as in `export_programs`.
 
     Args:
@@ -144,13 +157,12 @@ def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = Fal
     Raises:
         ImportError: if a package of the extra `[onnx]` is missing.
         ValueError: if the model has no processor.
-        FileExistsError: if there is another folder at that place.
+        FileExistsError: if another wrote the folder.
     """
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"the export to ONNX needs {package}; install it with pip install 'd2svse[onnx]'")
-    with written_aside(folder, replaces=f"{IMAGE_ENCODER}.onnx") as aside:
-        aside.mkdir()
+    with written_folder(folder, EXPORTED) as aside:
         for name, program in export_programs(model, dense).items():
             graph = torch.onnx.export(program, output_names=OUTPUTS, dynamic_shapes=AXES[name], verbose=False)
             assert graph is not None

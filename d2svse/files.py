@@ -1,12 +1,18 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and a full disk is told by the name of the file."""
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
 import os
+import platform
 import re
 import shutil
+import stat
+import tempfile
+import time
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +20,23 @@ from typing import Any
 
 import yaml
 
+from d2svse.text import to_json, visible
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NUMBERED = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers give no number of their own
+_SHORT_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|\d+ requested and \d+ written")
+_TOKEN = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<process>[0-9a-f]+)-[0-9a-f]{8}")
+_EARLIER_TOKEN = re.compile(r"[0-9a-f]{8}")  # of versions that did not name the process
+_LEFT_AFTER = 24 * 3600.0  # seconds after which an unfinished file of a process elsewhere counts as left behind
+_STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
+
 
 @contextmanager
 def written_aside(path: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` if all goes well, else remove it.
+    """Give a temporary name beside `path`; once all is on disk, rename it to `path`.
+
+    If anything fails, what was there before stays and the temporary file is removed. A symbolic link is
+    followed. A device or a pipe is written to. A folder at `path` keeps the files that are not replaced.
 
     Args:
         path: the file or folder to write.
@@ -26,31 +45,209 @@ def written_aside(path: str | os.PathLike[str], replaces: str | None = None) -> 
 
     Raises:
         FileExistsError: if there is another folder at `path`.
+        OSError: if it cannot be written; the message names `path`.
     """
-    path = Path(path).absolute()
-    if path.is_dir() and any(path.iterdir()) and not (replaces and (path / replaces).is_file()):
-        what = f"holds no {replaces}" if replaces else "is in the way"
-        raise FileExistsError(f"{path}: a folder that {what}, so it is not replaced; give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield aside
-        if not path.is_dir():
-            aside.replace(path)
+    from d2svse.folders import check_marked, marked_kind, place_folder  # which stands on this module
+
+    target = followed(path)
+    kind = check_marked(target, replaces, shown(path)) if target.is_dir() else marked_kind(replaces)
+    with write_faults(path, target):
+        if _is_stream(path, target):
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder) / (target.name or "stream")
+                with (Path(folder) / (target.name or "stream")).open("rb") as file, Path(path).open("wb") as stream:
+                    shutil.copyfileobj(file, stream)
             return
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        path.rename(old)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
+        aside = name_aside(target)
         try:
-            aside.rename(path)
-        except OSError:
-            old.rename(path)
+            yield aside
+            if aside.is_dir():
+                place_folder(aside, target, kind)
+            else:
+                _give_mode(aside, target)
+                to_disk(aside)
+                aside.replace(target)
+                _note_swept(target.parent)
+        finally:
+            remove(aside)
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path that symbolic links lead to."""
+    return Path(os.path.realpath(path))
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as messages name it, on one line."""
+    return visible(os.fspath(path))
+
+
+def _is_stream(path: str | os.PathLike[str], target: Path) -> bool:
+    if os.path.abspath(path).startswith(_STREAMS):
+        return True
+    try:
+        mode = target.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def write_faults(path: str | os.PathLike[str], *aliases: Path) -> Iterator[None]:
+    """Turn what a full disk raises, of whatever kind, into an `OSError` that names the file.
+
+    Args:
+        path: what is being written.
+        *aliases: paths below which a fault is one of `path` too, such as the place it is written aside.
+
+    Raises:
+        OSError: in place of any error that says that nothing more could be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = _told(error, path, aliases)
+        if told is None:
             raise
-        shutil.rmtree(old)
+        raise told from error
+
+
+def _told(error: Exception, path: str | os.PathLike[str], aliases: tuple[Path, ...]) -> OSError | None:
+    numbered = _NUMBERED.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(numbered[1]) if numbered else None
+    if number in _NO_ROOM or (number is None and _SHORT_WRITE.search(str(error))):
+        reason = os.strerror(number) if number else "the disk is full, or a limit on its use is reached"
+        told = OSError(f"{shown(path)}: cannot be written: {reason}; free some room, or write elsewhere")
+        told.errno = number or errno.ENOSPC
+        return told
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes | os.PathLike):
+        return None
+    named = os.fsdecode(error.filename)
+    if not any(named.startswith((str(alias), str(alias.parent / f".{alias.name}"))) for alias in aliases):
+        return None
+    told = type(error)(f"{shown(path)}: cannot be written: {error.strerror}")
+    told.errno = error.errno
+    return told
+
+
+def name_aside(target: Path, folder: Path | None = None) -> Path:
+    """Return a name, hidden and unlike any other, for what is being written to `target`.
+
+    It names the process, so that `sweep` knows what a killed one left behind.
+    """
+    token = f"{_host():08x}-{os.getpid():x}-{uuid.uuid4().hex[:8]}"
+    return (folder or target.parent) / f".{_stem(target)}.{token}.tmp"
+
+
+def _stem(target: Path) -> str:
+    """Return the name, or a hash of one that leaves no room for more letters."""
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
+
+
+def _host() -> int:
+    """Return a number of this machine and its space of process ids, which containers do not share."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return zlib.crc32(f"{platform.node()} {space}".encode(errors="surrogateescape"))
+
+
+_swept: dict[Path, int] = {}  # when a folder was last changed, by this process and by no other
+
+
+def sweep(target: Path, folder: Path | None = None) -> None:
+    """Remove what killed processes left of earlier writes to `target`; what a live one is writing stays."""
+    folder = folder or target.parent
+    try:
+        if _swept.get(folder) == folder.stat().st_mtime_ns:
+            return
+        names = os.listdir(folder)
+    except OSError:
+        return
+    start = f".{_stem(target)}."
+    for name in names:
+        if (
+            name.startswith(start)
+            and name.endswith((".tmp", ".old"))
+            and _is_left(folder / name, name[len(start) : -4])
+        ):
+            remove(folder / name)
+
+
+def _note_swept(folder: Path) -> None:
+    if len(_swept) > 1000:
+        _swept.clear()
+    try:
+        _swept[folder] = folder.stat().st_mtime_ns
+    except OSError:
+        _swept.pop(folder, None)
+
+
+def _is_left(path: Path, token: str) -> bool:
+    named = _TOKEN.fullmatch(token)
+    if not named and not _EARLIER_TOKEN.fullmatch(token):
+        return False
+    if named and int(named["host"], 16) == _host():
+        return not _is_alive(int(named["process"], 16))
+    try:
+        return time.time() - path.lstat().st_mtime > _LEFT_AFTER
+    except OSError:
+        return False
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # where a signal of 0 would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # of file systems that cannot
+            raise
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def usual_mode(probe: Path) -> int:
+    """Return the permissions that a new file has by the umask of the process, and by its folder."""
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+
+
+def _give_mode(aside: Path, target: Path) -> None:
+    """Give a file the permissions of the one it replaces, or those of the umask; safetensors writes 0600."""
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else usual_mode(name_aside(target))
+    if stat.S_IMODE(aside.stat().st_mode) != mode:
+        aside.chmod(mode)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -75,12 +272,26 @@ def parse_yaml(text: str) -> Any:
     """Read YAML.
 
     Raises:
-        ValueError: if it is not YAML.
+        ValueError: if it is not YAML, or is nested or repeated without end.
     """
     try:
-        return yaml.load(text, _YamlLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _YamlLoader)  # a SafeLoader
+        _check_expanded(data, 100, iter(range(100_000)))
+        return data
+    except (RecursionError, StopIteration):
+        raise ValueError("YAML that is nested more than 100 deep, or holds more than 100,000 values") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date that is none, a key that is a list
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+
+
+def _check_expanded(data: Any, depth: int, left: Iterator[int]) -> None:
+    """Count values as if every alias were written out, which copying and saving do."""
+    next(left)
+    if isinstance(data, dict | list | tuple | set):
+        if not depth:
+            raise RecursionError
+        for item in data.values() if isinstance(data, dict) else data:
+            _check_expanded(item, depth - 1, left)
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
@@ -89,4 +300,4 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
     Raises:
         ValueError: if the data hold a NaN or an infinity.
     """
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(data, indent=2) + "\n")

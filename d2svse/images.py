@@ -123,34 +123,23 @@ def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All pictures below a folder by their suffix, sorted; not the `._` files that macOS puts beside pictures.
+def find_images(
+    folder: str | os.PathLike[str], *, exclude: Sequence[str] = (), follow_links: bool = False
+) -> list[Path]:
+    """Return the images below a folder by their suffix, sorted; see `d2svse.image_folders.find_images`.
 
-    A warning counts those that are passed over: camera raw files, drawings, and HEIC, AVIF and
-    JPEG XL where Pillow does not read them here.
+    Args:
+        folder: the folder.
+        exclude: patterns of names, or of paths from the folder, that are left out.
+        follow_links: look into folders that links lead to.
 
     Raises:
-        FileNotFoundError: if the folder is missing or holds no picture.
+        FileNotFoundError: if the folder is missing or holds no image.
+        OSError: if it cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    known = IMAGE_SUFFIXES | PLUGIN_SUFFIXES | OTHER_SUFFIXES
-    pictures = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in known and not path.name.startswith("._") and path.is_file()
-    )
-    found = [path for path in pictures if has_image_suffix(path.name)]
-    passed_over = sorted(set(pictures).difference(found))
-    if passed_over:
-        logger.warning(
-            f"{folder}: passed over {len(passed_over)} of {len(pictures)} pictures, in a format that is not read here, "
-            f"such as {passed_over[0].relative_to(folder)}; convert them, to JPEG for example"
-        )
-    if not found:
-        raise FileNotFoundError(f"{folder}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    from d2svse import image_folders  # which needs this module
+
+    return image_folders.find_images(folder, exclude=exclude, follow_links=follow_links)
 
 
 def has_image_suffix(name: str) -> bool:

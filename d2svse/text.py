@@ -19,6 +19,8 @@ _WIDE = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Control characters, separators of lines, marks that turn the direction of writing, and halves of characters.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+# The same without what `json.dumps` escapes itself, and without the line ends between indented lines.
+_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
@@ -35,6 +37,9 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _WIDE.items():
         if data.startswith(mark):
             raise ValueError(f"{name}: {encoding} text; save it as UTF-8")
+    head = data[:400]
+    if len(head) > 3 and 3 * head.count(0) > len(head):
+        raise ValueError(f"{name}: UTF-16 or UTF-32 without a mark, or no text at all; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,7 +92,7 @@ def parse_json(text: str, name: str) -> Any:
     try:
         data = json.loads(text)
         _check_depth(data, MAX_JSON_DEPTH)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep") from None
@@ -110,7 +115,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def to_json(data: Any, **options: Any) -> str:
-    """Write JSON that any UTF-8 file can hold: halves of characters (names that are not UTF-8) are escaped.
+    """Write JSON that any UTF-8 file and terminal can hold.
+
+    Halves of characters (names that are not UTF-8), control characters and further separators of lines are escaped.
 
     Args:
         data: what to write; NaN is refused.
@@ -120,7 +127,7 @@ def to_json(data: Any, **options: Any) -> str:
         ValueError: if the data hold a NaN or an infinity.
     """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, **options)
-    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
+    return _RAW_IN_JSON.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def visible(text: str) -> str:

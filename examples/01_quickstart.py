@@ -131,7 +131,7 @@ print(scores.round(2))
 # search takes sentences, a picture (`images=`), or both.
 
 # %%
-index = ImageTextIndex.build(model, test.images, OUTPUT / "index")
+index = ImageTextIndex.build(model, test.images, OUTPUT / "index", overwrite=True)
 queries = [record.captions[0] for record in test.records[:3]]
 answers = index.search(queries, k=5)
 for query, hits in zip(queries, answers, strict=True):

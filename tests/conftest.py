@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,23 @@ def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
 def model(make_model: Callable[..., D2SVSE]) -> D2SVSE:
     """A tiny stage-2 model with random weights."""
     return make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """Let no file grow beyond so many bytes meanwhile, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int = 20_000) -> Iterator[None]:
+        before, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, action)
+
+    return limited
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_a_missing_package_names_the_extra_and_another_folder_is_not_touched(mak
     for folder in ("mine", "model"):
         code, _, err = run("export", tmp_path / "model", "-o", tmp_path / folder)
         assert code == 2
-        assert f"{folder}: a folder that holds no image_encoder.onnx" in err
+        assert f"{folder}: d2svse export did not write this folder" in err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'd2svse\[onnx\]'"):
         export_onnx(model, tmp_path / "onnx")

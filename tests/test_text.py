@@ -28,6 +28,13 @@ def test_other_encodings_are_told_with_the_name_of_the_file(tmp_path: Path, enco
     assert ("UTF-16" if "16" in encoding else "UTF-32" if "32" in encoding else ":2: not UTF-8") in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_wide_text_without_a_mark_is_told(tmp_path: Path, encoding: str):
+    (tmp_path / "a.txt").write_bytes("a dog\na cat\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"a\.txt: UTF-16 or UTF-32 without a mark"):
+        read_lines(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"a":' * 101 + "1" + "}" * 101])
 def test_deep_json_is_an_error(text: str):
     with pytest.raises(ValueError, match=r"^x: JSON nested more than 100 deep"):

@@ -19,6 +19,7 @@ from PIL import Image
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
 from d2svse.captioning.text import find_fault
 from d2svse.images import ImageError, load_image
+from d2svse.text import decode_text, parse_json, visible
 
 try:
     import httpx2
@@ -31,6 +32,10 @@ except ImportError:
 LONGEST_WAIT = 600.0
 LONGEST_BACKOFF = 60.0
 FAILURES_IN_A_ROW = 20
+MAX_ANSWER_BYTES = 2**22
+CHARACTERS_OF_TOKEN, MIN_CHARACTERS = 32, 4096  # how long a caption may be, by the tokens asked for
+READ_ENCODINGS = ("", "identity", "gzip", "deflate")  # of an answer; what is packed several times is not unpacked
+SAID_CHARACTERS = 200
 RETRIED = (408, 409, 425, 429)
 SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 ORIENTATION_TAG = 0x0112
@@ -56,9 +61,9 @@ class EndpointCaptioner:
     """Captions pictures by chat completions, several requests at a time.
 
     What goes wrong with one request (no answer in time, a broken connection, 408, 409, 425, 429, 5xx, no
-    completion in the answer) is tried again after a wait that doubles each time, with jitter; a
-    `Retry-After` holds back all requests. An empty or repeating caption is thrown away and asked for with
-    another seed. What goes wrong with all (the key, the address, the model) stops the run.
+    completion in the answer, one that is too large) is tried again after a wait that doubles each time, with jitter; a
+    `Retry-After` holds back all requests. An empty, repeating or overlong caption is thrown away and asked for
+    with another seed. What goes wrong with all (the key, the address, the model) stops the run.
 
     Args:
         url: the API's base, such as `http://localhost:8000/v1`.
@@ -130,7 +135,9 @@ class EndpointCaptioner:
         return self.max_requests is not None and self.requests >= self.max_requests
 
     async def _run(self, queue: Iterator[Picture], take: Callable[[Outcome], None]) -> None:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx2.Limits(max_connections=self.concurrency)
         async with (
             httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client,
@@ -171,7 +178,7 @@ class EndpointCaptioner:
                 reason, unheard = str(error), True
                 wait = self._next_wait(attempt, error.wait)
                 continue
-            fault = find_fault(text)
+            fault = self._too_long(text) or find_fault(text)
             if fault is None:
                 self._failures_in_a_row = 0
                 return Outcome(picture, text.strip(), seed, finish, draw=draw)
@@ -205,16 +212,19 @@ class EndpointCaptioner:
             "seed": seed,
         }
         try:
-            async with asyncio.timeout(self.timeout):
-                response = await client.post(f"{self.base}/chat/completions", json=body)
+            async with (
+                asyncio.timeout(self.timeout),
+                client.stream("POST", f"{self.base}/chat/completions", json=body) as response,
+            ):
+                answer = await self._receive(response)
         except TimeoutError:
             raise _Retry(f"no answer within {self.timeout:g} seconds") from None
         except httpx2.RequestError as error:
             raise _Retry(self._hide(f"the connection failed ({type(error).__name__}: {error})")) from None
         status = response.status_code
-        said = self._hide(f"HTTP {status}: {' '.join(response.text.split())[:200]}")
+        said = f"HTTP {status}: {self._cut(answer)}"
         if status == 200:
-            return self._read(response)
+            return self._read(answer)
         if status in RETRIED or status >= 500:
             raise _Retry(said, retry_after(response.headers))
         if status in (401, 403):
@@ -225,19 +235,39 @@ class EndpointCaptioner:
             raise EndpointError(f"{self.base}: answers with a redirection; give the address itself ({said})")
         raise _Refused(said)
 
-    def _read(self, response: Any) -> tuple[str, str]:
+    async def _receive(self, response: Any) -> bytes:
+        """What an answer holds, up to its limit."""
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        if encoding not in READ_ENCODINGS:
+            raise _Retry(self._hide(f"an answer in the encoding {encoding[:50]!r}, which is not read"))
+        answer = bytearray()
+        async for part in response.aiter_bytes():
+            answer += part
+            if len(answer) > MAX_ANSWER_BYTES:
+                raise _Retry(f"an answer of more than {MAX_ANSWER_BYTES} bytes, which is not read")
+        return bytes(answer)
+
+    def _read(self, answer: bytes) -> tuple[str, str]:
         try:
-            choice = response.json()["choices"][0]
+            choice = parse_json(decode_text(answer, "the answer"), "the answer")["choices"][0]
             text, finish = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError):
             text, finish = 0, None
         if not isinstance(text, str | None):
-            said = " ".join(response.text.split())[:100]
-            raise _Retry(self._hide(f"the answer is no chat completion: {said!r}"))
+            raise _Retry(f"the answer is no chat completion: {self._cut(answer)[:100]!r}")
         return text or "", "length" if finish == "length" else "stop"
 
+    def _too_long(self, text: str) -> str | None:
+        most = max(MIN_CHARACTERS, CHARACTERS_OF_TOKEN * self.sampling.max_new_tokens)
+        asked = f"{self.sampling.max_new_tokens} tokens"
+        return f"a caption of {len(text)} characters, where {asked} were asked for" if len(text) > most else None
+
+    def _cut(self, answer: bytes) -> str:
+        """The beginning of an answer, for messages; the key is hidden before it is cut."""
+        return self._hide(" ".join(answer.decode(errors="replace").split()))[:SAID_CHARACTERS]
+
     def _hide(self, message: str) -> str:
-        return message.replace(self._key, "***") if self._key else message
+        return visible(message.replace(self._key, "***") if self._key else message)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -249,7 +279,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from transformers import (
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
 from d2svse.captioning.text import find_fault
 from d2svse.images import ImageError, load_image
+from d2svse.models.folder import check_contents, loading
+from d2svse.models.weights import check_finite, weight_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What LLaVA-1.5 was trained with, for processors that bring no chat template.
@@ -130,13 +133,19 @@ class LlavaCaptioner:
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such model folder")
         place = _device(device)
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        if Path(name).is_dir():
+            check_contents(name, max_image_size=math.inf)
+        safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        with loading(name):
+            config = AutoConfig.from_pretrained(name, **safe)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(
                 f"{name}: a {config.model_type} model, expected one that generates text from pictures, such as llava"
             )
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=DTYPES[dtype])
+        with loading(name):
+            processor = AutoProcessor.from_pretrained(name, **safe)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], **safe)
+        check_finite(model, weight_files(Path(name), name) if Path(name).is_dir() else (), name)
         return cls(model.to(place).eval(), processor, sampling, batch_size, tries)
 
     @property

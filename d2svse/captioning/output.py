@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 from d2svse.captioning.pictures import Outcome
 from d2svse.data.manifest import ManifestError, read_json_lines
 from d2svse.files import write_json, write_text
+from d2svse.text import decode_text, parse_json, read_json, to_json
 
 Failures = dict[str, dict[str, Any]]
 
@@ -85,7 +85,7 @@ class CaptionFile:
         else:
             write_json(self.settings_path, {**self.settings, "made_with": self.notes})
         if self.failed_path.exists():
-            self.failed = {str(row.pop("image")): row for _, row in read_json_lines(self.failed_path)}
+            self.failed = _read_failures(self.failed_path)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def _compare_settings(self) -> None:
@@ -94,7 +94,9 @@ class CaptionFile:
                 f"{self.path}: {self.settings_path.name} is not beside it, so what it was made with is not known; "
                 "give another output"
             )
-        recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        recorded = read_json(self.settings_path)
+        if not isinstance(recorded, dict):
+            raise ManifestError(f"{self.settings_path}: expected a JSON object with settings; give another output")
         recorded.pop("made_with", None)
         differing = [
             f"{name} was {recorded.get(name)!r} and is {self.settings.get(name)!r}"
@@ -102,7 +104,7 @@ class CaptionFile:
             if recorded.get(name) != self.settings.get(name)
         ]
         if differing:
-            raise ValueError(
+            raise ManifestError(
                 f"{self.path}: its {len(self.done)} captions were made with other settings: {'; '.join(differing)}; "
                 "give the same, or another output"
             )
@@ -118,9 +120,9 @@ class CaptionFile:
             self.failed[name] = {"reason": outcome.reason, "draw": outcome.draw}
             return
         if name in self.done:
-            raise ValueError(f"{self.path}: {name} has a caption already")
+            raise ManifestError(f"{self.path}: {name} has a caption already")
         row = {"image": name, "dense": outcome.text, "seed": outcome.seed, "finish": outcome.finish}
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = to_json(row).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) < len(line):
@@ -134,7 +136,7 @@ class CaptionFile:
 
     def _write_failures(self) -> None:
         if self.failed:
-            rows = [json.dumps({"image": name, **row}, ensure_ascii=False) for name, row in self.failed.items()]
+            rows = [to_json({"image": name, **row}) for name, row in self.failed.items()]
             write_text(self.failed_path, "\n".join(rows) + "\n")
         else:
             self.failed_path.unlink(missing_ok=True)
@@ -149,7 +151,7 @@ def mend_last_line(path: Path) -> None:
         if last.endswith(b"\n") or not last:
             return
         try:
-            complete = isinstance(json.loads(last), dict)
+            complete = isinstance(parse_json(decode_text(last, str(path)), str(path)), dict)
         except ValueError:
             complete = False
         end = file.seek(0, os.SEEK_END)
@@ -169,3 +171,13 @@ def _read_names(path: Path) -> set[str]:
             raise ManifestError(f"{path}:{line}: {name} stands in line {lines[name]} already; take one of them out")
         lines[name] = line
     return set(lines)
+
+
+def _read_failures(path: Path) -> Failures:
+    failures: Failures = {}
+    for line, row in read_json_lines(path):
+        name, reason, draw = row.get("image"), row.get("reason"), row.get("draw", 0)
+        if not isinstance(name, str) or not isinstance(reason, str | None) or type(draw) is not int or draw < 0:
+            raise ManifestError(f'{path}:{line}: expected "image", "reason" and "draw"; mend or remove the file')
+        failures[name] = {"reason": reason or "", "draw": draw}
+    return failures

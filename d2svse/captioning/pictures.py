@@ -97,7 +97,11 @@ class Captioner(Protocol):
 
 
 def find_pictures(
-    source: str | os.PathLike[str], *, split: str | None = None, image_folder: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    image_folder: str | os.PathLike[str] | None = None,
+    allow_missing: bool = False,
 ) -> list[Picture]:
     """The pictures of a folder, or of any data layout that training reads.
 
@@ -109,6 +113,7 @@ def find_pictures(
             where `split` is given.
         split: which split, where the layout has several.
         image_folder: where relative image paths start.
+        allow_missing: take a layout's images that are not there too.
 
     Raises:
         FileNotFoundError: if there are no pictures.
@@ -118,8 +123,9 @@ def find_pictures(
     if Path(source).is_dir() and split is None:
         paths = find_images(source)
     else:
-        records = read_records(source, split=split, image_folder=image_folder)
-        require_pictures(records, source)
+        records = read_records(source, split=split, image_folder=image_folder, allow_missing=allow_missing)
+        if not allow_missing:
+            require_pictures(records, source)
         paths = []
         for record in records:
             if isinstance(record.image, StoredImage):
@@ -129,12 +135,7 @@ def find_pictures(
 
 
 def _name(path: Path, base: Path) -> str:
-    name = (path.relative_to(base) if path.is_relative_to(base) else path.resolve()).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ManifestError(f"{name!r}: a file name that is not UTF-8 cannot stand in JSON; rename it") from None
-    return name
+    return (path.relative_to(base) if path.is_relative_to(base) else path.resolve()).as_posix()
 
 
 def take_shard(pictures: Sequence[Picture], shard: str) -> list[Picture]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from d2svse.captioning.text import find_repetition, first_sentences
-from d2svse.data.manifest import ManifestError, read_json_lines
+from d2svse.data.manifest import ManifestError, as_caption, read_json_lines
 from d2svse.files import write_text
+from d2svse.text import to_json
 
 PERCENTILES = (5, 50, 95, 99)
 TOKENIZING_CHUNK = 10_000
@@ -64,7 +64,7 @@ def report_captions(
     for line, row in read_json_lines(Path(path)):
         text = row[_text_field(row, f"{path}:{line}")].strip()
         name = str(row.get("image", f"line {line}"))
-        ends[row.get("finish")] += 1
+        ends[str(row["finish"]) if row.get("finish") is not None else None] += 1
         if not text:
             empty.append(name)
             continue
@@ -98,15 +98,18 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
     from transformers import AutoConfig, AutoTokenizer
 
     from d2svse.models.configuration import D2SVSEConfig
+    from d2svse.models.folder import check_contents, loading
     from d2svse.models.processing import D2SVSEProcessor, check_vocabulary, longest_sentence
 
     if Path(name).is_dir():
+        check_contents(name)
         check_vocabulary(name)
-    config = AutoConfig.from_pretrained(name)
-    if isinstance(config, D2SVSEConfig):
-        processor = D2SVSEProcessor.from_pretrained(name)
-        return processor.tokenizer, processor.max_length
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if isinstance(config, D2SVSEConfig):
+            processor = D2SVSEProcessor.from_pretrained(name, trust_remote_code=False)
+            return processor.tokenizer, processor.max_length
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return tokenizer, min(tokenizer.model_max_length, longest_sentence(config))
 
 
@@ -120,15 +123,22 @@ def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[s
     rows = []
     for line, row in read_json_lines(Path(source)):
         field = _text_field(row, f"{source}:{line}")
-        rows.append(json.dumps({**row, field: first_sentences(row[field], sentences)}, ensure_ascii=False))
+        short = {**row, field: first_sentences(row[field], sentences)}
+        try:
+            rows.append(to_json(short))
+        except ValueError as error:  # a NaN, which JSON has none of
+            raise ManifestError(f"{source}:{line}: {error}") from None
     write_text(output, "".join(row + "\n" for row in rows))
     return len(rows)
 
 
 def _text_field(row: Mapping[str, Any], where: str) -> str:
     field = "dense" if "dense" in row else "text"
-    if not isinstance(row.get(field), str):
-        raise ManifestError(f'{where}: expected "dense" (or "text") with a text, got {row.get(field)!r}')
+    text = row.get(field)
+    if not isinstance(text, str):
+        raise ManifestError(f'{where}: expected "dense" (or "text") with a text, got {text!r:.80}')
+    if text.strip():
+        as_caption(text, where)
     return field
 
 

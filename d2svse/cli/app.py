@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -26,7 +27,10 @@ from d2svse.cli import (
     train,
 )
 from d2svse.cli.common import examples
+from d2svse.text import visible
 from d2svse.version import __version__
+
+_SPACES = re.compile("[ \t\r\n]+")  # other separators of lines are shown, not joined
 
 app = typer.Typer(
     name="d2svse",
@@ -99,5 +103,5 @@ def _fail(error: Exception) -> None:
         raise error
     message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
     if message.strip():  # without a command typer has printed the help already
-        typer.echo(f"d2svse: {' '.join(message.split())}", err=True)
+        typer.echo(f"d2svse: {visible(' '.join(_SPACES.split(message.strip())))}", err=True)
     sys.exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse.cli.common import examples, prepare_process, print_table
+from d2svse.text import to_json, visible
 
 if TYPE_CHECKING:
     from d2svse.captioning.pictures import Captioner, Picture
@@ -71,7 +71,7 @@ def local(
     from d2svse.captioning.pictures import Sampling
 
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    pictures = _pictures(source, split, image_folder, shard)
+    pictures = _pictures(source, split, image_folder, shard, on_bad_image)
     placed: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     captioner = LlavaCaptioner.from_pretrained(model, sampling, batch_size=batch_size, tries=tries, **placed)
     notes = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -112,16 +112,19 @@ def endpoint(
         raise ValueError(f"--api-key-env {api_key_env}: there is no such variable in the environment, or it is empty")
     limits: dict[str, Any] = {"timeout": timeout, "tries": tries, "max_requests": max_requests, "backoff": backoff}
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    pictures = _pictures(source, split, image_folder, shard)
+    pictures = _pictures(source, split, image_folder, shard, on_bad_image)
     captioner = EndpointCaptioner(url, model, sampling, api_key=key, concurrency=concurrency, **limits)
     notes = {"url": captioner.base}
     _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
 
 
-def _pictures(source: str, split: str | None, image_folder: Path | None, shard: str) -> list[Picture]:
+def _pictures(
+    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: str
+) -> list[Picture]:
     from d2svse.captioning.pictures import find_pictures, take_shard
 
-    return take_shard(find_pictures(source, split=split, image_folder=image_folder), shard)
+    skips = on_bad_image == "skip"
+    return take_shard(find_pictures(source, split=split, image_folder=image_folder, allow_missing=skips), shard)
 
 
 def _run(
@@ -144,12 +147,13 @@ def _run(
     summary = caption_pictures(captioner, pictures, output, settings, **options)
     skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
     typer.echo(
-        f"{output}: {summary.done} of {len(pictures)} pictures have a caption, {summary.made} of them new{skipped}"
+        f"{visible(str(output))}: {summary.done} of {len(pictures)} pictures have a caption, "
+        f"{summary.made} of them new{skipped}"
     )
     if sentences is not None and summary.done:
         short = output.with_name(f"{output.stem}-{sentences}-sentences.jsonl")
         shorten_captions(output, short, sentences)
-        typer.echo(f"{short}: the first {sentences} sentences of each")
+        typer.echo(f"{visible(str(short))}: the first {sentences} sentences of each")
     if summary.left:
         failed = ""
         if summary.failed:
@@ -158,7 +162,7 @@ def _run(
         message = (
             f"d2svse: {summary.left} pictures are left without a caption{failed}; the same command tries them again"
         )
-        typer.echo(" ".join(message.split()), err=True)
+        typer.echo(visible(" ".join(message.split())), err=True)
         raise typer.Exit(1)
 
 
@@ -173,7 +177,8 @@ def shorten(
 
     if output.exists():
         raise FileExistsError(f"{output}: is there already; give another name")
-    typer.echo(f"{output}: {shorten_captions(file, output, sentences)} captions of at most {sentences} sentences")
+    count = shorten_captions(file, output, sentences)
+    typer.echo(f"{visible(str(output))}: {count} captions of at most {sentences} sentences")
 
 
 @app.command(
@@ -204,7 +209,7 @@ def report(
         tokenizer, limit = load_tokenizer(text)
     found = report_captions(file, tokenizer, max_length or limit)
     if as_json:
-        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        typer.echo(to_json(asdict(found)))
         return
     rows = {"words": found.words} | ({"tokens": found.tokens} if found.tokens else {})
     names = list(found.words)
@@ -225,4 +230,4 @@ def report(
 
 
 def _listed(names: list[str]) -> str:
-    return f"; the first: {', '.join(names)}" if names else ""
+    return f"; the first: {visible(', '.join(names))}" if names else ""

@@ -15,7 +15,7 @@ app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, a
 @app.command("published", epilog=examples("d2svse convert published f30k_vit.pth models/f30k-vit"))
 def published(
     checkpoint: Annotated[Path, typer.Argument(help="The published .pth file.")],
-    output: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    output: Annotated[Path, typer.Argument(help="The model folder to write; other files in it stay.")],
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of the tokenizer.", show_default="bert-base-uncased from the Hub"),
@@ -34,6 +34,7 @@ def published(
 ) -> None:
     """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
     prepare_process()
+    from d2svse.files import shown
     from d2svse.hub import convert_published
     from d2svse.hub.architecture import SETTINGS
 
@@ -54,7 +55,7 @@ def published(
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     config: Any = model.config
     kind = f"stage {stage}, {config.vision_config.model_type}, embed_dim {config.embed_dim}"
-    typer.echo(f"{output}: {kind}, {millions:.1f} million parameters")
+    typer.echo(f"{shown(output)}: {kind}, {millions:.1f} million parameters")
 
 
 @app.command("to-published", epilog=examples("d2svse convert to-published models/f30k-vit f30k_vit.pth"))
@@ -64,7 +65,8 @@ def to_published(
 ) -> None:
     """Write a model folder in the published format."""
     prepare_process()
+    from d2svse.files import shown
     from d2svse.hub import write_published
 
     write_published(folder, output)
-    typer.echo(f"{output}: written")
+    typer.echo(f"{shown(output)}: written")

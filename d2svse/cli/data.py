@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from d2svse.cli.common import examples
+from d2svse.text import visible
 
 NAMED_IMAGES = 10
 
@@ -32,8 +33,13 @@ def convert(
     dense: Annotated[
         str | None, typer.Option(help="long or short200 of the published layout, auto, field, concat or a JSONL file.")
     ] = None,
-    image_column: Annotated[str, typer.Option(help="Column of the images of a datasets dataset.")] = "image",
-    caption_column: Annotated[str, typer.Option(help="Column of its captions.")] = "caption",
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the images of a table, a manifest or a datasets dataset.", show_default="image"),
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Column of its captions.", show_default="caption; captions of a manifest")
+    ] = None,
     without_pictures: Annotated[
         bool, typer.Option("--without-pictures", help="Do not ask that the pictures are there.")
     ] = False,
@@ -42,14 +48,22 @@ def convert(
     from d2svse.data.manifest import write_manifest
     from d2svse.data.readers import read_records, require_pictures
 
-    columns = {"image_column": image_column, "caption_column": caption_column}
-    records = read_records(source, format, split=split, image_folder=image_folder, dense=dense, **columns)
+    records = read_records(
+        source,
+        format,
+        split=split,
+        image_folder=image_folder,
+        dense=dense,
+        image_column=image_column,
+        caption_column=caption_column,
+        allow_missing=without_pictures,
+    )
     if not without_pictures:
         require_pictures(records, source)
     write_manifest(output, records)
     captions = sum(len(record.captions) for record in records)
     texts = sum(record.dense is not None for record in records)
-    typer.echo(f"{output}: {len(records)} images, {captions} captions, {texts} dense")
+    typer.echo(f"{visible(str(output))}: {len(records)} images, {captions} captions, {texts} dense")
 
 
 @app.command("dense", epilog=examples("d2svse data dense train.jsonl --from dense.jsonl -o train-dense.jsonl"))
@@ -81,13 +95,13 @@ def dense(
     texts = dense_texts(records, from_, dense_folder(manifest, image_folder))
     missing = [str(record.image) for record, text in zip(records, texts, strict=True) if text is None]
     if missing:
-        named = ", ".join(missing[:NAMED_IMAGES]) + (", …" if len(missing) > NAMED_IMAGES else "")
+        named = ", ".join(map(visible, missing[:NAMED_IMAGES])) + (", …" if len(missing) > NAMED_IMAGES else "")
         found = f"{len(missing)} of {len(records)} images have no dense text from {from_}: {named}"
         if not allow_missing:
             raise ManifestError(f"{found}; caption them, or write them without it (--allow-missing)")
         typer.echo(found, err=True)
     write_manifest(output, [replace(record, dense=text) for record, text in zip(records, texts, strict=True)])
-    typer.echo(f"{output}: {len(records)} images, {len(records) - len(missing)} with dense text")
+    typer.echo(f"{visible(str(output))}: {len(records)} images, {len(records) - len(missing)} with dense text")
 
 
 @app.command("shard", epilog=examples("d2svse data shard train.jsonl shards/train"))
@@ -100,16 +114,35 @@ def shard(
     ] = None,
     dense: Annotated[str | None, typer.Option(help="Where dense text comes from, as of `train`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in a shard.")] = 1000,
+    on_bad_image: Annotated[
+        str, typer.Option(help="error, or skip to count, list and leave out broken and missing images.")
+    ] = "error",
 ) -> None:
     """Pack pictures and texts into WebDataset tar shards, to train from a disk or a web server."""
-    from d2svse.data.readers import read_records, require_pictures
-    from d2svse.data.shards import write_shards
+    from typing import get_args
 
-    records = read_records(source, split=split, image_folder=image_folder, dense=dense)
-    require_pictures(records, source)
-    index = write_shards(records, output, images_per_shard, show_progress_bar=True)
-    count = -(-len(records) // images_per_shard)
-    typer.echo(f"{index}: {len(records)} images in {count} shards")
+    from d2svse.data import ImageTextDataset
+    from d2svse.data.readers import detect_format, refuse_links
+    from d2svse.data.shards import write_shards
+    from d2svse.images import OnBadImage
+
+    if on_bad_image not in get_args(OnBadImage):
+        raise ValueError(f"--on-bad-image takes {' or '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
+    format = detect_format(source)
+    dataset = ImageTextDataset.from_source(
+        source,
+        format,
+        split=split,
+        image_folder=image_folder,
+        dense=dense,
+        on_bad_image="skip" if on_bad_image == "skip" else None,  # what is packed is decoded anyway
+        show_progress_bar=True,
+    )
+    refuse_links(dataset.records, source, format, image_folder)
+    index = write_shards(dataset.records, output, images_per_shard, show_progress_bar=True)
+    count = -(-len(dataset) // images_per_shard)
+    skipped = f"; {len(dataset.skipped)} skipped" if dataset.skipped else ""
+    typer.echo(f"{visible(str(index))}: {len(dataset)} images in {count} shards{skipped}")
 
 
 @app.command(
@@ -126,4 +159,4 @@ def index_shards(
     outside = [name for name in shards if not is_url(name) and Path(name).resolve().parent != output.resolve().parent]
     if outside:
         raise ValueError(f"{outside[0]}: local shards and their index must lie in one folder, {output.parent}")
-    typer.echo(write_index(shards, output))
+    typer.echo(visible(str(write_index(shards, output))))

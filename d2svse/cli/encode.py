@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from d2svse.cli.common import examples, load_model, readable_images
+from d2svse.text import to_json, visible
 
 EXAMPLES = examples(
     "d2svse encode MODEL --images photos -o photos.npy",
@@ -25,7 +26,8 @@ def encode(
 ) -> None:
     """Encode pictures or sentences to L2-normalised float32 vectors.
 
-    Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the picture or the sentence of each row.
+    Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the picture or the sentence of each row, one a line.
+    A name with a control character, or not in UTF-8, stands there as a JSON string; so does one that begins with ".
     """
     if output.suffix != ".npy":
         raise ValueError(f"--output takes a name that ends in .npy, got {output}")
@@ -34,6 +36,7 @@ def encode(
     import numpy as np
 
     from d2svse.files import write_text, written_aside
+    from d2svse.retrieval.sources import read_sentences
 
     if images is not None:
         if not images.is_dir():
@@ -44,12 +47,14 @@ def encode(
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:
         assert texts is not None
-        names = texts.read_text(encoding="utf-8").splitlines()
-        for line, sentence in enumerate(names, start=1):
-            if not sentence.strip():
-                raise ValueError(f"{texts}:{line}: an empty line, expected a sentence")
+        names = read_sentences(texts)
         vectors = load_model(model).encode_text(names, batch_size=batch_size, show_progress_bar=True)
     with written_aside(output) as aside, aside.open("wb") as file:
         np.save(file, vectors)
-    write_text(Path(f"{output}.rows.txt"), "".join(f"{name}\n" for name in names))
-    typer.echo(f"{output}: {len(vectors)} vectors of width {vectors.shape[1]}")
+    write_text(Path(f"{output}.rows.txt"), "".join(f"{_row(name)}\n" for name in names))
+    typer.echo(f"{visible(str(output))}: {len(vectors)} vectors of width {vectors.shape[1]}")
+
+
+def _row(name: str) -> str:
+    """A name on one line: as it is, or as JSON where it would not be one line or would look like JSON."""
+    return to_json(name) if visible(name) != name or name.startswith('"') else name

@@ -170,11 +170,12 @@ def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) 
     """The similarity asked for; arguments alone are for the model's own."""
     if name is None and not assignments:
         return None
+    from d2svse.similarity.base import similarity_options
+
     arguments = parse_assignments(assignments or [], "--similarity-arg")
     if name is not None:
         return {"name": name, **arguments}
-    own: Any = model.config.similarity or "cosine"
-    return ({"name": own} if isinstance(own, str) else dict(own)) | arguments
+    return similarity_options(model.config.similarity) | arguments
 
 
 def _print(result: Mapping[str, Any]) -> None:

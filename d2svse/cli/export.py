@@ -16,12 +16,14 @@ EXAMPLES = examples("d2svse export MODEL -o onnx")
 
 def export(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; other files in it stay.")],
     dense: Annotated[bool, typer.Option("--dense", help="Encode dense captions: without the context decoder.")] = False,
 ) -> None:
     """Write both encoders as ONNX, and the processor beside them."""
     loaded = load_model(model)
     from d2svse.export import export_onnx
+    from d2svse.files import shown
+    from d2svse.folders import written_files
 
     logging.disable(logging.WARNING)  # the exporter tells of torchvision, of folded constants and of axes
     try:
@@ -30,5 +32,5 @@ def export(
             export_onnx(loaded, output, dense)
     finally:
         logging.disable(logging.NOTSET)
-    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
-    typer.echo(f"{output}: image_encoder.onnx and text_encoder.onnx, {size:.1f} MB with the processor")
+    size = sum(file.stat().st_size for file in written_files(output)) / 1e6
+    typer.echo(f"{shown(output)}: image_encoder.onnx and text_encoder.onnx, {size:.1f} MB with the processor")

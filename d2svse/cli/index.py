@@ -1,4 +1,4 @@
-"""`d2svse index build`, `add`, `remove`, `info` and `tune`."""
+"""`d2svse index build`, `add`, `remove`, `compact`, `info` and `tune`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.text import to_json, visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex
@@ -18,7 +19,14 @@ app = typer.Typer(help="Indexes of pictures or sentences, to search in.", no_arg
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
 BatchSize = Annotated[int, typer.Option(help="Items encoded at a time.")]
 OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
-Model = Annotated[str | None, typer.Option(help="The model, if it is not where it was when the index was built.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="The model, if it is not where it was when the index was built, or is to be fetched."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out images and folders of such a name or path, such as '*.gif' or raw.")
+]
+FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Look into folders that links lead to.")]
 
 
 @app.command(
@@ -42,6 +50,11 @@ def build(
         str, typer.Option(help="Where the similarity compares tokens, find what it ranks by mean or pooled vectors.")
     ] = "mean",
     draft: Annotated[bool, typer.Option("--draft", help="Decode large JPEG files at a part of their size.")] = False,
+    exclude: Exclude = None,
+    follow_links: FollowLinks = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index of another model or source too.")
+    ] = False,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
 ) -> None:
@@ -50,6 +63,7 @@ def build(
 
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
     options |= {"side": side, "engine": engine, "shortlist": shortlist, "draft": draft, "batch_size": batch_size}
+    options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(
         load_model(model),
         source,
@@ -58,7 +72,7 @@ def build(
         show_progress_bar=True,
         **options,
     )
-    typer.echo(f"{output}: {_count(index)}")
+    typer.echo(f"{_shown(output)}: {_count(index)}")
     _list_skipped(index.skipped, output)
 
 
@@ -66,15 +80,28 @@ def build(
 def add(
     index: Index,
     source: Annotated[Path, typer.Argument(help="As of build; of a folder, what is gone is dropped.")],
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop more than a tenth of the index, or all below a folder, if it is gone.")
+    ] = False,
+    exclude: Exclude = None,
+    follow_links: FollowLinks = False,
     model: Model = None,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
 ) -> None:
     """Add what is new, encode again what has changed, and drop what is gone from a folder."""
     opened = open_index(index, model)
-    changes = opened.add(source, batch_size=batch_size, on_bad_image=on_bad_image, show_progress_bar=True)  # type: ignore[arg-type]
+    changes = opened.add(
+        source,
+        batch_size=batch_size,
+        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        prune=prune,
+        exclude=exclude or (),
+        follow_links=follow_links,
+        show_progress_bar=True,
+    )
     done = f"{len(changes.added)} added, {len(changes.changed)} encoded again, {len(changes.dropped)} dropped"
-    typer.echo(f"{index}: {done}; {_count(opened)}")
+    typer.echo(f"{_shown(index)}: {done}; {_count(opened)}")
     _list_skipped(changes.skipped, index)
 
 
@@ -86,7 +113,15 @@ def remove(
     """Remove pictures or sentences."""
     opened = open_index(index)
     opened.remove(ids)
-    typer.echo(f"{index}: {len(ids)} removed; {_count(opened)}")
+    typer.echo(f"{_shown(index)}: {len(ids)} removed; {_count(opened)}")
+
+
+@app.command("compact", epilog=examples("d2svse index compact INDEX"))
+def compact(index: Index) -> None:
+    """Write an index anew in few files, without what was removed or replaced."""
+    opened = open_index(index)
+    saved = opened.compact()
+    typer.echo(f"{_shown(index)}: {saved / 1e6:.1f} MB smaller; {_count(opened)}")
 
 
 @app.command(
@@ -100,9 +135,9 @@ def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Pri
     """Print what an index is: count, engine, width, model, fingerprint and bytes."""
     found = open_index(index).info()
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(to_json(found))
     else:
-        typer.echo("\n".join(f"{name:12} {value}" for name, value in found.items() if value is not None))
+        typer.echo("\n".join(f"{name:12} {visible(str(value))}" for name, value in found.items() if value is not None))
 
 
 @app.command("tune", epilog=examples("d2svse index tune INDEX --data val.jsonl"))
@@ -152,6 +187,10 @@ def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:
     return ImageTextIndex.load(folder, None if model is None else load_model(model))
 
 
+def _shown(path: Path) -> str:
+    return visible(str(path))
+
+
 def _count(index: ImageTextIndex) -> str:
     return f"{len(index)} {'pictures' if index.side == 'image' else 'sentences'}"
 
@@ -160,6 +199,5 @@ def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
     from d2svse.retrieval.store import SKIPPED
 
     if skipped:
-        typer.echo(
-            f"skipped {len(skipped)} pictures, listed in {folder / SKIPPED}; the first: {skipped[0][1]}", err=True
-        )
+        listed, first = _shown(folder / SKIPPED), visible(skipped[0][1])
+        typer.echo(f"skipped {len(skipped)} pictures, listed in {listed}; the first: {first}", err=True)

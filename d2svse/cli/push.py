@@ -56,6 +56,7 @@ def push(
     prepare_process()
     show_transfers()
     from d2svse.hub import CardFacts, push_folder
+    from d2svse.text import visible
 
     pushed = push_folder(
         folder,
@@ -68,7 +69,7 @@ def push(
         create_pr=pull_request,
     )
     if pushed.left_out:
-        typer.echo(f"not pushed (hidden, pickles, checkpoints): {', '.join(pushed.left_out)}", err=True)
+        typer.echo(f"not pushed (no files of a model): {visible(', '.join(pushed.left_out))}", err=True)
     if pushed.card_kept:
         typer.echo(f"the model card of {pushed.repo_id} was not written by a push and is kept", err=True)
     typer.echo(pushed.url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from d2svse.cli.common import examples, whole_lines
 from d2svse.cli.index import Model, open_index
+from d2svse.text import check_text, to_json, visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval import Hit
@@ -47,6 +47,8 @@ def search(
         raise ValueError("give sentences, pictures with --image, or both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
+    for number, text in enumerate(queries or [], start=1):
+        check_text(text, f"query {number}")
     opened = open_index(index, model)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the answers are sentences; take a name that ends in .html")
@@ -60,7 +62,8 @@ def search(
             query = {"text": sentence, "image": None if picture is None else str(picture)}
             found = [{"id": hit.id, "score": hit.score} for hit in hits]
             line: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
-            typer.echo(json.dumps({**line, "hits": found}, ensure_ascii=False))
+            notes = {"notes": hits.notes} if hits.notes else {}
+            typer.echo(to_json({**line, **notes, "hits": found}))
         else:
             _print_table(_words(sentence, picture), hits)
     if gallery is not None:
@@ -70,7 +73,7 @@ def search(
             draw_gallery([(_words(line, picture), [hit.id for hit in hits]) for line, picture, hits in asked], gallery)
         else:
             write_gallery_page(asked, gallery, pictures=opened.side == "image")
-        typer.echo(f"gallery: {gallery}", err=True)
+        typer.echo(f"gallery: {visible(str(gallery))}", err=True)
 
 
 def _words(sentence: str | None, picture: Path | None) -> str:
@@ -82,10 +85,10 @@ def _print_table(query: str, hits: Sequence[Hit]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(query), title_justify="left", box=SIMPLE, show_header=False)
+    table = Table(title=Text(visible(query)), title_justify="left", box=SIMPLE, show_header=False)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     for place, hit in enumerate(hits, start=1):
-        table.add_row(str(place), f"{hit.score:.4f}", Text(hit.id))
+        table.add_row(str(place), f"{hit.score:.4f}", Text(visible(hit.id)))
     whole_lines().print(table)

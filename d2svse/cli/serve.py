@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +28,13 @@ def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            help="Name by which browsers ask for the page, beside localhost and --host; repeat it for more.",
+        ),
+    ] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Make a public link too: all goes through servers of Gradio's makers.")
     ] = False,
@@ -36,16 +47,42 @@ def serve(
     for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page itself whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     _check_address(host, port)  # before what takes longer
-    with TemporaryDirectory(prefix="d2svse-serve-") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+    with _exit_on_signals(), TemporaryDirectory(prefix="d2svse-serve-", ignore_cleanup_errors=True) as scratch:
+        os.environ["GRADIO_TEMP_DIR"] = scratch
+        from d2svse.serving.guard import Hosts
         from d2svse.serving.page import SearchPage
 
+        Hosts(host, allowed_host or ())
         page = SearchPage(open_index(index, model))
-        public = page.launch(host, port, share=share)
-        typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")
-        if share:
-            typer.echo(f"public: {public}" if public else "no public link: Gradio's servers gave none", err=not public)
-        page.blocks.block_thread()
+        try:
+            public = page.launch(host, port, share=share, allowed_hosts=allowed_host or ())
+            typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")
+            if share:
+                said = f"public: {public}" if public else "no public link: Gradio's servers gave none"
+                typer.echo(said, err=not public)
+            page.blocks.block_thread()
+        finally:
+            page.close()
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP ordinary exits, so that what was uploaded is removed."""
+
+    def leave(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not end the removal
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(name, leave) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
 
+OUT_OF_MEMORY = "memory ran out: lower --batch-size, or keep it and encode in parts with --chunk-size"
 _DATA, _MODEL, _TRAINING = "Data", "Model", "Training"
 
 EXAMPLES = examples(
@@ -16,6 +19,37 @@ EXAMPLES = examples(
     "d2svse train --config runs/a/recipe.yaml --lr 3e-4 -o runs/b",
     "d2svse train --config runs/b/recipe.yaml --resume",
 )
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Let one of the processes that train together say why they all end, in one sentence."""
+    import torch
+
+    from d2svse.training.distributed import is_main_process, lost_another, speaks_first
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if is_main_process():
+            typer.echo(f"d2svse: {str(stop) or 'stopped before training'}", err=True)
+        raise typer.Exit(130) from None
+    except (OSError, ValueError, ImportError):
+        if speaks_first():
+            raise
+        raise typer.Exit(2) from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{OUT_OF_MEMORY} ({str(error).partition('.')[0]})") from None
+    except MemoryError:
+        raise ValueError(OUT_OF_MEMORY) from None
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise ValueError(OUT_OF_MEMORY) from None
+        if not lost_another(error):
+            raise
+        if speaks_first():
+            raise OSError("another process of this run has ended; its own message, or torchrun's, says why") from None
+        raise typer.Exit(2) from None
 
 
 def train(
@@ -149,7 +183,8 @@ def train(
     from d2svse.training.distributed import is_main_process
     from d2svse.training.recipe import STAGES, Recipe, read_recipe, run_recipe
 
-    values: dict[str, Any] = read_recipe(config) if config else {}
+    with _one_sentence():
+        values: dict[str, Any] = read_recipe(config) if config else {}
     given = {
         "train": train, "val": val, "train_split": train_split, "val_split": val_split,
         "image_folder": image_folder, "dense": dense, "on_bad_image": on_bad_image,
@@ -160,6 +195,8 @@ def train(
     values |= {name: value for name, value in given.items() if value is not None}
 
     def section(name: str) -> dict[str, Any]:
+        if not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"{config}: {name} must be a mapping, got {values[name]!r:.80}")
         values[name] = dict(values.get(name) or {})
         return values[name]
 
@@ -181,8 +218,9 @@ def train(
             raise ValueError(f"--set {key}: no stage {stage!r}; known are {', '.join(STAGES)}")
         section(stage if dot else "training")[name if dot else key] = value
 
-    recipe = Recipe.from_mapping(values, config or "options")
-    results = run_recipe(recipe)
+    with _one_sentence():
+        recipe = Recipe.from_mapping(values, config or "options")
+        results = run_recipe(recipe)
     if not is_main_process():
         return
     print_recalls(results, f"validation, {Path(recipe.val).name}")

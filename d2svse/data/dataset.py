@@ -75,7 +75,7 @@ class ImageTextDataset:
             image_folder: where relative image paths start; the layout's usual place without it.
             dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
                 published layout; None leaves it as it is.
-            on_bad_image: decode every picture first, and stop at a bad one ("error") or leave it
+            on_bad_image: decode every picture first, and stop at a bad or missing one ("error") or leave it
                 out and list it in `skipped` ("skip"); None looks only whether they are there.
                 Pictures behind http are not fetched for this; a bad one stops what reads it.
             show_progress_bar: show one on the terminal for that.
@@ -83,8 +83,10 @@ class ImageTextDataset:
         Raises:
             ManifestError: if the source cannot be used; the message names file and line.
         """
-        records = read_records(source, format, split=split, image_folder=image_folder, dense=dense)
-        require_pictures(records, source)
+        skips = on_bad_image == "skip"
+        records = read_records(source, format, split=split, image_folder=image_folder, dense=dense, allow_missing=skips)
+        if not skips:
+            require_pictures(records, source)
         remote = any(isinstance(record.image, StoredImage) and record.image.remote for record in records)
         if on_bad_image is None or remote:
             return cls(records, source)

@@ -1,13 +1,13 @@
-"""What the readers of layouts share: text files, captions, where the pictures are."""
+"""What the readers of layouts share: text files, captions, ids, where the pictures are."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from d2svse.data.manifest import ManifestError
+from d2svse import text
+from d2svse.data.manifest import ManifestError, as_caption
 
 IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
 
@@ -19,34 +19,53 @@ def read_json(path: Path) -> Any:
         ManifestError: if it is missing or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path}: not JSON ({error})") from None
+        return text.read_json(path)
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise ManifestError(error) from None
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        ManifestError: if the file is missing or in another encoding.
+    """
+    try:
+        return text.read_text(path)
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise ManifestError(error) from None
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines, without blank ones at the end; a line ends at a newline and at no other sign.
 
     Raises:
-        ManifestError: if the file is missing or no text.
+        ManifestError: if the file is missing or in another encoding.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file]
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not a text file ({error})") from None
+    lines = [line.strip() for line in text.split_lines(read_text(path))]
     while lines and not lines[-1]:
         lines.pop()
     return lines
 
 
-def as_sentence(value: Any) -> str:
-    """A caption in one line, or an empty string for what is none."""
-    return " ".join(value.split()) if isinstance(value, str) else ""
+def as_sentence(value: Any, where: str) -> str:
+    """A caption in one line.
+
+    Raises:
+        ManifestError: if it is no text, is empty, or holds half a character.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ManifestError(f"{where}: an empty caption")
+    return " ".join(as_caption(value, where).split())
+
+
+def as_id(value: Any) -> str | None:
+    """An id as text, so that 7, 7.0 and "7" are one; None for what is no id."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value).strip() or None
 
 
 def find_image_folder(beside: Path, given: str | os.PathLike[str] | None) -> Path:

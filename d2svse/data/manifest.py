@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,16 @@ from typing import Any, Literal
 
 from d2svse.files import write_text
 from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
+from d2svse.text import check_text, parse_json, read_lines, to_json, visible
 
 DenseSource = Literal["auto", "field", "concat"]
 
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; the message names the file and the line and what was expected."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message)))  # names and values in it come from files of any origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,12 @@ class Record:
 
     Attributes:
         image: path of the picture, or a picture in a shard.
-        captions: its sparse captions, at least one.
+        captions: its sparse captions, at least one; a single string is one caption.
         dense: its dense caption, or None.
         line: line of the manifest, from 1; 0 where the source has no lines.
+
+    Raises:
+        ValueError: if a caption is no text, is empty, or holds half a character.
     """
 
     image: Path | StoredImage
@@ -35,17 +41,35 @@ class Record:
     dense: str | None = None
     line: int = 0
 
+    def __post_init__(self) -> None:
+        captions = (self.captions,) if isinstance(self.captions, str) else tuple(self.captions)
+        for text in captions if self.dense is None else (*captions, self.dense):
+            check_text(text, f"a caption of {visible(os.fspath(self.image))}")
+        object.__setattr__(self, "captions", captions)
+        if isinstance(self.image, str):
+            object.__setattr__(self, "image", Path(self.image))
+
     def where(self, source: str | os.PathLike[str]) -> str:
         """The source, and the line if there is one, for messages."""
         return f"{os.fspath(source)}:{self.line}" if self.line else os.fspath(source)
 
 
-def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None) -> list[Record]:
+def read_manifest(
+    path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    allow_missing: bool = False,
+    image_column: str = "image",
+    caption_column: str = "captions",
+) -> list[Record]:
     """Read and check a manifest.
 
     Args:
         path: the JSONL file; empty lines are passed over.
         image_folder: where relative image paths start; the manifest's own folder without it.
+        allow_missing: take images that are not there too; whoever reads them finds out.
+        image_column: the field with the path of the image.
+        caption_column: the field with the captions, a list or a single one.
 
     Raises:
         ManifestError: if a line is not JSON, lacks a field, has an empty caption or an empty list
@@ -57,12 +81,12 @@ def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[
     lines: dict[Path, int] = {}
     for line, row in read_json_lines(path):
         where = f"{path}:{line}"
-        image = row.get("image")
+        image = row.get(image_column)
         if not isinstance(image, str) or not image:
-            raise ManifestError(f'{where}: expected "image" with the path of a picture, got {image!r}')
-        captions, dense = record_texts(row, where)
+            raise ManifestError(f'{where}: expected "{image_column}" with the path of a picture, got {image!r:.80}')
+        captions, dense = record_texts(row, where, caption_column)
         file = folder / image
-        if not file.is_file():
+        if not allow_missing and not os.path.isfile(file):
             raise ManifestError(f"{where}: the picture {file} is not there; paths are relative to {folder}")
         if file in lines:
             raise ManifestError(f"{where}: {image} stands in line {lines[file]} already; join its captions in one line")
@@ -73,21 +97,46 @@ def read_manifest(path: str | os.PathLike[str], image_folder: str | os.PathLike[
     return records
 
 
-def record_texts(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], str | None]:
+def record_texts(
+    row: dict[str, Any], where: str, caption_column: str = "captions"
+) -> tuple[tuple[str, ...], str | None]:
     """The captions and the dense text of a row.
 
     Raises:
         ManifestError: if there is no caption, or one that is no sentence.
     """
-    captions, dense = row.get("captions"), row.get("dense")
-    if not isinstance(captions, list) or not captions:
-        raise ManifestError(f'{where}: expected "captions" with at least one sentence, got {captions!r}')
+    dense = row.get("dense")
+    captions = as_captions(row.get(caption_column), where, caption_column)
+    if dense is not None and (not isinstance(dense, str) or not dense.strip()):
+        raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r:.80}')
+    return captions, None if dense is None else as_caption(dense, where)
+
+
+def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, ...]:
+    """A list of captions, or a single one, as a tuple.
+
+    Raises:
+        ManifestError: if there is no caption, or one that is no sentence.
+    """
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list | tuple) or not captions:
+        raise ManifestError(f'{where}: expected "{column}" with at least one sentence, got {value!r:.80}')
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r}")
-    if dense is not None and (not isinstance(dense, str) or not dense.strip()):
-        raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r}')
-    return tuple(captions), dense
+            raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r:.80}")
+    return tuple(as_caption(caption, where) for caption in captions)
+
+
+def as_caption(value: Any, where: str) -> str:
+    """A text that a tokenizer can take.
+
+    Raises:
+        ManifestError: if it is no text, is empty, or holds half a character.
+    """
+    try:
+        return check_text(value, where)
+    except ValueError as error:
+        raise ManifestError(error) from None
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -102,7 +151,7 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
         data: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
         if record.dense is not None:
             data["dense"] = record.dense
-        return json.dumps(data, ensure_ascii=False)
+        return to_json(data)
 
     write_text(path, "".join(row(record) + "\n" for record in records))
 
@@ -114,12 +163,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ManifestError: if the file is missing or not text, or a line is not a JSON object.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from parse_json_lines(file, path)
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ManifestError(f"{path}: not a text file ({error})") from None
+        lines = read_lines(path)
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise ManifestError(error) from None
+    yield from parse_json_lines(lines, path)
 
 
 def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,9 +179,9 @@ def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> It
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ManifestError(f"{source}:{line}: not JSON ({error}); expected one object a line") from None
+            row = parse_json(text, f"{os.fspath(source)}:{line}")
+        except ValueError as error:
+            raise ManifestError(f"{error}; expected one object a line") from None
         if not isinstance(row, dict):
             raise ManifestError(f"{source}:{line}: expected a JSON object, got {type(row).__name__}")
         yield line, row
@@ -226,12 +273,23 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
         if len(rows) != len(records):
             raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one each")
         return [_text_of(path, line, row) for line, row in rows]
-    by_image = {(base / str(row["image"])).resolve(): _text_of(path, line, row) for line, row in rows}
-    return [by_image.get(Path(record.image).resolve()) for record in records]
+    texts: dict[str, str] = {}
+    for line, row in rows:
+        if not isinstance(row["image"], str):
+            raise ManifestError(f'{path}:{line}: expected "image" with the path of a picture, got {row["image"]!r:.80}')
+        texts[_real_path(base / row["image"])] = _text_of(path, line, row)
+    return [texts.get(_real_path(record.image)) for record in records]
+
+
+def _real_path(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a name that no file can have
+        return os.fspath(path)
 
 
 def _text_of(path: Path, line: int, row: dict[str, Any]) -> str:
     text = row.get("dense", row.get("text"))
     if not isinstance(text, str) or not text.strip():
-        raise ManifestError(f'{path}:{line}: expected "dense" (or "text") with a text, got {text!r}')
-    return text
+        raise ManifestError(f'{path}:{line}: expected "dense" (or "text") with a text, got {text!r:.80}')
+    return as_caption(text, f"{path}:{line}")

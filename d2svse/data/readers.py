@@ -8,14 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines
-from d2svse.data.manifest import ManifestError, Record, join_dense, read_json_lines, read_manifest
+from d2svse.data.layout import as_id, as_sentence, find_image_folder, read_json, read_lines
+from d2svse.data.manifest import (
+    ManifestError,
+    Record,
+    as_caption,
+    as_captions,
+    join_dense,
+    read_json_lines,
+    read_manifest,
+)
 from d2svse.data.shards import INDEX_FILE, is_url, read_shards
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files import written_aside
 from d2svse.images import StoredImage
 
 FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets", "shards")
+FORMATS_WITH_COLUMNS = ("manifest", "table", "datasets")
+FORMATS_OF_RELATIVE_NAMES = ("published", "karpathy", "coco")  # what these name lies in the folder of images
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
 
 
@@ -26,8 +36,9 @@ def read_records(
     split: str | None = None,
     image_folder: str | os.PathLike[str] | None = None,
     dense: str | os.PathLike[str] | None = None,
-    image_column: str = "image",
-    caption_column: str = "caption",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    allow_missing: bool = False,
 ) -> list[Record]:
     """Read images and captions of any known layout.
 
@@ -40,8 +51,10 @@ def read_records(
         image_folder: where relative image paths start; by default the layout's usual place.
         dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
             published layout; None leaves what the layout has, of the published one the long text.
-        image_column: column of the images of a `datasets` dataset.
-        caption_column: column of its captions.
+        image_column: column of the images of a table or a `datasets` dataset, or field of a manifest;
+            the layout's usual one without it.
+        caption_column: the same of the captions.
+        allow_missing: take a manifest's images that are not there too; other readers do not look.
 
     Raises:
         ManifestError: if the files do not hold what the layout should; the message names the
@@ -54,17 +67,23 @@ def read_records(
         raise ValueError(f"unknown data format {format!r}; known are auto, {', '.join(FORMATS)}")
     has_splits = format in ("published", "karpathy")
     if has_splits and split is None:
-        raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split)")
+        known = _published_splits(Path(source)) if format == "published" else []
+        listed = f": {', '.join(known)}" if known else ""
+        raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split){listed}")
     if not has_splits and format != "datasets" and split is not None:
         raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
     published_dense = str(dense) if dense in DENSE_SUFFIXES else None
     if published_dense and format != "published":
         raise ValueError(f"{os.fspath(source)}: dense text {dense!r} is of the published layout, and this is {format}")
+    given = {"image_column": image_column, "caption_column": caption_column}
+    columns = {name: column for name, column in given.items() if column is not None}
+    if columns and format not in FORMATS_WITH_COLUMNS:
+        option = "--" + next(iter(columns)).replace("_", "-")
+        raise ValueError(f"{os.fspath(source)}: a {format} source has no columns to choose from; leave out {option}")
     path = Path(source)
     if format == "manifest":
-        records = read_manifest(source, image_folder)
+        records = read_manifest(source, image_folder, allow_missing=allow_missing, **columns)
     elif format == "datasets":
-        columns = {"image_column": image_column, "caption_column": caption_column}
         records = read_datasets(os.fspath(source), split, image_folder=image_folder, **columns)
     elif format == "published":
         records = read_published(path, str(split), image_folder=image_folder, dense=published_dense)
@@ -72,8 +91,10 @@ def read_records(
         records = read_shards(source)
     elif format == "karpathy":
         records = read_karpathy(path, str(split), image_folder=image_folder)
+    elif format == "coco":
+        records = read_coco(path, image_folder=image_folder)
     else:
-        records = (read_coco if format == "coco" else read_table)(path, image_folder=image_folder)
+        records = read_table(path, image_folder=image_folder, **columns)
     seen: set[Path | StoredImage] = set()
     for record in records:
         if record.image in seen:
@@ -104,14 +125,19 @@ def detect_format(source: str | os.PathLike[str]) -> str:
         raise ManifestError(f"{path}: no data layout that is known; looked for {looked}")
     if not path.is_file():
         raise ManifestError(f"{path}: no such file or folder")
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".json":
         content = read_json(path)
+        if isinstance(content, list):
+            return "table"
         if isinstance(content, dict) and "annotations" in content:
             return "coco"
         if isinstance(content, dict) and "images" in content:
             return "karpathy"
-        raise ManifestError(f'{path}: expected "images" with sentences (Karpathy) or with "annotations" (COCO)')
-    return "table" if path.suffix in (".csv", ".txt", ".token", ".tsv") else "manifest"
+        raise ManifestError(
+            f'{path}: expected "images" with sentences (Karpathy) or with "annotations" (COCO), or a list of rows'
+        )
+    return "table" if suffix in (".csv", ".txt", ".token", ".tsv") else "manifest"
 
 
 def read_published(
@@ -132,6 +158,10 @@ def read_published(
         ManifestError: if a file is missing or counts do not match.
     """
     folder = Path(folder)
+    if not (folder / f"{split}_caps.txt").is_file():
+        known = _published_splits(folder)
+        meant = f"; did you mean {', '.join(known)}?" if known else ""
+        raise ManifestError(f"{folder / f'{split}_caps.txt'}: no such file{meant}")
     captions = read_lines(folder / f"{split}_caps.txt")
     ids = read_lines(folder / f"{split}_ids.txt")
     names = read_json(folder / "id_mapping.json")
@@ -155,7 +185,7 @@ def read_published(
             raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption")
         if not isinstance(names, dict) or not isinstance(names.get(image), str):
             raise ManifestError(f"{folder}: id {image} of {split}_ids.txt is not in id_mapping.json with a file name")
-        grouped.setdefault(image, []).append(caption)
+        grouped.setdefault(image, []).append(as_caption(caption, f"{folder / f'{split}_caps.txt'}:{line}"))
         lines.setdefault(image, line)
     texts = _published_dense(folder, split, len(grouped), dense)
     pictures = find_image_folder(folder, image_folder)
@@ -180,28 +210,31 @@ def read_karpathy(
     """
     path, wanted = Path(path), set(split.split("+"))
     pictures = find_image_folder(path.parent, image_folder)
-    records, seen = [], set()
+    records: list[Record] = []
+    seen: set[str] = set()
     for row, image in enumerate(_items(path, "images"), start=1):
         where = f"{path}: image {row}"
         name, part, sentences = image.get("filename"), image.get("split"), image.get("sentences")
+        if not isinstance(part, str):
+            raise ManifestError(f'{where}: expected "split" with a name, got {part!r:.80}')
         seen.add(part)
         if part not in wanted:
             continue
         part_of_path = image.get("filepath", "")
-        well_formed = isinstance(name, str) and isinstance(part_of_path, str) and isinstance(sentences, list)
+        well_formed = isinstance(name, str) and name and isinstance(part_of_path, str) and isinstance(sentences, list)
         if not well_formed or not sentences or not all(isinstance(sentence, dict) for sentence in sentences):
             raise ManifestError(f'{where}: expected "filename" and "sentences" with objects')
         expected = image.get("sentids", sentences)
+        if not isinstance(expected, list):
+            raise ManifestError(f'{where} ({name}): expected "sentids" with a list, got {expected!r:.80}')
         if len(expected) != len(sentences):
             raise ManifestError(f"{where} ({name}): {len(sentences)} sentences and {len(expected)} sentids")
-        captions = tuple(as_sentence(sentence.get("raw")) for sentence in sentences)
-        if not all(captions):
-            raise ManifestError(f"{where} ({name}): an empty caption")
+        captions = tuple(as_sentence(sentence.get("raw"), f"{where} ({name})") for sentence in sentences)
         records.append(Record(pictures / part_of_path / name, captions))
     missing = wanted - seen
     if missing:
         raise ManifestError(
-            f"{path}: no split {', '.join(sorted(missing))}; it has {', '.join(sorted(map(str, seen)))}"
+            f"{path}: no split {', '.join(sorted(missing))}; it has {', '.join(sorted(seen)) or 'none'}"
         )
     return records
 
@@ -214,20 +247,19 @@ def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[s
     """
     path = Path(path)
     pictures = find_image_folder(path.parent, image_folder)
-    names: dict[Any, str] = {}
+    names: dict[str, str] = {}
     for row, image in enumerate(_items(path, "images"), start=1):
-        name = image.get("file_name")
-        if not isinstance(name, str) or image.get("id") in names:
-            raise ManifestError(f'{path}: image {row}: expected "file_name" and an "id" of its own, got {image}')
-        names[image.get("id")] = name
-    captions: dict[Any, list[str]] = {image: [] for image in names}
+        key, name = as_id(image.get("id")), image.get("file_name")
+        if key is None or not isinstance(name, str) or not name or key in names:
+            raise ManifestError(f'{path}: image {row}: expected "file_name" and an "id" of its own, got {image!r:.200}')
+        names[key] = name
+    captions: dict[str, list[str]] = {image: [] for image in names}
     for row, annotation in enumerate(_items(path, "annotations"), start=1):
-        owner, caption = annotation.get("image_id"), as_sentence(annotation.get("caption"))
-        if owner not in captions:
-            raise ManifestError(f"{path}: annotation {row} is of image {owner}, which is not among the images")
-        if not caption:
-            raise ManifestError(f"{path}: annotation {row} has an empty caption")
-        captions[owner].append(caption)
+        owner = as_id(annotation.get("image_id"))
+        if owner is None or owner not in captions:
+            told = annotation.get("image_id")
+            raise ManifestError(f"{path}: annotation {row} is of image {told!r:.80}, which is not among the images")
+        captions[owner].append(as_sentence(annotation.get("caption"), f"{path}: annotation {row}"))
     bare = [image for image, sentences in captions.items() if not sentences]
     if bare:
         raise ManifestError(
@@ -269,7 +301,10 @@ def read_datasets(
     if isinstance(source, str):
         where = source
         saved = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
-        source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+        try:
+            source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, **_no_foreign_code())
+        except Exception as error:  # whatever it raises for a broken folder
+            raise ManifestError(f"{where}: datasets cannot read it ({type(error).__name__}: {error})") from error
     else:
         where = type(source).__name__
     if isinstance(source, dict):
@@ -279,19 +314,31 @@ def read_datasets(
     for column in (image_column, caption_column):
         if column not in source.column_names:
             raise ManifestError(f"{where}: no column {column!r}; it has {', '.join(source.column_names)}")
+    try:
+        source = source.cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ManifestError(f"{where}: column {image_column!r} holds no images ({error})") from None
     captions_of: dict[Path, list[str]] = {}
-    for row, item in enumerate(source.cast_column(image_column, datasets.Image(decode=False))):
+    for row, item in enumerate(source):
         held = item[caption_column]
-        captions = [as_sentence(caption) for caption in ([held] if isinstance(held, str) else held or [])]
-        if not captions or not all(captions):
-            raise ManifestError(f"{where}: row {row} has an empty caption")
-        image = item[image_column]
+        at = f"{where}: row {row}"
+        if held is None or held == "" or held == []:
+            raise ManifestError(f"{at} has an empty caption")
+        captions = [as_sentence(caption, at) for caption in as_captions(held, at, caption_column)]
+        image = item[image_column] or {"bytes": None, "path": None}
         if image["bytes"] is None and image["path"]:
             picture = Path(image["path"])
         else:
             picture = _write_picture(image["bytes"], row, image_folder, where)
         captions_of.setdefault(picture, []).extend(captions)
     return [Record(picture, tuple(captions)) for picture, captions in captions_of.items()]
+
+
+def _no_foreign_code() -> dict[str, bool]:
+    """The option by which `datasets` before 4 runs no code of a data set; later ones never do, and have no such."""
+    import datasets
+
+    return {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
 
 
 def dense_folder(source: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None) -> Path:
@@ -308,12 +355,45 @@ def require_pictures(records: Sequence[Record], source: str | os.PathLike[str]) 
         ManifestError: naming the first that is not, and how many are not.
     """
     paths = [record.image for record in records if not isinstance(record.image, StoredImage)]
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ManifestError(
             f"{os.fspath(source)}: {len(missing)} of {len(records)} pictures are not there, the first is {missing[0]}; "
             "give the folder that holds them with image_folder (--image-folder)"
         )
+
+
+def refuse_links(
+    records: Sequence[Record],
+    source: str | os.PathLike[str],
+    format: str,
+    image_folder: str | os.PathLike[str] | None = None,
+) -> None:
+    """Check that no image leaves the data set's folder by a link, before images are packed.
+
+    The folder is `image_folder`, or else the source's own. A manifest and a table may name images elsewhere
+    openly; other layouts name what lies in the folder.
+
+    Raises:
+        ManifestError: naming the first that does.
+    """
+    base = dense_folder(source, image_folder)
+    real_base = Path(os.path.realpath(base))
+    for record in records:
+        if isinstance(record.image, StoredImage):
+            continue
+        named = Path(os.path.abspath(record.image))
+        if format not in FORMATS_OF_RELATIVE_NAMES and not named.is_relative_to(os.path.abspath(base)):
+            continue
+        if not Path(os.path.realpath(record.image)).is_relative_to(real_base):
+            raise ManifestError(
+                f"{record.where(source)}: {record.image} leaves the folder {base}, by a link or by its name; "
+                "copy the image there, or name the folder that holds the images (--image-folder)"
+            )
+
+
+def _published_splits(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix("_caps.txt") for path in folder.glob("*_caps.txt"))
 
 
 def _write_picture(content: bytes | None, row: int, folder: str | os.PathLike[str] | None, where: str) -> Path:
@@ -347,14 +427,17 @@ def _published_dense(folder: Path, split: str, count: int, dense: str | None) ->
     for line, row in rows:
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise ManifestError(f'{files[0]}:{line}: expected "text" with a text, got {text!r}')
-        texts.append(text.strip())
+            raise ManifestError(f'{files[0]}:{line}: expected "text" with a text, got {text!r:.80}')
+        texts.append(as_caption(text.strip(), f"{files[0]}:{line}"))
     return texts
 
 
 def _items(path: Path, key: str) -> list[dict[str, Any]]:
     content = read_json(path)
     items = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+    if not isinstance(items, list):
         raise ManifestError(f'{path}: expected "{key}" with a list of objects')
+    for row, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise ManifestError(f"{path}: {key.removesuffix('s')} {row}: expected an object, got {item!r:.80}")
     return items

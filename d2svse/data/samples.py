@@ -15,6 +15,7 @@ from d2svse.data import augment
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.images import ImageError, load_image
 from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.tokenizing import word_ids
 
 
 class SupportsRows(Protocol):
@@ -74,14 +75,14 @@ class EpochBatches(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._whole_batches())
+        return sum(1 for _ in self.whole_batches())
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        for batch in self._whole_batches():
+        for batch in self.whole_batches():
             own = np.array_split(batch, self.world_size)[self.rank]
             yield [Draw(self.epoch, int(row)) for row in own] or [Draw(self.epoch, int(batch[0]), counted=False)]
 
-    def _whole_batches(self) -> Iterator[np.ndarray]:
+    def whole_batches(self) -> Iterator[np.ndarray]:
         """The batches of all processes together."""
         size = self.batch_size * self.world_size
         for rows in self._rounds():
@@ -120,6 +121,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         image_tokens: the vision backbone's tokens of each image, by row, to give instead of pixels;
             pictures are then neither read nor augmented.
         keep_pixels: read and prepare each picture once, and keep its pixels in memory.
+        num_embeddings: how many token ids the text backbone knows; as many as the tokenizer without it.
 
     Raises:
         ValueError: if dense text is asked for and an image has none, or if pictures are to be augmented and kept.
@@ -140,6 +142,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         teacher_embeddings: Tensor | None = None,
         image_tokens: SupportsRows | None = None,
         keep_pixels: bool = False,
+        num_embeddings: int | None = None,
     ) -> None:
         if keep_pixels and augment_images:
             raise ValueError("keep_pixels keeps pictures as they are: set augment_images to False too")
@@ -154,7 +157,10 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         self.image_of_row = dataset.image_of_caption if text == "sparse" and captions_per_epoch == "all" else None
         if self.image_of_row is not None:
             self.first_caption = np.searchsorted(self.image_of_row, np.arange(len(dataset)))
-        self.replacements = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+        known = min(len(tokenizer), num_embeddings or len(tokenizer))
+        self.replacements = np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
+        mask = tokenizer.mask_token_id
+        self.mask_token_id = None if mask is None or mask >= known else mask
 
     def __len__(self) -> int:
         return len(self.dataset) if self.image_of_row is None else len(self.image_of_row)
@@ -220,6 +226,5 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         if not self.augment_words:
             return encoded["input_ids"]
         rng = augment.generator(self.seed, epoch, index, augment.WORDS)
-        return augment.augment_words(
-            encoded["input_ids"], encoded.word_ids(), rng, self.processor.tokenizer.mask_token_id, self.replacements
-        )
+        words = word_ids(self.processor.tokenizer, encoded)
+        return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)

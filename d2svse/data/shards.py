@@ -11,30 +11,47 @@ and other tools read them too.
 from __future__ import annotations
 
 import io
-import json
+import logging
 import os
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image
 
-from d2svse.data.manifest import ManifestError, Record, parse_json_lines, record_texts
+from d2svse.cpu import usable_cores
+from d2svse.data.manifest import ManifestError, Record, as_captions, parse_json_lines, record_texts
 from d2svse.files import write_text, written_aside
-from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix
+from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, load_image
 from d2svse.progress import progress_bar
+from d2svse.text import decode_text, parse_json, read_lines, split_lines, to_json, visible
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 INDEX_FILE = "shards.jsonl"
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds
+# What an index, a tar file or a server of unknown origin may make this process hold.
+MAX_INDEX_BYTES = 2**30
+MAX_IMAGE_BYTES = 2**29
+MAX_TEXT_BYTES = 2**22
+MAX_HEADER_BYTES = 2**20
+MAX_MEMBERS = 2_000_000
+MAX_REDIRECTS = 5
+NAMED_PROBLEMS = 10
+PACKED_AT_ONCE = 32  # images that are read and checked in threads before they are written
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +101,9 @@ class ShardImage(StoredImage):
             content = _fetch_range(self.shard, self.offset, self.size)
         else:
             with open(self.shard, "rb") as file:
-                file.seek(self.offset)
-                content = file.read(self.size)
+                end = os.fstat(file.fileno()).st_size
+                file.seek(min(self.offset, end))
+                content = file.read(max(0, min(self.size, end - self.offset)))
         if len(content) != self.size:
             raise OSError(f"{len(content)} of {self.size} bytes are there; is {INDEX_FILE} that of these shards?")
         return content
@@ -104,7 +122,8 @@ def write_shards(
 ) -> Path:
     """Pack records into tar shards and write their index; the files of pictures are copied as they are.
 
-    A run that was stopped goes on with the first shard that is not there yet.
+    Each is decoded first, so that nothing but images is packed. A run that was stopped goes on with the
+    first shard that is not there yet.
 
     Args:
         records: images and texts.
@@ -117,6 +136,7 @@ def write_shards(
 
     Raises:
         ValueError: if `images_per_shard` is not positive, or pictures lie in shards of that folder.
+        ImageError: if a picture cannot be decoded.
         OSError: if a picture cannot be read.
     """
     if images_per_shard < 1:
@@ -140,50 +160,99 @@ def write_shards(
             (folder / INDEX_FILE).unlink(missing_ok=True)  # it would point into what is replaced
             with written_aside(path) as aside:
                 _write_shard(aside, part)
-        rows += index_shard(path)
-    write_text(folder / INDEX_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        found, problems = _scan_shard(path)
+        if problems:
+            raise ManifestError(f"{path}: {problems[0]}")
+        rows += found
+    _write_index(folder / INDEX_FILE, rows)
     return folder / INDEX_FILE
 
 
 def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of the index for one tar shard, local or behind http, by reading through it.
 
-    Texts come from `KEY.json` (`captions`, a list, or `caption`, and `dense`) or from the lines of
-    `KEY.txt`.
+    Texts come from `KEY.json` (`captions`, a list, or `caption`, and `dense`) or else from the lines of
+    `KEY.txt`. Members may stand in any order. A sample that cannot be used (without image, without caption,
+    with a text in another encoding, with a link for a file) is left out; a warning counts and lists these.
 
     Raises:
-        ManifestError: if it is no tar file, a picture has no captions, or captions have no picture.
+        ManifestError: if it is no tar file, is compressed, damaged or cut short, or has no sample that can be used.
     """
-    name = os.fspath(source) if is_url(source) else Path(source).name
-    pictures: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, Any]] = {}
+    rows, problems = _scan_shard(source)
+    if not rows:
+        raise ManifestError(f"{_shard_name(source)}: {problems[0] if problems else 'no samples in it'}")
+    if problems:
+        listed = [*problems[:NAMED_PROBLEMS], *(["…"] if len(problems) > NAMED_PROBLEMS else [])]
+        found = f"{_shard_name(source)}: left out {len(problems)} of {len(rows) + len(problems)} samples:"
+        logger.warning("\n  ".join(visible(text) for text in [found, *listed]))
+    return rows
+
+
+def _shard_name(source: str | os.PathLike[str]) -> str:
+    return os.fspath(source) if is_url(source) else Path(source).name
+
+
+def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of the index, and why other samples have none."""
+    images: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, dict[str, Any]]] = {}  # by key and suffix
+    problems: dict[str, str] = {}
     try:
         with _open_tar(source) as tar:
-            for member in tar:
-                key, suffix = os.path.splitext(member.name)
-                if has_image_suffix(member.name):
-                    pictures[key] = member
-                elif suffix in (".json", ".txt"):
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    texts[key] = texts.get(key, {}) | _texts(file.read().decode(), suffix)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ManifestError(f"{name}: not a tar shard ({error})") from None
-    for key, text in texts.items():
-        if text.get("captions") and key not in pictures:
-            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise ManifestError(f"{name}: {key} has captions but no picture; expected {key} with one of {suffixes}")
+            for member in _members_of(tar):
+                stem, suffix = os.path.splitext(member.name)
+                key, suffix = stem.removeprefix("./"), suffix.lower()
+                is_image = has_image_suffix(member.name)
+                if os.path.basename(key).startswith("._") or not (is_image or suffix in (".json", ".txt")):
+                    continue
+                earlier = images if is_image else {k for k, held in texts.items() if suffix in held}
+                problem = _misfit(member, MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES)
+                if problem is None and key in earlier:
+                    problem = "is there twice, or beside another image of that name"
+                if problem is not None:
+                    problems.setdefault(key, f"{member.name} {problem}")
+                elif is_image:
+                    images[key] = {"image": member.name, "offset": member.offset_data, "size": member.size}
+                else:
+                    try:
+                        texts.setdefault(key, {})[suffix] = _texts(tar, member, suffix)
+                    except ValueError as error:
+                        problems.setdefault(key, str(error))
+    except ManifestError:
+        raise
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, MemoryError, RecursionError, LookupError) as error:
+        raise ManifestError(f"{_shard_name(source)}: not a tar shard ({error})") from None
     rows = []
-    for key, member in pictures.items():
-        if not texts.get(key, {}).get("captions"):
-            raise ManifestError(f"{name}: {member.name} has no captions; expected {key}.json or {key}.txt")
-        place = {"shard": name, "image": member.name, "offset": member.offset_data, "size": member.size}
-        rows.append(place | texts[key])
-    return rows
+    for key in dict.fromkeys([*images, *texts]):
+        held = texts.get(key, {})
+        text = {**held.get(".txt", {}), **held.get(".json", {})}
+        if key in problems:
+            continue
+        if key not in images:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            problems[key] = f"{key} has captions but no picture; expected {key} with one of {suffixes}"
+        elif not text.get("captions"):
+            problems[key] = f"{images[key]['image']} has no captions; expected {key}.json or {key}.txt"
+        else:
+            rows.append({"shard": _shard_name(source), **images[key], **text})
+    return rows, list(problems.values())
+
+
+def _misfit(member: tarfile.TarInfo, most: int) -> str | None:
+    """Why a member cannot be read as a file by its place in the shard, or None."""
+    if not member.isreg() or member.issparse():
+        kind = "a folder" if member.isdir() else "a link" if member.issym() or member.islnk() else "no plain file"
+        return f"is {kind}, expected a file"
+    if not member.size:
+        return "is empty"
+    return f"has {member.size} bytes; at most {most} are read" if member.size > most else None
 
 
 def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """Read the index of shards.
+
+    An index names shards in its own folder (or below it). One on this disk may name addresses too, which a
+    warning tells; one from a server names none but its own.
 
     Args:
         source: `shards.jsonl`, its folder, or its URL.
@@ -193,26 +262,81 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """
     if is_url(source):
         path = url_of_index(str(source))
-        lines = _decoded(fetch(path), path)
+        try:
+            lines = split_lines(decode_text(fetch(path), path))
+        except ValueError as error:
+            raise ManifestError(error) from None
     else:
         path = os.fspath(Path(source) / INDEX_FILE if Path(source).is_dir() else source)
         try:
-            lines = _decoded(Path(path).read_bytes(), path)
+            lines = read_lines(path)
+        except ValueError as error:
+            raise ManifestError(error) from None
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
     records = []
+    places: dict[str, str] = {}
     for line, row in parse_json_lines(lines, path):
+        where = f"{path}:{line}"
         shard, image, offset, size = (row.get(name) for name in ("shard", "image", "offset", "size"))
         if not isinstance(shard, str) or not isinstance(image, str):
-            raise ManifestError(f'{path}:{line}: expected "shard" and "image" with names, got {shard!r} and {image!r}')
-        if not isinstance(offset, int) or not isinstance(size, int) or min(offset, size) < 0:
-            raise ManifestError(f'{path}:{line}: expected "offset" and "size" in bytes, got {offset!r} and {size!r}')
-        where = urljoin(path, shard) if is_url(path) else shard if is_url(shard) else str(Path(path).parent / shard)
-        captions, dense = record_texts(row, f"{path}:{line}")
-        records.append(Record(ShardImage(where, image, offset, size), captions, dense, line))
+            raise ManifestError(
+                f'{where}: expected "shard" and "image" with names, got {shard!r:.80} and {image!r:.80}'
+            )
+        if type(offset) is not int or type(size) is not int or min(offset, size) < 0 or offset > 2**60:
+            raise ManifestError(f'{where}: expected "offset" and "size" in bytes, got {offset!r:.80} and {size!r:.80}')
+        if size > MAX_IMAGE_BYTES:
+            raise ManifestError(f"{where}: an image of {size} bytes; at most {MAX_IMAGE_BYTES} are read")
+        if shard not in places:
+            places[shard] = _place_of_shard(path, shard, where)
+        captions, dense = record_texts(row, where)
+        records.append(Record(ShardImage(places[shard], image, offset, size), captions, dense, line))
     if not records:
         raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
+    hosts = sorted({urlsplit(place).netloc for place in places.values() if is_url(place)})
+    if hosts and not is_url(path):
+        logger.warning("%s: its images are fetched from %s", visible(path), visible(", ".join(hosts)))
     return records
+
+
+def _place_of_shard(index: str, shard: str, where: str) -> str:
+    """Path or URL of a shard that an index names.
+
+    Raises:
+        ManifestError: if an index may not name it.
+    """
+    outside = f"{where}: the shard {shard} lies outside the folder of the index, which names what is in it alone"
+    if is_url(index):
+        folder = urlsplit(urljoin(index, "."))
+        try:
+            place = urljoin(index, shard)
+            parts = urlsplit(place)
+        except ValueError:
+            raise ManifestError(outside) from None
+        same_server = (parts.scheme, parts.netloc) == (folder.scheme, folder.netloc)
+        path = unquote(parts.path)
+        if not same_server or not parts.path.startswith(folder.path) or ".." in path.replace("\\", "/").split("/"):
+            raise ManifestError(outside)
+        return place
+    if is_url(shard):
+        try:
+            parts = urlsplit(shard)
+        except ValueError:
+            raise ManifestError(f"{where}: {shard} is no address") from None
+        if not parts.hostname or parts.username or parts.password:
+            raise ManifestError(f"{where}: {shard} is no address of a shard")
+        return shard
+    folder_path = Path(index).parent
+    path = str(folder_path / shard)
+    try:
+        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder_path))
+    except ValueError:  # a name that no file can have
+        inside = False
+    if not inside or os.path.isabs(shard):
+        raise ManifestError(f"{outside}; copy it there")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ManifestError(f"{where}: {path} is no file")
+    return path
 
 
 def url_of_index(url: str) -> str:
@@ -220,39 +344,70 @@ def url_of_index(url: str) -> str:
     return url if urlsplit(url).path.endswith(".jsonl") else f"{url.rstrip('/')}/{INDEX_FILE}"
 
 
-def _decoded(content: bytes, path: str) -> list[str]:
-    try:
-        return content.decode("utf-8-sig").split("\n")  # a caption may hold other line signs
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: not UTF-8 ({error})") from None
+class _Refused(OSError):
+    """An answer of a server that is not followed; asking again does not help."""
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a few redirects: on the same server, or to https."""
+
+    max_redirections = MAX_REDIRECTS
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.scheme != "https" and (new.scheme, new.netloc) != (old.scheme, old.netloc):
+            raise _Refused(
+                f"a redirect to {new.scheme}://{new.netloc}; only those to https or to the same server are followed"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = build_opener(_Redirects)
 
 
 def fetch(url: str) -> bytes:
     """The whole content of a URL.
 
     Raises:
-        OSError: if it cannot be had.
+        OSError: if it cannot be had, or is larger than an index may be.
     """
-    return _request(url)[1]
+    return _request(url, {}, MAX_INDEX_BYTES)[1]
 
 
 def _fetch_range(url: str, offset: int, size: int) -> bytes:
-    status, content = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"})
+    if not size:
+        return b""
+    status, content = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
     if status != HTTPStatus.PARTIAL_CONTENT:
         raise OSError(f"{url}: the server does not serve parts of a file (range requests)")
     return content
 
 
-def _request(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
-    """Status and content; what may pass is tried again."""
+def _request(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
+    """Status and content."""
+
+    def ask() -> tuple[int, bytes]:
+        with _OPENER.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
+            if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
+                return response.status, b""  # do not fetch a whole shard for a picture
+            return response.status, _read_response(response, most)
+
+    return _try(url, ask)
+
+
+def _try(url: str, ask: Callable[[], Answer]) -> Answer:
+    """Ask a server; what may pass is tried again."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with urlopen(Request(url, headers=headers or {}), timeout=TIMEOUT) as response:
-                if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
-                    return response.status, b""  # do not fetch a whole shard for a picture
-                return response.status, response.read()
+            return ask()
+        except (_Refused, ValueError) as error:
+            raise OSError(f"{url}: {error}") from None
         except HTTPError as error:
             problem, passes = f"status {error.code}", error.code >= 500 or error.code == HTTPStatus.TOO_MANY_REQUESTS
+            if error.code < 400:
+                problem = f"redirects more than {MAX_REDIRECTS} times, or nowhere"
         except (OSError, HTTPException) as error:
             problem, passes = str(error) or type(error).__name__, True
         if not passes:
@@ -262,22 +417,72 @@ def _request(url: str, headers: dict[str, str] | None = None) -> tuple[int, byte
     raise OSError(f"{url}: {problem}, {ATTEMPTS} times")
 
 
+def _read_response(response: Any, most: int) -> bytes:
+    content = bytearray()
+    while part := response.read(min(2**20, most + 1 - len(content))):
+        content += part
+        if len(content) > most:
+            raise _Refused(f"an answer of more than {most} bytes, which is not read")
+    if response.length:
+        raise HTTPException(f"the connection ended {response.length} bytes early")
+    return bytes(content)
+
+
 def _write_shard(path: Path, records: dict[str, Record]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, record in records.items():
-            for name, content in _members(key, record):
-                member = tarfile.TarInfo(name)  # without owner and time: the same records give the same bytes
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    items = list(records.items())
+    with tarfile.open(path, "w") as tar, ThreadPoolExecutor(usable_cores()) as pool:
+        for first in range(0, len(items), PACKED_AT_ONCE):
+            for members in pool.map(_checked_members, items[first : first + PACKED_AT_ONCE]):
+                for name, content in members:
+                    member = tarfile.TarInfo(name)  # without owner and time: the same records give the same bytes
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+@dataclass(frozen=True, slots=True)
+class _Content(StoredImage):
+    """The bytes of an image that were read already."""
+
+    image: Path | StoredImage
+    content: bytes
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.image)
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        return (len(self.content),)
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+
+def _checked_members(item: tuple[str, Record]) -> list[tuple[str, bytes]]:
+    """The members of a sample, its image decoded: what else a name or a link leads to is not packed."""
+    key, record = item
+    members = list(_members(key, record))
+    try:
+        load_image(_Content(record.image, members[0][1]))
+    except ImageError as error:
+        raise ImageError(f"{error}; mend it, or leave such images out with --on-bad-image skip") from None
+    return members
 
 
 def _members(key: str, record: Record) -> Iterator[tuple[str, bytes]]:
     texts: dict[str, Any] = {"captions": list(record.captions)}
     if record.dense is not None:
         texts["dense"] = record.dense
+    if not isinstance(record.image, StoredImage) and not record.image.is_file():
+        raise ImageError(f"{record.image}: no such image")
+    if not isinstance(record.image, StoredImage) and record.image.stat().st_size > MAX_IMAGE_BYTES:
+        raise ImageError(f"{record.image}: an image of more than {MAX_IMAGE_BYTES} bytes")
     content = record.image.read_bytes()
     yield key + _image_suffix(record.image, content), content
-    yield f"{key}.json", json.dumps(texts, ensure_ascii=False).encode()
+    yield f"{key}.json", to_json(texts).encode()
 
 
 def _image_suffix(image: Path | StoredImage, content: bytes) -> str:
@@ -307,21 +512,76 @@ def _holds(path: Path, records: dict[str, Record]) -> bool:
         return False
 
 
-def _texts(content: str, suffix: str) -> dict[str, Any]:
+def _texts(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> dict[str, Any]:
+    """The captions and the dense text of a member, those of them that it has.
+
+    Raises:
+        ValueError: if it cannot be read; the message names the member.
+    """
+    file = tar.extractfile(member)
+    content = decode_text(file.read() if file else b"", member.name)
     if suffix == ".txt":
-        return {"captions": [line.strip() for line in content.splitlines() if line.strip()]}
-    row = json.loads(content)
+        captions = [line.strip() for line in split_lines(content) if line.strip()]
+        return {"captions": list(as_captions(captions, member.name))} if captions else {}
+    row = parse_json(content, member.name)
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object with captions, got {type(row).__name__}")
-    captions = row.get("captions", row.get("caption"))
-    texts = {"captions": [captions] if isinstance(captions, str) else captions}
-    return texts | ({"dense": row["dense"]} if row.get("dense") else {})
+        raise ValueError(f"{member.name}: expected a JSON object with captions, got {type(row).__name__}")
+    found = row.get("captions", row.get("caption"))
+    if not found:
+        return {}
+    held, dense = record_texts({"captions": found, "dense": row.get("dense") or None}, member.name)
+    return {"captions": list(held)} | ({"dense": dense} if dense else {})
 
 
-def _open_tar(source: str | os.PathLike[str]) -> tarfile.TarFile:
-    if is_url(source):
-        return tarfile.open(fileobj=io.BytesIO(fetch(str(source))))
-    return tarfile.open(source)
+class _Member(tarfile.TarInfo):
+    """A member whose header is checked: `tarfile` takes a broken one for the end, and goes back by a negative size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or cut short: {error}") from None
+        is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+        if member.size < 0 or (not is_file and member.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header with a size of {member.size} bytes")
+        return member
+
+
+def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, none of them kept."""
+    last = -1
+    for number in range(MAX_MEMBERS + 1):
+        member = tar.next()
+        if member is None:
+            return
+        if number == MAX_MEMBERS:
+            raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
+        if member.size < 0 or member.offset <= last:
+            raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+        last = member.offset
+        yield member
+        tar.members.clear()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _open_tar(source: str | os.PathLike[str]) -> Iterator[tarfile.TarFile]:
+    """A tar file that is not compressed, whose members' places are those of the file."""
+    remote = is_url(source)
+    with _open_stream(str(source)) if remote else open(source, "rb") as file:
+        start = file.peek(8)
+        for mark, kind in COMPRESSED.items():
+            if start.startswith(mark):
+                name = _shard_name(source)
+                raise ManifestError(f"{name}: compressed with {kind}, so images have no place in it; unpack it first")
+        with tarfile.open(fileobj=file, mode="r|" if remote else "r:", tarinfo=_Member) as tar:
+            yield tar
+
+
+def _open_stream(url: str) -> io.BufferedReader:
+    return _try(url, lambda: io.BufferedReader(_OPENER.open(Request(url), timeout=TIMEOUT)))
 
 
 def index_shards(sources: Iterable[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:
@@ -330,7 +590,13 @@ def index_shards(sources: Iterable[str | os.PathLike[str]], output: str | os.Pat
     Args:
         sources: tar files beside the index, or URLs.
         output: the index to write, named `shards.jsonl`.
+
+    Raises:
+        ManifestError: as `index_shard`.
     """
-    rows = [row for source in sources for row in index_shard(source)]
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_index(output, [row for source in dict.fromkeys(sources) for row in index_shard(source)])
     return Path(output)
+
+
+def _write_index(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))

@@ -14,6 +14,7 @@ from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
 
 from d2svse.models import D2SVSEConfig
 from d2svse.models.decoder import Placement
+from d2svse.models.folder import MAX_IMAGE_SIZE
 
 HEAD_WIDTH = 64  # of ViT and BERT in all published sizes; no shape tells it
 DECODER_HEADS, ATTENTION_HEADS = 4, 8
@@ -98,7 +99,9 @@ def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
     for name in ("img_res", "decoder_heads"):
         value = values[name]
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+            raise ValueError(f"{name} must be a positive whole number, got {value!r:.80}")
+        if value is not None and value > MAX_IMAGE_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_IMAGE_SIZE}, got {value!r:.80}")
     for name in ("no_res_embed", "mask_padding"):
         if not isinstance(values[name], bool | None):
             raise ValueError(f"{name} must be true or false, got {values[name]!r}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from d2svse.hub.publishable import publishable
+from d2svse.similarity.base import similarity_options
+from d2svse.text import read_json
 
 CARD_MARK = "<!-- Written by d2svse push. Without this line a later push leaves the card as it is. -->"
 PIPELINE_TAG = "zero-shot-image-classification"
@@ -116,7 +116,10 @@ def result_of_evaluation(path: str | os.PathLike[str], fingerprint: str) -> Resu
         ValueError: if it is no such file, or of another model or several.
     """
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: expected what d2svse eval --output writes ({error})") from None
+    try:
         models, split = result["models"], result["split"]
         if len(models) != 1 or models[0]["revision"]["fingerprint"] != fingerprint:
             raise ValueError(f"{os.fspath(path)}: the result of another model; evaluate the one that is pushed")
@@ -129,7 +132,7 @@ def result_of_evaluation(path: str | os.PathLike[str], fingerprint: str) -> Resu
             result["metrics"],
             scores=similarity if result["candidates"] == "all" else f"{similarity}, {result['candidates']}",
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{os.fspath(path)}: expected what d2svse eval --output writes ({type(error).__name__}: {error})"
         ) from None
@@ -239,7 +242,7 @@ def _metadata(
 
 
 def _similarity(config: Mapping[str, Any]) -> str:
-    return str((config.get("similarity") or {}).get("name", "cosine"))
+    return str(similarity_options(config.get("similarity"))["name"])
 
 
 def _architecture(config: Mapping[str, Any], run: Mapping[str, Any]) -> str:

@@ -16,7 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2svse.hub.unpickling import plain, stand_ins
+from d2svse.models.weights import check_archive
+
 WHOLE_NUMBERS = re.compile(r"\.(num_batches_tracked|position_ids|token_type_ids|relative_position_index)$")
+
+
+# What wrappers put into the names: DataParallel and DDP, torch.compile, FSDP, activation checkpoints.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MAX_READ = 2**26
+FURTHER_CLASSES = (  # that torch itself allows; the last two are names of Python 2, by which its protocol goes
+    "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.complex",
+    "builtins.long", "builtins.unicode",
+)  # fmt: skip
+# Which would take as much memory as the file asks for.
+GREEDY = ("builtins.bytearray", "torch.Tensor", "torch.storage.UntypedStorage", "torch.storage.TypedStorage")
 
 
 @dataclass
@@ -37,7 +51,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a published file; of classes it may hold `argparse.Namespace` alone, and nothing in it is run.
+    """Read a published file; its options may hold plain values, paths and NumPy's numbers, and nothing in it is run.
+
+    Names of tensors lose what DataParallel, DDP and `torch.compile` put into them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -46,15 +62,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
+    check_archive(path)
+    greedy = next((name for name in classes_in(path) if name in GREEDY), None)
+    if greedy:
+        raise ValueError(f"{path}: refused, nothing in it was run: it asks for {greedy}, which takes any memory")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(stand_ins()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except Exception as error:  # a hostile or broken pickle can raise anything
         names = re.findall(r"GLOBAL ([\w.]+)", str(error)) or [n for n in classes_in(path) if not _is_allowed(n)]
         if names:
             raise ValueError(
                 f"{path}: refused, nothing in it was run: it asks for {names[0]}; a checkpoint may hold tensors, "
-                "plain values and argparse.Namespace"
+                "plain values, argparse.Namespace, paths and NumPy's numbers"
             ) from None
         told = str(error).strip()  # of the unpickler torch tells how to trust a file, which is no advice here
         detail = type(error).__name__ if not told or "eights only" in told else told.splitlines()[0][:200]
@@ -74,17 +94,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f'{path}: expected "opt" to hold options, got {type(opt).__name__}')
     options = vars(opt) if isinstance(opt, argparse.Namespace) else opt
     rest = {name: value for name, value in content.items() if name not in ("model", "opt")}
-    return Checkpoint(path, weights, dict(options), rest)
+    try:
+        return Checkpoint(path, weights, plain(options), {**rest, **_plain_numbers(rest)})
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: its options are nested too deep, or are too many") from None
 
 
 def _named_tensors(path: Path, model: Mapping[Any, Any]) -> dict[str, Tensor]:
     """The tensors by their names, without `module.`, each looked at."""
     weights: dict[str, Tensor] = {}
     for key, tensor in model.items():
-        name = str(key).removeprefix("module.")
+        name = _WRAPPERS.sub("", str(key))
         problem = None
         if name in weights:
-            problem = "stands there twice, with and without module."
+            problem = "stands there twice, with and without module. or _orig_mod."
+        elif isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta and _is_blown(tensor):
+            problem = f"should hold its {tensor.numel():,} numbers, and repeats fewer"
         elif not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             problem = f"should be a tensor with values, is {getattr(tensor, 'layout', type(tensor).__name__)}"
         elif not tensor.is_floating_point() and not WHOLE_NUMBERS.search(name):
@@ -101,9 +126,10 @@ def classes_in(path: Path) -> list[str]:
     """The classes and functions that a file's pickles ask for, found without running them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]  # bounded before
     else:
-        pickles = [path.read_bytes()]
+        with path.open("rb") as file:
+            pickles = [file.read(MAX_READ)]
     names: list[str] = []
     for data in pickles:
         stream = io.BytesIO(data)
@@ -113,7 +139,7 @@ def classes_in(path: Path) -> list[str]:
             while stream.tell() < len(data):  # an old file is several pickles in a row
                 for opcode, argument, _ in pickletools.genops(stream):
                     if opcode.name == "GLOBAL":
-                        names.append(str(argument).replace(" ", "."))
+                        names.append(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
                     elif opcode.name == "STACK_GLOBAL":
                         names.append(".".join(strings[-2:]))
                     elif opcode.name == "MEMOIZE":
@@ -130,5 +156,16 @@ def classes_in(path: Path) -> list[str]:
 
 
 def _is_allowed(name: str) -> bool:
-    """Whether a checkpoint may ask for it: parts of tensors, and argparse.Namespace."""
-    return name in ("argparse.Namespace", "collections.OrderedDict") or name.startswith("torch.")
+    """Whether a checkpoint may ask for it: parts of tensors, and harmless classes."""
+    known = {*FURTHER_CLASSES, *(known for _, known in stand_ins())}
+    return name in known or name.startswith("torch.")
+
+
+def _is_blown(tensor: Tensor) -> bool:
+    """Whether a tensor has more numbers than its storage, as one that was expanded."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+
+
+def _plain_numbers(rest: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The further entries that are plain values; states of optimizers and their like stay as they are."""
+    return {name: plain(value) for name, value in rest.items() if not isinstance(value, dict | Tensor)}

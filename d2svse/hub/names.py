@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from d2svse.models import D2SVSE
+from d2svse.models.compiled import uncompiled
 
 TEACHER_PREFIX = "long_txt_enc."
 RENAMED = (
@@ -110,7 +111,8 @@ def teacher_published_name(name: str) -> str:
 
 def saved_state(model: D2SVSE) -> dict[str, Tensor]:
     """The model's tensors under the names that `save_pretrained` writes, those of transformers 4."""
-    return revert_weight_conversion(model, model.state_dict())
+    with uncompiled(model):
+        return revert_weight_conversion(model, model.state_dict())
 
 
 def _unused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

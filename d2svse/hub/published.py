@@ -8,7 +8,6 @@ are kept beside a converted model, so that it can be written back bit by bit.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from d2svse.files import write_json, written_aside
+from d2svse.folders import check_folder, written_folder
 from d2svse.hub.architecture import (
     ATTENTION_HEADS,
     DECODER_HEADS,
@@ -43,7 +43,11 @@ from d2svse.hub.names import (
     to_published,
 )
 from d2svse.models import D2SVSE, D2SVSEImageProcessorPil, D2SVSEProcessor
+from d2svse.models.folder import check_contents, loading
 from d2svse.models.processing import check_vocabulary
+from d2svse.models.saving import model_kind
+from d2svse.models.weights import read_tensors
+from d2svse.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ PUBLISHED_TOKENIZER = "google-bert/bert-base-uncased"
 PUBLISHED_FILE = "published.json"
 UNUSED_FILE = "published.safetensors"
 TEACHER_FILE = "teacher.safetensors"
+CONVERTED = model_kind("d2svse convert published", [PUBLISHED_FILE], [UNUSED_FILE, TEACHER_FILE])
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -128,7 +133,7 @@ def convert_published(
 
     Args:
         path: the `.pth` file.
-        output: the folder.
+        output: the folder. Files that a conversion wrote there earlier are replaced, others stay.
         keep_teacher: keep the frozen dense text encoder of a stage-2 checkpoint as well, to go on
             training or to write the checkpoint back whole.
         tokenizer: see `load_published`.
@@ -139,11 +144,12 @@ def convert_published(
         The model.
 
     Raises:
-        FileExistsError: if `output` is a folder that holds no model.
+        FileExistsError: if `output` is a folder that no conversion wrote.
         ValueError: as `load_published`.
     """
     if Path(path).resolve().is_relative_to(Path(output).resolve()):
         raise ValueError(f"{path} lies in the folder to write, {output}; give another folder")
+    check_folder(output, CONVERTED)
     checkpoint = read_checkpoint(path)
     model = _load(checkpoint, tokenizer, antialias, given)
     has_teacher = keep_teacher and any(is_teacher_weight(name) for name in checkpoint.weights)
@@ -157,7 +163,7 @@ def convert_published(
         if len(record[name]) < len(values):
             dropped = ", ".join(str(key) for key in values if key not in record[name])
             logger.warning("%s: %s holds more than plain values; not kept: %s", path, name, dropped)
-    with written_aside(output, replaces="config.json") as aside:
+    with written_folder(output, CONVERTED) as aside:
         model.save_pretrained(aside)
         save_file({name: tensor.clone().contiguous() for name, tensor in unused.items()}, aside / UNUSED_FILE)
         if has_teacher:
@@ -187,19 +193,24 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
     weights = {to_published(n): t for n, t in saved_state(model).items() if n != "logit_scale"}
     record: dict[str, Any] = {}
     if (folder / PUBLISHED_FILE).is_file():
-        record = json.loads((folder / PUBLISHED_FILE).read_text(encoding="utf-8"))
-        weights |= load_file(folder / UNUSED_FILE)
+        record = _read_record(folder / PUBLISHED_FILE)
+        weights |= read_tensors(folder / UNUSED_FILE)
     else:
         weights |= neutral_tensors(weights)
     if (folder / TEACHER_FILE).is_file():
-        teacher = load_file(folder / TEACHER_FILE)
+        teacher = read_tensors(folder / TEACHER_FILE)
         weights |= {teacher_published_name(name): tensor for name, tensor in teacher.items()}
     elif model.decoder is not None:
         logger.warning("%s keeps no teacher: the checkpoint lacks long_txt_enc.…, which is of use in training", folder)
     order = {name: place for place, name in enumerate(record.get("names", []))}
     state = {name: weights[name] for name in sorted(weights, key=lambda name: order.get(name, len(order)))}
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}
     for name, dtype in record.get("dtypes", {}).items():
-        state[name] = state[name].to(getattr(torch, dtype))
+        if name not in state or dtype not in known:
+            raise ValueError(
+                f"{folder / PUBLISHED_FILE}: dtypes names {name!r:.100} as {dtype!r:.20}; convert it again"
+            )
+        state[name] = state[name].to(known[dtype])
     own = _options_of(model)
     changed = {name: own[name] for name in ("img_res", "no_res_embed") if name in own}
     opt = {**own, **record.get("opt", {}), **changed}
@@ -293,11 +304,16 @@ def _find_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is False:
         return None
     if tokenizer is not None:
-        if isinstance(tokenizer, str | os.PathLike) and Path(tokenizer).is_dir():
+        if not isinstance(tokenizer, str | os.PathLike):
+            return tokenizer
+        if Path(tokenizer).is_dir():
+            check_contents(tokenizer)
             check_vocabulary(tokenizer)
-        return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+        with loading(os.fspath(tokenizer)):
+            return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     try:
-        return AutoTokenizer.from_pretrained(PUBLISHED_TOKENIZER, local_files_only=not _hub_answers())
+        offline = not _hub_answers()
+        return AutoTokenizer.from_pretrained(PUBLISHED_TOKENIZER, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning(
             "the tokenizer %s is neither in the cache nor to be had from the Hub: the model encodes pictures, "
@@ -325,3 +341,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(_is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    parts = {"names": list, "dtypes": dict, "opt": dict, "rest": dict}
+    if not isinstance(record, dict) or any(not isinstance(record.get(name, of()), of) for name, of in parts.items()):
+        raise ValueError(f"{path}: expected names, dtypes, opt and rest, as d2svse convert published writes them")
+    return record

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,18 +15,32 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from d2svse.files import parse_yaml
+from d2svse.folders import is_own
 from d2svse.hub.access import check_repo_name, hub_errors
 from d2svse.hub.card import CARD_MARK, CardFacts, Result, eval_results, model_card, result_of_evaluation, results_of_run
-from d2svse.hub.publishable import publishable, publishable_names
-from d2svse.models.folder import check_model_folder
+from d2svse.hub.publishable import publishable, publishable_names, publishable_record
+from d2svse.hub.published import PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE
+from d2svse.models.folder import SHARDS_FILE, TEMPLATES, WEIGHTS_FILE, check_model_folder
+from d2svse.models.neighbours import SENTENCE_TRANSFORMERS_FILES, SHIM, SHIM_CODE
 from d2svse.models.processing import PROCESSOR_FILE
+from d2svse.models.weights import check_tensors, weight_files
+from d2svse.text import read_json, read_text
 
 CARD_FILE = "README.md"
 RUN_CARD_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
+SHIM_FILE = f"{SHIM}.py"
 CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", PROCESSOR_FILE)
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
-LEFT_OUT = (".*", "*.bin", "*.ckpt", "*.pkl", "*.pt", "*.pth", "checkpoint-*")  # hidden, pickled, or of a trainer
+# All that is pushed, by what it is read as before; whatever else lies in the folder stays there.
+JSON_FILES = (
+    *CONFIGURATIONS, "generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+    "vocab.json", *SENTENCE_TRANSFORMERS_FILES,
+)  # fmt: skip
+TEXT_FILES = ("vocab.txt", "merges.txt", "chat_template.jinja", f"{TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*")
+TOKENIZER_MODELS = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
+TENSOR_FILES = (UNUSED_FILE, TEACHER_FILE)
+MAX_TEXT = 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,7 @@ class Pushed:
         repo_id: the repository, with its owner.
         commit: the commit.
         url: where it is to be seen.
-        left_out: files of the folder that were not pushed: hidden ones, pickles, checkpoints.
+        left_out: files of the folder that were not pushed, as they are none of a model's.
         card_kept: the repository has a model card that was not written by a push, and keeps it.
     """
 
@@ -85,9 +99,11 @@ def push_folder(
 ) -> Pushed:
     """Push what `save_pretrained` or a training run wrote; a repository is made if there is none.
 
-    A `README.md` in the folder is pushed as it is. Without one the model card is written from the run card,
-    but one on the Hub that was not written so is kept. From the run card, the recipe and the configurations
-    the folders of this machine are cut. Weights on the Hub that the model no longer has are deleted.
+    Only files of a model are pushed, each read as what it should be before. A `README.md` in the folder is
+    pushed as it is. Without one the model card is written from the run card, but one on the Hub that was not
+    written so is kept. From the run card, the recipe, the configurations and the options of a published
+    checkpoint the folders and keys of this machine are cut. Weights on the Hub that the model no longer has
+    are deleted.
 
     Args:
         folder: the model with its processor.
@@ -103,7 +119,7 @@ def push_folder(
 
     Raises:
         FileNotFoundError: if the folder lacks a file of the model; the message names it.
-        ValueError: if the name is not allowed, or a file for the card is not what it should be.
+        ValueError: if the name is not allowed, a file is not what it should be, or a link leaves the folder.
         OSError: if the Hub cannot be reached or refuses; the message says why.
     """
     folder = Path(folder)
@@ -111,7 +127,7 @@ def push_folder(
     check_model_folder(folder, processor=True)
     files, left_out = _files(folder)
     if run_card is None and RUN_CARD_FILE in files:
-        run_card = _read_json(files[RUN_CARD_FILE])
+        run_card = read_json(files[RUN_CARD_FILE])
     facts = facts or CardFacts()
     known = _known_results(folder, run_card, results)
     contents: dict[str, Path | bytes] = {name: _content(name, path) for name, path in files.items()}
@@ -120,7 +136,7 @@ def push_folder(
         contents[RUN_CARD_FILE] = _json(publishable(run_card))
     if CARD_FILE in files:
         _check_card(files[CARD_FILE])
-    config, processor = _read_json(folder / "config.json"), _read_json(folder / PROCESSOR_FILE)
+    config, processor = read_json(folder / "config.json"), read_json(folder / PROCESSOR_FILE)
     api = HfApi(token=token)
     repo_id = make_repository(repo_id, private=private, token=token)
     with hub_errors(repo_id, revision, push=True):
@@ -146,21 +162,53 @@ def push_folder(
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files to push by their names, and those left out."""
+    weights = {path.name for path in weight_files(folder, str(folder))}
+    if weights != {WEIGHTS_FILE}:
+        weights.add(SHARDS_FILE)
     files, left_out = {}, []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        if any(fnmatch(part, kind) for part in name.parts for kind in LEFT_OUT):
-            left_out.append(name.as_posix())
-        else:
-            files[name.as_posix()] = path
+        name = path.relative_to(folder).as_posix()
+        kinds = (*JSON_FILES, *TEXT_FILES, *TOKENIZER_MODELS, *TENSOR_FILES, *weights)
+        named = (*kinds, SHIM_FILE, CARD_FILE, RUN_CARD_FILE, RECIPE_FILE, PUBLISHED_FILE)
+        if any(_fits(name, kind) for kind in named):
+            files[name] = path
+        elif not is_own(name.split("/")[0]):
+            left_out.append(name)
     return files, left_out
 
 
+def _fits(name: str, kind: str) -> bool:
+    return name.count("/") == kind.count("/") and fnmatchcase(name, kind)
+
+
 def _content(name: str, path: Path) -> Path | bytes:
+    """What is pushed of a file, which is read as what its name says.
+
+    Raises:
+        ValueError: if it is something else.
+    """
     if name == RECIPE_FILE:
-        recipe = publishable(parse_yaml(path.read_text(encoding="utf-8")))
+        recipe = publishable(parse_yaml(read_text(path)))
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode()
-    return _json(publishable_names(_read_json(path))) if name in CONFIGURATIONS else path
+    if name in CONFIGURATIONS:
+        return _json(publishable_names(read_json(path)))
+    if name == PUBLISHED_FILE:
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: expected a JSON object, as d2svse convert published writes it")
+        return _json(publishable_record(record))
+    if name == SHIM_FILE:
+        return SHIM_CODE.encode()
+    if path.suffix == ".safetensors":
+        check_tensors(path)
+    elif path.suffix == ".json":
+        read_json(path)
+    elif path.suffix != ".model":
+        if path.stat().st_size > MAX_TEXT:
+            raise ValueError(f"{path}: larger than {MAX_TEXT // 2**20} MB; expected text")
+        read_text(path)
+    return path
 
 
 def _known_results(
@@ -187,13 +235,6 @@ def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
     with TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=folder)
         return CARD_MARK in Path(path).read_text(encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def _json(data: Any) -> bytes:

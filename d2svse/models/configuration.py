@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,10 +12,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
+from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
 FUSIONS = ("sum", "published")
+# The largest whole numbers that a configuration may hold, by the end of the name; transformers makes lists of some.
+LIMITS = (
+    (re.compile(r"(^|_)(layers?|depths?|blocks|stages|experts)$"), 1000),
+    (re.compile(r"^(r|rank|num_tokens)$"), 4096),
+    (re.compile(r"(^|_)embed_dim$"), 2**16),
+    (re.compile(r"_labels$"), 2**20),
+    (re.compile(""), 2**27),
+)
+MAX_PATTERN = 200
 
 
 @strict
@@ -34,12 +45,14 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
             so in training, and in eval mode adds it L2-normalised, as the published evaluation.
         context_residual: False takes the decoder's output alone, without the pooled sentence.
-        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`.
+        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
+            and saved in that form too; cosine without it.
         lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
         logit_scale_init_value: log(1 / temperature) by which scores become logits.
 
     Raises:
-        ValueError: if a pooling, projection or fusion is unknown or the width is not positive.
+        ValueError: if a pooling, projection or fusion is unknown, the width is not positive, or the similarity is
+            neither a name nor a dictionary with one.
     """
 
     model_type = "d2svse"
@@ -58,13 +71,11 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     context_decoder: dict[str, Any] | None = None
     fusion: str = "sum"
     context_residual: bool = True
-    similarity: dict[str, Any] | None = None
+    similarity: dict[str, Any] | str | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.similarity is None:
-            self.similarity = {"name": "cosine"}
         for kind, name, known in (
             ("pooling", self.image_pooling, POOLING_NAMES),
             ("pooling", self.text_pooling, POOLING_NAMES),
@@ -76,9 +87,14 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for side in self.lora or {}:
             if side not in ("vision", "text"):
                 raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
+        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "lora")
+        check_limits({name: getattr(self, name) for name in own})
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, similarity_options(value) if name == "similarity" else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `config.json`, and the file by which it is loaded without d2svse imported."""
@@ -98,3 +114,39 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for name in options:
             if name not in own:
                 raise ValueError(f"unknown model option {name!r}; known are {', '.join(own)}")
+
+
+def check_limits(values: Any, where: str = "configuration", name: str = "") -> None:
+    """Check that no number of a configuration asks for more layers, tokens or memory than a model can have.
+
+    Args:
+        values: the configuration, or a part of it.
+        where: the file, for the messages.
+        name: the part's name.
+
+    Raises:
+        ValueError: naming the first number that is too large.
+    """
+    if isinstance(values, PreTrainedConfig):
+        values = {key: value for key, value in vars(values).items() if not key.startswith("_")}
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_limits(value, where, str(key))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_limits(value, where, name)
+        if all(isinstance(value, int) for value in values) and LIMITS[0][0].search(name):
+            check_limits(sum(values), where, name)
+    elif isinstance(values, int):
+        limit = next(limit for pattern, limit in LIMITS if pattern.search(name))
+        if abs(values) > limit:
+            raise ValueError(
+                f"{where}: {name} is {values if abs(values) < 10**15 else 'huge'}; at most {limit} is allowed"
+            )
+    elif name == "target_modules" and isinstance(values, str) and (len(values) > MAX_PATTERN or _is_slow(values)):
+        raise ValueError(f"{where}: target_modules is a pattern that could take for ever; give names of layers")
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether a regular expression has a repeated group, or more than three repetitions."""
+    return bool(re.search(r"\)\s*[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
-from d2svse.models.pooling import POOLINGS
+from d2svse.models.folder import loading
+from d2svse.models.pooling import POOLINGS, ClsPooling
+from d2svse.models.weights import check_finite, check_size, local_files, weight_files
+
+logger = logging.getLogger(__name__)
+
+MASKED_AUTOENCODER = "vit_mae"
+UNUSED_WEIGHTS = ("pooler", "mask_token", "position_ids", "relative_position_index", ".head.")
 
 
 class ImageEncoder(nn.Module):
@@ -31,6 +39,8 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = make_backbone(config) if backbone is None else backbone
+        if config.model_type == MASKED_AUTOENCODER:
+            self.backbone.config.mask_ratio = 0.0  # it would drop most patches, others at every call
         class_tokens = ("cls_token", "class_embedding")
         if pooling == "cls" and not any(name.endswith(class_tokens) for name, _ in self.backbone.named_parameters()):
             raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
@@ -71,6 +81,10 @@ class ImageEncoder(nn.Module):
         """What the backbone gives; `arguments` are further ones of its `forward`."""
         if self._interpolates and list(pixel_values.shape[-2:]) != image_size(self.backbone.config):
             arguments["interpolate_pos_encoding"] = True
+        if self.backbone.config.model_type == MASKED_AUTOENCODER:  # which sorts its patches by this noise
+            patch = image_size(self.backbone.config, "patch_size")
+            count = (pixel_values.shape[-2] // patch[0]) * (pixel_values.shape[-1] // patch[1])
+            arguments["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
         return self.backbone(pixel_values=pixel_values.to(self.backbone.dtype), **arguments)
 
     @torch.no_grad()
@@ -169,31 +183,102 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name: str, part: str) -> PreTrainedModel:
-    """Load a pretrained backbone from the Hub or a folder, in float32.
+    """Load a pretrained backbone from the Hub or a folder, in float32; code that it brings is never run.
 
     Args:
         name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
         part: "vision_config" or "text_config".
+
+    Raises:
+        ValueError: if weights are missing, of another shape, or not finite (the backbone would start from random
+            ones); if it needs code of its own, names something outside of its folder, or is larger than its weights.
     """
-    config = AutoConfig.from_pretrained(name)
-    config = getattr(config, part, None) or config
-    model_class = _backbone_class(config)
-    return model_class.from_pretrained(name, config=config, dtype=torch.float32, **_no_pooler(model_class))
+    folder = local_files(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(config, part, None) or config
+        model_class = _backbone_class(config)
+        files = weight_files(folder, name)
+        check_size(lambda: model_class(config), files, name)
+        backbone, info = model_class.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one sentence
+            trust_remote_code=False,
+            **_no_pooler(model_class),
+        )
+    odd = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    if odd:
+        raise ValueError(f"{name}: the weight {min(odd)} is of another shape than config.json says ({len(odd)} such)")
+    missing = [key for key in info["missing_keys"] if not any(part in key for part in UNUSED_WEIGHTS)]
+    if missing:
+        count, found = sum(1 for _ in backbone.parameters()), sorted(info["unexpected_keys"])
+        instead = f"; the file holds {found[0]} and the like" if found else ""
+        raise ValueError(
+            f"{name}: {len(missing)} of the {config.model_type} backbone's {count} weights are missing, such as "
+            f"{min(missing)}{instead}; they would be random"
+        )
+    if config.model_type == MASKED_AUTOENCODER:
+        logger.warning("%s masks random patches: that is turned off, and all are encoded in order", name)
+    check_finite(backbone, files, name)
+    return backbone
+
+
+@torch.no_grad()
+def check_class_token(encoder: TextEncoder) -> None:
+    """Check that "cls" pooling tells texts apart: a backbone that reads from left to right has seen nothing by then.
+
+    Raises:
+        ValueError: if the first token is the same for texts that begin alike.
+    """
+    if not isinstance(encoder.pooling, ClsPooling):
+        return
+    backbone = encoder.backbone
+    size, training = embedding_count(backbone) or 10, backbone.training
+    ids = torch.tensor([[3, 5, 6], [3, 7, 8]], device=backbone.device) % size
+    first = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+    backbone.train(training)
+    if torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"text_pooling cls: a {backbone.config.model_type} backbone reads from left to right, so its first token "
+            "is the same for all texts; use gpo, mean or max"
+        )
+
+
+def embedding_count(backbone: PreTrainedModel) -> int | None:
+    """How many token ids a text backbone has embeddings for; None where it looks none up by id."""
+    try:
+        embeddings: Any = backbone.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    weight = getattr(embeddings, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else None
 
 
 def token_width(config: PreTrainedConfig) -> int:
-    """Width of a backbone's tokens: `hidden_size`, or the last stage's of a convolutional one."""
+    """Width of a backbone's tokens: `hidden_size`, or the last stage's of a convolutional one.
+
+    Raises:
+        ValueError: if the configuration tells neither.
+    """
     stages = getattr(config, "hidden_sizes", None)
-    return stages[-1] if stages else config.hidden_size
+    width = stages[-1] if stages else getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"a {config.model_type} configuration tells no hidden_size: it is no backbone of tokens")
+    return width
 
 
-def image_size(config: PreTrainedConfig) -> list[int]:
+def image_size(config: PreTrainedConfig, name: str = "image_size") -> list[int]:
     """The `[height, width]` a vision backbone was made for, `[0, 0]` where it has no such size."""
-    size = getattr(config, "image_size", None) or 0
+    size = getattr(config, name, None) or 0
     return [size, size] if isinstance(size, int) else list(size)
 
 
 def _backbone_class(config: PreTrainedConfig) -> Any:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"a {config.model_type} model has an encoder and a decoder; name one that encodes alone")
     try:
         return MODEL_MAPPING[type(config)]
     except KeyError:

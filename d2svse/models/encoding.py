@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,11 +19,15 @@ from torch import Tensor
 from d2svse.features import Features
 from d2svse.images import ImageError, ImageSource, load_image
 from d2svse.models.onednn import faster_linear
-from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.progress import progress_bar
 
 Output = Literal["pooled", "features"]
 Embeddings = np.ndarray | Tensor | Features
+
+# How many threads encode with a model now, and the training mode that it had before the first of them.
+_ENCODING: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_MODES = threading.Lock()
 
 
 class EncodingMixin:
@@ -127,7 +133,7 @@ class EncodingMixin:
 
     def encode_text(
         self,
-        texts: str | Sequence[str],
+        texts: str | Iterable[str],
         *,
         batch_size: int = 128,
         show_progress_bar: bool = False,
@@ -136,6 +142,7 @@ class EncodingMixin:
         output: Output = "pooled",
         dense: bool = False,
         max_length: int | None = None,
+        on_report: Callable[[TextReport], None] = TextReport.warn,
     ) -> Any:
         """Encode sentences, each once, in batches of like length, given back in the order they came.
 
@@ -144,7 +151,7 @@ class EncodingMixin:
         as the published evaluation takes them, 128 at a time, repeated sentences included.
 
         Args:
-            texts: a sentence or a list of them.
+            texts: a text, or several in a list, an array, a pandas Series or an iterator.
             batch_size: sentences encoded at a time; but for such a decoder it does not change
                 the result (to 1e-5).
             show_progress_bar: show one on the terminal.
@@ -153,17 +160,23 @@ class EncodingMixin:
             output: "pooled" for the vectors alone, "features" for `Features` with the words.
             dense: the sentences are dense captions: leave out the context decoder.
             max_length: cut longer sentences, in tokens; the processor's limit without it.
+            on_report: called with the report on unknown words and cut texts; without it each fault is one warning.
 
         Returns:
             `(n_texts, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
 
         Raises:
-            ValueError: if a sentence or the list is empty or the model has no processor.
+            ValueError: if it is not a list of texts or empty, or a text is empty, not a string or holds half a
+                character (the message gives its position), or the model has no processor.
         """
-        sentences = [texts] if isinstance(texts, str) else list(texts)
+        sentences = as_texts(texts)
         once, places = (sentences, None) if self.text_depends_on_batch(dense) else _once(sentences)
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "output": output, "dense": dense}
         batches = self.text_batches(
-            once, batch_size=batch_size, device=device, output=output, dense=dense, max_length=max_length
+            once,
+            max_length=max_length,
+            on_report=on_report if places is None else lambda report: on_report(report[places]),
+            **options,
         )
         parts = _with_progress(batches, len(once), batch_size, "sentences", show_progress_bar)
         return _finish(parts, places, output, convert_to_tensor)
@@ -177,6 +190,7 @@ class EncodingMixin:
         output: Output = "pooled",
         dense: bool = False,
         max_length: int | None = None,
+        on_report: Callable[[TextReport], None] = TextReport.warn,
     ) -> Iterator[tuple[list[int], Features]]:
         """Encode sentences and give each batch as it is done: the rows of `texts` in it, and what they gave.
 
@@ -184,7 +198,7 @@ class EncodingMixin:
         """
         processor = self._require_processor(texts, batch_size, output)
         model = self._prepare(device)
-        ids = processor.tokenize(texts, max_length)
+        ids = processor.tokenize(texts, max_length, on_report)
         order = list(range(len(ids)))
         if not self.text_depends_on_batch(dense):
             order.sort(key=lambda row: len(ids[row]))
@@ -256,14 +270,22 @@ class EncodingMixin:
 
 @contextmanager
 def _inference(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; the training mode comes back at the end."""
-    training = model.training
-    model.eval()
+    """Eval mode without gradient; the training mode comes back when the last thread of several is done."""
+    with _MODES:
+        others, training = _ENCODING.get(model, (0, model.training))
+        _ENCODING[model] = (others + 1, training)
+        if any(module.training for module in model.modules()):
+            model.eval()
     try:
         with torch.inference_mode(), faster_linear(next(model.parameters()).device):
             yield
     finally:
-        model.train(training)
+        with _MODES:
+            threads, training = _ENCODING.pop(model)
+            if threads > 1:
+                _ENCODING[model] = (threads - 1, training)
+            elif training:
+                model.train()
 
 
 def _once(items: Sequence[Any]) -> tuple[list[Any], list[int] | None]:

@@ -18,16 +18,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from d2svse.features import Features
+from d2svse.folders import recover_folder, written_folder
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
+from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
-from d2svse.models.encoders import ImageEncoder, TextEncoder, load_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
 from d2svse.models.encoding import EncodingMixin
-from d2svse.models.folder import PROCESSOR_FILES, check_model_folder
+from d2svse.models.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor
+from d2svse.models.saving import saved_kind
 from d2svse.models.sharing import SharingMixin
+from d2svse.models.weights import check_finite, check_size, weight_files
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
@@ -141,7 +145,9 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             for parameter in backbone.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, vision_backbone, text_backbone)
-        model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
+        check_class_token(model.text_encoder)
+        with loading(f"{vision} and {text}"):
+            model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
         return model
 
     @classmethod
@@ -154,31 +160,41 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             FileNotFoundError: if a file of the model is missing, or there is no such repository or
                 revision; the message names it.
             OSError: if the Hub cannot be reached or refuses, of a kind that says which.
-            ValueError: if the weights are broken or lack a tensor of the configured model.
+            ValueError: if the weights are broken, not finite or fewer than the configuration describes, or the
+                folder names something outside of itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+        recover_folder(folder)
         if not folder.is_dir():
             from d2svse.hub.access import fetch_model  # whose package needs this class
 
             folder = fetch_model(name, subfolder=subfolder, **hub_options)
-        check_model_folder(folder / subfolder, name=name)
+        inner = check_subfolder(folder, subfolder, name)
+        check_model_folder(inner, name=name)
+        files = weight_files(inner, name)
+        kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any
         try:
-            loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+            config = kwargs.get("config") or _read_configuration(inner, name)
+            check_size(lambda: cls(config), files, name)
+            with loading(name):
+                loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
         model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+        check_finite(model, files, name)
         model.name_or_path = model.config.name_or_path = name
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name
         if (folder / subfolder / PROCESSOR_FILES[0]).is_file():
-            model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder)
+            with loading(name):
+                model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder, trust_remote_code=False)
         else:
             logger.warning("%s holds no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
@@ -205,18 +221,45 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         Arguments are those of transformers. With `push_to_hub` the folder is then pushed to
         `repo_id`, by default one of the folder's name; see `d2svse.hub.push_folder` for `private`,
         `token`, `revision`, `commit_message` and `create_pr`.
+
+        Other files of the folder stay. After a kill the folder holds the earlier model or this one.
+
+        Raises:
+            NotADirectoryError: if there is a file of that name.
+            OSError: if it cannot be written; the message names the folder.
         """
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        if kwargs.get("state_dict"):  # as of a Trainer, which may have taken it from a wrapped model
+            kwargs["state_dict"] = {name.replace(COMPILED, ""): t for name, t in kwargs["state_dict"].items()}
+        main = args[0] if args else kwargs.get("is_main_process", True)
+        if not main or kwargs.get("distributed_checkpoint"):  # all processes write to the one folder
+            with uncompiled(self):
+                super().save_pretrained(save_directory, *args, **kwargs)
             return
-        if self.processor is not None:
-            self.processor.save_pretrained(save_directory)
-            write_sentence_transformers(save_directory, self.similarity_fn)
+        with written_folder(save_directory, saved_kind(kwargs.get("variant"))) as folder:
+            with uncompiled(self):
+                super().save_pretrained(folder, *args, **kwargs)
+            if self.processor is not None:
+                self.processor.save_pretrained(folder)
+                write_sentence_transformers(folder, self.similarity_fn)
         if push_to_hub:
             from d2svse.hub import push_folder  # which needs this class
 
             push_folder(save_directory, hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors by name; parts that `torch.compile` has wrapped keep the names that they had before."""
+        state = super().state_dict(*args, **kwargs)
+        if any(COMPILED in name for name in state):
+            for name in list(state):  # in place, and in the same order
+                state[name.replace(COMPILED, "")] = state.pop(name)
+        return state
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors by the names that `state_dict` gives them, into compiled parts as well."""
+        compiled = {name.replace(COMPILED, ""): name for name in super().state_dict()}
+        state = {compiled.get(name.replace(COMPILED, ""), name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state, *args, **kwargs)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
@@ -398,3 +441,12 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+
+
+def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
+    try:
+        return D2SVSEConfig.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers and huggingface_hub raise many kinds for values of the wrong type
+        raise ValueError(f"{name}: config.json: {' '.join(str(error).split())[:300]}") from None

@@ -33,8 +33,8 @@ class GeneralizedPooling(nn.Module):
         self.position_dim, self.hidden_dim = position_dim, hidden_dim
         self.gru = nn.GRU(position_dim, hidden_dim, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(hidden_dim, 1, bias=False)
-        self._kept: dict[int, Tensor] = {}
-        self._kept_for: tuple[object, ...] = ()
+        # The state of the weights and what it gives, in one attribute: threads replace it as a whole.
+        self._kept: tuple[tuple[object, ...], dict[int, Tensor]] = ((), {})
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`; `mask` `(batch, length)` bool marks real tokens.
@@ -60,21 +60,23 @@ class GeneralizedPooling(nn.Module):
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
         """Set the training mode, and forget the coefficients that were kept."""
-        self._kept = {}
+        self._kept = ((), {})
         return super().train(mode)
 
     def coefficients(self, lengths: list[int]) -> Tensor:
         """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            self._kept = {}  # fused optimizers change weights without raising their version
+            self._kept = ((), {})  # fused optimizers change weights without raising their version
             return self._compute(lengths)
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
-        if state != self._kept_for:
-            self._kept, self._kept_for = {}, state
-        missing = [n for n in lengths if n not in self._kept]
+        kept_for, kept = self._kept
+        if state != kept_for:
+            kept = {}
+        missing = [n for n in lengths if n not in kept]
         if missing:
-            self._kept.update(zip(missing, self._compute(missing).detach(), strict=True))
-        rows = [self._kept[n][:n] for n in lengths]
+            kept = {**kept, **dict(zip(missing, self._compute(missing).detach(), strict=True))}
+            self._kept = (state, kept)
+        rows = [kept[n][:n] for n in lengths]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _compute(self, lengths: list[int]) -> Tensor:

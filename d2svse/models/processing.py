@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,112 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEnc
 
 from d2svse.images import ImageSource, load_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
+from d2svse.models.tokenizing import complete_tokenizer
+from d2svse.text import check_text, read_json, visible
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TOKENIZING_CHUNK = 10_000
 PROCESSOR_FILE = "processor_config.json"
 WITHOUT_TOKENIZER = "without_tokenizer"
+QUOTED = 60  # characters of a text in a message
+
+_TOKENIZING = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Make the lock anew: a forked process has none of the threads that may have held it."""
+    global _TOKENIZING
+    _TOKENIZING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TextReport:
+    """What of some texts does not reach the model.
+
+    Attributes:
+        texts: the texts.
+        lengths: their tokens before they are cut, special ones included, `(n,)`.
+        unknown: their tokens that the tokenizer does not know, `(n,)`.
+        wordless: which of them have no word that it knows, `(n,)` bool.
+        limit: tokens after which they are cut.
+    """
+
+    texts: Sequence[str]
+    lengths: np.ndarray
+    unknown: np.ndarray
+    wordless: np.ndarray
+    limit: int
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, rows: Sequence[int]) -> TextReport:
+        """The report on some of the texts."""
+        rows = list(rows)
+        texts = [self.texts[row] for row in rows]
+        return TextReport(texts, self.lengths[rows], self.unknown[rows], self.wordless[rows], self.limit)
+
+    @classmethod
+    def join(cls, reports: Sequence[TextReport]) -> TextReport:
+        """One report of several, of the same limit."""
+        return cls(
+            [text for report in reports for text in report.texts],
+            np.concatenate([report.lengths for report in reports]),
+            np.concatenate([report.unknown for report in reports]),
+            np.concatenate([report.wordless for report in reports]),
+            reports[0].limit,
+        )
+
+    @property
+    def cut(self) -> np.ndarray:
+        """Which texts are cut, `(n,)` bool."""
+        return self.lengths > self.limit
+
+    def notes(self) -> list[str]:
+        """One sentence for each fault that some texts have; nothing where all is well."""
+        notes, count = [], len(self)
+        if self.wordless.any():
+            notes.append(
+                "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+                if count == 1
+                else f"The tokenizer knows no word of {self._which(self.wordless)}: all such texts get much the same "
+                "embedding and answers."
+            )
+        partly = (self.unknown > 0) & ~self.wordless
+        if partly.any():
+            found, total = int(self.unknown[partly].sum()), int(self.lengths[partly].sum())
+            where = "of the text" if count == 1 else f"in {self._which(partly)}"
+            notes.append(
+                f"The tokenizer does not know {found} of the {total} tokens {where}: the model cannot tell such words "
+                "apart."
+            )
+        if self.cut.any():
+            notes.append(
+                f"The text was truncated to {self.limit} tokens: it has {self.lengths[0]}, and what comes after does "
+                "not count."
+                if count == 1
+                else f"{self._which(self.cut)} were truncated to {self.limit} tokens: the longest has "
+                f"{self.lengths.max()}, and what comes after does not count."
+            )
+        return notes
+
+    def warn(self) -> None:
+        """Log the notes, one warning for each."""
+        for note in self.notes():
+            logger.warning("%s", note)
+
+    def _which(self, chosen: np.ndarray) -> str:
+        """How many texts, and the first of them."""
+        text = self.texts[int(chosen.argmax())]
+        quoted = visible(text if len(text) <= QUOTED else text[:QUOTED] + "…")
+        return f"{chosen.sum()} of {len(self)} texts (first: {quoted!r})"
 
 
 class D2SVSEProcessor(Shimmed, ProcessorMixin):
@@ -39,9 +142,15 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         if tokenizer is None:  # ProcessorMixin itself knows no processor that lacks a part
             self.image_processor, self.tokenizer, self.chat_template = image_processor, None, None
         else:
+            complete_tokenizer(tokenizer)
             super().__init__(image_processor, tokenizer, **kwargs)
         limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 where a tokenizer knows of no limit
         self.max_length: int = min(max_length or min(limit, DEFAULT_MAX_LENGTH), limit)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "tokenizer" and value is not None:
+            share_among_threads(value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, max_length: int | None = None) -> D2SVSEProcessor:
@@ -52,14 +161,16 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         """
         if Path(text).is_dir():
             check_vocabulary(text)
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        safe = {"trust_remote_code": False}  # never asks, never runs what a folder brings
+        tokenizer = AutoTokenizer.from_pretrained(text, **safe)
         if max_length is None:
-            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text)))
-        return cls(AutoImageProcessor.from_pretrained(vision, backend="pil"), tokenizer, max_length=max_length)
+            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text, **safe)))
+        return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the parts, with the Pillow image processor: another backend would resize differently."""
+        kwargs["trust_remote_code"] = False
         kept = {name: value for name, value in kwargs.items() if name != "processor_dict"}
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kept)
         processor_dict = kwargs.get("processor_dict") or (args[0] if args else None) or {}
@@ -109,7 +220,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
 
         Args:
             images: a path, a Pillow image or an array, or a list of them.
-            text: a sentence or a list of them.
+            text: a text or a list of them.
             padding: as tokenizers take it; True pads to the longest.
             truncation: cut what is longer than `max_length`.
             max_length: longest sentence in tokens; the processor's own without it.
@@ -127,18 +238,17 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
 
         Raises:
             ImageError: if a picture cannot be read.
-            ValueError: if a sentence is empty or not a string, or nothing is given.
+            ValueError: if a text is empty, not a string or holds half a character, or nothing is given.
         """
         common = {"return_tensors": return_tensors, **(common_kwargs or {})}
         data: dict[str, Any] = {}
         if images is not None:
             data["pixel_values"] = self.pixel_values(images, **common, **(images_kwargs or {}), **image_options)
         if text is not None:
-            sentences = [text] if isinstance(text, str) else list(text)
-            self._check_sentences(sentences)
+            texts = as_texts(text)
             options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
-            options["max_length"] = min(options["max_length"] or self.max_length, self.max_length)
-            data |= self.tokenizer(sentences, **common, **options)
+            options["max_length"] = self._limit(options["max_length"])
+            data |= self.tokenizer(texts, **common, **options)
         if not data:
             raise ValueError("give images, text or both")
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
@@ -165,39 +275,135 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         sides = [value for value in dict(processor.size or {}).values() if value]
         return 2 * max(sides) if getattr(processor, "do_resize", False) and sides else None
 
-    def tokenize(self, sentences: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """Token ids of each sentence, cut to `max_length` (the processor's own without it), not padded.
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        on_report: Callable[[TextReport], None] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each text, cut to `max_length` (the processor's own without it), not padded.
+
+        Args:
+            texts: the texts.
+            max_length: longest text in tokens.
+            on_report: called with the report on the texts; without it none is made.
 
         Raises:
-            ValueError: if a sentence is empty or not a string; the message gives its place.
+            ValueError: if a text is empty, not a string or holds half a character; the message gives its position.
         """
-        self._check_sentences(sentences)
-        limit = min(max_length or self.max_length, self.max_length)
-        ids: list[list[int]] = []
-        for start in range(0, len(sentences), TOKENIZING_CHUNK):
-            chunk = list(sentences[start : start + TOKENIZING_CHUNK])
-            ids += self.tokenizer(chunk, truncation=True, max_length=limit)["input_ids"]
+        texts, limit = as_texts(texts), self._limit(max_length)
+        if on_report is None:
+            return [ids for chunk in _chunks(texts) for ids in self._token_ids(chunk, limit)]
+        reports, ids = [], []
+        for chunk in _chunks(texts):
+            whole, report = self._read(chunk, limit)
+            long = np.flatnonzero(report.cut).tolist()
+            for row, cut in zip(long, self._token_ids([chunk[row] for row in long], limit), strict=True):
+                whole[row] = cut
+            ids += whole
+            reports.append(report)
+        on_report(TextReport.join(reports))
         return ids
 
-    def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
-        return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
+    def report(self, texts: str | Iterable[str], max_length: int | None = None) -> TextReport:
+        """Find out what of some texts does not reach the model: unknown words, and what is cut.
 
-    def _check_sentences(self, sentences: Sequence[str]) -> None:
+        Args:
+            texts: a text or several.
+            max_length: longest text in tokens; the processor's own without it.
+
+        Raises:
+            ValueError: as `tokenize`, or if there is no text.
+        """
+        listed, limit = as_texts(texts), self._limit(max_length)
+        if not listed:
+            raise ValueError("no texts: an empty list")
+        return TextReport.join([self._read(chunk, limit)[1] for chunk in _chunks(listed)])
+
+    def _token_ids(self, texts: list[str], limit: int) -> list[list[int]]:
+        return self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"] if texts else []
+
+    def _read(self, texts: list[str], limit: int) -> tuple[list[list[int]], TextReport]:
+        """The ids of whole texts, and the report on them."""
+        encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+        ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+        unknown_id, unknown, wordless = self.tokenizer.unk_token_id, [], []
+        for row, added in zip(ids, special, strict=True):
+            words = [token for token, end in zip(row, added, strict=True) if not end]
+            known = [token for token in words if token != unknown_id]
+            unknown.append(len(words) - len(known))
+            wordless.append(len(known) < max(1, len(words)) and not self._has_word(known))
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        return ids, TextReport(texts, lengths, np.array(unknown), np.array(wordless, dtype=bool), limit)
+
+    def _has_word(self, ids: list[int]) -> bool:
+        """Whether some tokens are more than punctuation."""
+        return any(character.isalnum() for token in self.tokenizer.convert_ids_to_tokens(ids) for character in token)
+
+    def _limit(self, max_length: int | None) -> int:
+        """The limit that is asked for, at most the processor's own.
+
+        Raises:
+            ValueError: if no word has room.
+        """
         if self.tokenizer is None:
             raise ValueError(
                 "the model came without a tokenizer and cannot read sentences; give it one with model.processor = "
                 "D2SVSEProcessor(model.processor.image_processor, AutoTokenizer.from_pretrained(FOLDER_OR_ID)), "
                 "or convert the checkpoint again with tokenizer=FOLDER_OR_ID (--tokenizer)"
             )
-        for row, sentence in enumerate(sentences):
-            if not isinstance(sentence, str) or not sentence.strip():
-                raise ValueError(f"sentence {row} is empty or not a string: {sentence!r}")
+        if max_length is None:
+            return self.max_length
+        limit = min(max_length, self.max_length)
+        own = self.tokenizer.num_special_tokens_to_add()
+        if limit <= own:
+            raise ValueError(f"max_length {limit} leaves no room for a word: {own} tokens mark the ends of a text")
+        return limit
+
+    def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
+        """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
+        return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
 
     @property
     def model_input_names(self) -> list[str]:
         """The names of the tensors that the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
+
+
+def as_texts(texts: Any) -> list[str]:
+    """List texts that a tokenizer can take.
+
+    Args:
+        texts: a text, or any sequence or iterator of them: a list, a NumPy array, a pandas Series, a generator.
+
+    Raises:
+        ValueError: if it is something else, or a text is empty, not a string or holds half a character. The message
+            gives its position in the list, from 0.
+    """
+    if isinstance(texts, str):
+        return [check_text(texts, "the text")]
+    one_list = not isinstance(texts, bytes | bytearray | memoryview | Mapping | set | frozenset)
+    if not one_list or not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
+        kind = type(texts).__name__
+        shape = f" of {texts.ndim} dimensions" if hasattr(texts, "ndim") else ""
+        advice = "; decode it first" if isinstance(texts, bytes | bytearray | memoryview) else ""
+        raise ValueError(f"expected a text or a list of texts, got {kind}{shape}{advice}")
+    return [check_text(text, f"texts[{row}]") for row, text in enumerate(texts)]
+
+
+def share_among_threads(tokenizer: Any) -> None:
+    """Let one thread at a time encode with a tokenizer: its limit and padding are set before each call, for all."""
+    if hasattr(type(tokenizer), "_encode_plus"):  # by which all of transformers' tokenizers encode
+        tokenizer._encode_plus = partial(_encode_alone, tokenizer)
+
+
+def _encode_alone(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+    with _TOKENIZING:
+        return type(tokenizer)._encode_plus(tokenizer, *args, **kwargs)
+
+
+def _chunks(texts: list[str]) -> list[list[str]]:
+    return [texts[start : start + TOKENIZING_CHUNK] for start in range(0, len(texts), TOKENIZING_CHUNK)]
 
 
 def check_vocabulary(folder: str | os.PathLike[str]) -> None:
@@ -215,7 +421,7 @@ def check_vocabulary(folder: str | os.PathLike[str]) -> None:
 def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
     """Whether a local folder holds a processor that was saved without a tokenizer."""
     file = Path(folder) / PROCESSOR_FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get(WITHOUT_TOKENIZER))
+    return file.is_file() and bool(read_json(file).get(WITHOUT_TOKENIZER))
 
 
 def longest_sentence(config: Any) -> int:

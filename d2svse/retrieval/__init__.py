@@ -20,7 +20,7 @@ from d2svse.retrieval.metrics import (
 from d2svse.retrieval.protocols import PROTOCOLS
 from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics, rankings
 from d2svse.retrieval.report import Evaluation, evaluate_protocol
-from d2svse.retrieval.search import Hit
+from d2svse.retrieval.search import Hit, Hits
 from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.streaming import Scorer, stream_rankings, stream_ranks
 
@@ -31,6 +31,7 @@ __all__ = [
     "Evaluation",
     "ExactIndex",
     "Hit",
+    "Hits",
     "ImageTextIndex",
     "Ranking",
     "RightAnswers",

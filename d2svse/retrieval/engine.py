@@ -168,8 +168,12 @@ class VectorIndex(ABC):
         return self._known(list(ids))
 
     @abstractmethod
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
         """Write the index to a folder, which is whole before and after, whatever happens between.
+
+        Args:
+            folder: the folder.
+            compact: leave nothing of deleted vectors there, where the engine keeps them in the folder.
 
         Raises:
             BlockingIOError: if another process is writing there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from d2svse.images import OnBadImage
 from d2svse.retrieval.engine import VectorIndex
-from d2svse.retrieval.settings import STORE, IndexSettings
+from d2svse.retrieval.settings import STORE, IndexSettings, note_folders
 from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class Changes:
     Attributes:
         added: ids that are new.
         changed: ids whose pictures had changed and were encoded again.
-        dropped: ids whose pictures are gone.
-        skipped: pictures that cannot be read, with the reason; they are not in the index.
+        dropped: ids whose images are gone.
+        skipped: images that cannot be read, with the reason; new ones are not in the index.
     """
 
     added: list[str]
@@ -66,7 +66,9 @@ def encode_items(
     key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
     name = STORE + key.hexdigest()[:12]
     numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
-    store = folder / next(one for one in numbered if one not in in_use)
+    chosen = next(one for one in numbered if one not in in_use)
+    note_folders(folder, [chosen])
+    store = folder / chosen
     options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}
     options |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     if settings.side == "text":
@@ -75,7 +77,12 @@ def encode_items(
 
 
 def add_store(
-    vectors: VectorIndex, model: D2SVSE, store: EmbeddingStore, settings: IndexSettings, gone: Sequence[str] = ()
+    vectors: VectorIndex,
+    model: D2SVSE,
+    store: EmbeddingStore,
+    settings: IndexSettings,
+    paths: Mapping[str, str],
+    gone: Sequence[str] = (),
 ) -> None:
     """Add what is in a store and remove ids, in one call, which engines that learn from their vectors want too."""
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
@@ -84,6 +91,9 @@ def add_store(
         features = store.features(part).to(model.device)
         rows[part] = model.similarity_fn.vectors(settings.side, features, settings.shortlist).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
+    for name, one in zip(store.ids, metadata, strict=True):
+        if paths.get(name, name) != name:
+            one["path"] = paths[name]
     if settings.shortlist is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}

@@ -61,7 +61,9 @@ def model_fingerprint(model: D2SVSE) -> str:
         "max_length": model.processor.max_length,
     }
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    # torch.compile puts its own name into those of the weights, and computes the same.
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         _update(digest, tensor)
     return digest.hexdigest()

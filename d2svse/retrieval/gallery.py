@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from d2svse.files import write_text, written_aside
 from d2svse.images import jpeg_bytes, jpeg_uri, load_image
 from d2svse.retrieval.search import Hit
+from d2svse.text import visible
 
 GAP = 8
 CAPTION_WIDTH = 220
@@ -52,7 +53,7 @@ def compose_gallery(
     font = ImageFont.load_default(FONT_SIZE)
     for row, (query, pictures) in enumerate(rows):
         top = GAP + row * cell
-        text = "\n".join(textwrap.wrap(query, width=CAPTION_WIDTH // (FONT_SIZE // 2)))
+        text = "\n".join(textwrap.wrap(visible(query), width=CAPTION_WIDTH // (FONT_SIZE // 2)))
         pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
         for column, picture in enumerate(pictures):
             left = CAPTION_WIDTH + column * cell
@@ -101,11 +102,11 @@ def write_gallery_page(
         raise ValueError("nothing to show: no queries")
     sections = []
     for sentence, picture, hits in rows:
-        asked = "" if sentence is None else f"<h2>{html.escape(sentence)}</h2>"
+        asked = "" if sentence is None else f"<h2>{_shown(sentence)}</h2>"
         asked += "" if picture is None else _embedded(picture, thumbnail)
         items = "".join(
             f"<li>{_embedded(hit.id, thumbnail) if pictures else ''}"
-            f"<small>{hit.score:.4f} {html.escape(Path(hit.id).name if pictures else hit.id)}</small></li>"
+            f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if pictures else hit.id)}</small></li>"
             for hit in hits
         )
         sections.append(f"<section>{asked}<ol>{items}</ol></section>\n")
@@ -116,5 +117,9 @@ def write_gallery_page(
 def _embedded(picture: str | os.PathLike[str], thumbnail: int) -> str:
     image = load_image(picture)
     image.thumbnail((thumbnail, thumbnail))
-    name = html.escape(os.fspath(picture), quote=True)
-    return f'<img alt="{name}" src="{jpeg_uri(jpeg_bytes(image))}">'
+    # The name alone: a page is passed on, and folders tell of the machine.
+    return f'<img alt="{_shown(Path(os.fspath(picture)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
+
+
+def _shown(text: str) -> str:
+    return html.escape(visible(text), quote=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -13,18 +15,47 @@ import numpy as np
 
 from d2svse.features import Features
 from d2svse.images import ImageError, ImageSource, OnBadImage
+from d2svse.models.processing import TextReport
 from d2svse.retrieval.backends import load_index, make_index
+from d2svse.retrieval.comparison import PRUNED_UNASKED, check_gone, gone_items, replaced_folders, same_items
 from d2svse.retrieval.engine import VectorIndex
 from d2svse.retrieval.filling import Changes, add_store, encode_items
 from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.search import Hit, Shortlist, Side, length_of_shortlist, ranked
-from d2svse.retrieval.settings import STORE, VECTORS, IndexSettings, check_replaceable, name_of
-from d2svse.retrieval.sources import Items, read_items, stored_names
+from d2svse.retrieval.search import (
+    Hit,
+    Hits,
+    Shortlist,
+    Side,
+    length_of_shortlist,
+    ranked,
+)
+from d2svse.retrieval.settings import (
+    VECTORS,
+    IndexSettings,
+    check_replaceable,
+    name_of,
+    note_folders,
+    own_folder,
+    sweep_folders,
+)
+from d2svse.retrieval.sources import Items, SourceItems, read_items, stored_names
 from d2svse.retrieval.storage import write_lock
-from d2svse.retrieval.store import EmbeddingStore, read_skipped, write_skipped
+from d2svse.retrieval.store import read_skipped, write_skipped
+from d2svse.retrieval.stored import StoredItems, joined_stores
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An index as one write left it; a search keeps to one, whatever is written meanwhile."""
+
+    settings: IndexSettings
+    vectors: VectorIndex
+    stored: StoredItems | None
 
 
 class ImageTextIndex:
@@ -39,18 +70,39 @@ class ImageTextIndex:
     metadata, so that a write takes effect in one step, when the `VectorIndex` is saved: killed at
     any moment, it leaves the index as it was before or as it is after.
 
+    Any number of threads may search in one `ImageTextIndex`, while one adds or removes. A pickle holds the
+    name of the folder and the model, not the vectors.
+
     Attributes:
         folder: where it is.
-        vectors: the `VectorIndex`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: D2SVSE | None = None) -> None:
         self.folder = Path(folder)
-        self._open()
-        self._model = None
+        self._opened = self._read()
+        self._model: D2SVSE | None = None
+        self._loading = threading.Lock()
         if model is not None:
-            self.vectors.check_fingerprint(model_fingerprint(model))
+            self._check_model(model)
             self._model = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hold the folder's name and the model; the vectors are opened again."""
+        return {"folder": self.folder.absolute(), "model": self._model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the folder again."""
+        self.__init__(state["folder"])  # type: ignore[misc]
+        self._model = state["model"]
+
+    @property
+    def vectors(self) -> VectorIndex:
+        """The vectors, see `VectorIndex`."""
+        return self._opened.vectors
+
+    @property
+    def _settings(self) -> IndexSettings:
+        return self._opened.settings
 
     @classmethod
     def build(
@@ -65,12 +117,15 @@ class ImageTextIndex:
         batch_size: int = 64,
         on_bad_image: OnBadImage = "error",
         draft: bool = False,
+        overwrite: bool = False,
+        exclude: Sequence[str] = (),
+        follow_links: bool = False,
         show_progress_bar: bool = False,
         **engine_options: Any,
     ) -> Self:
-        """Encode pictures or sentences into an index; killed, it goes on where it was when called again.
+        """Encode images or texts into an index; killed, it goes on where it was when called again.
 
-        An index that is in the folder is replaced, in one step at the end.
+        An index of the same model and source that is in the folder is replaced, in one step at the end.
 
         Args:
             model: the model, with its processor.
@@ -84,13 +139,18 @@ class ImageTextIndex:
             batch_size: items encoded at a time.
             on_bad_image: "error" to stop at a picture that cannot be read, "skip" to list it and go on.
             draft: see `D2SVSE.encode_image`; it is kept for pictures that are added, and for queries.
+            overwrite: replace an index of another model or source too, or one of which more than a tenth would
+                be lost.
+            exclude: of a folder, patterns of names or of paths in it that are left out, such as `*.gif`. Hidden
+                folders, bins and thumbnail folders are left out anyway, and counted in a warning.
+            follow_links: of a folder, look into folders that links lead to.
             show_progress_bar: show one on the terminal.
             **engine_options: arguments of the engine's class.
 
         Raises:
             ImageError: if a picture cannot be read (with "error"), or none can.
             ValueError: if an option is unknown, or as `encode_images`.
-            FileExistsError: if the folder holds something else.
+            FileExistsError: if the folder holds something else, or another index and `overwrite` is not given.
             BlockingIOError: if another process is writing to it.
         """
         for name, value, known in (("side", side, Side), ("shortlist", shortlist, Shortlist)):
@@ -98,27 +158,41 @@ class ImageTextIndex:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         folder, similarity = Path(folder), model.similarity_fn
         fingerprint = model_fingerprint(model)
-        vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
         check_replaceable(folder)
+        items = read_items(
+            source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
+        )
+        settings = IndexSettings(
+            side,
+            similarity.candidates(shortlist),
+            draft,
+            name_of(model),
+            fingerprint,
+            VECTORS + uuid.uuid4().hex[:12],
+            items.path,
+            str(model.dtype).removeprefix("torch."),
+        )
+        before = replaced_folders(folder, settings, items, overwrite)
+        vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
         if len(vectors):
             raise ValueError(f"the {engine} index holds {len(vectors)} items already; remove it, or name another one")
-        vectors_folder = VECTORS + uuid.uuid4().hex[:12]
-        settings = IndexSettings(
-            side, similarity.candidates(shortlist), draft, name_of(model), fingerprint, vectors_folder
-        )
-        names = list(read_items(source, side)[0])
         with write_lock(folder):
+            note_folders(folder, before)
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-            store = encode_items(model, names, folder, settings, on_bad_image=on_bad_image, **options)
+            taken = joined_stores(folder)
+            store = encode_items(model, items.names, folder, settings, taken, on_bad_image=on_bad_image, **options)
             if not len(store):
-                raise ImageError(f"none of the {len(names)} pictures can be read; the first: {store.skipped[0][1]}")
-            add_store(vectors, model, store, settings)
+                raise ImageError(
+                    f"none of the {len(items.names)} pictures can be read; the first: {store.skipped[0][1]}"
+                )
+            add_store(vectors, model, store, settings, items.paths)
+            note_folders(folder, [settings.vectors])
             vectors.save(folder / settings.vectors)
             settings.write(folder)
             index = cls(folder, model)
             vectors.close()
             write_skipped(folder, store.skipped)
-            index._sweep()
+            index._sweep(index._opened)
         return index
 
     @classmethod
@@ -128,7 +202,7 @@ class ImageTextIndex:
         Args:
             folder: the folder.
             model: the model that built it; without it, the one that the index remembers is loaded when it
-                is needed.
+                is needed: a folder, or one of the Hub that has been fetched before. Nothing is fetched unasked.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
@@ -163,23 +237,25 @@ class ImageTextIndex:
         """The model that built the index.
 
         Raises:
-            FileNotFoundError: if its folder is not there any more.
+            FileNotFoundError: if its folder is not there any more, or it is one of the Hub that is not in the cache.
             ValueError: if it was never saved, or what is there now is another.
         """
-        if self._model is None:
-            name = self._settings.model
-            if name is None:
-                raise ValueError(f"{self.folder}: the model that built the index was not saved then; give model=")
-            if Path(name).is_absolute() and not Path(name).is_dir():
-                raise FileNotFoundError(
-                    f"{name}: no such model folder, which {self.folder} was built with; give model="
-                )
-            from d2svse.models import D2SVSE
+        with self._loading:
+            if self._model is None:
+                model = _remembered(self._settings.model, self.folder)
+                self._check_model(model)
+                self._model = model
+            return self._model
 
-            model = D2SVSE.from_pretrained(name)
-            self.vectors.check_fingerprint(model_fingerprint(model))
-            self._model = model
-        return self._model
+    def _check_model(self, model: D2SVSE) -> None:
+        fingerprint, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+        made = self._settings.dtype or "float32"
+        if fingerprint != self.vectors.fingerprint and dtype != made:
+            raise ValueError(
+                f"{self.folder}: the index was made with a model in {made}, and this one is in {dtype}, which gives "
+                f"other vectors; load the model with dtype='{made}', or build the index again with this one"
+            )
+        self.vectors.check_fingerprint(fingerprint)
 
     def add(
         self,
@@ -187,53 +263,115 @@ class ImageTextIndex:
         *,
         batch_size: int = 64,
         on_bad_image: OnBadImage = "error",
+        prune: bool = False,
+        exclude: Sequence[str] = (),
+        follow_links: bool = False,
         show_progress_bar: bool = False,
     ) -> Changes:
         """Add what is new, encode again what has changed, and drop what is gone from a folder.
 
-        A picture counts as the same while its path, size and time of change are. One that has changed
-        and cannot be read any more, with "skip", is dropped as well.
+        An image counts as the same while its path, size and time of change are, however its path is written.
+        One that has changed and cannot be read any more, with "skip", is dropped as well. What is in a place that
+        cannot be read, or that is left out, stays.
 
         Args:
-            source: as of `build`. Of a folder, pictures of the index that lie below it and are not
+            source: as of `build`. Of a folder, images of the index that lie below it and are not
                 there any more are dropped.
             batch_size: items encoded at a time.
             on_bad_image: as of `build`.
+            prune: drop more than a tenth of the index, or all that it holds below a folder; without it that is
+                an error, since it is mostly a disk that is not mounted.
+            exclude: as of `build`.
+            follow_links: as of `build`.
             show_progress_bar: show one on the terminal.
 
         Raises:
             ImageError: if a picture cannot be read, with "error"; nothing is changed then.
-            ValueError: as `build`.
+            ValueError: as `build`, or if too much is gone and `prune` is not given; nothing is changed then.
             BlockingIOError: if another process is writing to the index.
         """
-        names, states, below = read_items(source, self.side, may_be_empty=True)
+        items = read_items(
+            source,
+            self.side,
+            may_be_empty=True,
+            exclude=exclude,
+            follow_links=follow_links,
+            allow_missing=on_bad_image == "skip",
+        )
         with write_lock(self.folder):
-            self._open()
-            known = dict(zip(self.ids, self.vectors.metadata_of(self.ids), strict=True)) if len(self) else {}
-            there = set(names)
-            gone = [] if below is None else [i for i in known if Path(i).is_relative_to(below) and i not in there]
-            new = [name for name in names if name not in known]
-            changed = [name for name in names if name in known and known[name]["state"] != states[name]]
-            store, skipped = None, []
-            if new or changed:
-                options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-                wanted = [*new, *changed]
-                store = encode_items(
-                    self.model, wanted, self.folder, self._settings, self._stores, on_bad_image=on_bad_image, **options
+            opened = self._read()
+            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
+            try:
+                changes, written = self._add(
+                    opened,
+                    items,
+                    prune,
+                    on_bad_image,
+                    {"batch_size": batch_size, "show_progress_bar": show_progress_bar},
                 )
-                skipped = store.skipped
-            if store is not None and len(store):
-                add_store(self.vectors, self.model, store, self._settings, [*gone, *changed])
-            elif gone or changed:
-                self.vectors.delete([*gone, *changed])
-            if store is not None or gone:
-                self.vectors.save(self.folder / self._settings.vectors)
-                write_skipped(self.folder, skipped)
-            self._sweep()
+                if written:
+                    write_skipped(self.folder, changes.skipped)
+                    opened = self._settled(opened, join=True)
+                else:
+                    self._sweep(opened)  # what a killed call left
+            except BaseException:
+                opened.vectors.close()
+                raise
+            self._publish(opened)
+        return changes
+
+    def _add(
+        self, opened: _Opened, items: SourceItems, prune: bool, on_bad_image: OnBadImage, options: dict[str, Any]
+    ) -> tuple[Changes, bool]:
+        """What `add` does under the lock; and whether something was written."""
+        vectors, settings = opened.vectors, opened.settings
+        known = dict(zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)) if len(vectors) else {}
+        same = same_items(items, known)
+        new = [name for name in items.names if name not in same]
+        absent = [name for name, id in same.items() if items.states[name] is None and known[id]["state"] is not None]
+        changed = [
+            name
+            for name, id in same.items()
+            if known[id]["state"] != items.states[name] and items.states[name] is not None
+        ]
+        gone = gone_items(items, known, set(same.values()))
+        if absent and on_bad_image == "error":
+            raise ImageError(
+                f"{absent[0]}: no such picture; mend it, or leave such pictures out with --on-bad-image skip"
+            )
+        gone += [same[name] for name in absent if prune]
+        if not prune:
+            check_gone(items, known, gone)
+        replaced = [same[name] for name in changed]
+        store = None
+        skipped = [(same[name], f"{name}: cannot be found; it stays in the index") for name in absent if not prune]
+        if new or changed:
+            store = encode_items(
+                self.model,
+                [*new, *changed],
+                self.folder,
+                settings,
+                opened.stored.names if opened.stored else (),
+                on_bad_image=on_bad_image,
+                **options,
+            )
+            skipped += store.skipped
         bad = {name for name, _ in skipped}
-        gone += [name for name in changed if name in bad]
+        dropped = [*gone, *(same[name] for name in changed if name in bad)]
+        if not prune and len(dropped) > PRUNED_UNASKED * len(known) and len(dropped) > len(gone):
+            raise ValueError(
+                f"{len(dropped)} of the {len(known)} images of the index are gone or cannot be read any more, such as "
+                f"{dropped[-1]}; mend them, or drop them with --prune (prune=True)"
+            )
+        if store is not None and len(store):
+            add_store(vectors, self.model, store, settings, items.paths, [*gone, *replaced])
+        elif gone or replaced:
+            vectors.delete([*gone, *replaced])
+        written = store is not None or bool(gone)
+        if written:
+            vectors.save(own_folder(self.folder, settings.vectors))
         added, again = ([name for name in part if name not in bad] for part in (new, changed))
-        return Changes(added, again, gone, skipped)
+        return Changes(added, again, dropped, skipped), written
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove some ids.
@@ -245,11 +383,34 @@ class ImageTextIndex:
             ValueError: if an id is not in the index; nothing is removed then.
             BlockingIOError: if another process is writing to the index.
         """
+        self._rewrite(lambda vectors: vectors.delete(ids if self.side == "text" else stored_names(ids, vectors)))
+
+    def compact(self) -> int:
+        """Write vectors and tokens anew in few files, without what was removed or replaced.
+
+        Returns:
+            How many bytes smaller the folder is.
+
+        Raises:
+            BlockingIOError: if another process is writing to the index.
+        """
+        before = _bytes(self.folder)
+        self._rewrite(None)
+        return before - _bytes(self.folder)
+
+    def _rewrite(self, change: Callable[[VectorIndex], None] | None) -> None:
         with write_lock(self.folder):
-            self._open()
-            self.vectors.delete(ids if self.side == "text" else stored_names(ids, self.vectors))
-            self.vectors.save(self.folder / self._settings.vectors)
-            self._sweep()
+            opened = self._read()
+            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
+            try:
+                if change is not None:
+                    change(opened.vectors)
+                opened.vectors.save(own_folder(self.folder, opened.settings.vectors), compact=change is None)
+                opened = self._settled(opened, join=change is None, every=change is None)
+            except BaseException:
+                opened.vectors.close()
+                raise
+            self._publish(opened)
 
     def search(
         self,
@@ -259,7 +420,7 @@ class ImageTextIndex:
         *,
         weight: float = 0.5,
         rerank: int | None = None,
-    ) -> list[list[Hit]]:
+    ) -> list[Hits]:
         """Find the k best answers to each query: a sentence, a picture, or a sentence with a picture.
 
         What is asked from the other side (sentences for stored pictures) is scored by the model's
@@ -276,7 +437,8 @@ class ImageTextIndex:
                 scores are inner products of its vectors.
 
         Returns:
-            For each query its hits, best first.
+            For each query its hits, best first. Their `notes` say what of its text does not reach the model; it is
+            logged as a warning too.
 
         Raises:
             ImageError: if a picture cannot be read.
@@ -284,7 +446,19 @@ class ImageTextIndex:
         """
         if texts is None and images is None:
             raise ValueError("give texts, images or both")
-        return self.search_features(self.encode_queries(texts, images), k, weight=weight, rerank=rerank)
+        reports: list[TextReport] = []
+        queries = self.encode_queries(texts, images, reports.append)
+        answers = self.search_features(queries, k, weight=weight, rerank=rerank)
+        for report in reports:
+            report.warn()
+        notes = [report[[row]].notes() for report in reports for row in range(len(report))] or [[]] * len(answers)
+        return [Hits(*found) for found in zip(answers, notes, strict=True)]
+
+    def query_notes(self, texts: str | Sequence[str]) -> list[str]:
+        """Say what of some texts does not reach the model: words that its tokenizer does not know, and what is cut."""
+        processor = self.model.processor
+        assert processor is not None  # without it the model has no fingerprint
+        return processor.report(texts).notes()
 
     def search_features(
         self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
@@ -310,28 +484,42 @@ class ImageTextIndex:
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
         shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
+        opened = self._opened
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
         length = length_of_shortlist(rerank, k, self.shortlist, across in queries)
-        scores, ids = self.vectors.search(combined, max(k, length))
+        scores, ids = opened.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
-        exact = self.model.similarity_fn.score_candidates(self.side, self._features, queries[across], ids)
+
+        def stored(names: Sequence[str]) -> Features:
+            assert opened.stored is not None
+            return opened.stored.features(opened.vectors.metadata_of(names))
+
+        exact = self.model.similarity_fn.score_candidates(self.side, stored, queries[across], ids)
         answers = []
         for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
             if both:
-                alike = self.vectors.vectors_of(found) @ vectors[self.side][row]
+                alike = opened.vectors.vectors_of(found) @ vectors[self.side][row]
                 line = shares[across] * line + shares[self.side] * alike
             answers.append(ranked(found, line, k))
         return answers
 
-    def encode_queries(self, texts: Any = None, images: Any = None) -> dict[Side, Features]:
-        """Encode sentences, pictures or both as `search` does, for `search_features`."""
+    def encode_queries(
+        self, texts: Any = None, images: Any = None, on_report: Callable[[TextReport], None] = TextReport.warn
+    ) -> dict[Side, Features]:
+        """Encode sentences, pictures or both as `search` does, for `search_features`.
+
+        Args:
+            texts: as of `search`.
+            images: as of `search`.
+            on_report: see `D2SVSE.encode_text`.
+        """
         output = self.model.similarity_fn.output
         asked: dict[Side, Any] = {}
         if texts is not None:
-            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output)
+            asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output, on_report=on_report)
         if images is not None:
             options: dict[str, Any] = {"convert_to_tensor": True, "output": output, "draft": self._settings.draft}
             asked["image"] = self.model.encode_image(images, **options)
@@ -343,7 +531,6 @@ class ImageTextIndex:
 
     def info(self) -> dict[str, Any]:
         """What the index is: count, what is stored, engine, dim, shortlist, model, fingerprint and bytes."""
-        files = [path for path in self.folder.rglob("*") if path.is_file()]
         return {
             "count": len(self),
             "side": self.side,
@@ -352,7 +539,7 @@ class ImageTextIndex:
             "shortlist": self.shortlist,
             "model": self._settings.model,
             "fingerprint": self.vectors.fingerprint,
-            "bytes": sum(path.stat().st_size for path in files),
+            "bytes": _bytes(self.folder),
         }
 
     @property
@@ -360,40 +547,70 @@ class ImageTextIndex:
         """Pictures that the last `build` or `add` could not read, with the reason."""
         return read_skipped(self.folder)
 
-    def _open(self) -> None:
+    def _read(self) -> _Opened:
         """Read the folder, again if a writer replaced its parts meanwhile."""
-        before, held = None, self.__dict__.get("vectors")
+        before = None
         while True:
-            self._settings = IndexSettings.read(self.folder)
+            settings = IndexSettings.read(self.folder)
             try:
-                self.vectors: VectorIndex = load_index(self.folder / self._settings.vectors)
-                if held is not None:
-                    held.close()
-                held = self.vectors
-                places = self.vectors.metadata_of(self.ids) if self.shortlist and len(self) else []
-                self._stores = {name: EmbeddingStore(self.folder / name) for name in {p["store"] for p in places}}
+                vectors = load_index(own_folder(self.folder, settings.vectors))
+                try:
+                    return _Opened(settings, vectors, self._stored(settings, vectors))
+                except BaseException:
+                    vectors.close()
+                    raise
             except FileNotFoundError as error:
                 if str(error) == before:
                     raise
                 before = str(error)
-            else:
-                return
 
-    def _features(self, ids: Sequence[str]) -> Features:
-        """Read what is stored of some ids."""
-        places = self.vectors.metadata_of(ids)
-        names = {place["store"] for place in places}
-        if len(names) == 1:
-            return self._stores[names.pop()].features([place["row"] for place in places])
-        return Features.cat([self._stores[place["store"]].features([place["row"]]) for place in places])
+    def _stored(self, settings: IndexSettings, vectors: VectorIndex) -> StoredItems | None:
+        if settings.shortlist is None:
+            return None
+        return StoredItems(self.folder, vectors.metadata_of(vectors.ids) if len(vectors) else [])
 
-    def _sweep(self) -> None:
-        """Remove what no id refers to any more; under the lock."""
-        used = {self._settings.vectors}
-        if self.shortlist and len(self):
-            used |= {place["store"] for place in self.vectors.metadata_of(self.ids)}
-        for path in self.folder.iterdir():
-            if path.name.startswith((VECTORS, STORE)) and path.name not in used:
-                shutil.rmtree(path)
-        if self.shortlist:
-            self._stores = {name: EmbeddingStore(self.folder / name) for name in used if name.startswith(STORE)}
+    def _settled(self, opened: _Opened, join: bool, every: bool = False) -> _Opened:
+        """Join small stores after a write, and remove what nothing refers to any more; under the lock."""
+        stored = self._stored(opened.settings, opened.vectors)
+        if join and stored is not None and stored.join(every):
+            stored = self._stored(opened.settings, opened.vectors)
+        opened = _Opened(opened.settings, opened.vectors, stored)
+        self._sweep(opened)
+        return opened
+
+    def _publish(self, opened: _Opened) -> None:
+        """Let searches that begin from now on see it."""
+        before, self._opened = self._opened, opened
+        before.vectors.close()
+
+    def _sweep(self, opened: _Opened) -> None:
+        sweep_folders(self.folder, _folders(opened))
+
+
+def _folders(opened: _Opened) -> set[str]:
+    return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
+
+
+def _remembered(name: str | None, folder: Path) -> D2SVSE:
+    """Load the model that an index remembers, from a folder of this machine or the Hub's cache."""
+    if name is None:
+        raise ValueError(f"{folder}: the model that built the index was not saved then; give model=")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such model folder, which {folder} was built with; give model=")
+    from d2svse.models import D2SVSE
+
+    if Path(name).is_absolute():
+        return D2SVSE.from_pretrained(name)
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{folder}: names the model {name!r:.200}, neither an absolute path nor a Hub id; give model=")
+    try:
+        return D2SVSE.from_pretrained(name, local_files_only=True)
+    except OSError:
+        raise FileNotFoundError(
+            f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to fetch it, "
+            f"give --model {name} (model=)"
+        ) from None
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())

@@ -76,6 +76,7 @@ class ExactIndex(LocalIndex):
     """
 
     engine = "exact"
+    _stored_options = frozenset({"dtype"})
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class ExactIndex(LocalIndex):
         self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """The scores of each group of queries with each block of a part."""
-        block_size, last = self.block_size, 0
+        block_size, last = max(1, min(self.block_size, len(part.codes))), 0
         block = np.empty((block_size, self.dim), dtype=np.float32)
         scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
         for numbers in _blocks(len(part.codes), rows, block_size):
@@ -160,10 +161,8 @@ class ExactIndex(LocalIndex):
     def _device_codes(self, part: Part) -> torch.Tensor:
         """A part on the device, where it stays as long as it is one of the index."""
         device = str(self.device)
-        self._on_device = [
-            kept for kept in self._on_device if kept[0] == device and any(kept[1] is known for known in self._parts)
-        ]
-        for _, there, codes in self._on_device:
+        kept = [one for one in self._on_device if one[0] == device and any(one[1] is known for known in self._parts)]
+        for _, there, codes in kept:
             if there is part:
                 return codes
         codes = torch.empty(part.codes.shape, dtype=getattr(torch, self.dtype), device=device)
@@ -171,7 +170,7 @@ class ExactIndex(LocalIndex):
             rows = slice(numbers[0], numbers[-1] + 1)
             codes[rows] = torch.from_numpy(part.codes[rows].copy()).to(device)
         part.forget(0, len(part.codes))
-        self._on_device.append((device, part, codes))
+        self._on_device = [*kept, (device, part, codes)]  # one assignment: another thread sees the old or the new list
         return codes
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
@@ -218,10 +217,18 @@ class ExactIndex(LocalIndex):
     def _adopt(self, written: Any) -> None:
         self._parts = written
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Hold the vectors themselves, in memory: a pickle may be opened where the folder is not."""
+        parts = [Part(np.array(part.codes), part.scales) for part in self._parts]
+        return {**self.__dict__, "_parts": parts, "_on_device": [], "_home": None, "_items": []}
+
     def _read(self, folder: Path, manifest: dict[str, Any]) -> None:
         for part in manifest["vectors"]:
-            codes, mapped = storage.map_array(folder / part["file"], (part["rows"], self.dim), self.dtype)
+            path = storage.data_file(folder, part["file"])
+            codes, mapped = storage.map_array(path, (storage.count_of(part["rows"], str(path)), self.dim), self.dtype)
             scales = None if part["scales"] is None else np.array(part["scales"], dtype=np.float32)
+            if (self.dtype == "int8") != (scales is not None) or (scales is not None and scales.shape != (self.dim,)):
+                raise ValueError(f"{path}: scales that do not fit {self.dtype} vectors of width {self.dim}")
             self._parts.append(Part(codes, scales, part["file"], mapped))
         rows = sum(len(part.codes) for part in self._parts)
         if rows != len(self._ids):

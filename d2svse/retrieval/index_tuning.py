@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from d2svse.data.manifest import read_manifest
 from d2svse.retrieval.image_text_index import ImageTextIndex
+from d2svse.retrieval.sources import stored_names
 from d2svse.retrieval.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
 
 
@@ -35,7 +35,8 @@ def tune_index(
     row_of = {name: row for row, name in enumerate(index.ids)}
     pairs: list[tuple[str, list[str]]]
     if index.side == "image":
-        pairs = [(text, [str(Path(record.image).resolve())]) for record in records for text in record.captions]
+        ids = stored_names([str(record.image) for record in records], index.vectors)
+        pairs = [(text, [id]) for record, id in zip(records, ids, strict=True) for text in record.captions]
     else:
         pairs = [(str(record.image), list(record.captions)) for record in records]
     pairs = pairs[:: -(-len(pairs) // max_queries)]

@@ -7,12 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from d2svse.retrieval import storage
 from d2svse.retrieval.engine import NOTHING, Metadata, VectorIndex, passing_rows
+from d2svse.text import read_json
 
 
 class LocalIndex(VectorIndex):
@@ -20,6 +21,8 @@ class LocalIndex(VectorIndex):
 
     An engine stores and searches rows; it knows nothing of ids.
     """
+
+    _stored_options: ClassVar[frozenset[str]]  # the constructor's arguments that a folder may give
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         super().__init__(dim, fingerprint)
@@ -38,10 +41,14 @@ class LocalIndex(VectorIndex):
     def __len__(self) -> int:
         return len(self._ids) - len(self._dead)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
         """Write what is new to a folder; the first time, or to another folder, everything.
 
         When a quarter of the rows are deleted ones, all is written anew without them.
+
+        Args:
+            folder: the folder.
+            compact: write all anew without deleted rows, however few they are.
 
         Raises:
             BlockingIOError: if another process is writing there.
@@ -56,7 +63,7 @@ class LocalIndex(VectorIndex):
             if at_home and there is not None and self._home is not None and there["revision"] != self._home[1]:
                 raise ValueError(f"{folder}: changed by another process since it was loaded; load it again and repeat")
             try:
-                self._write_all(folder, at_home)
+                self._write_all(folder, at_home, compact)
             except BaseException:
                 if not (folder / storage.MANIFEST).is_file():
                     storage.sweep(folder, ())
@@ -156,10 +163,9 @@ class LocalIndex(VectorIndex):
     def _metadata_of(self, ids: list[str]) -> list[Metadata]:
         return [dict(self._metadata[row]) for row in self._numbers_of(ids)]
 
-    def _write_all(self, folder: Path, at_home: bool) -> None:
-        keep = np.flatnonzero(self._alive()) if 4 * len(self._dead) >= len(self._ids) > 0 else None
-        if keep is not None and not self._dead:
-            keep = None
+    def _write_all(self, folder: Path, at_home: bool, compact: bool) -> None:
+        anew = compact or (self._dead and 4 * len(self._dead) >= len(self._ids))
+        keep = np.flatnonzero(self._alive()) if anew else None
         part, files, written = self._write(folder, at_home, keep)
         items = self._write_items(folder, at_home, keep)
         deleted = None
@@ -209,18 +215,28 @@ class LocalIndex(VectorIndex):
             raise ValueError(
                 f"{folder}: an index of the engine {manifest['engine']!r}, not {cls.engine!r}; load_index opens either"
             )
-        index = cls(manifest["dim"], fingerprint=manifest["fingerprint"], **manifest["options"])
+        # What is no option of the vectors, such as a device, is not the folder's to say.
+        options = {name: value for name, value in dict(manifest["options"]).items() if name in cls._stored_options}
+        index = cls(manifest["dim"], fingerprint=manifest["fingerprint"], **options)
         index.check_fingerprint(fingerprint)
         for name, rows in manifest["items"]:
-            content = json.loads((folder / name).read_bytes())
-            if len(content["ids"]) != rows:
-                raise ValueError(f"{folder / name}: {len(content['ids'])} ids where {rows} were expected")
-            index._ids += content["ids"]
-            index._metadata += content["metadata"] or [NOTHING] * rows
+            path = storage.data_file(folder, name)
+            content = read_json(path)
+            ids, metadata = content["ids"], content["metadata"] or [NOTHING] * len(content["ids"])
+            if len(ids) != rows or len(metadata) != rows:
+                raise ValueError(f"{path}: {len(ids)} ids where {rows} were expected")
+            if not all(isinstance(one, str) and one for one in ids) or not all(isinstance(m, dict) for m in metadata):
+                raise ValueError(f"{path}: an id that is no text, or metadata that are no mapping")
+            index._ids += ids
+            index._metadata += metadata
             index._items.append((name, rows))
         if manifest["deleted"]:
             name, count = manifest["deleted"]
-            index._dead = set(storage.map_array(folder / name, (count,), np.int64)[0].tolist())
+            path = storage.data_file(folder, name)
+            dead = storage.map_array(path, (storage.count_of(count, str(path)),), np.int64)[0]
+            if len(dead) and not 0 <= dead.min() <= dead.max() < len(index._ids):
+                raise ValueError(f"{path}: rows that the index does not have; build it again")
+            index._dead = set(dead.tolist())
         index._home = (folder.absolute(), manifest["revision"])
         index._read(folder, manifest)
         return index

@@ -124,12 +124,80 @@ def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) ->
         wrong answers score at least as high as the best right one.
 
     Raises:
-        ValueError: if a score is NaN, the shapes do not fit, or an image has no caption.
+        ValueError: if a score is NaN, the shapes do not fit, an image has no caption, or the matrix is transposed or
+            its images are repeated.
     """
     scores = torch.as_tensor(scores)
+    check_layout(scores, image_of_caption)
     answers = caption_answers(image_of_caption, scores.shape[0])
     i2t, t2i = best_ranks_in_tiles(whole_matrix(scores, *answers), *answers, MATRIX_TILE)
     return torch.from_numpy(i2t).to(scores.device), torch.from_numpy(t2i).to(scores.device)
+
+
+def check_layout(scores: Tensor, image_of_caption: Tensor | np.ndarray) -> None:
+    """Refuse a matrix that is transposed or holds each image several times, which papers' files often do.
+
+    Args:
+        scores: `(n_images, n_captions)`.
+        image_of_caption: `(n_captions,)`.
+
+    Raises:
+        ValueError: if it is so, or another shape; the message says what to give instead.
+    """
+    owner = torch.as_tensor(image_of_caption).cpu().numpy()
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise ValueError(f"scores must be (n_images, n_captions), got {tuple(scores.shape)}")
+    if owner.ndim != 1 or not len(owner) or owner.dtype.kind not in "iu":
+        raise ValueError(
+            f"image_of_caption must be the row of each caption's image, got {owner.dtype} of shape {owner.shape}"
+        )
+    (rows, columns), images, captions = scores.shape, int(owner.max()) + 1, len(owner)
+    shapes = f"scores are {rows} × {columns}, and image_of_caption names {images} images of {captions} captions"
+    if (rows, columns) == (captions, images) and rows != columns:
+        raise ValueError(f"{shapes}: transposed? give scores.T")
+    times = rows // images
+    together = rows == times * images and times > 1 and _repeats(scores, times, 1)
+    if rows == times * images and min(times, images) > 1 and (rows == captions or together):
+        how = f"scores[::{times}]" if together else f"scores[:{images}]"
+        raise ValueError(
+            f"{shapes}: rows {times} × the images: repeated? transposed? If each image stands there {times} times, "
+            f"give {how}; if rows are captions, scores.T"
+        )
+    if columns != captions:
+        times = max(columns, captions) // min(columns, captions)
+        repeated = max(columns, captions) == times * min(columns, captions)
+        hint = f"; one is {times} × the other: repeated? transposed?" if repeated else ""
+        raise ValueError(f"{shapes}, which do not fit: expected a column for each caption{hint}")
+    if rows == images == captions and rows > 2:
+        _check_square(scores)
+
+
+def _check_square(scores: Tensor) -> None:
+    """Refuse images that are repeated once for each caption, where each copy counts as an image of its own."""
+    rows = len(scores)
+    same = torch.nonzero(scores[1:, 0] == scores[0, 0]).flatten().tolist()
+    second = next((row + 1 for row in same if torch.equal(scores[row + 1], scores[0])), None)
+    if second is None:
+        return
+    if second > 1:  # all images, and then all of them again
+        times, step, how = rows // second, second, f"scores[:{second}]"
+    else:
+        times = next((row for row in range(2, rows) if not torch.equal(scores[row], scores[0])), rows)
+        step, how = 1, f"scores[::{times}]"
+    if times == rows or rows % times or (step > 1 and rows % step) or not _repeats(scores, times, step):
+        return
+    raise ValueError(
+        f"rows {times} × the images: repeated? Each row of scores stands there {times} times, and image_of_caption "
+        f"takes each for another image: give {how}, and to each caption the row of its image"
+    )
+
+
+def _repeats(scores: Tensor, times: int, step: int) -> bool:
+    """Whether each row comes so many times, one after another (step 1) or all rows again after `step`."""
+    if step == 1:
+        blocks = scores.reshape(-1, times, scores.shape[1])
+        return all(torch.equal(blocks[:, 0], blocks[:, copy]) for copy in range(1, times))
+    return all(torch.equal(scores[:step], scores[first : first + step]) for first in range(step, len(scores), step))
 
 
 def recall_at_k(query_ranks: Tensor, k: int) -> float:
@@ -184,6 +252,7 @@ def fold_metrics(
         ValueError: if the images do not divide into that many parts, and as `ranks`.
     """
     scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
+    check_layout(scores, owner)
     results = []
     for rows in fold_slices(scores.shape[0], folds):
         inside = (owner >= rows.start) & (owner < rows.stop)

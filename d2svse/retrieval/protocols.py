@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2svse.data.dataset import ImageTextDataset
-from d2svse.data.layout import read_json
+from d2svse.data.layout import as_id, read_json
 from d2svse.data.manifest import Record
 from d2svse.retrieval.metrics import RightAnswers, caption_answers
 
@@ -220,13 +220,16 @@ def _annotated(path: str | os.PathLike[str]) -> Iterable[tuple[int, int, str]]:
     content = read_json(Path(path))
     try:
         if "annotations" in content:
-            return [(row["image_id"], row["id"], row["caption"]) for row in content["annotations"]]
-        return [
-            (image["cocoid"], sentence["sentid"], sentence["raw"])
-            for image in content["images"]
-            for sentence in image["sentences"]
-        ]
-    except (KeyError, TypeError):
+            rows = [(row["image_id"], row["id"], row["caption"]) for row in content["annotations"]]
+        else:
+            rows = [
+                (image["cocoid"], sentence["sentid"], sentence["raw"])
+                for image in content["images"]
+                for sentence in image["sentences"]
+            ]
+        # An id that is none, or a caption that is no text, is a TypeError or a ValueError.
+        return [(int(as_id(image) or ""), int(as_id(number) or ""), "".join([text])) for image, number, text in rows]
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{os.fspath(path)}: expected captions with ids: MS-COCO's captions_val2014.json or Karpathy's "
             "dataset_coco.json"

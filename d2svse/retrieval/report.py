@@ -20,7 +20,7 @@ from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metri
 from d2svse.retrieval.search import Shortlist
 from d2svse.retrieval.shortlist import rank_in_two_stages
 from d2svse.retrieval.streaming import Best, Scorer, best_wrong, stream_rankings
-from d2svse.similarity.base import Similarity, build_similarity
+from d2svse.similarity.base import Similarity, build_similarity, similarity_options
 from d2svse.version import __version__
 
 if TYPE_CHECKING:
@@ -250,8 +250,9 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
     if weights:
         same = type(built) is type(model.similarity_fn) and weights.keys() == own.keys()
         if not same or any(weights[name].shape != own[name].shape for name in weights):
+            name = similarity_options(configuration)["name"]
             raise ValueError(
-                f"similarity {configuration['name']!r} has learned weights ({', '.join(weights)}), and the model, "
+                f"similarity {name!r} has learned weights ({', '.join(weights)}), and the model, "
                 f"{model.config.embed_dim} wide with {type(model.similarity_fn).__name__}, has none that fit: train it "
                 "with this similarity, or take one without weights"
             )
@@ -288,9 +289,7 @@ def _measure(whole: Part | None, folds: Sequence[Part]) -> dict[str, Any]:
 
 
 def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity: Similarity) -> dict[str, Any]:
-    given: Any = configuration or model.config.similarity or "cosine"
-    described = {"name": given} if isinstance(given, str) else dict(given)
-    return described | {"class": type(similarity).__name__}
+    return similarity_options(configuration or model.config.similarity) | {"class": type(similarity).__name__}
 
 
 def _query_rows(ranking: Ranking, wrong: Best, queries: list[str], answers: list[str]) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from d2svse.similarity.base import Candidates as Shortlist
 from d2svse.similarity.base import Side
 
-__all__ = ["Hit", "Shortlist", "Side", "length_of_shortlist", "ranked"]
+__all__ = ["Hit", "Hits", "Shortlist", "Side", "length_of_shortlist", "ranked"]
 
 DEFAULT_RERANK = 100
 
@@ -22,6 +22,19 @@ class Hit:
 
     id: str
     score: float
+
+
+class Hits(list[Hit]):
+    """The answers to one query, best first.
+
+    Attributes:
+        notes: what of the query's text does not reach the model, one sentence each: words that the tokenizer does not
+            know, and what was cut.
+    """
+
+    def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(hits)
+        self.notes = tuple(notes)
 
 
 def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]:

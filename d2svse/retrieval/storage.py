@@ -8,24 +8,29 @@ after, and a file that a killed writer left behind is removed by the next write.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from d2svse.files import written_aside
+from d2svse.text import read_json
 
 MANIFEST = "index.json"
 LOCK = ".lock"
+WIDEST = 1 << 16  # numbers of a vector, in a folder that is opened
 _DATA = re.compile(r"(vectors|items|deleted|faiss)-[0-9a-f]{12}\.(npy|json|faiss)")
-_ASIDE = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f]{{8}}\.tmp")
+_ASIDE = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f-]+\.tmp")
 
 Opened = TypeVar("Opened")
 
@@ -41,6 +46,8 @@ def write_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LOCK).is_symlink():
+        raise ValueError(f"{folder / LOCK}: a link, which taking the lock would write through; remove it")
     try:
         lock = FileLock(folder / LOCK, blocking=False, is_singleton=True).acquire()
     except Timeout:
@@ -64,13 +71,63 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: {MANIFEST} is missing; expected a folder written by `d2svse index`")
+    inside(Path(folder), MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not {"engine", "dim", "revision", "files"} <= manifest.keys():
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or not {"engine", "dim", "revision", "files"} <= manifest.keys():
             raise ValueError("written by something else, or by an earlier version")
-    except (ValueError, AttributeError) as error:
+        if (
+            isinstance(manifest["dim"], bool)
+            or not isinstance(manifest["dim"], int)
+            or not 1 <= manifest["dim"] <= WIDEST
+        ):
+            raise ValueError(f"vectors of width {manifest['dim']!r:.20}")
+        if not isinstance(manifest["files"], list) or not isinstance(manifest["engine"], str):
+            raise ValueError(f"files {manifest['files']!r:.80}, engine {manifest['engine']!r:.80}")
+    except ValueError as error:
         raise ValueError(f"{path}: not an index written by `d2svse index` ({error}); build it again") from None
     return manifest
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """Return a file or folder of a folder of unknown origin, by the name that the folder itself gives.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if the name leads out of the folder, be it by `..` or by a link, or to a device or a pipe.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", os.sep, os.altsep, "\0"}:
+        raise ValueError(f"{folder}: names {name!r:.200}, which is no file inside it")
+    path = folder / name
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path}: a link that leaves the folder; copy the folder with what its links lead to")
+    mode = path.stat().st_mode if path.exists() else 0
+    if not mode:
+        raise FileNotFoundError(f"{folder}: {name} is missing; the index is not whole, build it again")
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: neither a file nor a folder")
+    return path
+
+
+def data_file(folder: Path, name: Any) -> Path:
+    """Return a data file that `index.json` names; errors are those of `inside`, and for a name that is never given."""
+    if not isinstance(name, str) or not _DATA.fullmatch(name):
+        raise ValueError(f"{folder}: {MANIFEST} names {name!r:.200}, which is no data file of an index")
+    path = inside(folder, name)
+    if not path.is_file():
+        raise ValueError(f"{path}: a folder, expected a file")
+    return path
+
+
+def count_of(value: Any, what: str) -> int:
+    """Return a count that a folder tells.
+
+    Raises:
+        ValueError: if it is no count.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
+        raise ValueError(f"{what}: expected a count, got {value!r:.40}")
+    return value
 
 
 def check_replaceable(folder: Path) -> None:
@@ -125,13 +182,12 @@ def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, A
         manifest = read_manifest(folder)
         try:
             for name in manifest["files"]:
-                if not (folder / name).is_file():
-                    raise FileNotFoundError(f"{folder}: {name} is missing; the index is not whole, build it again")
+                data_file(folder, name)
             return read(folder, manifest)
         except FileNotFoundError:
             if read_manifest(folder)["revision"] == manifest["revision"]:
                 raise
-        except (KeyError, TypeError, EOFError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(f"{folder}: not an index written by `d2svse index` ({error!r}); build it again") from None
 
 
@@ -169,22 +225,47 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarra
         ValueError: if the file holds something else or is cut short.
     """
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found, fortran, found_dtype = read(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: not an array ({error}); the index is not whole, build it again") from None
-        start, size = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if (found, found_dtype, fortran) != (shape, np.dtype(dtype), False) or path.stat().st_size != start + size:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, where {start + size} of "
-                f"{np.dtype(dtype)} {shape} were expected; the index is not whole, build it again"
-            )
+        start, size = _checked_header(path, file, shape, dtype)
         if not size:
             return np.empty(shape, dtype), None
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return np.frombuffer(mapped, dtype, offset=start).reshape(shape), mapped
+
+
+def map_unheld(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Map the array of a `.npy` file without a descriptor that stays open, so that any number may be mapped.
+
+    Raises:
+        ValueError: if the file holds something else or is cut short.
+    """
+    with path.open("rb") as file:
+        start, size = _checked_header(path, file, shape, dtype)
+    if not size:
+        return np.empty(shape, dtype)
+    try:
+        # Python's own map keeps a duplicate of the descriptor; torch closes it. A write would stay in memory.
+        whole = torch.from_file(str(path), shared=False, size=start + size, dtype=torch.uint8).numpy()
+    except UnicodeEncodeError:  # torch takes no name that is not UTF-8
+        return map_array(path, shape, dtype)[0]
+    whole.flags.writeable = False
+    return np.frombuffer(whole, dtype, offset=start).reshape(shape).view(np.memmap)
+
+
+def _checked_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
+    """Where the numbers of a `.npy` file start, and their size in bytes."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found, fortran, found_dtype = read(file)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: not an array ({error}); the index is not whole, build it again") from None
+    start, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
+    if (found, found_dtype, fortran) != (shape, np.dtype(dtype), False) or path.stat().st_size != start + size:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, where {start + size} of "
+            f"{np.dtype(dtype)} {shape} were expected; the index is not whole, build it again"
+        )
+    return start, size
 
 
 def first_to_merge(sizes: list[int]) -> int:

@@ -8,8 +8,11 @@ one after another, without padding, between the offsets of each item.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import operator
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +23,14 @@ import torch
 
 from d2svse.features import Features
 from d2svse.files import write_json, write_text, written_aside
+from d2svse.folders import recover_folder
 from d2svse.images import ImageError, OnBadImage, picture_state
+from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
 from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.rows import Rows
-from d2svse.retrieval.storage import write_lock
+from d2svse.retrieval.storage import WIDEST, count_of, inside, map_unheld, write_lock
+from d2svse.text import parse_json, read_json, read_lines, to_json
 
 if TYPE_CHECKING:
     from d2svse.models.encoding import Output
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 
 StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
+_SHARD = re.compile(r"\d{5,}")
 Batches = Iterator[tuple[list[int], Features]]
 
 
@@ -61,20 +68,46 @@ class EmbeddingStore:
             raise FileNotFoundError(f"{self.folder}: {DESCRIPTION} is missing; expected a folder of encode_images")
         self.side, self.output = description["side"], description["output"]
         self.fingerprint, self.dim = description["fingerprint"], description["dim"]
-        shards = _shards(self.folder, description)
-        missing = [shard.name for shard in shards if not shard.is_dir()]
-        if missing:
+        self.dtype = description["dtype"]
+        count = -(-description["count"] // description["shard_size"])
+        there = sum(_SHARD.fullmatch(path.name) is not None for path in self.folder.iterdir())
+        if there < count:
             raise ValueError(
-                f"{self.folder}: {len(missing)} of {len(shards)} shards are missing; encode again to go on from there"
+                f"{self.folder}: {count - there} of {count} shards are missing; encode again to go on from there"
             )
+        shards = [inside(self.folder, shard.name) for shard in _shards(self.folder, description)]
         items = [_read_items(shard) for shard in shards]
         self.ids: list[str] = [name for shard in items for name in shard["ids"]]
         self.states: list[Any] = [shard["states"][place] for shard in items for place in shard["places"]]
         self.skipped: list[tuple[str, str]] = [(name, reason) for shard in items for name, reason in shard["skipped"]]
-        self.pooled = Rows([np.load(shard / "pooled.npy", mmap_mode="r") for shard in shards])
-        tokens = shards if self.output == "features" else []
-        self._tokens = [np.load(shard / "tokens.npy", mmap_mode="r") for shard in tokens]
-        self._offsets = [np.load(shard / "offsets.npy") for shard in tokens]
+        lengths = [len(shard["ids"]) for shard in items]
+        self.pooled = Rows(
+            [self._array(shard, "pooled", (rows, self.dim)) for shard, rows in zip(shards, lengths, strict=True)]
+        )
+        self._tokens: list[np.ndarray] = []
+        self._offsets: list[np.ndarray] = []
+        if self.output == "features":
+            for shard, rows in zip(shards, lengths, strict=True):
+                offsets = np.array(self._array(shard, "offsets", (rows + 1,), np.int64))
+                if offsets[0] or (np.diff(offsets) < 0).any():
+                    raise ValueError(f"{shard}: tokens of an item that end before they begin; encode again")
+                self._offsets.append(offsets)
+                self._tokens.append(self._array(shard, "tokens", (int(offsets[-1]), self.dim)))
+
+    def _array(self, shard: Path, name: str, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
+        return map_unheld(inside(shard, f"{name}.npy"), shape, dtype or self.dtype)
+
+    def __reduce__(self) -> Any:
+        """Pickle the folder's name; what it holds is mapped again."""
+        return EmbeddingStore, (self.folder.absolute(),)
+
+    def tokens_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the tokens of some rows as they are stored, `(length, dim)` each; none where there are no tokens."""
+        if not self._tokens:
+            return []
+        return [
+            self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self.pooled.places(rows)
+        ]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,9 +125,7 @@ class EmbeddingStore:
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
         if not self._tokens:
             return Features(pooled)
-        parts = [
-            self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self.pooled.places(rows)
-        ]
+        parts = self.tokens_of(rows)
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
         # put together as they are stored and widened at once: many small conversions wait for each other's threads
@@ -197,10 +228,12 @@ def encode_texts(
         show_progress_bar: show one on the terminal.
 
     Raises:
-        ValueError: if a sentence is empty, or the folder holds a store of another model, list or kind; the message
-            says what differs.
+        ValueError: if a sentence is empty, not a string or holds half a character, or the folder holds a store of
+            another model, list or kind; the message says what differs.
         BlockingIOError: if another process is writing to it.
     """
+    texts = as_texts(texts)
+    reports: list[TextReport] = []
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": shard_size}
     description |= {"dense": dense, "max_length": max_length}
     names = list(dict.fromkeys(texts))
@@ -212,9 +245,12 @@ def encode_texts(
 
     def encode(sentences: Sequence[str], skipped: dict[int, str]) -> Batches:
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
-        return model.text_batches(sentences, max_length=max_length, **options)
+        return model.text_batches(sentences, max_length=max_length, on_report=reports.append, **options)
 
-    return _encode(model, names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    store = _encode(model, names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    if reports:
+        TextReport.join(reports).warn()
+    return store
 
 
 def _encode(
@@ -267,24 +303,40 @@ def _encode(
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     """List pictures that were left out, with the reasons, in `skipped.jsonl`."""
-    lines = [json.dumps({"image": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped]
+    lines = [to_json({"image": name, "reason": reason}) for name, reason in skipped]
+    if (folder / SKIPPED).is_symlink():
+        raise ValueError(f"{folder / SKIPPED}: a link, which the list would be written through; remove it")
     write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
 
 
 def read_skipped(folder: Path) -> list[tuple[str, str]]:
     """What `write_skipped` listed; nothing if it did not."""
-    path = folder / SKIPPED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [(row["image"], row["reason"]) for row in map(json.loads, lines)]
+    try:
+        lines = read_lines(inside(folder, SKIPPED))
+        rows = [parse_json(line, f"{folder / SKIPPED}:{number}") for number, line in enumerate(lines, start=1)]
+        return [(row["image"], row["reason"]) for row in rows]
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / SKIPPED}: not a list of skipped images ({error!r}); remove it") from None
 
 
 def _read_description(folder: Path) -> dict[str, Any] | None:
     try:
-        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        path = inside(folder, DESCRIPTION)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{folder / DESCRIPTION}: not a store of embeddings ({error})") from None
+    try:
+        description = read_json(path)
+        for name in ("count", "shard_size", "dim"):
+            count_of(description[name], name)
+        if not 1 <= description["dim"] <= WIDEST or not description["shard_size"]:
+            raise ValueError(f"dim {description['dim']}, shard_size {description['shard_size']}")
+        if description["dtype"] not in get_args(StoreType) or description["side"] not in ("image", "text"):
+            raise ValueError(f"dtype {description['dtype']!r}, side {description['side']!r}")
+        description["output"], description["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a store of embeddings ({error})") from None
     return description
 
 
@@ -313,7 +365,18 @@ def _shards(folder: Path, description: Mapping[str, Any]) -> list[Path]:
 
 
 def _read_items(shard: Path) -> dict[str, Any]:
-    items: dict[str, Any] = json.loads((shard / ITEMS).read_text(encoding="utf-8"))
+    recover_folder(shard)
+    path = inside(shard, ITEMS)
+    items: dict[str, Any] = read_json(path)
+    try:
+        ids, places, states = items["ids"], items["places"], items["states"]
+        if len(ids) != len(places) or not all(isinstance(name, str) for name in ids):
+            raise ValueError(f"{len(ids)} ids, {len(places)} places")
+        if not all(isinstance(place, int) and 0 <= place < len(states) for place in places):
+            raise ValueError("a place that no state has")
+        items["skipped"] = [(str(name), str(reason)) for name, reason in items["skipped"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the items of a shard ({error}); encode again") from None
     return items
 
 
@@ -351,19 +414,62 @@ def _write_shard(
     order = np.argsort(rows)
     kept = rows[order].tolist()
     empty = np.empty((0, description["dim"]), description["dtype"])
+    pooled = np.concatenate([empty, *(pooled for _, (pooled, _) in encoded)])[order]
+    tokens = [item for _, (_, items) in encoded for item in items]
+    if description["output"] == "features" and len(tokens) != len(kept):
+        raise ValueError("the model gives no tokens; take output='pooled'")
+    items = {
+        "ids": [names[row] for row in kept],
+        "places": kept,  # of what was encoded, in the part of the list
+        "states": list(states),
+        "skipped": [[names[row], skipped[row]] for row in sorted(skipped)],
+    }
     with written_aside(shard, replaces=ITEMS) as aside:
-        aside.mkdir()
-        np.save(aside / "pooled.npy", np.concatenate([empty, *(pooled for _, (pooled, _) in encoded)])[order])
-        if description["output"] == "features":
-            tokens = [item for _, (_, items) in encoded for item in items]
-            if len(tokens) != len(kept):
-                raise ValueError("the model gives no tokens; take output='pooled'")
-            np.save(aside / "tokens.npy", np.concatenate([empty, *(tokens[place] for place in order)]))
-            np.save(aside / "offsets.npy", np.cumsum([0, *(len(tokens[place]) for place in order)]))
+        _fill_shard(aside, items, pooled, [tokens[place] for place in order] if tokens else [], description)
+
+
+def _fill_shard(
+    folder: Path,
+    items: Mapping[str, Any],
+    pooled: np.ndarray,
+    tokens: Sequence[np.ndarray],
+    description: Mapping[str, Any],
+) -> None:
+    folder.mkdir()
+    np.save(folder / "pooled.npy", pooled)
+    if description["output"] == "features":
+        empty = np.empty((0, description["dim"]), description["dtype"])
+        np.save(folder / "tokens.npy", np.concatenate([empty, *tokens]))
+        np.save(folder / "offsets.npy", np.cumsum([0, *(len(item) for item in tokens)]).astype(np.int64))
+    (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
+
+
+def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, shard_size: int = 1024) -> None:
+    """Write some rows of several stores, of one model and kind, as one store.
+
+    Args:
+        parts: stores, and the rows of each.
+        folder: where the store is to be; it must not be there.
+        shard_size: items in a shard.
+    """
+    first = parts[0][0]
+    places = [(store, int(row)) for store, rows in parts for row in rows]
+    listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in places]).encode()).hexdigest()
+    description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": shard_size}
+    description |= {"dim": first.dim, "count": len(places), "list": listed, "fingerprint": first.fingerprint}
+    folder.mkdir()
+    write_json(folder / DESCRIPTION, description)
+    for number, start in enumerate(range(0, len(places), shard_size)):
+        part = places[start : start + shard_size]
         items = {
-            "ids": [names[row] for row in kept],
-            "places": kept,  # of what was encoded, in the part of the list
-            "states": list(states),
-            "skipped": [[names[row], skipped[row]] for row in sorted(skipped)],
+            "ids": [store.ids[row] for store, row in part],
+            "places": list(range(len(part))),
+            "states": [store.states[row] for store, row in part],
+            "skipped": [],
         }
-        (aside / ITEMS).write_text(json.dumps(items), encoding="utf-8")
+        pooled, tokens = [], []
+        for store, run in itertools.groupby(part, key=operator.itemgetter(0)):
+            rows = np.array([row for _, row in run])
+            pooled.append(store.pooled[rows])
+            tokens += store.tokens_of(rows)
+        _fill_shard(folder / f"{number:05}", items, np.concatenate(pooled), tokens, description)

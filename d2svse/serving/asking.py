@@ -12,8 +12,10 @@ from d2svse.images import ImageError
 from d2svse.retrieval.image_text_index import ImageTextIndex
 from d2svse.retrieval.search import DEFAULT_RERANK, Hit, Side
 from d2svse.serving.maps import DrawnSet, draw_sets
+from d2svse.text import check_text
 
 MOST_ANSWERS = 5000
+MOST_CHARACTERS = 10_000  # of a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Answer:
     Attributes:
         hits: best first.
         sentence: the sentence of the query, or None.
-        picture: the file of the query's picture, or None.
+        picture: the file of the query's picture, or one that is stored elsewhere, or None.
         weight: of the sentence where both were asked for.
         reranked: so many of the first hits are scored by the similarity of tokens, the rest by vectors.
         score: what the scores of the first hits are.
@@ -33,7 +35,7 @@ class Answer:
 
     hits: Sequence[Hit]
     sentence: str | None
-    picture: str | None
+    picture: str | os.PathLike[str] | None
     weight: float
     reranked: int
     score: str
@@ -112,35 +114,47 @@ class Searcher:
         return os.path.relpath(name, self._root) if self._root else name
 
     def ask(
-        self, sentence: str | None = None, picture: str | None = None, weight: float = 0.5, rerank: bool = True
+        self,
+        sentence: str | None = None,
+        picture: str | os.PathLike[str] | None = None,
+        weight: float = 0.5,
+        rerank: bool = True,
     ) -> Answer:
         """Find the best answers, at most `MOST_ANSWERS`.
 
         Args:
             sentence: a sentence; None or blank is none.
-            picture: the path of a picture, or None.
+            picture: the path of a picture, or one that is stored elsewhere, or None.
             weight: of the sentence where there is a picture too.
             rerank: score the first `DEFAULT_RERANK` by the similarity of tokens where it can be done.
 
         Raises:
             ImageError: if the picture cannot be read; the message names the file without its folder.
-            ValueError: if there is neither, or as `ImageTextIndex.search`.
+            ValueError: if there is neither, if the sentence is too long or holds half a character, or as
+                `ImageTextIndex.search`.
         """
         sentence = (sentence or "").strip() or None
         if sentence is None and picture is None:
             raise ValueError("Nothing to search for: type a sentence, or drop a picture.")
+        if sentence is not None and len(check_text(sentence, "The sentence")) > MOST_CHARACTERS:
+            raise ValueError(f"The sentence has {len(sentence)} characters; shorten it to {MOST_CHARACTERS}.")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"The weight of the sentence is from 0 to 1, got {weight}.")
         count = min(len(self.index), MOST_ANSWERS)
         across = sentence is not None if self.side == "image" else picture is not None
         depth = min(DEFAULT_RERANK, count) if rerank and across and self.can_rerank else 0
         with self._lock:
-            notes = [] if sentence is None else self._truncation(sentence)
+            # What the reader has to know of the query; the page shows it above the answers.
+            notes = [] if sentence is None else self.index.query_notes(sentence)
             try:
                 queries = self.index.encode_queries(
-                    None if sentence is None else [sentence], None if picture is None else [picture]
+                    None if sentence is None else [sentence],
+                    None if picture is None else [picture],
+                    lambda report: None,  # the notes tell it
                 )
             except ImageError as error:
                 assert picture is not None
-                raise ImageError(str(error).replace(picture, Path(picture).name)) from None
+                raise ImageError(str(error).replace(os.fspath(picture), Path(picture).name)) from None
             hits = self.index.search_features(queries, count, weight=weight, rerank=0)[0]
             if depth:
                 best = self.index.search_features(queries, depth, weight=weight, rerank=depth)[0]
@@ -189,26 +203,14 @@ class Searcher:
             except ImportError as error:
                 notes.append(f"No map: {error}")
             except (ValueError, OSError) as error:
-                notes.append(f"No map: {str(error).replace(picture, self._short(picture))}")
+                notes.append(f"No map: {str(error).replace(os.fspath(picture), self._short(picture))}")
             if answer.sentence is not None and answer.picture is not None:
                 share = f"{answer.weight:.2f} of the sentence's and {1 - answer.weight:.2f} of the picture's"
                 notes.append(f"The score adds up {share}; the maps are of picture and sentence alone.")
         return Reason(hit, place, answer.score_name(place), sets, tuple(notes))
 
-    def _short(self, picture: str) -> str:
-        return self.shown_name(picture) if self.side == "image" else Path(picture).name
-
-    def _truncation(self, sentence: str) -> list[str]:
-        processor = self.model.processor
-        if processor is None or processor.tokenizer is None:
-            return []  # which encoding will tell
-        count = len(processor.tokenizer(sentence, truncation=False, verbose=False)["input_ids"])
-        if count <= processor.max_length:
-            return []
-        return [
-            f"The sentence was truncated to {processor.max_length} tokens, the most that the model reads; "
-            f"it has {count}, and what comes after does not count."
-        ]
+    def _short(self, picture: str | os.PathLike[str]) -> str:
+        return self.shown_name(os.fspath(picture)) if self.side == "image" else Path(picture).name
 
 
 def _common_folder(names: Sequence[str]) -> str:

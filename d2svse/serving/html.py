@@ -1,4 +1,7 @@
-"""The parts of the search page as HTML; all that comes from outside is escaped."""
+"""The parts of the search page as HTML; all that comes from outside is escaped.
+
+No part holds a character that UTF-8 cannot: one file name would end the answer, and the page would wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,15 @@ from typing import Literal
 from d2svse.images import ImageError, jpeg_uri
 from d2svse.serving.asking import Answer, Reason, Searcher
 from d2svse.serving.maps import DrawnPanel, DrawnSet
-from d2svse.serving.pictures import LARGE, SMALL, Pictures, is_there, small_copy
+from d2svse.serving.pictures import FOLDER, LARGE, SMALL, Pictures, is_there, small_copy
+from d2svse.text import visible
 
 PAGE = 12
-FOLDER = "pictures"  # below which a browser reads small copies
+
+
+def _escape(text: str) -> str:
+    """A text or a name as HTML, with control characters and bytes that are not UTF-8 made visible."""
+    return html.escape(visible(text))
 
 
 def picture_address(pictures: Pictures, path: str, size: int = SMALL) -> str:
@@ -28,7 +36,7 @@ def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "no
     if not lines:
         return ""
     role = "alert" if kind == "error" else "status"
-    body = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    body = "".join(f"<p>{_escape(line)}</p>" for line in lines)
     return f'<div class="d2-message d2-{kind}" role="{role}">{body}</div>'
 
 
@@ -52,16 +60,16 @@ def show_hits(answer: Answer | None, first: int, searcher: Searcher, pictures: P
     cards = []
     for place in range(first, min(first + PAGE, len(answer.hits))):
         hit = answer.hits[place]
-        score = f'<span class="d2-score" title="{html.escape(answer.score_name(place))}">{hit.score:.4f}</span>'
+        score = f'<span class="d2-score" title="{_escape(answer.score_name(place))}">{hit.score:.4f}</span>'
         rank = f'<span class="d2-rank">{place + 1}</span>'
         if searcher.side == "text":
-            inside = f'{rank}<span class="d2-sentence">{html.escape(hit.id)}</span>{score}'
+            inside = f'{rank}<span class="d2-sentence">{_escape(hit.id)}</span>{score}'
         else:
-            name = html.escape(Path(hit.id).name)
+            name = _escape(Path(hit.id).name)
             inside = f'{_frame(hit.id, name, pictures)}<span class="d2-caption">{rank}'
             inside += f'<span class="d2-name">{name}</span>{score}</span>'
         cards.append(f'<button type="button" class="d2-card" data-place="{place}">{inside}</button>')
-    scores = html.escape(answer.all_scores)
+    scores = _escape(answer.all_scores)
     kind = "d2-pictures" if searcher.side == "image" else "d2-sentences"
     return f'<p class="d2-scores">Scores: {scores}</p><div class="{kind}">{"".join(cards)}</div>'
 
@@ -70,12 +78,12 @@ def show_reason(answer: Answer, reason: Reason, searcher: Searcher, pictures: Pi
     """A hit at large, its score, and the maps."""
     hit = reason.hit
     asked = hit.id if searcher.side == "text" else answer.sentence
-    facts = "" if asked is None else f'<p class="d2-asked">{html.escape(asked)}</p>'
+    facts = "" if asked is None else f'<p class="d2-asked">{_escape(asked)}</p>'
     if searcher.side == "image":
-        facts += f'<p class="d2-path">{html.escape(searcher.shown_name(hit.id))}</p>'
+        facts += f'<p class="d2-path">{_escape(searcher.shown_name(hit.id))}</p>'
     count = f"<b>{reason.place + 1}</b> of {len(answer.hits)}"
-    facts += f'<p class="d2-facts">{count} · {html.escape(reason.score)} <b>{hit.score:.4f}</b></p>'
-    facts += "".join(f'<p class="d2-remark">{html.escape(note)}</p>' for note in reason.notes)
+    facts += f'<p class="d2-facts">{count} · {_escape(reason.score)} <b>{hit.score:.4f}</b></p>'
+    facts += "".join(f'<p class="d2-remark">{_escape(note)}</p>' for note in reason.notes)
     large = _large_pictures(answer, hit.id, searcher, pictures)
     two = " d2-two" if searcher.side == "image" and answer.picture is not None else ""
     maps = "".join(map(_maps, reason.sets))
@@ -92,7 +100,7 @@ def _frame(path: str, name: str, pictures: Pictures, size: int = SMALL) -> str:
 def _large_pictures(answer: Answer, name: str, searcher: Searcher, pictures: Pictures) -> str:
     shown = []
     if searcher.side == "image":
-        shown.append(_frame(name, html.escape(Path(name).name), pictures, LARGE))
+        shown.append(_frame(name, _escape(Path(name).name), pictures, LARGE))
     if answer.picture is not None:
         try:
             address = jpeg_uri(small_copy(answer.picture, SMALL if searcher.side == "image" else LARGE))
@@ -104,26 +112,26 @@ def _large_pictures(answer: Answer, name: str, searcher: Searcher, pictures: Pic
 
 def _maps(one: DrawnSet) -> str:
     bar = f"linear-gradient(to right,{','.join(one.colours)})"
-    ends = f'<span>{html.escape(one.low)}</span><i style="background:{bar}"></i><span>{html.escape(one.high)}</span>'
+    ends = f'<span>{_escape(one.low)}</span><i style="background:{bar}"></i><span>{_escape(one.high)}</span>'
     panels = "".join(_panel(panel) for panel in one.panels)
-    remarks = "".join(f'<p class="d2-remark">{html.escape(remark)}</p>' for remark in one.remarks)
+    remarks = "".join(f'<p class="d2-remark">{_escape(remark)}</p>' for remark in one.remarks)
     return (
-        f'<section class="d2-maps"><h3>{html.escape(one.title)}</h3>'
-        f'<p class="d2-scale">{ends}<em>{html.escape(one.unit)}</em></p>'
+        f'<section class="d2-maps"><h3>{_escape(one.title)}</h3>'
+        f'<p class="d2-scale">{ends}<em>{_escape(one.unit)}</em></p>'
         f'<div class="d2-panels">{panels}</div>{remarks}</section>'
     )
 
 
 def _panel(panel: DrawnPanel) -> str:
-    title, note = html.escape(panel.title), html.escape(panel.note)
+    title, note = _escape(panel.title), _escape(panel.note)
     image = f'<img src="{jpeg_uri(panel.jpeg)}" alt="map of {title}">'
     return f"<figure>{image}<figcaption><b>{title}</b><small>{note}</small></figcaption></figure>"
 
 
 def heading(searcher: Searcher) -> str:
     """What is searched, in words."""
-    name = html.escape(os.path.basename(os.path.abspath(searcher.index.folder)))
-    what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {html.escape(searcher.similarity)}"
+    name = _escape(os.path.basename(os.path.abspath(searcher.index.folder)))
+    what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {_escape(searcher.similarity)}"
     if not searcher.can_rerank:
         what += ", which lies in their vectors: there is nothing to rank again"
     return f'<header class="d2-head"><h1>Search {searcher.things}</h1><p>{what}</p></header>'

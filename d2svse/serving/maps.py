@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from d2svse.images import jpeg_bytes
+from d2svse.images import ImageSource, jpeg_bytes
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -54,7 +54,7 @@ class DrawnSet:
     remarks: tuple[str, ...]
 
 
-def draw_sets(model: D2SVSE, picture: str, sentence: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
+def draw_sets(model: D2SVSE, picture: ImageSource, sentence: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
     """Draw the maps of `d2svse.visualize.explain` as single small pictures.
 
     Returns:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 try:
     import gradio as gr
 except ImportError as error:
     raise ImportError(f"gradio is not there ({error}): pip install 'd2svse[demo]'") from None
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -18,21 +23,15 @@ from d2svse.images import ImageError
 from d2svse.retrieval.image_text_index import ImageTextIndex
 from d2svse.retrieval.search import DEFAULT_RERANK
 from d2svse.serving.asking import Answer, Searcher
-from d2svse.serving.html import (
-    FOLDER,
-    PAGE,
-    heading,
-    page_start,
-    show_hits,
-    show_message,
-    show_range,
-    show_reason,
-)
-from d2svse.serving.pictures import LARGE, SMALL, Pictures
+from d2svse.serving.guard import Guard, Hosts
+from d2svse.serving.html import PAGE, heading, page_start, show_hits, show_message, show_range, show_reason
+from d2svse.serving.pictures import FOLDER, LARGE, SMALL, Pictures
+from d2svse.serving.uploads import HOURS_KEPT, MOST_BYTES, Upload, Uploads
 
 RERANKED, VECTORS = "re-ranked", "vectors only"
 HERE = Path(__file__).parent
-HOURS_KEPT = 12  # of what was uploaded and of a session's answers
+MOST_SESSIONS = 200  # whose answers are kept; those that were not used for longest go first
+MOST_UNREAD, MOST_UNREAD_OF_ONE, SECONDS_UNREAD = 256, 32, 300  # answers that nobody has fetched yet
 
 # A picture that is being read is faded out, so that none stands under another's name.
 WATCH_PICTURES = """
@@ -75,21 +74,36 @@ watch('value', () => {
 )
 
 
-def _take_files_as_they_are(picture: gr.Image) -> None:
-    """Hand over an uploaded file untouched, so that what is no picture gets the library's message; fetch no address.
+def _bound_queue(queue: Any) -> None:
+    """Bound the answers that wait to be fetched, in all and of one session; of an event take its place alone.
 
-    The methods are replaced on the object, because Gradio writes a file beside the source of a subclass. It makes a new
-    object for a session in which the component was an output of an event, so this one must never be an output.
+    Gradio keeps each answer until it is fetched. Those that nobody has fetched for some minutes are forgotten.
     """
-    move = picture.async_move_resource_to_block_cache
+    push = queue.push
+    joined: dict[str, float] = {}  # when a session asked last
 
-    async def move_file(place: str | Path | None) -> str | None:
-        if str(place).startswith(("http:", "https:")):
-            raise gr.Error("Give a picture, not an address: nothing is fetched from elsewhere.")
-        return await move(place)
+    def forget(now: float) -> None:
+        for session, events in list(queue.pending_event_ids_session.items()):
+            stale = now - joined.get(session, now) > SECONDS_UNREAD
+            if stale and not any(event in queue.event_ids_to_events for event in events):
+                queue.pending_event_ids_session.pop(session, None)
+                queue.pending_messages_per_session.pop(session, None)
+        for session in [session for session in joined if session not in queue.pending_event_ids_session]:
+            del joined[session]
 
-    picture.async_move_resource_to_block_cache = move_file
-    picture.preprocess = lambda payload: None if payload is None else payload.path
+    async def push_bounded(body: Any, request: Any, username: str | None) -> Any:
+        place = body.event_data.get("place") if isinstance(body.event_data, dict) else None
+        body.event_data = {"place": place} if isinstance(place, int | float) else None
+        forget(time.monotonic())
+        waiting = queue.pending_event_ids_session
+        own = len(waiting.get(body.session_hash, ()))
+        if own >= MOST_UNREAD_OF_ONE or sum(map(len, waiting.values())) >= MOST_UNREAD:
+            return False, "The page is busy: try again in a minute.", "queue_full"
+        done = await push(body=body, request=request, username=username)
+        joined[body.session_hash] = time.monotonic()
+        return done
+
+    queue.push = push_bounded
 
 
 class SearchPage:
@@ -107,28 +121,47 @@ class SearchPage:
     """
 
     def __init__(self, index: ImageTextIndex) -> None:
-        self.searcher, self.pictures = Searcher(index), Pictures()
-        self.blocks = gr.Blocks(
-            title=f"Search {self.searcher.things}",
-            analytics_enabled=False,
-            delete_cache=(3600, 3600 * HOURS_KEPT),
-            fill_width=True,
-        )
+        self.searcher, self.pictures, self.uploads = Searcher(index), Pictures(), Uploads()
+        self.blocks = gr.Blocks(title=f"Search {self.searcher.things}", analytics_enabled=False, fill_width=True)
         with self.blocks:
             self._build()
+        self._guard_inputs()
+        _bound_queue(self.blocks._queue)
 
-    def launch(self, host: str = "127.0.0.1", port: int | None = None, *, share: bool = False) -> str | None:
+    def launch(
+        self,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        *,
+        share: bool = False,
+        allowed_hosts: Sequence[str] = (),
+    ) -> str | None:
         """Start to serve, and come back.
 
         Args:
             host: the address to listen at.
             port: a free port; without it the first free one from 7860 on.
             share: ask Gradio's servers for a public address too.
+            allowed_hosts: names by which browsers may ask for the page, beside localhost and `host`; see `Hosts`.
 
         Returns:
             The public address, None without one.
+
+        Raises:
+            ValueError: if one of `allowed_hosts` is no host name.
         """
+        hosts = Hosts(host, allowed_hosts)
         route = Route(f"/{FOLDER}/{{size}}/{{name}}.jpg", self._picture)
+
+        @asynccontextmanager
+        async def guarded(app: Any) -> AsyncIterator[None]:
+            # Middleware that is given in app_kwargs stands behind Gradio's own, which answers other sites already.
+            app.middleware_stack = Guard(app.middleware_stack, hosts, self.uploads)
+            app.uploaded_file_dir = self.uploads.folder
+            cleaning = asyncio.create_task(self._remove_old_uploads())
+            yield
+            cleaning.cancel()
+
         _, _, public = self.blocks.launch(
             server_name=host,
             server_port=port,
@@ -136,11 +169,12 @@ class SearchPage:
             inline=False,
             quiet=True,
             prevent_thread_lock=True,
-            show_error=True,
+            show_error=False,  # of an error that is not foreseen the server's terminal tells
             footer_links=[],
             run_history=False,
-            max_file_size="64mb",
-            app_kwargs={"routes": [route]},
+            max_file_size=MOST_BYTES,
+            state_session_capacity=MOST_SESSIONS,
+            app_kwargs={"routes": [route], "lifespan": guarded},
             enable_monitoring=False,
             ssr_mode=False,
             theme=gr.themes.Default(
@@ -148,7 +182,51 @@ class SearchPage:
             ),
             css_paths=[HERE / "style.css"],
         )
+        if public:
+            hosts.named.add(urlsplit(public).hostname or "")
         return public
+
+    def close(self) -> None:
+        """Stop to serve, and remove what was uploaded."""
+        self.blocks.close(verbose=False)
+        self.uploads.close()
+
+    def _guard_inputs(self) -> None:
+        """Let Gradio see no file that a request names, and keep no copy of what a session was shown.
+
+        Gradio opens or fetches what a request names in any input, before a component sees it. So the image is taken
+        out of the inputs, checked, and put in again behind Gradio.
+        """
+        preprocess, postprocess = self.blocks.preprocess_data, self.blocks.postprocess_data
+
+        async def take(fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> list[Any]:
+            values, uploads = list(inputs), {}
+            for row, (block, value) in enumerate(zip(fn.inputs, inputs, strict=False)):  # Gradio checks the count
+                if block._id == self._query_picture._id:
+                    try:
+                        values[row], uploads[row] = None, self.uploads.claim(value)
+                    except FileNotFoundError as error:
+                        raise gr.Error(str(error), print_exception=False) from None
+                elif block.stateful:
+                    values[row] = None
+                elif not isinstance(value, str | int | float | None):
+                    raise gr.Error("Expected a text or a number.", print_exception=False)
+            taken = await preprocess(fn, values, state, explicit_call)
+            return [uploads.get(row, value) for row, value in enumerate(taken)]
+
+        async def give(fn: Any, predictions: Any, state: Any) -> list[Any]:
+            given = await postprocess(fn, predictions, state)
+            if state is not None:
+                state.config_values.clear()  # for links to a session, which this page does not offer
+            return given
+
+        self.blocks.preprocess_data, self.blocks.postprocess_data = take, give
+
+    async def _remove_old_uploads(self) -> None:
+        while True:
+            await asyncio.sleep(3600)
+            await run_in_threadpool(self.uploads.make_room)
+            self.blocks.upload_file_set.clear()  # Gradio's list of their names
 
     def _build(self) -> None:
         searcher = self.searcher
@@ -179,11 +257,10 @@ class SearchPage:
                         label="Weight of the sentence",
                         visible=False, min_width=200, elem_id="d2-weight",
                     )  # fmt: skip
-            picture = gr.Image(
+            picture = self._query_picture = gr.Image(
                 type="filepath", image_mode=None, sources=["upload"], show_label=False, buttons=[],
                 height=96, scale=1, min_width=200, placeholder="or drop a picture", elem_id="d2-picture",
             )  # fmt: skip
-            _take_files_as_they_are(picture)
         message = gr.HTML("", apply_default_css=False, elem_id="d2-message")
         with gr.Row(elem_id="d2-answers"):
             with gr.Column(scale=3, min_width=280, elem_id="d2-found"):
@@ -208,7 +285,7 @@ class SearchPage:
                 following: gr.update(interactive=start + PAGE < count),
             }
 
-        def search(words: str | None, file: str | None, share: float, how: str) -> dict[Any, Any]:
+        def search(words: str | None, file: Upload | None, share: float, how: str) -> dict[Any, Any]:
             try:
                 new = searcher.ask(words, file, share, rerank=how == RERANKED)
             except ImageError as error:
@@ -227,8 +304,12 @@ class SearchPage:
 
         def explain(new: Answer | None, event: gr.EventData) -> dict[Any, Any]:
             try:
-                found = searcher.explain(new, int(event._data["place"]))
-            except (ValueError, TypeError, KeyError) as error:
+                place = int(event._data["place"])
+            except (ValueError, TypeError, OverflowError):  # nothing that the page sends
+                place = -1
+            try:
+                found = searcher.explain(new, place)
+            except ValueError as error:
                 return {message: show_message(str(error), "error")}
             assert new is not None
             return {reason: show_reason(new, found, searcher, self.pictures), why: gr.update(visible=True)}
@@ -244,8 +325,8 @@ class SearchPage:
         gr.on([button.click, sentence.submit, picture.upload], **asked, api_name="search")
         gr.on([ranking.input, weight.release], **asked, api_visibility="private")
         picture.change(
-            lambda file: gr.update(visible=file is not None), picture, weight, show_progress="hidden", queue=False,
-            api_visibility="private",
+            lambda file: gr.update(visible=file is not None), picture, weight, show_progress="hidden",
+            concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         quick: dict[str, Any] = {"inputs": [answer, first], "outputs": paging, "show_progress": "hidden"}
         quick["concurrency_limit"] = None
@@ -256,8 +337,9 @@ class SearchPage:
             api_visibility="private",
         )  # fmt: skip
         close.click(
-            lambda: gr.update(visible=False), None, why, show_progress="hidden", queue=False, api_visibility="private"
-        )
+            lambda: gr.update(visible=False), None, why, show_progress="hidden", concurrency_limit=None,
+            api_visibility="private",
+        )  # fmt: skip
 
     def _picture(self, request: Request) -> Response:
         sizes = {"small": SMALL, "large": LARGE}

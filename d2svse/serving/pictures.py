@@ -8,6 +8,7 @@ from pathlib import Path
 
 from d2svse.images import ImageSource, jpeg_bytes, load_image
 
+FOLDER = "pictures"  # below which a browser reads small copies
 SMALL, LARGE = 360, 960  # longest side in pixels
 
 
@@ -24,7 +25,7 @@ class Pictures:
 
     def name_of(self, path: str) -> str:
         """The name under which a browser may read a picture from now on."""
-        name = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), key=self._key, digest_size=12).hexdigest()
+        name = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), key=self._key, digest_size=12).hexdigest()
         self._paths[name] = path
         return name
 

@@ -262,6 +262,25 @@ def similarity_names() -> list[str]:
     return sorted({*_TABLE, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
+def similarity_options(configuration: Any) -> dict[str, Any]:
+    """The one form of what names a similarity: `{"name": ..., **constructor_arguments}`.
+
+    Args:
+        configuration: the name, or the name and the arguments; nothing (None, an empty one) is cosine.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if isinstance(configuration, str):
+        configuration = {"name": configuration}
+    options = configuration or {"name": "cosine"}
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise ValueError(
+            f'similarity must be a name such as "omit", or {{"name": "omit"}} with its arguments, got {options!r:.80}'
+        )
+    return dict(options)
+
+
 def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = None) -> Similarity:
     """Make a similarity from a name, or from `{"name": ..., **constructor_arguments}`.
 
@@ -274,8 +293,8 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
     Raises:
         ValueError: if the name is unknown or an argument does not fit.
     """
-    arguments: dict[str, Any] = {"name": configuration} if isinstance(configuration, str) else dict(configuration)
-    name = arguments.pop("name", None)
+    arguments = similarity_options(configuration)
+    name = arguments.pop("name")
     if name not in _TABLE:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name == name:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
 from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.losses.triplet import Mining
+from d2svse.retrieval.metrics import rank_metrics
+from d2svse.training.checks import check_inherited, check_metric, check_ranges, check_types, inherited_hints
 from d2svse.training.nonfinite import OnNonfinite
 
 logger = logging.getLogger(__name__)
@@ -77,6 +81,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def _hints(arguments: type) -> dict[str, Any]:
+    return inherited_hints(get_type_hints(arguments))
+
+
 @dataclass
 class TrainingArguments(TransformersTrainingArguments):
     """Arguments of one training stage, on top of `transformers.TrainingArguments`.
@@ -134,8 +143,10 @@ class TrainingArguments(TransformersTrainingArguments):
         max_length: longest sparse caption in tokens; the processor's limit without it.
         dense_max_length: longest dense caption in tokens; the processor's limit without it.
 
+    Options of transformers that would change nothing here are refused: `d2svse.training.checks.WITHOUT_EFFECT`.
+
     Raises:
-        ValueError: if a value is none of those named.
+        ValueError: if a value is of another type, out of its range or none of those named, or has no effect.
     """
 
     output_dir: str | None = "runs"
@@ -183,17 +194,31 @@ class TrainingArguments(TransformersTrainingArguments):
     save_total_limit: int | None = 3  # the best, the newest, and the one before in case that breaks
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "rsum"
-    greater_is_better: bool | None = True
+    greater_is_better: bool | None = None  # by the metric
     remove_unused_columns: bool = False
     report_to: Any = "none"
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(item.default, float) and isinstance(value, str):
-                raise ValueError(f"{item.name} must be a number, got {value!r}")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) is False:  # YAML reads `no` so
+                setattr(self, name, "no")
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        own: Any = type(self)
+        check_types(values, _hints(own))
+        check_ranges(values)
+        check_inherited(values)
+        if self.num_train_epochs == 0 and self.max_steps <= 0:
+            raise ValueError("num_train_epochs is 0, which trains nothing; give more")
+        lower_is_better = str(self.metric_for_best_model).endswith("rank")
+        if self.greater_is_better is None:
+            self.greater_is_better = not lower_is_better
+        elif self.greater_is_better and lower_is_better:
+            raise ValueError(
+                f"greater_is_better would keep the worst model: of {self.metric_for_best_model} the smallest is the "
+                "best; leave it out"
+            )
         for name, known in (
             ("stage", get_args(Stage)),
             ("mining", get_args(Mining)),
@@ -213,9 +238,6 @@ class TrainingArguments(TransformersTrainingArguments):
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it: give one")
-        if self.chunk_size < 0 or self.text_groups < 1:
-            given = f"{self.chunk_size} and {self.text_groups}"
-            raise ValueError(f"chunk_size must not be negative and text_groups must be positive, got {given}")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():
@@ -224,6 +246,15 @@ class TrainingArguments(TransformersTrainingArguments):
         if self.n_gpu > 1:
             logger.warning("using one of %d GPUs: start with torchrun --nproc-per-node to use them all", self.n_gpu)
             self._n_gpu = 1
+
+    def check_metric(self) -> None:
+        """Check that evaluation gives the metric that chooses the best model.
+
+        Raises:
+            ValueError: naming those that it gives.
+        """
+        if self.load_best_model_at_end or str(getattr(self.save_strategy, "value", self.save_strategy)) == "best":
+            check_metric(self.metric_for_best_model, rank_metrics(np.zeros(1), np.zeros(1)))
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2svse.data import ImageTextDataset, TrainingSamples
+from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import MARK
+from d2svse.models.encoders import embedding_count
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
@@ -55,6 +58,7 @@ def make_samples(
         teacher_embeddings=teacher_embeddings,
         image_tokens=image_tokens,
         keep_pixels=args.keep_pixels,
+        num_embeddings=embedding_count(model.text_encoder.backbone),
     )
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = image_tokens.shape[1]
@@ -97,6 +101,69 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
     return before[0], before[1]
 
 
+def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDataset) -> None:
+    """Check that the text backbone has an embedding for every token of the captions.
+
+    A tokenizer with tokens that were added has more than the backbone, if nobody enlarged its embeddings.
+
+    Raises:
+        ValueError: naming the caption's line and the token.
+    """
+    processor: Any = model.processor
+    tokenizer, count = processor.tokenizer, embedding_count(model.text_encoder.backbone)
+    if args.augment_words and not getattr(tokenizer, "is_fast", False):
+        logger.warning(
+            "%s does not say which tokens form a word: augment_words touches single tokens", type(tokenizer).__name__
+        )
+    if count is None or len(tokenizer) <= count:
+        return
+    advice = "enlarge them with model.text_encoder.backbone.resize_token_embeddings, or give the backbone's tokenizer"
+    size = f"the tokenizer has {len(tokenizer)} tokens and the text backbone {count} embeddings"
+    if tokenizer.pad_token_id >= count:
+        raise ValueError(f"{size}: its padding token {tokenizer.pad_token!r} has none; {advice}")
+    for dataset in datasets:
+        for record in dataset.records:
+            texts = [*record.captions, *([record.dense] if record.dense else [])]
+            for ids in tokenizer(texts, truncation=True, max_length=processor.max_length)["input_ids"]:
+                if max(ids, default=0) >= count:
+                    token = tokenizer.convert_ids_to_tokens(max(ids))
+                    raise ValueError(f"{dataset.source}:{record.line}: {size}: {token!r} has none; {advice}")
+
+
+def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
+    """Check that batches have negatives: pairs of one image alone give a ranking loss nothing to learn from.
+
+    Args:
+        samples: the training samples.
+        batches: the batches of an epoch, of any process.
+
+    Raises:
+        ValueError: if no batch of the first epoch has captions of two images; a share of such is warned of.
+    """
+    images = samples.image_of_row
+    if images is None:
+        images = np.arange(len(samples))
+    counts = [len(np.unique(images[rows])) for rows in batches.whole_batches()]
+    alone = sum(count < 2 for count in counts)
+    if not alone:
+        return
+    what = f"{alone} of {len(counts)} batches of an epoch hold captions of one image alone: without negatives"
+    if alone < len(counts):
+        logger.warning(
+            "%s the ranking loss learns nothing from them; raise per_device_train_batch_size (--batch-size), or leave "
+            "out an uneven last batch with dataloader_drop_last",
+            what,
+        )
+        return
+    if len(np.unique(images)) < 2:
+        raise ValueError(f"{samples.dataset.source}: one image alone; a ranking loss needs two at least")
+    size = batches.batch_size * batches.world_size
+    raise ValueError(
+        f"per_device_train_batch_size (--batch-size) gives batches of {size}: {what} a ranking loss learns nothing; "
+        "give a larger batch"
+    )
+
+
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups: backbones or not, weight decay or not.
 
@@ -135,9 +202,9 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
 
 def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:
     """Warn if dense captions are longer than the limit (the processor's without one), and say what share of them."""
-    limit = processor.max_length if max_length is None else max_length
-    lengths = [len(ids) for ids in processor.tokenizer(list(dense), verbose=False)["input_ids"]]
-    cut = sum(length > limit for length in lengths)
+    report = processor.report(dense, max_length)
+    limit, lengths, cut = report.limit, report.lengths, report.cut.sum()
+    replace(report, limit=int(lengths.max())).warn()  # of unknown words; what is cut has a sentence of its own
     if cut:
         logger.warning(
             "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "

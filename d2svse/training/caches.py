@@ -7,6 +7,7 @@ it while the others, of this run or another, wait.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2svse.data import ImageTextDataset
-from d2svse.files import write_json, written_aside
+from d2svse.files import to_disk, write_faults, write_json, written_aside
 from d2svse.images import load_image, picture_state
 from d2svse.models import D2SVSE
 from d2svse.progress import progress_bar
@@ -157,7 +158,14 @@ def _fill(
             logger.warning("%s cannot be read (%s); it is made again", partial, error)
             done = 0
     if rows is None:
-        rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=(length, *make([0]).shape[1:]))
+        shape = (length, *make([0]).shape[1:])
+        with write_faults(path, partial):
+            try:
+                rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+                _reserve(partial)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
     starts = range(done, length, batch_size)
     for number, first in enumerate(progress_bar(starts, "Encoding pictures", len(starts), "batches", show), 1):
         tokens = make(range(first, min(first + batch_size, length)))
@@ -168,8 +176,20 @@ def _fill(
             rows.flush()
             write_json(path.parent / TOKENS_KEY, {"key": key, "done": first + len(tokens)})
     rows.flush()
+    to_disk(partial)
     os.replace(partial, path)
     write_json(path.parent / TOKENS_KEY, {"key": key, "done": length})
+
+
+def _reserve(path: Path) -> None:
+    """Take the room of a whole file on the disk: a mapped file that finds none later ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of file systems that cannot
+                    raise
 
 
 def _note(folder: Path) -> dict[str, Any]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import sys
 import threading
-from typing import Any
+import time
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
 from d2svse.losses import RankingLoss
-from d2svse.training.distributed import world_size
+from d2svse.training.distributed import is_main_process, world_size
 
 logger = logging.getLogger(__name__)
+
+ONE_PRESS = 2.0  # seconds within which one Ctrl-C can come twice: from the terminal, and passed on by torchrun
 
 
 class LossScheduleCallback(TrainerCallback):
@@ -29,19 +35,24 @@ class LossScheduleCallback(TrainerCallback):
 
 
 class StopOnSignalCallback(TrainerCallback):
-    """On SIGTERM: finish the step, write a checkpoint, and exit with 143 (128 + SIGTERM).
+    """On SIGTERM or Ctrl-C: finish the step, write a checkpoint, and stop.
 
-    Processes that train together agree at every step, so that all stop at the same one. At the end
-    of an epoch its evaluation comes first, so that a resumed run has seen it.
+    SIGTERM exits with 143 (128 + SIGTERM). Ctrl-C raises `KeyboardInterrupt`, whose message names the checkpoint;
+    a second Ctrl-C raises it at once. Processes that train together agree at every step, so that all stop at the
+    same one. At the end of an epoch its evaluation comes first, so that a resumed run has seen it.
     """
 
     def __init__(self) -> None:
-        self.received = False
-        self._before: Any = None
+        self.received = 0  # the signal
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
+                self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:  # noqa: D102
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
@@ -54,27 +65,48 @@ class StopOnSignalCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.agreed(args.device):
-            self.leave(state.global_step)
+            self.leave(state.global_step, args.output_dir)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process has received the signal."""
+        """Whether any process has received a signal."""
         if world_size() > 1:
-            heard = torch.tensor(int(self.received), device=device)
+            heard = torch.tensor(self.received, device=device)
             dist.all_reduce(heard, dist.ReduceOp.MAX)
-            self.received = bool(heard)
-        return self.received
+            self.received = int(heard)
+        return bool(self.received)
 
-    def leave(self, step: int) -> None:
-        """Exit as a process does that SIGTERM ends."""
+    def leave(self, step: int, output: str | os.PathLike[str]) -> NoReturn:
+        """Stop as a process does that the signal ends.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM.
+        """
         self.restore()
-        logger.warning("stopped by SIGTERM after step %d; resume to go on", step)
-        raise SystemExit(128 + signal.SIGTERM)
+        if self.received == signal.SIGTERM:
+            logger.warning("stopped by SIGTERM after step %d; resume to go on", step)
+            raise SystemExit(128 + signal.SIGTERM)
+        checkpoint = Path(output) / f"checkpoint-{step}"
+        kept = f"its checkpoint is {checkpoint}" if checkpoint.is_dir() else f"the checkpoints are in {output}"
+        raise StoppedByUser(f"stopped after step {step}; {kept}")
 
     def restore(self) -> None:
-        """Give the signal back to whoever had it before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        """Give the signals back to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
-    def _note(self, *_: Any) -> None:
-        self.received = True
+    def _note(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received:
+            if "TORCHELASTIC_RUN_ID" in os.environ and now - self._at < ONE_PRESS:
+                return
+            self.restore()
+            raise KeyboardInterrupt("stopped at once; what came after the last checkpoint is lost")
+        self.received, self._at = max(self.received, number), now
+        if number == signal.SIGINT and sys.stderr.isatty() and is_main_process():
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+
+
+class StoppedByUser(KeyboardInterrupt):
+    """Ctrl-C stopped training, and a checkpoint was written; the message names it."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from d2svse.files import write_json
+from d2svse.folders import LIST, FolderKind, check_folder, is_own, place_folder, recover_folder, remove_written
+from d2svse.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +23,63 @@ ASIDE_PREFIX = "unfinished-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+def _sealed_names(checkpoint: Path) -> set[str] | None:
+    """Return the files of a checkpoint that an earlier version sealed, or None."""
+    try:
+        names = read_json(checkpoint / SUMS_FILE).keys()
+    except (OSError, ValueError, AttributeError):
+        return None
+    return {name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()} | {SUMS_FILE}
+
+
+CHECKPOINT = FolderKind("d2svse training", SUMS_FILE, _sealed_names)
+
+
 def seal_checkpoint(aside: Path, target: Path) -> None:
-    """Write the sums of all files of a finished checkpoint and give it its name, in place of one that bears it."""
+    """Write the sums of all files of a finished checkpoint and give it its name, in place of one that bears it.
+
+    Files of others in the checkpoint that it replaces stay.
+    """
     (aside / SUMS_FILE).unlink(missing_ok=True)
-    sums = {str(path.relative_to(aside)): _sum(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-    write_json(aside / SUMS_FILE, sums)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(aside, target)
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file() and not is_own(path.name)]
+    write_json(aside / SUMS_FILE, {str(path.relative_to(aside)): _sum(path) for path in files})
+    try:
+        check_folder(target, CHECKPOINT)
+    except FileExistsError:
+        kept = next(
+            path for number in count(1) if not (path := target.with_name(f"kept-{number}-{target.name}")).exists()
+        )
+        target.rename(kept)
+        logger.warning("%s was not written by this run; it is called %s now", target, kept)
+    place_folder(aside, target, CHECKPOINT)
+
+
+def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints above a number, but for the newest and the best; files of others stay.
+
+    Args:
+        folder: where the checkpoints are.
+        limit: how many shall stay; None or 0 for all.
+        best: the checkpoint whose weights the run will end with.
+    """
+    found = [path for _, path in _checkpoints(folder) if (path / LIST).is_file() or (path / SUMS_FILE).is_file()]
+    kept = {path.name for path in found[-1:]} | ({Path(best).name} if best else set())
+    removable = [path for path in found if path.name not in kept]
+    surplus = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0
+    for path in removable[: max(surplus, 0)]:
+        try:
+            remove_written(path, CHECKPOINT)
+        except OSError as error:
+            logger.warning("%s is not removed: %s", path, error)
+
+
+def _checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """Return the steps and the folders of the checkpoints, oldest first."""
+    return sorted(
+        (int(match[1]), path)
+        for path in Path(folder).iterdir()
+        if path.is_dir() and (match := _NAME.fullmatch(path.name))
+    )
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -38,8 +89,7 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """
     if not Path(folder).is_dir():
         return None
-    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := _NAME.fullmatch(path.name))]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(_checkpoints(folder)):
         fault = checkpoint_fault(path) or _fault_of_best(path)
         if fault is None:
             return str(path)
@@ -48,8 +98,10 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
     best = state.get("best_global_step")
+    if not isinstance(best, int | None):
+        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best step"
     fault = checkpoint_fault(checkpoint.with_name(f"checkpoint-{best}")) if best else None
     return fault and f"its best checkpoint, checkpoint-{best}, is broken: {fault}"
 
@@ -57,13 +109,16 @@ def _fault_of_best(checkpoint: Path) -> str | None:
 def checkpoint_fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        sums = json.loads((checkpoint / SUMS_FILE).read_text(encoding="utf-8"))
+        recover_folder(checkpoint)
+        sums = read_json(checkpoint / SUMS_FILE)
         files = dict(sums.items())
     except FileNotFoundError:
         return f"it has no {SUMS_FILE}: its writing was cut short"
     except (ValueError, AttributeError, OSError) as error:
         return f"{SUMS_FILE} cannot be read ({error})"
     for name, expected in files.items():
+        if not Path(os.path.realpath(checkpoint / name)).is_relative_to(os.path.realpath(checkpoint)):
+            return f"{name} lies outside of it"
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _sum(checkpoint / name) != expected:
@@ -72,9 +127,11 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Remove what a killed run left behind."""
-    for path in Path(folder).glob(f"{ASIDE_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run left behind; other folders and files stay."""
+    for path in Path(folder).glob(f"{ASIDE_PREFIX}checkpoint-*"):
+        name = path.name.removeprefix(ASIDE_PREFIX)
+        if _NAME.fullmatch(name) and path.is_dir() and {inner.name for inner in path.iterdir()} <= {name}:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sum(path: Path) -> str:

@@ -43,6 +43,23 @@ def barrier() -> None:
         dist.barrier()
 
 
+def speaks_first() -> bool:
+    """Whether this process is the first that asks; one alone then tells what all of them have met."""
+    if world_size() > 1:
+        try:
+            return dist.distributed_c10d._get_default_store().add("d2svse/said", 1) == 1
+        except (RuntimeError, ValueError):  # whoever kept the store has ended
+            return True
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has gone."""
+    return world_size() > 1 and (
+        isinstance(error, dist.DistError) or any(words in str(error) for words in ("closed by peer", "reset by peer"))
+    )
+
+
 def gather_rows(tensor: Tensor) -> Tensor:
     """Join the rows of all processes, in the order of their ranks, with gradient.
 

@@ -33,7 +33,8 @@ class RichProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step, note=f"loss {self.loss:.3f}")
+            note = "" if math.isnan(self.loss) else f"loss {self.loss:.3f}"
+            self.progress.update(self.task, completed=state.global_step, note=note)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: D102
         self.loss = (logs or {}).get("loss", self.loss)

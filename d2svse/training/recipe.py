@@ -6,12 +6,13 @@ import dataclasses
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -19,14 +20,19 @@ from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from d2svse.data import ImageTextDataset
-from d2svse.files import parse_yaml, write_json, write_text, written_aside
+from d2svse.files import parse_yaml, shown, write_json, write_text
+from d2svse.folders import check_folder, written_folder
 from d2svse.hub import make_repository, push_folder
 from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.folder import check_model_folder
+from d2svse.models.saving import model_kind
+from d2svse.text import read_json, read_text
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.building import set_attention
+from d2svse.training.callbacks import StoppedByUser
+from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, world_size
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
@@ -34,6 +40,7 @@ from d2svse.training.trainer import Trainer
 
 STAGES = ("pretrain", "distill", "align")
 START_FILE = "start.json"
+TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 
@@ -98,8 +105,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):
             self.stages = [stage.strip() for stage in self.stages.split(",")]
-        for section in ("model_options", "training", *STAGES):
-            setattr(self, section, dict(getattr(self, section) or {}))
+        sections = ("model_options", "training", *STAGES)
+        for section in sections:
+            if getattr(self, section) is None:
+                setattr(self, section, {})
+        check_types(vars(self), get_type_hints(Recipe))
+        for section in sections:
+            setattr(self, section, dict(getattr(self, section)))
+            for name in getattr(self, section):
+                if not isinstance(name, str):
+                    raise ValueError(f"{section}: expected names of options, got {name!r}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages:
             raise ValueError(f"unknown stage {', '.join(unknown) or '(none)'}; known are {', '.join(STAGES)}")
@@ -118,6 +133,9 @@ class Recipe:
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         D2SVSEConfig.check_names(self.model_options)
+        own = {name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")}  # not transformers'
+        hints = get_type_hints(type("Own", (), own)) | {"similarity": str | dict | None}
+        check_types(self.model_options, hints, "model_options: ")
         known = {item.name for item in dataclasses.fields(TrainingArguments)}
         for section in ("training", *STAGES):
             for name in sorted(HUB_ARGUMENTS.intersection(getattr(self, section))):  # a token would stand in the recipe
@@ -160,6 +178,26 @@ class Recipe:
             del values[name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
+    def resume_command(self) -> str:
+        """The command that goes on where this run stopped."""
+        words = ["d2svse", "train", "--config", str(Path(self.output) / "recipe.yaml"), "--resume"]
+        if self.push_to_hub:
+            words += ["--push-to-hub", self.push_to_hub]
+        if self.hub_private is not None:
+            words.append("--private" if self.hub_private else "--public")
+        if world_size() > 1:
+            words = [
+                "torchrun",
+                "--nproc-per-node",
+                os.environ.get("LOCAL_WORLD_SIZE", str(world_size())),
+                "-m",
+                *words,
+            ]
+        nodes = (
+            "" if str(world_size()) == os.environ.get("LOCAL_WORLD_SIZE", str(world_size())) else " (on each machine)"
+        )
+        return shlex.join(words) + nodes
+
     def model_folder(self, stage: str) -> Path:
         """Where a stage's best model is saved; the last stage's is saved as `output/model` too."""
         return Path(self.output) / stage / "model"
@@ -172,19 +210,22 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a YAML mapping.
     """
+    text = read_text(path)
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{os.fspath(path)}: expected names and values, got {type(values).__name__}")
+        got = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{os.fspath(path)}: expected names and values, got {got}")
     return values
 
 
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models; every process of a distributed run calls it.
 
-    Writes, below `output`, a model for each stage, `results.json` with the validation metrics of
+    Writes, below `output`, a model for each stage (other files in their folders stay), `results.json` with the
+    validation metrics of
     each, the effective configuration (`recipe.yaml`) and the run card (`run.json`), which stand
     beside the weights as well. With `push_to_hub` the last model is pushed.
 
@@ -192,16 +233,27 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         The validation metrics (see `retrieval_metrics`) of each stage's best model.
 
     Raises:
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint; the message says how to go on.
         ManifestError: if a manifest or a picture cannot be used; before anything is trained.
-        OSError: if the model shall be pushed and the Hub refuses; before anything is trained.
+        FileExistsError: if the output holds files that no run wrote; before anything is trained.
+        OSError: if the model shall be pushed and the Hub refuses, before anything is trained; or if something cannot
+            be written, such as on a full disk; the message names the file.
         ValueError: if an option does not fit, or another run writes to the same output.
     """
     stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
+    for arguments in stage_arguments.values():
+        arguments.check_metric()
+        if arguments.per_device_train_batch_size * world_size() < 2:
+            raise ValueError(
+                f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
+                "no negatives and trains nothing; give 2 at least"
+            )
     output = Path(recipe.output)
     if recipe.resume:
         _check_unchanged(recipe)
     elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
+    _check_output(recipe)
     set_seed(recipe.seed)
     model = _start(recipe)
     teacher = _given_teacher(recipe, model, stage_arguments)
@@ -253,6 +305,23 @@ def _train_stages(
         if not recipe.resume:
             (output / "results.json").unlink(missing_ok=True)  # of a run whose checkpoints are gone
         write_text(output / "recipe.yaml", configuration)
+    try:
+        return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
+    except KeyboardInterrupt as stop:
+        raise StoppedByUser(f"{str(stop) or 'stopped'}; go on with: {recipe.resume_command()}") from None
+
+
+def _train_each(
+    recipe: Recipe,
+    model: D2SVSE,
+    teacher: Teacher | None,
+    train_dataset: ImageTextDataset,
+    eval_dataset: ImageTextDataset,
+    stage_arguments: Mapping[str, TrainingArguments],
+    results: dict[str, dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Train the stages that have no results yet."""
+    output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
     for stage in recipe.stages:
         if stage in results:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
@@ -279,7 +348,7 @@ def _train_stages(
         # Loaded anew, so that a run that is resumed here goes on from the same bits at the same alignment.
         model = D2SVSE.from_pretrained(recipe.model_folder(stage))
     if main:
-        card = json.loads((recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE).read_text(encoding="utf-8"))
+        card = _read_mapping(recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE, "the run card of the stage")
         _save(model, output / "model", configuration, card)
         write_json(output / RUN_CARD_FILE, card)
         if recipe.push_to_hub:
@@ -290,14 +359,36 @@ def _train_stages(
 
 def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
     """Keep what the position within an epoch depends on, and refuse to resume with anything else."""
-    before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else now
+    before = _read_mapping(path, "what the run started with") if resume and path.exists() else now
     for name, value in now.items():
+        if name not in before:
+            raise ValueError(f"{path}: {name!r} is missing; remove the file if data and processes are the same")
         if before[name] != value:
             what = {"data": "the training data", "processes": "the number of processes"}[name]
             raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the same")
     barrier()
     if is_main_process():
         write_json(path, now)
+
+
+def _check_output(recipe: Recipe) -> None:
+    """Refuse, before anything is trained, to take the place of files that no run wrote."""
+    output = Path(recipe.output)
+    written = [check_folder(folder, TRAINED) for folder in (*map(recipe.model_folder, recipe.stages), output / "model")]
+    if any(written) or _is_start(output / START_FILE):  # a run has been here
+        return
+    for name in (START_FILE, "recipe.yaml", "results.json", RUN_CARD_FILE):
+        if (output / name).exists() and not (recipe.resume and name != START_FILE):
+            raise FileExistsError(
+                f"{shown(output / name)}: no run wrote it, so it is not replaced; give another output"
+            )
+
+
+def _is_start(path: Path) -> bool:
+    try:
+        return {"data", "processes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
@@ -307,13 +398,25 @@ def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
 def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:
     """The results of the stages that a stopped run had completed, in order."""
     path = Path(recipe.output) / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = _read_mapping(path, "results by stage") if path.exists() else {}
+    for stage, metrics in results.items():
+        if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+            raise ValueError(f"{path}: expected numbers by name for {stage}; remove the file to evaluate again")
+    return results
+
+
+def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON file of this output folder."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected {what} as a JSON object, got {type(data).__name__}; remove the file")
+    return data
 
 
 def _check_unchanged(recipe: Recipe) -> None:
     """Refuse to resume with other options than the run was started with; further stages may be added."""
     path = Path(recipe.output) / "recipe.yaml"
-    if not path.is_file():
+    if not path.exists():
         return
     before, now = read_recipe(path), parse_yaml(recipe.effective_configuration())
     for name, value in now.items():
@@ -324,7 +427,7 @@ def _check_unchanged(recipe: Recipe) -> None:
 
 
 def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any]) -> None:
-    with written_aside(folder, replaces="config.json") as aside:
+    with written_folder(folder, TRAINED) as aside:
         model.save_pretrained(aside)
         write_text(aside / "recipe.yaml", configuration)
         write_json(aside / RUN_CARD_FILE, card)

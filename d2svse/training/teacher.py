@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from d2svse.hub.published import TEACHER_FILE
 from d2svse.models import D2SVSE
 from d2svse.models.folder import check_model_folder
+from d2svse.models.weights import read_tensors
 from d2svse.progress import progress_bar
 
 
@@ -64,7 +64,7 @@ class Teacher:
         file = Path(folder) / TEACHER_FILE
         if file.is_file():
             teacher = cls(model, max_length, device)
-            teacher.text_encoder.load_state_dict(load_file(file))
+            teacher.text_encoder.load_state_dict(read_tensors(file))
             return teacher
         if Path(folder).is_dir():
             check_model_folder(folder, processor=True)

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -18,16 +19,20 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Collator, EpochBatches, ImageTextDataset
+from d2svse.files import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
+from d2svse.models.encoders import check_class_token
 from d2svse.retrieval.evaluation import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
     adapt,
+    check_negatives,
+    check_tokens,
     data_seed,
     make_samples,
     make_task,
@@ -37,7 +42,13 @@ from d2svse.training.building import (
 )
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
 from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
-from d2svse.training.checkpoints import ASIDE_PREFIX, last_whole_checkpoint, remove_unfinished, seal_checkpoint
+from d2svse.training.checkpoints import (
+    ASIDE_PREFIX,
+    last_whole_checkpoint,
+    remove_unfinished,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 from d2svse.training.distributed import Processes, average_gradients, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.hub import HubMixin
@@ -46,6 +57,7 @@ from d2svse.training.progress import RichProgressCallback
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
+from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +100,10 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
     ) -> None:
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
+        if eval_dataset is not None and type(self).evaluate is Trainer.evaluate:
+            args.check_metric()
+        check_class_token(model.text_encoder)
+        check_tokens(model, args, train_dataset, *([eval_dataset] if eval_dataset else []))
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -127,6 +143,8 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, samples.processor, samples.max_length)
+        else:
+            samples.processor.report(train_dataset.captions, samples.max_length).warn()
         stop = StopOnSignalCallback()
         super().__init__(
             model=model,
@@ -145,6 +163,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        check_negatives(samples, self._batches())
         self._stop = stop
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
@@ -164,10 +183,19 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             remove_unfinished(str(self.args.output_dir))
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except pickle.UnpicklingError:  # of torch.load, which reads plain values alone
+            raise ValueError(
+                f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle holds more than numbers and texts"
+            ) from None
+        except Exception as error:
+            plain = worker_error(error)
+            if plain is None:
+                raise
+            raise plain from None
         finally:
             self._stop.restore()
         if self._stop.agreed(self.args.device):  # after the last checkpoint
-            self._stop.leave(self.state.global_step)
+            self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_to_hub()
         return result
@@ -346,11 +374,25 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         return self._run_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, seal it with the sums of its files, and rename it."""
+        """Write a checkpoint aside, seal it with the sums of its files, and rename it.
+
+        Raises:
+            OSError: if it cannot be written; the message names it. Earlier checkpoints stay.
+        """
         run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         aside = run_dir / f"{ASIDE_PREFIX}{name}"
+        try:
+            with write_faults(run_dir / name, aside.absolute(), aside):
+                self._write_checkpoint(model, trial, run_dir, name)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run_dir: Path, name: str) -> None:
+        aside = run_dir / f"{ASIDE_PREFIX}{name}"
         if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_unfinished(run_dir)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._run_dir = str(aside)
@@ -365,7 +407,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
             seal_checkpoint(aside / name, run_dir / name)
             aside.rmdir()
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from d2svse.images import load_image
 from d2svse.retrieval.gallery import compose_gallery
 from d2svse.retrieval.metrics import ranks
+from d2svse.text import visible
 from d2svse.visualize.figures import DPI, MEDIUM, RIGHT, WRONG, new_figure, plain
 
 Direction = Literal["t2i", "i2t"]
@@ -92,7 +93,7 @@ def _sentences(
     found: Sequence[tuple[list[int], set[int]]],
     of_images: Tensor,
 ) -> Figure:
-    wrapped = [[textwrap.wrap(captions[row], LINE) or [""] for row in best] for best, _ in found]
+    wrapped = [[textwrap.wrap(visible(captions[row]), LINE) or [""] for row in best] for best, _ in found]
     heights = [max(1.6, 0.21 * sum(map(len, lines)) + 0.2) for lines in wrapped]
     figure = new_figure(8.5, sum(heights) + 0.25 * len(queries))
     rows = figure.subplots(len(queries), 2, squeeze=False, width_ratios=(1, 3.2), height_ratios=heights)

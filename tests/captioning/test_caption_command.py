@@ -153,3 +153,22 @@ def test_shorten_and_report(run, tmp_path, backbones):
     assert json.loads(run("caption", "report", dense, "--json")[1])["tokens"] is None
     one_line_error(run("caption", "report", dense, "--max-length", 5), "--text")
     one_line_error(run("caption", "report", tmp_path / "no.jsonl"), "no.jsonl: no such file")
+
+
+def test_images_of_a_manifest_that_are_not_there_are_skipped(run, serve, photos, tmp_path):
+    odd = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    (photos / "001.png").rename(photos / odd)
+    rows = [{"image": f"photos/{name}", "captions": ["x"]} for name in ("000.png", "gone.png", odd)]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "dense.jsonl"
+    command = ("caption", "endpoint", serve().url, manifest, "--model", "tiny", "-o", output)
+    code, _, errors = run(*command)
+    assert (code, "m.jsonl:2: " in errors, output.exists()) == (2, True, False)
+    code, out, _ = run(*command, "--on-bad-image", "skip")
+    assert "2 of 3 pictures have a caption, 2 of them new, 1 broken ones skipped" in out
+    assert code == 0
+    assert {row["image"] for row in map(json.loads, output.read_text().splitlines())} == {
+        "photos/000.png",
+        f"photos/{odd}",
+    }

@@ -1,7 +1,9 @@
 import asyncio
 import base64
 import email.utils
+import gzip
 import importlib
+import json
 import sys
 import time
 from io import BytesIO
@@ -19,6 +21,7 @@ pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
 
 from d2svse.captioning.endpoint import (
     FAILURES_IN_A_ROW,
+    MAX_ANSWER_BYTES,
     EndpointCaptioner,
     EndpointError,
     encode_picture,
@@ -155,6 +158,10 @@ def test_the_key_stands_in_no_reason(serve, photos):
     server = serve(lambda request, earlier: "400")
     outcomes = captions(make(server, api_key="sk-secret"), find_pictures(photos))
     assert all("***" in outcome.reason and "secret" not in outcome.reason for outcome in outcomes.values())
+    for length in (150, 250, 400):  # the answer repeats the key, and is cut within it
+        key = "sk-" + "secret" * (length // 6)
+        outcomes = captions(make(server, api_key=key), find_pictures(photos))
+        assert all("secret" not in outcome.reason for outcome in outcomes.values())
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
@@ -294,3 +301,67 @@ def test_wrong_arguments_are_refused_and_show_no_key(url, options, message):
     with pytest.raises(ValueError, match=message) as refused:
         EndpointCaptioner(url, "tiny", Sampling(), **options)
     assert "secret" not in str(refused.value)
+
+
+def sending(serve, content, headers=None, status=200):
+    """A server that answers every request with these bytes."""
+    server = serve()
+
+    def send(handler, what, caption):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content)))
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    server.send = send
+    return server
+
+
+def answer(text):
+    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "reason"),
+    [
+        (answer("a dog") + b" " * MAX_ANSWER_BYTES, {}, f"an answer of more than {MAX_ANSWER_BYTES} bytes"),
+        (gzip.compress(b" " * (MAX_ANSWER_BYTES + 9)), {"Content-Encoding": "gzip"}, "an answer of more than"),
+        (b"x", {"Content-Encoding": "gzip, gzip, gzip"}, "an answer in the encoding 'gzip, gzip, gzip'"),
+        (answer("word " * 20_000), {}, "a caption of 100000 characters, where 500 tokens were asked for"),
+        (b"[" * 100_000, {}, "the answer is no chat completion"),
+        (b'{"choices": ' + b"9" * 5000 + b"}", {}, "the answer is no chat completion"),
+        (answer("a dog")[:-3].replace(b"a dog", b"\xff\xfe"), {}, "the answer is no chat completion"),
+        (answer("half \ud83d"), {}, "a caption with half a character"),
+        (answer(["a dog"]), {}, "the answer is no chat completion"),
+    ],
+)
+def test_answers_are_bounded(serve, photos, content, headers, reason):
+    server = sending(serve, content, headers)
+    outcomes = captions(make(server, tries=2, concurrency=1), find_pictures(photos)[:2])
+    assert [outcome.text for outcome in outcomes.values()] == [None, None]
+    assert all(reason in outcome.reason for outcome in outcomes.values()), outcomes
+    assert len(server.bodies) == 4
+
+
+def test_a_long_caption_that_was_asked_for_is_taken(serve, photos):
+    text = " ".join(str(number) for number in range(8000))
+    server = sending(serve, answer(text))
+    outcomes = captions(make(server, Sampling(max_new_tokens=8000), tries=1), find_pictures(photos)[:1])
+    assert outcomes["000.png"].text == text
+
+
+@pytest.mark.parametrize("before", [100, 185, 195, 199])
+def test_a_key_that_is_cut_at_the_limit_is_hidden(serve, photos, before):
+    secret = "sk-secret-0123456789"
+    server = sending(serve, ("x" * before + secret).encode(), status=400)
+    outcomes = captions(make(server, api_key=secret, tries=1), find_pictures(photos)[:1])
+    assert "sk-" not in outcomes["000.png"].reason
+
+
+def test_what_an_endpoint_says_does_not_control_the_terminal(serve, photos):
+    server = sending(serve, b"\x1b[2J no")
+    outcomes = captions(make(server, tries=1), find_pictures(photos)[:1])
+    assert "\x1b" not in outcomes["000.png"].reason
+    assert "[2J no" in outcomes["000.png"].reason

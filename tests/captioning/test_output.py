@@ -156,3 +156,36 @@ def test_a_picture_is_never_taken_twice(tmp_path):
 def test_the_output_is_a_jsonl(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.jsonl, got .*dense\.json"):
         CaptionFile(tmp_path / "dense.json", SETTINGS)
+
+
+def test_names_that_are_not_utf8_are_captioned_and_read_again(tmp_path):
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    path = tmp_path / "dense.jsonl"
+    write(path, name)
+    with CaptionFile(path, SETTINGS) as file:
+        assert file.done == {name}
+        file.take(outcome("b\x1b[2J" + name, text=None, reason="why \x1b[2J"))
+    with CaptionFile(path, SETTINGS) as file:
+        assert list(file.failed) == ["b\x1b[2J" + name]
+    assert b"\x1b" not in (tmp_path / "dense.failed.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("rest", ["[" * 100_000, "9" * 5000, '{"image": "b.png", "dense": "caf\xe9'])
+def test_whatever_a_killed_writer_left_is_taken_off(tmp_path, rest):
+    path = tmp_path / "dense.jsonl"
+    whole = write(path, "a.png")
+    path.write_bytes(whole + rest.encode("latin-1"))
+    with CaptionFile(path, SETTINGS) as file:
+        assert file.done == {"a.png"}
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["dense.jsonl", "dense.settings.json", "dense.failed.jsonl"])
+def test_an_output_in_another_encoding_is_named(tmp_path, name):
+    write(tmp_path / "dense.jsonl", "a.png")
+    (tmp_path / name).write_bytes('{"image": "a.png"}\n'.encode("utf-16"))
+    with (
+        pytest.raises(ValueError, match=rf"{name}: UTF-16 text; save it as UTF-8"),
+        CaptionFile(tmp_path / "dense.jsonl", SETTINGS),
+    ):
+        pass

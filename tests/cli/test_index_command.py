@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -31,6 +32,20 @@ def one_line_error(result, *parts):
     assert err.count("\n") == 1, err
     for part in parts:
         assert part in err, err
+
+
+def test_a_query_of_unknown_words_is_told(saved, photos, tmp_path, run, caplog):
+    index = tmp_path / "i"
+    assert run("index", "build", saved("cosine")[0], photos, "-o", index)[0] == 0
+    code, out, _ = run("search", index, "a red circle", "你好", "-k", 2, "--json")
+    assert code == 0
+    good, bad = hits(out)
+    assert "notes" not in good
+    assert bad["notes"] == [
+        "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+    ]
+    assert caplog.text.count("no word of 1 of 2 texts") == 1
+    one_line_error(run("search", index, "a ring", "a dog \ud83d"), "query 2: half a character")
 
 
 @pytest.mark.parametrize("name", ["gssf-diagonal", "omit"])
@@ -115,7 +130,7 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     one_line_error(run("search", tmp_path / "i", "x", "--rerank", 5), "the similarity folds into the vectors")
     one_line_error(run("search", tmp_path / "i", "x", "y", "--image", photos / "000050.png"), "got 2 and 1")
     one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such picture")
-    one_line_error(run("search", tmp_path / "i", " "), "sentence 0 is empty")
+    one_line_error(run("search", tmp_path / "i", " "), "query 1: expected a text")
     one_line_error(run("index", "add", tmp_path / "none", photos), "image_text_index.json is missing")
     one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine", "annoy"), "unknown engine")
     one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--side", "video"), "side must be")
@@ -148,3 +163,100 @@ def test_tune_reports_every_setting_on_ones_own_data(saved, scenes, tmp_path, ru
     assert code == 0, err
     assert "recall@10" in out
     one_line_error(run("index", "tune", tmp_path / "i", "--data", scenes / "val.jsonl", "-k", 0), "must be positive")
+
+
+def test_an_unmounted_folder_and_another_index_need_an_option(saved, photos, scenes, tmp_path, run):
+    folder, _ = saved()
+    other, _ = saved(seed=1)
+    assert run("index", "build", folder, photos, "-o", tmp_path / "i")[0] == 0
+    one_line_error(run("index", "build", other, photos, "-o", tmp_path / "i"), "another model", "--overwrite")
+    one_line_error(run("index", "build", folder, scenes / "val", "-o", tmp_path / "i"), "another source")
+    photos.rename(tmp_path / "away")
+    photos.mkdir()
+    one_line_error(run("index", "add", tmp_path / "i", photos), "16 images", "--prune")
+    photos.rmdir()
+    one_line_error(run("index", "add", tmp_path / "i", photos), "no such folder")
+    assert json.loads(run("index", "info", tmp_path / "i", "--json")[1])["count"] == 16
+    photos.mkdir()
+    code, out, err = run("index", "add", tmp_path / "i", photos, "--prune")
+    assert code == 0, err
+    assert "16 dropped; 0 pictures" in out
+    assert run("index", "build", other, scenes / "val", "-o", tmp_path / "i", "--overwrite")[0] == 0
+
+
+def test_compact_exclude_and_follow_links_on_the_command_line(saved, photos, scenes, tmp_path, run):
+    folder, _ = saved("omit")
+    (photos / ".thumbnails").mkdir()
+    shutil.copy(scenes / "train" / "000000.png", photos / ".thumbnails")
+    (photos / "more").symlink_to(scenes / "train")
+    code, out, err = run("index", "build", folder, photos, "-o", tmp_path / "i", "--exclude", "00005*.png")
+    assert code == 0, err
+    left = len([path for path in photos.glob("*.png") if not path.name.startswith("00005")])
+    assert f"{left} pictures" in out
+    code, out, err = run("index", "add", tmp_path / "i", photos, "--follow-links", "--exclude", "00005*.png")
+    assert code == 0, err
+    assert "48 added" in out
+    code, out, err = run("index", "compact", tmp_path / "i")
+    assert code == 0, err
+    assert "MB smaller" in out
+    assert len(list((tmp_path / "i").glob("store-*"))) == 1
+
+
+def test_odd_names_and_texts_are_shown_on_one_line(saved, photos, tmp_path, run):
+    folder, _ = saved()
+    odd = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "esc\x1b[2J.png", "sep\u2028arator.png"]
+    for name, path in zip(odd, sorted(photos.iterdir()), strict=False):
+        path.rename(photos / name)
+    (photos / "bad\x1b]0;x\x07.png").write_bytes(b"no")
+    one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "i"), r"bad\x1b]0;x\x07.png")
+    code, out, err = run("index", "build", folder, photos, "-o", tmp_path / "i", "--on-bad-image", "skip")
+    assert code == 0, err
+    assert "\x1b" not in out + err
+    code, out, err = run("search", tmp_path / "i", "a red\x1b[1m ring", "-k", 16)
+    assert code == 0, err
+    assert "\x1b" not in out
+    for shown in (r"caf\xe9.png", r"two\nlines.png", r"esc\x1b[2J.png", r"sep\u2028arator.png"):
+        assert shown in out
+    for name in ("g.html", "g.png"):
+        assert run("search", tmp_path / "i", "x", "-k", 16, "--gallery", tmp_path / name)[0] == 0
+    code, out, err = run("search", tmp_path / "i", "a ring", "--image", photos / odd[0], "-k", 16, "--json")
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    assert "\x1b" not in out
+    (line,) = hits(out)
+    assert {str(photos / name) for name in odd} <= {hit["id"] for hit in line["hits"]}
+    assert line["image"] == str(photos / odd[0])
+    code, out, err = run("encode", folder, "--images", photos, "-o", tmp_path / "v.npy", "--on-bad-image", "skip")
+    assert code == 0, err
+    rows = (tmp_path / "v.npy.rows.txt").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(np.load(tmp_path / "v.npy")) == 16
+    names = [json.loads(row) if row.startswith('"') else row for row in rows]
+    assert {str(photos / name) for name in odd} <= set(names)
+
+
+def test_text_files_of_other_programs_are_read_or_refused_by_name(saved, tmp_path, run):
+    folder, _ = saved()
+    texts = tmp_path / "t.txt"
+    lines = ["a red ring", "a\u2028blue\x0cstar\u2029", '"a quoted one"']
+    texts.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    code, _, err = run("encode", folder, "--texts", texts, "-o", tmp_path / "v.npy")
+    assert code == 0, err
+    rows = (tmp_path / "v.npy.rows.txt").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row) if row.startswith('"') else row for row in rows] == lines
+    assert np.load(tmp_path / "v.npy").shape == (3, 24)
+    code, out, err = run("index", "build", folder, texts, "-o", tmp_path / "i", "--side", "text")
+    assert code == 0, err
+    assert "3 sentences" in out
+    for number, (data, words) in enumerate(
+        [
+            ("a ring\n".encode("utf-16"), "UTF-16"),
+            ("a ring\n".encode("latin-1") + b"caf\xe9\n", "t.txt:2: not UTF-8"),
+            (b"a ring\n\xed\xa0\xbd\n", "t.txt:2"),
+            (b"a ring\n\x0c\n", "t.txt:2: an empty line"),
+        ]
+    ):
+        texts.write_bytes(data)
+        one_line_error(run("encode", folder, "--texts", texts, "-o", tmp_path / "w.npy"), "t.txt", words)
+        output = tmp_path / f"j{number}"
+        one_line_error(run("index", "build", folder, texts, "-o", output, "--side", "text"), "t.txt", words)
+    one_line_error(run("search", tmp_path / "i", "a \ud83d ring"), "query 1: half a character", r"\ud83d")

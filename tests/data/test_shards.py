@@ -191,7 +191,7 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
     with pytest.raises(ValueError, match="must be positive"):
         write_shards([], tmp_path, 0)
     index.write_bytes(b"\xff\xfe")
-    with pytest.raises(ManifestError, match="not UTF-8"):
+    with pytest.raises(ManifestError, match="UTF-16 text; save it as UTF-8"):
         read_shards(index)
     with tarfile.open(tmp_path / "list.tar", "w") as tar:
         (tmp_path / "k.json").write_text("[1]")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from published_files import golden_state, save_published
 
+from d2svse import D2SVSE
 from d2svse.retrieval.metrics import as_percent
 
 
@@ -119,6 +121,48 @@ def test_errors_are_one_line(golden_files, tmp_path, run):
         code, _, err = run("convert", "published", file, tmp_path / "out")
         assert (code, err.count("\n"), words in err) == (2, 1, True), err
         assert not (tmp_path / "out").exists()
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_convert_keeps_what_lies_beside_its_files_and_refuses_the_folders_of_others(
+    golden_files, tokenizer, tmp_path, run, monkeypatch
+):
+    arguments = ["convert", "published", golden_files["vit_pretrain"]]
+    options = ["--tokenizer", tokenizer, "--set", "img_res=32"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    code, _, err = run(*arguments, "own", *options)
+    assert code == 0, err
+    (tmp_path / "own" / "sub").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    (tmp_path / "own" / "sub" / "photo.jpg").write_bytes(b"mine")
+    before = files_of(tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    code, _, err = run(*arguments, ".", *options)
+    assert code == 0, err
+    assert files_of(tmp_path / "own") == before
+    (tmp_path / "own" / ".d2svse-files.json").unlink()  # as of an earlier version
+    code, _, err = run(*arguments, ".", *options)
+    assert code == 0, err
+    assert files_of(tmp_path / "own") == before
+    (tmp_path / "web" / "src").mkdir(parents=True)
+    (tmp_path / "web" / "config.json").write_text('{"port": 80}')
+    (tmp_path / "web" / "src" / "index.js").write_text("mine")
+    shutil.copytree(tokenizer, tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / "other").mkdir()
+    D2SVSE.from_pretrained(tmp_path / "own").save_pretrained(tmp_path / "other" / "model")
+    (tmp_path / "link").symlink_to("web")
+    before = files_of(tmp_path)
+    for folder in ("web", "bert", "other", "other/model", "link", "."):
+        monkeypatch.chdir(tmp_path / ("." if folder != "." else "web"))
+        code, out, err = run(*arguments, folder, *options)
+        assert (code, out, err.count("\n")) == (2, "", 1), folder
+        assert files_of(tmp_path) == before
 
 
 def test_data_convert(layout, scenes, tmp_path, run):

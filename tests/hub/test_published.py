@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from published_files import GOLDEN, GOLDEN_MODELS, golden_description, golden_state, save_published
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
@@ -372,6 +373,7 @@ def test_settings_that_no_shape_tells_are_asked_for(tmp_path):
     for settings, message in (
         ({"img_res": -5}, "img_res must be a positive whole number"),
         ({"img_res": "abc"}, "img_res must be a positive whole number"),
+        ({"img_res": 10**6}, "img_res must be at most 4096"),
         ({"token_placement": "foo"}, "token_placement must be one of"),
         ({"vision.num_attention_heads": "abc"}, r"settings .*num_attention_heads.* do not fit"),
         ({"text.num_attention_heads": 7}, "no such model can be built"),
@@ -445,3 +447,34 @@ def test_a_tokenizer_without_a_vocabulary_is_refused_and_a_small_one_doubted(gol
         load_published(golden_files["vit_pretrain"], tokenizer=tmp_path / "empty")
     load_published(golden_files["vit_pretrain"], tokenizer=processor.tokenizer)
     assert "is it another?" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_of_a_compiled_model_converts_with_odd_options(golden_files, tmp_path, prefix):
+    content = torch.load(golden_files["vit_distill"], weights_only=False)
+    content["model"] = {prefix + name: tensor for name, tensor in content["model"].items()}
+    content["opt"].img_res, content["opt"].data_path = np.int64(content["opt"].img_res), tmp_path
+    content["best_rsum"] = np.float64(531.9)
+    torch.save(content, tmp_path / "odd.pth")
+    convert_published(tmp_path / "odd.pth", tmp_path / "model", tokenizer=False)
+    convert_published(golden_files["vit_distill"], tmp_path / "plain", tokenizer=False)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == (tmp_path / "plain/model.safetensors").read_bytes()
+    record = json.loads((tmp_path / "model" / "published.json").read_text())
+    assert record["opt"]["data_path"] == str(tmp_path)
+    assert record["rest"]["best_rsum"] == 531.9
+
+
+def test_a_spoilt_record_is_one_error(golden_files, tmp_path):
+    convert_published(golden_files["vit_pretrain"], tmp_path / "model", tokenizer=False)
+    file = tmp_path / "model" / "published.json"
+    record = json.loads(file.read_text())
+    for changed in ({"dtypes": {"txt_enc.fc.bias": "load"}}, {"dtypes": {"none": "float16"}}, {"opt": 3}):
+        file.write_text(json.dumps({**record, **changed}))
+        with pytest.raises(ValueError, match=r"published\.json: "):
+            write_published(tmp_path / "model", tmp_path / "back.pth")
+    file.write_text(json.dumps(record))
+    unused = load_file(tmp_path / "model" / "published.safetensors")
+    next(tensor for tensor in unused.values() if tensor.is_floating_point()).view(-1)[0] = float("nan")
+    save_file(unused, tmp_path / "model" / "published.safetensors")
+    with pytest.raises(ValueError, match=r"published\.safetensors: .* holds a NaN or an infinity"):
+        write_published(tmp_path / "model", tmp_path / "back.pth")

@@ -5,12 +5,16 @@ import time
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 import yaml
+from hub_server import Repository
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel, AutoProcessor
 
 from d2svse import D2SVSE, Trainer
 from d2svse.hub import push_folder
+from d2svse.hub.publishable import publishable
+from d2svse.models.encoders import load_backbone
 from d2svse.retrieval.fingerprint import model_fingerprint
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
@@ -269,11 +273,11 @@ def test_pickles_hidden_files_and_folders_of_this_machine_stay_here(folder, hub)
     (folder / "extra").mkdir()
     (folder / "extra" / "shim.py").write_text("pass\n")
     pushed = push_folder(folder, "lab/tiny")
-    assert pushed.left_out == [".cache/notes.json", "training_args.bin"]
+    assert pushed.left_out == [".cache/notes.json", "extra/shim.py", "training_args.bin"]
     files = hub.files("lab/tiny")
     assert yaml.safe_load(files["recipe.yaml"]) == {"train": "train.jsonl", "val": "data/val.jsonl"}
     assert json.loads(files["config.json"])["vision_config"]["_name_or_path"] == "vit"
-    assert files["extra/shim.py"] == b"pass\n"
+    assert "extra/shim.py" not in files
     assert not [name for name, data in files.items() if b"/home/ann" in data or b"MaySee" in data]
 
 
@@ -309,3 +313,133 @@ def test_a_trainer_pushes_the_best_model_with_its_card_once(make_model, make_arg
     assert weight.equal(trainer.model.text_encoder.projection.weight)
     with pytest.raises(PermissionError, match="elsewhere/trained: the token does not allow this"):
         Trainer(make_model(), make_args(push_to_hub=True, hub_model_id="elsewhere/trained"), train_dataset)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "notes.txt", "LICENSE", "README.md"])
+def test_a_link_that_leaves_the_folder_is_not_pushed(folder, hub, tmp_path, name):
+    (tmp_path / "secret").write_text("nobody may read this")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=f"{name} is a link to outside of the folder"):
+        push_folder(folder, "lab/tiny")
+    assert "lab/tiny" not in hub.repositories
+
+
+def test_only_files_of_a_model_are_pushed(folder, hub):
+    for name in (
+        "id_rsa",
+        "notes.txt",
+        "data.json",
+        ".env",
+        "model-old.safetensors",
+        "evil.py",
+        "teacher.json",
+        "a.md",
+    ):
+        (folder / name).write_text("nobody may read this")
+    (folder / ".d2svse-files.json").write_text("[]")
+    (folder / "modeling_d2svse.py").write_text("open('/etc/passwd')")
+    for name in ("LICENSE", "merges.txt"):
+        (folder / name).write_text("for all")
+    pushed = push_folder(folder, "lab/tiny")
+    files = hub.files("lab/tiny")
+    assert not [name for name, data in files.items() if b"nobody may read" in data or b"passwd" in data]
+    assert b"from d2svse.models import" in files["modeling_d2svse.py"]
+    assert {"LICENSE", "merges.txt"} <= set(files)
+    assert {"id_rsa", "notes.txt", "data.json", ".env", "model-old.safetensors", "evil.py"} <= set(pushed.left_out)
+    assert ".d2svse-files.json" not in {*pushed.left_out, *files}
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "published.safetensors", "published.json", "merges.txt", "run.json"]
+)
+def test_a_file_that_is_not_what_its_name_says_is_not_pushed(folder, hub, name):
+    (folder / name).write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match=name):
+        push_folder(folder, "lab/tiny")
+    assert "lab/tiny" not in hub.repositories
+
+
+def test_options_of_a_published_checkpoint_are_pushed_without_machine_and_keys(folder, hub):
+    hidden = {
+        "logger_name": "/home/ann/runs/x", "data_path": "../ann/f30k", "host": "gpu07.lab.org", "dist_url": "tcp://10.1.2.3:1",
+        "wandb_api_key": "0123456789abcdef0123456789abcdef01234567", "note": "hf_AnnsTokenThatNobodyMaySee",
+        "user": "annabel", "password": 1234, "/home/ann": 1, "master_port": 29500, "dataset": "/home/ann/f30k",
+    }  # fmt: skip
+    opt = {"embed_size": 512, "margin": 0.2, "vit_type": "vit", "lr_schedules": [9, 15], "pretrain": True, **hidden}
+    record = {"names": ["a"], "dtypes": {}, "opt": opt, "rest": {"epoch": 3, "best_rsum": 531.9, "path": "/home/ann"}}
+    (folder / "published.json").write_text(json.dumps(record))
+    push_folder(folder, "lab/tiny")
+    pushed = json.loads(hub.files("lab/tiny")["published.json"])
+    assert pushed["opt"] == {
+        "embed_size": 512,
+        "margin": 0.2,
+        "vit_type": "vit",
+        "lr_schedules": [9, 15],
+        "pretrain": True,
+    }
+    assert pushed["rest"] == {"epoch": 3, "best_rsum": 531.9}
+    assert json.loads((folder / "published.json").read_text()) == record  # stays whole here
+
+
+def test_no_option_of_a_run_card_keeps_a_folder_or_a_key(folder, hub):
+    secrets = {
+        "wandb_key": "abcdefgh", "note": "sk-proj-abcdefgh1234", "url": "https://ann:pw1234@host.org/x",
+        "aws": "AKIAABCDEFGH1234", "cut": "it said hf_AnnsTokenThatNob",
+        "revision_of_data": "0123456789abcdef0123456789abcdef01234567",
+    }  # fmt: skip
+    command = [
+        "d2svse", "train", "-o/home/ann/runs", "--train=file:///home/ann/a.jsonl", "--set", "train:/home/ann/b",
+        "--token", "verysecret", "--val=/home/ann/my data/v.jsonl", "WANDB_API_KEY=abcdefgh",
+        "pipe:cat /home/ann/c.tar",
+    ]  # fmt: skip
+    card = {
+        "d2svse": "1", "command": command, "seed": 1, "versions": {}, "hardware": {}, "metrics": {}, "data": {},
+        "configuration": {"train": "~/data/x.jsonl", "num_context_tokens": 4, "token_placement": "surround", **secrets},
+        "git_revision": "0123456789abcdef0123456789abcdef01234567",
+    }  # fmt: skip
+    pushed = publishable(card)
+    text = json.dumps(pushed)
+    for hidden in ("/home", "ann", "my data", "abcdefgh", "pw1234", "AKIA", "verysecret", "Nob", "~/"):
+        assert hidden not in text, hidden
+    assert pushed["git_revision"] == card["git_revision"]
+    assert pushed["configuration"]["num_context_tokens"] == 4
+    assert pushed["configuration"]["token_placement"] == "surround"
+    assert pushed["command"][:3] == ["d2svse", "train", "-oruns"]
+
+
+def test_a_compiled_model_is_saved_and_pushed_under_plain_names(make_model, tmp_path):
+    plain, compiled = make_model(), make_model()
+    compiled.text_encoder = torch.compile(compiled.text_encoder)
+    compiled.image_encoder.backbone = torch.compile(compiled.image_encoder.backbone)
+    for model, name in ((plain, "plain"), (compiled, "compiled")):
+        model.save_pretrained(tmp_path / name)
+    files = [tmp_path / name / "model.safetensors" for name in ("plain", "compiled")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    compiled.load_state_dict(D2SVSE.from_pretrained(tmp_path / "plain").state_dict())  # as when training resumes
+    compiled.save_pretrained(tmp_path / "given", state_dict={f"{n}": t for n, t in compiled.state_dict().items()})
+    assert (tmp_path / "given" / "model.safetensors").read_bytes() == files[0].read_bytes()
+
+
+def test_backbones_of_the_hub_are_checked_as_folders_are(backbones, hub, tmp_path):
+    files = {path.name: path.read_bytes() for path in (backbones / "text").iterdir()}
+    config = json.loads(files["config.json"])
+    hub.repositories["lab/text"] = repository = Repository(False)
+    repository.commit("main", files, "text")
+    backbone = load_backbone("lab/text", "text_config")
+    assert backbone.embeddings.word_embeddings.weight.isfinite().all()
+    assert hub.requests("GET", "/lab/text/resolve/.*/model.safetensors")
+    code = {"evil.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()}
+    for number, (changed, message) in enumerate(
+        (
+            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, "needs code of its own"),
+            ({"vocab_size": 10**8}, "they do not belong together"),
+            ({"num_hidden_layers": 10**6}, "at most 1000 is allowed"),
+        )
+    ):
+        hub.repositories[f"lab/evil{number}"] = repository = Repository(False)
+        repository.commit("main", {**files, **code, "config.json": json.dumps(config | changed).encode()}, "evil")
+        with pytest.raises(ValueError, match=message):
+            load_backbone(f"lab/evil{number}", "text_config")
+    assert not (tmp_path / "ran").exists()

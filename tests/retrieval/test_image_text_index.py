@@ -1,4 +1,5 @@
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -352,3 +353,18 @@ def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photo
     assert outcomes[-1] == after
     assert before in outcomes
     assert outcomes.count(after) > 1  # some kills came after the switch
+
+
+def test_a_missing_image_of_a_manifest_is_skipped_as_a_broken_one(scenes, model, tmp_path):
+    lines = (scenes / "val.jsonl").read_text().splitlines()[:3]
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image"] = str(scenes / row["image"])
+    rows[1]["image"] = str(tmp_path / "gone.png")
+    manifest = tmp_path / "own.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"own\.jsonl:2: .*gone\.png"):
+        ImageTextIndex.build(model, manifest, tmp_path / "index")
+    index = ImageTextIndex.build(model, manifest, tmp_path / "index", on_bad_image="skip")
+    assert len(index) == 2
+    assert [Path(name).name for name, _ in index.skipped] == ["gone.png"]

@@ -254,3 +254,52 @@ def test_intervals_are_those_of_queries_drawn_anew():
     assert narrow[1] - narrow[0] < found["rsum"][1] - found["rsum"][0]
     with pytest.raises(ValueError, match=r"level 1\.5"):
         bootstrap_intervals(both, level=1.5)
+
+
+def papers_matrix(captions_each: int = 5, n_images: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    scores = np.random.default_rng(0).normal(size=(n_images, n_images * captions_each))
+    return scores, np.repeat(np.arange(n_images), captions_each)
+
+
+def test_a_transposed_matrix_is_told():
+    scores, owner = papers_matrix()
+    for measure in (retrieval_metrics, lambda *given: fold_metrics(*given, 2)):
+        with pytest.raises(ValueError, match=r"scores are 20 × 4.*transposed\? give scores\.T"):
+            measure(scores.T, owner)
+
+
+@pytest.mark.parametrize(
+    ("repeat", "how"), [(lambda s: s.repeat(5, 0), r"scores\[::5\]"), (lambda s: np.tile(s, (5, 1)), r"scores\[:4\]")]
+)
+@pytest.mark.parametrize("owners", ["right", "one each"])
+def test_repeated_images_are_told(repeat, how, owners):
+    scores, owner = papers_matrix()
+    owner = owner if owners == "right" else np.arange(20)
+    with pytest.raises(ValueError, match=rf"rows 5 × the images: repeated\?.*give {how}"):
+        retrieval_metrics(repeat(scores), owner)
+
+
+def test_a_mapping_of_another_length_is_told():
+    scores, owner = papers_matrix()
+    with pytest.raises(ValueError, match=r"5 × the other: repeated\? transposed\?"):
+        retrieval_metrics(scores, owner.repeat(5))
+    with pytest.raises(ValueError, match="do not fit: expected a column for each caption"):
+        retrieval_metrics(scores, owner[:-1])
+    with pytest.raises(ValueError, match="float64"):
+        retrieval_metrics(scores, owner + 0.5)
+    with pytest.raises(ValueError, match=r"\(n_images, n_captions\)"):
+        retrieval_metrics(scores[None], owner)
+
+
+@pytest.mark.parametrize(
+    ("scores", "owner"),
+    [
+        (np.eye(5), np.arange(5)),  # one caption an image
+        (np.ones((6, 6)), np.arange(6)),  # a collapsed model
+        (np.array([[1.0, 0.0], [1.0, 0.0]]), np.arange(2)),
+        (np.array([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]]), np.arange(4)),  # a double
+        (np.ones((1, 5)), np.zeros(5, dtype=int)),
+    ],
+)
+def test_layouts_that_are_right_are_measured(scores, owner):
+    assert 0 <= retrieval_metrics(scores, owner)["i2t_recall_at_1"] <= 1

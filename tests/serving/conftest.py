@@ -22,6 +22,7 @@ def make_index(make_model, folder, tmp_path):
     """An index of the pictures, or of sentences, by a model with random weights."""
 
     def make(similarity="omit", source=None, **options):
+        options = {"overwrite": True, **options}  # a test may ask for images, then for texts
         return ImageTextIndex.build(
             make_model(similarity={"name": similarity}), source or folder, tmp_path / f"{similarity}-index", **options
         )
@@ -62,4 +63,4 @@ def serve_page(free_port, tmp_path, monkeypatch):
 
     yield serve
     for page in pages:
-        page.blocks.close(verbose=False)
+        page.close()

@@ -1,5 +1,8 @@
 """What is kept on disk is what would be computed, and is made again when it is not."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +144,26 @@ def test_pixels_are_kept_of_pictures_as_they_are_by_processes_that_stay():
     with pytest.raises(ValueError, match="set dataloader_persistent_workers to true too"):
         TrainingArguments(**plain, dataloader_num_workers=1)
     assert TrainingArguments(**plain, dataloader_num_workers=1, dataloader_persistent_workers=True).keep_pixels
+
+
+def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, file, small_files):
+    model = make_model()
+    with small_files(1000), pytest.raises(OSError, match=f"{file.name}: cannot be written: File too large"):
+        cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, file, 16)
+    folder = file.parent / "tokens"
+    with small_files(1000), pytest.raises(OSError, match=f"{TOKENS_FILE}: cannot be written: File too large"):
+        cached_image_tokens(model, train_dataset, folder, 16)
+    assert {path.name for path in file.parent.rglob("*.*") if path.suffix != ".lock"} == set()
+
+
+def test_room_for_image_tokens_is_taken_before_they_are_written(make_model, train_dataset, tmp_path, monkeypatch):
+    """A mapped file that finds no room later ends the process with SIGBUS."""
+
+    def full(descriptor, offset, size):
+        assert size > len(train_dataset) * 32
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=f"{TOKENS_FILE}: cannot be written: No space left on device"):
+        cached_image_tokens(make_model(), train_dataset, tmp_path, 16)
+    assert not list(tmp_path.glob("*.npy"))

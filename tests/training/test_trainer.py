@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import errno
 import json
 import os
@@ -81,6 +83,23 @@ def test_dense_captions_that_are_cut_are_counted(stage, make_model, make_args, t
     caplog.clear()
     Trainer(make_model(), make_args(stage, dense_max_length=max(lengths)), train_dataset)
     assert "dense captions" not in caplog.text
+
+
+def test_captions_that_are_cut_or_unknown_are_counted(make_model, make_args, train_dataset, caplog):
+    model = make_model()
+    model.processor = copy.copy(model.processor)
+    model.processor.max_length = 5
+    dataset = copy.copy(train_dataset)
+    first = dataclasses.replace(dataset.records[0], captions=("你好",), dense="你好")
+    dataset.records = [first, *dataset.records[1:]]
+    count = len(dataset.captions)
+    Trainer(model, make_args("align"), dataset)
+    assert f"no word of 1 of {count} texts (first: '你好')" in caplog.text
+    assert f"{count - 1} of {count} texts" in caplog.text
+    assert "truncated to 5 tokens" in caplog.text
+    caplog.clear()
+    Trainer(make_model(), make_args("pretrain"), dataset)
+    assert "no word of 1 of 48 texts" in caplog.text
 
 
 def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dataset):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,15 @@ CODEBOOK = 256
 POINTS_PER_CENTROID = 39  # below it faiss advises more vectors
 INT8_MARGIN = 0.1
 QUERIES_FOR_BLAS = 3
+LARGEST_OPTION = 1 << 20
+# How a file of each kind begins, and what faiss makes of it.
+CLASSES = {
+    "flat": (b"IxFI", "IndexFlat"),
+    "int8": (b"IxSQ", "IndexScalarQuantizer"),
+    "hnsw": (b"IHNf", "IndexHNSWFlat"),
+    "ivf-pq": (b"IwPQ", "IndexIVFPQ"),
+}
+_SETTINGS = threading.Lock()  # of faiss, which are those of the whole process
 
 
 class FaissIndex(LocalIndex):
@@ -57,6 +68,7 @@ class FaissIndex(LocalIndex):
     """
 
     engine = "faiss"
+    _stored_options = frozenset({"kind", *(name for options in OPTIONS.values() for name in options)})
 
     def __init__(
         self,
@@ -83,9 +95,11 @@ class FaissIndex(LocalIndex):
             "code_size": code_size,
         }
         for name, value in given.items():
-            if value is not None and (name not in OPTIONS[kind] or value < 1):
+            if value is not None and (name not in OPTIONS[kind] or not 1 <= value <= LARGEST_OPTION):
                 known = ", ".join(OPTIONS[kind]) or "none"
-                raise ValueError(f"{name}={value} is no option of {kind}; they are {known}, each at least 1")
+                raise ValueError(
+                    f"{name}={value} is no option of {kind}; they are {known}, each from 1 to {LARGEST_OPTION}"
+                )
         if code_size is not None and dim % code_size:
             raise ValueError(f"code_size must divide the width {dim}, got {code_size}")
         self.kind = kind
@@ -231,17 +245,81 @@ class FaissIndex(LocalIndex):
         if manifest["vectors"] is None:
             return
         name, size = manifest["vectors"]
-        path = folder / name
+        path = storage.data_file(folder, name)
         if path.stat().st_size != size:
             raise ValueError(
                 f"{path}: {path.stat().st_size} bytes where {size} were expected; not whole, build it again"
             )
+        begins, kind = CLASSES[self.kind]
+        with path.open("rb") as file:
+            found = file.read(len(begins))
+        if found != begins:
+            raise ValueError(f"{path}: begins with {found!r}, an index of the kind {self.kind} with {begins!r}")
         try:
-            self._index = faiss.read_index(str(path))
-        except RuntimeError as error:
+            with _bounded_reading(size):
+                index = faiss.read_index(os.fspath(path))
+        except (RuntimeError, MemoryError) as error:
             raise ValueError(f"{path}: faiss cannot read it ({error}); not whole, build it again") from None
-        if self._index.ntotal != len(self._ids):
-            raise ValueError(f"{folder}: {self._index.ntotal} vectors and {len(self._ids)} ids; build it again")
+        if not isinstance(index, getattr(faiss, kind)) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{path}: a {type(index).__name__}, expected a {kind} of inner products")
+        if index.d != self.dim:
+            raise ValueError(f"{path}: vectors of width {index.d}, expected {self.dim}; build it again")
+        if index.ntotal != len(self._ids):
+            raise ValueError(f"{folder}: {index.ntotal} vectors and {len(self._ids)} ids; build it again")
+        if not _whole(index, self.kind):
+            raise ValueError(f"{path}: numbers of vectors that it does not hold; build it again")
+        self._index = index
+
+
+def _whole(index: Any, kind: str) -> bool:
+    """Whether an index refers to its own rows only: faiss follows the numbers of a file without looking."""
+    count = index.ntotal
+    if kind == "flat":
+        return bool(index.codes.size() == count * index.d * 4)
+    if kind == "int8":
+        return bool(index.sq.qtype == faiss.ScalarQuantizer.QT_8bit and index.codes.size() == count * index.d)
+    if kind == "hnsw":
+        graph = index.hnsw
+        offsets, neighbours = faiss.vector_to_array(graph.offsets), faiss.vector_to_array(graph.neighbors)
+        levels, widths = faiss.vector_to_array(graph.levels), faiss.vector_to_array(graph.cum_nneighbor_per_level)
+        if len(levels) != count or len(offsets) != count + 1 or not -1 <= graph.entry_point < max(count, 1):
+            return False
+        if not count:
+            return True
+        if levels.min() < 1 or levels.max() >= len(widths) or graph.max_level != levels.max() - 1:
+            return False
+        stored = index.storage
+        return bool(
+            offsets[0] == 0
+            and offsets[-1] == len(neighbours)
+            and (np.diff(offsets.astype(np.int64)) == widths[levels]).all()
+            and (not len(neighbours) or (neighbours.min() >= -1 and neighbours.max() < count))
+            and stored.ntotal == count
+            and stored.d == index.d
+        )
+    lists = index.invlists
+    numbers = [
+        faiss.rev_swig_ptr(lists.get_ids(number), size).copy()
+        for number in range(index.nlist)
+        if (size := lists.list_size(number))
+    ]
+    every = np.sort(np.concatenate(numbers)) if numbers else np.empty(0, dtype=np.int64)
+    return bool(len(every) == count and (every == np.arange(count)).all())
+
+
+@contextmanager
+def _bounded_reading(size: int) -> Iterator[None]:
+    """Let faiss take no more memory for an array of a file than a small multiple of the file's size."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    with _SETTINGS:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(max(1 << 20, 4 * size))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 @contextmanager
@@ -252,9 +330,10 @@ def _fast_products(num_queries: int) -> Iterator[None]:
     default leaves 100 queries of 512 numbers to the loops, which take several times as long. So it is set
     to either end, and put back.
     """
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 1 if num_queries >= QUERIES_FOR_BLAS else 2**31 - 1
-    try:
-        yield
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
+    with _SETTINGS:  # one search at a time, each of which takes all threads of faiss
+        before = faiss.cvar.distance_compute_blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = 1 if num_queries >= QUERIES_FOR_BLAS else 2**31 - 1
+        try:
+            yield
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before

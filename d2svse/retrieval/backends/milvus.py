@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from d2svse.retrieval import storage
-from d2svse.retrieval.backends.milvus_connection import MilvusConnection, pymilvus
+from d2svse.retrieval.backends.milvus_connection import (
+    TOKEN_VARIABLE,
+    URI_VARIABLE,
+    MilvusConnection,
+    is_given,
+    is_local,
+    pymilvus,
+)
 from d2svse.retrieval.backends.milvus_journal import LARGEST_K, MilvusJournal
 from d2svse.retrieval.engine import Metadata, VectorIndex
 
@@ -23,6 +31,7 @@ QUERIES_AT_A_TIME = 256
 LARGEST_FIELD = 65535  # bytes, of Milvus's VARCHAR and JSON
 BUILD = {"HNSW": {"M": 32, "efConstruction": 200}, "IVF": {"nlist": 128}}
 SEARCH = {"HNSW": {"ef": 128}, "IVF": {"nprobe": 32}}
+STORED_OPTIONS = ("uri", "collection", "kind", "search_parameters", "timeout")
 T = TypeVar("T")
 
 
@@ -40,7 +49,8 @@ class MilvusIndex(VectorIndex):
     Args:
         dim: width of the vectors.
         uri: a local path ending in `.db`, which runs embedded and belongs to one process, or the address of
-            a server or cluster, `http://host:19530`. A token is read from the environment, MILVUS_TOKEN.
+            a server or cluster, `https://host:19530`. A token is read from the environment, MILVUS_TOKEN; it
+            goes unencrypted to this machine only.
         collection: its name: letters, digits and underscores.
         kind: Milvus's name of the vector's index: FLAT (the default), HNSW, IVF_FLAT, IVF_SQ8, and with a
             server IVF_PQ and the others that it knows; of a collection that exists, its own.
@@ -55,6 +65,7 @@ class MilvusIndex(VectorIndex):
     """
 
     engine = "milvus"
+    _typed = True  # False while `load` makes one, whose address the folder gives
 
     def __init__(
         self,
@@ -73,7 +84,7 @@ class MilvusIndex(VectorIndex):
             raise ValueError("milvus needs a uri: a local path ending in .db, or http://host:19530")
         self.uri, self.collection, self.timeout = uri, collection, timeout
         self._call: str | None = None
-        self._milvus = MilvusConnection(uri, timeout, (f"{collection}_writes", collection))
+        self._milvus = MilvusConnection(uri, timeout, (f"{collection}_writes", collection), self._typed)
         self._journal = MilvusJournal(self._milvus, collection)
         if self._milvus.ask("has_collection", collection):
             self.kind = self._attach(kind)
@@ -136,10 +147,14 @@ class MilvusIndex(VectorIndex):
     def __len__(self) -> int:
         return self._seen(self._count)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
         """Write to a folder where the collection is found; Milvus has the vectors already.
 
         A local path is written relative to the folder if it lies in it.
+
+        Args:
+            folder: the folder.
+            compact: does nothing; Milvus clears up deleted vectors itself.
 
         Raises:
             BlockingIOError: if another process is writing there.
@@ -164,6 +179,7 @@ class MilvusIndex(VectorIndex):
                 "timeout": self.timeout,
             }
             manifest = {"engine": self.engine, "dim": self.dim, "fingerprint": self.fingerprint, "options": options}
+            manifest["key"] = self._journal.about().get("key")
             storage.publish(folder, {**manifest, "files": []})
 
     @classmethod
@@ -175,16 +191,42 @@ class MilvusIndex(VectorIndex):
         """
 
         def opened(path: Path, manifest: dict[str, Any]) -> MilvusIndex:
-            options = dict(manifest["options"])
-            if "://" not in options["uri"]:
-                options["uri"] = str(path.absolute() / options["uri"])
-                if not Path(options["uri"]).exists():
-                    raise FileNotFoundError(f"{options['uri']} is missing; {path / storage.MANIFEST} names it")
-            index = cls(manifest["dim"], **options, fingerprint=manifest["fingerprint"])
-            index.check_fingerprint(fingerprint)
+            options = {name: value for name, value in dict(manifest["options"]).items() if name in STORED_OPTIONS}
+            uri = options["uri"]
+            if not isinstance(uri, str):
+                raise ValueError(f"{path / storage.MANIFEST}: the uri is {uri!r:.80}, expected a text")
+            outside = False
+            if "://" in uri:
+                if not (is_local(uri) or is_given(uri)):
+                    raise ValueError(
+                        f"{path} names the Milvus server {uri}; to let it be asked, set {URI_VARIABLE}={uri} "
+                        f"beside {TOKEN_VARIABLE}"
+                    )
+            elif Path(uri).is_absolute():
+                outside = not is_given(uri)
+                if not Path(uri).exists():
+                    raise FileNotFoundError(f"{uri} is missing; {path / storage.MANIFEST} names it")
+            else:
+                options["uri"] = str(_below(path, uri))
+            index = cls.__new__(cls)
+            index._typed = False
+            index.__init__(manifest["dim"], **options, fingerprint=manifest["fingerprint"])  # type: ignore[misc]
+            try:
+                if outside and index._journal.about().get("key") != manifest.get("key"):
+                    raise ValueError(
+                        f"{uri}: not the file that {path} was saved from; set {URI_VARIABLE}={uri} if it is to be used"
+                    )
+                index.check_fingerprint(fingerprint)
+            except ValueError:
+                index.close()
+                raise
             return index
 
         return storage.open_whole(folder, opened)
+
+    def __reduce__(self) -> Any:
+        """Refuse: a connection is of one process."""
+        raise TypeError("a Milvus index cannot be pickled; save it, and open it where it is needed with load_index")
 
     def close(self) -> None:
         """Let go of the connection, and of a local file when no other index here has it open."""
@@ -198,7 +240,8 @@ class MilvusIndex(VectorIndex):
         schema.add_field("metadata", json_type)
         schema.add_field("call", varchar, max_length=64)
         schema.add_field("vector", vector, dim=self.dim)
-        self._journal.create({"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint})
+        about = {"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint, "key": uuid.uuid4().hex}
+        self._journal.create(about)
         # The items come last: with them, the index is there.
         self._milvus.make_collection(self.collection, schema, self.kind, build)
 
@@ -328,6 +371,14 @@ class MilvusIndex(VectorIndex):
     def _metadata_of(self, ids: list[str]) -> list[Metadata]:
         rows = self._rows_of(ids, ["metadata"])
         return [dict(rows[name]["metadata"]) for name in ids]
+
+
+def _below(folder: Path, uri: str) -> Path:
+    """The local file inside a folder that its manifest names."""
+    path = folder.absolute()
+    for name in Path(uri).parts:
+        path = storage.inside(path, name)
+    return path
 
 
 def _keys(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import time
@@ -10,13 +11,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from d2svse.retrieval.backends import import_extra
 
 pymilvus: Any = import_extra("pymilvus", "milvus")
 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it logs is raised here, in one line
 
-TOKEN_VARIABLE = "MILVUS_TOKEN"
+TOKEN_VARIABLE, URI_VARIABLE = "MILVUS_TOKEN", "MILVUS_URI"
+ENCRYPTED = ("https",)
 NOT_LOADED, CONNECT_FAILED = 101, 2  # codes of Milvus
 LONGEST_PAUSE = 3.0
 
@@ -28,6 +31,7 @@ class MilvusConnection:
         uri: a local path ending in `.db`, or the address of a server.
         timeout: seconds for which what does not answer is tried again.
         collections: what must be loaded; Milvus Lite has loaded nothing when it is started anew.
+        typed: the user gave the address; a token goes to no other, but to the one that MILVUS_URI names.
 
     Attributes:
         client: the `MilvusClient`.
@@ -35,12 +39,14 @@ class MilvusConnection:
 
     Raises:
         ConnectionError: if it cannot be opened.
-        ValueError: if the path does not end in `.db`.
+        ValueError: if the path does not end in `.db`, the address holds a password, or a token would go
+            unencrypted to another machine.
     """
 
     _open_files: ClassVar[Counter[str]] = Counter()
+    _given: ClassVar[set[str]] = set()  # addresses that the user gave to this process
 
-    def __init__(self, uri: str, timeout: float, collections: tuple[str, ...]) -> None:
+    def __init__(self, uri: str, timeout: float, collections: tuple[str, ...], typed: bool = True) -> None:
         self.uri, self.timeout, self.collections = uri, timeout, collections
         self.embedded = "://" not in uri
         self._place = str(Path(uri).absolute()) if self.embedded else uri
@@ -48,10 +54,14 @@ class MilvusConnection:
             if not uri.endswith(".db"):
                 raise ValueError(f"{uri}: a local path for Milvus ends in .db; a server's address starts with http://")
             Path(self._place).parent.mkdir(parents=True, exist_ok=True)
+        token = "" if self.embedded or not (typed or is_given(uri)) else os.environ.get(TOKEN_VARIABLE, "")
+        _check_address(uri, bool(token))
+        if typed:
+            self._given.add(uri)
         try:
             self.client = pymilvus.MilvusClient(
                 self._place,
-                token=os.environ.get(TOKEN_VARIABLE, ""),
+                token=token,
                 timeout=timeout,
                 grpc_options={"grpc.keepalive_permit_without_calls": 0},  # servers end connections that only ping
             )
@@ -111,6 +121,38 @@ class MilvusConnection:
             if not self._open_files[self._place]:
                 lite = import_extra("milvus_lite.server_manager", "milvus")
                 lite.server_manager_instance.release_server(self._place)
+
+
+def is_given(uri: str) -> bool:
+    """Whether the user gave this address: to this process, or in the environment."""
+    return uri in MilvusConnection._given or os.environ.get(URI_VARIABLE, "").rstrip("/") == uri.rstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Whether an address is of this machine alone."""
+    parts = urlsplit(uri)
+    if parts.scheme == "unix":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return parts.hostname == "localhost"
+
+
+def _check_address(uri: str, secret: bool) -> None:
+    if "://" not in uri:
+        return
+    parts = urlsplit(uri)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            f"the address of Milvus at {parts.hostname} holds a password, which would stand in files; "
+            f"put it in {TOKEN_VARIABLE}"
+        )
+    if secret and parts.scheme not in ENCRYPTED and not is_local(uri):
+        raise ValueError(
+            f"{uri}: {TOKEN_VARIABLE} would go there unencrypted; take an address that begins with https://, "
+            f"or unset {TOKEN_VARIABLE}"
+        )
 
 
 def _may_pass(error: Exception) -> bool:

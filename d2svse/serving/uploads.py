@@ -1,0 +1,137 @@
+"""The images that were dropped on the page: one private folder of bounded size, and no other file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+from d2svse.images import StoredImage
+
+MOST_BYTES = 64 * 2**20  # of one upload
+MOST_BYTES_KEPT = 2**30  # of all uploads
+MOST_FILES_KEPT = 1000
+HOURS_KEPT = 12
+NOT_UPLOADED = "This image was not uploaded here, or it is gone: drop it again; nothing is fetched from elsewhere."
+# A pipe must not block, and a link that replaces the file must not be followed.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+class Uploads:
+    """A private folder for uploads; it is removed by `close`, and when the object or the process ends.
+
+    Attributes:
+        folder: its path, without symbolic links.
+    """
+
+    def __init__(self) -> None:
+        parent = os.environ.get("GRADIO_TEMP_DIR") or None
+        if parent is not None:
+            os.makedirs(parent, exist_ok=True)
+        self._folder = TemporaryDirectory(prefix="d2svse-serve-", dir=parent, ignore_cleanup_errors=True)
+        self.folder = os.path.realpath(self._folder.name)
+
+    def close(self) -> None:
+        """Remove the folder with all uploads."""
+        self._folder.cleanup()
+
+    def open(self, path: str) -> BinaryIO:
+        """Open an upload.
+
+        Args:
+            path: an absolute path.
+
+        Raises:
+            FileNotFoundError: for all but a regular file below the folder, always with the same message.
+        """
+        with suppress(OSError, ValueError):
+            real = os.path.realpath(path)
+            if os.path.isabs(path) and os.path.commonpath([real, self.folder]) == self.folder:
+                handle = os.open(real, _FLAGS)
+                if stat.S_ISREG(os.fstat(handle).st_mode):
+                    return os.fdopen(handle, "rb")
+                os.close(handle)
+        raise FileNotFoundError(NOT_UPLOADED)
+
+    def holds(self, path: str) -> bool:
+        """Whether a path is that of an upload."""
+        try:
+            self.open(path).close()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def claim(self, value: Any) -> Upload | None:
+        """Return the upload that a request names; None where it names none.
+
+        Args:
+            value: what a browser sends, `{"path": ...}` or None.
+
+        Raises:
+            FileNotFoundError: if it names anything but an upload, always with the same message.
+        """
+        if value is None:
+            return None
+        path = value.get("path") if isinstance(value, dict) else None
+        if not isinstance(path, str) or not self.holds(path):
+            raise FileNotFoundError(NOT_UPLOADED)
+        return Upload(self, path)
+
+    def make_room(self, incoming: int = 0) -> None:
+        """Remove the oldest uploads until so many bytes more are within the bounds, and all that are too old.
+
+        Args:
+            incoming: bytes that will be written.
+        """
+        files = sorted((path for path in Path(self.folder).rglob("*") if not path.is_dir()), key=_time_of)
+        sizes = [path.lstat().st_size if path.is_symlink() or path.exists() else 0 for path in files]
+        total, count, oldest = sum(sizes) + incoming, len(files), time.time() - 3600 * HOURS_KEPT
+        for path, size in zip(files, sizes, strict=True):
+            if total <= MOST_BYTES_KEPT and count <= MOST_FILES_KEPT and _time_of(path) > oldest:
+                break
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # fails where more is in it
+            total, count = total - size, count - 1
+
+
+class Upload(StoredImage):
+    """An uploaded image; each reading opens and checks the file anew. Messages name it without its folder."""
+
+    def __init__(self, uploads: Uploads, path: str) -> None:
+        self._uploads, self._path = uploads, path
+
+    def __fspath__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """The name of the file that was uploaded."""
+        return os.path.basename(self._path)
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Size and time of the file."""
+        with self._uploads.open(self._path) as file:
+            status = os.fstat(file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def read_bytes(self) -> bytes:
+        """Read the file.
+
+        Raises:
+            FileNotFoundError: if it is gone.
+        """
+        with self._uploads.open(self._path) as file:
+            return file.read(MOST_BYTES)
+
+
+def _time_of(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # removed meanwhile
+        return 0.0

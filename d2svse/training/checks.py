@@ -1,0 +1,217 @@
+"""What the options of a run may be: types, ranges, and those of transformers that have no effect here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import os
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from transformers import TrainingArguments as TransformersTrainingArguments
+
+_EVALUATION = "evaluation encodes every image and text once and ranks them, without transformers' evaluation loop"
+_LOADER = "training reads its batches by a loader of its own, in the order of the seed and the epoch"
+_SCRIPT = "it is for scripts that read it; call train() or evaluate()"
+_RECOMPUTING = "the models cannot recompute their layers; chunk_size saves more memory, with the same gradient"
+_LANGUAGE_MODELS = "it is for language models alone"
+
+# Options of transformers.TrainingArguments that would change nothing here, with the reason.
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": "the ranking losses have no labels to smooth; temperature softens InfoNCE",
+    "neftune_noise_alpha": "it is for language models alone; augment_words disturbs texts",
+    "average_tokens_across_devices": "losses are computed over all pairs of a batch, not by tokens",
+    "activation_checkpointing": _RECOMPUTING,
+    "activation_checkpointing_kwargs": _RECOMPUTING,
+    "gradient_checkpointing": _RECOMPUTING,
+    "gradient_checkpointing_kwargs": _RECOMPUTING,
+    "use_liger_kernel": _LANGUAGE_MODELS,
+    "liger_kernel_config": _LANGUAGE_MODELS,
+    "use_cache": _LANGUAGE_MODELS,
+    "include_num_input_tokens_seen": "the log counts pairs_per_second",
+    "auto_find_batch_size": "a smaller batch has fewer negatives; chunk_size fits the same batch into less memory",
+    "optim_target_modules": "no optimizer that needs it is supported",
+    "bf16_full_eval": _EVALUATION,
+    "fp16_full_eval": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "label_names": "batches have no labels",
+    "remove_unused_columns": "samples have no columns",
+    "train_sampling_strategy": _LOADER,
+    "length_column_name": _LOADER,
+    "dataloader_in_order": _LOADER,
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C write a checkpoint without it",
+    "hub_always_push": "the model is pushed once, at the end",
+    "do_train": _SCRIPT,
+    "do_predict": _SCRIPT,
+    "resume_from_checkpoint": "call train(resume_from_checkpoint=True), or give --resume",
+}
+_ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
+_LAYERWISE_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
+
+# The least and the greatest value of numbers; None where there is no bound.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "num_train_epochs": (0, None),
+    "per_device_train_batch_size": (1, 10**6),
+    "per_device_eval_batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**6),
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
+    "backbone_lr_scale": (0, None),
+    "lr_gamma": (0, None),
+    "warmup_loss_epochs": (0, None),
+    "distill_weight": (0, None),
+    "num_context_tokens": (1, 10_000),
+    "decoder_layers": (1, 100),
+    "decoder_heads": (1, 1000),
+    "lora_rank": (1, 4096),
+    "lora_dropout": (0, 1),
+    "chunk_size": (0, None),
+    "text_groups": (1, None),
+    "max_length": (1, None),
+    "dense_max_length": (1, None),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+_LOOSE = (
+    "accelerator_config",
+    "fsdp",
+    "deepspeed",
+    "parallelism_config",
+    "debug",
+    "include_num_input_tokens_seen",
+    "report_to",
+)
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
+    """Check that every option has a value of its type.
+
+    Args:
+        values: the options.
+        hints: their types; what has none is not checked.
+        where: what comes before the name in the message, such as a file.
+
+    Raises:
+        ValueError: naming the first option that has not, and what was expected.
+    """
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            got = "null" if value is None else f"{value!r:.80}"
+            raise ValueError(f"{where}{name} must be {_words(hints[name])}, got {got}")
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Check that numbers are finite and within `RANGES`.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value) and name != "max_grad_norm":  # where infinity clips nothing
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        least, most = RANGES.get(name, (-math.inf, None))
+        if value < least or (most is not None and value > most):
+            bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:.12g}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_inherited(values: Mapping[str, Any]) -> None:
+    """Check that no option of transformers is set that would change nothing here.
+
+    Raises:
+        ValueError: naming the option, and the reason.
+    """
+    for field in dataclasses.fields(TransformersTrainingArguments):
+        reason = WITHOUT_EFFECT.get(field.name)
+        if reason is None:
+            continue
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if field.name == "remove_unused_columns":
+            default = False
+        value = values.get(field.name, default)
+        if value != default and (value or default):
+            raise ValueError(f"{field.name} has no effect here: {reason}; leave it out")
+    config: Any = values.get("accelerator_config") or {}
+    given = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    usual = {"split_batches": False, "dispatch_batches": None, "even_batches": True, "use_seedable_sampler": True}
+    for name in _ACCELERATOR:
+        if given.get(name, usual.get(name, False)) != usual.get(name, False):
+            raise ValueError(f"{name} of accelerator_config has no effect here: {_LOADER}; leave it out")
+    if str(_plain(values.get("hub_strategy"))) in ("checkpoint", "all_checkpoints"):
+        raise ValueError("hub_strategy has no effect here: the model is pushed once, at the end; leave it out")
+    optimizer = str(_plain(values.get("optim", "")))
+    if optimizer.startswith(_LAYERWISE_OPTIMIZERS):
+        raise ValueError(f"optim {optimizer} is not supported: backbones have a learning rate of their own here")
+
+
+def check_metric(name: str | None, known: Iterable[str]) -> None:
+    """Check that evaluation gives a metric.
+
+    Raises:
+        ValueError: naming those that it gives.
+    """
+    known = sorted(known)
+    plain = str(name).removeprefix("eval_")
+    if name is None or plain in known:
+        return
+    close = difflib.get_close_matches(plain, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"metric_for_best_model: no metric {plain!r}; {meant}evaluation gives {', '.join(known)}")
+
+
+def inherited_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of options without those for which transformers takes more than it says."""
+    return {name: hint for name, hint in hints.items() if name not in _LOOSE}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:  # which of them is checked by name
+        return isinstance(value, str) or any(value is part for part in get_args(hint))
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str | os.PathLike)
+    if origin is list or hint is list:
+        inner = get_args(hint)
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value if inner)
+    if origin is dict or hint is dict:
+        return isinstance(value, Mapping)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _words(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(hint) if not (isinstance(part, type) and issubclass(part, enum.Enum))]
+        return " or ".join(dict.fromkeys(map(_words, [part for part in parts if part is not NoneType])))
+    if origin is list or hint is list:
+        inner = (*get_args(hint), None)[0]
+        return f"a list{' of whole numbers' if inner is int else ' of texts' if inner is str else ''}"
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    if origin is Literal:
+        return "a text"
+    return words.get(hint, "a mapping" if origin is dict or hint is dict else getattr(hint, "__name__", str(hint)))

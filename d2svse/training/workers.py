@@ -1,0 +1,50 @@
+"""What ends the processes that prepare samples, said in one sentence."""
+
+from __future__ import annotations
+
+import re
+
+_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
+_WITHIN = re.compile(r"Caught \w+ in DataLoader worker process \d+\.")
+_LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): (.*)\Z", re.DOTALL | re.MULTILINE)
+
+
+class WorkerError(OSError):
+    """A process that prepares samples has ended."""
+
+
+def worker_error(error: Exception) -> Exception | None:
+    """The error to raise in place of one that a data loader raised about its workers; None for any other.
+
+    Args:
+        error: what iterating over the data loader raised.
+
+    Returns:
+        A `WorkerError` that says why a worker ended. For what was raised within a worker: the error as it was there,
+        without the worker's traceback.
+    """
+    text = str(error)
+    killed = _KILLED.match(text)
+    if killed:
+        ids, how = killed[1], killed[2]
+        if "Bus error" in how:
+            likely = "shared memory is full (in a container: raise --shm-size)"
+        elif "Segmentation fault" in how or "Aborted" in how:
+            likely = "a library that decodes images failed; look for the image with --workers 0"
+        else:
+            likely = "memory ran out; lower --workers or --batch-size"
+        return WorkerError(f"a process that prepares samples was killed (pid {ids}); most likely {likely}")
+    if not _WITHIN.match(text):
+        return None
+    message = text.splitlines()[-1]
+    found = None
+    for found in _LAST_ERROR.finditer(text.split("Traceback (most recent call last):", 1)[-1]):
+        message = found[2] or found[1]
+    if isinstance(error, MemoryError):
+        return WorkerError(f"memory ran out in a process that prepares samples ({message.strip()}); lower --workers")
+    if not isinstance(error, OSError | ValueError):
+        return None
+    try:
+        return type(error)(message.strip())
+    except TypeError:
+        return WorkerError(message.strip())

@@ -1,0 +1,155 @@
+"""Options of a run: their types and ranges, and those of transformers that have no effect."""
+
+import dataclasses
+import logging
+
+import pytest
+import transformers
+
+from d2svse import Trainer, TrainingArguments
+from d2svse.training.checks import WITHOUT_EFFECT
+
+# What transformers' own options do here was looked up for each; a new one must be decided on.
+WITH_EFFECT = set(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode
+    torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
+    logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
+    eval_on_start save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token
+    hub_private_repo hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model
+    greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
+    use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+    fsdp_config deepspeed debug skip_memory_metrics do_eval local_rank
+    """.split()
+)
+
+
+def test_every_option_of_transformers_is_used_or_refused():
+    inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert not WITH_EFFECT & set(WITHOUT_EFFECT)
+    if transformers.__version__.startswith("5.23."):
+        assert inherited == WITH_EFFECT | set(WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_an_option_without_effect_is_refused_with_the_reason(name, make_args):
+    fields = {field.name: field for field in dataclasses.fields(transformers.TrainingArguments)}
+    default, kind = fields[name].default, str(fields[name].type)
+    if isinstance(default, bool):
+        value = name == "remove_unused_columns" or not default
+    elif "dict" in kind:
+        value = {"x": True}
+    elif "list" in kind:
+        value = ["x"]
+    else:
+        value = (
+            True if "bool" in kind and "str" not in kind else 0.1 if "float" in kind else 2 if "int" in kind else "x"
+        )
+    if name == "include_num_input_tokens_seen":
+        value = "all"
+    with pytest.raises(ValueError, match=f"^{name} has no effect here: .*; leave it out$"):
+        make_args(**{name: value})
+
+
+def test_defaults_and_copies_of_arguments_are_taken(make_args):
+    args = make_args(do_eval=True, gradient_checkpointing=False, label_names=None, max_grad_norm=float("inf"))
+    again = dataclasses.replace(args, learning_rate=1)
+    assert again.learning_rate == 1
+    assert TrainingArguments(output_dir="x", accelerator_config={"gradient_accumulation_kwargs": None}, use_cpu=True)
+    for wrong in (
+        {"accelerator_config": {"split_batches": True}},
+        {"accelerator_config": {"even_batches": False}},
+        {"hub_strategy": "all_checkpoints"},
+    ):
+        with pytest.raises(ValueError, match="has no effect here"):
+            make_args(**wrong)
+    with pytest.raises(ValueError, match="optim galore_adamw is not supported"):
+        make_args(optim="galore_adamw")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number, got '1e-3'"),
+        ({"learning_rate": None}, "learning_rate must be a number, got null"),
+        ({"learning_rate": True}, "learning_rate must be a number, got True"),
+        ({"num_train_epochs": [3]}, r"num_train_epochs must be a number, got \[3\]"),
+        ({"per_device_train_batch_size": "16"}, "per_device_train_batch_size must be a whole number, got '16'"),
+        ({"per_device_train_batch_size": 16.0}, "per_device_train_batch_size must be a whole number, got 16.0"),
+        ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
+        ({"loss": 3}, "loss must be a text, got 3"),
+        ({"loss": ["infonce"]}, "loss must be a text, got"),
+        ({"mining": None}, "mining must be a text, got null"),
+        ({"lr_milestones": 9}, "lr_milestones must be a list of whole numbers, got 9"),
+        ({"lr_milestones": ["9"]}, "lr_milestones must be a list of whole numbers, got"),
+        ({"lora_targets": "query"}, "lora_targets must be a list of texts, got 'query'"),
+        ({"freeze_vision": 1}, "freeze_vision must be true or false, got 1"),
+        ({"chunk_size": {"a": 1}}, "chunk_size must be a whole number, got"),
+        ({"lr_scheduler_type": 1}, "lr_scheduler_type must be a text, got 1"),
+        ({"warmup_steps": "10%"}, "warmup_steps must be a number, got '10%'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1.0"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0, which trains nothing"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be from 1 to 1000000, got 0"),
+        ({"decoder_layers": 10**9}, "decoder_layers must be from 1 to 100, got 1000000000"),
+        ({"lora_rank": 10**6}, "lora_rank must be from 1 to 4096"),
+        ({"num_context_tokens": 0}, "num_context_tokens must be from 1 to 10000, got 0"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"chunk_size": -1}, "chunk_size must be at least 0"),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_range_is_named(make_args, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_args(**wrong)
+
+
+def test_yaml_reads_no_as_false_and_it_still_turns_evaluation_off(make_args):
+    assert make_args(eval_strategy=False, save_strategy=False, load_best_model_at_end=False).save_strategy == "no"
+
+
+def test_an_unknown_metric_is_found_before_training(make_model, make_args, train_dataset, val_dataset):
+    for metric, message in (
+        ("rsun", "no metric 'rsun'; did you mean rsum"),
+        ("eval_t2i_recall_at_2", r"no metric 't2i_recall_at_2'; did you mean t2i_recall_at_\d+\?.*evaluation gives"),
+        ("loss", r"no metric 'loss'; evaluation gives .*rsum"),
+    ):
+        with pytest.raises(ValueError, match=f"metric_for_best_model: {message}"):
+            Trainer(make_model(), make_args(metric_for_best_model=metric), train_dataset, val_dataset)
+    trainer = Trainer(make_model(), make_args(metric_for_best_model="eval_rsum"), train_dataset, val_dataset)
+    assert trainer.args.greater_is_better
+    Trainer(make_model(), make_args(metric_for_best_model="loss"), train_dataset)  # which nothing is chosen by
+
+
+def test_of_ranks_the_smallest_is_the_best(make_args):
+    assert make_args(metric_for_best_model="t2i_mean_rank").greater_is_better is False
+    assert make_args().greater_is_better is True
+    with pytest.raises(ValueError, match="greater_is_better would keep the worst model"):
+        make_args(metric_for_best_model="i2t_median_rank", greater_is_better=True)
+
+
+def test_batches_without_negatives_are_refused(make_model, make_args, train_dataset):
+    with pytest.raises(ValueError, match=r"--batch-size.* batches of 1: 48 of 48 batches .* one image alone"):
+        Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset)
+    one = type(train_dataset)(train_dataset.records[:1])
+    options = {"stage": "align", "captions_per_epoch": "all"}
+    with pytest.raises(ValueError, match="one image alone; a ranking loss needs two"):
+        Trainer(make_model(), make_args(**options), one)
+
+
+def test_some_batches_without_negatives_are_warned_of(make_model, make_args, train_dataset, caplog):
+    odd = type(train_dataset)(train_dataset.records[:17])
+    with caplog.at_level(logging.WARNING):
+        Trainer(make_model(), make_args(dataloader_drop_last=True), odd)
+        assert "one image alone" not in caplog.text
+        Trainer(make_model(), make_args(), odd)
+    assert "1 of 2 batches of an epoch hold captions of one image alone" in caplog.text
+    caplog.clear()
+    two = type(train_dataset)(train_dataset.records[:2])  # several captions each, two a batch
+    options = {"stage": "align", "captions_per_epoch": "all", "per_device_train_batch_size": 2}
+    Trainer(make_model(), make_args(**options), two)
+    assert "batches of an epoch hold captions of one image alone" in caplog.text
