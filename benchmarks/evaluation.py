@@ -60,7 +60,7 @@ from d2svse.retrieval.metrics import (
 )
 from d2svse.retrieval.protocols import find_protocol, right_answers, take_split
 from d2svse.retrieval.ranking import ranking_metrics, rankings
-from d2svse.retrieval.streaming import ProductScorer, stream_ranks
+from d2svse.retrieval.streaming import Scorer, stream_ranks
 
 IMAGES, CAPTIONS_EACH, DIM = 5000, 5, 512
 CAPTIONS = IMAGES * CAPTIONS_EACH
@@ -132,7 +132,7 @@ def measure_ranks(repeats: int, count: int) -> None:
         for name, call in (
             ("argsort loops", lambda: argsort_ranks(scores, owner)),
             ("here", lambda: ranks(scores, owner)),
-            ("here, from embeddings", lambda: stream_ranks(ProductScorer(images, texts), *answers)),
+            ("here, from embeddings", lambda: stream_ranks(Scorer.of_product(images, texts), *answers)),
         ):
             taken, found = seconds(call)
             times[name].append(taken)
@@ -156,10 +156,10 @@ def measure_ranks_memory(count: int) -> None:
     images, texts, owner = embeddings(count)
     answers = caption_answers(owner, count)
     few = min(100, count)  # so that the libraries' own buffers are there before
-    stream_ranks(ProductScorer(images[:few], texts[:few]), *caption_answers(np.arange(few), few))
+    stream_ranks(Scorer.of_product(images[:few], texts[:few]), *caption_answers(np.arange(few), few))
     result = {}
     with Growth() as growth:
-        stream_ranks(ProductScorer(images, texts), *answers)
+        stream_ranks(Scorer.of_product(images, texts), *answers)
     result["here, from embeddings"] = growth.megabytes
     scores = (images @ texts.T).numpy()
     for name, call in (("here", ranks), ("argsort loops", argsort_ranks)):

@@ -144,7 +144,7 @@ def transport(pairs: int, repeats: int) -> None:
         for index, width, slices in similarity.tiles(left, right):
             for rows in slices:
                 part = products[rows, :, index, :width], a[rows, index], b[rows, index, :width]
-                if not scaled_scores(*part, 0.05, 3, False)[1]:
+                if not scaled_scores(*part, 0.05, 3)[1]:
                     raise RuntimeError("left the range")
 
     def logarithmic() -> None:

@@ -172,7 +172,7 @@ def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = Fal
 
 
 def _outputs(model: D2SVSE, side: Any, features: Any) -> tuple[Tensor, Tensor]:
-    return model.vectors(side, features.pooled), features.tokens.float()
+    return model.similarity_fn.pooled_vectors(side, features.pooled), features.tokens.float()
 
 
 def _longest_sentence(model: D2SVSE) -> int:

@@ -41,7 +41,10 @@ def expected_of(model, images, texts, dense):
     """Embeddings and tokens by the library, folded where the similarity folds."""
     features = model.encode_image(images, output="features"), model.encode_text(texts, output="features", dense=dense)
     with torch.no_grad():
-        vectors = [model.vectors(side, part.pooled) for side, part in zip(("image", "text"), features, strict=True)]
+        vectors = [
+            model.similarity_fn.pooled_vectors(side, part.pooled)
+            for side, part in zip(("image", "text"), features, strict=True)
+        ]
     return vectors, features
 
 

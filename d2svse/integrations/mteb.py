@@ -90,7 +90,7 @@ class MTEBModel(AbsEncoder):
                 found = self.model.encode_image(batch["image"], batch_size=len(batch["image"]), convert_to_tensor=True)
             else:
                 found = self.model.encode_text(batch["text"], batch_size=len(batch["text"]), convert_to_tensor=True)
-            parts.append(self.model.vectors("image" if "image" in batch else "text", found).cpu())
+            parts.append(self.model.similarity_fn.pooled_vectors("image" if "image" in batch else "text", found).cpu())
         return torch.cat(parts)
 
 

@@ -233,25 +233,19 @@ class EncodingMixin:
         return scores.cpu().numpy() if both_numpy else scores
 
     def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Encode prepared images to what a vector engine stores, `(batch, embed_dim)` float32; see `vectors`."""
-        model: Any = self
-        return self.vectors("image", model.image_encoder(pixel_values.to(model.dtype)).pooled)
+        """Encode prepared images to what other libraries compare, `(batch, embed_dim)` float32.
 
-    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode tokenized sentences to what stored images are searched by; see `vectors`."""
-        model: Any = self
-        return self.vectors("text", model.fuse(model.text_encoder(input_ids, attention_mask)).pooled)
-
-    def vectors(self, side: Literal["image", "text"], pooled: Tensor) -> Tensor:
-        """Turn pooled vectors `(n, embed_dim)` into those that other libraries compare, in float32.
-
-        Where the similarity folds (cosine, GSSF), the inner product of the two sides is the
-        similarity. Where it compares tokens, these are the pooled vectors, L2-normalised.
+        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). Of any
+        other one both are the pooled vectors, L2-normalised.
         """
         model: Any = self
-        if model.similarity_fn.foldable:
-            return model.similarity_fn.fold(side, pooled)
-        return F.normalize(pooled.float(), dim=-1)
+        return model.similarity_fn.pooled_vectors("image", model.image_encoder(pixel_values.to(model.dtype)).pooled)
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode tokenized texts to what other libraries compare; see `image_vectors`."""
+        model: Any = self
+        texts = model.fuse(model.text_encoder(input_ids, attention_mask))
+        return model.similarity_fn.pooled_vectors("text", texts.pooled)
 
     def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
         if output not in get_args(Output):

@@ -8,7 +8,6 @@ from typing import Any
 
 from d2svse.files import write_json, write_text
 from d2svse.similarity import Similarity
-from d2svse.similarity.cosine import Cosine
 
 SHIM = "modeling_d2svse"  # a Python file, which transformers copies and runs with trust_remote_code=True
 SHIM_CODE = "from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor\n"
@@ -44,7 +43,6 @@ def write_sentence_transformers(folder: str | os.PathLike[str], similarity: Simi
     names = dict(zip(("modules", "module", "model"), SENTENCE_TRANSFORMERS_FILES, strict=True))
     module = "sentence_transformers.base.modules.transformer.Transformer"
     sides = {side: {"method": f"{side}_vectors", "method_output_name": None} for side in ("image", "text")}
-    product = similarity.foldable and not isinstance(similarity, Cosine)
     write_json(Path(folder) / names["modules"], [{"idx": 0, "name": "0", "path": "", "type": module}])
     write_json(
         Path(folder) / names["module"],
@@ -61,6 +59,6 @@ def write_sentence_transformers(folder: str | os.PathLike[str], similarity: Simi
             "model_type": "SentenceTransformer",
             "prompts": {},
             "default_prompt_name": None,
-            "similarity_fn_name": "dot" if product else "cosine",
+            "similarity_fn_name": similarity.vector_score,
         },
     )

@@ -22,7 +22,7 @@ from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metri
 from d2svse.retrieval.report import Evaluation, evaluate_protocol
 from d2svse.retrieval.search import Hit, Hits
 from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
-from d2svse.retrieval.streaming import make_scorer, stream_rankings, stream_ranks
+from d2svse.retrieval.streaming import Scorer, stream_rankings, stream_ranks
 
 __all__ = [
     "PROTOCOLS",
@@ -35,6 +35,7 @@ __all__ = [
     "ImageTextIndex",
     "Ranking",
     "RightAnswers",
+    "Scorer",
     "VectorIndex",
     "bootstrap_intervals",
     "caption_answers",
@@ -47,7 +48,6 @@ __all__ = [
     "fold_metrics",
     "load_index",
     "make_index",
-    "make_scorer",
     "mean_metrics",
     "model_fingerprint",
     "ranking_metrics",

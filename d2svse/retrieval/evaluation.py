@@ -17,7 +17,7 @@ from d2svse.features import Features
 from d2svse.retrieval.fingerprint import model_fingerprint
 from d2svse.retrieval.metrics import caption_answers, rank_metrics, retrieval_metrics
 from d2svse.retrieval.store import encode_images, encode_texts
-from d2svse.retrieval.streaming import make_scorer, stream_ranks
+from d2svse.retrieval.streaming import Scorer, stream_ranks
 from d2svse.similarity.base import Similarity
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def evaluate(
     options["show_progress_bar"] = show_progress_bar
     if processes is not None:
         return retrieval_metrics(*score_dataset(model, dataset, processes=processes, **options))
-    sides = encode_dataset(model, dataset, tokens=model.similarity_fn.requires == "tokens", **options)
+    sides = encode_dataset(model, dataset, tokens=model.similarity_fn.needs_tokens, **options)
     answers = caption_answers(owners(dataset, captions), len(dataset))
     with _without_dropout(model.similarity_fn):
-        return rank_metrics(*stream_ranks(make_scorer(model.similarity_fn, *sides), *answers))
+        return rank_metrics(*stream_ranks(Scorer.of(model.similarity_fn, *sides), *answers))
 
 
 def score_dataset(
@@ -98,7 +98,7 @@ def score_dataset(
     images, texts = encode_dataset(
         model,
         dataset,
-        tokens=model.similarity_fn.requires == "tokens",
+        tokens=model.similarity_fn.needs_tokens,
         captions=captions,
         batch_size=batch_size,
         max_length=max_length,

@@ -13,7 +13,6 @@ import numpy as np
 
 from d2svse.images import OnBadImage
 from d2svse.retrieval.engine import VectorIndex
-from d2svse.retrieval.search import search_vectors
 from d2svse.retrieval.settings import STORE, IndexSettings, note_folders
 from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
 
@@ -63,8 +62,7 @@ def encode_items(
         batch_size: items encoded at a time.
         show_progress_bar: show one on the terminal.
     """
-    exact = settings.shortlist is not None
-    output: Any = "features" if exact and model.similarity_fn.requires == "tokens" else "pooled"
+    output: Any = model.similarity_fn.output
     key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
     name = STORE + key.hexdigest()[:12]
     numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
@@ -91,7 +89,7 @@ def add_store(
     for start in range(0, len(store), ROWS_AT_A_TIME):
         part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
         features = store.features(part).to(model.device)
-        rows[part] = search_vectors(model.similarity_fn, settings.side, features, settings.shortlist)
+        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.shortlist).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
     for name, one in zip(store.ids, metadata, strict=True):
         if paths.get(name, name) != name:

@@ -26,10 +26,8 @@ from d2svse.retrieval.search import (
     Hits,
     Shortlist,
     Side,
-    exact_scores,
     length_of_shortlist,
     ranked,
-    search_vectors,
 )
 from d2svse.retrieval.settings import (
     VECTORS,
@@ -137,7 +135,7 @@ class ImageTextIndex:
             folder: where the index is to be.
             side: what is stored, "image" or "text".
             engine: "exact", "faiss" or "milvus", see `make_index`.
-            shortlist: see `search_vectors`; it counts only where the similarity does not fold.
+            shortlist: see `Similarity.vectors`; it counts only where the similarity does not fold.
             batch_size: items encoded at a time.
             on_bad_image: "error" to stop at a picture that cannot be read, "skip" to list it and go on.
             draft: see `D2SVSE.encode_image`; it is kept for pictures that are added, and for queries.
@@ -164,10 +162,9 @@ class ImageTextIndex:
         items = read_items(
             source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
         )
-        kind = None if similarity.foldable else shortlist if similarity.requires == "tokens" else "pooled"
         settings = IndexSettings(
             side,
-            kind,
+            similarity.candidates(shortlist),
             draft,
             name_of(model),
             fingerprint,
@@ -232,7 +229,7 @@ class ImageTextIndex:
 
     @property
     def shortlist(self) -> Shortlist | None:
-        """What the vectors are where the similarity does not fold, see `search_vectors`; else None."""
+        """What the vectors are where the similarity does not fold, see `Similarity.vectors`; else None."""
         return self._settings.shortlist
 
     @property
@@ -500,9 +497,9 @@ class ImageTextIndex:
             assert opened.stored is not None
             return opened.stored.features(opened.vectors.metadata_of(names))
 
-        exact = exact_scores(self.model.similarity_fn, self.side, stored, queries[across], ids)
+        exact = self.model.similarity_fn.score_candidates(self.side, stored, queries[across], ids)
         answers = []
-        for row, (found, line) in enumerate(zip(ids, exact, strict=True)):
+        for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
             if both:
                 alike = opened.vectors.vectors_of(found) @ vectors[self.side][row]
                 line = shares[across] * line + shares[self.side] * alike
@@ -519,7 +516,7 @@ class ImageTextIndex:
             images: as of `search`.
             on_report: see `D2SVSE.encode_text`.
         """
-        output: Any = "features" if self.model.similarity_fn.requires == "tokens" else "pooled"
+        output = self.model.similarity_fn.output
         asked: dict[Side, Any] = {}
         if texts is not None:
             asked["text"] = self.model.encode_text(texts, convert_to_tensor=True, output=output, on_report=on_report)
@@ -529,8 +526,8 @@ class ImageTextIndex:
         return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
 
     def query_vectors(self, side: Side, features: Features) -> np.ndarray:
-        """What the stored vectors are searched by, `(n, dim)` float32, see `search_vectors`."""
-        return search_vectors(self.model.similarity_fn, side, features, self.shortlist)
+        """What the stored vectors are searched by, `(n, dim)` float32, see `Similarity.vectors`."""
+        return self.model.similarity_fn.vectors(side, features, self.shortlist).cpu().numpy()
 
     def info(self) -> dict[str, Any]:
         """What the index is: count, what is stored, engine, dim, shortlist, model, fingerprint and bytes."""

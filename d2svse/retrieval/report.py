@@ -19,7 +19,7 @@ from d2svse.retrieval.protocols import COCO_NAME, find_protocol, right_answers, 
 from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics
 from d2svse.retrieval.search import Shortlist
 from d2svse.retrieval.shortlist import rank_in_two_stages
-from d2svse.retrieval.streaming import Best, MeanScorer, Scorer, best_wrong, make_scorer, stream_rankings
+from d2svse.retrieval.streaming import Best, Scorer, best_wrong, stream_rankings
 from d2svse.similarity.base import Similarity, build_similarity, similarity_options
 from d2svse.version import __version__
 
@@ -187,18 +187,18 @@ def evaluate_protocol(
         raise ValueError(f"shortlist takes {' or '.join(SHORTLISTS)}, got {shortlist!r}")
     if rerank_k is None and shortlist != "mean":
         raise ValueError(f"shortlist {shortlist!r} without rerank_k: nothing makes a shortlist")
-    if rerank_k is not None and chosen[0].requires != "tokens":
-        raise ValueError(f"a shortlist is for similarities of tokens; {type(chosen[0]).__name__} needs none")
+    if rerank_k is not None and chosen[0].candidates() is None:
+        raise ValueError(f"inner products give the scores of {type(chosen[0]).__name__}: it needs no shortlist")
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "embeddings": embeddings}
     encoding["show_progress_bar"] = show_progress_bar
     sides = [
-        encode_dataset(model, dataset, tokens=one.requires == "tokens", **encoding)
+        encode_dataset(model, dataset, tokens=one.needs_tokens, **encoding)
         for (_, model), one in zip(models, chosen, strict=True)
     ]
     ranker: Ranker
     if rerank_k is None:
-        scorers = [make_scorer(one, *side) for one, side in zip(chosen, sides, strict=True)]
-        ranker = RankAll(scorers[0] if len(scorers) == 1 else MeanScorer(scorers))
+        scorers = [Scorer.of(one, *side) for one, side in zip(chosen, sides, strict=True)]
+        ranker = RankAll(scorers[0] if len(scorers) == 1 else Scorer.mean(scorers))
     else:
         ranker = RankShortlist(chosen[0], *sides[0], rerank_k, shortlist, show_progress_bar)
 

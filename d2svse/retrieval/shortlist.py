@@ -12,7 +12,7 @@ from d2svse.features import Features
 from d2svse.progress import progress_bar
 from d2svse.retrieval.metrics import RightAnswers, refuse_nan, tile_slices
 from d2svse.retrieval.ranking import Ranking
-from d2svse.retrieval.search import Shortlist, Side, search_vectors
+from d2svse.retrieval.search import Shortlist, Side
 from d2svse.retrieval.streaming import Best
 from d2svse.similarity.base import Similarity
 
@@ -44,7 +44,7 @@ def rank_in_two_stages(
         captions: the right captions of every image.
         image_answers: the right images of every caption.
         depth: length of a shortlist.
-        shortlist: the vectors whose cosine makes it, as in `search_vectors`.
+        shortlist: the vectors whose cosine makes it, see `Similarity.vectors`.
         wrong: keep so many of the best wrong answers of each shortlist.
         show_progress_bar: show one on the terminal.
 
@@ -75,8 +75,8 @@ def rank_in_two_stages(
 
 def _vectors(similarity: Similarity, side: Side, features: Features, shortlist: Shortlist) -> Tensor:
     parts = tile_slices(len(features), ITEMS_AT_A_TIME)
-    vectors = [search_vectors(similarity, side, features[rows], shortlist) for rows in parts]
-    return torch.from_numpy(np.concatenate(vectors)).to(features.pooled.device)
+    vectors = [similarity.vectors(side, features[rows], similarity.candidates(shortlist)) for rows in parts]
+    return torch.cat(vectors)
 
 
 def _rank_side(

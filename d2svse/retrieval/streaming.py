@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,116 +14,54 @@ from d2svse.retrieval.ranking import Ranking, rank_in_tiles
 from d2svse.similarity.base import Similarity
 
 
-class Scorer(Protocol):
+class Scorer:
     """Scores of all pairs of some images and some captions, a tile at a time.
 
-    Attributes:
+    Args:
+        tile: scores some images with some captions, `(rows, columns)`: the same numbers each time.
         shape: how many images and how many captions.
     """
 
-    shape: tuple[int, int]
+    def __init__(self, tile: Callable[[slice, slice], Tensor], shape: tuple[int, int]) -> None:
+        self.tile, self.shape = tile, shape
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        """Score some images with some captions, `(rows, columns)`: the same numbers each time."""
+    @classmethod
+    def of(cls, similarity: Similarity, images: Features, texts: Features) -> Scorer:
+        """Return the scores of a similarity, by its cheapest way to tiles."""
+        return cls(similarity.scorer(images, texts), (len(images), len(texts)))
 
-    def part(self, rows: slice, columns: slice) -> Scorer:
-        """The same of some images and some captions alone."""
+    @classmethod
+    def of_matrix(cls, scores: Tensor) -> Scorer:
+        """Return scores that are there already, `(n_images, n_captions)`."""
+        return cls(lambda rows, columns: scores[rows, columns], (scores.shape[0], scores.shape[1]))
 
+    @classmethod
+    def of_product(cls, images: Tensor, texts: Tensor) -> Scorer:
+        """Return the inner products of `(n_images, dim)` and `(n_captions, dim)`."""
+        return cls(lambda rows, columns: images[rows] @ texts[columns].T, (len(images), len(texts)))
 
-class MatrixScorer:
-    """Scores that are there already.
+    @classmethod
+    def mean(cls, scorers: Sequence[Scorer]) -> Scorer:
+        """Return the mean of several models' scores of the same pairs: an ensemble.
 
-    Args:
-        scores: `(n_images, n_captions)`.
-    """
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores = scores
-        self.shape = (scores.shape[0], scores.shape[1])
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:  # noqa: D102
-        return self.scores[rows, columns]
-
-    def part(self, rows: slice, columns: slice) -> MatrixScorer:  # noqa: D102
-        return MatrixScorer(self.scores[rows, columns])
-
-
-class ProductScorer:
-    """Inner products of embeddings, such as `Similarity.fold` makes.
-
-    Args:
-        images: `(n_images, dim)`.
-        texts: `(n_captions, dim)`.
-    """
-
-    def __init__(self, images: Tensor, texts: Tensor) -> None:
-        self.images, self.texts = images, texts
-        self.shape = (len(images), len(texts))
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:  # noqa: D102
-        return self.images[rows] @ self.texts[columns].T
-
-    def part(self, rows: slice, columns: slice) -> ProductScorer:  # noqa: D102
-        return ProductScorer(self.images[rows], self.texts[columns])
-
-
-class SimilarityScorer:
-    """Any similarity.
-
-    Args:
-        similarity: scores all pairs of two `Features`.
-        images: `n_images` of them.
-        texts: `n_captions` of them.
-    """
-
-    def __init__(self, similarity: Similarity, images: Features, texts: Features) -> None:
-        self.similarity, self.images, self.texts = similarity, images, texts
-        self.shape = (len(images), len(texts))
-
-    @torch.no_grad()
-    def tile(self, rows: slice, columns: slice) -> Tensor:  # noqa: D102
-        return self.similarity(self.images[rows], self.texts[columns])
-
-    def part(self, rows: slice, columns: slice) -> SimilarityScorer:  # noqa: D102
-        return SimilarityScorer(self.similarity, self.images[rows], self.texts[columns])
-
-
-class MeanScorer:
-    """The mean of several models' scores of the same pairs: an ensemble.
-
-    Args:
-        scorers: one a model.
-
-    Raises:
-        ValueError: if there are none or they do not score the same pairs.
-    """
-
-    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        Raises:
+            ValueError: if there are none or they do not score the same pairs.
+        """
         shapes = {scorer.shape for scorer in scorers}
         if len(shapes) != 1:
             raise ValueError(f"expected scores of the same pairs from every model, got {sorted(shapes)}")
-        self.scorers = list(scorers)
-        self.shape = shapes.pop()
+        given = list(scorers)
+        return cls(lambda *part: torch.stack([scorer.tile(*part) for scorer in given]).mean(0), shapes.pop())
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:  # noqa: D102
-        return torch.stack([scorer.tile(rows, columns) for scorer in self.scorers]).mean(0)
+    def part(self, rows: slice, columns: slice) -> Scorer:
+        """Return the scorer of some images and some captions alone."""
+        kept = [range(size)[wanted] for size, wanted in zip(self.shape, (rows, columns), strict=True)]
 
-    def part(self, rows: slice, columns: slice) -> MeanScorer:  # noqa: D102
-        return MeanScorer([scorer.part(rows, columns) for scorer in self.scorers])
+        def tile(*part: slice) -> Tensor:
+            inside = [one[wanted] for one, wanted in zip(kept, part, strict=True)]
+            return self.tile(*(slice(one.start, one.stop) for one in inside))
 
-
-@torch.no_grad()
-def make_scorer(similarity: Similarity, images: Features, texts: Features) -> Scorer:
-    """The cheapest way to a similarity's tiles.
-
-    A bilinear similarity is folded, once; one of tokens, where a tile is dear, is computed whole,
-    once; any other is computed tile by tile.
-    """
-    if similarity.foldable:
-        return ProductScorer(similarity.fold("image", images.pooled), similarity.fold("text", texts.pooled))
-    if similarity.requires == "tokens":
-        return MatrixScorer(similarity(images, texts))
-    return SimilarityScorer(similarity, images, texts)
+        return Scorer(tile, (len(kept[0]), len(kept[1])))
 
 
 def stream_ranks(

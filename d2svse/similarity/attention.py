@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2svse.features import Features
+from d2svse.similarity.alignment import Attention
 from d2svse.similarity.base import register_similarity
-from d2svse.similarity.metric import Structure
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
+from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity
 
 Pooling = Literal["mean", "lse"]
 
@@ -31,10 +32,7 @@ class CrossAttention(FragmentSimilarity):
         smoothing: inverse temperature of the attention.
         pooling: "mean" or "lse" (log-sum-exp).
         lse_scale: λ of the log-sum-exp.
-        metric: see `FragmentSimilarity`; it makes the attention and the comparison.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
 
     Raises:
         ValueError: if the pooling is unknown or a scale is not positive.
@@ -45,12 +43,9 @@ class CrossAttention(FragmentSimilarity):
         smoothing: float,
         pooling: Pooling = "mean",
         lse_scale: float = 6.0,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(metric, dim, num_blocks, max_memory)
+        super().__init__(**options)
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
         if smoothing <= 0 or lse_scale <= 0:
@@ -114,10 +109,7 @@ class CrossAttentionT2I(CrossAttention):
         smoothing: inverse temperature of the attention, 9 in the paper.
         pooling: "mean" or "lse".
         lse_scale: λ of the log-sum-exp, 6 in the paper.
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
     """
 
     def __init__(
@@ -125,18 +117,23 @@ class CrossAttentionT2I(CrossAttention):
         smoothing: float = 9.0,
         pooling: Pooling = "mean",
         lse_scale: float = 6.0,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
+        super().__init__(smoothing, pooling, lse_scale, **options)
 
     def score_tile(  # noqa: D102
         self, images: Fragments, texts: Fragments, products: Tensor
     ) -> Tensor:
         products = products.permute(0, 2, 3, 1)
         return self.pool(self.relevance(products, texts.mask, images.vectors, images.mask), texts.mask)
+
+    @torch.no_grad()
+    def alignment(self, images: Features, texts: Features) -> Attention:  # noqa: D102
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*sides)
+            products = (right.mapped[0] @ left.mapped[0].T)[None, None]
+            weights = self.attention(products, right.mask, left.mask)[0, 0].T
+            return Attention(weights, "t2i", self.relevance(products, right.mask, left.vectors, left.mask)[0, 0])
 
 
 @register_similarity("scan-i2t")
@@ -147,10 +144,7 @@ class CrossAttentionI2T(CrossAttention):
         smoothing: inverse temperature of the attention, 4 in the paper.
         pooling: "mean" or "lse".
         lse_scale: λ of the log-sum-exp, 5 in the paper.
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
     """
 
     def __init__(
@@ -158,15 +152,19 @@ class CrossAttentionI2T(CrossAttention):
         smoothing: float = 4.0,
         pooling: Pooling = "mean",
         lse_scale: float = 5.0,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(smoothing, pooling, lse_scale, metric, dim, num_blocks, max_memory)
+        super().__init__(smoothing, pooling, lse_scale, **options)
 
     def score_tile(  # noqa: D102
         self, images: Fragments, texts: Fragments, products: Tensor
     ) -> Tensor:
         products = products.permute(2, 0, 1, 3)
         return self.pool(self.relevance(products, images.mask, texts.vectors, texts.mask), images.mask).T
+
+    @torch.no_grad()
+    def alignment(self, images: Features, texts: Features) -> Attention:  # noqa: D102
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*sides)
+            products = (left.mapped[0] @ right.mapped[0].T)[None, None]
+            return Attention(self.attention(products, left.mask, right.mask)[0, 0], "i2t")

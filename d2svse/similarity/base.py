@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2svse.features import Features
+from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
+
+Side = Literal["image", "text"]
+Candidates = Literal["mean", "pooled"]
 
 ENTRY_POINT_GROUP = "d2svse.similarities"
 _TABLE: dict[str, type[Similarity]] = {}
@@ -21,11 +26,11 @@ _TABLE: dict[str, type[Similarity]] = {}
 class Similarity(nn.Module, ABC):
     """A score for every pair of an image and a sentence.
 
-    A subclass writes `score`, and `score_pairs` where the diagonal is cheaper than the whole
-    matrix. Both are called outside autocast and with float32 (or float64) features.
+    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. All that
+    follows from its kind are methods: what an index stores, how candidates are scored, what a map shows.
 
     Attributes:
-        requires: "pooled" if the pooled vectors suffice, "tokens" if the fragments are needed.
+        requires: "pooled" if the pooled vectors suffice, "tokens" if the tokens are needed.
     """
 
     requires: ClassVar[Literal["pooled", "tokens"]] = "pooled"
@@ -34,17 +39,28 @@ class Similarity(nn.Module, ABC):
     def score(self, images: Features, texts: Features) -> Tensor:
         """Score all pairs: `(n_images, n_texts)`, higher is closer."""
 
-    def score_pairs(self, images: Features, texts: Features) -> Tensor:
-        """Score image i with text i: `(n,)`."""
-        one_by_one = [self.score(images[i : i + 1], texts[i : i + 1])[0, 0] for i in range(len(images))]
-        return torch.stack(one_by_one) if one_by_one else images.pooled.new_zeros(0)
+    @classmethod
+    def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:
+        """Make one from the arguments of its configuration.
+
+        Args:
+            arguments: of the constructor.
+            dim: width of the vectors, for a class that takes `dim` and is not given another.
+
+        Raises:
+            TypeError: if an argument is unknown.
+            ValueError: if a value does not fit.
+        """
+        if dim is not None and "dim" in inspect.signature(cls).parameters:
+            arguments = {"dim": dim, **arguments}
+        return cls(**arguments)
 
     def penalty(self) -> Tensor | None:
         """A scalar that training adds to the loss, such as a weight penalty, or None."""
         return None
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters, with the functions of `transformers.initialization`."""
+        """Initialise the parameters, with functions of `torch.nn.init`, which loading guards."""
 
     def forward(self, images: Features, texts: Features) -> Tensor:
         """Score all pairs, outside autocast; run backward outside of it too, as torch advises.
@@ -60,24 +76,13 @@ class Similarity(nn.Module, ABC):
             ValueError: if the widths differ, tokens are needed and missing, or a subclass gives another shape.
         """
         with self.prepared(images, texts) as sides:
-            return self._shaped("score", self.score(*sides), len(images), len(texts))
+            return self._shaped(self.score(*sides), len(images), len(texts))
 
-    def pairwise(self, images: Features, texts: Features) -> Tensor:
-        """Score image i with text i: `(n,)`, equal to the diagonal of `forward`.
-
-        Raises:
-            ValueError: as `forward`, and if the two sides differ in number.
-        """
-        with self.prepared(images, texts) as sides:
-            if len(images) != len(texts):
-                raise ValueError(f"pairwise needs as many images as texts, got {len(images)} and {len(texts)}")
-            return self._shaped("score_pairs", self.score_pairs(*sides), len(images))
-
-    def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
+    def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """Turn pooled vectors `(n, embed_dim)` of one side into ones whose inner product is the score.
 
         Only bilinear similarities have it: after folding both sides, `a @ b.T` equals `forward`,
-        so that any vector engine can serve the similarity.
+        so that any vector index can serve the similarity.
 
         Raises:
             TypeError: if the similarity is not bilinear.
@@ -88,6 +93,121 @@ class Similarity(nn.Module, ABC):
     def foldable(self) -> bool:
         """Whether `fold` is available."""
         return type(self).fold is not Similarity.fold
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether features need tokens beside their pooled vectors."""
+        return self.requires == "tokens"
+
+    @property
+    def output(self) -> Literal["pooled", "features"]:
+        """What `encode_image` and `encode_text` have to give, as their `output`."""
+        return "features" if self.needs_tokens else "pooled"
+
+    def compared(self, features: Features) -> Features:
+        """Keep what the similarity compares: the pooled vectors, and the tokens where it needs them."""
+        return features if self.needs_tokens else Features(features.pooled)
+
+    def candidates(self, wanted: Candidates = "mean") -> Candidates | None:
+        """Choose what an index finds candidates by.
+
+        Args:
+            wanted: "mean" or "pooled", see `vectors`.
+
+        Returns:
+            None where inner products of `vectors` are the scores and need no second stage; "pooled" where
+            there are no tokens to take the mean of; else what was wanted.
+        """
+        return None if self.foldable else wanted if self.needs_tokens else "pooled"
+
+    @torch.no_grad()
+    def vectors(self, side: Side, features: Features, candidates: Candidates | None = None) -> Tensor:
+        """Return one vector an item, whose inner products are the scores or find candidates for them.
+
+        Args:
+            side: which side the features are of.
+            features: `n` of them, with tokens for "mean".
+            candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors,
+                "mean" for the mean of the L2-normalised tokens, to which matching all tokens alike comes
+                down. Both are L2-normalised.
+
+        Returns:
+            `(n, dim)` float32.
+
+        Raises:
+            TypeError: with None, if the similarity is not bilinear.
+        """
+        if candidates is None:
+            return self.fold(side, features.pooled).float()
+        if candidates == "pooled":
+            return F.normalize(features.pooled.float(), dim=-1)
+        if features.tokens is None:
+            raise ValueError("candidates by the mean of tokens need tokens; encode with output='features'")
+        tokens = F.normalize(features.tokens.float(), dim=-1) * features.real_tokens()[..., None]
+        return F.normalize(tokens.sum(1), dim=-1)
+
+    def pooled_vectors(self, side: Side, pooled: Tensor) -> Tensor:
+        """Return `vectors` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them; with gradient."""
+        return self.fold(side, pooled).float() if self.foldable else F.normalize(pooled.float(), dim=-1)
+
+    @property
+    def vector_score(self) -> Literal["cosine", "dot"]:
+        """How another library compares its `vectors`: by inner product where that is the score, else by cosine."""
+        return "dot" if self.foldable else "cosine"
+
+    @torch.no_grad()
+    def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
+        """Prepare both sides once; the function returned scores some images with some texts, `(rows, columns)`."""
+        if not self.foldable:
+            return torch.no_grad()(lambda rows, columns: self(images[rows], texts[columns]))
+        left, right = self.fold("image", images.pooled), self.fold("text", texts.pooled)
+        return lambda rows, columns: left[rows] @ right[columns].T
+
+    @torch.no_grad()
+    def score_candidates(
+        self,
+        side: Side,
+        stored: Callable[[Sequence[str]], Features],
+        queries: Features,
+        candidates: Sequence[Sequence[str]],
+    ) -> list[Tensor]:
+        """Score each query with its candidates.
+
+        Args:
+            side: what is stored, "image" or "text"; the queries are of the other.
+            stored: reads the features of some ids.
+            queries: features of `n` queries.
+            candidates: for each query the ids to score.
+
+        Returns:
+            For each query its scores `(len(candidates),)` float32, in the order of its candidates.
+        """
+        scores = []
+        for row, ids in enumerate(candidates):
+            query, items = queries[row : row + 1], stored(ids).to(queries.pooled.device)
+            scores.append((self(items, query) if side == "image" else self(query, items)).flatten())
+        return scores
+
+    @torch.no_grad()
+    def alignment(self, images: Features, texts: Features) -> Alignment:
+        """Tell what one image's tokens and one text's words have to do with each other.
+
+        Without a method of its own a similarity of pooled vectors scores each image token in the place of the
+        whole image, and one of tokens each image token alone with each word alone.
+
+        Args:
+            images: features of one image, with tokens `(1, n_patches, embed_dim)`.
+            texts: features of one text, with tokens `(1, n_words, embed_dim)`.
+        """
+        real, words = images.real_tokens()[0], texts.real_tokens()[0]
+        assert images.tokens is not None
+        patches = images.tokens[0]
+        if not self.needs_tokens:
+            scores = self(Features(patches), Features(texts.pooled))[:, 0]
+            return PatchScores(scores.masked_fill(~real, torch.nan))
+        assert texts.tokens is not None
+        sides = [Features(tokens, tokens[:, None]) for tokens in (patches, texts.tokens[0])]
+        return TokenScores(self(*sides).masked_fill(~(real[:, None] & words), -torch.inf))
 
     @contextmanager
     def prepared(self, images: Features, texts: Features) -> Iterator[tuple[Features, Features]]:
@@ -102,7 +222,7 @@ class Similarity(nn.Module, ABC):
         with torch.autocast(images.pooled.device.type, enabled=False):
             yield images.to(dtype), texts.to(dtype)
 
-    def _shaped(self, method: str, scores: Tensor, *shape: int) -> Tensor:
+    def _shaped(self, scores: Tensor, *shape: int, method: str = "score") -> Tensor:
         if tuple(scores.shape) != shape:
             raise ValueError(f"{type(self).__name__}.{method} must give a tensor {shape}, got {tuple(scores.shape)}")
         return scores
@@ -185,9 +305,7 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
                 f"unknown similarity {name!r}; known are {', '.join(similarity_names())}; one of your own is known "
                 f"once its module is imported, to commands by an entry point of the group {ENTRY_POINT_GROUP}"
             )
-    if dim is not None and "dim" in inspect.signature(_TABLE[name]).parameters:
-        arguments.setdefault("dim", dim)
     try:
-        return _TABLE[name](**arguments)
+        return _TABLE[name].from_config(arguments, dim)
     except TypeError as error:
         raise ValueError(f"similarity {name!r}: {error}") from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2svse.features import Features, at_least_float32
-from d2svse.similarity.base import Similarity, register_similarity
+from d2svse.similarity.base import Side, Similarity, register_similarity
 
 
 @register_similarity("cosine")
@@ -19,10 +17,9 @@ class Cosine(Similarity):
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         return F.normalize(images.pooled, dim=-1) @ F.normalize(texts.pooled, dim=-1).T
 
-    def score_pairs(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return (F.normalize(images.pooled, dim=-1) * F.normalize(texts.pooled, dim=-1)).sum(-1)
+    vector_score = "cosine"  # of normalised vectors it is the inner product
 
-    def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
+    def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """L2-normalise: the inner product of normalised vectors is the cosine."""
         with torch.autocast(vectors.device.type, enabled=False):
             return F.normalize(at_least_float32(vectors), dim=-1)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from d2svse.features import Features, at_least_float32
-from d2svse.similarity.base import Similarity, register_similarity
+from d2svse.similarity.base import Side, Similarity, register_similarity
 from d2svse.similarity.metric import Metric, Structure
 
 
@@ -43,10 +41,7 @@ class GSSF(Similarity):
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         return self.metric.left(images.pooled) @ self.metric.right(texts.pooled).T
 
-    def score_pairs(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return (self.metric.left(images.pooled) * self.metric.right(texts.pooled)).sum(-1)
-
-    def fold(self, side: Literal["image", "text"], vectors: Tensor) -> Tensor:
+    def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """Normalise images and take texts through W: their inner product is the score."""
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = at_least_float32(vectors)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
 
@@ -67,14 +67,35 @@ class Metric(nn.Module):
             raise ValueError(f"{blocks} blocks do not divide the width {dim}")
         self.weight = nn.Parameter(torch.eye(dim // blocks).repeat(blocks, 1, 1))
 
+    @classmethod
+    def from_config(cls, configuration: str | Mapping[str, Any] | Metric, dim: int | None, **defaults: Any) -> Metric:
+        """Make a metric from its structure, or from `{"structure": ..., **constructor_arguments}`.
+
+        Args:
+            configuration: the structure, the structure and the arguments, or a metric, which is given back.
+            dim: width of the vectors, where the configuration names none.
+            **defaults: arguments that the configuration may replace.
+
+        Raises:
+            ValueError: if an argument is unknown, or as the constructor.
+        """
+        if isinstance(configuration, Metric):
+            return configuration
+        given = {"structure": configuration} if isinstance(configuration, str) else dict(configuration)
+        try:
+            return cls(**{"dim": dim, **defaults, **given})
+        except TypeError as error:
+            raise ValueError(f"metric {given}: {error}") from None
+
     def reset_parameters(self) -> None:
         """Make W the identity."""
         if self.weight is None:
             return
         if self.weight.ndim == 1:
-            init.ones_(self.weight)
-        else:
-            init.copy_(self.weight, torch.eye(self.weight.shape[-1]).expand_as(self.weight))
+            nn.init.ones_(self.weight)
+        elif not getattr(self.weight, "_is_hf_initialized", False):  # of which views of the blocks know nothing
+            with torch.no_grad():
+                self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
     def left(self, x: Tensor) -> Tensor:
         """L2-normalise the image side: `(..., dim)`."""

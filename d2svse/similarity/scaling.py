@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,9 +25,15 @@ MARGIN = 1e4  # how far from the smallest normal and the largest number everythi
 
 
 def scaled_scores(
-    products: Tensor, row_weights: Tensor, column_weights: Tensor, regularization: float, iterations: int, bins: bool
+    products: Tensor,
+    row_weights: Tensor,
+    column_weights: Tensor,
+    regularization: float,
+    iterations: int,
+    scoring_rows: Tensor | None = None,
+    scoring_columns: Tensor | None = None,
 ) -> tuple[Tensor, bool]:
-    """Score all pairs: Σ plan × product over all fragments, or over all but the first of each side.
+    """Score all pairs: Σ plan × product over all fragments, or over those that score.
 
     Args:
         products: `(n_images, n_patches, n_texts, n_words)`; the cost is 1 − product.
@@ -36,13 +41,14 @@ def scaled_scores(
         column_weights: `(n_images, n_texts, n_words)` marginals, 0 where masked.
         regularization: λ.
         iterations: rows and then columns, so often.
-        bins: the first fragment of each side is a bin, which does not score.
+        scoring_rows: which patches score, `(n_patches,)` bool; all without it.
+        scoring_columns: which words score, `(n_words,)` bool; all without it.
 
     Returns:
         Scores `(n_images, n_texts)`, and whether they are exact.
     """
     scores: tuple[Tensor, bool] = _ScaledScores.apply(
-        products, row_weights, column_weights, regularization, iterations, bins
+        products, row_weights, column_weights, regularization, iterations, scoring_rows, scoring_columns
     )
     return scores
 
@@ -50,7 +56,14 @@ def scaled_scores(
 class _ScaledScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, products: Tensor, a: Tensor, b: Tensor, regularization: float, iterations: int, bins: bool
+        ctx: Any,
+        products: Tensor,
+        a: Tensor,
+        b: Tensor,
+        regularization: float,
+        iterations: int,
+        scoring_rows: Tensor | None,
+        scoring_columns: Tensor | None,
     ) -> tuple[Tensor, bool]:
         pairs = a.shape[:2]
         product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), and contiguous
@@ -61,10 +74,10 @@ class _ScaledScores(torch.autograd.Function):
         turned = kernel.mT.contiguous()
         fs, gs, exact = _solve(kernel, turned, a, b, iterations)
         scoring = kernel * product
-        f, g = _without_bin(fs[-1], bins), _without_bin(gs[-1], bins)
+        f, g = _scoring(fs[-1], scoring_rows), _scoring(gs[-1], scoring_columns)
         scores = (_vectors_times(f, scoring) * g).sum(-1)
         ctx.save_for_backward(product, kernel, turned, scoring, a, b, *fs, *gs)
-        ctx.settings = (regularization, iterations, bins, pairs)
+        ctx.settings = (regularization, iterations, scoring_rows, scoring_columns, pairs)
         return scores.view(pairs), exact
 
     @staticmethod
@@ -75,14 +88,14 @@ class _ScaledScores(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, upstream: Tensor) -> Any:
-    regularization, iterations, bins, pairs = ctx.settings
+    regularization, iterations, scoring_rows, scoring_columns, pairs = ctx.settings
     product, kernel, turned, scoring, a, b, *vectors = ctx.saved_tensors
     fs, gs = vectors[:iterations], vectors[iterations:]
     gradient = upstream.flatten()[:, None]
     inverse_a, inverse_b = (w.masked_fill(w <= 0, 1).reciprocal().masked_fill(w <= 0, 0) for w in (a, b))
-    f, g = _without_bin(fs[-1], bins) * gradient, _without_bin(gs[-1], bins)
-    d_f = _without_bin((scoring * g.unsqueeze(1)).sum(-1) * gradient, bins)
-    d_g = _without_bin(_vectors_times(f, scoring), bins)
+    f, g = _scoring(fs[-1], scoring_rows) * gradient, _scoring(gs[-1], scoring_columns)
+    d_f = _scoring((scoring * g.unsqueeze(1)).sum(-1) * gradient, scoring_rows)
+    d_g = _scoring(_vectors_times(f, scoring), scoring_columns)
     d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
     left, right = [], []  # the gradient of the kernel is Σ left rightᵀ, beside that of the score
     for step in reversed(range(iterations)):
@@ -104,7 +117,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
     moved = torch.bmm(f.unsqueeze(-1), g.unsqueeze(1))
     outer.addcmul_(moved, product + regularization).mul_(kernel).div_(regularization)
     d_products = outer.view(*pairs, *product.shape[1:]).transpose(1, 2)
-    return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None
+    return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None, None
 
 
 def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -144,5 +157,5 @@ def _vectors_times(vectors: Tensor, matrices: Tensor) -> Tensor:
     return torch.bmm(vectors.unsqueeze(1), matrices).squeeze(1)
 
 
-def _without_bin(vectors: Tensor, bins: bool) -> Tensor:
-    return F.pad(vectors[:, 1:], (1, 0)) if bins else vectors
+def _scoring(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    return vectors if mask is None else vectors * mask

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from d2svse.features import Features
-from d2svse.similarity.base import Similarity
-from d2svse.similarity.metric import Metric, Structure
+from d2svse.similarity.alignment import Alignment, TokenScores
+from d2svse.similarity.base import Side, Similarity
+from d2svse.similarity.metric import Metric
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tensor of a tile on the CPU: larger ones leave the cache between two operations
+NUM_BLOCKS = 4  # of a block-diagonal metric of fragments, the paper's "ratio"
 SMALLEST_NORM = 1e-12
+IMAGES_TOGETHER = 16  # that are stored: their tokens stay in the CPU's cache
+QUERIES_TOGETHER = 64
 LIKE_LENGTH = 0.75  # the shortest sentence of a tile has at least this share of the words of the longest
 
 
@@ -48,7 +55,11 @@ class Fragments(NamedTuple):
         return Fragments(vectors, norms, self.pooled[rows], mapped, mask)
 
 
-SIDE = len(Fragments._fields)
+class FragmentOptions(TypedDict, total=False):
+    """What every similarity of fragments takes, see `FragmentSimilarity`."""
+
+    metric: Metric
+    max_memory: int
 
 
 class FragmentSimilarity(Similarity):
@@ -60,31 +71,37 @@ class FragmentSimilarity(Similarity):
     within `max_memory` (and on the CPU in its cache). The backward pass computes each tile anew and
     keeps nothing of the forward pass but the fragments. The tile size does not change the scores.
 
+    A configuration names the metric: `{"name": "omit", "metric": "diagonal"}`, or with its arguments
+    `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`. A block-diagonal metric has 4 blocks
+    where none are named, as the paper takes for fragments.
+
     Args:
-        metric: how two fragments are compared: "cosine", or a GSSF structure, see `Metric`.
-        dim: width of the fragments, which GSSF metrics need; a model gives its `embed_dim`.
-        num_blocks: of a block-diagonal metric; 4 without it, as the paper takes for fragments.
+        metric: how two fragments are compared; cosine without it.
         max_memory: budget of a tile in bytes.
 
     Raises:
-        ValueError: if the budget is not positive, or as `Metric`.
+        ValueError: if the budget is not positive.
     """
 
     requires: ClassVar[Literal["pooled", "tokens"]] = "tokens"
     copies: ClassVar[int] = 8  # how many tensors of the size of a tile's products are alive at once
 
-    def __init__(
-        self,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
-    ) -> None:
+    def __init__(self, metric: Metric | None = None, max_memory: int = DEFAULT_MAX_MEMORY) -> None:
         super().__init__()
         if max_memory < 1:
             raise ValueError(f"max_memory must be positive, got {max_memory}")
-        self.metric = Metric(metric, dim, 4 if num_blocks is None else num_blocks)
+        self.metric = metric or Metric()
         self.max_memory = int(max_memory)
+
+    @classmethod
+    def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:
+        """Make one with the metric that is named; `num_blocks` beside it is the metric's."""
+        arguments = dict(arguments)
+        blocks = arguments.pop("num_blocks", NUM_BLOCKS)
+        metric = Metric.from_config(arguments.pop("metric", "cosine"), arguments.get("dim", dim), num_blocks=blocks)
+        if "dim" not in inspect.signature(cls).parameters:
+            arguments.pop("dim", None)
+        return super().from_config({**arguments, "metric": metric}, dim)
 
     @abstractmethod
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:
@@ -102,9 +119,21 @@ class FragmentSimilarity(Similarity):
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         left, right = self.fragments(images, texts)
-        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        scores: Tensor = _TiledScores.apply(self, list(trained), *left, *right, *trained.values())
-        return scores
+        if not len(images) or not len(texts):  # a process without images still takes part in reducing gradients
+            used = [*left[:-1], *right[:-1], *self.parameters()]
+            return left.vectors.new_zeros(len(images), len(texts)) + sum(tensor.sum() for tensor in used) * 0
+        score: Callable[[Fragments, Fragments], Tensor] = partial(_score, self)
+        if torch.is_grad_enabled():  # what the backward pass needs of a tile is computed again then
+            parameters = {f"similarity.{name}": parameter for name, parameter in self.named_parameters()}
+            if parameters:  # those of now, also where they are swapped (torch.func.functional_call)
+                score = partial(_score_with, _Tile(self), parameters)
+            score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+        columns, order = [], []
+        for index, width, slices in self.tiles(left, right):
+            some_texts = right.cut(index, width)
+            columns.append(torch.cat([score(left.cut(rows), some_texts) for rows in slices]))
+            order.append(index)
+        return torch.cat(columns, 1)[:, torch.cat(order).argsort()]
 
     def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
         """Make the fragments of both sides ready; the inner product of what is `mapped` is the metric."""
@@ -122,6 +151,45 @@ class FragmentSimilarity(Similarity):
             rows = max(1, elements // (len(index) * width * max(1, n_patches)))
             slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
             yield torch.tensor(index, device=texts.mask.device), width, slices
+
+    def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
+        """Score all pairs at once: a tile by itself is dear."""
+        scores = self(images, texts)
+        return lambda rows, columns: scores[rows, columns]
+
+    @torch.no_grad()
+    def score_candidates(
+        self,
+        side: Side,
+        stored: Callable[[Sequence[str]], Features],
+        queries: Features,
+        candidates: Sequence[Sequence[str]],
+    ) -> list[Tensor]:
+        """As of every similarity; what is stored is read once for a block of images and all queries that ask for it."""
+        device = queries.pooled.device
+        if side == "text":
+            scores: list[Tensor] = []
+            for start in range(0, len(queries), QUERIES_TOGETHER):
+                some = candidates[start : start + QUERIES_TOGETHER]
+                row_of = {name: row for row, name in enumerate(dict.fromkeys(name for part in some for name in part))}
+                chosen = [[row_of[name] for name in part] for part in some]
+                images = queries[start : start + QUERIES_TOGETHER]
+                for parts in self.score_some([(images, chosen)], stored(list(row_of)).to(device)):
+                    scores += parts
+            return scores
+        scores = [torch.empty(len(part)) for part in candidates]
+        asked: dict[str, list[tuple[int, int]]] = {}
+        for row, part in enumerate(candidates):
+            for rank, name in enumerate(part):
+                asked.setdefault(name, []).append((row, rank))
+        names = list(asked)
+        blocks = [names[start : start + IMAGES_TOGETHER] for start in range(0, len(names), IMAGES_TOGETHER)]
+        read = ((stored(block).to(device), [[row for row, _ in asked[name]] for name in block]) for block in blocks)
+        for block, found in zip(blocks, self.score_some(read, queries), strict=True):
+            for name, own in zip(block, found, strict=True):
+                for (row, rank), score in zip(asked[name], own.tolist(), strict=True):
+                    scores[row][rank] = score
+        return scores
 
     @torch.no_grad()
     def score_some(
@@ -165,6 +233,22 @@ class FragmentSimilarity(Similarity):
                 own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
             scores.append(own)
         return scores
+
+    def alignment(self, images: Features, texts: Features) -> Alignment:
+        """Compare every image token with every word by the metric."""
+        return TokenScores(self.products(images, texts))
+
+    @torch.no_grad()
+    def products(self, images: Features, texts: Features) -> Tensor:
+        """Return the metric of every image token and word of one image and one text.
+
+        Returns:
+            `(n_patches, n_words)` float32; -inf where either is padding.
+        """
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*sides)
+            products = left.mapped[0] @ right.mapped[0].T
+            return products.masked_fill(~(left.mask[0][:, None] & right.mask[0]), float("-inf"))
 
     def _elements(self, images: Fragments) -> int:
         """How many elements a tensor of a tile may have."""
@@ -226,83 +310,6 @@ def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
         yield group
 
 
-class _TiledScores(torch.autograd.Function):
-    """Scores of all pairs, tile by tile, and their gradient by computing every tile anew."""
-
-    @staticmethod
-    def forward(ctx: Any, similarity: FragmentSimilarity, names: list[str], *tensors: Tensor) -> Tensor:
-        ctx.similarity, ctx.names = similarity, names
-        ctx.save_for_backward(*tensors)
-        images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
-        scores = images.vectors.new_zeros(len(images.mask), len(texts.mask))
-        for index, width, slices in similarity.tiles(images, texts):
-            some_texts = texts.cut(index, width)
-            for rows in slices:
-                scores[rows].index_copy_(1, index, _score(similarity, images.cut(rows), some_texts))
-        return scores
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        with torch.autocast(upstream.device.type, enabled=False):
-            return None, None, *_gradients(ctx, upstream)
-
-
-def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-    """The gradient with respect to both sides and the parameters; None where there is none."""
-    similarity, tensors, needed = ctx.similarity, ctx.saved_tensors, ctx.needs_input_grad[2:]
-    if not upstream.numel():  # a process without images still has to take part in reducing gradients
-        return [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
-    images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
-    # copies, so that neither hooks of the parameters run here nor what was swapped for them is missed
-    trained = [p.detach().requires_grad_(w) for p, w in zip(tensors[2 * SIDE :], needed[2 * SIDE :], strict=True)]
-    swapped = {f"similarity.{name}": parameter for name, parameter in zip(ctx.names, trained, strict=True)}
-    module = _Tile(similarity)
-    chosen = [k for k, wanted in enumerate(needed) if wanted]
-    gradients: list[Tensor | None] = [None] * len(tensors)
-
-    def leaves(cut: Fragments, first: int) -> Fragments:
-        wanted = needed[first : first + SIDE]
-        return Fragments(*(t.detach().requires_grad_(wish) for t, wish in zip(cut, wanted, strict=True)))
-
-    def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
-        whole = gradients[k]
-        if whole is None:  # only now: what no tile uses takes no memory
-            whole = gradients[k] = torch.zeros_like(tensors[k])
-        part = whole[:, : gradient.shape[1]]
-        part[rows] += gradient
-
-    for index, width, slices in similarity.tiles(images, texts):
-        some_texts = leaves(texts.cut(index, width), SIDE)
-        of_texts: list[Tensor | None] = [None] * len(tensors)
-        for rows in slices:
-            some_images = leaves(images.cut(rows), 0)
-            inputs = [*some_images, *some_texts, *trained]
-            with torch.enable_grad():
-                part = (
-                    functional_call(module, swapped, (some_images, some_texts))
-                    if swapped
-                    else module(some_images, some_texts)
-                )
-            if not part.requires_grad:
-                continue
-            sources = [inputs[k] for k in chosen]
-            found = torch.autograd.grad(part, sources, upstream[rows].index_select(1, index), allow_unused=True)
-            for k, gradient in zip(chosen, found, strict=True):
-                if gradient is None:
-                    continue
-                if k < SIDE:
-                    collect(k, rows, gradient)
-                else:
-                    sums = of_texts if k < 2 * SIDE else gradients
-                    before = sums[k]
-                    sums[k] = gradient if before is None else before + gradient
-        for k, whole in enumerate(of_texts):
-            if whole is not None:
-                collect(k, index, whole)
-    return gradients
-
-
 class _Tile(nn.Module):
     """`_score` as a module, so that parameters can be swapped."""
 
@@ -314,7 +321,12 @@ class _Tile(nn.Module):
         return _score(self.similarity, images, texts)
 
 
+def _score_with(tile: _Tile, parameters: Mapping[str, Tensor], images: Fragments, texts: Fragments) -> Tensor:
+    scores: Tensor = functional_call(tile, dict(parameters), (images, texts))
+    return scores
+
+
 def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
     products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
     scores = similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
-    return similarity._shaped("score_tile", scores, len(images.mask), len(texts.mask))
+    return similarity._shaped(scores, len(images.mask), len(texts.mask), method="score_tile")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
+from d2svse.features import Features
+from d2svse.similarity.alignment import BestPartners
 from d2svse.similarity.base import register_similarity
-from d2svse.similarity.metric import Structure
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity
+from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity
 
 Direction = Literal["i2t", "t2i", "both"]
 
@@ -23,10 +23,7 @@ class MaxAlignment(FragmentSimilarity):
 
     Args:
         direction: "i2t", "t2i" or "both".
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
 
     Raises:
         ValueError: if the direction is none of the three.
@@ -35,12 +32,9 @@ class MaxAlignment(FragmentSimilarity):
     def __init__(
         self,
         direction: Direction = "both",
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(metric, dim, num_blocks, max_memory)
+        super().__init__(**options)
         if direction not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
         self.direction = direction
@@ -58,6 +52,9 @@ class MaxAlignment(FragmentSimilarity):
             best = products.amax(1)  # (n_images, n_texts, n_words)
             scores.append(self._summed(best, texts.mask[None], texts.vectors[None], "text"))
         return torch.stack(scores).mean(0)
+
+    def alignment(self, images: Features, texts: Features) -> BestPartners:  # noqa: D102
+        return BestPartners(self.products(images, texts), self.direction)
 
     def _summed(self, best: Tensor, mask: Tensor, tokens: Tensor, side: str) -> Tensor:
         real = mask & ~best.isneginf()
@@ -104,20 +101,16 @@ class MaxSoftmax(MaxAlignment):
     Args:
         dim: width of the fragments; a model gives its `embed_dim`.
         direction: see `MaxAlignment`.
-        metric: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
     """
 
     def __init__(
         self,
         dim: int,
         direction: Direction = "both",
-        metric: Structure = "cosine",
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(direction, metric, dim, num_blocks, max_memory)
+        super().__init__(direction, **options)
         self.image_weight, self.text_weight = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
@@ -127,8 +120,8 @@ class MaxSoftmax(MaxAlignment):
 
     def reset_parameters(self) -> None:  # noqa: D102
         super().reset_parameters()
-        init.zeros_(self.image_weight)
-        init.zeros_(self.text_weight)
+        nn.init.zeros_(self.image_weight)
+        nn.init.zeros_(self.text_weight)
 
 
 @register_similarity("max-lse")
@@ -140,10 +133,7 @@ class MaxLogSumExp(MaxAlignment):
     Args:
         temperature: τ, 0.1 in the paper.
         direction: see `MaxAlignment`.
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
 
     Raises:
         ValueError: if the temperature is not positive.
@@ -153,12 +143,9 @@ class MaxLogSumExp(MaxAlignment):
         self,
         temperature: float = 0.1,
         direction: Direction = "t2i",
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(direction, metric, dim, num_blocks, max_memory)
+        super().__init__(direction, **options)
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.temperature = temperature

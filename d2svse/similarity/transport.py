@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2svse.features import Features
+from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
-from d2svse.similarity.metric import Structure
 from d2svse.similarity.scaling import scaled_scores
-from d2svse.similarity.tiles import DEFAULT_MAX_MEMORY, Fragments, FragmentSimilarity, like_lengths
+from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity, like_lengths
 
 SMALLEST_SCALED = 0.01  # below it kernels underflow so often that the log domain is taken at once
 Marginals = Literal["uniform", "norm", "similarity"]
@@ -35,7 +35,7 @@ class TransportOutput:
             `(...)`; the columns are met by the last step.
         converged: whether all errors are within the tolerance, if one was given.
         regularization: λ.
-        bins: whether the first row and the first column are bins, which do not score.
+        scoring: which pairs of a row and a column count in `scores`, `(n, m)` bool; None for all.
     """
 
     log_kernel: Tensor
@@ -45,15 +45,14 @@ class TransportOutput:
     marginal_error: Tensor
     converged: bool | None
     regularization: float
-    bins: bool = False
+    scoring: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
         """Σ plan × (1 − cost), made on demand: `(...)`; with the cost 1 − cosine, Σ plan × cosine."""
-        first = 1 if self.bins else 0
-        plan, log_kernel = self.plan[..., first:, first:], self.log_kernel[..., first:, first:]
-        masked = log_kernel.isneginf()
-        return (plan * (1 + self.regularization * log_kernel.masked_fill(masked, 0))).sum((-2, -1))
+        plan = self.plan if self.scoring is None else self.plan * self.scoring
+        masked = self.log_kernel.isneginf()
+        return (plan * (1 + self.regularization * self.log_kernel.masked_fill(masked, 0))).sum((-2, -1))
 
     @property
     def plan(self) -> Tensor:
@@ -70,7 +69,7 @@ def sinkhorn(
     num_iterations: int = 3,
     tolerance: float | None = None,
     epsilon: float = 0.0,
-    bins: bool = False,
+    scoring: Tensor | None = None,
 ) -> TransportOutput:
     """Solve entropic transport problems by Sinkhorn's iterations in the log domain.
 
@@ -86,7 +85,7 @@ def sinkhorn(
         tolerance: stop when no row sum is further from its weight than this.
         epsilon: added to each row and column sum, and to the kernel's sum by which it is divided
             at the start, as the published OMIT code does (1e-6 there); 0 solves the problem itself.
-        bins: the first row and the first column are bins: they do not count in `scores`.
+        scoring: which pairs of a row and a column count in `scores`, `(n, m)` bool; all without it.
 
     Raises:
         ValueError: if λ or the number of iterations is not positive, a weight is negative, or the
@@ -125,7 +124,7 @@ def sinkhorn(
             if tolerance is not None and bool((error <= tolerance).all()):
                 break
     converged = None if tolerance is None else bool((error <= tolerance).all())
-    return TransportOutput(log_kernel, f, g, iterations, error, converged, regularization, bins)
+    return TransportOutput(log_kernel, f, g, iterations, error, converged, regularization, scoring)
 
 
 def _log_sum(values: Tensor, real: Tensor) -> Tensor:
@@ -159,10 +158,7 @@ class Transport(FragmentSimilarity):
             "similarity" (positive part of the cosine to the other side's global vector). A bin
             weighs as much as the mean fragment; where all weights are 0 they are taken as equal.
         epsilon: see `sinkhorn`.
-        metric: see `FragmentSimilarity`; it takes the place of cosine in cost and score.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
 
     Raises:
         ValueError: if the marginals are unknown or a number is not positive.
@@ -175,12 +171,9 @@ class Transport(FragmentSimilarity):
         num_iterations: int = 3,
         marginals: Marginals = "uniform",
         epsilon: float = 0.0,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(metric, dim, num_blocks, max_memory)
+        super().__init__(**options)
         if marginals not in get_args(Marginals):
             raise ValueError(f"marginals must be one of {', '.join(get_args(Marginals))}, got {marginals!r}")
         if regularization <= 0 or num_iterations < 1 or epsilon < 0:
@@ -208,6 +201,10 @@ class Transport(FragmentSimilarity):
             left, right = self.fragments(*sides)
             products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
             return self._solve(products, *self._marginals(left, right))
+
+    @torch.no_grad()
+    def alignment(self, images: Features, texts: Features) -> TransportPlan:  # noqa: D102
+        return TransportPlan(self.solve(images, texts).plan[0, 0], self.partial)
 
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         return self._scores(products, *self._marginals(images, texts))
@@ -248,12 +245,19 @@ class Transport(FragmentSimilarity):
 
     def _scores(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if self.epsilon == 0 and self.regularization >= SMALLEST_SCALED:
-            scores, exact = scaled_scores(products, a, b, self.regularization, self.num_iterations, self.partial)
+            scores, exact = scaled_scores(
+                products, a, b, self.regularization, self.num_iterations, self._scoring(a), self._scoring(b)
+            )
             if exact:
                 return scores
         return self._solve(products, a, b).scores
 
+    def _scoring(self, weights: Tensor) -> Tensor | None:
+        """Which fragments of a side score, `(length,)`: all but the bin, which is the first."""
+        return torch.arange(weights.shape[-1], device=weights.device) > 0 if self.partial else None
+
     def _solve(self, products: Tensor, a: Tensor, b: Tensor) -> TransportOutput:
+        rows, columns = self._scoring(a), self._scoring(b)
         return sinkhorn(
             1 - products.transpose(1, 2),
             a,
@@ -261,7 +265,7 @@ class Transport(FragmentSimilarity):
             regularization=self.regularization,
             num_iterations=self.num_iterations,
             epsilon=self.epsilon,
-            bins=self.partial,
+            scoring=None if rows is None or columns is None else rows[:, None] & columns,
         )
 
     def _marginals(self, images: Fragments, texts: Fragments) -> tuple[Tensor, Tensor]:
@@ -308,10 +312,7 @@ class OMIT(Transport):
         regularization: λ, 0.02 in the paper.
         num_iterations: 3 in the paper's training.
         marginals: see `Transport`.
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
     """
 
     def __init__(
@@ -319,12 +320,9 @@ class OMIT(Transport):
         regularization: float = 0.02,
         num_iterations: int = 3,
         marginals: Marginals = "uniform",
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(True, regularization, num_iterations, marginals, 0.0, metric, dim, num_blocks, max_memory)
+        super().__init__(True, regularization, num_iterations, marginals, 0.0, **options)
 
 
 @register_similarity("movers")
@@ -336,10 +334,7 @@ class MoversDistance(Transport):
         num_iterations: Sinkhorn iterations.
         marginals: see `Transport`.
         epsilon: see `sinkhorn`; 1e-6 gives the published scores.
-        metric: see `FragmentSimilarity`.
-        dim: see `FragmentSimilarity`.
-        num_blocks: see `FragmentSimilarity`.
-        max_memory: see `FragmentSimilarity`.
+        **options: see `FragmentSimilarity`.
     """
 
     def __init__(
@@ -348,9 +343,6 @@ class MoversDistance(Transport):
         num_iterations: int = 3,
         marginals: Marginals = "uniform",
         epsilon: float = 0.0,
-        metric: Structure = "cosine",
-        dim: int | None = None,
-        num_blocks: int | None = None,
-        max_memory: int = DEFAULT_MAX_MEMORY,
+        **options: Unpack[FragmentOptions],
     ) -> None:
-        super().__init__(False, regularization, num_iterations, marginals, epsilon, metric, dim, num_blocks, max_memory)
+        super().__init__(False, regularization, num_iterations, marginals, epsilon, **options)

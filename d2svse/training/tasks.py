@@ -46,9 +46,8 @@ class PretrainTask(nn.Module):
         with counted_in_batch_norm(count > 0):
             output = model(**given, return_logits=False, text_groups=self.text_groups)
         images, texts = output.image_features[:count], output.text_features[:count]
-        if similarity_of(model).requires == "pooled":
-            return Features(images.pooled), Features(texts.pooled)
-        return images, texts
+        similarity = similarity_of(model)
+        return similarity.compared(images), similarity.compared(texts)
 
     def losses(
         self, similarity: Similarity, batch: dict[str, Tensor], images: Features, texts: Features

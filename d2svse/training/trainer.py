@@ -130,7 +130,7 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
                 f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved"
             )
         self.task = make_task(args, loss)
-        if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.requires == "tokens":
+        if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
             name = type(model.similarity_fn).__name__
             raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
         image_tokens = None

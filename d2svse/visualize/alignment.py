@@ -11,18 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from d2svse.features import Features
-from d2svse.similarity import (
-    CrossAttentionI2T,
-    CrossAttentionT2I,
-    FragmentSimilarity,
-    Similarity,
-)
-from d2svse.similarity.attention import CrossAttention
-from d2svse.similarity.token import MaxAlignment
-from d2svse.similarity.transport import Transport
+from d2svse.similarity import Similarity
+from d2svse.similarity.alignment import Attention, BestPartners, PatchScores, TokenScores, TransportPlan
 from d2svse.visualize.grid import PatchGrid
 from d2svse.visualize.words import Words
 
@@ -75,6 +68,7 @@ def alignment_maps(
       `scan-i2t` how much each patch attends to each word.
     - Max alignment (FILIP and its kin): for "t2i" the score of each patch for each word, the patch
       that the word takes framed; for "i2t" the score of the patches that take the word.
+    - Any other similarity of tokens: the score of each patch alone with each word alone.
     - A similarity of pooled vectors has no alignment: one panel with the score that each
       projected patch alone, in the place of the whole picture, has with the sentence.
 
@@ -86,8 +80,8 @@ def alignment_maps(
         words: the words of the sentence and their places among the tokens.
 
     Raises:
-        ValueError: if there is more than one picture or sentence, the tokens do not fit the grid or
-            the words, or there are no maps for such a similarity.
+        ValueError: if there is more than one picture or sentence, or the tokens do not fit the grid or
+            the words.
     """
     if len(images) != 1 or len(texts) != 1:
         raise ValueError(f"maps are of one picture and one sentence, got {len(images)} and {len(texts)}")
@@ -95,24 +89,26 @@ def alignment_maps(
     if texts.real_tokens()[0].nonzero()[:, 0].tolist() != places:
         raise ValueError(f"the words are at the places {places} of the tokens, which are not the sentence's real ones")
     grid.split(np.zeros(images.real_tokens().shape[1]))  # to hear of a misfit
-    with torch.no_grad():
-        if isinstance(similarity, Transport):
-            return _transport(similarity, images, texts, grid, words)
-        if isinstance(similarity, CrossAttention):
-            return _attention(similarity, images, texts, grid, words)
-        if isinstance(similarity, MaxAlignment):
-            return _max_alignment(similarity, images, texts, grid, words)
-        if similarity.requires == "pooled":
-            return _patch_scores(similarity, images, texts, grid)
+    found = similarity.alignment(images, texts)
+    if isinstance(found, TransportPlan):
+        return _transport(found, grid, words)
+    if isinstance(found, Attention):
+        return _attention(found, grid, words)
+    if isinstance(found, BestPartners):
+        return _best_partners(found, grid, words)
+    if isinstance(found, TokenScores):
+        return _token_scores(found, type(similarity).__name__, grid, words)
+    if isinstance(found, PatchScores):
+        return _patch_scores(found, type(similarity).__name__, grid)
     raise ValueError(
-        f"there are no maps for {type(similarity).__name__}: known are transport (omit, movers), SCAN (scan-t2i, "
-        "scan-i2t), max alignment (max-mean, max-sum, max-softmax, max-lse) and similarities of pooled vectors"
+        f"there are no maps for the {type(found).__name__} of {type(similarity).__name__}: known are the kinds in "
+        "d2svse.similarity.alignment"
     )
 
 
-def _transport(similarity: Transport, images: Features, texts: Features, grid: PatchGrid, words: Words) -> list[MapSet]:
-    plan = similarity.solve(images, texts).plan[0, 0].double().cpu().numpy()
-    first = 1 if similarity.partial else 0
+def _transport(found: TransportPlan, grid: PatchGrid, words: Words) -> list[MapSet]:
+    plan = _array(found.plan)
+    first = 1 if found.bins else 0
     panels = []
     for text, pieces in zip(words.texts, words.pieces, strict=True):
         mass = plan[:, [first + place for place in pieces]].sum(1)
@@ -139,32 +135,20 @@ def _transport(similarity: Transport, images: Features, texts: Features, grid: P
     ]
 
 
-def _attention(
-    similarity: CrossAttention, images: Features, texts: Features, grid: PatchGrid, words: Words
-) -> list[MapSet]:
-    with similarity.prepared(images, texts) as sides:
-        left, right = similarity.fragments(*sides)
-        products = (left.mapped[0] @ right.mapped[0].T)[None, None]  # (1, 1, n_patches, n_words)
-        if isinstance(similarity, CrossAttentionT2I):
-            products = products.mT
-            weights = similarity.attention(products, right.mask, left.mask)[0, 0].mT
-            relevance = similarity.relevance(products, right.mask, left.vectors, left.mask)[0, 0]
-        elif isinstance(similarity, CrossAttentionI2T):
-            weights = similarity.attention(products, left.mask, right.mask)[0, 0]
-        else:
-            raise ValueError(f"{type(similarity).__name__} has no direction; known are scan-t2i and scan-i2t")
-    attention = weights.double().cpu().numpy()  # (n_patches, n_words)
+def _attention(found: Attention, grid: PatchGrid, words: Words) -> list[MapSet]:
+    attention = _array(found.weights)  # (n_patches, n_words)
     panels = []
     for text, pieces in zip(words.texts, words.pieces, strict=True):
         columns = attention[:, list(pieces)]
-        if isinstance(similarity, CrossAttentionT2I):
+        if found.direction == "t2i":
             special, patches = grid.split(columns.mean(1))
-            notes = [f"fits {float(relevance[list(pieces)].mean()):.2f}", *_nowhere(special)]
+            fits = [] if found.relevance is None else [f"fits {float(found.relevance[list(pieces)].mean()):.2f}"]
+            notes = [*fits, *_nowhere(special)]
         else:
             special, patches = grid.split(columns.sum(1))
             notes = [f"class token {_percent(special[0])}"] if len(special) else []
         panels.append(Panel(text, patches, _joined(notes)))
-    if isinstance(similarity, CrossAttentionT2I):
+    if found.direction == "t2i":
         title, unit = "SCAN: the patches that each word attends to", "share of the word's attention"
         remarks: tuple[str, ...] = ()
     else:
@@ -173,12 +157,10 @@ def _attention(
     return [MapSet(title, unit, tuple(panels), remarks)]
 
 
-def _max_alignment(
-    similarity: MaxAlignment, images: Features, texts: Features, grid: PatchGrid, words: Words
-) -> list[MapSet]:
-    scores = _products(similarity, images, texts)  # (n_patches, n_words), -inf where masked
+def _best_partners(found: BestPartners, grid: PatchGrid, words: Words) -> list[MapSet]:
+    scores = _array(found.scores)  # (n_patches, n_words), -inf where masked
     sets = []
-    if similarity.direction != "i2t":
+    if found.direction != "i2t":
         taken = scores.argmax(0)
         panels = []
         for text, pieces in zip(words.texts, words.pieces, strict=True):
@@ -190,7 +172,7 @@ def _max_alignment(
             panels.append(Panel(text, np.where(np.isneginf(patches), np.nan, patches), _joined(notes), framed))
         title = "Max alignment: the patch that each word takes is framed"
         sets.append(MapSet(title, "score of patch and word", tuple(panels), shares=False))
-    if similarity.direction != "t2i":
+    if found.direction != "t2i":
         taken, best = scores.argmax(1), scores.max(1)
         real = ~np.isneginf(best)
         panels = []
@@ -207,26 +189,28 @@ def _max_alignment(
     return sets
 
 
-def _patch_scores(similarity: Similarity, images: Features, texts: Features, grid: PatchGrid) -> list[MapSet]:
-    assert images.tokens is not None
-    tokens = images.tokens[0]
-    scores = similarity(Features(tokens), Features(texts.pooled))[:, 0].double().cpu().numpy()
-    scores = np.where(images.real_tokens()[0].cpu().numpy(), scores, np.nan)
-    special, patches = grid.split(scores)
+def _token_scores(found: TokenScores, kind: str, grid: PatchGrid, words: Words) -> list[MapSet]:
+    scores = _array(found.scores)
+    scores = np.where(np.isneginf(scores), np.nan, scores)
+    panels = []
+    for text, pieces in zip(words.texts, words.pieces, strict=True):
+        special, patches = grid.split(scores[:, list(pieces)].max(1))
+        panels.append(Panel(text, patches, _joined([f"class token {special[0]:.2f}"] if len(special) else [])))
+    title = f"{kind} of each projected patch alone with each word alone"
+    return [MapSet(title, "score of patch and word", tuple(panels), shares=False)]
+
+
+def _patch_scores(found: PatchScores, kind: str, grid: PatchGrid) -> list[MapSet]:
+    special, patches = grid.split(_array(found.scores))
     notes = [f"class token {special[0]:.2f}"] if len(special) else []
-    kind = type(similarity).__name__
     title = f"{kind} of each projected patch alone with the whole sentence (pooled vectors have no alignment)"
     panel = Panel("the whole sentence", patches, _joined(notes))
     return [MapSet(title, "score of patch and sentence", (panel,), shares=False)]
 
 
-def _products(similarity: FragmentSimilarity, images: Features, texts: Features) -> np.ndarray:
-    """The metric of every patch and word, `(n_patches, n_words)`, -inf where either is masked."""
-    with similarity.prepared(images, texts) as sides:
-        left, right = similarity.fragments(*sides)
-        products = left.mapped[0] @ right.mapped[0].T
-        products = products.masked_fill(~(left.mask[0][:, None] & right.mask[0]), float("-inf"))
-    return products.double().cpu().numpy()
+def _array(values: Tensor) -> np.ndarray:
+    array: np.ndarray = values.double().cpu().numpy()
+    return array
 
 
 def _share(mass: np.ndarray, total: np.ndarray | float) -> np.ndarray:

@@ -174,7 +174,7 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     for options, message in (
         ({"shortlist": "max"}, "shortlist takes mean or pooled, got 'max'"),
         ({"shortlist": "pooled"}, "shortlist 'pooled' without rerank_k"),
-        ({"rerank_k": 5}, "a shortlist is for similarities of tokens; Cosine needs none"),
+        ({"rerank_k": 5}, "inner products give the scores of Cosine: it needs no shortlist"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
         ({"protocol": "coco-5k"}, "16 images, expected 5000"),

@@ -19,7 +19,7 @@ from d2svse.retrieval.protocols import (
     take_split,
 )
 from d2svse.retrieval.ranking import ranking_metrics
-from d2svse.retrieval.streaming import ProductScorer, stream_rankings
+from d2svse.retrieval.streaming import Scorer, stream_rankings
 
 IDS = [42, 7, 1000]
 FLICKR = (Path(__file__).parents[1] / "golden" / "flickr30k_test_images.txt").read_text().split()
@@ -180,7 +180,7 @@ def test_cxc_and_eccv_equal_the_package_on_full_rankings(tmp_path):
     left = rng.normal(size=(5000, 8))
     right = np.repeat(left, 5, 0) + rng.normal(size=(25000, 8))
     i2t, t2i = Rankings(left, right, images, captions), Rankings(right, left, captions, images)
-    scorer = ProductScorer(torch.from_numpy(left), torch.from_numpy(right))
+    scorer = Scorer.of_product(torch.from_numpy(left), torch.from_numpy(right))
     for name, truths in (("cxc", truth.cxc_gts), ("eccv-caption", truth.eccv_gts)):
         data, _ = take_split(PROTOCOLS[name], ImageTextDataset(records))
         found = stream_rankings(scorer, *right_answers(PROTOCOLS[name], data, tmp_path / "captions.json"))

@@ -4,8 +4,9 @@ from PIL import Image
 
 from d2svse import Features, evaluate
 from d2svse.retrieval import Hit, draw_gallery, retrieval_metrics, write_gallery_page
-from d2svse.retrieval.search import PICTURES_TOGETHER, QUERIES_TOGETHER, exact_scores, ranked
+from d2svse.retrieval.search import ranked
 from d2svse.similarity import Cosine, build_similarity
+from d2svse.similarity.tiles import IMAGES_TOGETHER, QUERIES_TOGETHER
 
 
 def test_evaluate_ranks_every_image_and_caption(model, val_dataset):
@@ -86,7 +87,7 @@ def test_a_page_holds_its_pictures_and_escapes_every_text(val_dataset, tmp_path)
 @pytest.mark.parametrize("name", ["omit", "max-mean", "scan-i2t"])
 @pytest.mark.parametrize("count", [1, 2 * QUERIES_TOGETHER + 3])
 def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
-    rng, items = np.random.default_rng(0), PICTURES_TOGETHER + 1
+    rng, items = np.random.default_rng(0), IMAGES_TOGETHER + 1
     similarity = build_similarity(name, 6)
     images, texts = (items, count) if side == "image" else (count, items)
 
@@ -109,7 +110,7 @@ def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
         reads.append(len(ids))
         return stored[[int(i) for i in ids]]
 
-    found = exact_scores(similarity, side, read, queries, shortlists)
+    found = similarity.score_candidates(side, read, queries, shortlists)
     for row, (shortlist, scores) in enumerate(zip(shortlists, found, strict=True)):
         np.testing.assert_allclose(scores, whole[row, [int(i) for i in shortlist]], atol=1e-5)
     if count > 1:  # what is stored is read once for all queries, or for a block of them

@@ -8,12 +8,8 @@ from d2svse.retrieval.metrics import RightAnswers, caption_answers, ranks, tile_
 from d2svse.retrieval.ranking import rankings
 from d2svse.retrieval.streaming import (
     Best,
-    MatrixScorer,
-    MeanScorer,
-    ProductScorer,
-    SimilarityScorer,
+    Scorer,
     best_wrong,
-    make_scorer,
     stream_rankings,
     stream_ranks,
 )
@@ -36,10 +32,10 @@ def test_streamed_equals_the_whole_matrix_whatever_the_tile(sides, tile):
     answers = caption_answers(owner, len(images))
     matrix = images @ texts.T
     expected = ranks(matrix, owner)
-    found = stream_ranks(ProductScorer(images, texts), *answers, tile)
+    found = stream_ranks(Scorer.of_product(images, texts), *answers, tile)
     assert [side.tolist() for side in found] == [side.tolist() for side in expected]
     for one, other in zip(
-        stream_rankings(ProductScorer(images, texts), *answers, tile), rankings(matrix, *answers), strict=True
+        stream_rankings(Scorer.of_product(images, texts), *answers, tile), rankings(matrix, *answers), strict=True
     ):
         for field in ("queries", "offsets", "positions", "scores"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
@@ -53,7 +49,7 @@ def test_a_relation_over_many_tiles_equals_the_whole_matrix(sides, monkeypatch, 
     rng = np.random.default_rng(0)
     captions = RightAnswers.from_lists([rng.choice(61, rng.integers(0, 9), replace=False).tolist() for _ in range(23)])
     owners = RightAnswers.from_lists([rng.choice(23, rng.integers(0, 3), replace=False).tolist() for _ in range(61)])
-    found = stream_rankings(ProductScorer(images, texts), captions, owners, (4, 13))
+    found = stream_rankings(Scorer.of_product(images, texts), captions, owners, (4, 13))
     monkeypatch.undo()
     for one, other in zip(found, rankings(images @ texts.T, captions, owners), strict=True):
         np.testing.assert_array_equal(one.positions, other.positions)
@@ -64,18 +60,15 @@ def test_a_tie_stays_one_where_products_round():
     rng = torch.Generator().manual_seed(0)
     images = torch.randn(150, 96, generator=rng)
     texts = torch.randn(1, 96, generator=rng).expand(600, 96).contiguous()
-    i2t, t2i = stream_ranks(ProductScorer(images, texts), *caption_answers(np.arange(600) // 4, 150), (64, 128))
+    i2t, t2i = stream_ranks(Scorer.of_product(images, texts), *caption_answers(np.arange(600) // 4, 150), (64, 128))
     assert i2t.tolist() == [596] * 150  # behind all captions of other images
     assert (t2i.reshape(150, 4) == t2i.reshape(150, 4)[:, :1]).all()  # the same rank for the same words
 
 
 def test_a_tile_that_differs_when_asked_again_counts_no_right_answer_as_wrong():
-    class Noisy(MatrixScorer):
-        def tile(self, rows, columns):
-            return super().tile(rows, columns) + 1e-6 * torch.rand(1)
-
     scores = torch.eye(6).repeat_interleave(2, 1)
-    i2t, t2i = stream_ranks(Noisy(scores), *caption_answers(np.arange(12) // 2, 6), (3, 5))
+    noisy = Scorer(lambda rows, columns: scores[rows, columns] + 1e-6 * torch.rand(1), (6, 12))
+    i2t, t2i = stream_ranks(noisy, *caption_answers(np.arange(12) // 2, 6), (3, 5))
     assert i2t.tolist() == [0] * 6
     assert t2i.tolist() == [0] * 12
 
@@ -97,25 +90,23 @@ def test_the_scorer_of_a_similarity_gives_its_scores(name):
         Features(torch.randn(14, 8), torch.randn(14, 5, 8)),
     )
     similarity = build_similarity(name, 8)
-    scorer = make_scorer(similarity, images, texts)
-    assert isinstance(scorer, ProductScorer) == similarity.foldable
+    scorer = Scorer.of(similarity, images, texts)
     expected = similarity(images, texts).detach()
     rows, columns = slice(2, 7), slice(3, 14)
     torch.testing.assert_close(scorer.tile(rows, columns), expected[rows, columns])
     part = scorer.part(rows, columns)
     assert part.shape == (5, 11)
     torch.testing.assert_close(part.tile(slice(1, 3), slice(0, 4)), expected[3:5, 3:7])
-    torch.testing.assert_close(SimilarityScorer(similarity, images, texts).tile(rows, columns), expected[rows, columns])
 
 
 def test_the_mean_of_scorers_is_the_mean_of_scores():
     one, other = torch.randn(4, 6), torch.randn(4, 6)
-    both = MeanScorer([MatrixScorer(one), MatrixScorer(other)])
+    both = Scorer.mean([Scorer.of_matrix(one), Scorer.of_matrix(other)])
     torch.testing.assert_close(
         both.part(slice(1, 4), slice(0, 5)).tile(slice(0, 3), slice(1, 4)), (one + other)[1:4, 1:4] / 2
     )
     with pytest.raises(ValueError, match="the same pairs"):
-        MeanScorer([MatrixScorer(one), MatrixScorer(other[:3])])
+        Scorer.mean([Scorer.of_matrix(one), Scorer.of_matrix(other[:3])])
 
 
 @pytest.mark.parametrize("tile", [(3, 4), (50, 50)])
@@ -123,7 +114,7 @@ def test_the_best_wrong_answers_are_those_of_a_full_sort(tile):
     scores = torch.randn(7, 15, generator=torch.Generator().manual_seed(0))
     owner = np.arange(15) % 7
     answers = caption_answers(owner, 7)
-    of_images, of_captions = best_wrong(MatrixScorer(scores), *answers, 4, tile)
+    of_images, of_captions = best_wrong(Scorer.of_matrix(scores), *answers, 4, tile)
     for image in range(7):
         wrong = [c for c in np.argsort(-scores[image].numpy()) if owner[c] != image][:4]
         assert of_images.answers[image].tolist() == wrong
@@ -134,7 +125,7 @@ def test_the_best_wrong_answers_are_those_of_a_full_sort(tile):
 
 
 def test_fewer_wrong_answers_than_asked_leave_places_empty():
-    of_images, _ = best_wrong(MatrixScorer(torch.eye(3)), *caption_answers([0, 1, 2], 3), 5)
+    of_images, _ = best_wrong(Scorer.of_matrix(torch.eye(3)), *caption_answers([0, 1, 2], 3), 5)
     assert (of_images.answers >= 0).sum(1).tolist() == [2, 2, 2]
     assert Best(2, 3).answers.tolist() == [[-1] * 3] * 2
 
@@ -145,6 +136,6 @@ def test_bad_input_is_named():
     scores[1, 2] = torch.nan
     for call in (stream_ranks, stream_rankings, lambda *a: best_wrong(*a[:3], 2, a[3])):
         with pytest.raises(ValueError, match="the score of image 1 and caption 2 is NaN"):
-            call(MatrixScorer(scores), *answers, (1, 1))
+            call(Scorer.of_matrix(scores), *answers, (1, 1))
         with pytest.raises(ValueError, match="do not fit"):
-            call(MatrixScorer(scores.T), *answers, (1, 1))
+            call(Scorer.of_matrix(scores.T), *answers, (1, 1))

@@ -26,10 +26,9 @@ def test_equals_the_naive_loop(sides):
     np.testing.assert_allclose(Cosine()(images, texts).numpy(), expected, atol=1e-6)
 
 
-def test_pairwise_is_the_diagonal_and_folding_gives_the_score(sides):
+def test_folding_gives_the_score(sides):
     images, texts = sides
     cosine = Cosine()
-    torch.testing.assert_close(cosine.pairwise(images, texts), cosine(images, texts).diagonal())
     folded = cosine.fold("image", images.pooled) @ cosine.fold("text", texts.pooled).T
     torch.testing.assert_close(folded, cosine(images, texts))
     assert cosine.foldable
@@ -51,8 +50,6 @@ def test_keeps_float64(sides):
 def test_widths_that_differ_are_named():
     with pytest.raises(ValueError, match="images are 3 wide and texts 4"):
         Cosine()(Features(torch.zeros(1, 3)), Features(torch.zeros(1, 4)))
-    with pytest.raises(ValueError, match="as many images as texts"):
-        Cosine().pairwise(Features(torch.zeros(1, 3)), Features(torch.zeros(2, 3)))
 
 
 def test_scores_of_another_shape_are_refused():
@@ -60,14 +57,9 @@ def test_scores_of_another_shape_are_refused():
         def score(self, images, texts):
             return images.pooled
 
-        def score_pairs(self, images, texts):
-            return images.pooled
-
     images, texts = Features(torch.ones(2, 3)), Features(torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"Vectors\.score must give a tensor \(2, 2\), got \(2, 3\)"):
         Vectors()(images, texts)
-    with pytest.raises(ValueError, match=r"Vectors\.score_pairs must give a tensor \(2,\), got \(2, 3\)"):
-        Vectors().pairwise(images, texts)
 
 
 def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
@@ -88,7 +80,7 @@ def test_a_similarity_from_outside_can_be_added_once(sides):
     images, texts = sides
     dot = build_similarity("test-dot")
     assert "test-dot" in similarity_names()
-    torch.testing.assert_close(dot.pairwise(images, texts), dot(images, texts).diagonal())
+    torch.testing.assert_close(dot(images, texts), images.pooled @ texts.pooled.T)
     assert not dot.foldable
     with pytest.raises(TypeError, match="not bilinear"):
         dot.fold("image", images.pooled)

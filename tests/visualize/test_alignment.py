@@ -210,17 +210,24 @@ def test_pooled_similarities_score_each_patch_alone(name):
     assert "pooled vectors" in maps.title
 
 
-def test_what_does_not_fit_is_an_error():
-    images, texts = sides()
-
+def test_a_similarity_of_tokens_from_outside_is_drawn_token_by_token():
     class Own(Similarity):
         requires = "tokens"
 
         def score(self, images, texts):
-            raise NotImplementedError
+            return -torch.cdist(images.tokens.mean(1), texts.tokens.mean(1))
 
-    with pytest.raises(ValueError, match=r"no maps for Own: known are transport \(omit, movers\)"):
-        alignment_maps(Own(), images, texts, GRID, WORDS)
+    images, texts = sides(6)
+    (maps,) = alignment_maps(Own(), images, texts, GRID, WORDS)
+    patches, words = (side.tokens[0].double().numpy() for side in (images, texts))
+    for panel, pieces in zip(maps.panels, WORDS.pieces, strict=True):
+        expected = [max(-np.linalg.norm(patch - words[piece]) for piece in pieces) for patch in patches[1:]]
+        np.testing.assert_allclose(panel.values, np.reshape(expected, (2, 3)), atol=1e-5)
+
+
+def test_what_does_not_fit_is_an_error():
+    images, texts = sides()
+
     with pytest.raises(ValueError, match="one picture and one sentence, got 2 and 1"):
         alignment_maps(Cosine(), Features.cat([images, images]), texts, GRID, WORDS)
     with pytest.raises(ValueError, match="has 9 tokens"):

@@ -51,7 +51,7 @@ def test_a_diagonal_is_drawn_as_a_line():
 
 
 def test_a_metric_of_fragments_and_an_untrained_one():
-    figure = metric_weights(MaxMean(metric="block-diagonal", dim=8, num_blocks=2))
+    figure = metric_weights(MaxMean(metric=Metric("block-diagonal", 8, num_blocks=2)))
     assert figure.axes[0].get_title() == "2 blocks of 4 × 4"
     assert "1.000 ± 0.000" in figure.axes[2].get_legend().get_texts()[1].get_text()
 
