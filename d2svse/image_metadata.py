@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")

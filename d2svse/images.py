@@ -557,7 +557,7 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
             return str(error)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         yield from pool.map(check, paths)
 
 

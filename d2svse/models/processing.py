@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
-from d2svse.images import ImageSource, load_image
+from d2svse.images import ImageSource, image_list, use_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 
 DEFAULT_MAX_LENGTH = 512
@@ -149,11 +151,31 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         Raises:
             ImageError: if a picture cannot be read.
         """
-        single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray)
-        sources: Any = [images] if single else images
-        pictures = [load_image(source) for source in sources]
+        sources = image_list(images)
+        if not sources:
+            raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
-        return self.image_processor(pictures, **kwargs)["pixel_values"]
+        # One after the other, so that only one is in memory at full size.
+        prepared = [use_image(source, lambda image: self._prepare(image, kwargs)) for source in sources]
+        return prepared[0] if len(prepared) == 1 else _stack(prepared)
+
+    def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
+        """Read and prepare one image: `(channels, height, width)` float32; for readers in threads.
+
+        Args:
+            source: the image.
+            at_least: see `load_image`.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
+        return use_image(source, lambda image: self._prepare(image, kwargs)[0], at_least)
+
+    def _prepare(self, image: Image.Image, kwargs: dict[str, Any]) -> Any:
+        pixels = np.array(image)
+        del image  # the processor makes copies enough
+        return self.image_processor([pixels], **kwargs)["pixel_values"]
 
     def draft_size(self) -> int | None:
         """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.
@@ -198,6 +220,16 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The names of the tensors that the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
+
+
+def _stack(prepared: list[Any]) -> Any:
+    """The prepared batches of one image as one batch, of the kind that they are."""
+    if len({np.shape(pixels) for pixels in prepared}) > 1:
+        shapes = " and ".join(str(shape[1:]) for shape in sorted({np.shape(pixels) for pixels in prepared})[:2])
+        raise ValueError(f"the image processor gives images of different shapes, {shapes}; set a fixed size or a crop")
+    if isinstance(prepared[0], Tensor):
+        return torch.cat(prepared)
+    return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
 def check_vocabulary(folder: str | os.PathLike[str]) -> None:
