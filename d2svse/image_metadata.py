@@ -11,10 +11,12 @@ JPEG_EXIF = b"Exif\0\0"
 APP0, APP1, APP14, APP15, COMMENT, START_OF_SCAN = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
 WEBP_METADATA = (b"EXIF", b"XMP ", b"ICCP")
 # Tags that say how pixels are stored, and the orientation.
-TIFF_KEPT = frozenset(
-    (254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 297, 317, 320, 321, 322, 323, 324)
-    + (325, 330, 332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532)
-)
+# fmt: off
+TIFF_KEPT = frozenset({
+    254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 297, 317, 320, 321, 322, 323, 324,
+    325, 330, 332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532,
+})
+# fmt: on
 UNKNOWN_TAG = 65000
 EMPTY_TIFF = struct.pack("<2sHIHI", b"II", 42, 8, 0, 0)
 TIFF_STARTS = (b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08")

@@ -46,6 +46,7 @@ ImageSource: TypeAlias = (
     "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview | BinaryIO"
 )
 Result = TypeVar("Result")
+Finish: TypeAlias = Callable[[Image.Image, int], Result]  # gets a decoded image and its orientation
 logger = logging.getLogger(__name__)
 
 OnBadImage = Literal["error", "skip"]
@@ -85,6 +86,15 @@ TRANSPOSED = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # the same for arrays
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 
 
@@ -174,27 +184,28 @@ def load_image(source: ImageSource, at_least: int | None = None, max_pixels: int
             to decode; the message names it.
         ValueError: if the limit of pixels is no positive number.
     """
-    return use_image(source, lambda image: image, at_least, max_pixels)
+    limit = pixel_limit(max_pixels)
+    with ExitStack() as room:
+        return _read(source, room, at_least, limit, _rgb_image)
 
 
-def use_image(
-    source: ImageSource,
-    use: Callable[[Image.Image], Result],
-    at_least: int | None = None,
-    max_pixels: int | None = None,
-) -> Result:
-    """Read an image as `load_image` does, and return what `use` makes of it.
+def use_pixels(source: ImageSource, use: Callable[[np.ndarray], Result], at_least: int | None = None) -> Result:
+    """Read an image as `load_image` does, and return what `use` makes of its pixels.
 
-    The threads of a process decode and use only so many pixels at a time, so `use` must not read
-    another image. It gets the only reference, to free the image early.
+    The threads of a process read and use only so many pixels at a time, so `use` must not read
+    another image.
+
+    Args:
+        source: the image.
+        use: gets `(height, width, 3)` uint8.
+        at_least: see `load_image`.
 
     Raises:
         ImageError: as `load_image`.
     """
-    limit = pixel_limit(max_pixels)
+    limit = pixel_limit()
     with ExitStack() as room:
-        image = [_read(source, room, at_least, limit)]
-        return use(image.pop())
+        return use(_read(source, room, at_least, limit, _rgb_array))
 
 
 def pixel_limit(max_pixels: int | None = None) -> int:
@@ -256,17 +267,17 @@ def _name(source: Any) -> str:
     return name if len(name) <= 1024 else f"{name[:100]}… ({len(name)} characters)"
 
 
-def _read(source: Any, room: ExitStack, at_least: int | None, limit: int) -> Image.Image:
+def _read(source: Any, room: ExitStack, at_least: int | None, limit: int, finish: Finish[Result]) -> Result:
     name = _name(source)
     try:
         if isinstance(source, np.ndarray) or _is_tensor(source):
-            return _from_memory(array_image(source), room)
+            return _from_memory(array_image(source), room, finish)
         if isinstance(source, Image.Image):
             if isinstance(source, ImageFile.ImageFile) and source.tile:  # it is not decoded yet
                 _check_size(source.format or "", source, limit)
-            return _from_memory(source, room)
+            return _from_memory(source, room, finish)
         with _open_source(source, BYTES_PER_PIXEL * limit) as file:
-            return _from_file(file, room, at_least, limit)
+            return _from_file(file, room, at_least, limit, finish)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such picture") from None
     except IsADirectoryError:
@@ -348,12 +359,12 @@ def image_format(file: BinaryIO) -> str | None:
     return None
 
 
-def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int) -> Image.Image:
+def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int, finish: Finish[Result]) -> Result:
     kind = image_format(file)
     if kind is None:
         raise _Refused(f"not a picture in a format that is read here ({', '.join(FORMATS)}); convert it, to JPEG")
     try:
-        return _decode(kind, file, room, at_least, limit)
+        return _decode(kind, file, room, at_least, limit, finish)
     except METADATA_ERRORS:
         room.close()
         file.seek(0)
@@ -362,24 +373,30 @@ def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int
             raise
         data, exif = stripped
         try:
-            return _decode(kind, BytesIO(data), room, at_least, limit, exif)
+            return _decode(kind, BytesIO(data), room, at_least, limit, finish, exif)
         except METADATA_ERRORS:
             pass
         raise
 
 
 def _decode(
-    kind: str, file: BinaryIO, room: ExitStack, at_least: int | None, limit: int, exif: bytes | None = None
-) -> Image.Image:
+    kind: str,
+    file: BinaryIO,
+    room: ExitStack,
+    at_least: int | None,
+    limit: int,
+    finish: Finish[Result],
+    exif: bytes | None = None,
+) -> Result:
     # Not by Image.open, whose limit of pixels is one for the whole program.
     with Image.OPEN[kind][0](file, "") as image:
         try:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # does nothing to other formats
             _check_size(kind, image, limit)
-            return _from_memory(image, room, exif)
+            return _from_memory(image, room, finish, exif)
         finally:
-            image.close()  # frees the pixels, of which there is a copy
+            image.close()  # frees its pixels, of which there is a copy
 
 
 def _check_size(kind: str, image: Image.Image, limit: int) -> None:
@@ -408,7 +425,7 @@ def _tiff_buffer(image: TiffImagePlugin.TiffImageFile) -> int:
     return width * rows * max(8, bits) // 8
 
 
-def _from_memory(image: Image.Image, room: ExitStack, exif: bytes | None = None) -> Image.Image:
+def _from_memory(image: Image.Image, room: ExitStack, finish: Finish[Result], exif: bytes | None = None) -> Result:
     width, height = image.size
     if not width or not height:
         raise _Refused(f"an empty picture of {width} × {height} pixels")
@@ -416,10 +433,7 @@ def _from_memory(image: Image.Image, room: ExitStack, exif: bytes | None = None)
         raise _Refused(f"{width} × {height} pixels: one side is over {MAX_ASPECT} times the other; crop the image")
     room.enter_context(ROOM.take(width * height))
     image.load()
-    method = TRANSPOSED.get(orientation(image, exif))
-    rgb = _to_rgb(image)
-    rgb.info = {}  # EXIF would turn the image once more where it is read again
-    return rgb if method is None else rgb.transpose(method)
+    return finish(image, orientation(image, exif))
 
 
 def orientation(image: Image.Image, exif: bytes | None = None) -> int:
@@ -440,18 +454,29 @@ def orientation(image: Image.Image, exif: bytes | None = None) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB, what is done in several steps strip by strip to need no further copies of the whole."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_to_rgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        _narrow_transparency(image)
-        return _by_strips(image, _over_white)
-    return image.convert("RGB")
+def _rgb_image(image: Image.Image, turned: int) -> Image.Image:
+    convert = _converter(image)
+    if convert is _plain:
+        rgb = _plain(image)
+    else:
+        rgb = Image.new("RGB", image.size)
+        for top, strip in _strips(image):
+            rgb.paste(convert(strip), (0, top))
+    rgb.info = {}  # EXIF would turn the image once more where it is read again
+    return rgb.transpose(TRANSPOSED[turned]) if turned in TRANSPOSED else rgb
+
+
+def _rgb_array(image: Image.Image, turned: int) -> np.ndarray:
+    convert = _converter(image)
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    for top, strip in _strips(image):
+        pixels[top : top + strip.height] = np.asarray(convert(strip))
+    return np.ascontiguousarray(TURNED[turned](pixels)) if turned in TURNED else pixels
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The image in strips of whole rows, each with its first row."""
+    """The image in strips of whole rows, each with its first row; what is made of a strip takes little memory."""
     width, height = image.size
     rows = max(1, STRIP_PIXELS // width)
     if rows >= height:
@@ -461,28 +486,30 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
-def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    rgb = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
-        rgb.paste(convert(strip), (0, top))
-    return rgb
+def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """What converts the image, or a strip of it, to RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scaling(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _over_white
+    return _plain
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key, default=0) > 255:  # of 16 bits, where Pillow has read the pixels to 8
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _narrow_transparency(image: Image.Image) -> None:
-    """Bring a transparent colour of 16 bits to the 8 that Pillow has read the pixels to."""
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key, default=0) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-
-
-def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float grey to 8 bits by the largest finite value; NaN and what is transparent are 0."""
+def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Scale 16-bit, 32-bit and float grey to 8 bits by the largest finite value; NaN is black, what is clear white."""
     highest = 0.0
     for _, strip in _strips(image):
         values = np.asarray(strip, dtype=np.float64)
@@ -498,7 +525,7 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
             grey[values == clear] = 255
         return Image.fromarray(grey).convert("RGB")
 
-    return _by_strips(image, scale)
+    return scale
 
 
 def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:

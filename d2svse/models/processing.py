@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
-from d2svse.images import ImageSource, image_list, use_image
+from d2svse.images import ImageSource, image_list, use_pixels
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 
 DEFAULT_MAX_LENGTH = 512
@@ -156,7 +155,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
         # One after the other, so that only one is in memory at full size.
-        prepared = [use_image(source, lambda image: self._prepare(image, kwargs)) for source in sources]
+        prepared = [use_pixels(source, lambda pixels: self._prepare(pixels, kwargs)) for source in sources]
         return prepared[0] if len(prepared) == 1 else _stack(prepared)
 
     def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
@@ -170,11 +169,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             ImageError: if it cannot be read.
         """
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
-        return use_image(source, lambda image: self._prepare(image, kwargs)[0], at_least)
+        return use_pixels(source, lambda pixels: self._prepare(pixels, kwargs)[0], at_least)
 
-    def _prepare(self, image: Image.Image, kwargs: dict[str, Any]) -> Any:
-        pixels = np.array(image)
-        del image  # the processor makes copies enough
+    def _prepare(self, pixels: np.ndarray, kwargs: dict[str, Any]) -> Any:
         return self.image_processor([pixels], **kwargs)["pixel_values"]
 
     def draft_size(self) -> int | None:
