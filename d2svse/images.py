@@ -279,17 +279,19 @@ def _read(source: Any, room: ExitStack, at_least: int | None, limit: int, finish
         with _open_source(source, BYTES_PER_PIXEL * limit) as file:
             return _from_file(file, room, at_least, limit, finish)
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such picture") from None
+        message = "no such picture"
     except IsADirectoryError:
-        raise ImageError(f"{name}: a folder, expected a picture") from None
+        message = "a folder, expected a picture"
     except _Refused as error:
-        raise ImageError(f"{name}: {error}") from None
+        message = str(error)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too large to decode safely ({_short(error)})") from None
+        message = f"too large to decode safely ({_short(error)})"
     except MemoryError:
-        raise ImageError(f"{name}: broken picture, or too large (there is not enough memory to decode it)") from None
+        message = "broken picture, or too large (there is not enough memory to decode it)"
     except Exception as error:  # decoders raise whatever they like
-        raise ImageError(f"{name}: broken picture ({_short(error)})") from None
+        message = f"broken picture ({_short(error)})"
+    # Out here the error has no context, which would keep the pixels for as long as the error is kept.
+    raise ImageError(f"{name}: {message}")
 
 
 class _Refused(Exception):
@@ -390,13 +392,10 @@ def _decode(
 ) -> Result:
     # Not by Image.open, whose limit of pixels is one for the whole program.
     with Image.OPEN[kind][0](file, "") as image:
-        try:
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))  # does nothing to other formats
-            _check_size(kind, image, limit)
-            return _from_memory(image, room, finish, exif)
-        finally:
-            image.close()  # frees its pixels, of which there is a copy
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))  # does nothing to other formats
+        _check_size(kind, image, limit)
+        return _from_memory(image, room, finish, exif)
 
 
 def _check_size(kind: str, image: Image.Image, limit: int) -> None:
