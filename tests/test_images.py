@@ -173,10 +173,16 @@ def test_no_fault_of_exif_refuses_pixels(tmp_path, fault, name):
     image = Image.new("RGB", (80, 40), "red")
     block = FAULTY_EXIF[fault]
     exif = b"Exif\0\0" + block if name == "x.jpg" else block
-    try:
+    if name == "x.avif":  # Pillow writes no faulty block there
+        sound = Image.Exif()
+        sound[0x0112], sound[0x8298] = 6, "somebody" * 8
+        path = save(tmp_path, image, name, exif=sound)
+        data = path.read_bytes()
+        at = max(data.find(b"II*\0"), data.find(b"MM\0*"))
+        assert at > 0
+        path.write_bytes(data[:at] + block + data[at + len(block) :])
+    else:
         path = save(tmp_path, image, name, exif=exif)
-    except Exception:
-        pytest.skip("Pillow does not write such a block in this format")
     loaded = load_image(path)
     assert loaded.size == (40, 80)
     assert load_image(loaded).size == (40, 80)  # it is not turned once more
@@ -297,6 +303,7 @@ def test_whatever_a_decoder_raises_is_one_bad_image(tmp_path, monkeypatch, error
     with pytest.raises(ImageError, match=r"x\.bmp: broken picture") as caught:
         load_image(path)
     assert len(str(caught.value)) < 1000
+    assert caught.value.__context__ is None  # which would keep its pixels
     (only,) = check_images([path])
     assert "x.bmp" in only
 
@@ -305,7 +312,8 @@ def test_whatever_a_decoder_raises_is_one_bad_image(tmp_path, monkeypatch, error
 def test_an_avif_with_damaged_data_is_one_bad_image(tmp_path):
     path = save(tmp_path, Image.effect_noise((64, 64), 90), "x.avif")
     data = bytearray(path.read_bytes())
-    data[-200:] = bytes(200)
+    at = data.index(b"mdat") + 4
+    data[at : at + 50] = b"\xff" * 50
     path.write_bytes(data)
     with pytest.raises(ImageError, match=r"x\.avif: broken picture"):
         load_image(path)
@@ -372,7 +380,7 @@ def test_bytes_files_arrays_and_tensors_are_read_alike(model, tmp_path):
     [
         (
             np.zeros((3, 20, 30), np.uint8),
-            r"shape \(3, 20, 30\), expected \(height, width, channels\).*channels come fir",
+            r"shape \(3, 20, 30\), expected \(height, width, channels\).*come first",
         ),
         (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\), expected \(channels, height, width\).*come last"),
         (np.zeros((20, 30, 3), np.int64), "int64, expected uint8, bool, or float from 0 to 1"),
@@ -398,11 +406,8 @@ def test_what_is_no_image_is_told_in_a_short_message(model, source, told):
 
 
 def test_names_in_messages_stay_on_one_line(tmp_path):
-    for name, shown in (
-        ("a\nb.png", r"a\nb.png"),
-        ("\x1b[2J.png", r"\x1b[2J.png"),
-        (os.fsdecode(b"caf\xe9.png"), r"caf\xe9.png"),
-    ):
+    latin = os.fsdecode(b"caf\xe9.png")
+    for name, shown in (("a\nb.png", r"a\nb.png"), ("\x1b[2J.png", r"\x1b[2J.png"), (latin, r"caf\xe9.png")):
         (tmp_path / name).write_bytes(b"no")
         with pytest.raises(ImageError) as caught:
             load_image(tmp_path / name)
