@@ -87,15 +87,6 @@ TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # the same for arrays
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
-}
 
 
 class StoredImage(os.PathLike[str]):
@@ -189,15 +180,15 @@ def load_image(source: ImageSource, at_least: int | None = None, max_pixels: int
         return _read(source, room, at_least, limit, _rgb_image)
 
 
-def use_pixels(source: ImageSource, use: Callable[[np.ndarray], Result], at_least: int | None = None) -> Result:
-    """Read an image as `load_image` does, and return what `use` makes of its pixels.
+def use_image(source: ImageSource, use: Callable[[Image.Image], Result], at_least: int | None = None) -> Result:
+    """Read an image as `load_image` does, and return what `use` makes of it.
 
     The threads of a process read and use only so many pixels at a time, so `use` must not read
-    another image.
+    another image. It must not change the image either, which is no copy of what was given or decoded.
 
     Args:
         source: the image.
-        use: gets `(height, width, 3)` uint8.
+        use: gets the RGB image.
         at_least: see `load_image`.
 
     Raises:
@@ -205,7 +196,7 @@ def use_pixels(source: ImageSource, use: Callable[[np.ndarray], Result], at_leas
     """
     limit = pixel_limit()
     with ExitStack() as room:
-        return use(_read(source, room, at_least, limit, _rgb_array))
+        return use(_read(source, room, at_least, limit, _rgb_uncopied))
 
 
 def pixel_limit(max_pixels: int | None = None) -> int:
@@ -465,13 +456,8 @@ def _rgb_image(image: Image.Image, turned: int) -> Image.Image:
     return rgb.transpose(TRANSPOSED[turned]) if turned in TRANSPOSED else rgb
 
 
-def _rgb_array(image: Image.Image, turned: int) -> np.ndarray:
-    convert = _converter(image)
-    width, height = image.size
-    pixels = np.empty((height, width, 3), dtype=np.uint8)
-    for top, strip in _strips(image):
-        pixels[top : top + strip.height] = np.asarray(convert(strip))
-    return np.ascontiguousarray(TURNED[turned](pixels)) if turned in TURNED else pixels
+def _rgb_uncopied(image: Image.Image, turned: int) -> Image.Image:
+    return image if turned == 1 and image.mode == "RGB" and _converter(image) is _plain else _rgb_image(image, turned)
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:

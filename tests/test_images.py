@@ -14,7 +14,7 @@ import torch
 from PIL import BmpImagePlugin, Image, ImageOps, TiffImagePlugin, TiffTags, features
 
 from d2svse import images as images_module
-from d2svse.images import ImageError, check_images, find_images, load_image, use_pixels
+from d2svse.images import ImageError, check_images, find_images, load_image, use_image
 from d2svse.models import encoding as encoding_module
 
 GRADIENT = np.linspace(0, 1, 48).reshape(6, 8)
@@ -196,7 +196,7 @@ def test_images_and_arrays_of_pixels_are_turned_alike(tmp_path, orientation):
     path = save(tmp_path, image, exif=exif)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     np.testing.assert_array_equal(load_image(path), expected)
-    np.testing.assert_array_equal(use_pixels(path, lambda pixels: pixels), expected)
+    np.testing.assert_array_equal(use_image(path, np.array), expected)
 
 
 def test_a_tiff_with_text_for_its_resolution_is_read(tmp_path):
@@ -288,7 +288,7 @@ def test_large_images_are_converted_by_strips_to_the_same_pixels(tmp_path, monke
     whole = np.asarray(load_image(path))
     monkeypatch.setattr(images_module, "STRIP_PIXELS", 100)
     np.testing.assert_array_equal(load_image(path), whole)
-    np.testing.assert_array_equal(use_pixels(path, lambda pixels: pixels), whole)
+    np.testing.assert_array_equal(use_image(path, np.array), whole)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, OverflowError, AssertionError, struct.error, KeyError])
@@ -329,7 +329,7 @@ def test_the_limit_of_pixels_is_told_and_can_be_raised(tmp_path, monkeypatch):
     monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", option)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit gives way
     assert load_image(path).size == (300, 200)
-    assert use_pixels(path, np.shape) == (200, 300, 3)
+    assert use_image(path, np.shape) == (200, 300, 3)
     assert list(check_images([path])) == [None]
     with pytest.raises(ImageError, match="too large to decode safely"):
         load_image(path, max_pixels=59_999)

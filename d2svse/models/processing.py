@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
-from d2svse.images import ImageSource, image_list, use_pixels
+from d2svse.images import ImageSource, image_list, use_image
+from d2svse.models.image_processing import prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 
 DEFAULT_MAX_LENGTH = 512
@@ -155,7 +156,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
         # One after the other, so that only one is in memory at full size.
-        prepared = [use_pixels(source, lambda pixels: self._prepare(pixels, kwargs)) for source in sources]
+        prepared = [
+            use_image(source, lambda image: prepare_image(self.image_processor, image, kwargs)) for source in sources
+        ]
         return prepared[0] if len(prepared) == 1 else _stack(prepared)
 
     def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
@@ -169,10 +172,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             ImageError: if it cannot be read.
         """
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
-        return use_pixels(source, lambda pixels: self._prepare(pixels, kwargs)[0], at_least)
-
-    def _prepare(self, pixels: np.ndarray, kwargs: dict[str, Any]) -> Any:
-        return self.image_processor([pixels], **kwargs)["pixel_values"]
+        return use_image(source, lambda image: prepare_image(self.image_processor, image, kwargs)[0], at_least)
 
     def draft_size(self) -> int | None:
         """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.
