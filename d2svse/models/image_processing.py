@@ -61,20 +61,19 @@ def _resize(channel: np.ndarray | Image.Image, height: int, width: int) -> np.nd
     return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def prepare_image(processor: Any, image: Image.Image, kwargs: dict[str, Any]) -> Any:
+def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Any:
     """Prepare one RGB image: the `pixel_values` of any image processor, `(1, channels, height, width)`.
 
     Args:
         processor: the image processor.
-        image: the image, which is left as it is.
         kwargs: further arguments of the processor.
+        image: the image, which is left as it is.
     """
     if not _resizes_first(processor, kwargs):
         return processor([np.array(image)], **kwargs)["pixel_values"]
     # transformers makes three copies at full size before it lets Pillow resize the image: an array, an array of
     # bytes and a Pillow image again. A copy of the processor hands the image over as it is.
     picture, own = image, type(processor).resize
-    processor = copy.copy(processor)
 
     def resize(*, image: np.ndarray, size: SizeDict, **options: Any) -> np.ndarray:
         if size.shortest_edge and not size.longest_edge:
@@ -86,9 +85,10 @@ def prepare_image(processor: Any, image: Image.Image, kwargs: dict[str, Any]) ->
             return own(processor, picture, size, **options)
         return own(processor, np.moveaxis(np.array(picture), -1, 0), size, **options)
 
-    processor.resize = resize
+    handing_over = copy.copy(processor)
+    handing_over.resize = resize  # which does not know the copy: a cycle would keep the image in memory
     shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))  # takes no memory
-    return processor([shape], **kwargs)["pixel_values"]
+    return handing_over([shape], **kwargs)["pixel_values"]
 
 
 def _resizes_first(processor: Any, kwargs: dict[str, Any]) -> bool:

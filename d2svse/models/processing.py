@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         sources = image_list(images)
         if not sources:
             raise ValueError("no image to prepare: an empty list")
-        kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
+        kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
         # One after the other, so that only one is in memory at full size.
         prepared = [
             use_image(source, lambda image: prepare_image(self.image_processor, image, kwargs)) for source in sources
@@ -172,7 +173,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             ImageError: if it cannot be read.
         """
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
-        return use_image(source, lambda image: prepare_image(self.image_processor, image, kwargs)[0], at_least)
+        return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)[0]
 
     def draft_size(self) -> int | None:
         """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.

@@ -1,5 +1,8 @@
 """The image processor's way without copies gives what the processor itself gives."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,9 +38,21 @@ def test_an_image_is_prepared_as_the_processor_does_it(name, shape):
     processor = kind(**options)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = processor([Image.fromarray(pixels)], **KWARGS)["pixel_values"]
-    found = prepare_image(processor, Image.fromarray(pixels), KWARGS)
+    found = prepare_image(processor, KWARGS, Image.fromarray(pixels))
     np.testing.assert_array_equal(found, expected)
     assert "resize" not in vars(processor)
+
+
+def test_a_prepared_image_leaves_the_memory_at_once():
+    image = Image.new("RGB", (50, 70))
+    gone = weakref.ref(image)
+    gc.disable()
+    try:
+        prepare_image(ViTImageProcessorPil(), KWARGS, image)
+        del image
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_usual_processors_go_without_copies():

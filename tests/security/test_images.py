@@ -87,9 +87,9 @@ BOMBS = {
 
 
 def tiff_with_a_large_tile():
-    """A TIFF file of 16 × 16 pixels in a tile of 30,000 × 30,000."""
+    """A TIFF file of 16 × 16 pixels in a tile of 40,000 × 40,000."""
     data = zlib.compress(bytes(100_000))
-    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 30_000), (323, 30_000), (324, 8)]
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 40_000), (323, 40_000), (324, 8)]
     tags.append((325, len(data)))
     rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + rows + bytes(4)
