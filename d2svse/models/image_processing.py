@@ -50,7 +50,7 @@ class D2SVSEImageProcessorPil(PilBackend):
     def resize(self, image: np.ndarray | Image.Image, size: Any, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
         """Resize a `(channels, height, width)` image, or one of Pillow, to `size.height` × `size.width`."""
         if self.antialias:
-            return super().resize(image, size, **kwargs)
+            return super().resize(image, size, **kwargs)  # type: ignore[arg-type]
         # Channel by channel, since a large image in float32 takes four times as much memory.
         channels = map(image.getchannel, "RGB") if isinstance(image, Image.Image) else image
         return np.stack([_resize(channel, size.height, size.width) for channel in channels])
@@ -93,9 +93,9 @@ def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) ->
 
 def _resizes_first(processor: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a processor does with an image, before anything else, what transformers' resizing by Pillow does."""
-    kind = type(processor)
+    kind: Any = type(processor)
     return (
-        isinstance(processor, PilBackend)
+        issubclass(kind, PilBackend)
         and kind.resize in (PilBackend.resize, D2SVSEImageProcessorPil.resize)
         and (kind.preprocess, kind._preprocess) == (PilBackend.preprocess, PilBackend._preprocess)
         and kind.process_image is PilBackend.process_image

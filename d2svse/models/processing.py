@@ -157,9 +157,8 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
         # One after the other, so that only one is in memory at full size.
-        prepared = [
-            use_image(source, lambda image: prepare_image(self.image_processor, image, kwargs)) for source in sources
-        ]
+        prepare = partial(prepare_image, self.image_processor, kwargs)
+        prepared = [use_image(source, prepare) for source in sources]
         return prepared[0] if len(prepared) == 1 else _stack(prepared)
 
     def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
