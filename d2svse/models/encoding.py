@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from d2svse.cpu import usable_cores
 from d2svse.features import Features
-from d2svse.images import ImageError, ImageSource, load_image
+from d2svse.images import ImageError, ImageSource, image_list
 from d2svse.models.onednn import faster_linear
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.progress import progress_bar
@@ -49,7 +49,8 @@ class EncodingMixin:
         """Encode pictures; one that is named more than once is read and encoded once.
 
         Args:
-            images: a path, a Pillow image or an array, or a list of them.
+            images: an image or a list of them, each as `load_image` takes it: a path, bytes, a file object, a
+                Pillow image, an array or a tensor. An array or tensor of four dimensions is a list.
             batch_size: pictures encoded at a time; it does not change the result (to 1e-5).
             show_progress_bar: show one on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
@@ -66,8 +67,7 @@ class EncodingMixin:
             ImageError: if a picture cannot be read.
             ValueError: if the list is empty or the model has no processor.
         """
-        sources = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
-        once, places = _once(sources)
+        once, places = _once(image_list(images))
         batches = self.image_batches(once, batch_size=batch_size, device=device, output=output, draft=draft)
         parts = _with_progress(batches, len(once), batch_size, "images", show_progress_bar)
         return _finish(parts, places, output, convert_to_tensor)
@@ -85,7 +85,7 @@ class EncodingMixin:
         """Encode pictures and give each batch as it is done: the rows of `images` in it, and what they gave.
 
         Args:
-            images: paths, Pillow images or arrays.
+            images: a list of what `load_image` takes.
             batch_size: pictures encoded at a time.
             device: move the model there first.
             output: "pooled", or "features" to have the tokens as well.
@@ -101,35 +101,38 @@ class EncodingMixin:
         model = self._prepare(device)
         at_least = processor.draft_size() if draft else None
 
-        def read(row: int) -> Image.Image | None:
+        def read(row: int) -> Tensor | ImageError:
             try:
-                return load_image(images[row], at_least)
+                return processor.read_pixels(images[row], at_least)
             except ImageError as error:
-                if on_bad_image is None:
-                    raise
-                on_bad_image(row, error)
-                return None
+                return error
 
-        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(os.cpu_count()) as readers:
-
-            def prepare(start: int) -> tuple[list[int], Tensor | None]:
-                rows = range(start, min(start + batch_size, len(images)))
-                read_ones = zip(rows, readers.map(read, rows), strict=True)
-                good = {row: picture for row, picture in read_ones if picture is not None}
-                return list(good), processor.pixel_values(list(good.values())) if good else None
-
+        readers = ThreadPoolExecutor(usable_cores())
+        try:
             # The next batch is read and prepared while the model works on this one.
             starts = range(0, len(images), batch_size)
-            following: Future[tuple[list[int], Tensor | None]] | None = pool.submit(prepare, starts[0])
-            for start in [*starts[1:], None]:
-                assert following is not None
-                rows, pixel_values = following.result()
-                following = None if start is None else pool.submit(prepare, start)
-                if pixel_values is not None:
+            following: dict[int, Future[Tensor | ImageError]] = {}
+            for start in [*starts, None]:
+                batch = following
+                rows = () if start is None else range(start, min(start + batch_size, len(images)))
+                following = {row: readers.submit(read, row) for row in rows}
+                good: dict[int, Tensor] = {}
+                for row, reading in batch.items():
+                    pixels = reading.result()
+                    if not isinstance(pixels, ImageError):
+                        good[row] = pixels
+                    elif on_bad_image is None:
+                        raise pixels
+                    else:
+                        on_bad_image(row, pixels)
+                if good:
                     with _inference(model):
+                        pixel_values = torch.stack(list(good.values()))
                         features = model.image_encoder(pixel_values.to(model.device, model.dtype))
                         features = _as_output(features, output)
-                    yield rows, features
+                    yield list(good), features
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     def encode_text(
         self,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_transforms import get_resize_output_image_size
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 
 
 class D2SVSEImageProcessorPil(PilBackend):
@@ -38,10 +47,57 @@ class D2SVSEImageProcessorPil(PilBackend):
         super().__init__(**kwargs)
         self.antialias = antialias
 
-    def resize(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
-        """Resize a `(channels, height, width)` picture to `size.height` × `size.width`."""
+    def resize(self, image: np.ndarray | Image.Image, size: Any, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
+        """Resize a `(channels, height, width)` image, or one of Pillow, to `size.height` × `size.width`."""
         if self.antialias:
-            return super().resize(image, size, **kwargs)
-        pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[None]
-        resized = F.interpolate(pixels, (size.height, size.width), mode="bilinear", align_corners=False)
-        return resized[0].numpy()
+            return super().resize(image, size, **kwargs)  # type: ignore[arg-type]
+        # Channel by channel, since a large image in float32 takes four times as much memory.
+        channels = map(image.getchannel, "RGB") if isinstance(image, Image.Image) else image
+        return np.stack([_resize(channel, size.height, size.width) for channel in channels])
+
+
+def _resize(channel: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
+    pixels = torch.from_numpy(np.ascontiguousarray(channel, dtype=np.float32))[None, None]
+    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Any:
+    """Prepare one RGB image: the `pixel_values` of any image processor, `(1, channels, height, width)`.
+
+    Args:
+        processor: the image processor.
+        kwargs: further arguments of the processor.
+        image: the image, which is left as it is.
+    """
+    if not _resizes_first(processor, kwargs):
+        return processor([np.array(image)], **kwargs)["pixel_values"]
+    # transformers makes three copies at full size before it lets Pillow resize the image: an array, an array of
+    # bytes and a Pillow image again. A copy of the processor hands the image over as it is.
+    picture, own = image, type(processor).resize
+
+    def resize(*, image: np.ndarray, size: SizeDict, **options: Any) -> np.ndarray:
+        if size.shortest_edge and not size.longest_edge:
+            height, width = get_resize_output_image_size(
+                image, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.FIRST
+            )
+            size = SizeDict(height=height, width=width)
+        if size.height and size.width:
+            return own(processor, picture, size, **options)
+        return own(processor, np.moveaxis(np.array(picture), -1, 0), size, **options)
+
+    handing_over = copy.copy(processor)
+    handing_over.resize = resize  # which does not know the copy: a cycle would keep the image in memory
+    shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))  # takes no memory
+    return handing_over([shape], **kwargs)["pixel_values"]
+
+
+def _resizes_first(processor: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a processor does with an image, before anything else, what transformers' resizing by Pillow does."""
+    kind: Any = type(processor)
+    return (
+        issubclass(kind, PilBackend)
+        and kind.resize in (PilBackend.resize, D2SVSEImageProcessorPil.resize)
+        and (kind.preprocess, kind._preprocess) == (PilBackend.preprocess, PilBackend._preprocess)
+        and kind.process_image is PilBackend.process_image
+        and bool(kwargs.get("do_resize", processor.do_resize))
+    )

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
 
-from d2svse.images import ImageSource, load_image
+from d2svse.images import ImageSource, image_list, use_image
+from d2svse.models.image_processing import prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 from d2svse.models.tokenizing import complete_tokenizer
 from d2svse.text import check_text, read_json, visible
@@ -259,11 +261,27 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         Raises:
             ImageError: if a picture cannot be read.
         """
-        single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray)
-        sources: Any = [images] if single else images
-        pictures = [load_image(source) for source in sources]
-        kwargs = {"return_tensors": "pt", "input_data_format": "channels_last", **kwargs}
-        return self.image_processor(pictures, **kwargs)["pixel_values"]
+        sources = image_list(images)
+        if not sources:
+            raise ValueError("no image to prepare: an empty list")
+        kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
+        # One after the other, so that only one is in memory at full size.
+        prepare = partial(prepare_image, self.image_processor, kwargs)
+        prepared = [use_image(source, prepare) for source in sources]
+        return prepared[0] if len(prepared) == 1 else _stack(prepared)
+
+    def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
+        """Read and prepare one image: `(channels, height, width)` float32; for readers in threads.
+
+        Args:
+            source: the image.
+            at_least: see `load_image`.
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+        kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
+        return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)[0]
 
     def draft_size(self) -> int | None:
         """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.
@@ -404,6 +422,16 @@ def _encode_alone(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _chunks(texts: list[str]) -> list[list[str]]:
     return [texts[start : start + TOKENIZING_CHUNK] for start in range(0, len(texts), TOKENIZING_CHUNK)]
+
+
+def _stack(prepared: list[Any]) -> Any:
+    """The prepared batches of one image as one batch, of the kind that they are."""
+    if len({np.shape(pixels) for pixels in prepared}) > 1:
+        shapes = " and ".join(str(shape[1:]) for shape in sorted({np.shape(pixels) for pixels in prepared})[:2])
+        raise ValueError(f"the image processor gives images of different shapes, {shapes}; set a fixed size or a crop")
+    if isinstance(prepared[0], Tensor):
+        return torch.cat(prepared)
+    return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
 def check_vocabulary(folder: str | os.PathLike[str]) -> None:

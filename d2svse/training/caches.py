@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from d2svse.data import ImageTextDataset
 from d2svse.files import to_disk, write_faults, write_json, written_aside
-from d2svse.images import load_image, picture_state
+from d2svse.images import picture_state
 from d2svse.models import D2SVSE
 from d2svse.progress import progress_bar
 from d2svse.training.teacher import Teacher
@@ -121,7 +121,7 @@ def cached_image_tokens(
     path = folder / TOKENS_FILE
 
     def make(rows: Sequence[int]) -> np.ndarray:
-        pixels = processor.pixel_values([load_image(dataset.images[row]) for row in rows])
+        pixels = processor.pixel_values([dataset.images[row] for row in rows])
         training = model.image_encoder.training
         with torch.inference_mode():
             tokens = model.image_encoder.eval().backbone_tokens(pixels.to(model.device))

@@ -1,0 +1,67 @@
+"""Pillow images of arrays and tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CHANNELS = (1, 3, 4)
+TOLERANCE = 0.01  # by which filters may leave 0 to 1
+DEEP = ("uint16", "int32")  # grey images of one channel, which are scaled to 8 bits as files of that kind are
+
+
+def array_image(source: Any) -> Image.Image:
+    """Return the Pillow image of an array or a tensor.
+
+    Args:
+        source: an array `(height, width)` or `(height, width, channels)`, or a tensor `(height, width)` or
+            `(channels, height, width)`, of 1, 3 or 4 channels (2 in an array: grey and transparency); uint8,
+            bool, or float from 0 to 1.
+
+    Raises:
+        ValueError: if its shape, type or values are others; the message says what was expected.
+    """
+    is_tensor = not isinstance(source, np.ndarray)
+    kind, order = ("tensor", "(channels, height, width)") if is_tensor else ("array", "(height, width, channels)")
+    shape = tuple(source.shape)
+    if 0 in shape or len(shape) not in (2, 3):
+        raise ValueError(f"{_a(kind)} of shape {shape}, expected (height, width) or {order}")
+    if len(shape) == 3:
+        own, other = (shape[0], shape[2]) if is_tensor else (shape[2], shape[0])
+        if own not in CHANNELS and not (own == 2 and not is_tensor):
+            turn = "tensor.permute(2, 0, 1)" if is_tensor else "array.transpose(1, 2, 0)"
+            hint = f"; its channels come {'last' if is_tensor else 'first'}: give {turn}" if other in CHANNELS else ""
+            raise ValueError(f"{_a(kind)} of shape {shape}, expected {order} with 1, 3 or 4 channels{hint}")
+    array: np.ndarray = _to_numpy(source) if is_tensor else source
+    if is_tensor and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return Image.fromarray(_to_bytes(array, kind))
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+def _to_bytes(array: np.ndarray, kind: str) -> np.ndarray:
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8 or (array.ndim == 2 and array.dtype.name in DEEP):
+        return np.ascontiguousarray(array)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{_a(kind)} of type {array.dtype}, expected uint8, bool, or float from 0 to 1")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
+        raise ValueError(
+            f"{_a(kind)} of float from {low:.4g} to {high:.4g}, expected 0 to 1; "
+            "give it before it is normalised, or as uint8"
+        )
+    return (array.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _a(kind: str) -> str:
+    return "an array" if kind == "array" else "a tensor"
