@@ -54,8 +54,8 @@ class D2SVSEImageProcessorPil(PilBackend):
         # All channels at once, since torch rounds otherwise for one or two.
         if isinstance(image, Image.Image):
             pixels = np.empty((3, image.height, image.width), dtype=np.float32)
-            for plane, name in zip(pixels, "RGB", strict=True):  # no other copy of all channels
-                plane[:] = image.getchannel(name)
+            for plane, name in zip(pixels, "RGB", strict=True):
+                plane[:] = np.asarray(image.getchannel(name))
         else:
             pixels = np.ascontiguousarray(image, dtype=np.float32)
         resized = F.interpolate(
