@@ -83,13 +83,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--small", type=int, default=64, help="Photos of 12 megapixels.")
     parser.add_argument("--large", type=int, default=16, help="Photos of 50 megapixels.")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make_model(args.make / "model")
+        make_photos(args.make / "photos", {"12 MP": args.small, "50 MP": args.large})
+        return
     trees = [Path(__file__).parents[1], *args.tree]
     found: dict[Path, list[tuple[float, float]]] = {tree: [] for tree in trees}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder / "model")
-        make_photos(folder / "photos", {"12 MP": args.small, "50 MP": args.large})
+        # In a process of its own: Linux counts the memory of this one to those that it starts.
+        command = [sys.executable, __file__, "--make", folder, "--small", args.small, "--large", args.large]
+        subprocess.run(list(map(str, command)), check=True)
         size = sum(path.stat().st_size for path in (folder / "photos").iterdir())
         print(f"{args.small + args.large} photos, {size / 1e6:.0f} MB\n")
         for _ in range(args.repeats):

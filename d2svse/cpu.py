@@ -11,6 +11,7 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # glibc gives freed blocks above a threshold back to the system, and every step of training asks for them anew.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**30
+_keeping = False  # whether keep_memory has done so
 ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
@@ -45,8 +46,19 @@ def keep_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ALLOCATOR_VARIABLES):
         return False
+    global _keeping
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    _keeping = bool(libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    return _keeping
+
+
+def give_back_memory() -> None:
+    """Give what is free back to the system, where `keep_memory` keeps it; for what comes once, such as a large image.
+
+    Each thread has a part of the memory for itself, so that what one has freed is of no use to another.
+    """
+    if _keeping:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def prepare_cpu() -> None:

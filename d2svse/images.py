@@ -33,7 +33,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from d2svse.cpu import usable_cores
+from d2svse.cpu import give_back_memory, usable_cores
 from d2svse.image_arrays import array_image
 from d2svse.image_metadata import without_metadata
 from d2svse.progress import progress_bar
@@ -64,8 +64,9 @@ MAX_ASPECT = 200  # what resizes the shorter side to 224 pixels makes 10 million
 BYTES_PER_PIXEL = 8  # Pillow's four for the decoded image, and four for its RGB copy
 GREEDY = dict.fromkeys(("WEBP", "AVIF", "HEIF", "JXL"), 16)  # their libraries keep two more copies
 PROGRESSIVE = 10  # all coefficients of a progressive JPEG file are kept until the end
-STRIP_PIXELS = 1 << 22  # converted at a time
+STRIP_PIXELS = 1 << 20  # converted at a time
 ROOM_PER_CORE = 16_000_000
+LARGE_PIXELS = 4_000_000  # whose memory goes back to the system at once
 MESSAGE_LENGTH = 200
 # What a decoder raises for metadata that it cannot take; a fault in the pixels is an OSError or a RuntimeError.
 METADATA_ERRORS = (
@@ -139,6 +140,8 @@ class PixelRoom:
         try:
             yield
         finally:
+            if pixels >= LARGE_PIXELS:
+                give_back_memory()
             with self.freed:
                 self.taken -= pixels
                 self.freed.notify_all()
@@ -543,9 +546,10 @@ def find_images(
 def has_image_suffix(name: str) -> bool:
     """Whether a file of that name is, by its suffix, a picture that Pillow reads here."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix in IMAGE_SUFFIXES or (
-        suffix in PLUGIN_SUFFIXES and Image.registered_extensions().get(suffix) in Image.OPEN
-    )
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    kind = Image.registered_extensions().get(suffix) if suffix in PLUGIN_SUFFIXES else None
+    return kind in (*FORMATS, *PLUGIN_FORMATS) and kind in Image.OPEN
 
 
 def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:

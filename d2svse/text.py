@@ -153,7 +153,8 @@ def check_text(text: Any, where: str) -> str:
         ValueError: if it is no text, empty, or holds half a character (a lone surrogate).
     """
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: expected a text, got {text!r:.80}")
+        what = "empty, expected a text" if isinstance(text, str) else "expected a text"
+        raise ValueError(f"{where}: {what}, got {text!r:.80}")
     half = _SURROGATE.search(text)
     if half:
         raise ValueError(

@@ -440,6 +440,15 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
     assert room.taken == 0
 
 
+def test_the_memory_of_large_images_goes_back_to_the_system(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(images_module, "give_back_memory", lambda: calls.append(1))
+    monkeypatch.setattr(images_module, "LARGE_PIXELS", 50)
+    for side in (7, 8):
+        load_image(save(tmp_path, Image.new("RGB", (side, side))))
+        assert len(calls) == side - 7
+
+
 def test_readers_are_as_many_as_usable_cores(model, tmp_path, monkeypatch):
     asked = []
     pool = images_module.ThreadPoolExecutor

@@ -8,6 +8,7 @@ import email.utils
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
 from d2svse.captioning.text import find_fault
-from d2svse.images import ImageError, load_image
+from d2svse.images import ImageError, load_image, orientation
 from d2svse.text import decode_text, parse_json, visible
 
 try:
@@ -38,7 +39,6 @@ READ_ENCODINGS = ("", "identity", "gzip", "deflate")  # of an answer; what is pa
 SAID_CHARACTERS = 200
 RETRIED = (408, 409, 425, 429)
 SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-ORIENTATION_TAG = 0x0112
 
 
 class EndpointError(ValueError):
@@ -293,9 +293,10 @@ def encode_picture(path: Path) -> tuple[str, bytes]:
     """
     picture = load_image(path)
     content = sent = path.read_bytes()
-    with Image.open(BytesIO(content)) as opened:
-        upright = opened.getexif().get(ORIENTATION_TAG, 1) == 1
-        kind = SENT_AS_THEY_ARE.get(opened.format or "") if opened.mode == "RGB" and upright else None
+    kind = None
+    with suppress(Exception), Image.open(BytesIO(content), formats=tuple(SENT_AS_THEY_ARE)) as opened:
+        # what Pillow alone cannot open, for its metadata or its size, goes as PNG
+        kind = SENT_AS_THEY_ARE[opened.format or ""] if opened.mode == "RGB" and orientation(opened) == 1 else None
     if kind is None:
         buffer = BytesIO()
         picture.save(buffer, format="PNG")

@@ -51,14 +51,17 @@ class D2SVSEImageProcessorPil(PilBackend):
         """Resize a `(channels, height, width)` image, or one of Pillow, to `size.height` × `size.width`."""
         if self.antialias:
             return super().resize(image, size, **kwargs)  # type: ignore[arg-type]
-        # Channel by channel, since a large image in float32 takes four times as much memory.
-        channels = map(image.getchannel, "RGB") if isinstance(image, Image.Image) else image
-        return np.stack([_resize(channel, size.height, size.width) for channel in channels])
-
-
-def _resize(channel: np.ndarray | Image.Image, height: int, width: int) -> np.ndarray:
-    pixels = torch.from_numpy(np.ascontiguousarray(channel, dtype=np.float32))[None, None]
-    return F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+        # All channels at once, since torch rounds otherwise for one or two.
+        if isinstance(image, Image.Image):
+            pixels = np.empty((3, image.height, image.width), dtype=np.float32)
+            for plane, name in zip(pixels, "RGB", strict=True):
+                plane[:] = np.asarray(image.getchannel(name))
+        else:
+            pixels = np.ascontiguousarray(image, dtype=np.float32)
+        resized = F.interpolate(
+            torch.from_numpy(pixels)[None], (size.height, size.width), mode="bilinear", align_corners=False
+        )
+        return resized[0].numpy()
 
 
 def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Any:

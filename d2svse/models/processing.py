@@ -221,7 +221,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         """Prepare a batch.
 
         Args:
-            images: a path, a Pillow image or an array, or a list of them.
+            images: what `encode_image` takes, or a list of it.
             text: a text or a list of them.
             padding: as tokenizers take it; True pads to the longest.
             truncation: cut what is longer than `max_length`.

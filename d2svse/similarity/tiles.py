@@ -96,12 +96,16 @@ class FragmentSimilarity(Similarity):
     @classmethod
     def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:
         """Make one with the metric that is named; `num_blocks` beside it is the metric's."""
+        parameters = inspect.signature(cls).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         arguments = dict(arguments)
-        blocks = arguments.pop("num_blocks", NUM_BLOCKS)
-        metric = Metric.from_config(arguments.pop("metric", "cosine"), arguments.get("dim", dim), num_blocks=blocks)
-        if "dim" not in inspect.signature(cls).parameters:
-            arguments.pop("dim", None)
-        return super().from_config({**arguments, "metric": metric}, dim)
+        if "metric" in arguments or "metric" in parameters or takes_all:
+            width = arguments.get("dim", dim)
+            blocks = arguments.pop("num_blocks", NUM_BLOCKS)
+            arguments["metric"] = Metric.from_config(arguments.get("metric", "cosine"), width, num_blocks=blocks)
+        if "dim" not in parameters:
+            arguments.pop("dim", None)  # which is the metric's
+        return super().from_config(arguments, dim)
 
     @abstractmethod
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:

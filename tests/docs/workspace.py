@@ -18,6 +18,8 @@ from transformers import LlavaForConditionalGeneration
 from d2svse import D2SVSE, build_similarity
 from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_manifest, write_scenes
+from d2svse.demo import DEMO
+from d2svse.folders import written_folder
 from d2svse.retrieval import protocols
 
 ROOT = Path(__file__).parents[2]
@@ -151,10 +153,14 @@ def _train(folder: Path) -> None:
     for stage in ("pretrain", "distill"):
         shutil.rmtree(folder / "runs/first" / stage / "checkpoints")  # so that a page may train there
     shutil.copytree(folder / "runs/first", folder / "runs/flickr8k")
-    for name in ("MODEL", "d2svse-demo/model", "my-model", "models/coco-vit"):
+    for name in ("MODEL", "my-model", "models/coco-vit"):
         shutil.copytree(folder / "runs/first/model", folder / name)
+    with written_folder(folder / "d2svse-demo/model", DEMO) as aside:  # which the demo replaces
+        shutil.copytree(folder / "runs/first/model", aside, dirs_exist_ok=True)
     of_tokens = D2SVSE.from_pretrained(folder / "MODEL")
     of_tokens.config.similarity = {"name": "omit"}
     of_tokens.similarity_fn = build_similarity("omit", of_tokens.config.embed_dim)
-    for name in ("omit", "flickr8k-omit"):
-        of_tokens.save_pretrained(folder / "runs" / name / "model")
+    shutil.copytree(folder / "runs/first/model", folder / "runs/flickr8k-omit/model")  # which training replaces
+    of_tokens.save_pretrained(folder / "runs/flickr8k-omit/model")
+    with written_folder(folder / "runs/omit/model", DEMO) as aside:
+        of_tokens.save_pretrained(aside)

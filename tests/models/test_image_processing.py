@@ -5,6 +5,8 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
@@ -59,3 +61,12 @@ def test_the_usual_processors_go_without_copies():
     # fails where transformers names its steps anew, and large images take three copies again
     usual = [name for name, (kind, options) in PROCESSORS.items() if _resizes_first(kind(**options), KWARGS)]
     assert usual == ["vit", "clip", "deit", "siglip", "shortest", "both", "published", "antialias"]
+
+
+@pytest.mark.parametrize("shape", [(50, 70, 3), (70, 50, 3), (1, 9, 3), (9, 1, 3), (400, 300, 3)])
+def test_the_published_resizing_is_that_of_all_channels_at_once(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    whole = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))[None]
+    expected = F.interpolate(whole, (224, 224), mode="bilinear", align_corners=False)
+    processor = D2SVSEImageProcessorPil(do_rescale=False, do_normalize=False)
+    np.testing.assert_array_equal(prepare_image(processor, KWARGS, Image.fromarray(pixels)), expected)
