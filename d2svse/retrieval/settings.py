@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from d2svse.files import write_text
+from d2svse.files import sweep, write_text
 from d2svse.retrieval.search import Shortlist, Side
 from d2svse.retrieval.storage import inside
+from d2svse.retrieval.store import SKIPPED
 from d2svse.text import read_json, to_json
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def note_folders(folder: Path, names: Iterable[str]) -> None:
 
 
 def sweep_folders(folder: Path, used: Collection[str]) -> None:
-    """Remove the folders that this index wrote and does not need any more; under the lock."""
+    """Remove the folders that this index wrote and does not need any more, and unfinished files; under the lock."""
+    for name in (MANIFEST, FOLDERS, SKIPPED):
+        sweep(folder / name)
     listed = _listed(folder)
     for path in folder.iterdir():
         aside = _ASIDE.fullmatch(path.name)

@@ -106,7 +106,7 @@ def test_texts_come_in_any_list(model):
         (np.array([["a ring"]]), "got ndarray of 2 dimensions"),
         (torch.ones(2), r"texts\[0\]: expected a text"),
         (["a ring", float("nan")], r"texts\[1\]: expected a text, got nan"),
-        (["a ring", " "], r"texts\[1\]: expected a text, got ' '"),
+        (["a ring", " "], r"texts\[1\]: empty, expected a text, got ' '"),
     ],
 )
 def test_what_is_no_list_of_texts_is_told_shortly(model, texts, message):
