@@ -19,6 +19,17 @@ from transformers.image_utils import (
     SizeDict,
 )
 
+# What transformers does before it resizes an image; a processor of its own ways in one of them gets the image itself.
+STEPS = (
+    "__call__",
+    "preprocess",
+    "_preprocess_image_like_inputs",
+    "_prepare_image_like_inputs",
+    "process_image",
+    "convert_to_rgb",
+    "_preprocess",
+)
+
 
 class D2SVSEImageProcessorPil(PilBackend):
     """Whole picture to a square, then ImageNet's mean and deviation, as the published code feeds its network.
@@ -73,7 +84,7 @@ def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) ->
         image: the image, which is left as it is.
     """
     if not _resizes_first(processor, kwargs):
-        return processor([np.array(image)], **kwargs)["pixel_values"]
+        return processor([image], **kwargs)["pixel_values"]
     # transformers makes three copies at full size before it lets Pillow resize the image: an array, an array of
     # bytes and a Pillow image again. A copy of the processor hands the image over as it is.
     picture, own = image, type(processor).resize
@@ -100,7 +111,6 @@ def _resizes_first(processor: Any, kwargs: dict[str, Any]) -> bool:
     return (
         issubclass(kind, PilBackend)
         and kind.resize in (PilBackend.resize, D2SVSEImageProcessorPil.resize)
-        and (kind.preprocess, kind._preprocess) == (PilBackend.preprocess, PilBackend._preprocess)
-        and kind.process_image is PilBackend.process_image
+        and all(getattr(kind, step, None) is getattr(PilBackend, step, None) for step in STEPS)
         and bool(kwargs.get("do_resize", processor.do_resize))
     )

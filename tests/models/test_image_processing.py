@@ -19,7 +19,21 @@ from transformers import (
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, _resizes_first, prepare_image
 
 KWARGS = {"return_tensors": "pt", "input_data_format": "channels_last"}
+
+
+class Turned(ViTImageProcessorPil):
+    def __call__(self, images, **options):
+        return super().__call__([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images], **options)
+
+
+class Darker(ViTImageProcessorPil):
+    def process_image(self, image, **options):
+        return super().process_image(image, **options) // 2
+
+
 PROCESSORS = {
+    "turned": (Turned, {}),
+    "darker": (Darker, {}),
     "vit": (ViTImageProcessorPil, {}),
     "clip": (CLIPImageProcessorPil, {}),
     "deit": (DeiTImageProcessorPil, {}),
