@@ -122,10 +122,10 @@ class FragmentSimilarity(Similarity):
         """
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
+        if not len(images) or not len(texts):  # the same graph, whose collectives the other processes wait for
+            sides = [side if len(side) else _one_of_nothing(side) for side in (images, texts)]
+            return self.score(*sides)[: len(images), : len(texts)]
         left, right = self.fragments(images, texts)
-        if not len(images) or not len(texts):  # a process without images still takes part in reducing gradients
-            used = [*left[:-1], *right[:-1], *self.parameters()]
-            return left.vectors.new_zeros(len(images), len(texts)) + sum(tensor.sum() for tensor in used) * 0
         score: Callable[[Fragments, Fragments], Tensor] = partial(_score, self)
         if torch.is_grad_enabled():  # what the backward pass needs of a tile is computed again then
             parameters = {f"similarity.{name}": parameter for name, parameter in self.named_parameters()}
@@ -271,6 +271,13 @@ def _fragments(features: Features) -> Fragments:
     assert features.tokens is not None
     vectors, norms = _Normalized.apply(features.tokens)
     return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
+
+
+def _one_of_nothing(features: Features) -> Features:
+    """Add an item of zeros, which is all padding where there is a mask."""
+    assert features.tokens is not None
+    mask = None if features.mask is None else F.pad(features.mask, (0, 0, 0, 1))
+    return Features(F.pad(features.pooled, (0, 0, 0, 1)), F.pad(features.tokens, (0, 0, 0, 0, 0, 1)), mask)
 
 
 class _Normalized(torch.autograd.Function):

@@ -183,7 +183,7 @@ def test_encoding_gives_arrays_tensors_or_features_and_leaves_the_mode(model, va
 
 
 def test_encoding_names_bad_input(model, tmp_path):
-    with pytest.raises(ValueError, match=r"texts\[1\]: expected a text"):
+    with pytest.raises(ValueError, match=r"texts\[1\]: empty, expected a text"):
         model.encode_text(["a", " "])
     with pytest.raises(ValueError, match="an empty list"):
         model.encode_text([])
