@@ -27,12 +27,11 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from PIL import Image
 
 from d2svse.cpu import usable_cores
 from d2svse.data.manifest import ManifestError, Record, as_captions, parse_json_lines, record_texts
 from d2svse.files import write_text, written_aside
-from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, load_image
+from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, image_format, load_image
 from d2svse.progress import progress_bar
 from d2svse.text import decode_text, parse_json, read_lines, split_lines, to_json, visible
 
@@ -489,11 +488,10 @@ def _image_suffix(image: Path | StoredImage, content: bytes) -> str:
     """The suffix of its name, or one by its content where that is none of a picture."""
     if has_image_suffix(image.name):
         return os.path.splitext(image.name)[1].lower()
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return f".{(picture.format or '').lower()}"
-    except OSError as error:
-        raise ImageError(f"{os.fspath(image)}: not a picture in a format that Pillow reads") from error
+    kind = image_format(io.BytesIO(content))
+    if kind is None:
+        raise ImageError(f"{os.fspath(image)}: not a picture in a format that is read here")
+    return f".{kind.lower()}"
 
 
 def _holds(path: Path, records: dict[str, Record]) -> bool:
