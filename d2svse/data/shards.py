@@ -27,7 +27,6 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-
 from d2svse.cpu import usable_cores
 from d2svse.data.manifest import ManifestError, Record, as_captions, parse_json_lines, record_texts
 from d2svse.files import write_text, written_aside

@@ -140,7 +140,10 @@ def test_a_backbone_whose_weights_do_not_load_is_refused(how, tmp_path):
             lambda weights: weights | {layer: torch.zeros(3, 3)},
             rf"the weight {layer} is of another shape than config.json says",
         ),
-        "nan": (lambda weights: weights | {layer: weights[layer] * torch.nan}, f"{layer} in model.safetensors holds a NaN"),
+        "nan": (
+            lambda weights: weights | {layer: weights[layer] * torch.nan},
+            f"{layer} in model.safetensors holds a NaN",
+        ),
     }[how]
     spoil(tmp_path, change)
     with pytest.raises(ValueError, match=message) as told:
