@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from d2svse.features import Features
 from d2svse.similarity.alignment import Alignment, TokenScores
@@ -53,6 +51,9 @@ class Fragments(NamedTuple):
         vectors, norms, mask = (t[rows, :length] for t in (self.vectors, self.norms, self.mask))
         mapped = vectors if self.mapped is self.vectors else self.mapped[rows, :length]
         return Fragments(vectors, norms, self.pooled[rows], mapped, mask)
+
+
+SIDE = len(Fragments._fields)
 
 
 class FragmentOptions(TypedDict, total=False):
@@ -122,22 +123,10 @@ class FragmentSimilarity(Similarity):
         """
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        if not len(images) or not len(texts):  # the same graph, whose collectives the other processes wait for
-            sides = [side if len(side) else _one_of_nothing(side) for side in (images, texts)]
-            return self.score(*sides)[: len(images), : len(texts)]
         left, right = self.fragments(images, texts)
-        score: Callable[[Fragments, Fragments], Tensor] = partial(_score, self)
-        if torch.is_grad_enabled():  # what the backward pass needs of a tile is computed again then
-            parameters = {f"similarity.{name}": parameter for name, parameter in self.named_parameters()}
-            if parameters:  # those of now, also where they are swapped (torch.func.functional_call)
-                score = partial(_score_with, _Tile(self), parameters)
-            score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-        columns, order = [], []
-        for index, width, slices in self.tiles(left, right):
-            some_texts = right.cut(index, width)
-            columns.append(torch.cat([score(left.cut(rows), some_texts) for rows in slices]))
-            order.append(index)
-        return torch.cat(columns, 1)[:, torch.cat(order).argsort()]
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        scores: Tensor = _TiledScores.apply(self, list(trained), *left, *right, *trained.values())
+        return scores
 
     def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
         """Make the fragments of both sides ready; the inner product of what is `mapped` is the metric."""
@@ -273,13 +262,6 @@ def _fragments(features: Features) -> Fragments:
     return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
 
 
-def _one_of_nothing(features: Features) -> Features:
-    """Add an item of zeros, which is all padding where there is a mask."""
-    assert features.tokens is not None
-    mask = None if features.mask is None else F.pad(features.mask, (0, 0, 0, 1))
-    return Features(F.pad(features.pooled, (0, 0, 0, 1)), F.pad(features.tokens, (0, 0, 0, 0, 0, 1)), mask)
-
-
 class _Normalized(torch.autograd.Function):
     """L2-normalised vectors and their norms; unlike `F.normalize` it does not keep what it was given."""
 
@@ -321,6 +303,83 @@ def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
         yield group
 
 
+class _TiledScores(torch.autograd.Function):
+    """Scores of all pairs, tile by tile, and their gradient by computing every tile anew."""
+
+    @staticmethod
+    def forward(ctx: Any, similarity: FragmentSimilarity, names: list[str], *tensors: Tensor) -> Tensor:
+        ctx.similarity, ctx.names = similarity, names
+        ctx.save_for_backward(*tensors)
+        images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
+        scores = images.vectors.new_zeros(len(images.mask), len(texts.mask))
+        for index, width, slices in similarity.tiles(images, texts):
+            some_texts = texts.cut(index, width)
+            for rows in slices:
+                scores[rows].index_copy_(1, index, _score(similarity, images.cut(rows), some_texts))
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        with torch.autocast(upstream.device.type, enabled=False):
+            return None, None, *_gradients(ctx, upstream)
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+    """The gradient with respect to both sides and the parameters; None where there is none."""
+    similarity, tensors, needed = ctx.similarity, ctx.saved_tensors, ctx.needs_input_grad[2:]
+    if not upstream.numel():  # a process without images still has to take part in reducing gradients
+        return [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
+    images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
+    # copies, so that neither hooks of the parameters run here nor what was swapped for them is missed
+    trained = [p.detach().requires_grad_(w) for p, w in zip(tensors[2 * SIDE :], needed[2 * SIDE :], strict=True)]
+    swapped = {f"similarity.{name}": parameter for name, parameter in zip(ctx.names, trained, strict=True)}
+    module = _Tile(similarity)
+    chosen = [k for k, wanted in enumerate(needed) if wanted]
+    gradients: list[Tensor | None] = [None] * len(tensors)
+
+    def leaves(cut: Fragments, first: int) -> Fragments:
+        wanted = needed[first : first + SIDE]
+        return Fragments(*(t.detach().requires_grad_(wish) for t, wish in zip(cut, wanted, strict=True)))
+
+    def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
+        whole = gradients[k]
+        if whole is None:  # only now: what no tile uses takes no memory
+            whole = gradients[k] = torch.zeros_like(tensors[k])
+        part = whole[:, : gradient.shape[1]]
+        part[rows] += gradient
+
+    for index, width, slices in similarity.tiles(images, texts):
+        some_texts = leaves(texts.cut(index, width), SIDE)
+        of_texts: list[Tensor | None] = [None] * len(tensors)
+        for rows in slices:
+            some_images = leaves(images.cut(rows), 0)
+            inputs = [*some_images, *some_texts, *trained]
+            with torch.enable_grad():
+                part = (
+                    functional_call(module, swapped, (some_images, some_texts))
+                    if swapped
+                    else module(some_images, some_texts)
+                )
+            if not part.requires_grad:
+                continue
+            sources = [inputs[k] for k in chosen]
+            found = torch.autograd.grad(part, sources, upstream[rows].index_select(1, index), allow_unused=True)
+            for k, gradient in zip(chosen, found, strict=True):
+                if gradient is None:
+                    continue
+                if k < SIDE:
+                    collect(k, rows, gradient)
+                else:
+                    sums = of_texts if k < 2 * SIDE else gradients
+                    before = sums[k]
+                    sums[k] = gradient if before is None else before + gradient
+        for k, whole in enumerate(of_texts):
+            if whole is not None:
+                collect(k, index, whole)
+    return gradients
+
+
 class _Tile(nn.Module):
     """`_score` as a module, so that parameters can be swapped."""
 
@@ -330,11 +389,6 @@ class _Tile(nn.Module):
 
     def forward(self, images: Fragments, texts: Fragments) -> Tensor:
         return _score(self.similarity, images, texts)
-
-
-def _score_with(tile: _Tile, parameters: Mapping[str, Tensor], images: Fragments, texts: Fragments) -> Tensor:
-    scores: Tensor = functional_call(tile, dict(parameters), (images, texts))
-    return scores
 
 
 def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:

@@ -250,7 +250,7 @@ ALL = (*NAMES, "omit", "movers")
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_float32_whatever_the_tokens_are(name):
+def test_float32_whatever_the_tokens_are_and_wherever_backward_runs(name):
     """Encoders under autocast give float32 pooled vectors and bfloat16 tokens."""
     similarity = build_similarity(name, DIM)
     found = []
@@ -261,7 +261,7 @@ def test_float32_whatever_the_tokens_are(name):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             scores = similarity(*given)
             assert scores.dtype == torch.float32
-        (scores * torch.arange(9.0).view(3, 3)).sum().backward()
+            (scores * torch.arange(9.0).view(3, 3)).sum().backward()
         found.append([scores.detach(), *(t.grad for t in tokens)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -270,6 +270,9 @@ def test_float32_whatever_the_tokens_are(name):
 def test_what_needs_no_gradient_gets_none(name):
     similarity = build_similarity(name, DIM).requires_grad_(False)
     images, texts = side(3, 4, 0), side(3, 5, 1)
+    pooled = images.pooled.clone().requires_grad_()
+    similarity(Features(pooled, images.tokens, images.mask), texts).sum().backward()
+    assert pooled.grad is None or pooled.grad.isfinite().all()
     words = texts.tokens.clone().requires_grad_()
     similarity(images, Features(texts.pooled, words, texts.mask)).sum().backward()
     assert words.grad.abs().sum() > 0
