@@ -251,6 +251,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
             options["max_length"] = self._limit(options["max_length"])
             data |= self.tokenizer(texts, **common, **options)
+            limit = options["max_length"]
+            if options["truncation"] and max(map(len, data["input_ids"])) >= limit:  # some may be cut
+                self.report(texts, limit).warn()
         if not data:
             raise ValueError("give images, text or both")
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})

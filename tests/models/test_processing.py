@@ -141,3 +141,12 @@ def test_a_processor_is_copied_with_its_tokenizer(processor):
     for other in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):
         assert other.tokenizer._encode_plus.args[0] is other.tokenizer
         assert other.tokenize(["a red circle"]) == processor.tokenize(["a red circle"])
+
+
+def test_the_processor_tells_what_it_cuts(processor, caplog):
+    long, short = "a red circle and a blue star on a grey background", "a red circle"
+    processor(text=[short, long], max_length=40)
+    assert not caplog.records
+    processor(text=[short, long, long], max_length=6)
+    (record,) = caplog.records
+    assert "2 of the 3 texts" in record.getMessage() or "2 of 3 texts" in record.getMessage()

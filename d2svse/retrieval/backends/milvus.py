@@ -29,6 +29,7 @@ KEYS_AT_A_TIME = 1000
 ROWS_AT_A_TIME = 8192
 QUERIES_AT_A_TIME = 256
 LARGEST_FIELD = 65535  # bytes, of Milvus's VARCHAR and JSON
+ESCAPED = "json:"  # begins a text that Milvus, which takes Unicode alone, holds as JSON
 BUILD = {"HNSW": {"M": 32, "efConstruction": 200}, "IVF": {"nlist": 128}}
 SEARCH = {"HNSW": {"ef": 128}, "IVF": {"nprobe": 32}}
 STORED_OPTIONS = ("uri", "collection", "kind", "search_parameters", "timeout")
@@ -139,7 +140,7 @@ class MilvusIndex(VectorIndex):
                 rows = self._milvus.ask(
                     "query", self.collection, filter=expression, output_fields=["name"], limit=LARGEST_K
                 )
-                found += [row["name"] for row in rows]
+                found += [_given(row["name"]) for row in rows]
             return found
 
         return self._seen(read)
@@ -295,23 +296,26 @@ class MilvusIndex(VectorIndex):
 
     def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
         assert self._call is not None
-        for name, described in zip(ids, metadata, strict=True):
+        held = [(_unicode(name), _unicode(described)) for name, described in zip(ids, metadata, strict=True)]
+        for name, described in held:
             for what, text in (("id", name), ("metadata", json.dumps(described, ensure_ascii=False))):
-                if len(text.encode("utf-8", "surrogatepass")) > LARGEST_FIELD:
+                if len(text.encode("utf-8")) > LARGEST_FIELD:
                     raise ValueError(f"the {what} of {name[:100]!r} is longer than Milvus's {LARGEST_FIELD} bytes")
-            try:
-                name.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError(f"the id {name!r} is not valid Unicode, which Milvus needs") from None
         leaving = {name: row["key"] for name, row in self._rows_of(gone, []).items()}
         self._journal.replace(self._call, list(leaving.values()))
         batch: list[dict[str, Any]] = []
         size = 0
-        for name, vector, described in zip(ids, vectors, metadata, strict=True):
+        for name, vector, (shown, described) in zip(ids, vectors, held, strict=True):
             key = next(key for key in _keys(name) if key != leaving.get(name))
-            row = {"key": key, "name": name, "metadata": described, "call": self._call, "vector": vector}
+            row = {
+                "key": key,
+                "name": _unicode(name),
+                "metadata": _unicode(described),
+                "call": self._call,
+                "vector": vector,
+            }
             batch.append(row)
-            size += vector.nbytes + 4 * len(name) + len(str(described)) + 200
+            size += vector.nbytes + 4 * len(shown) + len(str(described)) + 200
             if size >= BYTES_AT_A_TIME:
                 self._milvus.ask("upsert", self.collection, batch)  # repeated, it adds nothing twice
                 batch, size = [], 0
@@ -354,7 +358,7 @@ class MilvusIndex(VectorIndex):
                         f"{self.search_parameters}, or take FLAT"
                     )
                 scores[query] = [hit["distance"] for hit in hits]
-                ids.append([hit["entity"]["name"] for hit in hits])
+                ids.append([_given(hit["entity"]["name"]) for hit in hits])
         return scores, ids if k else [[] for _ in queries]
 
     def _widest(self, k: int) -> dict[str, Any]:
@@ -370,7 +374,7 @@ class MilvusIndex(VectorIndex):
 
     def _metadata_of(self, ids: list[str]) -> list[Metadata]:
         rows = self._rows_of(ids, ["metadata"])
-        return [dict(rows[name]["metadata"]) for name in ids]
+        return [_given(dict(rows[name]["metadata"])) for name in ids]
 
 
 def _below(folder: Path, uri: str) -> Path:
@@ -387,10 +391,31 @@ def _keys(name: str) -> tuple[str, str]:
     return key, key[:-1] + "+"
 
 
+def _unicode(value: Any) -> Any:
+    """Write texts that are not Unicode, such as names of files that are not UTF-8, as JSON behind a mark."""
+    if isinstance(value, dict):
+        return {name: _unicode(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_unicode(part) for part in value]
+    if not isinstance(value, str) or not (value.startswith(ESCAPED) or any("\ud800" <= c <= "\udfff" for c in value)):
+        return value
+    return ESCAPED + json.dumps(value)
+
+
+def _given(value: Any) -> Any:
+    """Read what `_unicode` wrote."""
+    if isinstance(value, dict):
+        return {name: _given(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_given(part) for part in value]
+    escaped = isinstance(value, str) and value.startswith(ESCAPED)
+    return json.loads(value.removeprefix(ESCAPED)) if escaped else value
+
+
 def _all_of(*conditions: str) -> str:
     return " and ".join(condition for condition in conditions if condition)
 
 
 def _literal(value: Any) -> str:
     """A value in an expression of Milvus."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(_unicode(value), ensure_ascii=False)

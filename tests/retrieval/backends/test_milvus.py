@@ -267,9 +267,20 @@ def test_bad_places_and_other_collections_are_named(server, tmp_path):
     assert (index.fingerprint, index.kind) == ("model-a", "FLAT")
     with pytest.raises(ValueError, match="longer than Milvus's 65535 bytes"):
         index.add(["x" * 70000], VECTORS[:1])
-    with pytest.raises(ValueError, match="not valid Unicode"):
-        index.add(["a", "\udcff"], VECTORS[:2])
     assert len(index) == 0
     index._milvus.client.create_collection("alien", dimension=DIM)
     with pytest.raises(ValueError, match="'alien' is not an index of d2svse"):
         MilvusIndex(DIM, server.uri, "alien")
+
+
+def test_ids_that_are_not_unicode_are_held(tmp_path):
+    odd = [os.fsdecode(b"caf\xe9.jpg"), 'json:"a"', "half \ud83d"]
+    index = MilvusIndex(DIM, uri=str(tmp_path / "odd.db"))
+    index.add([*odd, "plain"], VECTORS[:4], [{"path": name} for name in [*odd, "plain"]])
+    assert set(index.ids) == {*odd, "plain"}
+    assert [found[0] for found in index.search(VECTORS[:4], 1)[1]] == [*odd, "plain"]
+    assert index.metadata_of(odd) == [{"path": name} for name in odd]
+    assert index.search(VECTORS[3:4], 4, filter={"path": odd[0]})[1] == [[odd[0]]]
+    index.delete([odd[0]])
+    assert set(index.ids) == {*odd[1:], "plain"}
+    index.close()
