@@ -307,13 +307,7 @@ class MilvusIndex(VectorIndex):
         size = 0
         for name, vector, (shown, described) in zip(ids, vectors, held, strict=True):
             key = next(key for key in _keys(name) if key != leaving.get(name))
-            row = {
-                "key": key,
-                "name": _unicode(name),
-                "metadata": _unicode(described),
-                "call": self._call,
-                "vector": vector,
-            }
+            row = {"key": key, "name": shown, "metadata": described, "call": self._call, "vector": vector}
             batch.append(row)
             size += vector.nbytes + 4 * len(shown) + len(str(described)) + 200
             if size >= BYTES_AT_A_TIME:
