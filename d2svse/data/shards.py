@@ -249,8 +249,8 @@ def _misfit(member: tarfile.TarInfo, most: int) -> str | None:
 def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """Read the index of shards.
 
-    An index names shards in its own folder (or below it). One on this disk may name addresses too, which a
-    warning tells; one from a server names none but its own.
+    An index names shards in its own folder (or below it), and one from a server names that server alone. An index
+    file that is given itself, and not found in a folder, may name addresses too; a warning tells them.
 
     Args:
         source: `shards.jsonl`, its folder, or its URL.
@@ -292,7 +292,12 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     if not records:
         raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
     hosts = sorted({urlsplit(place).netloc for place in places.values() if is_url(place)})
-    if hosts and not is_url(path):
+    if hosts and not is_url(source):
+        if Path(source).is_dir():
+            raise ManifestError(
+                f"{path}: names images on {', '.join(hosts)}, and a folder names only what is in it; "
+                f"give {INDEX_FILE} itself to fetch them"
+            )
         logger.warning("%s: its images are fetched from %s", visible(path), visible(", ".join(hosts)))
     return records
 

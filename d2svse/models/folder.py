@@ -18,6 +18,7 @@ SHARDS_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 # Files of configurations that transformers reads; config.4.0.0.json and its like stand in for config.json.
 CONFIGURATIONS = ("config*.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+ADAPTER_FILE = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 MAX_CONFIGURATION = 64 * 2**20
 MAX_IMAGE_SIZE = 4096
@@ -78,12 +79,14 @@ def check_contents(
         max_image_size: longest side in pixels that it may ask images to be resized to.
 
     Raises:
-        ValueError: if a link leaves the folder, a configuration is no JSON object, or it names a file, a model
-            or code elsewhere; the message names the file.
+        ValueError: if a link leaves the folder, a configuration is no JSON object, it names a file, a model
+            or code elsewhere, or an adapter lies beside the weights; the message names the file.
     """
     folder = Path(folder)
     name = name or str(folder)
     check_links(folder, name)
+    if (folder / ADAPTER_FILE).exists():  # transformers would load it unasked, whatever its ranks and weights
+        raise ValueError(f"{name}: {ADAPTER_FILE} is refused, as its weights are not checked; merge the adapter first")
     for path in sorted({path for kind in CONFIGURATIONS for path in folder.glob(kind) if path.is_file()}):
         if path.stat().st_size > MAX_CONFIGURATION:
             raise ValueError(f"{path}: larger than {MAX_CONFIGURATION // 2**20} MB; expected a configuration")

@@ -260,12 +260,14 @@ def test_answers_are_bounded(serve, data, monkeypatch):
     assert len(asked) == 1
     write_rows(data / INDEX_FILE, index_row(f"{url}/a.tar", 10))
     with pytest.raises(ImageError, match="more than 10 bytes"):
-        load_image(read_shards(data)[0].image)
+        load_image(read_shards(data / INDEX_FILE)[0].image)
 
 
-def test_addresses_in_an_index_on_this_disk_are_told(data, caplog):
+def test_addresses_in_an_index_are_read_where_it_is_given_itself_alone(data, caplog):
     write_rows(data / INDEX_FILE, index_row("https://example.org/a.tar"))
-    read_shards(data)
+    with pytest.raises(ManifestError, match=r"names images on example\.org, and a folder names only what is in it"):
+        read_shards(data)
+    read_shards(data / INDEX_FILE)
     assert "fetched from example.org" in caplog.text
     write_rows(data / INDEX_FILE, index_row("https://me:word@example.org/a.tar"))
     with pytest.raises(ManifestError, match="no address of a shard"):
