@@ -171,8 +171,6 @@ def test_an_adapter_beside_the_weights_is_not_loaded(folder, backbones, tmp_path
     shutil.copytree(backbones / "text", tmp_path / "text")
     for place in (folder, tmp_path / "text"):
         (place / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1000000}')
-            '{"peft_type": "LORA", "r": 1000000, "base_model_name_or_path": "/x"}'
-        )
     with pytest.raises(ValueError, match=r"adapter_config\.json is refused"):
         D2SVSE.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"adapter_config\.json is refused"):
