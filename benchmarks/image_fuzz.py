@@ -118,7 +118,7 @@ def changed(files: list[bytes], rng: random.Random, kind: str) -> bytes:
 
 
 def sound_checksums(data: bytes) -> bytes:
-    """A PNG file with the checksum of each of its pieces made anew."""
+    """Return a PNG file with the checksum of each chunk recomputed."""
     parts, at = [data[:8]], 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)

@@ -103,7 +103,7 @@ def write_faults(path: str | os.PathLike[str], *aliases: Path) -> Iterator[None]
         *aliases: paths below which a fault is one of `path` too, such as the place it is written aside.
 
     Raises:
-        OSError: in place of any error that says that nothing more could be written.
+        OSError: if the disk is full; the message names the file.
     """
     try:
         yield

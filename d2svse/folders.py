@@ -42,7 +42,7 @@ _NEW = "d2svse-new"
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a command writes to a folder of its own.
+    """The files that one command writes to a folder.
 
     Attributes:
         name: the command, as messages and the list say it.
@@ -258,7 +258,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _check_free(target: Path, files: Iterable[str], ours: set[str] | None) -> None:
-    """Refuse to take the place of a link, of a folder, or of another's file."""
+    """Refuse to replace a link, a folder or a file that another wrote."""
     for name in files:
         where = target / name
         parents = [target / part for part in PurePosixPath(name).parents if str(part) != "."]

@@ -36,7 +36,7 @@ LEFT_OUT = frozenset(
 
 @dataclass(slots=True)
 class FoundImages:
-    """What lies below a folder.
+    """The images below a folder.
 
     Attributes:
         paths: images that are read here, sorted.
@@ -280,7 +280,7 @@ def _hashable(state: object) -> object:
 
 
 def _identity(name: str) -> tuple[str, int, int] | None:
-    """What two spellings of one file share, and two hard links do not."""
+    """Return a key that all spellings of one file share, and two hard links do not."""
     try:
         real = os.path.realpath(name)
         status = os.stat(real)

@@ -250,7 +250,7 @@ def _not_taken(source: Any) -> str:
 
 
 def _name(source: Any) -> str:
-    """What messages call an image: short, and on one line."""
+    """Return a short name of an image for messages, on one line."""
     if isinstance(source, str | os.PathLike):
         name = visible(os.fsdecode(source))
     elif isinstance(source, bytes | bytearray | memoryview):
@@ -475,7 +475,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """What converts the image, or a strip of it, to RGB."""
+    """Return the function that converts the image, or a strip of it, to RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scaling(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

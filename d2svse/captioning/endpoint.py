@@ -236,7 +236,7 @@ class EndpointCaptioner:
         raise _Refused(said)
 
     async def _receive(self, response: Any) -> bytes:
-        """What an answer holds, up to its limit."""
+        """Return the body of an answer, up to the limit of bytes."""
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         if encoding not in READ_ENCODINGS:
             raise _Retry(self._hide(f"an answer in the encoding {encoding[:50]!r}, which is not read"))

@@ -118,7 +118,7 @@ def remove(
 
 @app.command("compact", epilog=examples("d2svse index compact INDEX"))
 def compact(index: Index) -> None:
-    """Write an index anew in few files, without what was removed or replaced."""
+    """Rewrite an index in few files, without removed and replaced items."""
     opened = open_index(index)
     saved = opened.compact()
     typer.echo(f"{_shown(index)}: {saved / 1e6:.1f} MB smaller; {_count(opened)}")

@@ -1,4 +1,4 @@
-"""What the readers of layouts share: text files, captions, ids, where the pictures are."""
+"""Pieces that the readers of layouts share: text files, captions, ids and image folders."""
 
 from __future__ import annotations
 

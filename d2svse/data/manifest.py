@@ -83,7 +83,7 @@ def read_manifest(
         where = f"{path}:{line}"
         image = row.get(image_column)
         if not isinstance(image, str) or not image:
-            raise ManifestError(f'{where}: expected "{image_column}" with the path of a picture, got {image!r:.80}')
+            raise ManifestError(f'{where}: expected "{image_column}" with the path of an image, got {image!r:.80}')
         captions, dense = record_texts(row, where, caption_column)
         file = folder / image
         if not allow_missing and not os.path.isfile(file):
@@ -276,7 +276,7 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
     texts: dict[str, str] = {}
     for line, row in rows:
         if not isinstance(row["image"], str):
-            raise ManifestError(f'{path}:{line}: expected "image" with the path of a picture, got {row["image"]!r:.80}')
+            raise ManifestError(f'{path}:{line}: expected "image" with the path of an image, got {row["image"]!r:.80}')
         texts[_real_path(base / row["image"])] = _text_of(path, line, row)
     return [texts.get(_real_path(record.image)) for record in records]
 

@@ -1,4 +1,4 @@
-"""What of a value may be published: no folders, users and hosts of the user's machine, no keys and passwords."""
+"""Remove folders, users, hosts, keys and passwords from values that are published."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _fits(name: str, kind: str) -> bool:
 
 
 def _content(name: str, path: Path) -> Path | bytes:
-    """What is pushed of a file, which is read as what its name says.
+    """Return the bytes to push of a file, once it has been read as the kind that its name says.
 
     Raises:
         ValueError: if it is something else.

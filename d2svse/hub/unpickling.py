@@ -73,7 +73,7 @@ def _members(values: Any = ()) -> list[Any]:
 
 
 def _kind(*_: Any) -> None:
-    """What stands for a built-in type, which a defaultdict names."""
+    """A stand-in for a built-in type that a defaultdict names."""
 
 
 def _path(kind: type[PurePath]) -> Any:

@@ -46,7 +46,7 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TextReport:
-    """What of some texts does not reach the model.
+    """The parts of some texts that do not reach the model.
 
     Attributes:
         texts: the texts.

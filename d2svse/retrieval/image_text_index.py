@@ -229,7 +229,7 @@ class ImageTextIndex:
 
     @property
     def shortlist(self) -> Shortlist | None:
-        """What the vectors are where the similarity does not fold, see `Similarity.vectors`; else None."""
+        """The kind of the stored vectors, see `Similarity.candidates`; None where they give the scores."""
         return self._settings.shortlist
 
     @property
@@ -323,7 +323,7 @@ class ImageTextIndex:
     def _add(
         self, opened: _Opened, items: SourceItems, prune: bool, on_bad_image: OnBadImage, options: dict[str, Any]
     ) -> tuple[Changes, bool]:
-        """What `add` does under the lock; and whether something was written."""
+        """Add items under the lock; return the changes and whether anything was written."""
         vectors, settings = opened.vectors, opened.settings
         known = dict(zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)) if len(vectors) else {}
         same = same_items(items, known)
@@ -526,7 +526,7 @@ class ImageTextIndex:
         return {side: part if isinstance(part, Features) else Features(part) for side, part in asked.items()}
 
     def query_vectors(self, side: Side, features: Features) -> np.ndarray:
-        """What the stored vectors are searched by, `(n, dim)` float32, see `Similarity.vectors`."""
+        """Return the vectors of queries, `(n, dim)` float32, see `Similarity.vectors`."""
         return self.model.similarity_fn.vectors(side, features, self.shortlist).cpu().numpy()
 
     def info(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Similarity(nn.Module, ABC):
 
     @property
     def output(self) -> Literal["pooled", "features"]:
-        """What `encode_image` and `encode_text` have to give, as their `output`."""
+        """The `output` to ask of `encode_image` and `encode_text`."""
         return "features" if self.needs_tokens else "pooled"
 
     def compared(self, features: Features) -> Features:

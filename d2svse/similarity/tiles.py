@@ -57,7 +57,7 @@ SIDE = len(Fragments._fields)
 
 
 class FragmentOptions(TypedDict, total=False):
-    """What every similarity of fragments takes, see `FragmentSimilarity`."""
+    """The options of every similarity of fragments, see `FragmentSimilarity`."""
 
     metric: Metric
     max_memory: int
@@ -158,7 +158,7 @@ class FragmentSimilarity(Similarity):
         queries: Features,
         candidates: Sequence[Sequence[str]],
     ) -> list[Tensor]:
-        """As of every similarity; what is stored is read once for a block of images and all queries that ask for it."""
+        """Score candidates; read each block of stored items once for all queries that ask for it."""
         device = queries.pooled.device
         if side == "text":
             scores: list[Tensor] = []
