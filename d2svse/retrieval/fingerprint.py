@@ -33,7 +33,7 @@ TOKENIZER_STATE = ("truncation", "padding")  # of the last call
 CHUNK = 1 << 26
 
 
-def model_fingerprint(model: D2SVSE) -> str:
+def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
     """SHA-256 over weights, configuration, similarity and processor: two models with one fingerprint encode alike.
 
     Weights count by name, dtype, shape and bytes; of the configuration what differs from the
@@ -43,6 +43,7 @@ def model_fingerprint(model: D2SVSE) -> str:
 
     Args:
         model: the model, with its processor.
+        bare_name: as an earlier version did it for a model that was configured by the name of its similarity alone.
 
     Returns:
         64 hexadecimal digits.
@@ -53,8 +54,11 @@ def model_fingerprint(model: D2SVSE) -> str:
     if model.processor is None:
         raise ValueError("the model has no processor, which decides its embeddings too; set model.processor")
     digest = hashlib.sha256()
+    config = _configuration(model.config)
+    if bare_name and config.get("similarity", {}).keys() == {"name"}:
+        config["similarity"] = config["similarity"]["name"]
     parts = {
-        "config": _configuration(model.config),
+        "config": config,
         "similarity": f"{type(model.similarity_fn).__module__}.{type(model.similarity_fn).__qualname__}",
         "image_processor": _image_processor(model.processor.image_processor),
         "tokenizer": _tokenizer(model.processor.tokenizer),

@@ -255,6 +255,8 @@ class ImageTextIndex:
                 f"{self.folder}: the index was made with a model in {made}, and this one is in {dtype}, which gives "
                 f"other vectors; load the model with dtype='{made}', or build the index again with this one"
             )
+        if fingerprint != self.vectors.fingerprint == model_fingerprint(model, bare_name=True):
+            return
         self.vectors.check_fingerprint(fingerprint)
 
     def add(

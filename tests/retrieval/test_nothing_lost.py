@@ -341,3 +341,19 @@ def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp
     index.compact()
     assert len(list((tmp_path / "i").glob("store-*"))) == 1
     assert len(index.search("a red circle", k=99)[0]) == 15
+
+
+def test_an_index_of_a_model_that_was_configured_by_a_bare_name_opens(make_model, photos, tmp_path, monkeypatch):
+    model = make_model(similarity="omit")
+    bare = model_fingerprint(model, bare_name=True)
+    assert bare != model_fingerprint(model)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("d2svse.retrieval.image_text_index.model_fingerprint", lambda *_, **__: bare)
+        index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    assert index.vectors.fingerprint == bare
+    shutil.copy(sorted(photos.iterdir())[0], photos / "new.png")
+    opened = ImageTextIndex.load(tmp_path / "i", model)
+    assert len(opened.add(photos).added) == 1
+    assert opened.search("a red circle", k=1)[0]
+    with pytest.raises(ValueError, match="this model is"):
+        ImageTextIndex.load(tmp_path / "i", make_model(seed=1, similarity="omit"))
