@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ def milvus(given: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "milvus_lite", "server", "--data-dir", f"{name}/server", "--port", str(port)]
         server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL)
         try:
+            wait_for(server, port)
             for kind in ("FLAT", "HNSW"):
                 answers = []
                 for place, uri in (("embedded", f"{name}/{kind}.db"), ("gRPC server", f"http://127.0.0.1:{port}")):
@@ -207,6 +209,21 @@ def milvus(given: argparse.Namespace) -> int:
     print(f"\n{len(vectors)} × {DIM} random vectors, {QUERIES} queries, k = {K}\n")
     table(["", "recall@10", "ms, alone", "ms, in a batch", "added in s"], rows)
     return int(not same)
+
+
+def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a server of this machine listens, which takes seconds beside other work.
+
+    Raises:
+        RuntimeError: if it has ended, or does not listen after two minutes.
+    """
+    for _ in range(1200):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if server.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise RuntimeError("the server of Milvus did not start")
 
 
 def measured(index: VectorIndex, queries: np.ndarray, best: list[list[str]]) -> list[str]:
