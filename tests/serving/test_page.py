@@ -122,6 +122,8 @@ def test_bad_queries_are_told_and_the_page_goes_on(make_index, folder, serve_pag
         assert str(tmp_path) not in told
         assert "data-place" not in told
     assert "Nothing to turn over" in "\n".join(map(str, client.predict(api_name="/next")))
+    for unknown in ("你好", "😀😀", "привет"):
+        assert "knows no word of the text" in ask(client, unknown)
     long = ask(client, "red " * 400)
     assert "truncated to 96 tokens" in long
     assert places(long) == list(range(PAGE))
