@@ -28,7 +28,7 @@ STEP = """
 import json, resource, sys, time
 import numpy as np
 from d2svse import D2SVSE
-from d2svse.hub import convert_published
+from d2svse.published import convert_published
 what, source, target = sys.argv[1:4]
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
@@ -55,7 +55,7 @@ def write_checkpoint(path: Path, kind: str, resolution: int, detail: int, stage:
     from transformers import BertConfig, SwinConfig, ViTConfig
 
     from d2svse import D2SVSE, D2SVSEConfig
-    from d2svse.hub.names import published_shapes
+    from d2svse.published.names import published_shapes
 
     if kind == "vit":
         vision = ViTConfig(image_size=detail, num_hidden_layers=layers)

@@ -49,7 +49,7 @@ from d2svse import D2SVSE, ImageTextDataset, evaluate
 from d2svse.cpu import prepare_cpu
 from d2svse.data.manifest import Record
 from d2svse.models import onednn
-from d2svse.retrieval.metrics import (
+from d2svse.retrieval.evaluation.metrics import (
     MATRIX_TILE,
     RightAnswers,
     best_ranks_in_tiles,
@@ -58,9 +58,9 @@ from d2svse.retrieval.metrics import (
     ranks,
     whole_matrix,
 )
-from d2svse.retrieval.protocols import find_protocol, right_answers, take_split
-from d2svse.retrieval.ranking import ranking_metrics, rankings
-from d2svse.retrieval.streaming import Scorer, stream_ranks
+from d2svse.retrieval.evaluation.protocols import find_protocol, right_answers, take_split
+from d2svse.retrieval.evaluation.ranking import ranking_metrics, rankings
+from d2svse.retrieval.evaluation.streaming import Scorer, stream_ranks
 
 IMAGES, CAPTIONS_EACH, DIM = 5000, 5, 512
 CAPTIONS = IMAGES * CAPTIONS_EACH

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from d2svse import ImageTextIndex
 from d2svse.data.manifest import Record, read_manifest
-from d2svse.retrieval.gallery import draw_gallery
+from d2svse.retrieval.search.gallery import draw_gallery
 
 IGNORED = frozenset(
     "a an the is are in on of with and at to while two three one some it its his her their by for from as be other"

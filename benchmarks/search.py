@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from d2svse.retrieval import ExactIndex, VectorIndex, load_index, make_index
-from d2svse.retrieval.storage import map_array, read_manifest
+from d2svse.retrieval.vectors.storage import map_array, read_manifest
 
 DIM, ROWS, QUERIES, K = 512, 1_000_000, 100, 10
 BARE_BLOCKS = (1024, 4096, 16384, 65536)
@@ -122,7 +122,7 @@ def memory(given: argparse.Namespace) -> int:
 def photos(given: argparse.Namespace) -> int:
     """Every engine on embeddings of real photos, enlarged by noise, with real captions as queries."""
     from d2svse import D2SVSE, ImageTextDataset
-    from d2svse.retrieval.tuning import EXACT_SETTINGS, FAISS_SETTINGS, Setting, tune
+    from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, Setting, tune
 
     given.folder.mkdir(parents=True, exist_ok=True)
     cache = given.folder / "photos.npz"

@@ -17,8 +17,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from d2svse.data import ImageTextDataset, write_scenes
 from d2svse.files import shown, write_json
 from d2svse.folders import check_folder, written_folder
+from d2svse.hub.saving import model_kind
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
-from d2svse.models.saving import model_kind
 from d2svse.retrieval import ImageTextIndex, draw_gallery
 from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments

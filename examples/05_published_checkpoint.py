@@ -30,8 +30,8 @@ from transformers import ViTConfig, logging
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.cli.common import print_recalls
 from d2svse.demo import TRAINING, build_model, draw_scenes
-from d2svse.hub import convert_published, write_published
 from d2svse.models import D2SVSEImageProcessorPil
+from d2svse.published import convert_published, load_published, write_published
 from d2svse.retrieval import PROTOCOLS, evaluate_protocol, score_dataset
 from d2svse.training.arguments import PRESETS
 
@@ -91,7 +91,7 @@ print(f"{published}: {published.stat().st_size / 1e6:.1f} MB")
 # ## What is in such a file
 #
 # A dictionary: the tensors under `model`, the options of its training under `opt`. A `.pth` is a pickle, and a pickle
-# can run code when it is opened. `from_published` opens it so that nothing can be run: anything but tensors, plain
+# can run code when it is opened. `load_published` opens it so that nothing can be run: anything but tensors, plain
 # values and `argparse.Namespace` is refused, with its name. Look at one the same way:
 
 
@@ -120,8 +120,8 @@ for name in ("img_enc.image_encoder.fc.weight", "txt_enc.fc.weight", "prompt_lea
 # trained here.
 
 # %%
-as_published = D2SVSE.from_published(published, tokenizer=tokenizer).to(model.device)
-as_trained = D2SVSE.from_published(published, tokenizer=tokenizer, fusion="sum", mask_padding=True).to(model.device)
+as_published = load_published(published, tokenizer=tokenizer).to(model.device)
+as_trained = load_published(published, tokenizer=tokenizer, fusion="sum", mask_padding=True).to(model.device)
 
 # %% [markdown]
 # ## Convert it

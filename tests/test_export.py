@@ -4,7 +4,7 @@ import torch
 from transformers import BertConfig, ConvNextConfig, RobertaConfig, SwinConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
-from d2svse.export import TabledPooling, export_onnx, export_programs
+from d2svse.integrations.onnx import TabledPooling, export_onnx, export_programs
 from d2svse.models.pooling import GeneralizedPooling
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

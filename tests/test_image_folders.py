@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from d2svse.image_folders import find_images, one_of_each, walk_images
 from d2svse.images import find_images as find_images_of_images
+from d2svse.images.folders import find_images, one_of_each, walk_images
 
 
 def touch(folder, *names):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import BmpImagePlugin, Image, ImageOps, TiffImagePlugin, TiffTags, features
 
-from d2svse import images as images_module
 from d2svse.images import ImageError, check_images, find_images, load_image, use_image
+from d2svse.images import reading as images_module
 from d2svse.models import encoding as encoding_module
 
 GRADIENT = np.linspace(0, 1, 48).reshape(6, 8)

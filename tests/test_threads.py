@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from d2svse import D2SVSE
-from d2svse.models.encoding import _inference
+from d2svse.models.encoding import inference as _inference
 from d2svse.retrieval import ImageTextIndex
 
 THREADS, CALLS = 8, 500

@@ -27,9 +27,9 @@ from transformers import (
 
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
 from d2svse.captioning.text import find_fault
+from d2svse.hub.folder import check_contents, loading
+from d2svse.hub.weights import check_finite, weight_files
 from d2svse.images import ImageError, load_image
-from d2svse.models.folder import check_contents, loading
-from d2svse.models.weights import check_finite, weight_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What LLaVA-1.5 was trained with, for processors that bring no chat template.

@@ -97,9 +97,9 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from d2svse.hub.folder import check_contents, check_vocabulary, loading
     from d2svse.models.configuration import D2SVSEConfig
-    from d2svse.models.folder import check_contents, loading
-    from d2svse.models.processing import D2SVSEProcessor, check_vocabulary, longest_sentence
+    from d2svse.models.processing import D2SVSEProcessor, longest_sentence
 
     if Path(name).is_dir():
         check_contents(name)

@@ -47,8 +47,8 @@ def show_transfers() -> None:
 def load_model(name: str) -> D2SVSE:
     """Load a model for use, with its processor."""
     prepare_process()
+    from d2svse.hub.folder import check_model_folder
     from d2svse.models import D2SVSE
-    from d2svse.models.folder import check_model_folder
 
     if Path(name).is_dir():
         check_model_folder(name, processor=True)

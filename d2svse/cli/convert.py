@@ -35,8 +35,8 @@ def published(
     """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
     prepare_process()
     from d2svse.files import shown
-    from d2svse.hub import convert_published
-    from d2svse.hub.architecture import SETTINGS
+    from d2svse.published import convert_published
+    from d2svse.published.architecture import SETTINGS
 
     given = {"fusion": fusion, "token_placement": token_placement, "mask_padding": mask_padding}
     further = parse_assignments(set_ or [], "--set")
@@ -66,7 +66,7 @@ def to_published(
     """Write a model folder in the published format."""
     prepare_process()
     from d2svse.files import shown
-    from d2svse.hub import write_published
+    from d2svse.published import write_published
 
     write_published(folder, output)
     typer.echo(f"{shown(output)}: written")

@@ -126,8 +126,8 @@ def evaluate(
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
     from d2svse.files import write_json, write_text
-    from d2svse.retrieval.protocols import find_protocol
-    from d2svse.retrieval.report import evaluate_protocol
+    from d2svse.retrieval.evaluation.protocols import find_protocol
+    from d2svse.retrieval.evaluation.report import evaluate_protocol
 
     find_protocol(protocol)
     loaded = [(name, load_model(name)) for name in names]

@@ -157,7 +157,7 @@ def tune(
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from d2svse.retrieval.index_tuning import tune_index
+    from d2svse.retrieval.search.tuning import tune_index
 
     rows = tune_index(open_index(index, model), data, k=k, max_queries=max_queries)
     if as_json:
@@ -196,7 +196,7 @@ def _count(index: ImageTextIndex) -> str:
 
 
 def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
-    from d2svse.retrieval.store import SKIPPED
+    from d2svse.retrieval.embeddings.store import SKIPPED
 
     if skipped:
         listed, first = _shown(folder / SKIPPED), visible(skipped[0][1])

@@ -58,11 +58,18 @@ def push(
     from d2svse.hub import CardFacts, push_folder
     from d2svse.text import visible
 
+    fingerprint = None
+    if results:
+        from d2svse.models import D2SVSE, model_fingerprint
+
+        fingerprint = model_fingerprint(D2SVSE.from_pretrained(folder))
+
     pushed = push_folder(
         folder,
         repository,
         facts=CardFacts(license, language or (), dataset or (), facts, tag or ()),
         results=results or (),
+        fingerprint=fingerprint,
         private=private,
         revision=revision,
         commit_message=message,

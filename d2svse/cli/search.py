@@ -67,7 +67,7 @@ def search(
         else:
             _print_table(_words(sentence, picture), hits)
     if gallery is not None:
-        from d2svse.retrieval.gallery import draw_gallery, write_gallery_page
+        from d2svse.retrieval.search.gallery import draw_gallery, write_gallery_page
 
         if gallery.suffix.lower() == ".png":
             draw_gallery([(_words(line, picture), [hit.id for hit in hits]) for line, picture, hits in asked], gallery)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,14 +14,25 @@ from torch.utils.data import Dataset, Sampler
 from d2svse.data import augment
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.images import ImageError, load_image
-from d2svse.models.processing import D2SVSEProcessor
-from d2svse.models.tokenizing import word_ids
 
 
 class SupportsRows(Protocol):
     """Tensors by row."""
 
     def __getitem__(self, row: int) -> Tensor: ...
+
+
+class SampleProcessor(Protocol):
+    """What prepares an image and a text: a `D2SVSEProcessor`, or anything with these methods."""
+
+    tokenizer: Any
+    max_length: int
+
+    def pixel_values(self, images: Any) -> Any:
+        """Prepare images: `(n_images, channels, height, width)`."""
+
+    def word_ids(self, encoded: Any) -> Sequence[int | None]:
+        """Return the word of each token of one text, None for special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +141,7 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: ImageTextDataset,
-        processor: D2SVSEProcessor,
+        processor: SampleProcessor,
         *,
         text: Literal["sparse", "dense"] = "sparse",
         captions_per_epoch: Literal["one", "all"] = "one",
@@ -226,5 +237,5 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         if not self.augment_words:
             return encoded["input_ids"]
         rng = augment.generator(self.seed, epoch, index, augment.WORDS)
-        words = word_ids(self.processor.tokenizer, encoded)
+        words = self.processor.word_ids(encoded)
         return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)

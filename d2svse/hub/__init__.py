@@ -1,15 +1,19 @@
-"""Weights from elsewhere and to elsewhere: published checkpoints, and the Hub with its model cards."""
+"""The Hugging Face Hub and model folders: fetching, checking and pushing, with model cards."""
 
-from d2svse.hub.card import CardFacts
-from d2svse.hub.published import convert_published, load_published, write_published
-from d2svse.hub.push import Pushed, make_repository, push_folder
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CardFacts",
-    "Pushed",
-    "convert_published",
-    "load_published",
-    "make_repository",
-    "push_folder",
-    "write_published",
-]
+from d2svse.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "card": ["CardFacts"],
+        "push": ["Pushed", "make_repository", "push_folder"],
+    },
+)
+
+if TYPE_CHECKING:
+    from d2svse.hub.card import CardFacts as CardFacts
+    from d2svse.hub.push import Pushed as Pushed
+    from d2svse.hub.push import make_repository as make_repository
+    from d2svse.hub.push import push_folder as push_folder

@@ -17,13 +17,18 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from d2svse.files import parse_yaml
 from d2svse.folders import is_own
 from d2svse.hub.access import check_repo_name, hub_errors
-from d2svse.hub.card import CARD_MARK, CardFacts, Result, eval_results, model_card, result_of_evaluation, results_of_run
+from d2svse.hub.card import CARD_MARK, CardFacts, eval_results, model_card, result_of_evaluation, results_of_run
+from d2svse.hub.folder import PROCESSOR_FILE, SHARDS_FILE, TEMPLATES, WEIGHTS_FILE, check_model_folder
 from d2svse.hub.publishable import publishable, publishable_names, publishable_record
-from d2svse.hub.published import PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE
-from d2svse.models.folder import SHARDS_FILE, TEMPLATES, WEIGHTS_FILE, check_model_folder
-from d2svse.models.neighbours import SENTENCE_TRANSFORMERS_FILES, SHIM, SHIM_CODE
-from d2svse.models.processing import PROCESSOR_FILE
-from d2svse.models.weights import check_tensors, weight_files
+from d2svse.hub.saving import (
+    PUBLISHED_FILE,
+    SENTENCE_TRANSFORMERS_FILES,
+    SHIM,
+    SHIM_CODE,
+    TEACHER_FILE,
+    UNUSED_FILE,
+)
+from d2svse.hub.weights import check_tensors, weight_files
 from d2svse.text import read_json, read_text
 
 CARD_FILE = "README.md"
@@ -90,6 +95,7 @@ def push_folder(
     *,
     facts: CardFacts | None = None,
     results: Sequence[str | os.PathLike[str]] = (),
+    fingerprint: str | None = None,
     run_card: Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -110,6 +116,7 @@ def push_folder(
         repo_id: ORG/NAME, or NAME for one of one's own.
         facts: what the model card shall say that no file tells.
         results: JSON files of `d2svse eval --output`, for the model card.
+        fingerprint: that of the model, which the results must be of; see `d2svse.models.model_fingerprint`.
         run_card: what training wrote; `run.json` of the folder without it.
         private: as of `make_repository`.
         token: the same.
@@ -129,7 +136,10 @@ def push_folder(
     if run_card is None and RUN_CARD_FILE in files:
         run_card = read_json(files[RUN_CARD_FILE])
     facts = facts or CardFacts()
-    known = _known_results(folder, run_card, results)
+    if results and fingerprint is None:
+        raise ValueError("results need the model's fingerprint, see d2svse.models.model_fingerprint")
+    known = [] if run_card is None else results_of_run(run_card)
+    known += [result_of_evaluation(path, str(fingerprint)) for path in results]
     contents: dict[str, Path | bytes] = {name: _content(name, path) for name, path in files.items()}
     contents |= {name: text.encode() for name, text in eval_results(known, facts).items()}
     if run_card is not None:
@@ -209,19 +219,6 @@ def _content(name: str, path: Path) -> Path | bytes:
             raise ValueError(f"{path}: larger than {MAX_TEXT // 2**20} MB; expected text")
         read_text(path)
     return path
-
-
-def _known_results(
-    folder: Path, run_card: Mapping[str, Any] | None, results: Sequence[str | os.PathLike[str]]
-) -> list[Result]:
-    known = [] if run_card is None else results_of_run(run_card)
-    if results:
-        from d2svse.models import D2SVSE
-        from d2svse.retrieval.fingerprint import model_fingerprint
-
-        fingerprint = model_fingerprint(D2SVSE.from_pretrained(folder))
-        known += [result_of_evaluation(path, fingerprint) for path in results]
-    return known
 
 
 def _check_card(path: Path) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
-from d2svse.models.folder import loading
+from d2svse.hub.folder import loading
+from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
 from d2svse.models.pooling import POOLINGS, ClsPooling
-from d2svse.models.weights import check_finite, check_size, local_files, weight_files
 
 logger = logging.getLogger(__name__)
 

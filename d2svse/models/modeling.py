@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from d2svse.cpu import usable_cores
 from d2svse.features import Features
 from d2svse.folders import recover_folder, written_folder
+from d2svse.hub.access import fetch_model
+from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
+from d2svse.hub.push import Pushed, push_folder
+from d2svse.hub.saving import saved_kind
+from d2svse.hub.weights import check_finite, check_size, weight_files
+from d2svse.images import ImageError, ImageSource, image_list
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
-from d2svse.models.encoding import EncodingMixin
-from d2svse.models.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
+from d2svse.models.encoding import (
+    Embeddings,
+    Output,
+    as_features,
+    as_output,
+    distinct,
+    inference,
+    join_batches,
+    with_progress,
+)
+from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
-from d2svse.models.processing import D2SVSEProcessor
-from d2svse.models.saving import saved_kind
-from d2svse.models.sharing import SharingMixin
-from d2svse.models.weights import check_finite, check_size, weight_files
+from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
@@ -64,7 +81,7 @@ class D2SVSEOutput(ModelOutput):
     text_features: Features | None = None
 
 
-class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ignore[misc]  # other options of push_to_hub
+class D2SVSE(Shimmed, PreTrainedModel):
     """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
 
     Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
@@ -168,8 +185,6 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
         recover_folder(folder)
         if not folder.is_dir():
-            from d2svse.hub.access import fetch_model  # whose package needs this class
-
             folder = fetch_model(name, subfolder=subfolder, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
         check_model_folder(inner, name=name)
@@ -199,22 +214,6 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
             logger.warning("%s holds no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
 
-    @classmethod
-    def from_published(cls, path: str | os.PathLike[str], **options: Any) -> D2SVSE:
-        """Load a published D2S-VSE checkpoint (`.pth`) so that it does what the published evaluation does.
-
-        Args:
-            path: the file.
-            **options: `tokenizer`, `fusion`, and so on, see `d2svse.hub.load_published`.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is not such a checkpoint; the message says what does not fit.
-        """
-        from d2svse.hub import load_published  # which needs this class
-
-        return load_published(path, **options)
-
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save weights (safetensors), configuration, processor and what other libraries load it by.
 
@@ -243,9 +242,33 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
                 self.processor.save_pretrained(folder)
                 write_sentence_transformers(folder, self.similarity_fn)
         if push_to_hub:
-            from d2svse.hub import push_folder  # which needs this class
-
             push_folder(save_directory, hub_options.pop("repo_id", Path(save_directory).name), **hub_options)
+
+    def push_to_hub(  # type: ignore[override]  # other options than transformers has
+        self, repo_id: str, *, max_shard_size: int | str = "50GB", **options: Any
+    ) -> Pushed:
+        """Push weights, configuration, processor and a model card to the Hub, in one commit.
+
+        Args:
+            repo_id: name of the repository; it is made if there is none.
+            max_shard_size: largest file of weights, such as "5GB".
+            **options: as of `d2svse.hub.push_folder`: `private`, `token`, `revision`, `commit_message`,
+                `create_pr`, `facts` and `results`; `run_card`, what the model card tells of training.
+
+        Returns:
+            What was pushed where, a `d2svse.hub.Pushed`.
+
+        Raises:
+            ValueError: if the name is not allowed, or the model has no processor.
+            OSError: if the Hub cannot be reached or refuses; the message says why.
+        """
+        if self.processor is None:
+            raise ValueError("the model has no processor; set model.processor before it is pushed")
+        with TemporaryDirectory() as folder:
+            if options.get("results"):
+                options.setdefault("fingerprint", model_fingerprint(self))
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(folder, repo_id, **options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors by name; parts that `torch.compile` has wrapped keep the names that they had before."""
@@ -362,6 +385,235 @@ class D2SVSE(Shimmed, EncodingMixin, SharingMixin, PreTrainedModel):  # type: ig
         pooled = texts.pooled + context if self.config.context_residual else context
         return Features(pooled, texts.tokens, texts.mask)
 
+    def encode_image(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        draft: bool = False,
+    ) -> Any:
+        """Encode pictures; one that is named more than once is read and encoded once.
+
+        Args:
+            images: an image or a list of them, each as `load_image` takes it: a path, bytes, a file object, a
+                Pillow image, an array or a tensor. An array or tensor of four dimensions is a list.
+            batch_size: pictures encoded at a time; it does not change the result (to 1e-5).
+            show_progress_bar: show one on the terminal.
+            convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
+            device: move the model there first.
+            output: "pooled" for the vectors alone, "features" for `Features` with the tokens.
+            draft: decode large JPEG files at a half, a quarter or an eighth of their size where
+                both sides stay at least twice what the model takes. It is faster and changes the
+                embeddings a little (see docs/indexing.md).
+
+        Returns:
+            `(n_images, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
+
+        Raises:
+            ImageError: if a picture cannot be read.
+            ValueError: if the list is empty or the model has no processor.
+        """
+        once, rows = distinct(image_list(images))
+        batches = self.image_batches(once, batch_size=batch_size, device=device, output=output, draft=draft)
+        parts = with_progress(batches, len(once), batch_size, "images", show_progress_bar)
+        return join_batches(parts, rows, output, convert_to_tensor)
+
+    def image_batches(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        draft: bool = False,
+        on_bad_image: Callable[[int, ImageError], None] | None = None,
+    ) -> Iterator[tuple[list[int], Features]]:
+        """Encode pictures and give each batch as it is done: the rows of `images` in it, and what they gave.
+
+        Args:
+            images: a list of what `load_image` takes.
+            batch_size: pictures encoded at a time.
+            device: move the model there first.
+            output: "pooled", or "features" to have the tokens as well.
+            draft: see `encode_image`.
+            on_bad_image: called with the row of a picture that cannot be read, which is then left
+                out; without it such a picture is an error.
+
+        Raises:
+            ImageError: if a picture cannot be read.
+            ValueError: if the list is empty or the model has no processor.
+        """
+        processor = self._require_processor(images, batch_size, output)
+        model: Any = self
+        if device is not None:
+            model.to(device)
+        at_least = processor.draft_size() if draft else None
+
+        def read(row: int) -> Tensor | ImageError:
+            try:
+                return processor.read_pixels(images[row], at_least)
+            except ImageError as error:
+                return error
+
+        readers = ThreadPoolExecutor(usable_cores())
+        try:
+            # The next batch is read and prepared while the model works on this one.
+            starts = range(0, len(images), batch_size)
+            following: dict[int, Future[Tensor | ImageError]] = {}
+            for start in [*starts, None]:
+                batch = following
+                rows = () if start is None else range(start, min(start + batch_size, len(images)))
+                following = {row: readers.submit(read, row) for row in rows}
+                good: dict[int, Tensor] = {}
+                for row, reading in batch.items():
+                    pixels = reading.result()
+                    if not isinstance(pixels, ImageError):
+                        good[row] = pixels
+                    elif on_bad_image is None:
+                        raise pixels
+                    else:
+                        on_bad_image(row, pixels)
+                if good:
+                    with inference(model):
+                        pixel_values = torch.stack(list(good.values()))
+                        features = model.image_encoder(pixel_values.to(model.device, model.dtype))
+                        features = as_output(features, output)
+                    yield list(good), features
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    def encode_text(
+        self,
+        texts: str | Iterable[str],
+        *,
+        batch_size: int = 128,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        dense: bool = False,
+        max_length: int | None = None,
+        on_report: Callable[[TextReport], None] = TextReport.warn,
+    ) -> Any:
+        """Encode sentences, each once, in batches of like length, given back in the order they came.
+
+        A context decoder that does not mask padding (imported checkpoints) makes an embedding
+        depend on the longest sentence of its batch. Batches are then taken in the order given,
+        as the published evaluation takes them, 128 at a time, repeated sentences included.
+
+        Args:
+            texts: a text, or several in a list, an array, a pandas Series or an iterator.
+            batch_size: sentences encoded at a time; but for such a decoder it does not change
+                the result (to 1e-5).
+            show_progress_bar: show one on the terminal.
+            convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
+            device: move the model there first.
+            output: "pooled" for the vectors alone, "features" for `Features` with the words.
+            dense: the sentences are dense captions: leave out the context decoder.
+            max_length: cut longer sentences, in tokens; the processor's limit without it.
+            on_report: called with the report on unknown words and cut texts; without it each fault is one warning.
+
+        Returns:
+            `(n_texts, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
+
+        Raises:
+            ValueError: if it is not a list of texts or empty, or a text is empty, not a string or holds half a
+                character (the message gives its position), or the model has no processor.
+        """
+        sentences = as_texts(texts)
+        once, rows = (sentences, None) if self.text_depends_on_batch(dense) else distinct(sentences)
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "output": output, "dense": dense}
+        batches = self.text_batches(
+            once,
+            max_length=max_length,
+            on_report=on_report if rows is None else lambda report: on_report(report[rows]),
+            **options,
+        )
+        parts = with_progress(batches, len(once), batch_size, "sentences", show_progress_bar)
+        return join_batches(parts, rows, output, convert_to_tensor)
+
+    def text_batches(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 128,
+        device: str | torch.device | None = None,
+        output: Output = "pooled",
+        dense: bool = False,
+        max_length: int | None = None,
+        on_report: Callable[[TextReport], None] = TextReport.warn,
+    ) -> Iterator[tuple[list[int], Features]]:
+        """Encode sentences and give each batch as it is done: the rows of `texts` in it, and what they gave.
+
+        Arguments and errors are those of `encode_text`; batches are of like length.
+        """
+        processor = self._require_processor(texts, batch_size, output)
+        model: Any = self
+        if device is not None:
+            model.to(device)
+        ids = processor.tokenize(texts, max_length, on_report)
+        order = list(range(len(ids)))
+        if not self.text_depends_on_batch(dense):
+            order.sort(key=lambda row: len(ids[row]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            padded = processor.pad([ids[row] for row in rows]).to(model.device)
+            with inference(model):
+                features = model.text_encoder(padded["input_ids"], padded["attention_mask"])
+                features = as_output(features if dense else model.fuse(features), output)
+            yield rows, features
+
+    def text_depends_on_batch(self, dense: bool) -> bool:
+        """Whether the context decoder sees padding, so that a sentence's batch has to be the given one."""
+        return not dense and self.decoder is not None and not self.decoder.mask_padding
+
+    @torch.no_grad()
+    def similarity(self, images: Embeddings, texts: Embeddings) -> Any:
+        """Score all pairs with the similarity that the model was trained with.
+
+        Args:
+            images: what `encode_image` gave (or one row of it), `(n_images, embed_dim)`.
+            texts: what `encode_text` gave, `(n_texts, embed_dim)`; `Features` where the
+                similarity compares tokens.
+
+        Returns:
+            `(n_images, n_texts)` float32, higher is closer; a NumPy array if both sides are.
+        """
+        scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
+        both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
+        return scores.cpu().numpy() if both_numpy else scores
+
+    def image_vectors(self, pixel_values: Tensor) -> Tensor:
+        """Encode prepared images to what other libraries compare, `(batch, embed_dim)` float32.
+
+        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). Of any
+        other one both are the pooled vectors, L2-normalised.
+        """
+        return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values.to(self.dtype)).pooled)
+
+    def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Encode tokenized texts to what other libraries compare; see `image_vectors`."""
+        texts = self.fuse(self.text_encoder(input_ids, attention_mask))
+        return self.similarity_fn.pooled_vectors("text", texts.pooled)
+
+    def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
+        if output not in get_args(Output):
+            raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
+        if not inputs:
+            raise ValueError("nothing to encode: an empty list")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        if self.processor is None:
+            raise ValueError(
+                "the model has no processor to prepare pictures and sentences; load it from a folder that holds "
+                "processor_config.json and the tokenizer, or set model.processor = D2SVSEProcessor(...)"
+            )
+        return self.processor
+
     def add_decoder(self, **arguments: Any) -> nn.Module:
         """Give a stage-1 model the context decoder of stage 2, with fresh weights.
 
@@ -450,3 +702,7 @@ def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
         raise
     except Exception as error:  # transformers and huggingface_hub raise many kinds for values of the wrong type
         raise ValueError(f"{name}: config.json: {' '.join(str(error).split())[:300]}") from None
+
+
+AutoModel.register(D2SVSEConfig, D2SVSE, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(D2SVSEConfig, D2SVSE, exist_ok=True)

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from d2svse.files import write_json, write_text
+from d2svse.hub.saving import SENTENCE_TRANSFORMERS_FILES, SHIM, SHIM_CODE
 from d2svse.similarity import Similarity
 
-SHIM = "modeling_d2svse"  # a Python file, which transformers copies and runs with trust_remote_code=True
-SHIM_CODE = "from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor\n"
 MODEL_MAP = {
     "AutoConfig": f"{SHIM}.D2SVSEConfig",
     "AutoModel": f"{SHIM}.D2SVSE",
     "AutoModelForZeroShotImageClassification": f"{SHIM}.D2SVSE",
 }
 PROCESSOR_MAP = {"AutoProcessor": f"{SHIM}.D2SVSEProcessor"}
-
-SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class Shimmed:

@@ -14,21 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchEncoding, BatchFeature, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchEncoding,
+    BatchFeature,
+    ProcessorMixin,
+)
 
+from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabulary
 from d2svse.images import ImageSource, image_list, use_image
-from d2svse.models.image_processing import prepare_image
+from d2svse.models.configuration import D2SVSEConfig
+from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
-from d2svse.models.tokenizing import complete_tokenizer
-from d2svse.text import check_text, read_json, visible
+from d2svse.text import check_text, visible
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 TOKENIZING_CHUNK = 10_000
-PROCESSOR_FILE = "processor_config.json"
-WITHOUT_TOKENIZER = "without_tokenizer"
 QUOTED = 60  # characters of a text in a message
 
 _TOKENIZING = threading.RLock()
@@ -381,6 +387,19 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             raise ValueError(f"max_length {limit} leaves no room for a word: {own} tokens mark the ends of a text")
         return limit
 
+    def word_ids(self, encoded: BatchEncoding) -> Sequence[int | None]:
+        """Return the word of each token of one text, None for special tokens.
+
+        Tokenizers that run in Python do not tell: each of their tokens counts as a word.
+
+        Args:
+            encoded: what the tokenizer gave for the text.
+        """
+        if getattr(self.tokenizer, "is_fast", False):
+            return encoded.word_ids()
+        special = set(self.tokenizer.all_special_ids)
+        return [None if token in special else position for position, token in enumerate(encoded["input_ids"])]
+
     def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
         return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
@@ -412,6 +431,32 @@ def as_texts(texts: Any) -> list[str]:
     return [check_text(text, f"texts[{row}]") for row, text in enumerate(texts)]
 
 
+def complete_tokenizer(tokenizer: Any) -> None:
+    """Give a tokenizer a padding token, on the right; GPT-2 and its kin come without one.
+
+    What pads is masked, so any token serves. On the right, a text has the same positions in every batch.
+
+    Raises:
+        ValueError: if the tokenizer has no special token to pad with.
+    """
+    if getattr(tokenizer, "pad_token", "") is None:
+        for name in ("eos_token", "unk_token", "sep_token"):
+            token = getattr(tokenizer, name, None)
+            if token is not None:
+                tokenizer.pad_token = token
+                logger.warning(
+                    "%s has no padding token: texts are padded with its %s %r, and masked there",
+                    type(tokenizer).__name__,
+                    name,
+                    str(token),
+                )
+                break
+        else:
+            raise ValueError(f"{type(tokenizer).__name__} has no padding token; set its pad_token to a token it knows")
+    if getattr(tokenizer, "padding_side", "right") != "right":
+        tokenizer.padding_side = "right"
+
+
 def share_among_threads(tokenizer: Any) -> None:
     """Let one thread at a time encode with a tokenizer: its limit and padding are set before each call, for all."""
     if hasattr(type(tokenizer), "_encode_plus"):  # by which all of transformers' tokenizers encode
@@ -437,27 +482,13 @@ def _stack(prepared: list[Any]) -> Any:
     return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
-def check_vocabulary(folder: str | os.PathLike[str]) -> None:
-    """Check that a folder holds a tokenizer's vocabulary; transformers makes an empty one without it.
-
-    Raises:
-        FileNotFoundError: naming the folder and the files looked for.
-    """
-    if not any(any(Path(folder).glob(name)) for name in VOCABULARY_FILES):
-        raise FileNotFoundError(
-            f"{os.fspath(folder)}: the tokenizer's vocabulary is missing; looked for {', '.join(VOCABULARY_FILES)}"
-        )
-
-
-def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
-    """Whether a local folder holds a processor that was saved without a tokenizer."""
-    file = Path(folder) / PROCESSOR_FILE
-    return file.is_file() and bool(read_json(file).get(WITHOUT_TOKENIZER))
-
-
 def longest_sentence(config: Any) -> int:
     """Tokens that a text backbone has positions for."""
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     # RoBERTa and its kin count positions from behind the padding id.
     return positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions
+
+
+AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)
+AutoProcessor.register(D2SVSEConfig, D2SVSEProcessor, exist_ok=True)

@@ -1,62 +1,67 @@
-"""Metrics, evaluation, stored embeddings, vector indexes and search."""
+"""Vector indexes, evaluation, stored embeddings and search in images and texts."""
 
-from d2svse.retrieval.backends import load_index, make_index
-from d2svse.retrieval.engine import VectorIndex
-from d2svse.retrieval.evaluation import evaluate, score_dataset
-from d2svse.retrieval.filling import Changes
-from d2svse.retrieval.fingerprint import model_fingerprint
-from d2svse.retrieval.gallery import compose_gallery, draw_gallery, write_gallery_page
-from d2svse.retrieval.image_text_index import ImageTextIndex
-from d2svse.retrieval.index import ExactIndex
-from d2svse.retrieval.metrics import (
-    RightAnswers,
-    caption_answers,
-    fold_metrics,
-    mean_metrics,
-    ranks,
-    recall_at_k,
-    retrieval_metrics,
+from typing import TYPE_CHECKING
+
+from d2svse.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "embeddings.store": ["EmbeddingStore", "encode_images", "encode_texts"],
+        "evaluation.evaluator": ["evaluate", "score_dataset"],
+        "evaluation.metrics": [
+            "RightAnswers",
+            "caption_answers",
+            "fold_metrics",
+            "mean_metrics",
+            "ranks",
+            "recall_at_k",
+            "retrieval_metrics",
+        ],
+        "evaluation.protocols": ["PROTOCOLS"],
+        "evaluation.ranking": ["Ranking", "bootstrap_intervals", "ranking_metrics", "rankings"],
+        "evaluation.report": ["Evaluation", "evaluate_protocol"],
+        "evaluation.streaming": ["Scorer", "stream_rankings", "stream_ranks"],
+        "search.filling": ["Changes"],
+        "search.gallery": ["compose_gallery", "draw_gallery", "write_gallery_page"],
+        "search.hits": ["Hit", "Hits"],
+        "search.image_text_index": ["ImageTextIndex"],
+        "vectors": ["VectorIndex", "load_index", "make_index"],
+        "vectors.exact": ["ExactIndex"],
+    },
 )
-from d2svse.retrieval.protocols import PROTOCOLS
-from d2svse.retrieval.ranking import Ranking, bootstrap_intervals, ranking_metrics, rankings
-from d2svse.retrieval.report import Evaluation, evaluate_protocol
-from d2svse.retrieval.search import Hit, Hits
-from d2svse.retrieval.store import EmbeddingStore, encode_images, encode_texts
-from d2svse.retrieval.streaming import Scorer, stream_rankings, stream_ranks
 
-__all__ = [
-    "PROTOCOLS",
-    "Changes",
-    "EmbeddingStore",
-    "Evaluation",
-    "ExactIndex",
-    "Hit",
-    "Hits",
-    "ImageTextIndex",
-    "Ranking",
-    "RightAnswers",
-    "Scorer",
-    "VectorIndex",
-    "bootstrap_intervals",
-    "caption_answers",
-    "compose_gallery",
-    "draw_gallery",
-    "encode_images",
-    "encode_texts",
-    "evaluate",
-    "evaluate_protocol",
-    "fold_metrics",
-    "load_index",
-    "make_index",
-    "mean_metrics",
-    "model_fingerprint",
-    "ranking_metrics",
-    "rankings",
-    "ranks",
-    "recall_at_k",
-    "retrieval_metrics",
-    "score_dataset",
-    "stream_rankings",
-    "stream_ranks",
-    "write_gallery_page",
-]
+if TYPE_CHECKING:
+    from d2svse.retrieval.embeddings.store import EmbeddingStore as EmbeddingStore
+    from d2svse.retrieval.embeddings.store import encode_images as encode_images
+    from d2svse.retrieval.embeddings.store import encode_texts as encode_texts
+    from d2svse.retrieval.evaluation.evaluator import evaluate as evaluate
+    from d2svse.retrieval.evaluation.evaluator import score_dataset as score_dataset
+    from d2svse.retrieval.evaluation.metrics import RightAnswers as RightAnswers
+    from d2svse.retrieval.evaluation.metrics import caption_answers as caption_answers
+    from d2svse.retrieval.evaluation.metrics import fold_metrics as fold_metrics
+    from d2svse.retrieval.evaluation.metrics import mean_metrics as mean_metrics
+    from d2svse.retrieval.evaluation.metrics import ranks as ranks
+    from d2svse.retrieval.evaluation.metrics import recall_at_k as recall_at_k
+    from d2svse.retrieval.evaluation.metrics import retrieval_metrics as retrieval_metrics
+    from d2svse.retrieval.evaluation.protocols import PROTOCOLS as PROTOCOLS
+    from d2svse.retrieval.evaluation.ranking import Ranking as Ranking
+    from d2svse.retrieval.evaluation.ranking import bootstrap_intervals as bootstrap_intervals
+    from d2svse.retrieval.evaluation.ranking import ranking_metrics as ranking_metrics
+    from d2svse.retrieval.evaluation.ranking import rankings as rankings
+    from d2svse.retrieval.evaluation.report import Evaluation as Evaluation
+    from d2svse.retrieval.evaluation.report import evaluate_protocol as evaluate_protocol
+    from d2svse.retrieval.evaluation.streaming import Scorer as Scorer
+    from d2svse.retrieval.evaluation.streaming import stream_rankings as stream_rankings
+    from d2svse.retrieval.evaluation.streaming import stream_ranks as stream_ranks
+    from d2svse.retrieval.search.filling import Changes as Changes
+    from d2svse.retrieval.search.gallery import compose_gallery as compose_gallery
+    from d2svse.retrieval.search.gallery import draw_gallery as draw_gallery
+    from d2svse.retrieval.search.gallery import write_gallery_page as write_gallery_page
+    from d2svse.retrieval.search.hits import Hit as Hit
+    from d2svse.retrieval.search.hits import Hits as Hits
+    from d2svse.retrieval.search.image_text_index import ImageTextIndex as ImageTextIndex
+    from d2svse.retrieval.vectors import VectorIndex as VectorIndex
+    from d2svse.retrieval.vectors import load_index as load_index
+    from d2svse.retrieval.vectors import make_index as make_index
+    from d2svse.retrieval.vectors.exact import ExactIndex as ExactIndex

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2svse.images import ImageError
-from d2svse.retrieval.image_text_index import ImageTextIndex
-from d2svse.retrieval.search import DEFAULT_RERANK, Hit, Side
+from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit, Side
+from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.maps import DrawnSet, draw_sets
 from d2svse.text import check_text
 

@@ -20,8 +20,8 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from d2svse.images import ImageError
-from d2svse.retrieval.image_text_index import ImageTextIndex
-from d2svse.retrieval.search import DEFAULT_RERANK
+from d2svse.retrieval.search.hits import DEFAULT_RERANK
+from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.asking import Answer, Searcher
 from d2svse.serving.guard import Guard, Hosts
 from d2svse.serving.html import PAGE, heading, page_start, show_hits, show_message, show_range, show_reason

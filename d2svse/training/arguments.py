@@ -14,7 +14,7 @@ from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.losses.triplet import Mining
-from d2svse.retrieval.metrics import rank_metrics
+from d2svse.retrieval.evaluation.metrics import rank_metrics
 from d2svse.training.checks import check_inherited, check_metric, check_ranges, check_types, inherited_hints
 from d2svse.training.nonfinite import OnNonfinite
 

@@ -23,11 +23,11 @@ from d2svse.data import ImageTextDataset
 from d2svse.files import parse_yaml, shown, write_json, write_text
 from d2svse.folders import check_folder, written_folder
 from d2svse.hub import make_repository, push_folder
+from d2svse.hub.folder import check_model_folder
+from d2svse.hub.saving import model_kind
 from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
-from d2svse.models.folder import check_model_folder
-from d2svse.models.saving import model_kind
 from d2svse.text import read_json, read_text
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.building import set_attention

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2svse.hub.published import TEACHER_FILE
+from d2svse.hub.folder import check_model_folder
+from d2svse.hub.saving import TEACHER_FILE
+from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE
-from d2svse.models.folder import check_model_folder
-from d2svse.models.weights import read_tensors
 from d2svse.progress import progress_bar
 
 

@@ -26,7 +26,7 @@ from d2svse.files import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
-from d2svse.retrieval.evaluation import evaluate
+from d2svse.retrieval.evaluation.evaluator import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
@@ -142,9 +142,9 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             synchronise_batch_norm(model, args.device)
         samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
         if samples.dense_captions is not None:
-            warn_of_truncation(samples.dense_captions, samples.processor, samples.max_length)
+            warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
         else:
-            samples.processor.report(train_dataset.captions, samples.max_length).warn()
+            model.processor.report(train_dataset.captions, samples.max_length).warn()
         stop = StopOnSignalCallback()
         super().__init__(
             model=model,

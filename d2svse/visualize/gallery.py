@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from d2svse.images import load_image
-from d2svse.retrieval.gallery import compose_gallery
-from d2svse.retrieval.metrics import ranks
+from d2svse.retrieval.evaluation.metrics import ranks
+from d2svse.retrieval.search.gallery import compose_gallery
 from d2svse.text import visible
 from d2svse.visualize.figures import DPI, MEDIUM, RIGHT, WRONG, new_figure, plain
 

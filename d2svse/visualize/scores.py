@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from d2svse.retrieval.metrics import caption_answers
+from d2svse.retrieval.evaluation.metrics import caption_answers
 from d2svse.visualize.figures import MEDIUM, RIGHT, SMALL, WRONG, new_figure
 
 Scored = tuple[Tensor | np.ndarray, Tensor | np.ndarray]

@@ -19,7 +19,7 @@ from d2svse.captioning.report import report_captions, shorten_captions
 from d2svse.data import ManifestError, Record, join_dense, read_manifest, read_records
 from d2svse.data.readers import detect_format
 from d2svse.data.shards import INDEX_FILE, index_shard, read_shards
-from d2svse.retrieval.protocols import find_caption_ids
+from d2svse.retrieval.evaluation.protocols import find_caption_ids
 
 WRONG: list[Any] = [None, [], {}, [[1]], {"a": {}}, 0, -1, 1.5, True, "", "x", "\ud83d", 10**40]
 DEEP = "[" * 100_000 + "]" * 100_000

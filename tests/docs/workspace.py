@@ -20,7 +20,7 @@ from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_manifest, write_scenes
 from d2svse.demo import DEMO
 from d2svse.folders import written_folder
-from d2svse.retrieval import protocols
+from d2svse.retrieval.evaluation import protocols
 
 ROOT = Path(__file__).parents[2]
 OF_A_CHECKOUT = (".ci", "d2svse", "examples", "LICENSE", "README.md", "pyproject.toml", "tests/test_package.py")

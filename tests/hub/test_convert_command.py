@@ -8,7 +8,7 @@ import pytest
 from published_files import golden_state, save_published
 
 from d2svse import D2SVSE
-from d2svse.retrieval.metrics import as_percent
+from d2svse.retrieval.evaluation.metrics import as_percent
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def test_five_thousand_coco_images_are_ranked_in_five_folds_too(golden_files, to
     from PIL import Image
 
     from d2svse import Features
-    from d2svse.retrieval import report
+    from d2svse.retrieval.evaluation import report
 
     run("convert", "published", golden_files["vit_pretrain"], tmp_path / "m", "--tokenizer", tokenizer)
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.jpg")
@@ -87,7 +87,7 @@ def test_five_thousand_coco_images_are_ranked_in_five_folds_too(golden_files, to
 def test_back_to_the_published_format(golden_files, tmp_path, run):
     run("convert", "published", golden_files["swin_distill"], tmp_path / "m", "--keep-teacher", "--tokenizer", tmp_path)
     assert not (tmp_path / "m").exists()  # the tokenizer's folder is empty
-    from d2svse.hub import convert_published
+    from d2svse.published import convert_published
 
     convert_published(golden_files["swin_distill"], tmp_path / "m", tokenizer=False)
     code, out, _ = run("convert", "to-published", tmp_path / "m", tmp_path / "back.pth")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
-from d2svse.hub import convert_published, load_published, write_published
 from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.models import D2SVSEImageProcessorPil
+from d2svse.published import convert_published, load_published, write_published
 from d2svse.training.teacher import Teacher
 
 EMBEDDINGS = {"rtol": 0, "atol": 2e-5}
@@ -98,7 +98,7 @@ def test_losses_and_gradient_norms_are_the_published_ones(golden_files, name):
 
 def gradient_norms(model: D2SVSE) -> dict[str, float]:
     """Gradient norms by published names; what has no gradient is left out."""
-    from d2svse.hub import names
+    from d2svse.published import names
 
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and name != "logit_scale"}
     named = names.revert_weight_conversion(model, gradients)
@@ -143,8 +143,8 @@ def test_a_converted_folder_is_the_loaded_model(golden_files, tmp_path):
 
 
 def test_without_a_tokenizer_pictures_encode_and_sentences_say_what_to_do(golden_files, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("d2svse.hub.published._hub_answers", lambda: False)
-    monkeypatch.setattr("d2svse.hub.published.PUBLISHED_TOKENIZER", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("d2svse.published.convert._hub_answers", lambda: False)
+    monkeypatch.setattr("d2svse.published.convert.PUBLISHED_TOKENIZER", str(tmp_path / "nowhere"))
     convert_published(golden_files["vit_distill"], tmp_path / "model")
     assert "--tokenizer" in caplog.text
     model = D2SVSE.from_pretrained(tmp_path / "model")

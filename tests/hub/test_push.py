@@ -15,7 +15,7 @@ from d2svse import D2SVSE, Trainer
 from d2svse.hub import push_folder
 from d2svse.hub.publishable import publishable
 from d2svse.models.encoders import load_backbone
-from d2svse.retrieval.fingerprint import model_fingerprint
+from d2svse.models.fingerprint import model_fingerprint
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
 

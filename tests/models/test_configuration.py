@@ -4,9 +4,10 @@ import pytest
 
 from d2svse import D2SVSE, D2SVSEConfig
 from d2svse.cli.evaluate import _similarity as asked_for
-from d2svse.hub import write_published
 from d2svse.hub.card import _similarity as tag_of
-from d2svse.retrieval import ImageTextIndex, model_fingerprint
+from d2svse.models import model_fingerprint
+from d2svse.published import write_published
+from d2svse.retrieval import ImageTextIndex
 from d2svse.serving.asking import Searcher
 from d2svse.similarity import build_similarity
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from d2svse import D2SVSE, Trainer
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone, make_backbone
-from d2svse.models.tokenizing import complete_tokenizer
+from d2svse.models.processing import complete_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 

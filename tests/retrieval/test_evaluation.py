@@ -6,12 +6,14 @@ import torch
 
 from d2svse import Features, build_similarity, evaluate
 from d2svse.data.dataset import ImageTextDataset
-from d2svse.retrieval import model_fingerprint, report, retrieval_metrics, score_dataset
-from d2svse.retrieval.metrics import NEVER, RightAnswers, caption_answers, fold_metrics, mean_metrics
-from d2svse.retrieval.protocols import split_hash
-from d2svse.retrieval.ranking import ranking_metrics, rankings
-from d2svse.retrieval.report import choose_similarity, evaluate_protocol
-from d2svse.retrieval.shortlist import rank_in_two_stages
+from d2svse.models import model_fingerprint
+from d2svse.retrieval import retrieval_metrics, score_dataset
+from d2svse.retrieval.evaluation import report
+from d2svse.retrieval.evaluation.metrics import NEVER, RightAnswers, caption_answers, fold_metrics, mean_metrics
+from d2svse.retrieval.evaluation.protocols import split_hash
+from d2svse.retrieval.evaluation.ranking import ranking_metrics, rankings
+from d2svse.retrieval.evaluation.report import choose_similarity, evaluate_protocol
+from d2svse.retrieval.evaluation.reranking import rank_in_two_stages
 
 
 @pytest.mark.parametrize("name", ["cosine", "gssf-block-diagonal", "max-mean"])

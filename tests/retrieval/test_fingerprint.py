@@ -6,13 +6,13 @@ import torch
 from forks import forks
 
 from d2svse import D2SVSE
-from d2svse.retrieval import model_fingerprint
+from d2svse.models import model_fingerprint
 
 FRESH = """
 import sys, transformers
 transformers.logging.disable_progress_bar()
 from d2svse import D2SVSE
-from d2svse.retrieval import model_fingerprint
+from d2svse.models import model_fingerprint
 print(model_fingerprint(D2SVSE.from_pretrained(sys.argv[1])))
 """
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from d2svse.retrieval import ExactIndex, load_index, make_index
-from d2svse.retrieval.storage import first_to_merge, write_lock
-from d2svse.retrieval.topk import RunningTopK
+from d2svse.retrieval.vectors.storage import first_to_merge, write_lock
+from d2svse.retrieval.vectors.topk import RunningTopK
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(filled, tmp_path, monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.storage.write_bytes", full)
+        patch.setattr("d2svse.retrieval.vectors.storage.write_bytes", full)
         with pytest.raises(OSError, match="disk full"):
             index.save(tmp_path / "i")
     assert {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()} == before

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.retrieval.metrics import (
+from d2svse.retrieval.evaluation.metrics import (
     NEVER,
     RightAnswers,
     as_percent,
@@ -17,7 +17,7 @@ from d2svse.retrieval.metrics import (
     retrieval_metrics,
     whole_matrix,
 )
-from d2svse.retrieval.ranking import (
+from d2svse.retrieval.evaluation.ranking import (
     Ranking,
     average_precision_at_r,
     bootstrap_intervals,

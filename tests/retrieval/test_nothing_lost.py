@@ -15,8 +15,9 @@ import torch
 
 from d2svse import ImageTextIndex
 from d2svse.images import ImageError
-from d2svse.retrieval import encode_images, load_index, make_index, model_fingerprint
-from d2svse.retrieval.store import EmbeddingStore
+from d2svse.models import model_fingerprint
+from d2svse.retrieval import encode_images, load_index, make_index
+from d2svse.retrieval.embeddings.store import EmbeddingStore
 
 
 def lock(monkeypatch, folder):
@@ -185,7 +186,7 @@ def test_a_build_removes_what_an_index_wrote_and_no_more(make_model, photos, tmp
 def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_path, monkeypatch):
     model = make_model(similarity={"name": "omit"})
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.image_text_index.add_store", lambda *_: 1 / 0)
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ImageTextIndex.build(model, photos, tmp_path / "i")
     (store,) = (tmp_path / "i").glob("store-*")
@@ -348,7 +349,7 @@ def test_an_index_of_a_model_that_was_configured_by_a_bare_name_opens(make_model
     bare = model_fingerprint(model, bare_name=True)
     assert bare != model_fingerprint(model)
     with monkeypatch.context() as earlier:
-        earlier.setattr("d2svse.retrieval.image_text_index.model_fingerprint", lambda *_, **__: bare)
+        earlier.setattr("d2svse.retrieval.search.image_text_index.model_fingerprint", lambda *_, **__: bare)
         index = ImageTextIndex.build(model, photos, tmp_path / "i")
     assert index.vectors.fingerprint == bare
     shutil.copy(sorted(photos.iterdir())[0], photos / "new.png")

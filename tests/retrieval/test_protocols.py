@@ -8,8 +8,8 @@ import torch
 
 from d2svse import ImageTextDataset
 from d2svse.data.manifest import Record
-from d2svse.retrieval import protocols
-from d2svse.retrieval.protocols import (
+from d2svse.retrieval.evaluation import protocols
+from d2svse.retrieval.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     find_caption_ids,
@@ -18,8 +18,8 @@ from d2svse.retrieval.protocols import (
     split_hash,
     take_split,
 )
-from d2svse.retrieval.ranking import ranking_metrics
-from d2svse.retrieval.streaming import Scorer, stream_rankings
+from d2svse.retrieval.evaluation.ranking import ranking_metrics
+from d2svse.retrieval.evaluation.streaming import Scorer, stream_rankings
 
 IDS = [42, 7, 1000]
 FLICKR = (Path(__file__).parents[1] / "golden" / "flickr30k_test_images.txt").read_text().split()

@@ -4,7 +4,7 @@ from PIL import Image
 
 from d2svse import Features, evaluate
 from d2svse.retrieval import Hit, draw_gallery, retrieval_metrics, write_gallery_page
-from d2svse.retrieval.search import ranked
+from d2svse.retrieval.search.hits import ranked
 from d2svse.similarity import Cosine, build_similarity
 from d2svse.similarity.tiles import IMAGES_TOGETHER, QUERIES_TOGETHER
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity
-from d2svse.retrieval import metrics
-from d2svse.retrieval.metrics import RightAnswers, caption_answers, ranks, tile_slices
-from d2svse.retrieval.ranking import rankings
-from d2svse.retrieval.streaming import (
+from d2svse.retrieval.evaluation import metrics
+from d2svse.retrieval.evaluation.metrics import RightAnswers, caption_answers, ranks, tile_slices
+from d2svse.retrieval.evaluation.ranking import rankings
+from d2svse.retrieval.evaluation.streaming import (
     Best,
     Scorer,
     best_wrong,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from d2svse.retrieval.tuning import EXACT_SETTINGS, FAISS_SETTINGS, Setting, tune
+from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, Setting, tune
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.hub.checkpoint import read_checkpoint
+from d2svse.published.checkpoint import read_checkpoint
 
 SIDES = {"img_enc.fc.weight": torch.ones(3, 2), "txt_enc.fc.weight": torch.ones(3)}
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from d2svse.images import FORMATS, ImageError, check_images, find_images, load_image
+from d2svse.images import ImageError, check_images, find_images, load_image
+from d2svse.images.reading import FORMATS
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n%%EOF\n"
 

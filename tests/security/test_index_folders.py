@@ -10,7 +10,7 @@ import pytest
 
 from d2svse import D2SVSE, ImageTextIndex
 from d2svse.retrieval import EmbeddingStore, load_index, make_index
-from d2svse.retrieval.settings import MANIFEST, sweep_folders
+from d2svse.retrieval.search.settings import MANIFEST, sweep_folders
 
 
 def edit(path, **changes):
@@ -282,7 +282,7 @@ class Client:
 @pytest.fixture
 def milvus(monkeypatch):
     pytest.importorskip("pymilvus", reason="the milvus extra is not installed")
-    from d2svse.retrieval.backends import milvus_connection
+    from d2svse.retrieval.vectors.milvus import connection as milvus_connection
 
     Client.calls = []
     monkeypatch.setattr(milvus_connection.MilvusConnection, "_given", set())

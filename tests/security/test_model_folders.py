@@ -16,10 +16,10 @@ from d2svse import D2SVSE
 from d2svse.captioning.llava import LlavaCaptioner
 from d2svse.captioning.pictures import Sampling
 from d2svse.captioning.report import load_tokenizer
-from d2svse.hub.published import _find_tokenizer
+from d2svse.hub.folder import check_contents
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.encoders import load_backbone
-from d2svse.models.folder import check_contents
+from d2svse.published.convert import _find_tokenizer
 from d2svse.training.teacher import Teacher
 
 CODE = "open({sentinel!r}, 'w').close()\nclass Evil:\n    pass\n"

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2svse import D2SVSE, export
+from d2svse import D2SVSE
 from d2svse.files import written_aside
 from d2svse.folders import LIST, READY, FolderKind, recover_folder, remove_written, written_folder
-from d2svse.models.saving import saved_kind
+from d2svse.hub.saving import saved_kind
+from d2svse.integrations import onnx as export
 from d2svse.training.checkpoints import (
     checkpoint_fault,
     last_whole_checkpoint,

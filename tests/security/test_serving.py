@@ -22,7 +22,7 @@ from transformers import BertConfig, ViTConfig
 
 pytest.importorskip("gradio", reason="the search page needs gradio (d2svse[demo])")
 from d2svse import D2SVSE, D2SVSEConfig, ImageTextIndex
-from d2svse.retrieval.search import Hit
+from d2svse.retrieval.search.hits import Hit
 from d2svse.serving import guard, uploads
 from d2svse.serving import page as serving
 from d2svse.serving.asking import MOST_CHARACTERS

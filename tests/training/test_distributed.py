@@ -16,7 +16,7 @@ from forks import forks
 from safetensors.torch import load_file
 
 from d2svse.cli.app import main
-from d2svse.retrieval.evaluation import score_dataset
+from d2svse.retrieval.evaluation.evaluator import score_dataset
 
 WORKER = Path(worker.__file__)
 

@@ -3,7 +3,7 @@ import pytest
 
 from d2svse.images import load_image
 from d2svse.retrieval import compose_gallery
-from d2svse.retrieval.gallery import CAPTION_WIDTH, GAP
+from d2svse.retrieval.search.gallery import CAPTION_WIDTH, GAP
 from d2svse.visualize import retrieval_gallery
 from d2svse.visualize.gallery import first_answers
 

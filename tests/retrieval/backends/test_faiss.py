@@ -9,8 +9,8 @@ pytest.importorskip("faiss", reason="the faiss extra is not installed")
 
 import faiss
 
-from d2svse.retrieval.backends import faiss as backend
-from d2svse.retrieval.backends.faiss import FaissIndex
+from d2svse.retrieval.vectors import faiss as backend
+from d2svse.retrieval.vectors.faiss import FaissIndex
 
 
 @pytest.fixture

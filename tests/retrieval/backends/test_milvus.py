@@ -16,9 +16,10 @@ from d2svse.retrieval import load_index
 
 pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
-from d2svse.retrieval.backends import milvus, milvus_journal
-from d2svse.retrieval.backends.milvus import MilvusIndex
-from d2svse.retrieval.backends.milvus_connection import MilvusConnection
+from d2svse.retrieval.vectors import milvus
+from d2svse.retrieval.vectors.milvus import journal as milvus_journal
+from d2svse.retrieval.vectors.milvus.connection import MilvusConnection
+from d2svse.retrieval.vectors.milvus.index import MilvusIndex
 
 DIM = 8
 VECTORS = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32)
@@ -133,7 +134,7 @@ def test_one_process_adds_at_a_time_and_a_dead_one_is_undone(server):
     assert len(two) == 10
     script = f"""
 import os, numpy as np
-from d2svse.retrieval.backends.milvus import MilvusIndex
+from d2svse.retrieval.vectors.milvus.index import MilvusIndex
 index = MilvusIndex({DIM}, {server.uri!r})
 with index._journal.writing() as index._call:
     index._replace([], ["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)

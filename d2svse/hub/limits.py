@@ -1,0 +1,54 @@
+"""The largest numbers that a configuration of unknown origin may hold."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# The largest whole numbers that a configuration may hold, by the end of the name; transformers makes lists of some.
+LIMITS = (
+    (re.compile(r"(^|_)(layers?|depths?|blocks|stages|experts)$"), 1000),
+    (re.compile(r"^(r|rank|num_tokens)$"), 4096),
+    (re.compile(r"(^|_)embed_dim$"), 2**16),
+    (re.compile(r"_labels$"), 2**20),
+    (re.compile(""), 2**27),
+)
+MAX_PATTERN = 200
+
+
+def check_limits(values: Any, where: str = "configuration", name: str = "") -> None:
+    """Check that no number of a configuration asks for more layers, tokens or memory than a model can have.
+
+    Args:
+        values: the configuration, or a part of it.
+        where: the file, for the messages.
+        name: the part's name.
+
+    Raises:
+        ValueError: naming the first number that is too large.
+    """
+    if isinstance(values, PreTrainedConfig):
+        values = {key: value for key, value in vars(values).items() if not key.startswith("_")}
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_limits(value, where, str(key))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_limits(value, where, name)
+        if all(isinstance(value, int) for value in values) and LIMITS[0][0].search(name):
+            check_limits(sum(values), where, name)
+    elif isinstance(values, int):
+        limit = next(limit for pattern, limit in LIMITS if pattern.search(name))
+        if abs(values) > limit:
+            raise ValueError(
+                f"{where}: {name} is {values if abs(values) < 10**15 else 'huge'}; at most {limit} is allowed"
+            )
+    elif name == "target_modules" and isinstance(values, str) and (len(values) > MAX_PATTERN or _is_slow(values)):
+        raise ValueError(f"{where}: target_modules is a pattern that could take for ever; give names of layers")
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether a regular expression has a repeated group, or more than three repetitions."""
+    return bool(re.search(r"\)\s*[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3

@@ -1,0 +1,41 @@
+"""Reading images, and finding them in folders."""
+
+from d2svse.images.folders import find_images
+from d2svse.images.reading import (
+    IMAGE_SUFFIXES,
+    ImageError,
+    ImageSource,
+    OnBadImage,
+    StoredImage,
+    check_images,
+    has_image_suffix,
+    image_format,
+    image_list,
+    jpeg_bytes,
+    jpeg_uri,
+    load_image,
+    orientation,
+    picture_state,
+    select_readable,
+    use_image,
+)
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageError",
+    "ImageSource",
+    "OnBadImage",
+    "StoredImage",
+    "check_images",
+    "find_images",
+    "has_image_suffix",
+    "image_format",
+    "image_list",
+    "jpeg_bytes",
+    "jpeg_uri",
+    "load_image",
+    "orientation",
+    "picture_state",
+    "select_readable",
+    "use_image",
+]

@@ -1,0 +1,215 @@
+"""Both encoders as graphs that run without this library: `torch.export`, and ONNX (the extra `[onnx]`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from d2svse.folders import FolderKind, is_own, written_folder
+from d2svse.hub.saving import PROCESSOR_NAMES, named_files
+from d2svse.models.decoder import ContextDecoder
+from d2svse.models.pooling import GeneralizedPooling
+
+if TYPE_CHECKING:
+    from d2svse.models import D2SVSE
+
+IMAGE_ENCODER, TEXT_ENCODER = "image_encoder", "text_encoder"
+OUTPUTS = ["embeddings", "tokens"]
+AXES = {
+    IMAGE_ENCODER: {"pixel_values": {0: "batch"}},
+    TEXT_ENCODER: {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "length"}},
+}
+NEEDED = ("onnx", "onnxscript")
+GRAPHS = (f"{IMAGE_ENCODER}.onnx", f"{TEXT_ENCODER}.onnx")
+
+
+def _exported_earlier(folder: Path) -> set[str] | None:
+    """Return the names of a folder without a list, if all are an export's."""
+    names = {path.name for path in folder.iterdir() if not is_own(path.name)}
+    known = named_files(folder, (*GRAPHS, *PROCESSOR_NAMES))
+    return known if GRAPHS[0] in names and names == known else None
+
+
+EXPORTED = FolderKind("d2svse export", GRAPHS[0], _exported_earlier)
+
+
+class ImageGraph(nn.Module):
+    """`pixel_values (batch, channels, height, width)` to embeddings and tokens.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: D2SVSE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what `D2SVSE.image_vectors` gives, and the tokens `(batch, length, embed_dim)`, in float32."""
+        return _outputs(self.model, "image", self.model.image_encoder(pixel_values))
+
+
+class TextGraph(nn.Module):
+    """`input_ids` and `attention_mask`, both `(batch, length)` int64, to embeddings and words.
+
+    Args:
+        model: the model.
+        dense: leave out the context decoder, as for dense captions.
+    """
+
+    def __init__(self, model: D2SVSE, dense: bool = False) -> None:
+        super().__init__()
+        self.model, self.dense = model, dense
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what `D2SVSE.text_vectors` gives, and the words `(batch, length, embed_dim)`, in float32."""
+        features = self.model.text_encoder(input_ids, attention_mask)
+        return _outputs(self.model, "text", features if self.dense else self.model.fuse(features))
+
+
+class TabledPooling(nn.Module):
+    """What a `GeneralizedPooling` does, with its coefficients in a table.
+
+    They depend on the number of real tokens alone, so that the graph needs no recurrent network
+    over lengths that it does not know.
+
+    Args:
+        pooling: the pooling.
+        lengths: numbers of real tokens to be ready for: all from 1 up where there is a mask, and
+            the last of them where there is none.
+    """
+
+    table: Tensor
+
+    def __init__(self, pooling: GeneralizedPooling, lengths: range) -> None:
+        super().__init__()
+        self.register_buffer("table", pooling.coefficients(list(lengths)).detach().float())
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)` float32; `mask` `(batch, length)` bool marks real tokens."""
+        values = tokens.transpose(1, 2).float()
+        if mask is None:
+            return values.sort(dim=-1, descending=True).values @ self.table[-1]
+        counts = mask.sum(1)
+        values = values.masked_fill(~mask[:, None, :], -torch.inf).sort(dim=-1, descending=True).values
+        real = torch.arange(mask.shape[1], device=mask.device) < counts[:, None]
+        coefficients = self.table[counts[:, None] - 1, torch.arange(mask.shape[1], device=mask.device)]
+        return (values.masked_fill(~real[:, None, :], 0) @ coefficients.unsqueeze(-1)).squeeze(-1)
+
+
+def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedProgram]:
+    """Trace both encoders with `torch.export`.
+
+    Any number of pictures or sentences, sentences of any length up to the processor's limit,
+    pictures of the size that the processor makes. The programs hold the model's own weights.
+
+    Args:
+        model: the model, with its processor.
+        dense: the sentences are dense captions: leave out the context decoder.
+
+    Returns:
+        "image_encoder" of `pixel_values` and "text_encoder" of `input_ids` and `attention_mask`;
+        each gives two outputs, embeddings `(batch, embed_dim)` and tokens
+        `(batch, length, embed_dim)`. Embeddings are those of `image_vectors` and `text_vectors`:
+        L2-normalised, and folded where the similarity folds.
+
+    Raises:
+        ValueError: if the model has no processor.
+    """
+    if model.processor is None:
+        raise ValueError("the model has no processor, which tells the size of pictures; set model.processor")
+    pixels = model.processor.pixel_values([Image.new("RGB", (64, 64))]).to(model.device, model.dtype)
+    longest = _longest_sentence(model)
+    ids = torch.ones(2, min(8, longest), dtype=torch.long, device=model.device)
+    sizes = {"batch": Dim.DYNAMIC, "length": Dim.DYNAMIC(max=longest)}
+    graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        IMAGE_ENCODER: (ImageGraph(model), (pixels.repeat(2, 1, 1, 1),)),
+        TEXT_ENCODER: (TextGraph(model, dense), (ids, ids.clone())),
+    }
+    programs = {}
+    with torch.no_grad(), _ready_for_export(model, pixels, longest):
+        for name, (graph, inputs) in graphs.items():
+            shapes = {key: {axis: sizes[size] for axis, size in axes.items()} for key, axes in AXES[name].items()}
+            programs[name] = torch.export.export(graph, inputs, dynamic_shapes=shapes)
+    return programs
+
+
+def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = False) -> None:
+    """Write `image_encoder.onnx`, `text_encoder.onnx` and the processor to a folder.
+
+    Files that this function wrote to the folder earlier are replaced, others stay.
+    Inputs and outputs are named as in `export_programs`.
+
+    Args:
+        model: the model, with its processor.
+        folder: the folder to write.
+        dense: the sentences are dense captions: leave out the context decoder.
+
+    Raises:
+        ImportError: if a package of the extra `[onnx]` is missing.
+        ValueError: if the model has no processor.
+        FileExistsError: if another wrote the folder.
+    """
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"the export to ONNX needs {package}; install it with pip install 'd2svse[onnx]'")
+    with written_folder(folder, EXPORTED) as aside:
+        for name, program in export_programs(model, dense).items():
+            graph = torch.onnx.export(program, output_names=OUTPUTS, dynamic_shapes=AXES[name], verbose=False)
+            assert graph is not None
+            graph.save(aside / f"{name}.onnx")
+        assert model.processor is not None
+        model.processor.save_pretrained(aside)
+
+
+def _outputs(model: D2SVSE, side: Any, features: Any) -> tuple[Tensor, Tensor]:
+    return model.similarity_fn.pooled_vectors(side, features.pooled), features.tokens.float()
+
+
+def _longest_sentence(model: D2SVSE) -> int:
+    assert model.processor is not None
+    longest, decoder = model.processor.max_length, model.decoder
+    if not isinstance(decoder, ContextDecoder) or decoder.position_embeddings is None:
+        return longest
+    return min(longest, decoder.position_embeddings.num_embeddings - len(decoder.tokens))
+
+
+@contextmanager
+def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[None]:
+    """Eval mode, poolings that can be traced, and attention as plain operations; all back as it was at the end."""
+    training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]
+    lengths: dict[Any, range] = {
+        model.image_encoder: range(image_tokens, image_tokens + 1),
+        model.text_encoder: range(1, longest + 1),
+    }
+    if isinstance(model.decoder, ContextDecoder):
+        lengths[model.decoder] = range(len(model.decoder.tokens), len(model.decoder.tokens) + 1)
+    backbones: list[Any] = [model.image_encoder.backbone, model.text_encoder.backbone]
+    attentions = [backbone.config._attn_implementation for backbone in backbones]
+    pooled = [part for part in lengths if isinstance(part.pooling, GeneralizedPooling)]
+    kept = [part.pooling for part in pooled]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for backbone in backbones:
+            backbone.set_attn_implementation("eager")
+        for part in pooled:
+            part.pooling = TabledPooling(part.pooling, lengths[part])
+        yield
+    finally:
+        for part, pooling in zip(pooled, kept, strict=True):
+            part.pooling = pooling
+        for backbone, attention in zip(backbones, attentions, strict=True):
+            backbone.set_attn_implementation(attention)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        model.train(training)

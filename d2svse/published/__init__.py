@@ -1,0 +1,17 @@
+"""Published D2S-VSE checkpoints (`.pth`): reading, converting and writing them."""
+
+from typing import TYPE_CHECKING
+
+from d2svse.lazy import lazy_names
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "convert": ["convert_published", "load_published", "write_published"],
+    },
+)
+
+if TYPE_CHECKING:
+    from d2svse.published.convert import convert_published as convert_published
+    from d2svse.published.convert import load_published as load_published
+    from d2svse.published.convert import write_published as write_published

@@ -1,0 +1,201 @@
+"""What a published checkpoint's options and shapes tell of its architecture."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
+
+from d2svse.hub.folder import MAX_IMAGE_SIZE
+from d2svse.models import D2SVSEConfig
+from d2svse.models.decoder import Placement
+
+HEAD_WIDTH = 64  # of ViT and BERT in all published sizes; no shape tells it
+DECODER_HEADS, ATTENTION_HEADS = 4, 8
+SETTINGS = ("img_res", "no_res_embed", "decoder_heads", "fusion", "token_placement", "mask_padding")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An inferred architecture.
+
+    Attributes:
+        config: the configuration.
+        image_size: side of the square that pictures are resized to, in pixels.
+    """
+
+    config: D2SVSEConfig
+    image_size: int
+
+
+def infer_architecture(
+    weights: Mapping[str, Tensor], opt: Mapping[str, Any], source: Path, given: Mapping[str, Any] | None = None
+) -> Architecture:
+    """Work out the architecture from the shapes, and from the options where no shape tells.
+
+    Args:
+        weights: tensors by their published names.
+        opt: the checkpoint's options; `img_res` and `no_res_embed` are read, the rest the shapes
+            tell.
+        source: the file, for messages.
+        given: what wins over both: any of `SETTINGS`, and `vision.FIELD` or `text.FIELD` for any field of
+            the backbones' configurations (as `vision__FIELD`, too, which is a Python name).
+
+    Raises:
+        ValueError: if a tensor that tells something is missing or of another rank, or a given
+            name is unknown.
+    """
+    shapes = _Shapes(weights, source)
+    values: dict[str, Any] = dict.fromkeys(SETTINGS) | {n: opt[n] for n in ("img_res", "no_res_embed") if n in opt}
+    values |= {"fusion": "published", "token_placement": "postfix", "mask_padding": False}
+    sides: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+    for name, value in (given or {}).items():
+        side, dot, field = name.replace("__", ".", 1).partition(".")
+        if dot and side in sides:
+            sides[side][field] = value
+        elif name in SETTINGS:
+            values[name] = value
+        else:
+            known = ", ".join([*SETTINGS, "vision.FIELD", "text.FIELD"])
+            raise ValueError(f"unknown setting {name!r} for a published checkpoint; known are {known}")
+    _check_settings(values, shapes)
+    vision, text = _vision(shapes, values["img_res"]), _text(shapes)
+    for side, config in (("vision", vision), ("text", text)):
+        for field, value in sides[side].items():
+            if not hasattr(config, field):
+                raise ValueError(f"{side}.{field}: a {type(config).__name__} has no such field")
+            setattr(config, field, value)
+    image_size = values["img_res"] or vision.image_size
+    try:  # transformers checks the fields' types here
+        config = D2SVSEConfig(
+            vision_config=vision.to_dict(),
+            text_config=text.to_dict(),
+            embed_dim=shapes("img_enc.image_encoder.fc.weight", 2)[0],
+            text_projection="residual_mlp",
+            context_decoder=_decoder(shapes, values),
+            fusion=values["fusion"],
+            context_residual=bool(values["no_res_embed"]),  # the published option says the opposite of its name
+        )
+    except Exception as error:
+        raise ValueError(f"{source}: settings {dict(given or {})} do not fit: {' '.join(str(error).split())}") from None
+    return Architecture(config, int(image_size))
+
+
+def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
+    """Check values of options, and that those are there which no shape tells."""
+    has_decoder = "prompt_learner.prompt_tokens" in shapes
+    swin = "img_enc.visual_encoder.embeddings.cls_token" not in shapes
+    for name, needed in (("img_res", swin), ("no_res_embed", has_decoder)):
+        if needed and values[name] is None:
+            raise ValueError(
+                f"{shapes.source}: its options lack {name}, which no shape tells; give it (--set {name}=…)"
+            )
+    for name in ("img_res", "decoder_heads"):
+        value = values[name]
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a positive whole number, got {value!r:.80}")
+        if value is not None and value > MAX_IMAGE_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_IMAGE_SIZE}, got {value!r:.80}")
+    for name in ("no_res_embed", "mask_padding"):
+        if not isinstance(values[name], bool | None):
+            raise ValueError(f"{name} must be true or false, got {values[name]!r}")
+    if values["token_placement"] not in get_args(Placement):
+        known = ", ".join(get_args(Placement))
+        raise ValueError(f"token_placement must be one of {known}, got {values['token_placement']!r}")
+
+
+class _Shapes:
+    def __init__(self, weights: Mapping[str, Tensor], source: Path) -> None:
+        self.weights, self.source = weights, source
+
+    def __call__(self, name: str, rank: int) -> tuple[int, ...]:
+        if name not in self.weights:
+            raise ValueError(f"{self.source}: not a whole D2S-VSE checkpoint: {name} is missing")
+        shape = tuple(self.weights[name].shape)
+        if len(shape) != rank:
+            raise ValueError(f"{self.source}: {name} is {list(shape)} and should have {rank} dimensions")
+        return shape
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+    def count(self, prefix: str) -> int:
+        """How many numbered parts there are behind a prefix."""
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return len({match[1] for match in map(pattern.match, self.weights) if match})
+
+
+def _vision(shapes: _Shapes, image_size: int | None) -> PreTrainedConfig:
+    root = "img_enc.visual_encoder"
+    width, channels, patch, _ = shapes(f"{root}.embeddings.patch_embeddings.projection.weight", 4)
+    if f"{root}.embeddings.cls_token" in shapes:
+        positions = shapes(f"{root}.embeddings.position_embeddings", 3)[1] - 1
+        layer = f"{root}.encoder.layer.0"
+        return ViTConfig(
+            hidden_size=width,
+            num_channels=channels,
+            patch_size=patch,
+            image_size=math.isqrt(positions) * patch,
+            num_hidden_layers=shapes.count(f"{root}.encoder.layer."),
+            num_attention_heads=max(1, width // HEAD_WIDTH),
+            intermediate_size=shapes(f"{layer}.intermediate.dense.weight", 2)[0],
+            qkv_bias=f"{layer}.attention.attention.query.bias" in shapes,
+        )
+    stages = shapes.count(f"{root}.encoder.layers.")
+    first = f"{root}.encoder.layers.0.blocks.0"
+    tables = [
+        shapes(f"{root}.encoder.layers.{i}.blocks.0.attention.self.relative_position_bias_table", 2)
+        for i in range(max(1, stages))
+    ]
+    return SwinConfig(
+        embed_dim=width,
+        num_channels=channels,
+        patch_size=patch,
+        image_size=image_size or 224,
+        depths=[shapes.count(f"{root}.encoder.layers.{i}.blocks.") for i in range(stages)],
+        num_heads=[heads for _, heads in tables],
+        window_size=(math.isqrt(tables[0][0]) + 1) // 2,
+        mlp_ratio=shapes(f"{first}.intermediate.dense.weight", 2)[0] / width,
+        qkv_bias=f"{first}.attention.self.query.bias" in shapes,
+        use_absolute_embeddings=f"{root}.embeddings.position_embeddings" in shapes,
+    )
+
+
+def _text(shapes: _Shapes) -> PreTrainedConfig:
+    root = "txt_enc.bert"
+    words, width = shapes(f"{root}.embeddings.word_embeddings.weight", 2)
+    return BertConfig(
+        vocab_size=words,
+        hidden_size=width,
+        num_hidden_layers=shapes.count(f"{root}.encoder.layer."),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        intermediate_size=shapes(f"{root}.encoder.layer.0.intermediate.dense.weight", 2)[0],
+        max_position_embeddings=shapes(f"{root}.embeddings.position_embeddings.weight", 2)[0],
+        type_vocab_size=shapes(f"{root}.embeddings.token_type_embeddings.weight", 2)[0],
+    )
+
+
+def _decoder(shapes: _Shapes, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "prompt_learner.prompt_tokens" not in shapes:
+        return None
+    shared = {
+        "num_tokens": shapes("prompt_learner.prompt_tokens", 2)[0],
+        "mask_padding": values["mask_padding"],
+    }
+    if "prompt_learner.cross_attn.in_proj_weight" in shapes:
+        return {"kind": "attention", **shared, "num_heads": values["decoder_heads"] or ATTENTION_HEADS}
+    return {
+        "kind": "decoder",
+        **shared,
+        "num_layers": shapes.count("prompt_learner.decoder_blocks."),
+        "num_heads": values["decoder_heads"] or DECODER_HEADS,
+        "placement": values["token_placement"],
+        "positions": False,
+        "pooling": "gpo" if "prompt_learner.pooling.linear.weight" in shapes else "mean",
+    }

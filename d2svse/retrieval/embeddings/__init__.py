@@ -1,0 +1,1 @@
+"""Embeddings of images and texts, stored in a folder."""

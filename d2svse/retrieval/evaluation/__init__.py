@@ -1,0 +1,1 @@
+"""Metrics, rankings, protocols and the evaluation of a model."""

@@ -1,0 +1,251 @@
+"""Where all right answers of every query stand, and the metrics that are made from that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from d2svse.retrieval.evaluation.metrics import (
+    MATRIX_TILE,
+    NEVER,
+    RECALL_AT,
+    TILE,
+    RightAnswers,
+    ScoreTile,
+    count_wrong,
+    join_directions,
+    mean_metrics,
+    mean_values,
+    median_rank,
+    rank_values,
+    whole_matrix,
+)
+
+NDCG_AT = 10
+DRAWS_AT_A_TIME = 32
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Ranking:
+    """Where the right answers of every query that is asked stand; every metric is made from it.
+
+    Attributes:
+        queries: `(n_asked,)` the row of each query.
+        offsets: `(n_asked + 1,)` those of the i-th query are at `offsets[i]:offsets[i + 1]`.
+        positions: `(n_pairs,)` int64 from 0, ascending in a query: how many answers stand before it;
+            `NEVER` where it is not among those ranked.
+        answers: `(n_pairs,)` their rows, or -1.
+        scores: `(n_pairs,)` their scores, -inf where they are not ranked.
+        gains: `(n_pairs,)`.
+        depth: how many answers of a query are ranked, of a shortlist; None for all.
+    """
+
+    queries: np.ndarray
+    offsets: np.ndarray
+    positions: np.ndarray
+    answers: np.ndarray
+    scores: np.ndarray
+    gains: np.ndarray
+    depth: int | None = None
+
+    @classmethod
+    def from_counts(
+        cls, right: RightAnswers, scores: np.ndarray, wrong: np.ndarray, ranked: np.ndarray, depth: int | None = None
+    ) -> Ranking:
+        """From how many wrong answers score at least as high as each right one.
+
+        Args:
+            right: the right answers.
+            scores: `(n_pairs,)` of each.
+            wrong: `(n_pairs,)` wrong answers that stand before it.
+            ranked: `(n_pairs,)` bool, whether it is among the answers that are ranked.
+            depth: see the class.
+        """
+        gains = np.ones(len(right.answers)) if right.gains is None else np.asarray(right.gains, dtype=np.float64)
+        scores = np.where(ranked, scores, -np.inf)
+        order = np.lexsort((gains, -scores, ~ranked, right.queries))  # of tied ones the less right comes first
+        queries = np.flatnonzero(right.counts)
+        offsets = np.concatenate([[0], np.cumsum(right.counts[queries])])
+        among_right = np.arange(len(order)) - np.repeat(offsets[:-1], right.counts[queries])
+        positions = np.where(ranked[order], wrong[order] + among_right, NEVER)
+        return cls(queries, offsets, positions, right.answers[order], scores[order], gains[order], depth)
+
+    @property
+    def best(self) -> np.ndarray:
+        """The position of the best right answer of each query, `(n_asked,)`: the query's rank, from 0."""
+        return self.positions[self.offsets[:-1]]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many right answers each query has, `(n_asked,)`."""
+        return np.diff(self.offsets)
+
+    @property
+    def places(self) -> np.ndarray:
+        """How many right answers of the same query stand before each one, `(n_pairs,)`."""
+        return np.arange(len(self.positions)) - np.repeat(self.offsets[:-1], self.counts)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum `(n_pairs,)` values over the right answers of each query: `(n_asked,)`."""
+        return np.add.reduceat(values, self.offsets[:-1], dtype=np.float64)
+
+
+def rank_in_tiles(
+    score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
+) -> tuple[Ranking, Ranking]:
+    """The positions of all right answers in both directions, from scores given tile by tile.
+
+    Tiles that hold right answers are asked for twice: first for the scores of these, then to be
+    counted. They must hold the same numbers both times. What is held is a tile and a few numbers a pair.
+
+    Args:
+        score_tile: gives the scores of some images and some captions, `(rows, columns)`, on any device.
+        captions: the right captions of every image.
+        images: the right images of every caption.
+        tile: the largest tile, in images and captions. Tiles are of even size, since a matrix product
+            of a few rows may round otherwise than one of many.
+
+    Returns:
+        The image-to-text and the text-to-image ranking.
+
+    Raises:
+        ValueError: if a score is NaN or an answer is not a row of the other side.
+    """
+    sides = count_wrong(score_tile, captions, images, tile, best_only=False)
+    return tuple(Ranking.from_counts(s.right, s.scores, s.wrong, s.right.answers >= 0) for s in sides)  # type: ignore[return-value]
+
+
+def rankings(scores: Tensor | np.ndarray, captions: RightAnswers, images: RightAnswers) -> tuple[Ranking, Ranking]:
+    """The positions of all right answers, image to text and text to image.
+
+    Args:
+        scores: `(n_images, n_captions)`, higher is closer.
+        captions: the right captions of every image.
+        images: the right images of every caption.
+
+    Raises:
+        ValueError: if a score is NaN or the shapes do not fit.
+    """
+    return rank_in_tiles(whole_matrix(scores, captions, images), captions, images, MATRIX_TILE)
+
+
+def true_recall(ranking: Ranking, k: int) -> np.ndarray:
+    """The share of each query's right answers that are among the first k, `(n_asked,)`."""
+    return ranking.sums(ranking.positions < k) / ranking.counts
+
+
+def r_precision(ranking: Ranking) -> np.ndarray:
+    """The share of right answers among the first R of each query that has R of them, `(n_asked,)`."""
+    return ranking.sums(ranking.positions < np.repeat(ranking.counts, ranking.counts)) / ranking.counts
+
+
+def average_precision_at_r(ranking: Ranking) -> np.ndarray:
+    """The mean over the first R places of the precision there, 0 where a wrong answer stands, `(n_asked,)`.
+
+    Its mean over queries is mAP@R (Musgrave et al., A Metric Learning Reality Check, Eq. 2).
+    """
+    inside = ranking.positions < np.repeat(ranking.counts, ranking.counts)
+    precision = (ranking.places + 1) / (np.where(inside, ranking.positions, 0) + 1)
+    return ranking.sums(inside * precision) / ranking.counts
+
+
+def ndcg(ranking: Ranking, k: int = NDCG_AT) -> np.ndarray:
+    """Normalised discounted cumulative gain of the first k, `(n_asked,)`: gain / log2(place + 1), place from 1."""
+    inside = ranking.positions < k
+    found = ranking.sums(inside * ranking.gains / np.log2(np.where(inside, ranking.positions, 0) + 2.0))
+    query = np.repeat(np.arange(len(ranking.queries)), ranking.counts)
+    gains, places = ranking.gains[np.lexsort((-ranking.gains, query))], ranking.places
+    return found / ranking.sums((places < k) * gains / np.log2(places + 2.0))
+
+
+def query_values(ranking: Ranking, recall_at: Sequence[int] = RECALL_AT) -> dict[str, np.ndarray]:
+    """What the metrics of a direction are the means of, a value a query `(n_asked,)`.
+
+    What a shortlist cannot tell is left out: recall and nDCG beyond its depth, the mean rank, and
+    mAP@R and R-precision where a query has more right answers than the shortlist has places.
+    """
+    depth = NEVER if ranking.depth is None else ranking.depth
+    values = rank_values(ranking.best, recall_at, depth)
+    values |= {f"true_recall_at_{k}": true_recall(ranking, k) for k in recall_at if k <= depth}
+    if ranking.counts.max() <= depth:
+        values |= {"map_at_r": average_precision_at_r(ranking), "r_precision": r_precision(ranking)}
+    if depth >= NDCG_AT:
+        values[f"ndcg_at_{NDCG_AT}"] = ndcg(ranking)
+    return values
+
+
+def ranking_metrics(i2t: Ranking, t2i: Ranking, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Every metric of both directions.
+
+    Args:
+        i2t: the image-to-text ranking.
+        t2i: the text-to-image ranking.
+        recall_at: the values of K.
+
+    Returns:
+        What `retrieval_metrics` gives, and `i2t_true_recall_at_1`, …, `i2t_map_at_r`,
+        `i2t_r_precision`, `i2t_ndcg_at_10` and so on; without what a shortlist cannot tell.
+    """
+    values = {"i2t": query_values(i2t, recall_at), "t2i": query_values(t2i, recall_at)}
+    result = mean_values(values, recall_at)
+    for direction, ranking in (("i2t", i2t), ("t2i", t2i)):
+        median = median_rank(ranking.best)
+        if median <= (NEVER if ranking.depth is None else ranking.depth):
+            result[f"{direction}_median_rank"] = median
+    return result
+
+
+def bootstrap_intervals(
+    folds: Sequence[tuple[Ranking, Ranking]],
+    recall_at: Sequence[int] = RECALL_AT,
+    *,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Confidence intervals of all metrics that are means, and of rSum, by drawing queries anew (percentile bootstrap).
+
+    Queries are drawn with replacement, each direction and each fold for itself; the metrics of a
+    draw are the mean of its folds. Captions of one image are drawn as if they were independent.
+
+    Args:
+        folds: both rankings of every fold; one fold for a whole set.
+        recall_at: the values of K.
+        samples: how many draws.
+        level: the share of draws between the two ends.
+        seed: the same seed gives the same intervals.
+
+    Returns:
+        The lower and the upper end of each metric of `ranking_metrics` but the median ranks.
+
+    Raises:
+        ValueError: if there are no draws or the level is not between 0 and 1.
+    """
+    if samples < 1 or not 0 < level < 1:
+        raise ValueError(f"expected draws and a level between 0 and 1, got {samples} draws and level {level}")
+    random = np.random.default_rng(seed)
+    drawn = []
+    for pair in folds:
+        values = {}
+        for direction, ranking in zip(("i2t", "t2i"), pair, strict=True):
+            of_queries = query_values(ranking, recall_at)
+            means = _resampled_means(np.stack(list(of_queries.values())), samples, random)
+            values[direction] = dict(zip(of_queries, means, strict=True))
+        drawn.append(join_directions(values, recall_at))
+    ends = np.quantile(list(mean_metrics(drawn).values()), ((1 - level) / 2, (1 + level) / 2), axis=1)
+    return {name: (float(low), float(high)) for name, low, high in zip(mean_metrics(drawn), *ends, strict=True)}
+
+
+def _resampled_means(values: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
+    """Means of `(n_values, n_queries)` over queries drawn with replacement: `(n_values, samples)`."""
+    count = values.shape[1]
+    parts = []
+    for first in range(0, samples, DRAWS_AT_A_TIME):
+        draws = min(DRAWS_AT_A_TIME, samples - first)
+        drawn = random.integers(0, count, (draws, count)) + count * np.arange(draws)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
+        parts.append(values @ times.T / count)
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,1 @@
+"""Search in images and texts: the index that keeps them, its answers and their gallery."""

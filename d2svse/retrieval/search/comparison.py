@@ -1,0 +1,121 @@
+"""What an index and a source have in common: the same items, what is gone, and whether one may replace the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2svse.images.folders import canonical_path, one_of_each
+from d2svse.retrieval.search.settings import MANIFEST, IndexSettings, own_folder
+from d2svse.retrieval.search.sources import SourceItems
+from d2svse.retrieval.vectors import load_index
+from d2svse.text import visible
+
+# Of an index. A larger share is more often a disk that is not mounted than images that are gone.
+PRUNED_UNASKED = 0.1
+
+
+def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, overwrite: bool) -> list[str]:
+    """The folders of the index that a build replaces; refuse one of another model or source.
+
+    Raises:
+        FileExistsError: if it is one, and may not be overwritten.
+    """
+    if not (folder / MANIFEST).is_file():
+        return []
+    hint = "; --overwrite (overwrite=True) replaces it"
+    try:
+        before = IndexSettings.read(folder)
+    except ValueError as error:
+        if overwrite:
+            return []
+        raise FileExistsError(f"{error}{hint}") from None
+    if not overwrite:
+        if before.fingerprint != settings.fingerprint:
+            raise FileExistsError(f"{folder}: holds an index of another model, {before.model or 'not saved'}{hint}")
+        if before.side != settings.side:
+            raise FileExistsError(f"{folder}: holds an index of the side {before.side}, not {settings.side}{hint}")
+        if None not in (before.source, settings.source) and before.source != settings.source:
+            raise FileExistsError(f"{folder}: holds an index of another source, {before.source}{hint}")
+    try:
+        vectors = load_index(own_folder(folder, before.vectors))
+    except (FileNotFoundError, ValueError):  # not whole: building it again is what mends it
+        return [before.vectors]
+    try:
+        known = dict(zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)) if len(vectors) else {}
+    finally:
+        vectors.close()
+    if not overwrite:
+        there = set(same_items(items, known).values()) if settings.side == "image" else set(items.names)
+        lost = [id for id in known if id not in there]
+        if len(lost) > PRUNED_UNASKED * len(known):
+            raise FileExistsError(
+                f"{folder}: holds an index with {len(lost)} items that this source lacks, such as {lost[0]:.200}{hint}"
+            )
+    stores = {str(one["store"]) for one in known.values() if "store" in one} if before.shortlist else set()
+    return [before.vectors, *(name for name in stores if (folder / name).is_dir())]
+
+
+def _paths_of(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """For each id of an index of images its canonical path; a relative one is of the working directory."""
+    paths = {id: str(one.get("path") or id) for id, one in known.items()}
+    return {id: path if os.path.isabs(path) else canonical_path(path) for id, path in paths.items()}
+
+
+def same_items(items: SourceItems, known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """For each name of a source that the index has, under whatever spelling, its id there."""
+    same = {name: name for name in items.names if name in known}
+    if not items.paths or len(same) == len(items.names):
+        return same
+    path_of = _paths_of(known)
+    id_of = {path: id for id, path in path_of.items()}
+    same |= {name: id_of[path] for name, path in items.paths.items() if name not in same and path in id_of}
+    left = {path: name for name, path in items.paths.items() if name not in same}
+    states = {path: items.states[name] for path, name in left.items()}
+    other = one_of_each(list(left), states.get, [(path_of[id], one.get("state")) for id, one in known.items()])
+    return same | {left[path]: id_of[stands] for path, stands in other.items() if stands in id_of}
+
+
+def gone_items(items: SourceItems, known: Mapping[str, Any], there: Collection[str]) -> list[str]:
+    """Ids of images that lay below the folder and are not there; not of those that it could not look for."""
+    if items.found is None:
+        return []
+    found = set(map(str, items.found.paths))
+    tops = tuple(os.path.join(root, "") for root in items.found.roots)
+    return [
+        id
+        for id, path in _paths_of(known).items()
+        if path.startswith(tops) and path not in found and id not in there and not items.found.unknown(Path(path))
+    ]
+
+
+def check_gone(items: SourceItems, known: Mapping[str, Any], gone: Sequence[str]) -> None:
+    """Refuse to drop so much that it is more likely a disk that is not mounted."""
+    if not gone or items.found is None:
+        return
+    paths = _paths_of(known)
+    left = set(paths).difference(gone)
+    reason = f"more than a tenth of its {len(known)} items" if len(gone) > PRUNED_UNASKED * len(known) else None
+    for root in map(str, items.found.roots):
+        top = os.path.join(root, "")
+        if any(paths[id].startswith(top) for id in gone) and not any(paths[id].startswith(top) for id in left):
+            reason = f"all that it held below {root}"
+    folders = dict.fromkeys(os.path.dirname(paths[id]) for id in gone)
+    empty = next((folder for folder in folders if _is_empty(folder)), None)
+    if reason is None and empty is not None:
+        reason = f"all that it held below {empty}, which is empty now"
+    if reason is not None:
+        raise ValueError(
+            f"{len(gone)} images of the index are not there any more, such as {visible(gone[0])}: {reason}; "
+            "is a disk not mounted? Drop them with --prune (prune=True)"
+        )
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False

@@ -1,0 +1,125 @@
+"""Search results to look at: a picture of them, or a page for a browser."""
+
+from __future__ import annotations
+
+import html
+import os
+import textwrap
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from d2svse.files import write_text, written_aside
+from d2svse.images import jpeg_bytes, jpeg_uri, load_image
+from d2svse.retrieval.search.hits import Hit
+from d2svse.text import visible
+
+GAP = 8
+CAPTION_WIDTH = 220
+FONT_SIZE = 16
+FRAME, FRAME_WIDTH = "#1a8a3a", 5
+STYLE = (
+    "body{font:16px sans-serif;margin:2em}section{margin-bottom:2em}h2{font-size:1.1em}"
+    "ol{display:flex;flex-wrap:wrap;gap:1em;list-style:none;padding:0}li{max-width:14em}"
+    "img{display:block;max-width:100%}small{color:#666;overflow-wrap:anywhere}"
+)
+
+
+def compose_gallery(
+    rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]],
+    thumbnail: int = 144,
+    right: Sequence[Collection[int]] | None = None,
+) -> Image.Image:
+    """Lay queries at the left and their pictures beside them, one query a row.
+
+    Args:
+        rows: a query and the paths of its pictures, best first.
+        thumbnail: side of a picture in pixels.
+        right: for each row the places of the right answers among its pictures, which are framed.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        ValueError: if there are no rows, or `right` is of another number of them.
+    """
+    if not rows:
+        raise ValueError("nothing to draw: no queries")
+    if right is not None and len(right) != len(rows):
+        raise ValueError(f"right answers of {len(right)} rows were given for {len(rows)}")
+    columns = max(len(pictures) for _, pictures in rows)
+    cell = thumbnail + GAP
+    canvas = Image.new("RGB", (CAPTION_WIDTH + columns * cell + GAP, len(rows) * cell + GAP), "white")
+    pen = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(FONT_SIZE)
+    for row, (query, pictures) in enumerate(rows):
+        top = GAP + row * cell
+        text = "\n".join(textwrap.wrap(visible(query), width=CAPTION_WIDTH // (FONT_SIZE // 2)))
+        pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
+        for column, picture in enumerate(pictures):
+            left = CAPTION_WIDTH + column * cell
+            canvas.paste(ImageOps.fit(load_image(picture), (thumbnail, thumbnail)), (left, top))
+            if right is not None and column in right[row]:
+                last = (left + thumbnail - 1, top + thumbnail - 1)
+                pen.rectangle([(left, top), last], outline=FRAME, width=FRAME_WIDTH)
+    return canvas
+
+
+def draw_gallery(
+    rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]], path: str | os.PathLike[str], thumbnail: int = 144
+) -> None:
+    """Write `compose_gallery` to a PNG; arguments and errors are its own.
+
+    Args:
+        rows: a query and the paths of its pictures, best first.
+        path: the PNG to write.
+        thumbnail: side of a picture in pixels.
+    """
+    canvas = compose_gallery(rows, thumbnail)
+    with written_aside(path) as aside:
+        canvas.save(aside, format="PNG")
+
+
+def write_gallery_page(
+    rows: Sequence[tuple[str | None, str | os.PathLike[str] | None, Sequence[Hit]]],
+    path: str | os.PathLike[str],
+    *,
+    pictures: bool = True,
+    thumbnail: int = 224,
+) -> None:
+    """Write queries and their hits as one HTML file, with small copies of the pictures inside it.
+
+    Args:
+        rows: the sentence of a query or None, its picture or None, and its hits, best first.
+        path: the HTML file to write.
+        pictures: the ids of the hits are paths of pictures; else they are sentences.
+        thumbnail: longest side of a picture in pixels.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("nothing to show: no queries")
+    sections = []
+    for sentence, picture, hits in rows:
+        asked = "" if sentence is None else f"<h2>{_shown(sentence)}</h2>"
+        asked += "" if picture is None else _embedded(picture, thumbnail)
+        items = "".join(
+            f"<li>{_embedded(hit.id, thumbnail) if pictures else ''}"
+            f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if pictures else hit.id)}</small></li>"
+            for hit in hits
+        )
+        sections.append(f"<section>{asked}<ol>{items}</ol></section>\n")
+    head = f'<!doctype html><meta charset="utf-8"><title>Search results</title><style>{STYLE}</style>\n'
+    write_text(path, head + "".join(sections))
+
+
+def _embedded(picture: str | os.PathLike[str], thumbnail: int) -> str:
+    image = load_image(picture)
+    image.thumbnail((thumbnail, thumbnail))
+    # The name alone: a page is passed on, and folders tell of the machine.
+    return f'<img alt="{_shown(Path(os.fspath(picture)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
+
+
+def _shown(text: str) -> str:
+    return html.escape(visible(text), quote=True)

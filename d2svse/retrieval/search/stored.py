@@ -1,0 +1,191 @@
+"""What an index stores of its items beside their vectors, in stores of which there are few.
+
+The metadata of an item names the store that it was encoded into and its row there, and stays so. Small stores are
+joined into larger ones: a joined store lists in `joined.json` which rows of which earlier stores it holds. So an
+index of n items that were added one by one has about log n stores.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2svse.features import Features
+from d2svse.files import write_text, written_aside
+from d2svse.retrieval.embeddings.store import DESCRIPTION, EmbeddingStore, join_stores
+from d2svse.retrieval.search.settings import STORE, note_folders, own_folder
+from d2svse.retrieval.vectors.storage import count_of, first_to_merge, inside
+from d2svse.text import read_json, to_json
+
+JOINED = "joined.json"
+LARGEST_SMALL = 8192  # items; a larger store is joined by `compact` only, since that copies it
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the rows of an earlier store lie now.
+
+    Attributes:
+        store: the store that holds them.
+        first: the row of the first of them.
+        count: how many rows the earlier store had.
+        kept: which of those are held, in order; None for all.
+    """
+
+    store: EmbeddingStore
+    first: int
+    count: int
+    kept: np.ndarray | None
+
+    def rows(self, earlier: Sequence[int]) -> np.ndarray:
+        """The rows in `store` of rows of the earlier store."""
+        rows = np.asarray(earlier, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.count:
+            raise ValueError(f"{self.store.folder}: rows {rows.min()} to {rows.max()} of {self.count}")
+        if self.kept is None:
+            return rows + self.first
+        found = np.searchsorted(self.kept, rows)
+        if not len(self.kept) or (self.kept[np.minimum(found, len(self.kept) - 1)] != rows).any():
+            raise ValueError(f"{self.store.folder}: lacks rows that the index names; build it again")
+        return found + self.first
+
+
+class StoredItems:
+    """The stores of an index, opened.
+
+    Args:
+        folder: of the index.
+        metadata: of all items.
+
+    Raises:
+        FileNotFoundError: if a store is missing.
+        ValueError: if the folder names what it does not hold.
+    """
+
+    def __init__(self, folder: Path, metadata: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.used: dict[str, list[int]] = {}
+        for one in metadata:
+            try:
+                self.used.setdefault(one["store"], []).append(count_of(one["row"], "a row"))
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{folder}: an item without its place in a store ({error!r}); build it again"
+                ) from None
+        joined = joined_stores(folder)
+        stores: dict[str, EmbeddingStore] = {}
+        self.places: dict[str, Place] = {}
+        self._joined = set(joined)
+        for name in self.used:
+            holder, *where = joined.get(name, (name,))
+            if holder not in stores:
+                stores[holder] = EmbeddingStore(own_folder(folder, holder))
+            store = stores[holder]
+            first, count, kept = where or (0, len(store), None)
+            place = Place(store, first, count, None if kept is None else np.array(kept, dtype=np.int64))
+            if first + (count if kept is None else len(kept)) > len(store):
+                raise ValueError(f"{store.folder / JOINED}: names rows that it does not hold; build the index again")
+            place.rows(self.used[name])
+            self.places[name] = place
+
+    @property
+    def folders(self) -> set[str]:
+        """The names of the folders that hold what the items need."""
+        return {place.store.folder.name for place in self.places.values()}
+
+    @property
+    def names(self) -> set[str]:
+        """All names that must not be given to another store."""
+        return self.folders | set(self.used) | self._joined
+
+    def features(self, metadata: Sequence[Mapping[str, Any]]) -> Features:
+        """Read what is stored of some items, in their order."""
+        rows: dict[Path, list[int]] = {}
+        order: dict[Path, list[int]] = {}
+        stores: dict[Path, EmbeddingStore] = {}
+        for position, one in enumerate(metadata):
+            place = self.places[one["store"]]
+            folder = place.store.folder
+            stores[folder] = place.store
+            rows.setdefault(folder, []).append(int(place.rows([one["row"]])[0]))
+            order.setdefault(folder, []).append(position)
+        parts = [stores[folder].features(rows[folder]) for folder in rows]
+        if len(parts) == 1:
+            return parts[0]
+        positions = torch.tensor([position for folder in rows for position in order[folder]])
+        return Features.cat(parts)[positions.argsort()]
+
+    def join(self, every: bool = False) -> bool:
+        """Join small stores into one, or all of them, without the rows that no item needs; under the lock.
+
+        The stores that were joined stay, until they are swept.
+
+        Returns:
+            Whether there was something to join.
+        """
+        of_folder: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            of_folder.setdefault(place.store.folder.name, []).append(name)
+        needed = {folder: sum(len(self.used[name]) for name in names) for folder, names in of_folder.items()}
+        if every:
+            chosen = list(of_folder)
+            whole = len(chosen) == 1 and needed[chosen[0]] == len(self.places[of_folder[chosen[0]][0]].store)
+            if not chosen or whole:
+                return False
+        else:
+            small = sorted((one for one in of_folder if needed[one] < LARGEST_SMALL), key=lambda one: -needed[one])
+            chosen = small[first_to_merge([needed[one] for one in small]) :] if small else []
+            if len(chosen) < 2:
+                return False
+        parts, listed, first = [], [], 0
+        for name in (name for folder in chosen for name in of_folder[folder]):
+            place, kept = self.places[name], sorted(self.used[name])
+            parts.append((place.store, place.rows(kept)))
+            listed.append([name, first, place.count, None if len(kept) == place.count else kept])
+            first += len(kept)
+        name = STORE + uuid.uuid4().hex[:12]
+        note_folders(self.folder, [name])
+        with written_aside(self.folder / name, replaces=DESCRIPTION) as aside:
+            join_stores(parts, aside)
+            number = max((number for number, _, _ in _lists(self.folder)), default=0) + 1
+            write_text(aside / JOINED, to_json({"number": number, "stores": listed}) + "\n")
+        return True
+
+
+def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Return, for each store that was joined, the folder that holds its rows now, and where.
+
+    A store must not be given one of these names. Where two joined stores hold the same rows, since the first has not
+    been swept yet, the later one counts.
+
+    Raises:
+        ValueError: if a list is not one that this package wrote.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for _, holder, stores in sorted(_lists(folder), key=lambda one: one[:2]):
+        try:
+            for name, first, count, kept in stores:
+                rows = None if kept is None else [count_of(row, name) for row in kept]
+                found[name] = (holder, count_of(first, name), count_of(count, name), rows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / holder / JOINED}: not a list of joined stores ({error})") from None
+    return found
+
+
+def _lists(folder: Path) -> list[tuple[int, str, list[Any]]]:
+    """The number of each joining, its store and its list."""
+    lists = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(STORE) and (path / JOINED).is_file():
+            content = read_json(inside(own_folder(folder, path.name), JOINED))
+            try:
+                lists.append((count_of(content["number"], JOINED), path.name, list(content["stores"])))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path / JOINED}: not a list of joined stores ({error!r})") from None
+    return lists

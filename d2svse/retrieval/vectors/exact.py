@@ -1,0 +1,312 @@
+"""The exact vector index: a blocked matrix product and the running top k."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from d2svse.retrieval.vectors import storage
+from d2svse.retrieval.vectors.base import VectorIndex
+from d2svse.retrieval.vectors.local import LocalIndex
+from d2svse.retrieval.vectors.topk import RunningTopK
+
+__all__ = ["ExactIndex", "VectorIndex"]
+
+StoreDtype = Literal["float32", "float16", "int8"]
+QUERIES_AT_A_TIME = 256
+ROWS_AT_A_TIME = 16384
+LARGEST_CODE = 127
+PIECE = 1 << 15  # numbers; torch shares larger ones among threads
+KEPT_MAPPED = 1 << 26
+FEW_QUERIES = 8
+
+
+@dataclass(slots=True)
+class Part:
+    """Rows that were stored together.
+
+    Attributes:
+        codes: `(n, dim)` in the store's dtype.
+        scales: what a code of 1 stands for in each dimension, `(dim,)` float32; only for int8.
+        file: the name of the file that `codes` is mapped from, or None while they are in memory.
+        map: the memory map.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+    file: str | None = None
+    map: mmap.mmap | None = None
+
+    def forget(self, first: int, last: int) -> None:
+        """Let go of pages of the map that are done with; they stay in the system's cache, not in the process."""
+        if self.map is not None and hasattr(self.map, "madvise"):
+            width = self.codes.shape[1] * self.codes.itemsize
+            start = len(self.map) - self.codes.nbytes
+            page = (start + first * width) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_DONTNEED, page, start + last * width - page)
+
+
+class ExactIndex(LocalIndex):
+    """Inner products with every vector, computed in blocks; the reference for all other engines.
+
+    Of equal scores the one added first comes first. What was loaded is mapped, not read: a search goes
+    through the file and holds a block of it in memory.
+
+    Args:
+        dim: width of the vectors.
+        dtype: what a number is stored as: float32; float16, half the size; or int8, a quarter, each
+            dimension of the vectors that are added together scaled to its largest value. Scores are
+            computed in float32 from what is stored. Small int8 parts are rounded again when they are
+            merged, so add many vectors in a call.
+        device: where the products run: None for NumPy, which takes blocks from memory or from the file,
+            or a torch device, to which everything that is stored is copied at the first search.
+        fingerprint: of the model that made the vectors.
+        block_size: vectors scored at a time.
+
+    Raises:
+        ValueError: if the dtype is unknown or a size is not positive.
+    """
+
+    engine = "exact"
+    _stored_options = frozenset({"dtype"})
+
+    def __init__(
+        self,
+        dim: int,
+        dtype: StoreDtype = "float32",
+        *,
+        device: str | torch.device | None = None,
+        fingerprint: str | None = None,
+        block_size: int = ROWS_AT_A_TIME,
+    ) -> None:
+        super().__init__(dim, fingerprint)
+        if dtype not in get_args(StoreDtype):
+            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(get_args(StoreDtype))}")
+        if block_size < 1:
+            raise ValueError(f"block_size must be positive, got {block_size}")
+        self.dtype, self.device, self.block_size = dtype, device, block_size
+        self._parts: list[Part] = []
+        self._on_device: list[tuple[str, Part, torch.Tensor]] = []
+
+    def _append(self, vectors: np.ndarray) -> None:
+        codes, scales = _encode(vectors, self.dtype)
+        parts = [*self._parts, Part(codes, scales)]
+        in_memory = next((i for i, part in enumerate(parts) if part.file is None))
+        first = max(in_memory, storage.first_to_merge([len(part.codes) for part in parts]))
+        if first < len(parts) - 1:
+            tail = parts[first:]
+            scales = _joint_scales(tail)
+            parts[first:] = [Part(np.concatenate(list(_merged(tail, scales))), scales)]
+        self._parts = parts
+
+    def _search_rows(
+        self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        groups = [queries[i : i + QUERIES_AT_A_TIME] for i in range(0, len(queries), QUERIES_AT_A_TIME)]
+        best = [RunningTopK(len(group), k) for group in groups]
+        score = self._scores_numpy if self.device is None else self._scores_torch
+        start = 0
+        for part in self._parts:
+            stop = start + len(part.codes)
+            chosen = None if rows is None else rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+            scaled = groups if part.scales is None else [group * part.scales for group in groups]
+            for number, numbers, scores in score(part, scaled, chosen):
+                best[number].add(scores, numbers + start)
+            start = stop
+        found = [group.best() for group in best]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
+
+    def _scores_numpy(
+        self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The scores of each group of queries with each block of a part."""
+        block_size, last = max(1, min(self.block_size, len(part.codes))), 0
+        block = np.empty((block_size, self.dim), dtype=np.float32)
+        scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
+        for numbers in _blocks(len(part.codes), rows, block_size):
+            # Codes that lie together are read as they lie.
+            codes = part.codes[numbers[0] : numbers[-1] + 1] if rows is None else part.codes[numbers]
+            vectors = codes if codes.dtype == np.float32 else block[: len(codes)]
+            if codes.dtype == np.float16:
+                _widen(codes, vectors)
+            elif vectors is not codes:
+                np.copyto(vectors, codes)
+            for number, group in enumerate(groups):
+                yield number, numbers, _product(group, vectors, scores[: len(group), : len(numbers)])
+            if (numbers[-1] + 1 - last) * self.dim * codes.itemsize > KEPT_MAPPED:
+                part.forget(last, numbers[-1] + 1)
+                last = numbers[-1] + 1
+        part.forget(last, len(part.codes))
+
+    def _scores_torch(
+        self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
+    ) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
+        """As `_scores_numpy`, on a torch device."""
+        codes = self._device_codes(part)
+        queries = [torch.from_numpy(group).to(codes.device) for group in groups]
+        for numbers in _blocks(len(part.codes), rows, self.block_size):
+            chosen = slice(numbers[0], numbers[-1] + 1) if rows is None else torch.from_numpy(numbers).to(codes.device)
+            vectors = codes[chosen].float()
+            for number, group in enumerate(queries):
+                yield number, numbers, group @ vectors.T
+
+    def _device_codes(self, part: Part) -> torch.Tensor:
+        """A part on the device, where it stays as long as it is one of the index."""
+        device = str(self.device)
+        kept = [one for one in self._on_device if one[0] == device and any(one[1] is known for known in self._parts)]
+        for _, there, codes in kept:
+            if there is part:
+                return codes
+        codes = torch.empty(part.codes.shape, dtype=getattr(torch, self.dtype), device=device)
+        for numbers in _blocks(len(part.codes), None, self.block_size):
+            rows = slice(numbers[0], numbers[-1] + 1)
+            codes[rows] = torch.from_numpy(part.codes[rows].copy()).to(device)
+        part.forget(0, len(part.codes))
+        self._on_device = [*kept, (device, part, codes)]  # one assignment: another thread sees the old or the new list
+        return codes
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        vectors = np.empty((len(rows), self.dim), dtype=np.float32)
+        start = 0
+        for part in self._parts:
+            here = (rows >= start) & (rows < start + len(part.codes))
+            codes = part.codes[rows[here] - start].astype(np.float32)
+            vectors[here] = codes if part.scales is None else codes * part.scales
+            start += len(part.codes)
+        return vectors
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"dtype": self.dtype}
+
+    def _write(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> tuple[dict[str, Any], list[str], Any]:
+        parts = list(self._parts)
+        if keep is not None or not at_home:
+            first = 0
+        else:
+            first = next((i for i, part in enumerate(parts) if part.file is None), len(parts))
+            if first < len(parts):
+                sizes = [len(part.codes) for part in parts[:first]] + [sum(len(part.codes) for part in parts[first:])]
+                first = storage.first_to_merge(sizes)
+        if first < len(parts):
+            tail = parts[first:]
+            scales = _joint_scales(tail)
+            rows = sum(len(part.codes) for part in tail) if keep is None else len(keep)
+            path = storage.new_file(folder, "vectors", "npy")
+            storage.write_array(path, (rows, self.dim), self.dtype, _merged(tail, scales, keep))
+            codes, mapped = storage.map_array(path, (rows, self.dim), self.dtype)
+            parts[first:] = [Part(codes, scales, path.name, mapped)]
+        described = [
+            {
+                "file": part.file,
+                "rows": len(part.codes),
+                "scales": None if part.scales is None else part.scales.tolist(),
+            }
+            for part in parts
+        ]
+        return {"vectors": described}, [str(part.file) for part in parts], parts
+
+    def _adopt(self, written: Any) -> None:
+        self._parts = written
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hold the vectors themselves, in memory: a pickle may be opened where the folder is not."""
+        parts = [Part(np.array(part.codes), part.scales) for part in self._parts]
+        return {**self.__dict__, "_parts": parts, "_on_device": [], "_home": None, "_items": []}
+
+    def _read(self, folder: Path, manifest: dict[str, Any]) -> None:
+        for part in manifest["vectors"]:
+            path = storage.data_file(folder, part["file"])
+            codes, mapped = storage.map_array(path, (storage.count_of(part["rows"], str(path)), self.dim), self.dtype)
+            scales = None if part["scales"] is None else np.array(part["scales"], dtype=np.float32)
+            if (self.dtype == "int8") != (scales is not None) or (scales is not None and scales.shape != (self.dim,)):
+                raise ValueError(f"{path}: scales that do not fit {self.dtype} vectors of width {self.dim}")
+            self._parts.append(Part(codes, scales, part["file"], mapped))
+        rows = sum(len(part.codes) for part in self._parts)
+        if rows != len(self._ids):
+            raise ValueError(
+                f"{folder}: {rows} vectors and {len(self._ids)} ids; the index is not whole, build it again"
+            )
+
+
+def _blocks(length: int, rows: np.ndarray | None, size: int) -> Iterator[np.ndarray]:
+    """Row numbers, a block at a time: all, or some of them."""
+    for first in range(0, length if rows is None else len(rows), size):
+        yield np.arange(first, min(first + size, length)) if rows is None else rows[first : first + size]
+
+
+def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndarray | None]:
+    """Vectors as they are stored, with the scales of int8."""
+    if dtype == "int8":
+        scales = np.abs(vectors).max(axis=0) / np.float32(LARGEST_CODE)
+        return np.rint(vectors / np.where(scales == 0, 1, scales)).astype(np.int8), scales
+    with np.errstate(over="ignore"):
+        codes = vectors.astype(dtype)
+    if not np.isfinite(codes).all():
+        raise ValueError(f"a value of {np.abs(vectors).max():g} is too large for {dtype}; normalise the vectors")
+    return codes, None
+
+
+def _product(queries: np.ndarray, vectors: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`queries @ vectors.T` into `out`, whose rows may lie apart.
+
+    Of few queries by torch: threads of NumPy's BLAS would go on waiting for more while torch scores a shortlist.
+    """
+    if len(queries) <= FEW_QUERIES:
+        _allow_mapped_files()
+        torch.mm(torch.from_numpy(queries), torch.from_numpy(vectors).T, out=torch.from_numpy(out))
+        return out
+    with np.errstate(over="ignore", invalid="ignore"):  # the top k finds what is not finite
+        return np.matmul(queries, vectors.T, out=out)
+
+
+def _widen(codes: np.ndarray, vectors: np.ndarray) -> None:
+    """Copy float16 to float32 by torch, which does it several times as fast as NumPy.
+
+    It takes pieces that torch does not share among threads, which would get in the way of those of the
+    product that follows.
+    """
+    _allow_mapped_files()
+    rows = max(1, PIECE // codes.shape[1])
+    pieces = torch.from_numpy(codes).split(rows)
+    for piece, wide in zip(pieces, torch.from_numpy(vectors).split(rows), strict=True):
+        wide.copy_(piece)
+
+
+@cache
+def _allow_mapped_files() -> None:
+    """Let torch say only now, unheard, that such an array cannot be written to, as it does once a process."""
+    array = np.zeros(1)
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(array)
+
+
+def _joint_scales(parts: list[Part]) -> np.ndarray | None:
+    """Scales that fit all the parts."""
+    scales = [part.scales for part in parts if part.scales is not None]
+    return np.max(scales, axis=0) if scales else None
+
+
+def _merged(parts: list[Part], scales: np.ndarray | None, keep: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """The codes of parts one after another, under one scale; of some rows only, unless None."""
+    start = 0
+    for part in parts:
+        stop = start + len(part.codes)
+        rows = None if keep is None else keep[np.searchsorted(keep, start) : np.searchsorted(keep, stop)] - start
+        for numbers in _blocks(len(part.codes), rows, ROWS_AT_A_TIME):
+            codes = part.codes[numbers]
+            if scales is not None and part.scales is not None and not np.array_equal(part.scales, scales):
+                codes = np.rint(codes * (part.scales / np.where(scales == 0, 1, scales))).astype(np.int8)
+            yield codes
+        part.forget(0, len(part.codes))
+        start = stop

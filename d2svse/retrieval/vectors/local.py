@@ -1,0 +1,242 @@
+"""Ids, metadata, deletion and saving of the engines that keep their vectors in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from d2svse.retrieval.vectors import storage
+from d2svse.retrieval.vectors.base import NOTHING, Metadata, VectorIndex, passing_rows
+from d2svse.text import read_json
+
+
+class LocalIndex(VectorIndex):
+    """A row for every item, in the order added; a deleted row is passed over until a save drops it.
+
+    An engine stores and searches rows; it knows nothing of ids.
+    """
+
+    _stored_options: ClassVar[frozenset[str]]  # the constructor's arguments that a folder may give
+
+    def __init__(self, dim: int, fingerprint: str | None = None) -> None:
+        super().__init__(dim, fingerprint)
+        self._ids: list[str] = []
+        self._metadata: list[Metadata] = []
+        self._dead: set[int] = set()
+        self._numbers: dict[str, int] | None = None
+        self._home: tuple[Path, str] | None = None  # where it was saved or loaded, and the revision there
+        self._items: list[tuple[str, int]] = []  # the files of ids and metadata there, with their rows
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The ids in the order they were added."""
+        return [name for row, name in enumerate(self._ids) if row not in self._dead] if self._dead else self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids) - len(self._dead)
+
+    def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
+        """Write what is new to a folder; the first time, or to another folder, everything.
+
+        When a quarter of the rows are deleted ones, all is written anew without them.
+
+        Args:
+            folder: the folder.
+            compact: write all anew without deleted rows, however few they are.
+
+        Raises:
+            BlockingIOError: if another process is writing there.
+            FileExistsError: if the folder holds something else.
+            ValueError: if another process changed the index since it was loaded.
+        """
+        folder = Path(folder).absolute()
+        storage.check_replaceable(folder)
+        with storage.write_lock(folder):
+            there = storage.read_manifest(folder) if (folder / storage.MANIFEST).is_file() else None
+            at_home = there is not None and self._home is not None and self._home[0] == folder
+            if at_home and there is not None and self._home is not None and there["revision"] != self._home[1]:
+                raise ValueError(f"{folder}: changed by another process since it was loaded; load it again and repeat")
+            try:
+                self._write_all(folder, at_home, compact)
+            except BaseException:
+                if not (folder / storage.MANIFEST).is_file():
+                    storage.sweep(folder, ())
+                else:
+                    storage.sweep(folder, storage.read_manifest(folder)["files"])
+                raise
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], fingerprint: str | None = None) -> Self:
+        """Open an index that `save` wrote; see `VectorIndex.load`."""
+        return storage.open_whole(folder, lambda path, manifest: cls._open(path, manifest, fingerprint))
+
+    @abstractmethod
+    def _append(self, vectors: np.ndarray) -> None:
+        """Store rows after those that are there."""
+
+    @abstractmethod
+    def _search_rows(
+        self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k best, of which there are so many.
+
+        Args:
+            queries: `(n_queries, dim)`.
+            k: how many.
+            rows: those to look at, in order; all, if None.
+            exactly: a filter chose the rows, and an approximate engine must look at each of them.
+        """
+
+    @abstractmethod
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of some rows, float32."""
+
+    @abstractmethod
+    def _write(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> tuple[dict[str, Any], list[str], Any]:
+        """Write files that the folder does not have; of some rows only, renumbered, unless None.
+
+        Returns:
+            What `index.json` is to say of them, the files that are needed, and what `_adopt` takes.
+        """
+
+    @abstractmethod
+    def _adopt(self, written: Any) -> None:
+        """Go on with what was written."""
+
+    @abstractmethod
+    def _read(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Open the files again."""
+
+    @property
+    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """The constructor's arguments that the vectors depend on."""
+
+    def _known(self, ids: list[str]) -> set[str]:
+        return {name for name in ids if name in self._row_of}
+
+    @property
+    def _row_of(self) -> dict[str, int]:
+        if self._numbers is None:
+            self._numbers = {name: row for row, name in enumerate(self._ids) if row not in self._dead}
+        return self._numbers
+
+    def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None:
+        if ids:
+            self._append(vectors)
+        self._dead.update(self._row_of.pop(name) for name in gone)
+        self._row_of.update(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
+        self._ids += ids
+        self._metadata += metadata
+
+    def _alive(self) -> np.ndarray:
+        alive = np.ones(len(self._ids), dtype=bool)
+        alive[list(self._dead)] = False
+        return alive
+
+    def _search(
+        self, queries: np.ndarray, k: int, filter: dict[str, list[Any]] | None
+    ) -> tuple[np.ndarray, list[list[str]]]:
+        allowed = self._alive() if self._dead else None
+        if filter is not None:
+            passing = passing_rows(self._metadata, filter)
+            allowed = passing if allowed is None else allowed & passing
+        rows = None if allowed is None else np.flatnonzero(allowed)
+        k = min(k, len(self) if rows is None else len(rows))
+        if not k:
+            return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]
+        scores, found = self._search_rows(queries, k, rows, filter is not None)
+        return scores, [[self._ids[row] for row in line] for line in found.tolist()]
+
+    def _numbers_of(self, ids: list[str]) -> np.ndarray:
+        return np.fromiter((self._row_of[name] for name in ids), dtype=np.int64, count=len(ids))
+
+    def _vectors_of(self, ids: list[str]) -> np.ndarray:
+        return self._rows(self._numbers_of(ids))
+
+    def _metadata_of(self, ids: list[str]) -> list[Metadata]:
+        return [dict(self._metadata[row]) for row in self._numbers_of(ids)]
+
+    def _write_all(self, folder: Path, at_home: bool, compact: bool) -> None:
+        anew = compact or (self._dead and 4 * len(self._dead) >= len(self._ids))
+        keep = np.flatnonzero(self._alive()) if anew else None
+        part, files, written = self._write(folder, at_home, keep)
+        items = self._write_items(folder, at_home, keep)
+        deleted = None
+        if self._dead and keep is None:
+            deleted = storage.new_file(folder, "deleted", "npy")
+            dead = np.array(sorted(self._dead), dtype=np.int64)
+            storage.write_array(deleted, dead.shape, dead.dtype, [dead])
+        names = [*files, *(name for name, _ in items), *([deleted.name] if deleted else [])]
+        manifest = {
+            "engine": self.engine,
+            "dim": self.dim,
+            "fingerprint": self.fingerprint,
+            "count": len(self),
+            "options": self._options,
+            "files": names,
+            "items": items,
+            "deleted": [deleted.name, len(self._dead)] if deleted else None,
+            **part,
+        }
+        revision = storage.publish(folder, manifest)
+        self._adopt(written)
+        if keep is not None:
+            self._ids = [self._ids[row] for row in keep]
+            self._metadata = [self._metadata[row] for row in keep]
+            self._dead, self._numbers = set(), None
+        self._home, self._items = (folder, revision), items
+
+    def _write_items(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> list[tuple[str, int]]:
+        """Write the ids and metadata that the folder does not have, together with small files before them."""
+        kept = self._items if at_home and keep is None else []
+        rows: Sequence[int] = range(sum(size for _, size in kept), len(self._ids)) if keep is None else keep.tolist()
+        if not rows:
+            return kept
+        if kept:
+            kept = kept[: storage.first_to_merge([*(size for _, size in kept), len(rows)])]
+            rows = range(sum(size for _, size in kept), len(self._ids))
+        metadata = [self._metadata[row] for row in rows]
+        content = {"ids": [self._ids[row] for row in rows], "metadata": metadata if any(metadata) else None}
+        path = storage.new_file(folder, "items", "json")
+        # ASCII keeps file names that are not valid Unicode.
+        storage.write_bytes(path, json.dumps(content, ensure_ascii=True).encode("ascii"))
+        return [*kept, (path.name, len(rows))]
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: dict[str, Any], fingerprint: str | None) -> Self:
+        if manifest["engine"] != cls.engine:
+            raise ValueError(
+                f"{folder}: an index of the engine {manifest['engine']!r}, not {cls.engine!r}; load_index opens either"
+            )
+        # What is no option of the vectors, such as a device, is not the folder's to say.
+        options = {name: value for name, value in dict(manifest["options"]).items() if name in cls._stored_options}
+        index = cls(manifest["dim"], fingerprint=manifest["fingerprint"], **options)
+        index.check_fingerprint(fingerprint)
+        for name, rows in manifest["items"]:
+            path = storage.data_file(folder, name)
+            content = read_json(path)
+            ids, metadata = content["ids"], content["metadata"] or [NOTHING] * len(content["ids"])
+            if len(ids) != rows or len(metadata) != rows:
+                raise ValueError(f"{path}: {len(ids)} ids where {rows} were expected")
+            if not all(isinstance(one, str) and one for one in ids) or not all(isinstance(m, dict) for m in metadata):
+                raise ValueError(f"{path}: an id that is no text, or metadata that are no mapping")
+            index._ids += ids
+            index._metadata += metadata
+            index._items.append((name, rows))
+        if manifest["deleted"]:
+            name, count = manifest["deleted"]
+            path = storage.data_file(folder, name)
+            dead = storage.map_array(path, (storage.count_of(count, str(path)),), np.int64)[0]
+            if len(dead) and not 0 <= dead.min() <= dead.max() < len(index._ids):
+                raise ValueError(f"{path}: rows that the index does not have; build it again")
+            index._dead = set(dead.tolist())
+        index._home = (folder.absolute(), manifest["revision"])
+        index._read(folder, manifest)
+        return index
