@@ -36,7 +36,7 @@ def encode(
     import numpy as np
 
     from d2svse.files import write_text, written_aside
-    from d2svse.retrieval.search.sources import read_sentences
+    from d2svse.retrieval.search.contents import read_sentences
 
     if images is not None:
         if not images.is_dir():

@@ -157,9 +157,7 @@ def tune(
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from d2svse.retrieval.search.tuning import tune_index
-
-    rows = tune_index(open_index(index, model), data, k=k, max_queries=max_queries)
+    rows = open_index(index, model).tune(data, k=k, max_queries=max_queries)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(asdict(row)))

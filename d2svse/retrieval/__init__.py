@@ -22,7 +22,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation.ranking": ["Ranking", "bootstrap_intervals", "ranking_metrics", "rankings"],
         "evaluation.report": ["Evaluation", "evaluate_protocol"],
         "evaluation.streaming": ["Scorer", "stream_rankings", "stream_ranks"],
-        "search.filling": ["Changes"],
+        "search.contents": ["Changes"],
         "search.gallery": ["compose_gallery", "draw_gallery", "write_gallery_page"],
         "search.hits": ["Hit", "Hits"],
         "search.image_text_index": ["ImageTextIndex"],
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.streaming import Scorer as Scorer
     from d2svse.retrieval.evaluation.streaming import stream_rankings as stream_rankings
     from d2svse.retrieval.evaluation.streaming import stream_ranks as stream_ranks
-    from d2svse.retrieval.search.filling import Changes as Changes
+    from d2svse.retrieval.search.contents import Changes as Changes
     from d2svse.retrieval.search.gallery import compose_gallery as compose_gallery
     from d2svse.retrieval.search.gallery import draw_gallery as draw_gallery
     from d2svse.retrieval.search.gallery import write_gallery_page as write_gallery_page

@@ -15,7 +15,7 @@ from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
 from d2svse.images import ImageError
 from d2svse.retrieval import VectorIndex
-from d2svse.retrieval.search.settings import MANIFEST
+from d2svse.retrieval.search.contents import MANIFEST
 from d2svse.similarity import Similarity
 
 CAPTIONS = 3

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from d2svse.images import ImageError
 from d2svse.retrieval import EmbeddingStore, encode_images, encode_texts
-from d2svse.retrieval.embeddings.rows import Rows
+from d2svse.retrieval.embeddings.store import Rows
 
 
 @pytest.fixture

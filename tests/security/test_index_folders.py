@@ -10,7 +10,7 @@ import pytest
 
 from d2svse import D2SVSE, ImageTextIndex
 from d2svse.retrieval import EmbeddingStore, load_index, make_index
-from d2svse.retrieval.search.settings import MANIFEST, sweep_folders
+from d2svse.retrieval.search.contents import MANIFEST, sweep_folders
 
 
 def edit(path, **changes):

@@ -28,7 +28,6 @@ from d2svse.images import ImageError, OnBadImage, picture_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
-from d2svse.retrieval.embeddings.rows import Rows
 from d2svse.retrieval.vectors.storage import WIDEST, count_of, inside, map_unheld, write_lock
 from d2svse.text import parse_json, read_json, read_lines, to_json
 
@@ -40,6 +39,42 @@ StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
 _SHARD = re.compile(r"\d{5,}")
 Batches = Iterator[tuple[list[int], Features]]
+
+
+class Rows:
+    """The rows of several arrays as if they were one; what is asked for is copied into memory.
+
+    Args:
+        parts: arrays `(n_i, dim)` of one dtype.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.dtype = self.parts[0].dtype
+        self.shape = (int(self.starts[-1]), self.parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        found = np.empty((len(wanted), self.shape[1]), self.dtype)
+        shards = self._shard_of(wanted)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self.parts[shard][wanted[here] - self.starts[shard]]
+        return found
+
+    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """The part of each row, and its place in it."""
+        shards = self._shard_of(rows)
+        return list(zip(shards.tolist(), (rows - self.starts[shards]).tolist(), strict=True))
+
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)}")
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
 
 class EmbeddingStore:

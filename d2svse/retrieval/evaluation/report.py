@@ -19,7 +19,7 @@ from d2svse.retrieval.evaluation.protocols import COCO_NAME, find_protocol, righ
 from d2svse.retrieval.evaluation.ranking import Ranking, bootstrap_intervals, ranking_metrics
 from d2svse.retrieval.evaluation.reranking import rank_in_two_stages
 from d2svse.retrieval.evaluation.streaming import Best, Scorer, best_wrong, stream_rankings
-from d2svse.retrieval.search.hits import Shortlist
+from d2svse.similarity.base import Candidates as Shortlist
 from d2svse.similarity.base import Similarity, build_similarity, similarity_options
 from d2svse.version import __version__
 

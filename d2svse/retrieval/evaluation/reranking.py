@@ -13,8 +13,8 @@ from d2svse.progress import progress_bar
 from d2svse.retrieval.evaluation.metrics import RightAnswers, refuse_nan, tile_slices
 from d2svse.retrieval.evaluation.ranking import Ranking
 from d2svse.retrieval.evaluation.streaming import Best
-from d2svse.retrieval.search.hits import Shortlist, Side
-from d2svse.similarity.base import Similarity
+from d2svse.similarity.base import Candidates as Shortlist
+from d2svse.similarity.base import Side, Similarity
 
 QUERIES_AT_A_TIME = 256
 ITEMS_AT_A_TIME = 256

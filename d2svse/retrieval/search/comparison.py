@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2svse.images.folders import canonical_path, one_of_each
-from d2svse.retrieval.search.settings import MANIFEST, IndexSettings, own_folder
-from d2svse.retrieval.search.sources import SourceItems
+from d2svse.retrieval.search.contents import MANIFEST, IndexSettings, SourceItems, own_folder
 from d2svse.retrieval.vectors import load_index
 from d2svse.text import visible
 

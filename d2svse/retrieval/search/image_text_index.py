@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 
+from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport
 from d2svse.retrieval.embeddings.store import read_skipped, write_skipped
 from d2svse.retrieval.search.comparison import PRUNED_UNASKED, check_gone, gone_items, replaced_folders, same_items
-from d2svse.retrieval.search.filling import Changes, add_store, encode_items
+from d2svse.retrieval.search.contents import (
+    VECTORS,
+    Changes,
+    IndexSettings,
+    Items,
+    SourceItems,
+    add_store,
+    check_replaceable,
+    encode_items,
+    name_of,
+    note_folders,
+    own_folder,
+    read_items,
+    stored_names,
+    sweep_folders,
+)
 from d2svse.retrieval.search.hits import (
     Hit,
     Hits,
@@ -28,20 +45,11 @@ from d2svse.retrieval.search.hits import (
     length_of_shortlist,
     ranked,
 )
-from d2svse.retrieval.search.settings import (
-    VECTORS,
-    IndexSettings,
-    check_replaceable,
-    name_of,
-    note_folders,
-    own_folder,
-    sweep_folders,
-)
-from d2svse.retrieval.search.sources import Items, SourceItems, read_items, stored_names
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.storage import write_lock
+from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -507,6 +515,39 @@ class ImageTextIndex:
                 line = shares[across] * line + shares[self.side] * alike
             answers.append(ranked(found, line, k))
         return answers
+
+    def tune(self, data: str | os.PathLike[str], *, k: int = 10, max_queries: int = 1000) -> Iterator[TuningRow]:
+        """Try every setting of `vectors.tuning.tune` on the vectors; those of faiss if it is installed.
+
+        The vectors are taken as they are stored: build the index with float32 to see what compression loses.
+
+        Args:
+            data: a manifest. Its captions are the queries of an index of images, its images those of an index of
+                texts. Where all that belongs to the queries is in the index, how often it is found is reported too.
+            k: how many answers count.
+            max_queries: how many of the queries to take, evenly spaced.
+
+        Raises:
+            ImageError: if an image cannot be read.
+            ValueError: as `read_manifest`.
+        """
+        records = read_manifest(data)
+        row_of = {name: row for row, name in enumerate(self.ids)}
+        pairs: list[tuple[str, list[str]]]
+        if self.side == "image":
+            ids = stored_names([str(record.image) for record in records], self.vectors)
+            pairs = [(text, [id]) for record, id in zip(records, ids, strict=True) for text in record.captions]
+        else:
+            pairs = [(str(record.image), list(record.captions)) for record in records]
+        pairs = pairs[:: -(-len(pairs) // max_queries)]
+        queries = [query for query, _ in pairs]
+        asked = self.encode_queries(texts=queries) if self.side == "image" else self.encode_queries(images=queries)
+        [(side, features)] = asked.items()
+        known = all(name in row_of for _, names in pairs for name in names)
+        right = [[row_of[name] for name in names] for _, names in pairs] if known else None
+        vectors, query_vectors = self.vectors.vectors_of(list(self.ids)), np.asarray(self.query_vectors(side, features))
+        settings = (*EXACT_SETTINGS, *(FAISS_SETTINGS if importlib.util.find_spec("faiss") else ()))
+        yield from tune(vectors, query_vectors, k=k, right_answers=right, settings=settings)
 
     def encode_queries(
         self, texts: Any = None, images: Any = None, on_report: Callable[[TextReport], None] = TextReport.warn

@@ -19,7 +19,7 @@ import torch
 from d2svse.features import Features
 from d2svse.files import write_text, written_aside
 from d2svse.retrieval.embeddings.store import DESCRIPTION, EmbeddingStore, join_stores
-from d2svse.retrieval.search.settings import STORE, note_folders, own_folder
+from d2svse.retrieval.search.contents import STORE, note_folders, own_folder
 from d2svse.retrieval.vectors.storage import count_of, first_to_merge, inside
 from d2svse.text import read_json, to_json
 

@@ -1,0 +1,387 @@
+"""What an `ImageTextIndex` holds: what its folder remembers, the items of its source, and how they are encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import numpy as np
+
+from d2svse.data.manifest import read_manifest
+from d2svse.files import sweep, write_text
+from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
+from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
+from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
+from d2svse.retrieval.search.hits import Shortlist, Side
+from d2svse.retrieval.vectors.base import VectorIndex
+from d2svse.retrieval.vectors.storage import inside
+from d2svse.text import check_text, read_json, read_lines, to_json
+
+if TYPE_CHECKING:
+    from d2svse.models.modeling import D2SVSE
+
+Items = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+MANIFEST = "image_text_index.json"
+FOLDERS = "folders.json"
+VECTORS, STORE = "vectors-", "store-"
+_NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
+_ASIDE = re.compile(rf"\.({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?\.[0-9a-f]{{8}}\.(tmp|old)")
+_HOLDS = {VECTORS: "index.json", STORE: "store.json"}
+MANIFEST_SUFFIX = ".jsonl"
+ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSettings:
+    """What stays the same from one build to the next.
+
+    Attributes:
+        side: what is stored, "image" or "text".
+        shortlist: what the vectors are where the similarity does not fold, else None.
+        draft: whether JPEG files are decoded in draft mode.
+        model: folder or Hub id of the model, None if it was never saved.
+        fingerprint: of the model.
+        vectors: name of the folder of the vectors.
+        source: the folder or file that the index was built from, None for a list.
+        dtype: of the model's weights, None in an index of an earlier version.
+    """
+
+    side: Side
+    shortlist: Shortlist | None
+    draft: bool
+    model: str | None
+    fingerprint: str
+    vectors: str
+    source: str | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what `write` wrote.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is something else, or names what is not in the folder.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder}: {MANIFEST} is missing; expected a folder written by `d2svse index build`"
+            )
+        inside(folder, MANIFEST)
+        try:
+            settings = cls(**read_json(path))
+            _check(settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not an index written by `d2svse index build` ({error})") from None
+        return settings
+
+    def write(self, folder: Path) -> None:
+        """Write them to the folder of an index, in one step."""
+        write_text(folder / MANIFEST, to_json(asdict(self), indent=2) + "\n")
+
+
+def _check(settings: IndexSettings) -> None:
+    optional = {"shortlist", "model", "source", "dtype"}
+    for name in (one.name for one in fields(settings)):
+        value = getattr(settings, name)
+        kind: Any = bool if name == "draft" else str
+        if not isinstance(value, kind) and not (value is None and name in optional):
+            raise ValueError(f"{name} is {value!r:.80}")
+    if settings.side not in get_args(Side) or settings.shortlist not in (None, *get_args(Shortlist)):
+        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.shortlist!r:.80}")
+    if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
+        raise ValueError(f"vectors {settings.vectors!r:.200}, which is no folder of vectors inside it")
+
+
+def own_folder(folder: Path, name: Any) -> Path:
+    """Return a folder of vectors or of a store, by the name that the index gives.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if an index never gives such a name, or it leads out of the folder.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{folder}: names {name!r:.200}, which is no folder of an index")
+    return inside(folder, name)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder in which something else than an index lies, or one that is being built.
+
+    Raises:
+        FileExistsError: if it does.
+    """
+    if not folder.is_dir() or (folder / MANIFEST).is_file():
+        return
+    listed = _listed(folder)
+    for path in folder.iterdir():
+        ours = _NAME.fullmatch(path.name) and (path.name in listed or _is_ours(path))
+        if not path.name.startswith(".") and path.name != FOLDERS and not ours:
+            raise FileExistsError(
+                f"{folder}: a folder that holds no {MANIFEST} but other things, such as {path.name}, so it is not "
+                "replaced; give another name"
+            )
+
+
+def note_folders(folder: Path, names: Iterable[str]) -> None:
+    """Add to the list of the folders that this index wrote; under the lock, and before they are written."""
+    listed = _listed(folder)
+    if not listed.issuperset(names := set(names)):
+        _write_list(folder, listed | names)
+
+
+def sweep_folders(folder: Path, used: Collection[str]) -> None:
+    """Remove the folders that this index wrote and does not need any more, and unfinished files; under the lock."""
+    for name in (MANIFEST, FOLDERS, SKIPPED):
+        sweep(folder / name)
+    listed = _listed(folder)
+    for path in folder.iterdir():
+        aside = _ASIDE.fullmatch(path.name)
+        left = aside and path.name[1:].rsplit(".", 2)[0] in listed
+        if (left or (path.name in listed and path.name not in used)) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    if listed != set(used):
+        _write_list(folder, used)
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        names = read_json(inside(folder, FOLDERS))
+    except FileNotFoundError:
+        return set()
+    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise ValueError(f"{folder / FOLDERS}: not the list of an index's folders; remove it")
+    return set(names)
+
+
+def _write_list(folder: Path, names: Iterable[str]) -> None:
+    if (folder / FOLDERS).is_symlink():
+        raise ValueError(f"{folder / FOLDERS}: a link, which the list would be written through; remove it")
+    write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds what an index of an earlier version, which kept no list, wrote."""
+    kind = VECTORS if path.name.startswith(VECTORS) else STORE
+    held = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+    return not held or (path / _HOLDS[kind]).is_file() or all(part.name.startswith(".") for part in held)
+
+
+def name_of(model: D2SVSE) -> str | None:
+    """The folder (absolute) or the Hub id that a model was loaded from."""
+    name = model.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceItems:
+    """The items of a source.
+
+    Attributes:
+        names: their ids, each once.
+        states: what changes with each of them; None for a text, or an image that is not there.
+        path: the absolute path of the folder or file, None of a list.
+        found: what the folder holds, None if the source is none.
+        paths: the canonical path of each image; two names of one path are one item.
+    """
+
+    names: list[str]
+    states: dict[str, Any]
+    path: str | None = None
+    found: FoundImages | None = None
+    paths: dict[str, str] = field(default_factory=dict)
+
+
+def read_items(
+    source: Items,
+    side: str,
+    may_be_empty: bool = False,
+    *,
+    exclude: Sequence[str] = (),
+    follow_links: bool = False,
+    allow_missing: bool = False,
+) -> SourceItems:
+    """Return the ids of a source, each once.
+
+    Args:
+        source: for images a folder, a manifest or a list of paths; for texts a manifest, a text
+            file with one a line, or a list.
+        side: "image" or "text".
+        may_be_empty: a folder may hold no image.
+        exclude: of a folder, patterns that are left out; see `walk_images`.
+        follow_links: of a folder, look into folders that links lead to.
+        allow_missing: of a manifest, take images that are not there; reading them tells it.
+
+    Raises:
+        FileNotFoundError: if the file or folder is missing, or holds no image.
+        ValueError: if there is nothing, a line is empty or holds half a character, or as `read_manifest`.
+    """
+    path = str(Path(source).resolve()) if isinstance(source, str | os.PathLike) else None
+    found: FoundImages | None = None
+    paths: dict[str, str] = {}
+    if side == "text":
+        names = _read_sentences(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
+    elif path is None:
+        names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
+        paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
+    elif Path(path).is_file():
+        names = [_path(record.image) for record in read_manifest(source, allow_missing=allow_missing)]  # type: ignore[arg-type]
+    else:
+        found = walk_images(path, exclude=exclude, follow_links=follow_links)
+        found.tell(Path(path))
+        if not found.paths and not may_be_empty:
+            raise FileNotFoundError(f"{path}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        names = [str(name) for name in found.paths]
+    if found is None and (exclude or follow_links):
+        raise ValueError("exclude and follow_links are for a folder of images")
+    if not names and not may_be_empty:
+        raise ValueError("nothing to index: an empty list")
+    names = list(dict.fromkeys(names))
+    if side == "text":
+        return SourceItems(names, dict.fromkeys(names), path)
+    name_of: dict[str, str] = {}
+    for name in names:
+        name_of.setdefault(paths.get(name, name), name)
+    states = {place: _state(place) for place in name_of}
+    other = one_of_each(list(name_of), states.get)
+    kept = {place: name for place, name in name_of.items() if place not in other}
+    return SourceItems(
+        list(kept.values()),
+        {name: states[place] for place, name in kept.items()},
+        path,
+        found,
+        {name: place for place, name in kept.items()},
+    )
+
+
+def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
+    """Return the ids of images: a path from the working directory is turned into the absolute one that is stored."""
+    if isinstance(names, str):  # refused by the index
+        return names
+    ways = [[name, canonical_path(name), str(Path(name).resolve())] for name in map(os.fsdecode, names)]
+    known = vectors.known(list(dict.fromkeys(way for every in ways for way in every)))
+    found = [next((way for way in every if way in known), None) for every in ways]
+    if None in found and len(vectors):  # of a list, an id may be a path from another working directory
+        metadata = zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)
+        id_of = {one["path"]: id for id, one in metadata if "path" in one}
+        found = [id or id_of.get(every[1]) for id, every in zip(found, ways, strict=True)]
+    return [id or every[0] for id, every in zip(found, ways, strict=True)]
+
+
+def _path(item: Any) -> str:
+    return os.fspath(item) if isinstance(item, StoredImage) else canonical_path(item)
+
+
+def _read_sentences(path: Path) -> list[str]:
+    if path.suffix == MANIFEST_SUFFIX:
+        return [caption for record in read_manifest(path) for caption in record.captions]
+    return read_sentences(path)
+
+
+def read_sentences(path: str | os.PathLike[str]) -> list[str]:
+    """Return the lines of a text file, each a text that can be encoded.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, or a line is empty or holds half a character; the message names the line.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{path}:{number}: an empty line, expected a sentence")
+        check_text(line, f"{path}:{number}")
+    return lines
+
+
+def _state(name: str) -> list[int] | None:
+    try:
+        return list(picture_state(name))
+    except (OSError, ValueError):  # which reading it will name
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `ImageTextIndex.add` did.
+
+    Attributes:
+        added: ids that are new.
+        changed: ids whose pictures had changed and were encoded again.
+        dropped: ids whose images are gone.
+        skipped: images that cannot be read, with the reason; new ones are not in the index.
+    """
+
+    added: list[str]
+    changed: list[str]
+    dropped: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def encode_items(
+    model: D2SVSE,
+    names: Sequence[str],
+    folder: Path,
+    settings: IndexSettings,
+    in_use: Collection[str] = (),
+    *,
+    on_bad_image: OnBadImage,
+    batch_size: int,
+    show_progress_bar: bool,
+) -> EmbeddingStore:
+    """Encode into a store whose name is that of its list, so that a killed call finds it again.
+
+    Args:
+        model: the model, with its processor.
+        names: paths of pictures, or sentences.
+        folder: the folder of the index.
+        settings: of the index.
+        in_use: stores that hold what ids refer to; they are left as they are.
+        on_bad_image: see `encode_images`.
+        batch_size: items encoded at a time.
+        show_progress_bar: show one on the terminal.
+    """
+    output: Any = model.similarity_fn.output
+    key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
+    name = STORE + key.hexdigest()[:12]
+    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
+    chosen = next(one for one in numbered if one not in in_use)
+    note_folders(folder, [chosen])
+    store = folder / chosen
+    options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}
+    options |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    if settings.side == "text":
+        return encode_texts(model, names, store, **options)
+    return encode_images(model, names, store, on_bad_image=on_bad_image, draft=settings.draft, **options)
+
+
+def add_store(
+    vectors: VectorIndex,
+    model: D2SVSE,
+    store: EmbeddingStore,
+    settings: IndexSettings,
+    paths: Mapping[str, str],
+    gone: Sequence[str] = (),
+) -> None:
+    """Add what is in a store and remove ids, in one call, which engines that learn from their vectors want too."""
+    rows = np.empty((len(store), vectors.dim), dtype=np.float32)
+    for start in range(0, len(store), ROWS_AT_A_TIME):
+        part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
+        features = store.features(part).to(model.device)
+        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.shortlist).cpu().numpy()
+    metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
+    for name, one in zip(store.ids, metadata, strict=True):
+        if paths.get(name, name) != name:
+            one["path"] = paths[name]
+    if settings.shortlist is not None:
+        for row, one in enumerate(metadata):
+            one |= {"store": store.folder.name, "row": row}
+    vectors.replace(gone, store.ids, rows, metadata)
