@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this process keep to it
 
 IMAGE_SIZE = 32
+pytest_plugins = ["support.fixtures"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,10 +3,10 @@ import subprocess
 import sys
 
 import pytest
-from forks import forks
 
 from d2svse.data import read_manifest
 from d2svse.demo import build_model, draw_scenes, run_demo
+from support.forks import forks
 
 SPLITS = ("train", "val", "test")
 EVALUATE = """

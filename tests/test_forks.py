@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from forks import can_fork, forks
+
+from support.forks import can_fork, forks
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="forks are adopted by a call of Linux")
 PRINT = "import os, sys; print(sys.argv, os.getcwd(), os.environ['GIVEN'], os.getpid(), flush=True); sys.exit(3)"
@@ -81,7 +82,7 @@ def test_torchrun_and_its_workers(tmp_path):
 
 
 def test_outside_processes_are_as_ever():
-    from forks import POPEN
+    from support.forks import POPEN
 
     assert subprocess.run(["echo", "a"], capture_output=True).stdout == b"a\n"
     with pytest.MonkeyPatch.context() as patch:

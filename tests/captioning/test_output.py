@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import forks
 
 from d2svse.captioning.output import CaptionFile, mend_last_line
 from d2svse.captioning.pictures import Outcome, Picture
 from d2svse.data import ManifestError
+from support.forks import forks
 
 SETTINGS = {"model": "m", "seed": 0, "temperature": 0.2}
 

@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
-from forks import forks
 from PIL import Image
+
+from support.forks import forks
 
 SENTENCE = "a red circle and a blue star"
 

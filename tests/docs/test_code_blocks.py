@@ -25,7 +25,12 @@ from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
-from pages import (
+
+import d2svse.demo
+from d2svse.hub import push_folder
+from d2svse.similarity import base
+from d2svse.training.arguments import PRESETS
+from support.pages import (
     FENCE,
     MARK,
     ROOT,
@@ -37,12 +42,7 @@ from pages import (
     run_python,
     write_files,
 )
-from workspace import use_small_protocols
-
-import d2svse.demo
-from d2svse.hub import push_folder
-from d2svse.similarity import base
-from d2svse.training.arguments import PRESETS
+from support.workspace import use_small_protocols
 
 THERE = all((ROOT / name).is_dir() for name in ("docs", "benchmarks"))
 pytestmark = pytest.mark.skipif(not THERE, reason="docs/ or benchmarks/ is not there")
@@ -76,7 +76,7 @@ def small(monkeypatch, tmp_path):
 def endpoint(monkeypatch):
     """The address of a chat-completions endpoint of this machine."""
     pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
-    from loopback import Loopback
+    from support.endpoint import Loopback
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
@@ -87,7 +87,7 @@ def endpoint(monkeypatch):
 @pytest.fixture
 def milvus(tmp_path):
     """The address of a Milvus of this machine."""
-    from test_milvus import Server
+    from support.milvus import Server
 
     server = Server(tmp_path / "milvus")
     yield server.uri
@@ -97,7 +97,7 @@ def milvus(tmp_path):
 @pytest.fixture
 def web(tmp_path):
     """The address of a web server of the folder in which a page's blocks run."""
-    from test_shards import RangeHandler
+    from support.web import RangeHandler
 
     handler = functools.partial(RangeHandler, directory=str(tmp_path / "here"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -132,7 +132,7 @@ def environment(tmp_path):
 @pytest.fixture
 def hub(workspace, tmp_path, monkeypatch):
     """A Hub of this machine with two private models of `org`."""
-    from hub_server import LoopbackHub, use_hub
+    from support.hub_server import LoopbackHub, use_hub
 
     server = LoopbackHub({"hf_TokenOfTheTests": ("org",)})
     use_hub(monkeypatch, server.url, "hf_TokenOfTheTests", tmp_path / "cache")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import forks
 from PIL import Image
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -18,6 +17,7 @@ from d2svse.data import make_scene
 from d2svse.demo import build_tokenizer
 from d2svse.similarity import base
 from d2svse.training.arguments import PRESETS
+from support.forks import forks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))

@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
 import torch
-from forks import forks
 from safetensors.torch import load_file
 
 from d2svse.cli.app import main
 from d2svse.retrieval.evaluation.evaluator import score_dataset
+from support import distributed_worker as worker
+from support.forks import forks
 
 WORKER = Path(worker.__file__)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import forks
 from transformers import TrainerCallback
 
 from d2svse import Trainer
 from d2svse.training.recipe import Recipe
+from support.forks import forks
 
 
 def interrupt_at(event: str, times: int = 1):

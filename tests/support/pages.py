@@ -24,9 +24,9 @@ from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 import torch
-from forks import forks
 
 from d2svse.cli.app import main
+from support.forks import forks
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- (run with|needs): ([^\n]+) -->\n")

@@ -1,3 +1,5 @@
+"""Fixtures that tests of several rooms share; the root conftest loads them."""
+
 from __future__ import annotations
 
 import os
@@ -7,11 +9,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub, use_hub
-from published_files import GOLDEN_MODELS, save_golden
+
+from support.endpoint import Behave, Loopback
+from support.hub_server import LoopbackHub, use_hub
+from support.llava import save_tiny_llava
+from support.published_files import GOLDEN_MODELS, save_golden
 
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny LLaVA."""
+    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def serve_captions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
+    """Start endpoints that behave as told; they end with the test."""
+    pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, ",".join([os.environ.get(name, ""), "127.0.0.1"]).strip(","))
+    started = []
+
+    def start(behave: Behave = lambda request, earlier: "ok", delay: float = 0.0) -> Loopback:
+        started.append(Loopback(behave, delay).__enter__())
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

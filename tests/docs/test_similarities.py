@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import forks
+
+from support.forks import forks
 
 DOCS = Path(__file__).parents[2] / "docs" / "similarities.md"
 

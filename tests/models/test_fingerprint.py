@@ -3,10 +3,10 @@ import sys
 
 import pytest
 import torch
-from forks import forks
 
 from d2svse import D2SVSE
 from d2svse.models import model_fingerprint
+from support.forks import forks
 
 FRESH = """
 import sys, transformers

@@ -463,7 +463,7 @@ def test_readers_are_as_many_as_usable_cores(model, tmp_path, monkeypatch):
 
 
 def test_damaged_images_of_all_formats_raise_image_errors_alone():
-    script = Path(__file__).parents[1] / "benchmarks" / "image_fuzz.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "image_fuzz.py"
     done = subprocess.run([sys.executable, script, "--files", "450"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2 + 8

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import yaml
-from forks import forks
+
+from support.forks import forks
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import forks
+
+from support.forks import forks
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "captioning.py"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import forks
 from safetensors.torch import load_file, save_file
 
 from d2svse import Trainer
 from d2svse.training.checkpoints import SUMS_FILE, checkpoint_fault, last_whole_checkpoint, seal_checkpoint
+from support.forks import forks
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
