@@ -10,19 +10,50 @@ from pathlib import Path
 
 import pytest
 
+from d2svse.cli.app import main
+from d2svse.demo import run_demo
 from support.endpoint import Behave, Loopback
 from support.hub_server import LoopbackHub, use_hub
 from support.llava import save_tiny_llava
 from support.published_files import GOLDEN_MODELS, save_golden
+from support.shared import make_once
 
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
+SMALL_DEMO = {"num_train": 64, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
 
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny LLaVA."""
-    return save_tiny_llava(tmp_path_factory.mktemp("llava"))
+    return make_once(tmp_path_factory, "llava", save_tiny_llava)
+
+
+@pytest.fixture(scope="session")
+def trained(backbones: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `d2svse train` leaves behind; what writes there takes a copy."""
+
+    def train(folder: Path) -> None:
+        command = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", folder / "run"]
+        command += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 24, "--epochs", 1]
+        command += ["--batch-size", 16, "--set", "num_context_tokens=4", "--set", "distill.decoder_layers=1"]
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in command])
+        assert not stop.value.code
+
+    return make_once(tmp_path_factory, "trained", train) / "run"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a small demo leaves behind; beside it lies `said.txt`, what it printed."""
+
+    def run(folder: Path) -> None:
+        said: list[str] = []
+        run_demo(folder / "demo", **SMALL_DEMO, say=said.append, show_progress_bar=False)
+        (folder / "said.txt").write_text("\n".join(said), encoding="utf-8")
+
+    return make_once(tmp_path_factory, "demo", run) / "demo"
 
 
 @pytest.fixture
@@ -45,8 +76,13 @@ def serve_captions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Lo
 @pytest.fixture(scope="session")
 def golden_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The four golden models as published files."""
-    folder = tmp_path_factory.mktemp("published")
-    return {name: save_golden(folder, name) for name in GOLDEN_MODELS}
+
+    def save(folder: Path) -> None:
+        for name in GOLDEN_MODELS:
+            save_golden(folder, name)
+
+    folder = make_once(tmp_path_factory, "published", save)
+    return {name: folder / f"{name}.pth" for name in GOLDEN_MODELS}
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Milvus over its server on 127.0.0.1, and what happens when that stops."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -10,8 +8,8 @@ import numpy as np
 import pytest
 
 from d2svse.retrieval import load_index
-from support.forks import forks
 from support.milvus import Server
+from support.processes import Fork
 
 pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
@@ -110,8 +108,7 @@ with index._journal.writing() as index._call:
     index._replace([], ["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
     os._exit(7)
 """
-    with forks():
-        assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+    assert Fork(script).wait() == 7
     assert len(two) == 10
     assert "x" not in two
     two.add(["x"], VECTORS[:1])
