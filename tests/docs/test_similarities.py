@@ -61,9 +61,10 @@ print(scores[0, 1].item(), scores.diagonal().abs().max().item())
 
 
 def test_an_entry_point_adds_it_to_saved_models(package: Path, tmp_path: Path, make_model, monkeypatch):
-    monkeypatch.syspath_prepend(package)
-    model = make_model(similarity={"name": "negative-distance", "scale": 3.0})
-    model.save_pretrained(tmp_path / "model")
+    with monkeypatch.context() as patch:  # a fork has the path of this process
+        patch.syspath_prepend(package)
+        model = make_model(similarity={"name": "negative-distance", "scale": 3.0})
+        model.save_pretrained(tmp_path / "model")
     load = f"""
 from d2svse import D2SVSE
 from d2svse.similarity import similarity_names
