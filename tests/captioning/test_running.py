@@ -15,8 +15,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "captioning.py"
 
 def test_a_killed_run_goes_on_and_captions_every_image_once(llava, run, tmp_path):
     images, output = write_images(tmp_path / "images", 40), tmp_path / "dense.jsonl"
-    command = ["caption", "local", llava, images, "-o", output, "--temperature", 1, "--max-new-tokens", 8]
-    command += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2]
+    command = ["caption", "local", llava, images, "-o", output, "--temperature", 2, "--max-new-tokens", 24]
+    command += ["--dtype", "float32", "--device", "cpu", "--batch-size", 2, "--tries", 20]
     process = fork_command(*command)
     while not output.exists() or output.read_bytes().count(b"\n") < 5:
         assert process.poll() is None, process.err()
