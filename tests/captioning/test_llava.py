@@ -3,13 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
-from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from d2svse.captioning.llava import PLAIN_TEMPLATE, LlavaCaptioner, SeededSampling
 from d2svse.captioning.pictures import Sampling, find_pictures, take_shard
 from d2svse.images import load_image
+from support.images import write_images
+from support.llava import save_tiny_llava
 
 DRAWN = Sampling(temperature=1.0, max_new_tokens=12)
 
@@ -160,7 +160,7 @@ def test_a_picture_that_breaks_later_is_an_outcome_and_the_rest_go_on(llava, pho
 
 
 def test_a_caption_says_whether_it_was_cut(llava, tmp_path):
-    pictures = find_pictures(write_pictures(tmp_path / "many", 30))
+    pictures = find_pictures(write_images(tmp_path / "many", 30))
     short = captions(load(llava, batch_size=30), pictures)
     longer = captions(load(llava, replace(DRAWN, max_new_tokens=60), batch_size=30), pictures)
     compared = {name for name in short if short[name].draw == longer[name].draw == 0}

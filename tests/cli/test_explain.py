@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import pytest
-from forks import forks
 from PIL import Image
+
+from support.processes import Fork
 
 SENTENCE = "a red circle and a blue star"
 
@@ -53,8 +51,7 @@ def test_user_errors_are_one_line(folder, val_dataset, run):
 def test_without_matplotlib_the_extra_is_named(folder, val_dataset):
     code = "import sys; sys.modules['matplotlib'] = None; from d2svse.cli.app import main; main(sys.argv[1:])"
     command = ["explain", val_dataset.images[0], SENTENCE, "--model", folder / "model", "--out", folder / "map.png"]
-    with forks():
-        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'd2svse[visualize]'" in done.stderr
-    assert done.stderr.count("\n") == 1
+    without = Fork(code, *command)
+    assert without.wait() == 2
+    assert "pip install 'd2svse[visualize]'" in without.err()
+    assert without.err().count("\n") == 1

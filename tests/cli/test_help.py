@@ -5,20 +5,13 @@ import shlex
 import sys
 
 import pytest
-import typer
 
-from d2svse.cli.app import app, main, main_train
+from d2svse.cli.app import main, main_train
+from support.commands import COMMANDS, parse_command
 
 NARROWEST = 76  # what typer leaves of 80 columns, with rich or without
 
 
-def walk(command, words=("d2svse",)):
-    yield words, command
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from walk(inner, (*words, name))
-
-
-COMMANDS = {" ".join(words): command for words, command in walk(typer.main.get_command(app))}
 WITH_EXAMPLES = [name for name, command in COMMANDS.items() if name == "d2svse" or not hasattr(command, "commands")]
 
 
@@ -34,11 +27,7 @@ def test_every_command_has_examples_and_they_parse(name):
     assert 1 <= len(lines) <= 3
     for line in lines:
         assert len(line) <= NARROWEST, line
-        words = shlex.split(line)
-        found = max((" ".join(words[:count]) for count in (2, 3)), key=lambda start: (start in COMMANDS, len(start)))
-        assert name in ("d2svse", found)
-        rest = words[len(found.split()) :]
-        COMMANDS[found].make_context(found, rest)  # raises where an option is unknown or missing
+        assert name in ("d2svse", parse_command(shlex.split(line)))
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

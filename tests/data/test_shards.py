@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import re
 import tarfile
 import threading
 from dataclasses import replace
@@ -17,33 +16,7 @@ from d2svse import ImageTextDataset
 from d2svse.data import Collator, EpochBatches, ManifestError, TrainingSamples
 from d2svse.data.shards import INDEX_FILE, index_shards, read_shards, write_shards
 from d2svse.images import ImageError, load_image
-
-
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves parts of files, as web servers and object stores do."""
-
-    ranges = True
-    failures = 0
-
-    def do_GET(self):
-        if type(self).failures:
-            type(self).failures -= 1
-            self.send_error(503)
-            return
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        path = Path(self.translate_path(self.path))
-        if not asked or not self.ranges or not path.is_file():
-            super().do_GET()
-            return
-        first, last = map(int, asked.groups())
-        content = path.read_bytes()[first : last + 1]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
+from support.web import RangeHandler
 
 
 @pytest.fixture(scope="module")

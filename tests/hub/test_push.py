@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import Repository
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel, AutoProcessor
 
@@ -16,6 +15,7 @@ from d2svse.hub import push_folder
 from d2svse.hub.publishable import publishable
 from d2svse.models.encoders import load_backbone
 from d2svse.models.fingerprint import model_fingerprint
+from support.hub_server import Repository
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
 

@@ -5,28 +5,19 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
 import torch
-from forks import forks
 from safetensors.torch import load_file
 
 from d2svse.cli.app import main
 from d2svse.retrieval.evaluation.evaluator import score_dataset
+from support import distributed_worker as worker
+from support.processes import torchrun
 
 WORKER = Path(worker.__file__)
-
-
-def torchrun(*arguments: object) -> subprocess.Popen[str]:
-    """Start processes of this machine, as forks."""
-    call = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with forks():
-        return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -41,7 +32,8 @@ def alone() -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
     file = tmp_path / "gradients.safetensors"
     ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, file))
@@ -93,7 +85,7 @@ def same_run(one: Path, two: Path) -> None:
                 assert second[name] == pytest.approx(value, abs=1 / 16 + 1e-6), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
     command = train_command(scenes, backbones, tmp_path / "run", 10)
     ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))

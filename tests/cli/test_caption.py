@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from conftest import write_pictures
 
 from d2svse import ImageTextDataset
+from support.images import write_images
 
 
 def lines(path):
@@ -15,6 +15,11 @@ def one_line_error(result, *parts, code=2):
     assert result[2].count("\n") == 1, result[2]
     for part in parts:
         assert part in result[2], result[2]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_images(tmp_path / "photos", 6)
 
 
 @pytest.fixture
@@ -65,8 +70,8 @@ def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
     one_line_error(local(photos, output, "--on-bad-image", "hope"), "must be one of error, skip")
 
 
-def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve, photos, tmp_path):
-    server = serve(lambda request, earlier: "500" if request in (1, 4) else "ok")
+def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve_captions, photos, tmp_path):
+    server = serve_captions(lambda request, earlier: "500" if request in (1, 4) else "ok")
     output = tmp_path / "dense.jsonl"
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--tries", 1)
     result = run(*command, "--concurrency", 1)
@@ -91,10 +96,10 @@ def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve, photos
     assert settings["made_with"]["url"] == server.url
 
 
-def test_pictures_never_tried_come_before_those_that_failed(run, serve, tmp_path):
-    photos = write_pictures(tmp_path / "many", 25)
+def test_pictures_never_tried_come_before_those_that_failed(run, serve_captions, tmp_path):
+    photos = write_images(tmp_path / "many", 25)
     output = tmp_path / "dense.jsonl"
-    server = serve(lambda request, earlier: "400" if request < 22 else "ok")
+    server = serve_captions(lambda request, earlier: "400" if request < 22 else "ok")
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--concurrency", 1)
     one_line_error(run(*command), "20 pictures in a row failed, the last: HTTP 400")
     assert len(lines(tmp_path / "dense.failed.jsonl")) == 20
@@ -104,17 +109,17 @@ def test_pictures_never_tried_come_before_those_that_failed(run, serve, tmp_path
     assert len(server.bodies) == 20 + 25
 
 
-def test_a_spent_budget_says_how_many_are_left(run, serve, photos, tmp_path):
-    server, output = serve(), tmp_path / "dense.jsonl"
+def test_a_spent_budget_says_how_many_are_left(run, serve_captions, photos, tmp_path):
+    server, output = serve_captions(), tmp_path / "dense.jsonl"
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--max-requests", 4)
     one_line_error(run(*command), "2 pictures are left without a caption; the same command tries them again", code=1)
     assert run(*command)[0] == 0
     assert len(server.bodies) == 6
 
 
-def test_a_refused_key_is_one_clear_error_that_hides_it(run, serve, photos, tmp_path, monkeypatch):
+def test_a_refused_key_is_one_clear_error_that_hides_it(run, serve_captions, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret\n")
-    server = serve(lambda request, earlier: "401")
+    server = serve_captions(lambda request, earlier: "401")
     output = tmp_path / "dense.jsonl"
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output)
     result = run(*command, "--api-key-env", "MY_KEY", "--concurrency", 1)
@@ -155,14 +160,14 @@ def test_shorten_and_report(run, tmp_path, backbones):
     one_line_error(run("caption", "report", tmp_path / "no.jsonl"), "no.jsonl: no such file")
 
 
-def test_images_of_a_manifest_that_are_not_there_are_skipped(run, serve, photos, tmp_path):
+def test_images_of_a_manifest_that_are_not_there_are_skipped(run, serve_captions, photos, tmp_path):
     odd = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     (photos / "001.png").rename(photos / odd)
     rows = [{"image": f"photos/{name}", "captions": ["x"]} for name in ("000.png", "gone.png", odd)]
     manifest = tmp_path / "m.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "dense.jsonl"
-    command = ("caption", "endpoint", serve().url, manifest, "--model", "tiny", "-o", output)
+    command = ("caption", "endpoint", serve_captions().url, manifest, "--model", "tiny", "-o", output)
     code, _, errors = run(*command)
     assert (code, "m.jsonl:2: " in errors, output.exists()) == (2, True, False)
     code, out, _ = run(*command, "--on-bad-image", "skip")

@@ -1,18 +1,15 @@
 """Milvus over its server on 127.0.0.1, and what happens when that stops."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from forks import forks
 
 from d2svse.retrieval import load_index
+from support.milvus import Server
+from support.processes import Fork
 
 pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
@@ -25,35 +22,6 @@ DIM = 8
 VECTORS = np.random.default_rng(0).normal(size=(400, DIM)).astype(np.float32)
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
 NAMES = [f"n{row}" for row in range(400)]
-
-
-class Server:
-    """Milvus Lite as a process that listens on a port of 127.0.0.1."""
-
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        command = [sys.executable, "-m", "milvus_lite", "server", "--data-dir", str(self.folder)]
-        self.process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(self.port)], stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                time.sleep(0.05)
-        raise TimeoutError("the server did not start")
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
 
 
 @pytest.fixture
@@ -140,8 +108,7 @@ with index._journal.writing() as index._call:
     index._replace([], ["x", "y"], np.ones((2, {DIM}), np.float32), [{{}}] * 2)
     os._exit(7)
 """
-    with forks():
-        assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 7
+    assert Fork(script).wait() == 7
     assert len(two) == 10
     assert "x" not in two
     two.add(["x"], VECTORS[:1])

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from d2svse import D2SVSE, evaluate
-from d2svse.cli.app import main
 
 FAST = (
     "--epochs",
@@ -29,15 +28,12 @@ FAST = (
 )
 
 
-@pytest.fixture(scope="module")
-def trained(backbones, scenes, tmp_path_factory):
-    output = tmp_path_factory.mktemp("trained") / "run"
-    arguments = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", output, *FAST]
-    arguments += ["--vision", backbones / "vision", "--text", backbones / "text"]
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 0
-    return output
+def copy_run(trained, folder):
+    """A copy of a run that a test may write to, and the recipe that goes on there."""
+    shutil.copytree(trained, folder)
+    recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": str(folder)}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
 
 
 def test_train_writes_models_results_and_the_effective_configuration(trained, val_dataset):
@@ -66,14 +62,15 @@ def test_a_configuration_file_trains_the_same_and_options_win(trained, tmp_path,
     assert "distill" in out
 
 
-def test_a_finished_run_is_not_overwritten_but_can_be_resumed(trained, run):
-    code, _, err = run("train", "--config", trained / "recipe.yaml")
+def test_a_finished_run_is_not_overwritten_but_can_be_resumed(trained, tmp_path, run):
+    recipe = copy_run(trained, tmp_path / "run")
+    code, _, err = run("train", "--config", recipe)
     assert code == 2
     assert "holds checkpoints of another run" in err
     before = json.loads((trained / "results.json").read_text())
-    code, _, err = run("train", "--config", trained / "recipe.yaml", "--resume")
+    code, _, err = run("train", "--config", recipe, "--resume")
     assert code == 0, err
-    assert json.loads((trained / "results.json").read_text()) == before
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == before
 
 
 def test_a_run_stopped_in_its_second_stage_goes_on(trained, tmp_path, run):
@@ -121,8 +118,9 @@ def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_pat
     assert "another run is writing to it" in err
 
 
-def test_a_run_is_not_resumed_with_other_options(trained, run):
-    result = run("train", "--config", trained / "recipe.yaml", "--resume", "--set", "learning_rate=5e-4")
+def test_a_run_is_not_resumed_with_other_options(trained, tmp_path, run):
+    recipe = copy_run(trained, tmp_path / "run")
+    result = run("train", "--config", recipe, "--resume", "--set", "learning_rate=5e-4")
     one_line_error(result, "recipe.yaml: training was", "resume with the same options")
 
 

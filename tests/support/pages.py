@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -14,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+import tomllib
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,13 @@ from typing import Any
 from unittest import mock
 from urllib.request import ProxyHandler, build_opener
 
+import click
 import numpy as np
 import torch
-from forks import forks
 
 from d2svse.cli.app import main
+from support.commands import command_name, parse_command
+from support.processes import fork_command, torchrun
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- (run with|needs): ([^\n]+) -->\n")
@@ -99,11 +104,127 @@ def read_commands(code: str, options: str = "") -> Iterator[tuple[str, list[str]
                 yield command, shlex.split(command)
 
 
-def run_bash(block: Block, addresses: Mapping[str, str], environment: Mapping[str, str] | None = None) -> None:
-    """Run the commands of a block: those of d2svse and scripts of the repository in this process, others by bash."""
+def choose_commands(pages: Iterable[str], there: Path) -> set[tuple[str, int]]:
+    """Choose the commands that run where not all do: each of d2svse where it comes first, and what that needs.
+
+    Args:
+        pages: The pages, in their order.
+        there: A folder with what lies there before a page runs.
+
+    Returns:
+        Page and number of each command.
+    """
+    chosen, seen = set(), set()
+    for page in pages:
+        made: dict[str, set[int]] = {}  # the commands that a path needs, by path
+        number = 0
+        for block in read_blocks(page):
+            if block.language == "python":
+                chosen |= {(page, one) for path, needed in made.items() if path in block.code for one in needed}
+                continue
+            for _, words in read_commands(block.code, block.options):
+                paths = {word for word in words if _is_path(word)}
+                needed = {number}.union(*(made[path] for path in made if any(_lies_in(one, path) for one in paths)))
+                name = command_name(words)
+                if name not in seen and name:
+                    seen.add(name)
+                    chosen |= {(page, one) for one in needed}
+                for path in paths:
+                    if not (there / path).exists():
+                        made[path] = needed
+                number += 1
+    return chosen
+
+
+def _is_path(word: str) -> bool:
+    return bool(re.fullmatch(r"[A-Z]+|[\w-]+([/.][\w.-]+)+", word)) and not re.fullmatch(r"[\d.e-]+", word)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def check_command(block: Block, words: list[str]) -> None:
+    """Check a command against the real command line, and run nothing.
+
+    Raises:
+        AssertionError: the command is none, or does not take these words.
+    """
+    if words[0] == "torchrun":
+        words = _check_torchrun(words)
+    if words[0] == "d2svse":
+        try:
+            parse_command(words)
+        except click.UsageError as error:
+            raise AssertionError(f"{block.place}: {shlex.join(words)}: {error.format_message()}") from error
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert not _check_script(words), f"{block.place}: {shlex.join(words)}"
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), f"{block.place}: {words[1]}"
+    elif words[0].endswith("pip"):
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for name, extras in re.findall(r"(\S+)\[(.+)\]", " ".join(words)):
+            assert name.rpartition(" ")[2] in (known["name"], "."), f"{block.place}: {name}"
+            unknown = set(extras.split(",")) - set(known["optional-dependencies"])
+            assert not unknown, f"{block.place}: no extra {unknown}"
+
+
+def _check_torchrun(words: list[str]) -> list[str]:
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words[1:])
+    return [given.training_script, *given.training_script_args]
+
+
+class _ParsedError(Exception):
+    """A script has read its command line."""
+
+
+def _check_script(words: list[str]) -> Any:
+    """Run a script up to the reading of its command line; its exit code."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
+        raise _ParsedError
+
+    path = str(ROOT / words[1])
+    reading = mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with as_before(), reading, mock.patch.object(sys, "argv", [path, *words[2:]]):
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except _ParsedError:
+            return 0
+        except SystemExit as stop:
+            return stop.code
+    return "it reads no command line"
+
+
+def run_bash(
+    block: Block,
+    addresses: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
+    chosen: Container[int] = range(sys.maxsize),
+    first: int = 0,
+) -> int:
+    """Run the commands of a block: those of d2svse and scripts of the repository in this process, others by bash.
+
+    Args:
+        block: The block.
+        addresses: Addresses of the page, and those of this machine that take their place.
+        environment: What is added to the environment of commands that run by bash.
+        chosen: The numbers of the commands that run.
+        first: The number of the block's first command.
+
+    Returns:
+        The number of the next block's first command.
+    """
     code = with_addresses(block.code.replace("$PWD", os.getcwd()), addresses)
     environment = {**os.environ, **(environment or {})}
-    for command, words in read_commands(code, block.options):
+    number = first - 1
+    for number, (command, words) in enumerate(read_commands(code, block.options), first):
+        if number not in chosen:
+            continue
         if words[0].startswith(OF_AN_ENVIRONMENT) and not os.path.exists(words[0]):  # its package was there before
             words[0] = str(Path(sys.executable).parent / Path(words[0]).name)
             command = shlex.join(words)
@@ -121,6 +242,7 @@ def run_bash(block: Block, addresses: Mapping[str, str], environment: Mapping[st
         else:
             code_of_exit = run_here(words)
         assert not code_of_exit, f"{block.place}: {command} ended with {code_of_exit}"
+    return number + 1
 
 
 def _run_by_bash(block: Block, command: str, environment: Mapping[str, str]) -> None:
@@ -138,7 +260,7 @@ def run_here(words: list[str]) -> Any:
             main(words[1:])
         else:
             path = str(ROOT / words[1])
-            with as_before(), forks(), mock.patch.object(sys, "argv", [path, *words[2:]]):
+            with as_before(), mock.patch.object(sys, "argv", [path, *words[2:]]):
                 runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         return stop.code
@@ -150,10 +272,11 @@ def launch(words: list[str]) -> int:
     machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     words = words.copy()
     words[words.index("--nproc-per-node") + 1] = str(2 // machines)
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    with forks():
-        agents = [subprocess.Popen(command) for _ in range(machines)]
-        return next(filter(None, [agent.wait() for agent in agents]), 0)
+    agents = [torchrun(*words) for _ in range(machines)]
+    for agent in agents:
+        _, errors = agent.communicate()
+        print(errors, file=sys.stderr)
+    return next(filter(None, [agent.returncode for agent in agents]), 0)
 
 
 def serve(words: list[str]) -> int:
@@ -161,15 +284,17 @@ def serve(words: list[str]) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}/"
-    command = [sys.executable, "-u", "-m", "d2svse", *words, "--port", address.rpartition(":")[2].strip("/")]
-    with forks(), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        if shown := any(address in line for line in process.stdout):
-            with build_opener(ProxyHandler({})).open(address) as answer:
-                assert b"<html" in answer.read()
-            process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-    return 0 if shown and process.returncode in (0, 128 + signal.SIGINT) else process.returncode or 1
+    process = fork_command(*words, "--port", address.rpartition(":")[2].strip("/"))
+    while address not in process.out():
+        if process.poll() is not None:
+            print(process.err(), file=sys.stderr)
+            return process.poll() or 1
+        time.sleep(0.05)
+    with build_opener(ProxyHandler({})).open(address) as answer:
+        assert b"<html" in answer.read()
+    process.send_signal(signal.SIGINT)
+    code = process.wait()
+    return 0 if code in (0, 128 + signal.SIGINT) else code
 
 
 def lacks(name: str) -> bool:

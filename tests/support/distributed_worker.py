@@ -1,6 +1,6 @@
 """The gradients of every case, by one process or by several that share each batch.
 
-torchrun --nproc-per-node 2 tests/training/distributed_worker.py OUTPUT
+torchrun --nproc-per-node 2 tests/support/distributed_worker.py OUTPUT
 """
 
 import copy

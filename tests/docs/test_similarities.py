@@ -1,12 +1,11 @@
 """The similarity that docs/similarities.md adds from outside the package."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forks import forks
+
+from support.processes import Fork
 
 DOCS = Path(__file__).parents[2] / "docs" / "similarities.md"
 
@@ -16,10 +15,10 @@ def documented_code() -> str:
     return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
 
 
-def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}\n{code}"
-    with forks():
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def run(code: str, *paths: Path) -> Fork:
+    fork = Fork(f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}\n{code}")
+    fork.wait()
+    return fork
 
 
 @pytest.fixture
@@ -55,16 +54,17 @@ print(scores[0, 1].item(), scores.diagonal().abs().max().item())
 """,
         tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    between, same = map(float, done.stdout.split())
+    assert done.poll() == 0, done.err()
+    between, same = map(float, done.out().split())
     assert between == pytest.approx(-2 * 2**0.5, abs=1e-5)
     assert same < 1e-5
 
 
 def test_an_entry_point_adds_it_to_saved_models(package: Path, tmp_path: Path, make_model, monkeypatch):
-    monkeypatch.syspath_prepend(package)
-    model = make_model(similarity={"name": "negative-distance", "scale": 3.0})
-    model.save_pretrained(tmp_path / "model")
+    with monkeypatch.context() as patch:  # a fork has the path of this process
+        patch.syspath_prepend(package)
+        model = make_model(similarity={"name": "negative-distance", "scale": 3.0})
+        model.save_pretrained(tmp_path / "model")
     load = f"""
 from d2svse import D2SVSE
 from d2svse.similarity import similarity_names
@@ -73,7 +73,7 @@ loaded = D2SVSE.from_pretrained({str(tmp_path / "model")!r}).similarity_fn
 print(type(loaded).__module__, loaded.scale.item())
 """
     done = run(load, package)
-    assert done.stdout.split() == ["my_package.similarity", "3.0"], done.stderr
+    assert done.out().split() == ["my_package.similarity", "3.0"], done.err()
     without = run(load.replace("assert", "# "))
-    assert without.returncode == 1
-    assert "unknown similarity 'negative-distance'" in without.stderr
+    assert without.poll() == 1
+    assert "unknown similarity 'negative-distance'" in without.err()

@@ -8,8 +8,6 @@ import pytest
 import yaml
 
 from d2svse import D2SVSE
-from d2svse.cli.app import main
-from d2svse.demo import run_demo
 
 PUSH = """
 import logging, sys
@@ -37,34 +35,13 @@ for name, output in zip(sys.argv[1:3], sys.argv[4:]):
 LOUD = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug", "D2SVSE_DEBUG": "1"}
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """What `d2svse demo` leaves behind, with little training."""
-    folder = tmp_path_factory.mktemp("demo")
-    sizes = {"num_train": 24, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
-    run_demo(folder, **sizes, say=lambda _: None, show_progress_bar=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(backbones, scenes, tmp_path_factory):
-    """What `d2svse train` leaves behind."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    arguments = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", output]
-    arguments += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 24, "--epochs", 1]
-    arguments += ["--batch-size", 16, "--set", "num_context_tokens=4", "--set", "decoder_layers=1"]
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 0
-    return output
-
-
 def one_line(error: str) -> str:
     assert error.startswith("d2svse: ")
     assert error.count("\n") == 1, error
     return error
 
 
+@pytest.mark.slow  # three interpreters that start on their own
 def test_a_demo_model_is_pushed_and_pulled_by_new_processes(demo, hub, in_new_process, tmp_path):
     token = "hf_AnnsTokenThatNobodyMaySee"
     pushed = in_new_process("-c", PUSH, demo / "model", HF_TOKEN=token, **LOUD)

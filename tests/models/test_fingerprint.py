@@ -1,12 +1,9 @@
-import subprocess
-import sys
-
 import pytest
 import torch
-from forks import forks
 
 from d2svse import D2SVSE
 from d2svse.models import model_fingerprint
+from support.processes import Fork
 
 FRESH = """
 import sys, transformers
@@ -25,10 +22,9 @@ def test_the_same_model_has_the_same_fingerprint_wherever_it_is_loaded(model, tm
         model.save_pretrained(tmp_path / name)
         loaded = D2SVSE.from_pretrained(tmp_path / name)
         assert model_fingerprint(loaded.train()) == own
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "a")]
-    with forks():
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert out.stdout.split()[-1] == own
+    fresh = Fork(FRESH, tmp_path / "a")
+    assert fresh.wait() == 0, fresh.err()
+    assert fresh.out().split()[-1] == own
 
 
 def test_whatever_changes_an_embedding_changes_it(make_model, processor, tmp_path):

@@ -29,7 +29,7 @@ from d2svse.retrieval.evaluation.ranking import (
     true_recall,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "metrics.npz"
 
 
 def naive_ranks(scores, owner):

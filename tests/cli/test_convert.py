@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from published_files import golden_state, save_published
 
 from d2svse import D2SVSE
 from d2svse.retrieval.evaluation.metrics import as_percent
+from support.published_files import golden_state, save_published
 
 
 @pytest.fixture(scope="session")

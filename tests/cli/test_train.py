@@ -1,13 +1,11 @@
 """What `d2svse train` reads and cannot use: one line, exit code 2, no traceback."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
-from forks import forks
+
+from support.processes import torchrun
 
 
 @pytest.fixture
@@ -159,15 +157,8 @@ def test_a_broken_run_card_of_a_finished_stage_is_named(run, recipe, tmp_path):
 def test_processes_that_meet_one_error_say_it_once(recipe, tmp_path):
     recipe["training"]["metric_for_best_model"] = "none"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "d2svse"]
-    with forks():
-        process = subprocess.Popen(
-            [*call, "train", "--config", str(tmp_path / "c.yaml")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    command = ["-m", "d2svse", "train", "--config", tmp_path / "c.yaml"]
+    process = torchrun("--standalone", "--nproc-per-node", 2, *command)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("d2svse: metric_for_best_model: no metric 'none'") == 1, errors

@@ -11,8 +11,6 @@ from string import ascii_lowercase
 
 import pytest
 from PIL import Image
-from published_files import save_golden
-from tiny_llava import save_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from d2svse import D2SVSE, build_similarity
@@ -21,6 +19,8 @@ from d2svse.data import Record, read_manifest, write_manifest, write_scenes
 from d2svse.demo import DEMO
 from d2svse.folders import written_folder
 from d2svse.retrieval.evaluation import protocols
+from support.llava import save_tiny_llava
+from support.published_files import save_golden
 
 ROOT = Path(__file__).parents[2]
 OF_A_CHECKOUT = (".ci", "d2svse", "examples", "LICENSE", "README.md", "pyproject.toml", "tests/test_package.py")

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published_files import GOLDEN, GOLDEN_MODELS, golden_description, golden_state, save_published
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, ViTConfig
 
@@ -18,6 +17,7 @@ from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.published import convert_published, load_published, write_published
 from d2svse.training.teacher import Teacher
+from support.published_files import GOLDEN, GOLDEN_MODELS, golden_description, golden_state, save_published
 
 EMBEDDINGS = {"rtol": 0, "atol": 2e-5}
 

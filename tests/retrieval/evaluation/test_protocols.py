@@ -22,7 +22,7 @@ from d2svse.retrieval.evaluation.ranking import ranking_metrics
 from d2svse.retrieval.evaluation.streaming import Scorer, stream_rankings
 
 IDS = [42, 7, 1000]
-FLICKR = (Path(__file__).parents[1] / "golden" / "flickr30k_test_images.txt").read_text().split()
+FLICKR = (Path(__file__).parents[2] / "golden" / "flickr30k_test_images.txt").read_text().split()
 SMALL = Protocol("small", "three images of MS-COCO", 3, 2, coco=True, truth="cxc")
 
 

@@ -1,0 +1,88 @@
+"""Processes that begin with torch and d2svse imported: forks of the standard library's forkserver.
+
+They are for tests that need another process (a kill, a signal, a lock, fresh modules) but no fresh interpreter. What an
+interpreter or a library reads from the environment as it starts is that of the server: use subprocess for that.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["d2svse.cli.app", "d2svse.retrieval", "d2svse.training.recipe"])
+
+
+class Fork:
+    """Run Python code in a process of its own.
+
+    Args:
+        code: What it runs, as `python -c` does.
+        words: Its `sys.argv` after the first.
+
+    Attributes:
+        pid: Its process id.
+    """
+
+    def __init__(self, code: str, *words: object) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="fork-"))
+        self._printed, self._errors = folder / "out", folder / "err"
+        arguments = (code, [str(word) for word in words], os.getcwd(), str(self._printed), str(self._errors))
+        self._process = _FORKS.Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative after a signal, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, seconds: float = 120) -> int:
+        """Wait for its end and return the exit code; kill it after so many seconds."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise TimeoutError(f"still running after {seconds} s\n{self.out()}\n{self.err()}")
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def out(self) -> str:
+        """Return what it printed so far."""
+        return _read(self._printed)
+
+    def err(self) -> str:
+        """Return its errors so far."""
+        return _read(self._errors)
+
+
+def fork_command(*words: object) -> Fork:
+    """Run a command of d2svse in a process of its own."""
+    return Fork("import sys; from d2svse.cli.app import main; main(sys.argv[1:])", *words)
+
+
+def torchrun(*words: object) -> subprocess.Popen[str]:
+    """Start torchrun as its users do, in interpreters of its own, with one thread for each process."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _run(code: str, words: list[str], folder: str, printed: str, errors: str) -> None:
+    for path, stream in ((printed, sys.stdout), (errors, sys.stderr)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, {printed: 1, errors: 2}[path])
+        os.close(file)
+        stream.reconfigure(line_buffering=True)
+    os.chdir(folder)
+    sys.argv = ["-c", *words]
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
