@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from forks import forks
 
-from d2svse.captioning.output import CaptionFile, mend_last_line
+from d2svse.captioning.output import CaptionFile
 from d2svse.captioning.pictures import Outcome, Picture
 from d2svse.data import ManifestError
+from d2svse.files.log import mend_last_line
 
 SETTINGS = {"model": "m", "seed": 0, "temperature": 0.2}
 
