@@ -143,14 +143,19 @@ def _cached(
     atol: float,
 ) -> tuple[EmbeddingStore, list[int]]:
     """Return a store that holds what `encode` gives now, and the row of each name in it."""
-    once = list(dict.fromkeys(names))
+    once, made = list(dict.fromkeys(names)), 0
+
+    def counted(part: Sequence[str], skipped: Any) -> Batches:
+        nonlocal made
+        made += len(part)
+        return encode(part, skipped)
 
     def write() -> EmbeddingStore:
-        return write_store(once, folder, kind, encode, state, batch_size, show_progress_bar, replace=True)
+        return write_store(once, folder, kind, counted, state, batch_size, show_progress_bar, replace=True)
 
     with write_lock(folder, wait=True):
         store = write()
-        if not _agrees(store, encode, rtol, atol):
+        if made < len(once) and not _agrees(store, encode, rtol, atol):
             logger.warning("%s does not hold what is computed now; it is made again", folder)
             remove_store(folder)
             store = write()

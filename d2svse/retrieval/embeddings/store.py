@@ -412,8 +412,9 @@ def _check(folder: Path, description: Mapping[str, Any], replace: bool) -> None:
 
 
 def remove_store(folder: Path) -> None:
-    """Remove the shards of a store, and what describes it; under the lock."""
-    for path in (*(path for path in folder.iterdir() if _SHARD.fullmatch(path.name)), folder / DESCRIPTION):
+    """Remove the files of a store, what describes it last; under the lock."""
+    shards = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+    for path in (*shards, folder / SKIPPED, folder / DESCRIPTION):
         remove(path)
 
 
