@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from d2svse.data.scenes import Scene, make_scene
-from d2svse.files import write_text
+from d2svse.files.replace import write_text
 
 SEED = 42
 SHOWN = 4000  # the first validation scene of `d2svse demo`

@@ -15,8 +15,8 @@ from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, 
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import ImageTextDataset, write_scenes
-from d2svse.files import shown, write_json
-from d2svse.folders import check_folder, written_folder
+from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.replace import shown, write_json
 from d2svse.hub.saving import model_kind
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.retrieval import ImageTextIndex, draw_gallery

@@ -1,133 +1,14 @@
-"""Text that comes from elsewhere: reading files of lines and JSON, checking words, and showing any name safely."""
+"""Text that comes from elsewhere: checking what a tokenizer gets, and showing any name safely."""
 
 from __future__ import annotations
 
-import codecs
-import json
-import os
 import re
-from pathlib import Path
 from typing import Any
 
-MAX_JSON_DEPTH = 100
-_WIDE = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Control characters, separators of lines, marks that turn the direction of writing, and halves of characters.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-# The same without what `json.dumps` escapes itself, and without the line ends between indented lines.
-_RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8, with or without a byte-order mark.
-
-    Args:
-        data: the bytes.
-        name: where they come from, for the messages.
-
-    Raises:
-        ValueError: if they are in another encoding; the message says which, or where it is noticed.
-    """
-    for mark, encoding in _WIDE.items():
-        if data.startswith(mark):
-            raise ValueError(f"{name}: {encoding} text; save it as UTF-8")
-    head = data[:400]
-    if len(head) > 3 and 3 * head.count(0) > len(head):
-        raise ValueError(f"{name}: UTF-16 or UTF-32 without a mark, or no text at all; save it as UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{name}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from None
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file, with or without a byte-order mark.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
-        ValueError: if it is in another encoding; the message names the file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder, expected a text file")
-    try:
-        return decode_text(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-
-
-def split_lines(text: str) -> list[str]:
-    r"""Split at `\n` and `\r\n` alone; U+2028, form feeds and their like stay inside a line."""
-    lines = text.split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
-
-
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """Read the lines of a UTF-8 text file; see `read_text` and `split_lines`."""
-    return split_lines(read_text(path))
-
-
-def parse_json(text: str, name: str) -> Any:
-    """Read JSON.
-
-    Args:
-        text: the JSON.
-        name: where it comes from, for the messages.
-
-    Raises:
-        ValueError: if it is not JSON, or nested deeper than `MAX_JSON_DEPTH`.
-    """
-    try:
-        data = json.loads(text)
-        _check_depth(data, MAX_JSON_DEPTH)
-    except ValueError as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep") from None
-    return data
-
-
-def _check_depth(data: Any, left: int) -> None:
-    if not isinstance(data, dict | list):
-        return
-    if not left:
-        raise RecursionError
-    for item in data.values() if isinstance(data, dict) else data:
-        if isinstance(item, dict | list):
-            _check_depth(item, left - 1)
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; see `read_text` and `parse_json` for what it raises."""
-    return parse_json(read_text(path), os.fspath(path))
-
-
-def to_json(data: Any, **options: Any) -> str:
-    """Write JSON that any UTF-8 file and terminal can hold.
-
-    Halves of characters (names that are not UTF-8), control characters and further separators of lines are escaped.
-
-    Args:
-        data: what to write; NaN is refused.
-        **options: arguments of `json.dumps`.
-
-    Raises:
-        ValueError: if the data hold a NaN or an infinity.
-    """
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, **options)
-    return _RAW_IN_JSON.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def visible(text: str) -> str:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from d2svse.files import parse_yaml, write_json, write_text, written_aside
-from d2svse.folders import FolderKind, written_folder
+from d2svse.files.folder import FolderKind, marked_kind, written_folder
+from d2svse.files.replace import write_json, write_text, written_aside
+from d2svse.files.yaml import parse_yaml
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -30,8 +31,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_only_a_folder_of_its_own_kind_is_replaced(tmp_path):
     def write(marker):
-        with written_aside(tmp_path / "out", replaces=marker) as aside:
-            aside.mkdir()
+        with written_folder(tmp_path / "out", marked_kind(marker)) as aside:
             (aside / "config.json").write_text("{}")
 
     (tmp_path / "out").mkdir()
@@ -40,7 +40,7 @@ def test_only_a_folder_of_its_own_kind_is_replaced(tmp_path):
     with pytest.raises(FileExistsError, match=r"holds no index\.json, so it is not replaced"):
         write("index.json")
     with pytest.raises(FileExistsError, match="is in the way"):
-        write(None)
+        write_text(tmp_path / "out", "a file")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -63,7 +63,7 @@ def leave(path, text="half"):
     """Write a part of a file in a process that is then killed; the name of what it left."""
     code = (
         "import os, sys\n"
-        "from d2svse.files import written_aside\n"
+        "from d2svse.files.replace import written_aside\n"
         "with written_aside(sys.argv[1]) as aside:\n"
         f"    aside.write_text({text!r})\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from d2svse import D2SVSE
-from d2svse.files import written_aside
-from d2svse.folders import LIST, READY, FolderKind, recover_folder, remove_written, written_folder
+from d2svse.files.folder import LIST, READY, FolderKind, marked_kind, recover_folder, remove_written, written_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.integrations import onnx as export
 from d2svse.training.checkpoints import (
@@ -205,8 +204,7 @@ def test_of_a_folder_of_no_use_to_others_only_its_own_files_are_removed(tmp_path
 
 def test_a_part_that_is_written_aside_keeps_what_lies_in_it(tmp_path):
     for content in ("one", "two"):
-        with written_aside(tmp_path / "part", replaces="items.json") as aside:
-            aside.mkdir()
+        with written_folder(tmp_path / "part", marked_kind("items.json")) as aside:
             (aside / "items.json").write_text(content)
         (tmp_path / "part" / "notes.txt").write_text("mine")
     assert contents(tmp_path / "part") == {"items.json": b"two", "notes.txt": b"mine"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from d2svse.text import check_text, parse_json, read_json, read_lines, split_lines, to_json, visible
+from d2svse.files.data import parse_json, read_json, read_lines, split_lines, to_json
+from d2svse.text import check_text, visible
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path):

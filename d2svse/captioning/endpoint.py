@@ -19,8 +19,9 @@ from PIL import Image
 
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
 from d2svse.captioning.text import find_fault
+from d2svse.files.data import decode_text, parse_json
 from d2svse.images import ImageError, load_image, orientation
-from d2svse.text import decode_text, parse_json, visible
+from d2svse.text import visible
 
 try:
     import httpx2

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from d2svse.captioning.pictures import Outcome
 from d2svse.data.manifest import ManifestError, read_json_lines
-from d2svse.files import write_json, write_text
-from d2svse.text import decode_text, parse_json, read_json, to_json
+from d2svse.files.data import read_json
+from d2svse.files.lock import write_lock
+from d2svse.files.log import AppendLog
+from d2svse.files.replace import write_json, write_json_lines
 
 Failures = dict[str, dict[str, Any]]
 
@@ -54,39 +55,27 @@ class CaptionFile:
         self.failed: Failures = {}
 
     def __enter__(self) -> CaptionFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), blocking=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise BlockingIOError(f"{self.path}: another process is writing to it; give another output") from None
-        try:
+        with ExitStack() as held:
+            held.enter_context(write_lock(self.path, is_file=True))
+            self._log = held.enter_context(closing(AppendLog(self.path)))
             self._open()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            os.close(self._file)
+        with self._held:
             self._write_failures()
-        finally:
-            self._lock.release()
 
     def _open(self) -> None:
-        if self.path.exists():
-            mend_last_line(self.path)
-            self.done = _read_names(self.path)
+        self.done = _read_names(self.path)
         if self.done:
             self._compare_settings()
         else:
             write_json(self.settings_path, {**self.settings, "made_with": self.notes})
         if self.failed_path.exists():
             self.failed = _read_failures(self.failed_path)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def _compare_settings(self) -> None:
         if not self.settings_path.is_file():
@@ -122,43 +111,15 @@ class CaptionFile:
         if name in self.done:
             raise ManifestError(f"{self.path}: {name} has a caption already")
         row = {"image": name, "dense": outcome.text, "seed": outcome.seed, "finish": outcome.finish}
-        line = to_json(row).encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            if os.write(self._file, line) < len(line):
-                raise OSError("only a part of a line could be written; is the disk full?")
-            os.fsync(self._file)
-        except OSError as error:
-            os.ftruncate(self._file, size)
-            raise OSError(f"{self.path}: {error.strerror or error}") from None
+        self._log.append(row)
         self.done.add(name)
         self.failed.pop(name, None)
 
     def _write_failures(self) -> None:
         if self.failed:
-            rows = [to_json({"image": name, **row}) for name, row in self.failed.items()]
-            write_text(self.failed_path, "\n".join(rows) + "\n")
+            write_json_lines(self.failed_path, ({"image": name, **row} for name, row in self.failed.items()))
         else:
             self.failed_path.unlink(missing_ok=True)
-
-
-def mend_last_line(path: Path) -> None:
-    """Take off what a killed writer left of its last line; a line that lacks only its end is given it."""
-    with path.open("r+b") as file:
-        last = b""
-        for line in file:
-            last = line
-        if last.endswith(b"\n") or not last:
-            return
-        try:
-            complete = isinstance(parse_json(decode_text(last, str(path)), str(path)), dict)
-        except ValueError:
-            complete = False
-        end = file.seek(0, os.SEEK_END)
-        if complete:
-            file.write(b"\n")
-        else:
-            file.truncate(end - len(last))
 
 
 def _read_names(path: Path) -> set[str]:

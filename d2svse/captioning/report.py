@@ -13,8 +13,8 @@ import numpy as np
 
 from d2svse.captioning.text import find_repetition, first_sentences
 from d2svse.data.manifest import ManifestError, as_caption, read_json_lines
-from d2svse.files import write_text
-from d2svse.text import to_json
+from d2svse.files.data import to_json
+from d2svse.files.replace import write_text
 
 PERCENTILES = (5, 50, 95, 99)
 TOKENIZING_CHUNK = 10_000

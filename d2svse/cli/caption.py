@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse.cli.common import examples, prepare_process, print_table
-from d2svse.text import to_json, visible
+from d2svse.files.data import to_json
+from d2svse.text import visible
 
 if TYPE_CHECKING:
     from d2svse.captioning.pictures import Captioner, Picture

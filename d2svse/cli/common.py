@@ -61,7 +61,7 @@ def load_model(name: str) -> D2SVSE:
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
     """`KEY=VALUE` pairs as a dictionary, values read as YAML (numbers, booleans, lists)."""
-    from d2svse.files import parse_yaml
+    from d2svse.files.yaml import parse_yaml
 
     result = {}
     for assignment in assignments:

@@ -34,7 +34,7 @@ def published(
 ) -> None:
     """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
     prepare_process()
-    from d2svse.files import shown
+    from d2svse.files.replace import shown
     from d2svse.published import convert_published
     from d2svse.published.architecture import SETTINGS
 
@@ -65,7 +65,7 @@ def to_published(
 ) -> None:
     """Write a model folder in the published format."""
     prepare_process()
-    from d2svse.files import shown
+    from d2svse.files.replace import shown
     from d2svse.published import write_published
 
     write_published(folder, output)

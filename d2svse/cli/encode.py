@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from d2svse.cli.common import examples, load_model, readable_images
-from d2svse.text import to_json, visible
+from d2svse.files.data import to_json
+from d2svse.text import visible
 
 EXAMPLES = examples(
     "d2svse encode MODEL --images photos -o photos.npy",
@@ -35,7 +36,7 @@ def encode(
         raise ValueError("give either --images FOLDER or --texts FILE")
     import numpy as np
 
-    from d2svse.files import write_text, written_aside
+    from d2svse.files.replace import write_text, written_aside
     from d2svse.retrieval.search.contents import read_sentences
 
     if images is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,7 +124,7 @@ def evaluate(
         raise ValueError(f"--wrong {wrong}: expected 0 or more")
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
-    from d2svse.files import write_json, write_text
+    from d2svse.files.replace import write_json, write_json_lines
     from d2svse.retrieval.evaluation.protocols import find_protocol
     from d2svse.retrieval.evaluation.report import evaluate_protocol
 
@@ -162,8 +161,7 @@ def evaluate(
     if output is not None:
         write_json(output, result)
     if per_query is not None:
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in evaluation.queries())
-        write_text(per_query, "".join(lines))
+        write_json_lines(per_query, evaluation.queries())
 
 
 def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:

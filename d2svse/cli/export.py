@@ -21,8 +21,8 @@ def export(
 ) -> None:
     """Write both encoders as ONNX, and the processor beside them."""
     loaded = load_model(model)
-    from d2svse.files import shown
-    from d2svse.folders import written_files
+    from d2svse.files.folder import written_files
+    from d2svse.files.replace import shown
     from d2svse.integrations.onnx import export_onnx
 
     logging.disable(logging.WARNING)  # the exporter tells of torchvision, of folded constants and of axes

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
-from d2svse.text import to_json, visible
+from d2svse.files.data import to_json
+from d2svse.text import visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex

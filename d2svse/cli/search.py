@@ -10,7 +10,8 @@ import typer
 
 from d2svse.cli.common import examples, whole_lines
 from d2svse.cli.index import Model, open_index
-from d2svse.text import check_text, to_json, visible
+from d2svse.files.data import to_json
+from d2svse.text import check_text, visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval import Hit

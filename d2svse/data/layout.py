@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2svse import text
 from d2svse.data.manifest import ManifestError, as_caption
+from d2svse.files import data
 
 IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
 
@@ -19,7 +19,7 @@ def read_json(path: Path) -> Any:
         ManifestError: if it is missing or no JSON.
     """
     try:
-        return text.read_json(path)
+        return data.read_json(path)
     except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise ManifestError(error) from None
 
@@ -31,7 +31,7 @@ def read_text(path: Path) -> str:
         ManifestError: if the file is missing or in another encoding.
     """
     try:
-        return text.read_text(path)
+        return data.read_text(path)
     except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise ManifestError(error) from None
 
@@ -42,7 +42,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         ManifestError: if the file is missing or in another encoding.
     """
-    lines = [line.strip() for line in text.split_lines(read_text(path))]
+    lines = [line.strip() for line in data.split_lines(read_text(path))]
     while lines and not lines[-1]:
         lines.pop()
     return lines

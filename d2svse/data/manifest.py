@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from d2svse.files import write_text
+from d2svse.files.data import parse_json_lines as parse_rows
+from d2svse.files.data import read_json_lines as read_rows
+from d2svse.files.replace import write_json_lines
 from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
-from d2svse.text import check_text, parse_json, read_lines, to_json, visible
+from d2svse.text import check_text, visible
 
 DenseSource = Literal["auto", "field", "concat"]
 
@@ -143,48 +145,39 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
     """Write records as a manifest, with image paths relative to it where they lie below its folder."""
     path = Path(path)
 
-    def row(record: Record) -> str:
+    def row(record: Record) -> dict[str, Any]:
         if isinstance(record.image, StoredImage):
             raise ManifestError(f"{record.image}: a picture in a shard has no path for a manifest; use its own index")
         inside = record.image.is_relative_to(path.parent)
         image = record.image.relative_to(path.parent) if inside else record.image.resolve()
-        data: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
-        if record.dense is not None:
-            data["dense"] = record.dense
-        return to_json(data)
+        found: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
+        return found if record.dense is None else {**found, "dense": record.dense}
 
-    write_text(path, "".join(row(record) + "\n" for record in records))
+    write_json_lines(path, map(row, records))
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each non-empty line of a file.
+def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the object of each line of a file that is not empty.
 
     Raises:
         ManifestError: if the file is missing or not text, or a line is not a JSON object.
     """
     try:
-        lines = read_lines(path)
+        yield from read_rows(path)
     except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise ManifestError(error) from None
-    yield from parse_json_lines(lines, path)
 
 
 def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not empty.
+    """Yield the line number and the object of each line that is not empty.
 
     Raises:
         ManifestError: if a line is not a JSON object.
     """
-    for line, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            row = parse_json(text, f"{os.fspath(source)}:{line}")
-        except ValueError as error:
-            raise ManifestError(f"{error}; expected one object a line") from None
-        if not isinstance(row, dict):
-            raise ManifestError(f"{source}:{line}: expected a JSON object, got {type(row).__name__}")
-        yield line, row
+    try:
+        yield from parse_rows(lines, source)
+    except ValueError as error:
+        raise ManifestError(error) from None
 
 
 def check_pictures(

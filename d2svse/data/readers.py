@@ -20,7 +20,7 @@ from d2svse.data.manifest import (
 )
 from d2svse.data.shards import INDEX_FILE, is_url, read_shards
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
-from d2svse.files import written_aside
+from d2svse.files.replace import written_aside
 from d2svse.images import StoredImage
 
 FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets", "shards")

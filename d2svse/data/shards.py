@@ -29,10 +29,11 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from d2svse.cpu import usable_cores
 from d2svse.data.manifest import ManifestError, Record, as_captions, parse_json_lines, record_texts
-from d2svse.files import write_text, written_aside
+from d2svse.files.data import decode_text, parse_json, read_lines, split_lines, to_json
+from d2svse.files.replace import write_json_lines, written_aside
 from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, image_format, load_image
 from d2svse.progress import progress_bar
-from d2svse.text import decode_text, parse_json, read_lines, split_lines, to_json, visible
+from d2svse.text import visible
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -162,7 +163,7 @@ def write_shards(
         if problems:
             raise ManifestError(f"{path}: {problems[0]}")
         rows += found
-    _write_index(folder / INDEX_FILE, rows)
+    write_json_lines(folder / INDEX_FILE, rows)
     return folder / INDEX_FILE
 
 
@@ -596,9 +597,5 @@ def index_shards(sources: Iterable[str | os.PathLike[str]], output: str | os.Pat
     Raises:
         ManifestError: as `index_shard`.
     """
-    _write_index(output, [row for source in dict.fromkeys(sources) for row in index_shard(source)])
+    write_json_lines(output, [row for source in dict.fromkeys(sources) for row in index_shard(source)])
     return Path(output)
-
-
-def _write_index(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(to_json(row) + "\n" for row in rows))

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
+from d2svse.files.data import read_json
 from d2svse.hub.publishable import publishable
 from d2svse.similarity.base import similarity_options
-from d2svse.text import read_json
 
 CARD_MARK = "<!-- Written by d2svse push. Without this line a later push leaves the card as it is. -->"
 PIPELINE_TAG = "zero-shot-image-classification"

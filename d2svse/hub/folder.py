@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from d2svse.folders import recover_folder
+from d2svse.files.data import read_json
+from d2svse.files.folder import recover_folder
 from d2svse.hub.limits import check_limits
-from d2svse.text import read_json
 
 PROCESSOR_FILE = "processor_config.json"
 WITHOUT_TOKENIZER = "without_tokenizer"

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from d2svse.files import parse_yaml
-from d2svse.folders import is_own
+from d2svse.files.data import read_json, read_text
+from d2svse.files.folder import is_own
+from d2svse.files.yaml import parse_yaml
 from d2svse.hub.access import check_repo_name, hub_errors
 from d2svse.hub.card import CARD_MARK, CardFacts, eval_results, model_card, result_of_evaluation, results_of_run
 from d2svse.hub.folder import PROCESSOR_FILE, SHARDS_FILE, TEMPLATES, WEIGHTS_FILE, check_model_folder
@@ -29,7 +30,6 @@ from d2svse.hub.saving import (
     UNUSED_FILE,
 )
 from d2svse.hub.weights import check_tensors, weight_files
-from d2svse.text import read_json, read_text
 
 CARD_FILE = "README.md"
 RUN_CARD_FILE = "run.json"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from d2svse.folders import FolderKind
-from d2svse.text import read_json
+from d2svse.files.data import read_json
+from d2svse.files.folder import FolderKind
 
 SHIM = "modeling_d2svse"  # a Python file, which transformers copies and runs with trust_remote_code=True
 SHIM_CODE = "from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor\n"

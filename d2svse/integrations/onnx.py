@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from d2svse.folders import FolderKind, is_own, written_folder
+from d2svse.files.folder import FolderKind, is_own, written_folder
 from d2svse.hub.saving import PROCESSOR_NAMES, named_files
 from d2svse.models.decoder import ContextDecoder
 from d2svse.models.pooling import GeneralizedPooling

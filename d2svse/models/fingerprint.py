@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+from d2svse.files.data import read_json
+from d2svse.files.replace import write_json
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -31,6 +38,8 @@ UNRELATED = frozenset(
 )
 TOKENIZER_STATE = ("truncation", "padding")  # of the last call
 CHUNK = 1 << 26
+NOTED_FROM = 1 << 26  # bytes of weights; fewer are hashed in less than 0.2 seconds
+BLOCK = 256  # numbers of 64 bits that are added up
 
 
 def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
@@ -40,6 +49,10 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
     defaults. It does not depend on the folder or the device that the model was loaded from or to,
     and is the same in every process. The similarity counts, because its weights are folded into
     what an index stores.
+
+    The weights of a model that was loaded from a folder are hashed once. The result is kept below `HF_HOME`, in
+    `d2svse/fingerprints`, where no downloaded folder can bring one. It counts while path, size, time and header
+    of each file of weights, the rest of the model, and sums over the weights in memory are the same.
 
     Args:
         model: the model, with its processor.
@@ -53,7 +66,6 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
     """
     if model.processor is None:
         raise ValueError("the model has no processor, which decides its embeddings too; set model.processor")
-    digest = hashlib.sha256()
     config = _configuration(model.config)
     if bare_name and config.get("similarity", {}).keys() == {"name"}:
         config["similarity"] = config["similarity"]["name"]
@@ -64,20 +76,73 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
         "tokenizer": _tokenizer(model.processor.tokenizer),
         "max_length": model.processor.max_length,
     }
-    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    about = json.dumps(parts, sort_keys=True, default=str)
     # torch.compile puts its own name into those of the weights, and computes the same.
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    note = _note_of(model, weights, about)
+    if note is None:
+        return _hash(about, weights)
+    sums = _sums(weights)
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = read_json(note)
+        if kept["sums"] == sums and len(bytes.fromhex(kept["fingerprint"])) == hashlib.sha256().digest_size:
+            return str(kept["fingerprint"])
+    found = _hash(about, weights)
+    with suppress(OSError):  # of a disk that is full, or may not be written to
+        write_json(note, {"sums": sums, "fingerprint": found})
+    return found
+
+
+def weights_fingerprint(module: nn.Module, *parts: Any) -> str:
+    """Return the SHA-256 of a module's weights and of whatever JSON can write: 64 hexadecimal digits."""
+    return _hash(json.dumps(parts), module.state_dict())
+
+
+def _hash(about: str, weights: Mapping[str, Tensor]) -> str:
+    digest: Any = hashlib.sha256(about.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        _update(digest, tensor)
+        flat = tensor.detach().reshape(-1)
+        for start in range(0, len(flat), CHUNK):  # without a copy of what lies in memory already
+            digest.update(flat[start : start + CHUNK].cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _update(digest: Any, tensor: Tensor) -> None:
-    """Add the bytes of a tensor, some at a time, without a copy where it lies in memory already."""
-    flat = tensor.detach().reshape(-1)
-    for start in range(0, len(flat), CHUNK):
-        digest.update(flat[start : start + CHUNK].cpu().contiguous().view(torch.uint8).numpy())
+def _note_of(model: D2SVSE, weights: Mapping[str, Tensor], about: str) -> Path | None:
+    """Return the file that keeps the fingerprint of a model, named by the state of its files; None if none does."""
+    if not model.weight_files or sum(tensor.nbytes for tensor in weights.values()) < NOTED_FROM:
+        return None
+    try:
+        files = [_state(path) for path in model.weight_files]
+    except OSError:  # the folder is gone
+        return None
+    shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(weights.items())]
+    key = hashlib.sha256(json.dumps([files, shapes, about]).encode()).hexdigest()
+    return Path(constants.HF_HOME) / "d2svse" / "fingerprints" / f"{key}.json"
+
+
+def _state(path: Path) -> list[Any]:
+    """Return path, size and time of change of a safetensors file, and the hash of its header."""
+    path = path.resolve()
+    status = path.stat()
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, status.st_size))
+    return [str(path), status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+
+
+def _sums(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash of sums over blocks of the weights, which notices changes in memory faster than SHA-256."""
+    digest: Any = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if raw.storage_offset() % 8:
+            raw = raw.clone()
+        whole = len(raw) // (8 * BLOCK) * (8 * BLOCK)
+        digest.update(name.encode())
+        digest.update(raw[:whole].view(torch.int64).view(-1, BLOCK).sum(1).cpu().numpy())
+        digest.update(raw[whole:].cpu().numpy())
+    return digest.hexdigest()
 
 
 def _configuration(config: Any) -> dict[str, Any]:

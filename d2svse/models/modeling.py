@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from d2svse.cpu import usable_cores
 from d2svse.features import Features
-from d2svse.folders import recover_folder, written_folder
+from d2svse.files.folder import recover_folder, written_folder
 from d2svse.hub.access import fetch_model
 from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
 from d2svse.hub.push import Pushed, push_folder
@@ -94,6 +94,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
     Attributes:
         processor: prepares pictures and sentences; saved and loaded with the model.
+        weight_files: the files that the weights were loaded from; none for a model that was made in memory.
         similarity_fn: the `Similarity` module.
         logit_scale: log(1 / temperature) by which scores become logits.
     """
@@ -126,6 +127,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.processor: D2SVSEProcessor | None = None
+        self.weight_files: list[Path] = []
         self.post_init()
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
@@ -204,6 +206,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
         check_finite(model, files, name)
+        model.weight_files = files
         model.name_or_path = model.config.name_or_path = name
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2svse.files import write_json, write_text
+from d2svse.files.replace import write_json, write_text
 from d2svse.hub.saving import SENTENCE_TRANSFORMERS_FILES, SHIM, SHIM_CODE
 from d2svse.similarity import Similarity
 

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from d2svse.files import write_json, written_aside
-from d2svse.folders import check_folder, written_folder
+from d2svse.files.data import read_json
+from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.replace import write_json, written_aside
 from d2svse.hub.folder import check_contents, check_vocabulary, loading
 from d2svse.hub.saving import PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE, model_kind
 from d2svse.hub.weights import read_tensors
@@ -46,7 +47,6 @@ from d2svse.published.names import (
     to_ours,
     to_published,
 )
-from d2svse.text import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from d2svse.files import write_json
-from d2svse.folders import LIST, FolderKind, check_folder, is_own, place_folder, recover_folder, remove_written
-from d2svse.text import read_json
+from d2svse.files.data import read_json
+from d2svse.files.folder import LIST, FolderKind, check_folder, is_own, place_folder, recover_folder, remove_written
+from d2svse.files.replace import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2svse.files import write_json
+from d2svse.files.replace import write_json
 from d2svse.training.distributed import gather_rows, is_main_process
 
 logger = logging.getLogger(__name__)

@@ -9,26 +9,27 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from transformers import set_seed
 
 from d2svse.data import ImageTextDataset
-from d2svse.files import parse_yaml, shown, write_json, write_text
-from d2svse.folders import check_folder, written_folder
+from d2svse.files.data import read_json, read_text
+from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.lock import write_lock
+from d2svse.files.replace import shown, write_json, write_text
+from d2svse.files.yaml import parse_yaml
 from d2svse.hub import make_repository, push_folder
 from d2svse.hub.folder import check_model_folder
 from d2svse.hub.saving import model_kind
 from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
-from d2svse.text import read_json, read_text
 from d2svse.training.arguments import PRESETS, TrainingArguments
 from d2svse.training.building import set_attention
 from d2svse.training.callbacks import StoppedByUser
@@ -281,11 +282,12 @@ def _only_run(output: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    try:
-        with FileLock(output / ".lock", blocking=False):
-            yield
-    except Timeout:
-        raise ValueError(f"{output}: another run is writing to it; wait for it, or give another output") from None
+    with ExitStack() as held:
+        try:
+            held.enter_context(write_lock(output))
+        except BlockingIOError:
+            raise ValueError(f"{output}: another run is writing to it; wait for it, or give another output") from None
+        yield
 
 
 def _train_stages(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from d2svse.hub.folder import check_model_folder
 from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE
-from d2svse.progress import progress_bar
 
 
 class Teacher:
@@ -80,9 +79,22 @@ class Teacher:
             raise ValueError(f"{os.fspath(folder)}: the teacher's embeddings are {given} wide, and the model's {width}")
         return cls(source, max_length, device or model.device)
 
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str], batch_size: int = 64, show_progress_bar: bool = False) -> Tensor:
+    def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Embed dense captions: `(n_texts, embed_dim)` float32 on the CPU, not normalised.
+
+        Raises:
+            ValueError: if a text is empty.
+        """
+        parts = list(self.batches(texts, batch_size))
+        order = torch.tensor([row for rows, _ in parts for row in rows])
+        return torch.cat([embeddings for _, embeddings in parts])[order.argsort()]
+
+    @torch.inference_mode()
+    def batches(self, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
+        """Embed dense captions batch by batch, the short ones first.
+
+        Yields:
+            The rows of `texts` in a batch, and their embeddings as of `embed`.
 
         Raises:
             ValueError: if a text is empty.
@@ -90,11 +102,7 @@ class Teacher:
         ids = self.processor.tokenize(texts, self.max_length)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         device = next(self.text_encoder.parameters()).device
-        embeddings: list[Tensor] = [torch.empty(0)] * len(ids)
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for rows in progress_bar(batches, "Embedding dense captions", len(batches), "batches", show_progress_bar):
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
             batch = self.processor.pad([ids[row] for row in rows]).to(device)
-            pooled = self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled
-            for row, embedding in zip(rows, pooled.float().cpu(), strict=True):
-                embeddings[row] = embedding
-        return torch.stack(embeddings)
+            yield rows, self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled.float().cpu()

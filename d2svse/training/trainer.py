@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Collator, EpochBatches, ImageTextDataset
-from d2svse.files import write_faults
+from d2svse.files.replace import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
@@ -61,7 +61,7 @@ from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
 
-TEACHER_CACHE = "teacher_embeddings.safetensors"
+TEACHER_CACHE = "teacher_embeddings"
 
 
 class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_to_hub takes other options

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
-from d2svse.files import written_aside
+from d2svse.files.replace import written_aside
 
 DPI = 100
 SMALL, MEDIUM = 8, 10

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from d2svse.captioning.output import CaptionFile, mend_last_line
+from d2svse.captioning.output import CaptionFile
 from d2svse.captioning.pictures import Outcome, Picture
 from d2svse.data import ManifestError
+from d2svse.files.log import mend_last_line
 from support.processes import Fork
 
 SETTINGS = {"model": "m", "seed": 0, "temperature": 0.2}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from d2svse.files import write_json
+from d2svse.files.replace import write_json
 
 
 @pytest.fixture

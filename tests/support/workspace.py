@@ -17,7 +17,7 @@ from d2svse import D2SVSE, build_similarity
 from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_manifest, write_scenes
 from d2svse.demo import DEMO
-from d2svse.folders import written_folder
+from d2svse.files.folder import written_folder
 from d2svse.retrieval.evaluation import protocols
 from support.llava import save_tiny_llava
 from support.published_files import save_golden

@@ -1,15 +1,15 @@
 """What is kept on disk is what would be computed, and is made again when it is not."""
 
-import errno
-import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from d2svse import Trainer, TrainingArguments
+from d2svse import ImageTextDataset, Trainer, TrainingArguments
+from d2svse.data import Record
 from d2svse.training import Teacher
-from d2svse.training.caches import TOKENS_FILE, TOKENS_KEY, cached_image_tokens, cached_teacher_embeddings
+from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
 
 
 class Counting(Teacher):
@@ -17,31 +17,33 @@ class Counting(Teacher):
 
     counted = 0
 
-    def embed(self, texts, *args, **options):
+    def batches(self, texts, *args, **options):
         self.counted += len(texts)
-        return super().embed(texts, *args, **options)
+        return super().batches(texts, *args, **options)
 
 
 @pytest.fixture
-def file(tmp_path):
-    return tmp_path / "teacher.safetensors"
+def folder(tmp_path):
+    return tmp_path / "teacher"
 
 
-def test_the_teacher_is_asked_once(make_model, train_dataset, file):
+def test_the_teacher_is_asked_once(make_model, train_dataset, folder):
     teacher, texts = Counting(make_model()), train_dataset.dense_captions
-    first = cached_teacher_embeddings(teacher, texts, file, 16)
+    first = cached_teacher_embeddings(teacher, texts, folder, 16)
     assert teacher.counted == len(texts)
-    again = cached_teacher_embeddings(teacher, texts, file, 16)
+    again = cached_teacher_embeddings(teacher, texts, folder, 16)
     assert torch.equal(first, again)
     assert teacher.counted == len(texts) + 4  # the sample that is checked
     torch.testing.assert_close(first, teacher.embed(texts), rtol=1e-4, atol=1e-5)
+    twice = cached_teacher_embeddings(teacher, [texts[2], *texts], folder, 16)
+    torch.testing.assert_close(twice, first[[2, *range(len(texts))]])
 
 
-@pytest.mark.parametrize("change", ["text", "weights", "length", "bytes", "values"])
-def test_another_key_or_a_broken_file_is_made_again(make_model, train_dataset, file, change, caplog):
+@pytest.mark.parametrize("change", ["text", "weights", "length", "bytes", "values", "description"])
+def test_another_key_or_a_broken_file_is_made_again(make_model, train_dataset, folder, change, caplog):
     model, texts = make_model(), list(train_dataset.dense_captions)
-    first = cached_teacher_embeddings(Teacher(model), texts, file, 16)
-    max_length = None
+    cached_teacher_embeddings(Teacher(model), texts, folder, 16)
+    pooled, max_length = folder / "00000" / "pooled.npy", None
     if change == "text":
         texts[3] = "something else entirely"
     elif change == "weights":
@@ -50,16 +52,13 @@ def test_another_key_or_a_broken_file_is_made_again(make_model, train_dataset, f
     elif change == "length":
         max_length = 5
     elif change == "bytes":
-        file.write_bytes(file.read_bytes()[:100])
+        pooled.write_bytes(pooled.read_bytes()[:100])
+    elif change == "description":
+        (folder / "store.json").write_text("{")
     else:
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        with safe_open(file, "pt") as tensors:
-            metadata = tensors.metadata()
-        save_file({"embeddings": first + 1}, file, metadata=metadata)
+        np.save(pooled, np.load(pooled) + 1)
     teacher = Counting(model, max_length)
-    again = cached_teacher_embeddings(teacher, texts, file, 16)
+    again = cached_teacher_embeddings(teacher, texts, folder, 16)
     assert teacher.counted >= len(texts)
     torch.testing.assert_close(again, Teacher(model, max_length).embed(texts), rtol=1e-4, atol=1e-5)
     assert (change in ("bytes", "values")) == bool(caplog.text)
@@ -74,9 +73,31 @@ def test_image_tokens_are_those_of_the_backbone(make_model, train_dataset, tmp_p
     assert tokens.shape == (len(train_dataset), 17, 32)
     for row in range(5):
         torch.testing.assert_close(tokens[row].float(), direct[row], rtol=1e-2, atol=1e-2)
-    changed = (tmp_path / TOKENS_FILE).stat().st_mtime_ns
-    cached_image_tokens(model, train_dataset, tmp_path, 16)
-    assert (tmp_path / TOKENS_FILE).stat().st_mtime_ns == changed
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    again = pickle.loads(pickle.dumps(cached_image_tokens(model, train_dataset, tmp_path, 16)))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == files
+    assert torch.equal(again[4], tokens[4])
+
+
+def test_an_image_that_changed_is_encoded_again(make_model, photos, tmp_path):
+    paths = sorted(photos.iterdir())
+    dataset = ImageTextDataset([Record(path, ("an image",)) for path in paths])
+    model = make_model()
+    before = cached_image_tokens(model, dataset, tmp_path, 16)[3]
+    paths[3].write_bytes(paths[9].read_bytes())
+    tokens = cached_image_tokens(model, dataset, tmp_path, 16)
+    assert torch.equal(tokens[3], tokens[9])
+    assert not torch.equal(tokens[3], before)
+
+
+def test_images_of_several_sizes_cannot_be_kept(make_model, photos, tmp_path):
+    dataset = ImageTextDataset([Record(path, ("an image",)) for path in sorted(photos.iterdir())])
+    model = make_model()
+    encode = model.image_encoder.backbone_tokens
+    model.image_encoder.backbone_tokens = lambda pixels: encode(pixels)[:, : 20 - len(pixels)]
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(ValueError, match="images give 17 and 15 tokens"):
+            cached_image_tokens(model, dataset, tmp_path, 5)
 
 
 def test_image_tokens_of_another_backbone_or_with_other_values_are_made_again(
@@ -89,16 +110,15 @@ def test_image_tokens_of_another_backbone_or_with_other_values_are_made_again(
         direct = other.image_encoder.backbone_tokens(other.processor.pixel_values(train_dataset.images[:1]))
     torch.testing.assert_close(tokens[0].float(), direct[0], rtol=1e-2, atol=1e-2)
     assert not caplog.text
-    rows = np.load(tmp_path / TOKENS_FILE, mmap_mode="r+")
-    rows[:] = 0
-    rows.flush()
+    (file,) = tmp_path.rglob("tokens.npy")
+    np.save(file, np.zeros_like(np.load(file)))
     tokens = cached_image_tokens(other, train_dataset, tmp_path, 16)
     assert "is made again" in caplog.text
     torch.testing.assert_close(tokens[0].float(), direct[0], rtol=1e-2, atol=1e-2)
 
 
 def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("d2svse.training.caches.BATCHES_BETWEEN_NOTES", 1)
+    monkeypatch.setattr("d2svse.training.caches.IMAGES_PER_SHARD", 8)
     model = make_model()
     encoded = []
     original = model.processor.pixel_values
@@ -112,12 +132,11 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     monkeypatch.setattr(model.processor, "pixel_values", pixel_values, raising=False)
     with pytest.raises(KeyboardInterrupt):
         cached_image_tokens(model, train_dataset, tmp_path, 8)
-    assert not (tmp_path / TOKENS_FILE).exists()
-    assert '"done": 24' in (tmp_path / TOKENS_KEY).read_text()
+    assert len(list(tmp_path.rglob("tokens.npy"))) == 3
     before = len(encoded)
     monkeypatch.setattr(model.processor, "pixel_values", lambda images: (encoded.extend(images), original(images))[1])
     tokens = cached_image_tokens(model, train_dataset, tmp_path, 8)
-    assert len(encoded) - before == len(train_dataset) - 24
+    assert len(encoded) - before == 1 + len(train_dataset) - 24 + 4  # how long they are, the rest, the sample
     whole = cached_image_tokens(make_model(), train_dataset, tmp_path / "whole", 8)
     assert all(torch.equal(tokens[row], whole[row]) for row in range(len(train_dataset)))
 
@@ -146,24 +165,26 @@ def test_pixels_are_kept_of_pictures_as_they_are_by_processes_that_stay():
     assert TrainingArguments(**plain, dataloader_num_workers=1, dataloader_persistent_workers=True).keep_pixels
 
 
-def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, file, small_files):
+def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, folder, small_files):
     model = make_model()
-    with small_files(1000), pytest.raises(OSError, match=f"{file.name}: cannot be written: File too large"):
-        cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, file, 16)
-    folder = file.parent / "tokens"
-    with small_files(1000), pytest.raises(OSError, match=f"{TOKENS_FILE}: cannot be written: File too large"):
-        cached_image_tokens(model, train_dataset, folder, 16)
-    assert {path.name for path in file.parent.rglob("*.*") if path.suffix != ".lock"} == set()
+    with small_files(1000), pytest.raises(OSError, match="teacher/00000: cannot be written: File too large"):
+        cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, folder, 16)
+    tokens = folder.parent / "tokens"
+    with small_files(1000), pytest.raises(OSError, match="image_tokens/00000: cannot be written: File too large"):
+        cached_image_tokens(model, train_dataset, tokens, 16)
+    assert {path.name for path in folder.parent.rglob("*") if path.is_file()} == {".lock", "store.json"}
 
 
-def test_room_for_image_tokens_is_taken_before_they_are_written(make_model, train_dataset, tmp_path, monkeypatch):
-    """A mapped file that finds no room later ends the process with SIGBUS."""
-
-    def full(descriptor, offset, size):
-        assert size > len(train_dataset) * 32
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=f"{TOKENS_FILE}: cannot be written: No space left on device"):
-        cached_image_tokens(make_model(), train_dataset, tmp_path, 16)
-    assert not list(tmp_path.glob("*.npy"))
+def test_what_an_earlier_version_kept_is_made_again_and_told(make_model, train_dataset, folder, caplog):
+    tokens = folder.parent / "tokens"
+    earlier = [folder.with_name("teacher.safetensors"), tokens / "image_tokens.npy", tokens / "image_tokens.json"]
+    mine = tokens / "notes.txt"
+    tokens.mkdir()
+    for path in (*earlier, mine):
+        path.write_bytes(b"of an earlier version")
+    model = make_model()
+    cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, folder, 16)
+    cached_image_tokens(model, train_dataset, tokens, 16)
+    assert caplog.text.count("was kept by an earlier version; it is made again in") == 2
+    assert not any(path.exists() for path in earlier)
+    assert mine.exists()

@@ -10,30 +10,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import operator
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from d2svse.features import Features
-from d2svse.files import write_json, write_text, written_aside
-from d2svse.folders import recover_folder
+from d2svse.files.data import read_json, read_json_lines
+from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
+from d2svse.files.lock import LOCK, write_lock
+from d2svse.files.replace import aside_of, remove, write_json, write_json_lines
 from d2svse.images import ImageError, OnBadImage, picture_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
-from d2svse.retrieval.vectors.storage import WIDEST, count_of, inside, map_unheld, write_lock
-from d2svse.text import parse_json, read_json, read_lines, to_json
+from d2svse.retrieval.vectors.storage import WIDEST, count_of, map_unheld, write_array
 
 if TYPE_CHECKING:
     from d2svse.models.encoding import Output
     from d2svse.models.modeling import D2SVSE
+
+logger = logging.getLogger(__name__)
 
 StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
@@ -110,27 +113,14 @@ class EmbeddingStore:
             raise ValueError(
                 f"{self.folder}: {count - there} of {count} shards are missing; encode again to go on from there"
             )
-        shards = [inside(self.folder, shard.name) for shard in _shards(self.folder, description)]
-        items = [_read_items(shard) for shard in shards]
+        shards = [_open_shard(shard, description) for shard in _shards(self.folder, description)]
+        items = [shard.items for shard in shards]
         self.ids: list[str] = [name for shard in items for name in shard["ids"]]
         self.states: list[Any] = [shard["states"][place] for shard in items for place in shard["places"]]
         self.skipped: list[tuple[str, str]] = [(name, reason) for shard in items for name, reason in shard["skipped"]]
-        lengths = [len(shard["ids"]) for shard in items]
-        self.pooled = Rows(
-            [self._array(shard, "pooled", (rows, self.dim)) for shard, rows in zip(shards, lengths, strict=True)]
-        )
-        self._tokens: list[np.ndarray] = []
-        self._offsets: list[np.ndarray] = []
-        if self.output == "features":
-            for shard, rows in zip(shards, lengths, strict=True):
-                offsets = np.array(self._array(shard, "offsets", (rows + 1,), np.int64))
-                if offsets[0] or (np.diff(offsets) < 0).any():
-                    raise ValueError(f"{shard}: tokens of an item that end before they begin; encode again")
-                self._offsets.append(offsets)
-                self._tokens.append(self._array(shard, "tokens", (int(offsets[-1]), self.dim)))
-
-    def _array(self, shard: Path, name: str, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
-        return map_unheld(inside(shard, f"{name}.npy"), shape, dtype or self.dtype)
+        self.pooled = Rows([shard.pooled for shard in shards])
+        self._tokens = [shard.tokens for shard in shards if shard.tokens is not None]
+        self._offsets = [shard.offsets for shard in shards if shard.offsets is not None]
 
     def __reduce__(self) -> Any:
         """Pickle the folder's name; what it holds is mapped again."""
@@ -229,7 +219,8 @@ def encode_images(
             return None
 
     description = {"side": "image", "output": output, "dtype": dtype, "shard_size": shard_size, "draft": draft}
-    return _encode(model, list(by_name), folder, description, encode, state, batch_size, show_progress_bar)
+    description |= _made_by(model)
+    return write_store(list(by_name), folder, description, encode, state, batch_size, show_progress_bar)
 
 
 def encode_texts(
@@ -270,7 +261,7 @@ def encode_texts(
     texts = as_texts(texts)
     reports: list[TextReport] = []
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": shard_size}
-    description |= {"dense": dense, "max_length": max_length}
+    description |= {"dense": dense, "max_length": max_length, **_made_by(model)}
     names = list(dict.fromkeys(texts))
     if model.text_depends_on_batch(dense):
         if shard_size % batch_size:
@@ -282,41 +273,61 @@ def encode_texts(
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
         return model.text_batches(sentences, max_length=max_length, on_report=reports.append, **options)
 
-    store = _encode(model, names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    store = write_store(names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
     if reports:
         TextReport.join(reports).warn()
     return store
 
 
-def _encode(
-    model: D2SVSE,
+def _made_by(model: D2SVSE) -> dict[str, Any]:
+    return {"dim": model.config.embed_dim, "fingerprint": model_fingerprint(model)}
+
+
+def write_store(
     names: list[str],
     folder: str | os.PathLike[str],
     kind: Mapping[str, Any],
     encode: Callable[[Sequence[str], dict[int, str]], Batches],
     state: Callable[[str], Any],
     batch_size: int,
-    show_progress_bar: bool,
+    show_progress_bar: bool = False,
+    replace: bool = False,
 ) -> EmbeddingStore:
+    """Write a store shard by shard; a call that was killed goes on at the next shard.
+
+    Args:
+        names: ids of the items, each once unless `kind` says more of their order.
+        folder: where the store is, or is to be.
+        kind: `side`, `output`, `dtype`, `shard_size`, `dim`, `fingerprint`, and whatever else decides the embeddings.
+        encode: yields rows and `Features` of some names; it may note rows that it skips, with the reason.
+        state: what changes when an item does; its shard is then encoded again.
+        batch_size: items that `encode` takes at a time.
+        show_progress_bar: show one on the terminal.
+        replace: replace a store of something else.
+
+    Raises:
+        FileExistsError: if the folder holds something else than a store.
+        ValueError: if it holds a store of something else and `replace` is not set; the message says what differs.
+        BlockingIOError: if another process is writing to it.
+    """
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
     if kind["shard_size"] < 1:
         raise ValueError(f"shard_size must be positive, got {kind['shard_size']}")
     listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    description = {**kind, "dim": model.config.embed_dim, "count": len(names), "list": listed}
-    description["fingerprint"] = model_fingerprint(model)
+    description = {**kind, "count": len(names), "list": listed}
     if not names:
         raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
-        _check(folder, description)
+        _check(folder, description, replace)
         write_json(folder / DESCRIPTION, description)
         shards = _shards(folder, description)
         size = kind["shard_size"]
         open_ones = []
         for number, shard in enumerate(shards):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
-            if not _holds(shard, states):
+            if not _holds(shard, states, description):
                 open_ones.append((shard, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
 
@@ -338,21 +349,18 @@ def _encode(
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
     """List pictures that were left out, with the reasons, in `skipped.jsonl`."""
-    lines = [to_json({"image": name, "reason": reason}) for name, reason in skipped]
     if (folder / SKIPPED).is_symlink():
         raise ValueError(f"{folder / SKIPPED}: a link, which the list would be written through; remove it")
-    write_text(folder / SKIPPED, "".join(f"{line}\n" for line in lines))
+    write_json_lines(folder / SKIPPED, ({"image": name, "reason": reason} for name, reason in skipped))
 
 
 def read_skipped(folder: Path) -> list[tuple[str, str]]:
     """What `write_skipped` listed; nothing if it did not."""
     try:
-        lines = read_lines(inside(folder, SKIPPED))
-        rows = [parse_json(line, f"{folder / SKIPPED}:{number}") for number, line in enumerate(lines, start=1)]
-        return [(row["image"], row["reason"]) for row in rows]
+        return [(row["image"], row["reason"]) for _, row in read_json_lines(inside(folder, SKIPPED))]
     except FileNotFoundError:
         return []
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"{folder / SKIPPED}: not a list of skipped images ({error!r}); remove it") from None
 
 
@@ -375,24 +383,39 @@ def _read_description(folder: Path) -> dict[str, Any] | None:
     return description
 
 
-def _check(folder: Path, description: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else, or a store of something else."""
-    found = _read_description(folder)
+def _check(folder: Path, description: Mapping[str, Any], replace: bool) -> None:
+    """Refuse a folder that holds something else, or remove or refuse a store of something else."""
+    try:
+        found = _read_description(folder)
+    except ValueError:
+        if not replace:
+            raise
+        found = {}
     if found is None:
-        if any(path.suffix != ".tmp" and path.name != ".lock" for path in folder.iterdir()):
+        if any(aside_of(path.name) is None and path.name != LOCK for path in folder.iterdir()):
             raise FileExistsError(f"{folder}: a folder that holds no {DESCRIPTION}; give another name")
         return
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in folder.iterdir():
+        if aside_of(left.name):
+            remove(left)
     words = {"list": "the list of items", "count": "how many items there are", "fingerprint": "the model"}
     differs = [
         words.get(name, name) for name in sorted({*found, *description}) if found.get(name) != description.get(name)
     ]
-    if differs:
+    if differs and replace:
+        remove_store(folder)
+    elif differs:
         raise ValueError(
             f"{folder}: holds embeddings made with something else; what differs: {', '.join(differs)}; "
             "give another folder, or remove this one"
         )
+
+
+def remove_store(folder: Path) -> None:
+    """Remove the files of a store, what describes it last; under the lock."""
+    shards = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
+    for path in (*shards, folder / SKIPPED, folder / DESCRIPTION):
+        remove(path)
 
 
 def _shards(folder: Path, description: Mapping[str, Any]) -> list[Path]:
@@ -415,11 +438,46 @@ def _read_items(shard: Path) -> dict[str, Any]:
     return items
 
 
-def _holds(shard: Path, states: list[Any]) -> bool:
-    """Whether a shard is there and its pictures are as they were."""
+class _Shard(NamedTuple):
+    items: dict[str, Any]
+    pooled: np.ndarray
+    tokens: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+
+
+def _open_shard(shard: Path, description: Mapping[str, Any]) -> _Shard:
+    """Map what a shard holds.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is broken or leads out of the folder.
+    """
+    inside(shard.parent, shard.name)
+    items, dim, dtype = _read_items(shard), description["dim"], description["dtype"]
+    rows = len(items["ids"])
+
+    def array(name: str, shape: tuple[int, ...], dtype: Any = dtype) -> np.ndarray:
+        return map_unheld(inside(shard, f"{name}.npy"), shape, dtype)
+
+    pooled = array("pooled", (rows, dim))
+    if description["output"] != "features":
+        return _Shard(items, pooled)
+    offsets = np.array(array("offsets", (rows + 1,), np.int64))
+    if offsets[0] or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{shard}: tokens of an item that end before they begin; encode again")
+    return _Shard(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
+
+
+def _holds(shard: Path, states: list[Any], description: Mapping[str, Any]) -> bool:
+    """Return whether a shard is whole and its items are as they were."""
     if not shard.is_dir():
         return False
-    return bool(_read_items(shard)["states"] == states)
+    inside(shard.parent, shard.name)
+    try:
+        return bool(_open_shard(shard, description).items["states"] == states)
+    except (ValueError, FileNotFoundError) as error:
+        logger.warning("%s; it is encoded again", error)
+        return False
 
 
 def _compact(features: Features, dtype: str) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -459,7 +517,7 @@ def _write_shard(
         "states": list(states),
         "skipped": [[names[row], skipped[row]] for row in sorted(skipped)],
     }
-    with written_aside(shard, replaces=ITEMS) as aside:
+    with written_folder(shard, marked_kind(ITEMS)) as aside:
         _fill_shard(aside, items, pooled, [tokens[place] for place in order] if tokens else [], description)
 
 
@@ -470,12 +528,12 @@ def _fill_shard(
     tokens: Sequence[np.ndarray],
     description: Mapping[str, Any],
 ) -> None:
-    folder.mkdir()
-    np.save(folder / "pooled.npy", pooled)
+    dim, dtype = description["dim"], description["dtype"]
+    write_array(folder / "pooled.npy", pooled.shape, dtype, [pooled])
     if description["output"] == "features":
-        empty = np.empty((0, description["dim"]), description["dtype"])
-        np.save(folder / "tokens.npy", np.concatenate([empty, *tokens]))
-        np.save(folder / "offsets.npy", np.cumsum([0, *(len(item) for item in tokens)]).astype(np.int64))
+        offsets = np.cumsum([0, *(len(item) for item in tokens)], dtype=np.int64)
+        write_array(folder / "tokens.npy", (int(offsets[-1]), dim), dtype, tokens)
+        write_array(folder / "offsets.npy", offsets.shape, offsets.dtype, [offsets])
     (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
 
 
@@ -484,7 +542,7 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
 
     Args:
         parts: stores, and the rows of each.
-        folder: where the store is to be; it must not be there.
+        folder: where the store is to be, an empty folder.
         shard_size: items in a shard.
     """
     first = parts[0][0]
@@ -492,7 +550,6 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
     listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in places]).encode()).hexdigest()
     description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": shard_size}
     description |= {"dim": first.dim, "count": len(places), "list": listed, "fingerprint": first.fingerprint}
-    folder.mkdir()
     write_json(folder / DESCRIPTION, description)
     for number, start in enumerate(range(0, len(places), shard_size)):
         part = places[start : start + shard_size]
@@ -507,4 +564,5 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
             rows = np.array([row for _, row in run])
             pooled.append(store.pooled[rows])
             tokens += store.tokens_of(rows)
+        (folder / f"{number:05}").mkdir()
         _fill_shard(folder / f"{number:05}", items, np.concatenate(pooled), tokens, description)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 import numpy as np
 
 from d2svse.data.manifest import read_manifest
-from d2svse.files import sweep, write_text
+from d2svse.files.data import read_json, read_lines, to_json
+from d2svse.files.folder import inside
+from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.search.hits import Shortlist, Side
 from d2svse.retrieval.vectors.base import VectorIndex
-from d2svse.retrieval.vectors.storage import inside
-from d2svse.text import check_text, read_json, read_lines, to_json
+from d2svse.text import check_text
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -33,7 +34,6 @@ MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
 VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
-_ASIDE = re.compile(rf"\.({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?\.[0-9a-f]{{8}}\.(tmp|old)")
 _HOLDS = {VECTORS: "index.json", STORE: "store.json"}
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
@@ -86,7 +86,7 @@ class IndexSettings:
 
     def write(self, folder: Path) -> None:
         """Write them to the folder of an index, in one step."""
-        write_text(folder / MANIFEST, to_json(asdict(self), indent=2) + "\n")
+        write_json(folder / MANIFEST, asdict(self))
 
 
 def _check(settings: IndexSettings) -> None:
@@ -145,9 +145,8 @@ def sweep_folders(folder: Path, used: Collection[str]) -> None:
         sweep(folder / name)
     listed = _listed(folder)
     for path in folder.iterdir():
-        aside = _ASIDE.fullmatch(path.name)
-        left = aside and path.name[1:].rsplit(".", 2)[0] in listed
-        if (left or (path.name in listed and path.name not in used)) and path.is_dir() and not path.is_symlink():
+        left = aside_of(path.name) in listed or path.name in listed.difference(used)
+        if left and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     if listed != set(used):
         _write_list(folder, used)

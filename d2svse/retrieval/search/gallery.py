@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from d2svse.files import write_text, written_aside
+from d2svse.files.replace import write_text, written_aside
 from d2svse.images import jpeg_bytes, jpeg_uri, load_image
 from d2svse.retrieval.search.hits import Hit
 from d2svse.text import visible

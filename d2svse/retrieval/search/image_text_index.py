@@ -16,6 +16,7 @@ import numpy as np
 
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
+from d2svse.files.lock import write_lock
 from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport
@@ -48,7 +49,6 @@ from d2svse.retrieval.search.hits import (
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
-from d2svse.retrieval.vectors.storage import write_lock
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from d2svse.features import Features
-from d2svse.files import write_text, written_aside
+from d2svse.files.data import read_json
+from d2svse.files.folder import inside, marked_kind, written_folder
+from d2svse.files.replace import write_json
 from d2svse.retrieval.embeddings.store import DESCRIPTION, EmbeddingStore, join_stores
 from d2svse.retrieval.search.contents import STORE, note_folders, own_folder
-from d2svse.retrieval.vectors.storage import count_of, first_to_merge, inside
-from d2svse.text import read_json, to_json
+from d2svse.retrieval.vectors.storage import count_of, first_to_merge
 
 JOINED = "joined.json"
 LARGEST_SMALL = 8192  # items; a larger store is joined by `compact` only, since that copies it
@@ -151,10 +152,10 @@ class StoredItems:
             first += len(kept)
         name = STORE + uuid.uuid4().hex[:12]
         note_folders(self.folder, [name])
-        with written_aside(self.folder / name, replaces=DESCRIPTION) as aside:
+        with written_folder(self.folder / name, marked_kind(DESCRIPTION)) as aside:
             join_stores(parts, aside)
             number = max((number for number, _, _ in _lists(self.folder)), default=0) + 1
-            write_text(aside / JOINED, to_json({"number": number, "stores": listed}) + "\n")
+            write_json(aside / JOINED, {"number": number, "stores": listed})
         return True
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from d2svse.files.replace import to_disk
 from d2svse.retrieval.vectors import import_extra, storage
 from d2svse.retrieval.vectors.local import LocalIndex
 from d2svse.retrieval.vectors.topk import RunningTopK
@@ -215,7 +216,7 @@ class FaissIndex(LocalIndex):
             return {"vectors": None}, [], index
         path = storage.new_file(folder, "faiss", "faiss")
         faiss.write_index(index, str(path))
-        storage.to_disk(path)
+        to_disk(path)
         return {"vectors": [path.name, path.stat().st_size]}, [path.name], index
 
     def _adopt(self, written: Any) -> None:

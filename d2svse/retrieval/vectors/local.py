@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from d2svse.files.data import read_json
+from d2svse.files.lock import write_lock
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.base import NOTHING, Metadata, VectorIndex, passing_rows
-from d2svse.text import read_json
 
 
 class LocalIndex(VectorIndex):
@@ -57,7 +58,7 @@ class LocalIndex(VectorIndex):
         """
         folder = Path(folder).absolute()
         storage.check_replaceable(folder)
-        with storage.write_lock(folder):
+        with write_lock(folder):
             there = storage.read_manifest(folder) if (folder / storage.MANIFEST).is_file() else None
             at_home = there is not None and self._home is not None and self._home[0] == folder
             if at_home and there is not None and self._home is not None and there["revision"] != self._home[1]:

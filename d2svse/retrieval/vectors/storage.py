@@ -7,53 +7,28 @@ after, and a file that a killed writer left behind is removed by the next write.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 import re
-import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
-from d2svse.files import written_aside
-from d2svse.text import read_json
+from d2svse.files.data import read_json
+from d2svse.files.folder import inside
+from d2svse.files.lock import LOCK
+from d2svse.files.replace import aside_of, to_disk, write_json
 
 MANIFEST = "index.json"
-LOCK = ".lock"
 WIDEST = 1 << 16  # numbers of a vector, in a folder that is opened
 _DATA = re.compile(r"(vectors|items|deleted|faiss)-[0-9a-f]{12}\.(npy|json|faiss)")
-_ASIDE = re.compile(rf"\.{re.escape(MANIFEST)}\.[0-9a-f-]+\.tmp")
 
 Opened = TypeVar("Opened")
-
-
-@contextmanager
-def write_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes and threads from writing to a folder, which is made if it is missing.
-
-    A thread that holds the lock may take it again. It goes with the process, however that ends.
-
-    Raises:
-        BlockingIOError: if another process or thread holds it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / LOCK).is_symlink():
-        raise ValueError(f"{folder / LOCK}: a link, which taking the lock would write through; remove it")
-    try:
-        lock = FileLock(folder / LOCK, blocking=False, is_singleton=True).acquire()
-    except Timeout:
-        raise BlockingIOError(f"{folder}: another process is writing to it; try again when it is done") from None
-    with lock:
-        yield
 
 
 def new_file(folder: Path, kind: str, suffix: str) -> Path:
@@ -87,26 +62,6 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not an index written by `d2svse index` ({error}); build it again") from None
     return manifest
-
-
-def inside(folder: Path, name: Any) -> Path:
-    """Return a file or folder of a folder of unknown origin, by the name that the folder itself gives.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if the name leads out of the folder, be it by `..` or by a link, or to a device or a pipe.
-    """
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", os.sep, os.altsep, "\0"}:
-        raise ValueError(f"{folder}: names {name!r:.200}, which is no file inside it")
-    path = folder / name
-    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{path}: a link that leaves the folder; copy the folder with what its links lead to")
-    mode = path.stat().st_mode if path.exists() else 0
-    if not mode:
-        raise FileNotFoundError(f"{folder}: {name} is missing; the index is not whole, build it again")
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: neither a file nor a folder")
-    return path
 
 
 def data_file(folder: Path, name: Any) -> Path:
@@ -152,12 +107,9 @@ def publish(folder: Path, manifest: Mapping[str, Any]) -> str:
         The revision, which no other write has.
     """
     revision = uuid.uuid4().hex
-    text = json.dumps({**manifest, "revision": revision}, indent=1, allow_nan=False)
     to_disk(folder)  # the names of the new files, before the one that refers to them
-    with written_aside(folder / MANIFEST) as aside:
-        aside.write_text(text, encoding="utf-8")
-        to_disk(aside)
-    to_disk(folder)
+    write_json(folder / MANIFEST, {**manifest, "revision": revision})
+    to_disk(folder)  # before what it no longer names is removed
     sweep(folder, manifest["files"])
     return revision
 
@@ -189,17 +141,6 @@ def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, A
                 raise
         except (KeyError, IndexError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(f"{folder}: not an index written by `d2svse index` ({error!r}); build it again") from None
-
-
-def to_disk(path: Path) -> None:
-    """Let a file, or the names in a folder, survive a loss of power too."""
-    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -282,4 +223,4 @@ def first_to_merge(sizes: list[int]) -> int:
 
 
 def _ours(name: str) -> bool:
-    return bool(_DATA.fullmatch(name) or _ASIDE.fullmatch(name))
+    return bool(_DATA.fullmatch(name)) or aside_of(name) == MANIFEST

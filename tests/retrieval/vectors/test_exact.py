@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2svse.files.lock import write_lock
 from d2svse.retrieval import ExactIndex, load_index, make_index
-from d2svse.retrieval.vectors.storage import first_to_merge, write_lock
+from d2svse.retrieval.vectors.storage import first_to_merge
 from d2svse.retrieval.vectors.topk import RunningTopK
 
 

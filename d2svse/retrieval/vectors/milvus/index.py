@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from d2svse.files.folder import inside
+from d2svse.files.lock import write_lock
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.base import Metadata, VectorIndex
 from d2svse.retrieval.vectors.milvus.connection import (
@@ -170,7 +172,7 @@ class MilvusIndex(VectorIndex):
             uri = path.relative_to(folder).as_posix() if inside else str(path)
         if not inside:
             storage.check_replaceable(folder)
-        with storage.write_lock(folder):
+        with write_lock(folder):
             self._milvus.ask("flush", self.collection)
             options = {
                 "uri": uri,
@@ -375,7 +377,7 @@ def _below(folder: Path, uri: str) -> Path:
     """The local file inside a folder that its manifest names."""
     path = folder.absolute()
     for name in Path(uri).parts:
-        path = storage.inside(path, name)
+        path = inside(path, name)
     return path
 
 

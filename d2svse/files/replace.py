@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and a full disk is told by the name of the file."""
+"""Files that are replaced whole, so that a reader never sees half of one; a full disk is told by the file's name."""
 
 from __future__ import annotations
 
@@ -13,44 +13,41 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from d2svse.text import to_json, visible
+from d2svse.files.data import to_json
+from d2svse.text import visible
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NUMBERED = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers give no number of their own
 _SHORT_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|\d+ requested and \d+ written")
 _TOKEN = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<process>[0-9a-f]+)-[0-9a-f]{8}")
+_ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f-]+\.(?:tmp|old)")
 _EARLIER_TOKEN = re.compile(r"[0-9a-f]{8}")  # of versions that did not name the process
 _LEFT_AFTER = 24 * 3600.0  # seconds after which an unfinished file of a process elsewhere counts as left behind
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 
 
 @contextmanager
-def written_aside(path: str | os.PathLike[str], replaces: str | None = None) -> Iterator[Path]:
-    """Give a temporary name beside `path`; once all is on disk, rename it to `path`.
+def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name beside `path`; once the file is on disk, rename it to `path`.
 
-    If anything fails, what was there before stays and the temporary file is removed. A symbolic link is
-    followed. A device or a pipe is written to. A folder at `path` keeps the files that are not replaced.
+    If anything fails, the earlier file stays and the temporary one is removed. A symbolic link is
+    followed. A device or a pipe is written to.
 
     Args:
-        path: the file or folder to write.
-        replaces: the file by which a folder at `path` is known as one that may be replaced; a
-            folder that is neither empty nor holds it is never touched.
+        path: the file to write.
 
     Raises:
-        FileExistsError: if there is another folder at `path`.
+        FileExistsError: if there is a folder at `path`.
         OSError: if it cannot be written; the message names `path`.
     """
-    from d2svse.folders import check_marked, marked_kind, place_folder  # which stands on this module
-
     target = followed(path)
-    kind = check_marked(target, replaces, shown(path)) if target.is_dir() else marked_kind(replaces)
+    if target.is_dir():
+        raise FileExistsError(f"{shown(path)}: a folder is in the way, and it is not replaced; give another name")
     with write_faults(path, target):
         if _is_stream(path, target):
             with tempfile.TemporaryDirectory() as folder:
@@ -63,13 +60,10 @@ def written_aside(path: str | os.PathLike[str], replaces: str | None = None) -> 
         aside = name_aside(target)
         try:
             yield aside
-            if aside.is_dir():
-                place_folder(aside, target, kind)
-            else:
-                _give_mode(aside, target)
-                to_disk(aside)
-                aside.replace(target)
-                _note_swept(target.parent)
+            _give_mode(aside, target)
+            to_disk(aside)
+            aside.replace(target)
+            _note_swept(target.parent)
         finally:
             remove(aside)
 
@@ -139,6 +133,12 @@ def name_aside(target: Path, folder: Path | None = None) -> Path:
     """
     token = f"{_host():08x}-{os.getpid():x}-{uuid.uuid4().hex[:8]}"
     return (folder or target.parent) / f".{_stem(target)}.{token}.tmp"
+
+
+def aside_of(name: str) -> str | None:
+    """Return the name of the file or folder that is being written under a name of `name_aside`; None for others."""
+    found = _ASIDE.fullmatch(name)
+    return found and found["target"]
 
 
 def _stem(target: Path) -> str:
@@ -256,48 +256,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
-
-
-_NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-_YamlLoader.yaml_implicit_resolvers = {
-    first: sorted(resolvers, key=lambda resolver: resolver[0] != "tag:yaml.org,2002:int")
-    for first, resolvers in _YamlLoader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(text: str) -> Any:
-    """Read YAML.
-
-    Raises:
-        ValueError: if it is not YAML, or is nested or repeated without end.
-    """
-    try:
-        data = yaml.load(text, _YamlLoader)  # a SafeLoader
-        _check_expanded(data, 100, iter(range(100_000)))
-        return data
-    except (RecursionError, StopIteration):
-        raise ValueError("YAML that is nested more than 100 deep, or holds more than 100,000 values") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date that is none, a key that is a list
-        raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
-
-
-def _check_expanded(data: Any, depth: int, left: Iterator[int]) -> None:
-    """Count values as if every alias were written out, which copying and saving do."""
-    next(left)
-    if isinstance(data, dict | list | tuple | set):
-        if not depth:
-            raise RecursionError
-        for item in data.values() if isinstance(data, dict) else data:
-            _check_expanded(item, depth - 1, left)
-
-
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write indented JSON aside and rename it; NaN is refused.
+    """Write indented JSON aside and rename it.
 
     Raises:
         ValueError: if the data hold a NaN or an infinity.
     """
     write_text(path, to_json(data, indent=2) + "\n")
+
+
+def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Write rows as JSON, one a line, aside and rename the file.
+
+    Raises:
+        ValueError: if a row holds a NaN or an infinity.
+    """
+    write_text(path, "".join(f"{to_json(row)}\n" for row in rows))

@@ -10,6 +10,7 @@ takes a mixture for a whole.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from d2svse.files import (
+from d2svse.files.data import read_json
+from d2svse.files.lock import folder_lock
+from d2svse.files.replace import (
     followed,
     name_aside,
     remove,
@@ -28,12 +31,6 @@ from d2svse.files import (
     write_faults,
     write_json,
 )
-from d2svse.text import read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LIST = ".d2svse-files.json"
 READY = ".d2svse-ready"
@@ -92,23 +89,19 @@ def check_folder(path: str | os.PathLike[str], kind: FolderKind) -> set[str]:
     return set(earlier)
 
 
-def check_marked(folder: Path, marker: str | None, name: str) -> FolderKind:
-    """Return the kind of a folder that is known by one file, or refuse one without it.
+def marked_kind(marker: str) -> FolderKind:
+    """Return the kind of a folder that is known by one file and keeps no list.
 
-    Raises:
-        FileExistsError: if the folder is neither empty nor holds the file.
+    A folder that is neither empty nor holds the file is refused with a `FileExistsError`.
     """
-    recover_folder(folder)
-    there = {entry.name for entry in folder.iterdir() if not is_own(entry.name)}
-    if there and not (marker and (folder / marker).is_file()):
-        what = f"holds no {marker}" if marker else "is in the way"
-        raise FileExistsError(f"{name}: a folder that {what}, so it is not replaced; give another name")
-    return marked_kind(marker)
 
+    def earlier(folder: Path) -> None:
+        if not (folder / marker).is_file() and not all(is_own(entry.name) for entry in folder.iterdir()):
+            raise FileExistsError(
+                f"{shown(folder)}: a folder that holds no {marker}, so it is not replaced; give another name"
+            )
 
-def marked_kind(marker: str | None) -> FolderKind:
-    """Return the kind of a folder that is known by one file and keeps no list."""
-    return FolderKind(marker or "", marker, overwrites=True)
+    return FolderKind(marker, marker, earlier, overwrites=True)
 
 
 @contextmanager
@@ -170,7 +163,7 @@ def place_folder(aside: Path, target: Path, kind: FolderKind) -> None:
         else:
             to_disk(target.parent)
             return
-    with _locked(target):
+    with folder_lock(target):
         _finish(target)
         ours = check_folder(target, kind)
         _check_free(target, files, None if kind.overwrites else ours)
@@ -195,7 +188,7 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
     if not (folder / READY).is_dir():
         return
     try:
-        with _locked(folder):
+        with folder_lock(folder):
             _finish(folder)
     except OSError as error:
         raise OSError(
@@ -224,6 +217,26 @@ def remove_written(path: str | os.PathLike[str], kind: FolderKind) -> None:
     remove(folder / LIST)
     with suppress(OSError):  # of another's file in it
         folder.rmdir()
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """Return a file or folder of a folder of unknown origin, by the name that the folder itself gives.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if the name leads out of the folder, be it by `..` or by a link, or to a device or a pipe.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", os.sep, os.altsep, "\0"}:
+        raise ValueError(f"{folder}: names {name!r:.200}, which is no file inside it")
+    path = folder / name
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{path}: a link that leaves the folder; copy the folder with what its links lead to")
+    mode = path.stat().st_mode if path.exists() else 0
+    if not mode:
+        raise FileNotFoundError(f"{folder}: {name} is missing; the index is not whole, build it again")
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: neither a file nor a folder")
+    return path
 
 
 def is_own(name: str) -> bool:
@@ -319,21 +332,6 @@ def _names_to_disk(folder: Path, files: Iterable[str]) -> None:
     for part in {part for name in files for part in PurePosixPath(name).parents}:
         if (folder / part).is_dir():
             to_disk(folder / part)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time put files in place; the lock goes with the process and leaves no file."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # of file systems that lock no folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _restore_renamed(folder: Path) -> None:

@@ -1,0 +1,47 @@
+"""YAML that is read safely, with the numbers of YAML 1.2."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
+
+
+_NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+_YamlLoader.yaml_implicit_resolvers = {
+    first: sorted(resolvers, key=lambda resolver: resolver[0] != "tag:yaml.org,2002:int")
+    for first, resolvers in _YamlLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        ValueError: if it is not YAML, or is nested or repeated without end.
+    """
+    try:
+        data = yaml.load(text, _YamlLoader)  # a SafeLoader
+        _check_expanded(data, 100, iter(range(100_000)))
+        return data
+    except (RecursionError, StopIteration):
+        raise ValueError("YAML that is nested more than 100 deep, or holds more than 100,000 values") from None
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date that is none, a key that is a list
+        raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
+
+
+def _check_expanded(data: Any, depth: int, left: Iterator[int]) -> None:
+    """Count values as if every alias were written out, which copying and saving do."""
+    next(left)
+    if isinstance(data, dict | list | tuple | set):
+        if not depth:
+            raise RecursionError
+        for item in data.values() if isinstance(data, dict) else data:
+            _check_expanded(item, depth - 1, left)
