@@ -42,7 +42,7 @@ def test_a_query_of_unknown_words_is_told(saved, photos, tmp_path, run, caplog):
     good, bad = hits(out)
     assert "notes" not in good
     assert bad["notes"] == [
-        "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+        "The tokenizer knows no word of the text: all such texts get nearly the same embedding and results."
     ]
     assert caplog.text.count("no word of 1 of 2 texts") == 1
     one_line_error(run("search", index, "a ring", "a dog \ud83d"), "query 2: half a character")

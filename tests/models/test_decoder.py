@@ -95,5 +95,5 @@ def test_bad_input_is_named():
         ContextDecoder(8, num_heads=3)
     with pytest.raises(ValueError, match="needs tokens, layers and heads"):
         ContextDecoder(8, num_tokens=0)
-    with pytest.raises(ValueError, match="a sentence of 5 tokens is longer than the decoder's 3"):
+    with pytest.raises(ValueError, match="a text of 5 tokens is longer than the decoder's 3"):
         make(max_positions=6)(WORDS)

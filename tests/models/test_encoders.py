@@ -106,7 +106,7 @@ def test_vit_mae_gives_all_patches_in_order(tmp_path, caplog):
     ViTMAEForPreTraining(config).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone(str(tmp_path), "vision_config")
-    assert "masks random patches: that is turned off" in caplog.text
+    assert "masks random patches; masking is turned off" in caplog.text
     encoder = ImageEncoder(backbone.config, 24, backbone=backbone).eval()
     same = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False).eval()
     same.load_state_dict(backbone.state_dict())
@@ -138,7 +138,7 @@ def test_a_backbone_whose_weights_do_not_load_is_refused(how, tmp_path):
         ),
         "shape": (
             lambda weights: weights | {layer: torch.zeros(3, 3)},
-            rf"the weight {layer} is of another shape than config.json says",
+            rf"the shape of the weight {layer} differs from config.json",
         ),
         "nan": (
             lambda weights: weights | {layer: weights[layer] * torch.nan},
