@@ -658,7 +658,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if output not in get_args(Output):
             raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
         if not inputs:
-            raise ValueError("nothing to encode: the list is empty")
+            raise ValueError("nothing to encode: an empty list")
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if self.processor is None:

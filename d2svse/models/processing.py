@@ -357,7 +357,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         """
         listed, limit = as_texts(texts), self._limit(max_length)
         if not listed:
-            raise ValueError("the list of texts is empty")
+            raise ValueError("no texts: an empty list")
         return TextReport.join([self._read(chunk, limit)[1] for chunk in _chunks(listed)])
 
     def _token_ids(self, texts: list[str], limit: int) -> list[list[int]]:

@@ -232,7 +232,7 @@ def test_faults_on_the_way_to_the_hub_are_told(folder, hub, monkeypatch):
 def test_terms_to_accept_and_failed_transfers_are_told(folder, hub, monkeypatch):
     push_folder(folder, "lab/tiny")
     hub.fail("HEAD", "/config.json", status=403, code="GatedRepo")
-    with pytest.raises(PermissionError, match="lab/tiny: accept the owner.s terms at http://127"):
+    with pytest.raises(PermissionError, match="lab/tiny: accept the owner's terms at http://127"):
         D2SVSE.from_pretrained("lab/tiny")
 
     def fail(*_, **__):

@@ -53,7 +53,7 @@ def test_gpt2_trains_with_masked_padding_and_says_what_pads(
 ):
     with caplog.at_level(logging.WARNING):
         model = D2SVSE.from_backbones(backbones / "vision", gpt2, embed_dim=24)
-    assert "no padding token: texts are padded with its eos_token '<|endoftext|>', and masked" in caplog.text
+    assert "no padding token: texts are padded with its eos_token '<|endoftext|>', which is masked" in caplog.text
     Trainer(model, make_args("align", num_train_epochs=1, max_steps=2, save_strategy="no"), train_dataset).train()
     texts = ["a red circle", "a small red circle left of a large blue square"]
     together = model.encode_text(texts)
