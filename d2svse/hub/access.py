@@ -93,13 +93,13 @@ def hub_errors(repo_id: str, revision: str | None = None, push: bool = False) ->
     try:
         yield
     except Exception as error:
-        told = _tell(error, repo_id, revision, push)
-        if told is None:
+        plain = _plain_error(error, repo_id, revision, push)
+        if plain is None:
             raise
-        raise told from None
+        raise plain from None
 
 
-def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> Exception | None:
+def _plain_error(error: Exception, repo_id: str, revision: str | None, push: bool) -> Exception | None:
     causes = list(_causes(error))
     local = "" if push else "no folder here, and "
     hub, named = constants.ENDPOINT, repo_id + (f" at {revision}" if revision else "")
@@ -124,7 +124,7 @@ def _tell(error: Exception, repo_id: str, revision: str | None, push: bool) -> E
         return FileNotFoundError(f"{named}: config.json is missing; expected a model written by save_pretrained")
     for cause in causes:
         if isinstance(cause, errors.HfHubHTTPError):
-            return _tell_status(cause, repo_id, push)
+            return _status_error(cause, repo_id, push)
         if isinstance(cause, errors.HTTPError):
             reason = _BEARER.sub("<token>", str(cause)) or type(cause).__name__
             return ConnectionError(
@@ -147,8 +147,8 @@ def _not_seen(repo_id: str) -> Exception:
     )
 
 
-def _tell_status(error: errors.HfHubHTTPError, repo_id: str, push: bool) -> Exception:
-    status, said = error.response.status_code, error.server_message or "no reason given"
+def _status_error(error: errors.HfHubHTTPError, repo_id: str, push: bool) -> Exception:
+    status, reason = error.response.status_code, error.server_message or "no reason given"
     if status == 401:
         if error.response.headers.get("X-Error-Message") == BAD_TOKEN:
             return PermissionError(f"{repo_id}: {constants.ENDPOINT} does not know the token (401); {LOG_IN} again")
@@ -156,11 +156,11 @@ def _tell_status(error: errors.HfHubHTTPError, repo_id: str, push: bool) -> Exce
             return PermissionError(f"{repo_id}: {constants.ENDPOINT} requires a login (401); {LOG_IN}")
         return _not_seen(repo_id)
     if status == 403:
-        return PermissionError(f"{repo_id}: the token does not allow this (403: {said}); use a token with write access")
+        return PermissionError(f"{repo_id}: the token does not allow this (403: {reason}); use one with write access")
     if status >= 500 or status == 429:
         what = "has too many requests" if status == 429 else "reports an error"
         return ConnectionError(f"{repo_id}: {constants.ENDPOINT} {what} ({status}); try again later")
-    return OSError(f"{repo_id}: {constants.ENDPOINT} answered {status}: {said}")
+    return OSError(f"{repo_id}: {constants.ENDPOINT} answered {status}: {reason}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -134,8 +134,8 @@ def build_on_meta(build: Callable[[], nn.Module], max_modules: int, name: str) -
     except ImportError:
         raise
     except Exception as error:  # torch and transformers raise many kinds of error for values that do not fit
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{name}: the model of config.json cannot be built ({told})") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{name}: the model of config.json cannot be built ({reason})") from None
     finally:
         hook.remove()
 

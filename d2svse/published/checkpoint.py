@@ -77,8 +77,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: refused, nothing in it was run: it asks for {names[0]}; a checkpoint may hold tensors, "
                 "plain values, argparse.Namespace, paths and NumPy's numbers"
             ) from None
-        told = str(error).strip()  # torch's advice on how to trust a file is left out
-        detail = type(error).__name__ if not told or "eights only" in told else told.splitlines()[0][:200]
+        reason = str(error).strip()  # torch's advice on how to trust a file is left out
+        detail = type(error).__name__ if not reason or "eights only" in reason else reason.splitlines()[0][:200]
         raise ValueError(
             f"{path}: broken or cut short, or not written by torch.save with its default pickle protocol ({detail})"
         ) from None
