@@ -32,7 +32,7 @@ def test_other_encodings_are_told_with_the_name_of_the_file(tmp_path: Path, enco
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
 def test_wide_text_without_a_mark_is_told(tmp_path: Path, encoding: str):
     (tmp_path / "a.txt").write_bytes("a dog\na cat\n".encode(encoding))
-    with pytest.raises(ValueError, match=r"a\.txt: UTF-16 or UTF-32 without a mark"):
+    with pytest.raises(ValueError, match=r"a\.txt: UTF-16 or UTF-32 without a byte-order mark"):
         read_lines(tmp_path / "a.txt")
 
 

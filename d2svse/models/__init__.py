@@ -1,4 +1,4 @@
-"""The model, its configuration and its processor."""
+"""The model with its configuration and processor."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Everything that decides a model's architecture."""
+"""The configuration of a model: everything that decides its architecture."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
 
     Args:
         vision_config: configuration (or its dictionary, with `model_type`) of any transformers
-            vision backbone that yields a sequence or a grid of tokens; ViT-B/16 by default.
-        text_config: the same for any transformers text backbone; BERT-base by default.
-        embed_dim: width of the joint space, 512 in the published checkpoints.
-        image_pooling: "gpo", "mean", "max" or "cls".
-        text_pooling: the same for sentences.
+            vision backbone with a sequence or a grid of tokens; ViT-B/16 by default.
+        text_config: configuration (or its dictionary, with `model_type`) of any transformers text
+            backbone; BERT-base by default.
+        embed_dim: width of the joint space; 512 in the published checkpoints.
+        image_pooling: pooling of image tokens: "gpo", "mean", "max" or "cls".
+        text_pooling: pooling of text tokens: "gpo", "mean", "max" or "cls".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
-        context_decoder: arguments of `build_context_decoder`, for the sparse branch of stage 2, or
-            None for a model without it (stage 1).
-        fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
-            so in training, and in eval mode adds it L2-normalised, as the published evaluation.
-        context_residual: False takes the decoder's output alone, without the pooled sentence.
-        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
-            and saved in that form too; cosine without it.
-        lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
-        logit_scale_init_value: log(1 / temperature) by which scores become logits.
+        context_decoder: arguments of `build_context_decoder` for the sparse branch of stage 2;
+            None for a model of stage 1.
+        fusion: "sum" adds the decoder's output to the pooled text (Eq. 3). "published" adds it
+            L2-normalised in eval mode, as the published evaluation does, and as "sum" in training.
+        context_residual: False uses the decoder's output alone, without the pooled text.
+        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name
+            alone, which is stored and saved as `{"name": ...}`; cosine by default.
+        lora: arguments of `add_lora` by side ("vision", "text"), for backbones with LoRA matrices.
+        logit_scale_init_value: initial log(1 / temperature) of the factor from scores to logits.
 
     Raises:
-        ValueError: if a pooling, projection or fusion is unknown, the width is not positive, or the similarity is
-            neither a name nor a dictionary with one.
+        ValueError: if a pooling, projection or fusion is unknown, `embed_dim` is not positive, or the similarity is
+            neither a name nor a dictionary with a name.
     """
 
     model_type = "d2svse"
-    attribute_map = {"projection_dim": "embed_dim"}  # noqa: RUF012 - the name that CLIP gave it, for other libraries
+    attribute_map = {"projection_dim": "embed_dim"}  # noqa: RUF012 - CLIP's name, which other libraries read
     sub_configs_defaults = {  # noqa: RUF012 - read as a class attribute by transformers
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
@@ -88,7 +89,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         super().__setattr__(name, similarity_options(value) if name == "similarity" else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save `config.json`, and the file by which it is loaded without d2svse imported."""
+        """Save `config.json` and the file by which transformers finds the classes without an import of d2svse."""
         self.auto_map = dict(MODEL_MAP)
         os.makedirs(save_directory, exist_ok=True)
         write_shim(save_directory)
@@ -96,10 +97,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
 
     @classmethod
     def check_names(cls, options: Iterable[str]) -> None:
-        """Refuse names that are no field of this configuration; transformers itself lets them pass.
+        """Check that all names are fields of this configuration; transformers accepts any name.
 
         Raises:
-            ValueError: naming the first that is unknown.
+            ValueError: if a name is unknown; the message gives the first one.
         """
         own = [name for name in cls.__annotations__ if name not in ("vision_config", "text_config")]
         for name in options:

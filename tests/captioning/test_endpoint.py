@@ -260,7 +260,7 @@ def test_pictures_go_as_they_are_where_endpoints_read_them_right(tmp_path):
         assert np.array_equal(np.asarray(Image.open(BytesIO(sent))), np.asarray(load_image(tmp_path / name)))
         assert content == (tmp_path / name).read_bytes()
     (tmp_path / "no.png").write_bytes(b"no")
-    with pytest.raises(ImageError, match=r"no\.png: not a picture"):
+    with pytest.raises(ImageError, match=r"no\.png: not an image"):
         encode_picture(tmp_path / "no.png")
 
 
@@ -268,7 +268,7 @@ def test_a_picture_that_breaks_later_is_an_outcome(serve_captions, photos):
     pictures = find_pictures(photos)
     (photos / "001.png").unlink()
     outcomes = captions(make(serve_captions()), pictures)
-    assert "001.png: no such picture" in outcomes["001.png"].reason
+    assert "001.png: no such image" in outcomes["001.png"].reason
     assert len(outcomes) == 6
 
 

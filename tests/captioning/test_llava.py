@@ -155,7 +155,7 @@ def test_a_picture_that_breaks_later_is_an_outcome_and_the_rest_go_on(llava, pho
     pictures = find_pictures(photos)
     (photos / "001.png").write_bytes(b"no")
     outcomes = captions(load(llava, batch_size=2), pictures)
-    assert "001.png: not a picture" in outcomes["001.png"].reason
+    assert "001.png: not an image" in outcomes["001.png"].reason
     assert sum(outcome.text is not None for outcome in outcomes.values()) == 5
 
 

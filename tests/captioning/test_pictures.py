@@ -42,7 +42,7 @@ def test_other_layouts_and_their_splits(tmp_path):
     ]
     (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
     assert [p.name for p in find_pictures(tmp_path / "dataset.json", split="val")] == ["images/001.png"]
-    with pytest.raises(FileNotFoundError, match="no picture in it"):
+    with pytest.raises(FileNotFoundError, match="no image in it"):
         find_pictures(write_images(tmp_path / "empty", 0))
     (photos / "001.png").unlink()
     with pytest.raises(ManifestError, match="1 of 1 pictures are not there"):

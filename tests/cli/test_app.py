@@ -262,7 +262,7 @@ def test_a_bad_picture_stops_before_training_or_is_listed(scenes, backbones, tmp
     assert not (tmp_path / "o").exists()
     code, _, err = run(*arguments, "--on-bad-image", "skip")
     assert code == 0, err
-    assert "skipped 1 of 20 pictures" in caplog.text
+    assert "skipped 1 of 20 images" in caplog.text
     assert "m.jsonl:5" in caplog.text
 
 

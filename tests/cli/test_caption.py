@@ -58,7 +58,7 @@ def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava,
 def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
     (photos / "002.png").write_bytes(b"no")
     output = tmp_path / "dense.jsonl"
-    one_line_error(local(photos, output), "002.png: not a picture", "--on-bad-image skip")
+    one_line_error(local(photos, output), "002.png: not an image", "--on-bad-image skip")
     assert output.read_bytes() == b""  # nothing was asked for
     code, out, _ = local(photos, output, "--on-bad-image", "skip")
     assert code == 0
@@ -66,7 +66,7 @@ def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
     code, out, _ = local(photos, output, "--on-bad-image", "skip")  # only the broken one is left
     assert code == 0
     assert "5 of 6 pictures have a caption, 0 of them new, 1 broken ones skipped" in out
-    one_line_error(local(photos, output), "002.png: not a picture")
+    one_line_error(local(photos, output), "002.png: not an image")
     one_line_error(local(photos, output, "--on-bad-image", "hope"), "must be one of error, skip")
 
 

@@ -38,9 +38,9 @@ def test_a_map_is_written(folder, val_dataset, run):
 def test_user_errors_are_one_line(folder, val_dataset, run):
     pytest.importorskip("matplotlib", reason="d2svse explain needs matplotlib (d2svse[visualize])")
     picture, model, out = val_dataset.images[0], folder / "model", folder / "map.png"
-    one_line_error(run("explain", folder / "none.jpg", SENTENCE, "--model", model, "--out", out), "no such picture")
+    one_line_error(run("explain", folder / "none.jpg", SENTENCE, "--model", model, "--out", out), "no such image")
     (folder / "text.jpg").write_text("no picture")
-    one_line_error(run("explain", folder / "text.jpg", SENTENCE, "--model", model, "--out", out), "not a picture")
+    one_line_error(run("explain", folder / "text.jpg", SENTENCE, "--model", model, "--out", out), "not an image")
     one_line_error(run("explain", picture, " ", "--model", model, "--out", out), "empty")
     one_line_error(run("explain", picture, SENTENCE, "--model", folder / "m", "--out", out), "no such model folder")
     one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", folder / "m.doc"), "ends in one of")

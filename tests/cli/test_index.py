@@ -42,7 +42,7 @@ def test_a_query_of_unknown_words_is_told(saved, photos, tmp_path, run, caplog):
     good, bad = hits(out)
     assert "notes" not in good
     assert bad["notes"] == [
-        "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+        "The tokenizer knows no word of the text: all such texts get nearly the same embedding and results."
     ]
     assert caplog.text.count("no word of 1 of 2 texts") == 1
     one_line_error(run("search", index, "a ring", "a dog \ud83d"), "query 2: half a character")
@@ -129,7 +129,7 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     one_line_error(run("search", tmp_path / "i", "x", "-k", 0), "k must be positive")
     one_line_error(run("search", tmp_path / "i", "x", "--rerank", 5), "the similarity folds into the vectors")
     one_line_error(run("search", tmp_path / "i", "x", "y", "--image", photos / "000050.png"), "got 2 and 1")
-    one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such picture")
+    one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such image")
     one_line_error(run("search", tmp_path / "i", " "), "query 1: empty, expected a text")
     one_line_error(run("index", "add", tmp_path / "none", photos), "image_text_index.json is missing")
     one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine", "annoy"), "unknown engine")

@@ -154,13 +154,13 @@ def test_each_fault_is_one_line(model, hub, run, tmp_path, monkeypatch):
     (tmp_path / "card" / "run.json").write_text("{}")
     assert run("push", folder, "lab/there", "--public")[0] == 0
     pushes = [
-        ((folder, "lab/a b"), "'lab/a b' is no name of a repository"),
-        ((folder, "lab/-x"), "'lab/-x' is no name of a repository"),
-        ((folder, "a/b/c"), "'a/b/c' is no name of a repository"),
+        ((folder, "lab/a b"), "'lab/a b' is not a repository name"),
+        ((folder, "lab/-x"), "'lab/-x' is not a repository name"),
+        ((folder, "a/b/c"), "'a/b/c' is not a repository name"),
         ((folder, "elsewhere/model"), "elsewhere/model: the token does not allow this (403: not yours)"),
-        ((folder, "lab/there", "--private"), "lab/there is there and public, which a push does not change"),
+        ((folder, "lab/there", "--private"), "lab/there exists and is public, which a push does not change"),
         ((folder, "lab/there", "--eval-dataset", "custom"), "--eval-dataset takes PROTOCOL=ORG/NAME, got 'custom'"),
-        ((folder, "lab/there", "--eval-dataset", "custom=a/b"), "no result of the protocol 'custom'"),
+        ((folder, "lab/there", "--eval-dataset", "custom=a/b"), "no result for the protocol 'custom'"),
         ((folder, "lab/there", "--results", texts), "texts.txt: expected what d2svse eval --output writes"),
         ((tmp_path / "none", "lab/there"), "none: no such model folder"),
         ((tmp_path / "empty", "lab/there"), "empty: config.json is missing"),
@@ -174,11 +174,11 @@ def test_each_fault_is_one_line(model, hub, run, tmp_path, monkeypatch):
     hub.fail("POST", "/commit/", status=503)
     code, _, err = run("push", make_other(model, tmp_path), "lab/there")
     assert code == 2
-    assert re.search(r"lab/there: http://127\S+ is in trouble \(503\); try again later", one_line(err))
+    assert re.search(r"lab/there: http://127\S+ reports an error \(503\); try again later", one_line(err))
     hub.fail("HEAD", "/resolve/", status=500)
     for name, message in (
-        ("lab/there", r"lab/there: http://127\S+ is in trouble \(500\)"),
-        ("runs/a/model", "'runs/a/model' is no folder here, and no name of a repository"),
+        ("lab/there", r"lab/there: http://127\S+ reports an error \(500\)"),
+        ("runs/a/model", "'runs/a/model' is no folder here, and not a repository name"),
     ):
         code, _, err = run("encode", name, "--texts", texts, "-o", tmp_path / "x.npy")
         assert code == 2

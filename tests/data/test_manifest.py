@@ -72,13 +72,13 @@ def test_bad_pictures_stop_or_are_listed(folder):
     (folder / "b.jpg").write_bytes(b"no picture")
     path = write(folder, GOOD, {**GOOD, "image": "b.jpg"}, {**GOOD, "image": "c.jpg"})
     records = read_manifest(path)
-    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not a picture.*--on-bad-image skip"):
+    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not an image.*--on-bad-image skip"):
         check_pictures(records, path)
     good, bad = check_pictures(records, path, "skip")
     assert [record.line for record in good] == [1, 3]
     assert len(bad) == 1
     assert "m.jsonl:2" in bad[0]
-    with pytest.raises(ManifestError, match=r"none of the 1 pictures can be read; the first: .*m\.jsonl:2"):
+    with pytest.raises(ManifestError, match=r"none of the 1 images can be read; the first: .*m\.jsonl:2"):
         check_pictures(records[1:2], path, "skip")
 
 

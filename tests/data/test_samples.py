@@ -91,7 +91,7 @@ def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset,
 
     samples = make()
     samples.dataset = type(train_dataset)([replace(train_dataset.records[0], image=tmp_path / "gone.png")], "m.jsonl")
-    with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such image"):
         samples[Draw(0, 0)]
 
 

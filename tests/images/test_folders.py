@@ -43,7 +43,7 @@ def test_hidden_bin_and_thumbnail_folders_are_left_out_and_counted(tmp_path, cap
     touch(tmp_path, "x.jpg", "sub/y.jpg", "._x.jpg", *left_out)
     assert [path.name for path in find_images_of_images(tmp_path)] == ["y.jpg", "x.jpg"]
     (line,) = caplog.messages
-    assert f"left out {len(left_out)} images" in line
+    assert f"skipped {len(left_out)} images that are hidden" in line
     assert below(tmp_path / ".thumbnails") == ["large/a.png"]  # a folder that is named is looked into
 
 
@@ -52,7 +52,7 @@ def test_patterns_leave_out_names_paths_and_whole_folders(tmp_path, caplog):
     assert below(tmp_path, exclude=["*.gif", "raw/"]) == ["2019/e.jpg", "2020/e.jpg", "a.jpg"]
     assert below(tmp_path, exclude=["2019/*"]) == ["2020/e.jpg", "a.jpg", "b.gif", "raw/c.jpg"]
     find_images(tmp_path, exclude=["raw", "*.gif"])
-    assert "left out 3 images and folders by pattern" in caplog.text
+    assert "skipped 3 images and folders by pattern" in caplog.text
     with pytest.raises(ValueError, match="an empty pattern"):
         walk_images(tmp_path, exclude=[""])
 

@@ -73,15 +73,15 @@ def test_one_pixel_wide_pictures_can_be_encoded(model, tmp_path, size):
 def bad_pictures(tmp_path):
     whole = save(tmp_path, Image.effect_noise((64, 64), 90), "whole.jpg").read_bytes()
     (tmp_path / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "folder.jpg").mkdir()
     return {
-        "truncated.jpg": "broken picture",
-        "text.jpg": "not a picture",
-        "empty.png": "not a picture",
+        "truncated.jpg": "broken image",
+        "text.jpg": "not an image",
+        "empty.png": "not an image",
         "folder.jpg": "a folder",
-        "missing.jpg": "no such picture",
+        "missing.jpg": "no such image",
     }
 
 
@@ -108,7 +108,7 @@ def test_find_images_looks_below_and_sorts(tmp_path):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "2.JPG"]
     (tmp_path / "c").mkdir()
-    with pytest.raises(FileNotFoundError, match="no picture in it"):
+    with pytest.raises(FileNotFoundError, match="no image in it"):
         find_images(tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_images(tmp_path / "d")
@@ -121,20 +121,20 @@ def test_find_images_counts_what_it_passes_over(tmp_path, caplog, monkeypatch):
     assert [path.name for path in find_images(tmp_path)] == ["a.png"]
     (line,) = caplog.messages
     assert line == (
-        f"{tmp_path}: passed over 3 of 4 pictures, in a format that is not read here, such as b/IMG_1.HEIC; "
-        "convert them, to JPEG for example"
+        f"{tmp_path}: skipped 3 of 4 images in an unsupported format, such as b/IMG_1.HEIC; "
+        "convert them, for example to JPEG"
     )
     caplog.clear()
-    with pytest.raises(FileNotFoundError, match="no picture in it"):
+    with pytest.raises(FileNotFoundError, match="no image in it"):
         find_images(tmp_path / "b")
-    assert "passed over 2 of 2 pictures" in caplog.text
+    assert "skipped 2 of 2 images in an unsupported format" in caplog.text
     caplog.clear()
     # as by pillow-heif in a program that registers it
     monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
     assert [path.name for path in find_images(tmp_path)] == ["a.png"]  # to write them only
     monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "IMG_1.HEIC", "IMG_2.heic"]
-    assert "passed over 1 of 4 pictures, in a format that is not read here, such as c.nef" in caplog.messages[-1]
+    assert "skipped 1 of 4 images in an unsupported format, such as c.nef" in caplog.messages[-1]
 
 
 def test_avif_is_a_picture_where_pillow_reads_it(tmp_path, caplog):
@@ -303,7 +303,7 @@ def test_whatever_a_decoder_raises_is_one_bad_image(tmp_path, monkeypatch, error
         raise error("x" * 100_000)
 
     monkeypatch.setattr(BmpImagePlugin.BmpImageFile, when, fail)
-    with pytest.raises(ImageError, match=r"x\.bmp: broken picture") as caught:
+    with pytest.raises(ImageError, match=r"x\.bmp: broken image") as caught:
         load_image(path)
     assert len(str(caught.value)) < 1000
     assert caught.value.__context__ is None  # which would keep its pixels
@@ -318,7 +318,7 @@ def test_an_avif_with_damaged_data_is_one_bad_image(tmp_path):
     at = data.index(b"mdat") + 4
     data[at : at + 50] = b"\xff" * 50
     path.write_bytes(data)
-    with pytest.raises(ImageError, match=r"x\.avif: broken picture"):
+    with pytest.raises(ImageError, match=r"x\.avif: broken image"):
         load_image(path)
 
 
@@ -388,13 +388,13 @@ def test_bytes_files_arrays_and_tensors_are_read_alike(model, tmp_path):
         (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\), expected \(channels, height, width\).*come last"),
         (np.zeros((20, 30, 3), np.int64), "int64, expected uint8, bool, or float from 0 to 1"),
         (torch.full((3, 20, 30), 255.0), "from 255 to 255, expected 0 to 1"),
-        (torch.randn(3, 20, 30), "expected 0 to 1; give it before it is normalised"),
+        (torch.randn(3, 20, 30), "expected 0 to 1; give it without normalisation"),
         (np.full((20, 30, 3), np.nan), "expected 0 to 1"),
         (np.zeros((0, 30, 3), np.uint8), r"shape \(0, 30, 3\)"),
         (np.zeros(30), r"shape \(30,\)"),
-        (b"a" * 3_000_000, r"<3000000 bytes>: not a picture"),
+        (b"a" * 3_000_000, r"<3000000 bytes>: not an image"),
         ("a" * 3_000_000, r"3000000 characters"),
-        (StringIO("text"), "reading gave str, expected bytes"),
+        (StringIO("text"), "the file returned str, expected bytes"),
         (5, "<int>: expected an image: a path, bytes"),
         (None, "<NoneType>: expected an image"),
         ({"bytes": b""}, "<dict>: expected an image"),
@@ -414,7 +414,7 @@ def test_names_in_messages_stay_on_one_line(tmp_path):
         (tmp_path / name).write_bytes(b"no")
         with pytest.raises(ImageError) as caught:
             load_image(tmp_path / name)
-        assert f"/{shown}: not a picture" in str(caught.value)
+        assert f"/{shown}: not an image" in str(caught.value)
 
 
 def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_bad_input(dataset, model):
     with pytest.raises(ValueError, match="direction must be"):
         LocalRetrieval(dataset, "image")
     task = LocalRetrieval(dataset, "t2i")
-    with pytest.raises(ValueError, match="LocalRetrieval-t2i: an item must be a picture or a sentence"):
+    with pytest.raises(ValueError, match="LocalRetrieval-t2i: an item must be an image or a text"):
         MTEBModel(model).encode(
             [{"image": [], "text": []}], task_metadata=task.metadata, hf_split="test", hf_subset="default"
         )

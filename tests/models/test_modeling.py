@@ -187,7 +187,7 @@ def test_encoding_names_bad_input(model, tmp_path):
         model.encode_text(["a", " "])
     with pytest.raises(ValueError, match="an empty list"):
         model.encode_text([])
-    with pytest.raises(ValueError, match=r"no\.jpg: no such picture"):
+    with pytest.raises(ValueError, match=r"no\.jpg: no such image"):
         model.encode_image([tmp_path / "no.jpg"])
     with pytest.raises(ValueError, match="output must be"):
         model.encode_text("a", output="tokens")

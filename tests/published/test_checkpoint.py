@@ -48,7 +48,7 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
 def test_wrappers_within_are_taken_off_and_two_of_a_name_are_told(tmp_path, place):
     state = {place: SIDES["img_enc.fc.weight"], "txt_enc.fc.weight": SIDES["txt_enc.fc.weight"]}
     assert list(read_checkpoint(save(tmp_path / "a.pth", state)).weights) == list(SIDES)
-    with pytest.raises(ValueError, match=r"img_enc\.fc\.weight stands there twice"):
+    with pytest.raises(ValueError, match=r"img_enc\.fc\.weight is there twice"):
         read_checkpoint(save(tmp_path / "b.pth", {**state, "img_enc.fc.weight": torch.ones(1)}))
 
 
@@ -150,7 +150,7 @@ def test_values_that_take_any_memory_are_not_made(tmp_path, call):
 
 def test_tensors_and_options_that_only_look_large_are_refused(tmp_path):
     blown = torch.ones(1).expand(10**6, 10**5)
-    with pytest.raises(ValueError, match=r"img_enc\.fc\.weight should hold its 100,000,000,000 numbers"):
+    with pytest.raises(ValueError, match=r"img_enc\.fc\.weight repeats its stored numbers; expected 100,000,000,000"):
         read_checkpoint(save(tmp_path / "a.pth", {**SIDES, "img_enc.fc.weight": blown}))
     doubled = ["x"]
     for _ in range(15):
@@ -161,7 +161,7 @@ def test_tensors_and_options_that_only_look_large_are_refused(tmp_path):
     endless = []
     endless.append(endless)
     for value in (doubled, deep, endless):
-        with pytest.raises(ValueError, match="its options are nested too deep, or are too many"):
+        with pytest.raises(ValueError, match="the options are nested too deep, or there are too many"):
             read_checkpoint(save(tmp_path / "a.pth", given=value))
 
 

@@ -542,7 +542,7 @@ def test_odd_queries_are_told(server):
     for path in server.uploads.rglob("bad*"):
         told = server.search(None, {"path": str(path), "meta": META}, 0.5, "vectors only")
         assert "\x1b" not in told
-        assert "not a picture" in told
+        assert "not an image" in told
         assert str(server.uploads) not in told
 
 

@@ -87,7 +87,7 @@ def test_bad_queries_are_told_in_one_sentence(make_index, tmp_path):
     text, cut = tmp_path / "notes.jpg", tmp_path / "cut.png"
     text.write_text("no picture")
     cut.write_bytes((searcher.index.folder.parent / "photos" / "00.jpg").read_bytes()[:4000])
-    for path, why in ((text, "not a picture"), (cut, "broken picture"), (tmp_path / "no.jpg", "no such picture")):
+    for path, why in ((text, "not an image"), (cut, "broken image"), (tmp_path / "no.jpg", "no such image")):
         with pytest.raises(ImageError, match=why) as told:
             searcher.ask(picture=str(path))
         assert str(told.value).startswith(path.name)  # of the server's folders nothing is told
@@ -125,7 +125,7 @@ def test_what_has_no_map_says_why(make_index, folder, monkeypatch, maps):
     (folder / answer.hits[0].id).unlink()
     gone = searcher.explain(answer, 0)
     assert gone.sets == ()
-    assert "no such picture" in gone.notes[0]
+    assert "no such image" in gone.notes[0]
     assert str(folder) not in gone.notes[0]
     monkeypatch.setattr(
         asking, "draw_sets", lambda *_: (_ for _ in ()).throw(ImportError("pip install 'd2svse[visualize]'"))

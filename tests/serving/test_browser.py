@@ -120,7 +120,7 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     false = tmp_path / "notes.jpg"
     false.write_text("no picture")
     user.drop(false, "image/jpeg")
-    expect(user.message).to_contain_text("notes.jpg: not a picture")
+    expect(user.message).to_contain_text("notes.jpg: not an image")
     expect(user.cards).to_have_count(12)
     user.page.locator("#d2-picture .icon-button-wrapper button").click()
     expect(user.page.get_by_text("or drop a picture")).to_be_visible()
@@ -155,4 +155,4 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     expect(later.page.locator(".d2-card [data-why='cannot be read any more']")).to_have_count(1)
     expect(later.page.get_by_text("missing: no longer on the disk")).to_have_count(1)
     later.cards.first.click()
-    expect(later.reason).to_contain_text(f"No map: {first.name}: not a picture")
+    expect(later.reason).to_contain_text(f"No map: {first.name}: not an image")

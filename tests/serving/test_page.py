@@ -113,8 +113,8 @@ def test_bad_queries_are_told_and_the_page_goes_on(make_index, folder, serve_pag
     cut.write_bytes((folder / "00.jpg").read_bytes()[:6000])
     for query, why in (
         ((" ",), "type a sentence, or drop a picture"),
-        ((None, handle_file(text)), "notes.jpg: not a picture"),
-        ((None, handle_file(cut)), "cut.jpg: broken picture"),
+        ((None, handle_file(text)), "notes.jpg: not an image"),
+        ((None, handle_file(cut)), "cut.jpg: broken image"),
     ):
         told = ask(client, *query)
         assert told.count('role="alert"') == 1

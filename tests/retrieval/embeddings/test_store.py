@@ -124,7 +124,7 @@ def test_a_broken_picture_is_named_or_listed_and_encoded_once_it_is_mended(model
     assert len(store) == 9
     [(name, reason)] = store.skipped
     assert name == pictures[4]
-    assert "broken picture" in reason
+    assert "broken image" in reason
     assert json.loads((tmp_path / "s" / "skipped.jsonl").read_text())["image"] == name
     np.testing.assert_allclose(store.pooled[:], np.delete(whole, 4, axis=0), atol=1e-3)
     with open(pictures[4], "wb") as file:

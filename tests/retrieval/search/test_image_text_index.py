@@ -200,7 +200,7 @@ def test_broken_pictures_are_named_before_anything_changes_or_listed(model, phot
     names = sorted(photos.iterdir())
     break_picture(names[2])
     (photos / "text.jpg").write_text("no picture")
-    with pytest.raises(ImageError, match=r"text\.jpg: not a picture.*--on-bad-image skip"):
+    with pytest.raises(ImageError, match=r"text\.jpg: not an image.*--on-bad-image skip"):
         index.add(photos)
     assert ImageTextIndex.load(tmp_path / "i", model).search("a red circle", k=99) == before
     changes = index.add(photos, on_bad_image="skip")
