@@ -2,9 +2,7 @@ import asyncio
 import base64
 import email.utils
 import gzip
-import importlib
 import json
-import sys
 import time
 from io import BytesIO
 
@@ -14,11 +12,6 @@ from conftest import write_pictures
 from loopback import caption_for
 from PIL import Image
 
-from d2svse.captioning.pictures import Sampling, find_pictures
-from d2svse.images import ImageError, load_image
-
-pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
-
 from d2svse.captioning.endpoint import (
     FAILURES_IN_A_ROW,
     MAX_ANSWER_BYTES,
@@ -27,6 +20,8 @@ from d2svse.captioning.endpoint import (
     encode_picture,
     retry_after,
 )
+from d2svse.captioning.pictures import Sampling, find_pictures
+from d2svse.images import ImageError, load_image
 
 
 def make(server, sampling=None, **options):
@@ -37,13 +32,6 @@ def captions(captioner, pictures):
     outcomes = []
     captioner.run(pictures, outcomes.append)
     return {outcome.picture.name: outcome for outcome in outcomes}
-
-
-def test_without_the_library_its_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "httpx2", None)
-    monkeypatch.delitem(sys.modules, "d2svse.captioning.endpoint")
-    with pytest.raises(ImportError, match=r"d2svse\[captioning\]"):
-        importlib.import_module("d2svse.captioning.endpoint")
 
 
 def test_requests_are_what_such_endpoints_take(serve, photos):

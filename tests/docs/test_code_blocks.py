@@ -75,7 +75,6 @@ def small(monkeypatch, tmp_path):
 @pytest.fixture
 def endpoint(monkeypatch):
     """The address of a chat-completions endpoint of this machine."""
-    pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
     from loopback import Loopback
 
     for name in ("NO_PROXY", "no_proxy"):
