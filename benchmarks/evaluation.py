@@ -193,7 +193,7 @@ def encode_per_caption(model: D2SVSE, dataset: ImageTextDataset) -> tuple[np.nda
 
 
 def measure_dataset(model_name: str, data: str) -> None:
-    """Time a whole evaluation, in turns: here, the reference, here; memory is kept as in the `d2svse eval` command."""
+    """Time a whole evaluation, in turns: here, the reference, here; with the threads of the `d2svse eval` command."""
     prepare_cpu()
     model, dataset = D2SVSE.from_pretrained(model_name), ImageTextDataset.from_manifest(data)
     few = ImageTextDataset(dataset.records[:BATCH])

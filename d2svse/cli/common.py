@@ -20,7 +20,7 @@ def examples(*commands: str) -> str:
 
 
 def prepare_process() -> None:
-    """Set up the CPU, and let transformers and huggingface_hub show errors only, and no bars beside ours.
+    """Choose the CPU threads; let transformers and huggingface_hub show errors only, and no bars beside ours.
 
     huggingface_hub keeps to HF_HUB_VERBOSITY and HF_DEBUG where they are set.
     """

@@ -368,6 +368,8 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+# fsspec's http filesystem cannot serve: it needs aiohttp, tries nothing again, follows redirects to any address, and
+# reads the whole file where a server ignores `Range`.
 _OPENER = build_opener(_Redirects)
 
 

@@ -33,7 +33,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from d2svse.cpu import give_back_memory, usable_cores
+from d2svse.cpu import usable_cores
 from d2svse.images.arrays import array_image
 from d2svse.images.metadata import without_metadata
 from d2svse.progress import progress_bar
@@ -66,7 +66,6 @@ GREEDY = dict.fromkeys(("WEBP", "AVIF", "HEIF", "JXL"), 16)  # bytes per pixel: 
 PROGRESSIVE = 10  # bytes per pixel: all coefficients of a progressive JPEG file are kept until the end
 STRIP_PIXELS = 1 << 20  # pixels converted at a time
 ROOM_PER_CORE = 16_000_000  # pixels
-LARGE_PIXELS = 4_000_000  # memory of larger images returns to the system at once
 MESSAGE_LENGTH = 200
 # Errors of decoders for unreadable metadata. Broken pixels raise OSError or RuntimeError.
 METADATA_ERRORS = (
@@ -140,8 +139,6 @@ class PixelRoom:
         try:
             yield
         finally:
-            if pixels >= LARGE_PIXELS:
-                give_back_memory()
             with self.freed:
                 self.taken -= pixels
                 self.freed.notify_all()

@@ -12,10 +12,8 @@ __getattr__, __dir__ = lazy_names(
         "evaluation.metrics": [
             "RightAnswers",
             "caption_answers",
-            "fold_metrics",
             "mean_metrics",
             "ranks",
-            "recall_at_k",
             "retrieval_metrics",
         ],
         "evaluation.protocols": ["PROTOCOLS"],
@@ -39,10 +37,8 @@ if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.evaluator import score_dataset as score_dataset
     from d2svse.retrieval.evaluation.metrics import RightAnswers as RightAnswers
     from d2svse.retrieval.evaluation.metrics import caption_answers as caption_answers
-    from d2svse.retrieval.evaluation.metrics import fold_metrics as fold_metrics
     from d2svse.retrieval.evaluation.metrics import mean_metrics as mean_metrics
     from d2svse.retrieval.evaluation.metrics import ranks as ranks
-    from d2svse.retrieval.evaluation.metrics import recall_at_k as recall_at_k
     from d2svse.retrieval.evaluation.metrics import retrieval_metrics as retrieval_metrics
     from d2svse.retrieval.evaluation.protocols import PROTOCOLS as PROTOCOLS
     from d2svse.retrieval.evaluation.ranking import Ranking as Ranking

@@ -2,22 +2,13 @@ import asyncio
 import base64
 import email.utils
 import gzip
-import importlib
 import json
-import sys
 import time
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from d2svse.captioning.pictures import Sampling, find_pictures
-from d2svse.images import ImageError, load_image
-from support.endpoint import caption_for
-from support.images import write_images
-
-pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
 
 from d2svse.captioning.endpoint import (
     FAILURES_IN_A_ROW,
@@ -27,6 +18,10 @@ from d2svse.captioning.endpoint import (
     encode_picture,
     retry_after,
 )
+from d2svse.captioning.pictures import Sampling, find_pictures
+from d2svse.images import ImageError, load_image
+from support.endpoint import caption_for
+from support.images import write_images
 
 
 def make(server, sampling=None, **options):
@@ -37,13 +32,6 @@ def captions(captioner, pictures):
     outcomes = []
     captioner.run(pictures, outcomes.append)
     return {outcome.picture.name: outcome for outcome in outcomes}
-
-
-def test_without_the_library_its_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "httpx2", None)
-    monkeypatch.delitem(sys.modules, "d2svse.captioning.endpoint")
-    with pytest.raises(ImportError, match=r"d2svse\[captioning\]"):
-        importlib.import_module("d2svse.captioning.endpoint")
 
 
 def test_requests_are_what_such_endpoints_take(serve_captions, photos):

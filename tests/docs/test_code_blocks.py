@@ -87,7 +87,6 @@ def small(monkeypatch, tmp_path):
 @pytest.fixture
 def endpoint(monkeypatch):
     """The address of a chat-completions endpoint of this machine."""
-    pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
     with Loopback() as server:

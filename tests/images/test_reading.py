@@ -17,7 +17,7 @@ from PIL import BmpImagePlugin, Image, ImageOps, TiffImagePlugin, TiffTags, feat
 from d2svse.images import ImageError, check_images, find_images, load_image, use_image
 from d2svse.images import reading as images_module
 from d2svse.images.reading import FORMATS
-from d2svse.models import encoding as encoding_module
+from d2svse.models import modeling as modeling_module
 
 FUZZ = Path(__file__).parents[2] / "benchmarks" / "image_fuzz.py"
 GRADIENT = np.linspace(0, 1, 48).reshape(6, 8)
@@ -431,7 +431,7 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 
     room.take = counted
     monkeypatch.setattr(images_module, "ROOM", room)
-    monkeypatch.setattr(encoding_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(modeling_module, "usable_cores", lambda: 8)
     model.encode_image(paths, batch_size=12)
     assert len(turns) == 12  # each once
     assert most[0] <= 4000
@@ -443,19 +443,10 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
     assert room.taken == 0
 
 
-def test_the_memory_of_large_images_goes_back_to_the_system(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(images_module, "give_back_memory", lambda: calls.append(1))
-    monkeypatch.setattr(images_module, "LARGE_PIXELS", 50)
-    for side in (7, 8):
-        load_image(save(tmp_path, Image.new("RGB", (side, side))))
-        assert len(calls) == side - 7
-
-
 def test_readers_are_as_many_as_usable_cores(model, tmp_path, monkeypatch):
     asked = []
     pool = images_module.ThreadPoolExecutor
-    for module in (images_module, encoding_module):
+    for module in (images_module, modeling_module):
         monkeypatch.setattr(module, "usable_cores", lambda: 3)
         monkeypatch.setattr(module, "ThreadPoolExecutor", lambda count, **options: asked.append(count) or pool(count))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)

@@ -59,7 +59,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serve_captions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loopback]]:
     """Start endpoints that behave as told; they end with the test."""
-    pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, ",".join([os.environ.get(name, ""), "127.0.0.1"]).strip(","))
     started = []

@@ -200,11 +200,6 @@ def _repeats(scores: Tensor, times: int, step: int) -> bool:
     return all(torch.equal(scores[:step], scores[first : first + step]) for first in range(step, len(scores), step))
 
 
-def recall_at_k(query_ranks: Tensor, k: int) -> float:
-    """Share of queries whose best right answer is among the first k (hit rate), 0 to 1."""
-    return (query_ranks < k).double().mean().item()
-
-
 def retrieval_metrics(
     scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, recall_at: Sequence[int] = RECALL_AT
 ) -> dict[str, float]:
@@ -236,31 +231,6 @@ def rank_metrics(i2t: np.ndarray, t2i: np.ndarray, recall_at: Sequence[int] = RE
     return result | {"i2t_median_rank": median_rank(i2t), "t2i_median_rank": median_rank(t2i)}
 
 
-def fold_metrics(
-    scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, folds: int
-) -> list[dict[str, float]]:
-    """`retrieval_metrics` of equal consecutive parts of the images, each with its own captions.
-
-    MS-COCO's "1K" results are the mean of the five folds of its 5000 test images.
-
-    Args:
-        scores: `(n_images, n_captions)`, higher is closer.
-        image_of_caption: `(n_captions,)` the row of each caption's image.
-        folds: how many parts.
-
-    Raises:
-        ValueError: if the images do not divide into that many parts, and as `ranks`.
-    """
-    scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
-    check_layout(scores, owner)
-    results = []
-    for rows in fold_slices(scores.shape[0], folds):
-        inside = (owner >= rows.start) & (owner < rows.stop)
-        part = scores[rows][:, inside.to(scores.device)]
-        results.append(retrieval_metrics(part, owner[inside] - rows.start))
-    return results
-
-
 def fold_slices(n_images: int, folds: int) -> list[slice]:
     """Equal consecutive parts of the images.
 
@@ -277,12 +247,6 @@ def mean_metrics(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over several results, of those that all of them have."""
     common = [name for name in results[0] if all(name in result for result in results)]
     return {name: sum(result[name] for result in results) / len(results) for name in common}
-
-
-def as_percent(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The recalls and rSum of `retrieval_metrics` in percent, as papers print them."""
-    hits = ("i2t_recall_at_", "t2i_recall_at_")
-    return {name: 100 * value for name, value in metrics.items() if name.startswith(hits) or name == "rsum"}
 
 
 def best_ranks_in_tiles(

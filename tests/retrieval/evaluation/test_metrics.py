@@ -7,13 +7,9 @@ import torch
 from d2svse.retrieval.evaluation.metrics import (
     NEVER,
     RightAnswers,
-    as_percent,
     best_ranks_in_tiles,
     caption_answers,
-    fold_metrics,
-    mean_metrics,
     ranks,
-    recall_at_k,
     retrieval_metrics,
     whole_matrix,
 )
@@ -131,10 +127,9 @@ def test_equals_the_published_evaluation():
         found = [metrics[f"{direction}_{name}"] * (100 if "recall" in name else 1) for name in names]
         np.testing.assert_allclose(found, golden[direction], rtol=1e-12)
     assert metrics["rsum"] == pytest.approx((golden["i2t"][:3].sum() + golden["t2i"][:3].sum()) / 100)
-    assert as_percent(metrics)["rsum"] == pytest.approx(372.0)
+    assert metrics["rsum"] == pytest.approx(3.72)
     every = ranking_metrics(*rankings(golden["sims"], *caption_answers(np.arange(200) // 5, 40)))
     assert {name: every[name] for name in metrics} == pytest.approx(metrics)
-    assert set(as_percent(every)) == set(as_percent(metrics))  # true recall is not taken for the hit rate
 
 
 def test_a_constant_model_gains_nothing_from_ties():
@@ -150,7 +145,6 @@ def test_a_constant_model_gains_nothing_from_ties():
 
 
 def test_recall_is_a_hit_rate_and_true_recall_the_share_found():
-    assert recall_at_k(torch.tensor([0, 3, 5, 9]), 5) == 0.5
     i2t, _ = rankings(np.array([[0.9, 0.1, 0.5, 0.4]]), *caption_answers([0, 0, 0, 0], 1))
     assert query_values(i2t)["recall_at_1"].tolist() == [1]
     assert true_recall(i2t, 1).tolist() == [0.25]
@@ -220,18 +214,6 @@ def test_any_floating_type_is_ranked_as_it_is(dtype):
     )
 
 
-def test_folds_are_the_metrics_of_their_parts():
-    scores, owner = torch.randn(6, 15, generator=torch.Generator().manual_seed(0)), torch.arange(15) * 2 // 5
-    folds = fold_metrics(scores, owner, 3)
-    for i, fold in enumerate(folds):
-        columns = (owner // 2) == i
-        assert fold == retrieval_metrics(scores[2 * i : 2 * i + 2][:, columns], owner[columns] - 2 * i)
-    assert mean_metrics(folds)["rsum"] == pytest.approx(sum(fold["rsum"] for fold in folds) / 3)
-    for count in (0, 4, 7):
-        with pytest.raises(ValueError, match=f"6 images do not divide into {count} folds"):
-            fold_metrics(scores, owner, count)
-
-
 def test_intervals_are_those_of_queries_drawn_anew():
     rng = np.random.default_rng(0)
     owner = np.arange(180) // 3
@@ -263,9 +245,8 @@ def papers_matrix(captions_each: int = 5, n_images: int = 4) -> tuple[np.ndarray
 
 def test_a_transposed_matrix_is_told():
     scores, owner = papers_matrix()
-    for measure in (retrieval_metrics, lambda *given: fold_metrics(*given, 2)):
-        with pytest.raises(ValueError, match=r"scores are 20 × 4.*transposed\? give scores\.T"):
-            measure(scores.T, owner)
+    with pytest.raises(ValueError, match=r"scores are 20 × 4.*transposed\? give scores\.T"):
+        retrieval_metrics(scores.T, owner)
 
 
 @pytest.mark.parametrize(
