@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from d2svse.data.manifest import ManifestError
-from d2svse.data.readers import dense_folder, read_records, require_pictures
+from d2svse.data.readers import dense_folder, read_records, require_images
 from d2svse.images import StoredImage, find_images
 
 
@@ -125,7 +125,7 @@ def find_pictures(
     else:
         records = read_records(source, split=split, image_folder=image_folder, allow_missing=allow_missing)
         if not allow_missing:
-            require_pictures(records, source)
+            require_images(records, source)
         paths = []
         for record in records:
             if isinstance(record.image, StoredImage):

@@ -64,7 +64,7 @@ def test_some_words_and_another_similarity(make_model, val_dataset):
     assert "CrossAttentionI2T: " in texts(figure)
     with pytest.raises(ValueError, match="'cat' is not a word of the text"):
         explain(model, val_dataset.images[0], SENTENCE, words=["cat"])
-    assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole sentence"]
+    assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole text"]
 
 
 def test_a_learned_metric_is_drawn_without_a_warning(make_model, val_dataset, recwarn):
