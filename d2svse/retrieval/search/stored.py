@@ -1,8 +1,8 @@
-"""What an index stores of its items beside their vectors, in stores of which there are few.
+"""The stored tokens of an index's items, in a small number of stores.
 
-The metadata of an item names the store that it was encoded into and its row there, and stays so. Small stores are
-joined into larger ones: a joined store lists in `joined.json` which rows of which earlier stores it holds. So an
-index of n items that were added one by one has about log n stores.
+The metadata of an item names the store that it was encoded into and its row there; it never changes. Small stores are
+joined into larger ones. A joined store lists in `joined.json` which rows of which earlier stores it holds. So an index
+of n items that were added one by one has about log n stores.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from d2svse.retrieval.vectors.storage import count_of, first_to_merge, inside
 from d2svse.text import read_json, to_json
 
 JOINED = "joined.json"
-LARGEST_SMALL = 8192  # items; a larger store is joined by `compact` only, since that copies it
+LARGEST_SMALL = 8192  # items; only `compact` joins larger stores, because joining copies them
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the rows of an earlier store lie now.
+    """The current location of the rows of an earlier store.
 
     Attributes:
-        store: the store that holds them.
-        first: the row of the first of them.
-        count: how many rows the earlier store had.
-        kept: which of those are held, in order; None for all.
+        store: the store that holds the rows now.
+        first: the row in `store` of the first of them.
+        count: number of rows of the earlier store.
+        kept: rows of the earlier store that `store` holds, in order; None for all.
     """
 
     store: EmbeddingStore
@@ -44,7 +44,7 @@ class Place:
     kept: np.ndarray | None
 
     def rows(self, earlier: Sequence[int]) -> np.ndarray:
-        """The rows in `store` of rows of the earlier store."""
+        """Return the rows in `store` of rows of the earlier store."""
         rows = np.asarray(earlier, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.count:
             raise ValueError(f"{self.store.folder}: rows {rows.min()} to {rows.max()} of {self.count}")
@@ -57,15 +57,15 @@ class Place:
 
 
 class StoredItems:
-    """The stores of an index, opened.
+    """The open stores of an index.
 
     Args:
-        folder: of the index.
-        metadata: of all items.
+        folder: the folder of the index.
+        metadata: the metadata of all items.
 
     Raises:
         FileNotFoundError: if a store is missing.
-        ValueError: if the folder names what it does not hold.
+        ValueError: if the metadata names rows that the stores do not hold.
     """
 
     def __init__(self, folder: Path, metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -96,16 +96,16 @@ class StoredItems:
 
     @property
     def folders(self) -> set[str]:
-        """The names of the folders that hold what the items need."""
+        """The names of the folders that hold rows of the items."""
         return {place.store.folder.name for place in self.places.values()}
 
     @property
     def names(self) -> set[str]:
-        """All names that must not be given to another store."""
+        """All names that a new store must not have."""
         return self.folders | set(self.used) | self._joined
 
     def features(self, metadata: Sequence[Mapping[str, Any]]) -> Features:
-        """Read what is stored of some items, in their order."""
+        """Read the features of some items, in their order."""
         rows: dict[Path, list[int]] = {}
         order: dict[Path, list[int]] = {}
         stores: dict[Path, EmbeddingStore] = {}
@@ -122,12 +122,15 @@ class StoredItems:
         return Features.cat(parts)[positions.argsort()]
 
     def join(self, every: bool = False) -> bool:
-        """Join small stores into one, or all of them, without the rows that no item needs; under the lock.
+        """Join small stores, or all stores, into one without unused rows; call it under the lock.
 
-        The stores that were joined stay, until they are swept.
+        The joined stores stay on the disk until a sweep removes them.
+
+        Args:
+            every: join all stores, not only small ones.
 
         Returns:
-            Whether there was something to join.
+            Whether any stores were joined.
         """
         of_folder: dict[str, list[str]] = {}
         for name, place in self.places.items():
@@ -159,13 +162,13 @@ class StoredItems:
 
 
 def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Return, for each store that was joined, the folder that holds its rows now, and where.
+    """Return, for each joined store, the folder that holds its rows now, and their location there.
 
-    A store must not be given one of these names. Where two joined stores hold the same rows, since the first has not
-    been swept yet, the later one counts.
+    A new store must not have one of these names. If two joined stores hold the same rows, because the first is not
+    swept yet, the later one counts.
 
     Raises:
-        ValueError: if a list is not one that this package wrote.
+        ValueError: if a list has another form than this package writes.
     """
     found: dict[str, tuple[Any, ...]] = {}
     for _, holder, stores in sorted(_lists(folder), key=lambda one: one[:2]):
@@ -179,7 +182,7 @@ def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def _lists(folder: Path) -> list[tuple[int, str, list[Any]]]:
-    """The number of each joining, its store and its list."""
+    """Return the number, the store and the list of each joined store."""
     lists = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(STORE) and (path / JOINED).is_file():
