@@ -123,7 +123,7 @@ def test_a_refused_key_is_one_clear_error_that_hides_it(run, serve, photos, tmp_
     assert server.keys == ["Bearer sk-secret"]
     written = "".join(path.read_text() for path in tmp_path.glob("dense*"))
     assert "secret" not in result[1] + result[2] + written
-    one_line_error(run(*command, "--api-key-env", "NO_SUCH_KEY"), "no such variable in the environment")
+    one_line_error(run(*command, "--api-key-env", "NO_SUCH_KEY"), "the environment variable is not set")
     monkeypatch.setenv("D2SVSE_API_KEY", "sk-usual")
     run(*command)
     assert server.keys[-1] == "Bearer sk-usual"

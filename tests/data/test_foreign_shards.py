@@ -91,7 +91,10 @@ def test_json_is_taken_before_txt_in_any_order(tmp_path):
         ([("c.png", png()), ("c.json", link(tarfile.DIRTYPE))], "c.json is a folder, expected a file"),
         ([("c.png", link(tarfile.FIFOTYPE)), ("c.txt", b"a bird")], "c.png is not a plain file"),
         ([("c.png", png()), ("c.png", png(9)), ("c.txt", b"a bird")], "c.png has the same name as another member"),
-        ([("c.png", png()), ("c.jpg", png(9)), ("c.txt", b"a bird")], "c.jpg has the same name as another member, or as another image"),
+        (
+            [("c.png", png()), ("c.jpg", png(9)), ("c.txt", b"a bird")],
+            "c.jpg has the same name as another member, or as another image",
+        ),
         ([("c.png", png()), ("c.txt", b"a bird"), ("c.txt", b"a fish")], "c.txt has the same name as another member"),
         ([("c\x1b[2J.png", png())], r"c\x1b[2J.png has no captions"),
     ],

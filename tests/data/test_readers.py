@@ -197,7 +197,7 @@ def test_captions_that_are_no_text_and_images_that_stand_twice_are_refused(tmp_p
     (tmp_path / "k.json").write_text(json.dumps(content))
     with pytest.raises(ManifestError, match=r"one\.jpg belongs to two images"):
         read_records(tmp_path / "k.json", split="train")
-    with pytest.raises(ValueError, match="only the published layout has the dense captions .* not karpathy"):
+    with pytest.raises(ValueError, match=r"only the published layout has the dense captions .* not karpathy"):
         read_records(tmp_path / "k.json", split="train", dense="long")
 
 

@@ -202,9 +202,7 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
         (tmp_path / "k.json").write_text('{"caption": "One sentence."}')
         for name in ("k.json", "k.heic"):
             tar.add(tmp_path / "k.json", name)
-    with pytest.raises(
-        ManifestError, match=r"heic\.tar: k has captions but no image; expected k with one of .*\.jpg"
-    ):
+    with pytest.raises(ManifestError, match=r"heic\.tar: k has captions but no image; expected k with one of .*\.jpg"):
         index_shards([tmp_path / "heic.tar"], index)
 
 

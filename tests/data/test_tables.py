@@ -83,7 +83,10 @@ def test_columns_are_refused_where_there_are_none(tmp_path):
         ("image;caption\na.jpg;x\nb.jpg\n", r"t\.csv:3: expected 2 columns, got 1"),
         ("image\tcaption\na.jpg\tx\nb.jpg\n", r"t\.csv:3: expected 2 columns, got 1"),
         ("image,caption\na.jpg,x\n,y\n", r"t\.csv:3: expected an image and a caption"),
-        ("photo,description\na.jpg,x\nb.jpg,y\n", r"t\.csv:1: no column of images; .*the columns are photo, description"),
+        (
+            "photo,description\na.jpg,x\nb.jpg,y\n",
+            r"t\.csv:1: no column of images; .*the columns are photo, description",
+        ),
         ('image;caption\na.jpg;x\nb.jpg;"y\n', r"t\.csv:3: the row is not valid CSV"),
         ("", r"t\.csv: no rows"),
     ],

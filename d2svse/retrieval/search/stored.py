@@ -28,7 +28,7 @@ LARGEST_SMALL = 8192  # items; only `compact` joins larger stores, because joini
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """The current location of the rows of an earlier store.
 
     Attributes:
@@ -76,11 +76,11 @@ class StoredItems:
                 self.used.setdefault(one["store"], []).append(count_of(one["row"], "a row"))
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{folder}: an item without its place in a store ({error!r}); build it again"
+                    f"{folder}: an item does not name its row in a store ({error!r}); build it again"
                 ) from None
         joined = joined_stores(folder)
         stores: dict[str, EmbeddingStore] = {}
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, Location] = {}
         self._joined = set(joined)
         for name in self.used:
             holder, *where = joined.get(name, (name,))
@@ -88,16 +88,16 @@ class StoredItems:
                 stores[holder] = EmbeddingStore(own_folder(folder, holder))
             store = stores[holder]
             first, count, kept = where or (0, len(store), None)
-            place = Place(store, first, count, None if kept is None else np.array(kept, dtype=np.int64))
+            location = Location(store, first, count, None if kept is None else np.array(kept, dtype=np.int64))
             if first + (count if kept is None else len(kept)) > len(store):
                 raise ValueError(f"{store.folder / JOINED}: names rows that it does not hold; build the index again")
-            place.rows(self.used[name])
-            self.places[name] = place
+            location.rows(self.used[name])
+            self.locations[name] = location
 
     @property
     def folders(self) -> set[str]:
         """The names of the folders that hold rows of the items."""
-        return {place.store.folder.name for place in self.places.values()}
+        return {location.store.folder.name for location in self.locations.values()}
 
     @property
     def names(self) -> set[str]:
@@ -110,10 +110,10 @@ class StoredItems:
         order: dict[Path, list[int]] = {}
         stores: dict[Path, EmbeddingStore] = {}
         for position, one in enumerate(metadata):
-            place = self.places[one["store"]]
-            folder = place.store.folder
-            stores[folder] = place.store
-            rows.setdefault(folder, []).append(int(place.rows([one["row"]])[0]))
+            location = self.locations[one["store"]]
+            folder = location.store.folder
+            stores[folder] = location.store
+            rows.setdefault(folder, []).append(int(location.rows([one["row"]])[0]))
             order.setdefault(folder, []).append(position)
         parts = [stores[folder].features(rows[folder]) for folder in rows]
         if len(parts) == 1:
@@ -133,12 +133,12 @@ class StoredItems:
             Whether any stores were joined.
         """
         of_folder: dict[str, list[str]] = {}
-        for name, place in self.places.items():
-            of_folder.setdefault(place.store.folder.name, []).append(name)
+        for name, location in self.locations.items():
+            of_folder.setdefault(location.store.folder.name, []).append(name)
         needed = {folder: sum(len(self.used[name]) for name in names) for folder, names in of_folder.items()}
         if every:
             chosen = list(of_folder)
-            whole = len(chosen) == 1 and needed[chosen[0]] == len(self.places[of_folder[chosen[0]][0]].store)
+            whole = len(chosen) == 1 and needed[chosen[0]] == len(self.locations[of_folder[chosen[0]][0]].store)
             if not chosen or whole:
                 return False
         else:
@@ -148,9 +148,9 @@ class StoredItems:
                 return False
         parts, listed, first = [], [], 0
         for name in (name for folder in chosen for name in of_folder[folder]):
-            place, kept = self.places[name], sorted(self.used[name])
-            parts.append((place.store, place.rows(kept)))
-            listed.append([name, first, place.count, None if len(kept) == place.count else kept])
+            location, kept = self.locations[name], sorted(self.used[name])
+            parts.append((location.store, location.rows(kept)))
+            listed.append([name, first, location.count, None if len(kept) == location.count else kept])
             first += len(kept)
         name = STORE + uuid.uuid4().hex[:12]
         note_folders(self.folder, [name])
