@@ -34,7 +34,7 @@ def test_both_sides_are_drawn_and_the_own_sentence_is_green(model, val_dataset, 
     for n, axis in enumerate(figure.axes):
         shown = [text.get_text().replace("\n", " ") for text in axis.texts]
         assert shown[0] == sentences[n]
-        headings = [text for text in shown if "own dense sentence is at" in text]
+        headings = [text for text in shown if "own dense caption has rank" in text]
         assert headings == [
             f"{name} the decoder's tokens: its own dense caption has rank {side.ranks[n]} of 17"
             for name, side in zip(("without", "with"), sides, strict=True)
