@@ -1,4 +1,4 @@
-"""Reading and drawing data: manifests, datasets, training samples, augmentation, synthetic scenes."""
+"""Read data sets and draw training samples: manifests, other layouts, shards, augmentation, synthetic scenes."""
 
 from d2svse.data.collate import Collator
 from d2svse.data.dataset import ImageTextDataset

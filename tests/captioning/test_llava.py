@@ -204,12 +204,12 @@ def test_wrong_options_are_named(llava, options, message):
 def test_a_device_that_is_not_there_is_named(llava):
     if torch.accelerator.is_available():
         pytest.skip("needs a machine without an accelerator")
-    with pytest.raises(ValueError, match="device 'cuda' is not there; cpu is"):
+    with pytest.raises(ValueError, match="this machine has no device 'cuda'; use cpu"):
         load(llava, device="cuda")
 
 
 def test_what_is_no_captioning_model_is_named(backbones, tmp_path):
-    with pytest.raises(ValueError, match="a bert model, expected one that generates text from pictures"):
+    with pytest.raises(ValueError, match="a bert model; expected one that generates text from images"):
         load(backbones / "text")
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         load(tmp_path / "none")

@@ -45,7 +45,7 @@ def test_other_layouts_and_their_splits(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image in it"):
         find_pictures(write_images(tmp_path / "empty", 0))
     (photos / "001.png").unlink()
-    with pytest.raises(ManifestError, match="1 of 1 pictures are not there"):
+    with pytest.raises(ManifestError, match="1 of 1 images are missing"):
         find_pictures(tmp_path / "dataset.json", split="val")
 
 

@@ -35,13 +35,13 @@ def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava,
     output = tmp_path / "dense.jsonl"
     code, out, err = local(photos, output, "--shard", "1/2", "--batch-size", 2)
     assert code == 0, err
-    assert f"{output}: 3 of 3 pictures have a caption, 3 of them new" in out
+    assert f"{output}: 3 of 3 images have a caption, 3 of them new" in out
     first = output.read_bytes()
     code, out, err = local(photos, output, "--batch-size", 5)
     assert code == 0, err
-    assert "6 of 6 pictures have a caption, 3 of them new" in out
+    assert "6 of 6 images have a caption, 3 of them new" in out
     assert output.read_bytes().startswith(first)
-    assert "6 of 6 pictures have a caption, 0 of them new" in local(photos, output)[1]
+    assert "6 of 6 images have a caption, 0 of them new" in local(photos, output)[1]
     assert sorted(row["image"] for row in lines(output)) == [f"00{row}.png" for row in range(6)]
     settings = json.loads((tmp_path / "dense.settings.json").read_text())
     assert settings["model"] == str(llava)
@@ -62,10 +62,10 @@ def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
     assert output.read_bytes() == b""  # nothing was asked for
     code, out, _ = local(photos, output, "--on-bad-image", "skip")
     assert code == 0
-    assert "5 of 6 pictures have a caption, 5 of them new, 1 broken ones skipped" in out
+    assert "5 of 6 images have a caption, 5 of them new, 1 broken ones skipped" in out
     code, out, _ = local(photos, output, "--on-bad-image", "skip")  # only the broken one is left
     assert code == 0
-    assert "5 of 6 pictures have a caption, 0 of them new, 1 broken ones skipped" in out
+    assert "5 of 6 images have a caption, 0 of them new, 1 broken ones skipped" in out
     one_line_error(local(photos, output), "002.png: not an image")
     one_line_error(local(photos, output, "--on-bad-image", "hope"), "must be one of error, skip")
 
@@ -76,8 +76,8 @@ def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve_caption
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--tries", 1)
     result = run(*command, "--concurrency", 1)
     listed = tmp_path / "dense.failed.jsonl"
-    one_line_error(result, "2 pictures are left without a caption, 2 of them failed", str(listed), "HTTP 500", code=1)
-    assert "4 of 6 pictures have a caption, 4 of them new" in result[1]
+    one_line_error(result, "2 images have no caption yet, 2 of them failed", str(listed), "HTTP 500", code=1)
+    assert "4 of 6 images have a caption, 4 of them new" in result[1]
     failed = lines(listed)
     assert [row["image"] for row in failed] == ["001.png", "004.png"]
     assert all("HTTP 500" in row["reason"] for row in failed)
@@ -85,7 +85,7 @@ def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve_caption
     code, out, err = run(*command, "--sentences", 1)
     assert code == 0, err
     assert len(server.bodies) == asked + 2
-    assert "6 of 6 pictures have a caption, 2 of them new" in out
+    assert "6 of 6 images have a caption, 2 of them new" in out
     assert not listed.exists()
     assert len(lines(output)) == 6
     short = lines(tmp_path / "dense-1-sentences.jsonl")
@@ -112,7 +112,7 @@ def test_pictures_never_tried_come_before_those_that_failed(run, serve_captions,
 def test_a_spent_budget_says_how_many_are_left(run, serve_captions, photos, tmp_path):
     server, output = serve_captions(), tmp_path / "dense.jsonl"
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--max-requests", 4)
-    one_line_error(run(*command), "2 pictures are left without a caption; the same command tries them again", code=1)
+    one_line_error(run(*command), "2 images have no caption yet; run the same command to try them again", code=1)
     assert run(*command)[0] == 0
     assert len(server.bodies) == 6
 
@@ -128,7 +128,7 @@ def test_a_refused_key_is_one_clear_error_that_hides_it(run, serve_captions, pho
     assert server.keys == ["Bearer sk-secret"]
     written = "".join(path.read_text() for path in tmp_path.glob("dense*"))
     assert "secret" not in result[1] + result[2] + written
-    one_line_error(run(*command, "--api-key-env", "NO_SUCH_KEY"), "no such variable in the environment")
+    one_line_error(run(*command, "--api-key-env", "NO_SUCH_KEY"), "the environment variable is not set")
     monkeypatch.setenv("D2SVSE_API_KEY", "sk-usual")
     run(*command)
     assert server.keys[-1] == "Bearer sk-usual"
@@ -144,14 +144,14 @@ def test_shorten_and_report(run, tmp_path, backbones):
     assert code == 0, err
     assert "4 captions of at most 1 sentences" in out
     assert [row["dense"] for row in lines(short)][:3] == ["a red circle.", "a red circle.", ""]
-    one_line_error(run("caption", "shorten", dense, "--sentences", 1, "-o", short), "short.jsonl: is there already")
+    one_line_error(run("caption", "shorten", dense, "--sentences", 1, "-o", short), "short.jsonl: already exists")
     one_line_error(run("caption", "shorten", dense, "--sentences", 0, "-o", tmp_path / "n"), "sentences")
     code, out, err = run("caption", "report", short, "--text", backbones / "text")
     assert code == 0, err
     assert "4 captions, short.jsonl" in out
     assert "longer than 96 tokens, so truncated: 1 (33.3 %)" in out
-    assert "word for word as an earlier one: 1" in out
-    assert 'again and again: 1; the first: 3.png ("a red star")' in out
+    assert "equal to an earlier caption: 1" in out
+    assert 'repeating themselves: 1; the first: 3.png ("a red star")' in out
     assert "empty: 1; the first: 2.png" in out
     found = json.loads(run("caption", "report", dense, "--text", backbones / "text", "--max-length", 500, "--json")[1])
     assert (found["truncated"], found["max_length"], found["tokens"]["max"]) == (0, 500, 122)
@@ -171,7 +171,7 @@ def test_images_of_a_manifest_that_are_not_there_are_skipped(run, serve_captions
     code, _, errors = run(*command)
     assert (code, "m.jsonl:2: " in errors, output.exists()) == (2, True, False)
     code, out, _ = run(*command, "--on-bad-image", "skip")
-    assert "2 of 3 pictures have a caption, 2 of them new, 1 broken ones skipped" in out
+    assert "2 of 3 images have a caption, 2 of them new, 1 broken ones skipped" in out
     assert code == 0
     assert {row["image"] for row in map(json.loads, output.read_text().splitlines())} == {
         "photos/000.png",

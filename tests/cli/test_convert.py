@@ -51,7 +51,7 @@ def test_convert_then_evaluate_on_the_published_layout(golden_files, tokenizer, 
     code, _, err = run("eval", model, *arguments, "--folds", 3)
     assert (code, "do not divide" in err) == (2, True)
     code, _, err = run("eval", model, "--data", layout)
-    assert (code, "say which (--split)" in err) == (2, True)
+    assert (code, "name one (--split)" in err) == (2, True)
 
 
 def test_five_thousand_coco_images_are_ranked_in_five_folds_too(golden_files, tokenizer, tmp_path, run, monkeypatch):

@@ -29,10 +29,10 @@ def join(run, manifest, tmp_path):
 def test_concat_and_auto(join):
     code, out, err, dense = join("concat")
     assert (code, err, dense) == (0, "", ["one 0 two", "one 1 two", "one 2 two"])
-    assert "3 images, 3 with dense text" in out
+    assert "3 images, 3 with a dense caption" in out
     code, _, err, _ = join("auto")
     assert code == 2
-    assert "joined.jsonl: is there already; give another name" in err
+    assert "joined.jsonl: already exists; give another name" in err
 
 
 def test_auto_keeps_what_is_there(join):
@@ -50,14 +50,14 @@ def test_images_without_dense_text_are_counted_and_named(join, tmp_path):
     code, _, err, rows = join(dense)
     assert (code, rows) == (2, None)
     assert err.count("\n") == 1
-    assert f"2 of 3 images have no dense text from {dense}: " in err
+    assert f"2 of 3 images have no dense caption in {dense}: " in err
     assert "0.png" in err
     assert "1.png" in err
     assert "--allow-missing" in err
     code, out, err, rows = join(dense, "--allow-missing")
     assert (code, rows) == (0, [None, None, "D2"])
-    assert "1 with dense text" in out
-    assert "2 of 3 images have no dense text" in err
+    assert "1 with a dense caption" in out
+    assert "2 of 3 images have no dense caption" in err
 
 
 def test_a_file_that_is_not_there_is_named(join, tmp_path):

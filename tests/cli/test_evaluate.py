@@ -83,7 +83,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
     data = ("--data", scenes / "val.jsonl")
     for arguments, message in (
         ((tmp_path / "broken", *data), "image_encoder.projection.weight in model.safetensors holds a NaN"),
-        ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png is not there"),
+        ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png does not exist"),
         ((saved["one"], *data, "--protocol", "coco-5k"), "not the split of the protocol coco-5k: 16 images"),
         ((saved["one"], *data, "--protocol", "coco"), "unknown protocol 'coco'"),
         ((saved["one"], *data, "--rerank-k", 5), "it needs no shortlist"),

@@ -44,7 +44,9 @@ def test_user_errors_are_one_line(folder, val_dataset, run):
     one_line_error(run("explain", picture, " ", "--model", model, "--out", out), "empty")
     one_line_error(run("explain", picture, SENTENCE, "--model", folder / "m", "--out", out), "no such model folder")
     one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", folder / "m.doc"), "ends in one of")
-    one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is none")
+    one_line_error(
+        run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is not a word"
+    )
     assert not out.exists()
 
 

@@ -54,7 +54,7 @@ def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, 
     index = tmp_path / "i"
     code, out, err = run("index", "build", folder, photos, "-o", index, "--engine-option", "dtype=float16")
     assert code == 0, err
-    assert "16 pictures" in out
+    assert "16 images" in out
     names = sorted(map(str, photos.iterdir()))
     text = ("a red circle", "a blue star [bold]at[/bold] the top")
     scores = np.asarray(
@@ -81,12 +81,12 @@ def test_build_search_add_remove_and_info(saved, photos, scenes, tmp_path, run, 
     one_line_error(run("index", "add", index, photos), "broken.png", "--on-bad-image skip")
     code, out, err = run("index", "add", index, photos, "--on-bad-image", "skip")
     assert code == 0
-    assert "1 added, 0 encoded again, 1 dropped; 16 pictures" in out
-    assert "skipped 1 pictures" in err
+    assert "1 added, 0 encoded again, 1 dropped; 16 images" in out
+    assert "skipped 1 images" in err
     assert "broken.png" in (index / "skipped.jsonl").read_text()
     monkeypatch.chdir(photos.parent)
     one_line_error(run("index", "remove", index, "new.png"), "the id 'new.png' is not in the index")
-    assert "15 pictures" in run("index", "remove", index, f"{photos.name}/new.png")[1]
+    assert "15 images" in run("index", "remove", index, f"{photos.name}/new.png")[1]
     one_line_error(run("index", "remove", index, photos / "new.png"), "is not in the index")
     info = json.loads(run("index", "info", index, "--json")[1])
     assert {name: info[name] for name in ("count", "side", "engine", "dim", "model")} == {
@@ -180,7 +180,7 @@ def test_an_unmounted_folder_and_another_index_need_an_option(saved, photos, sce
     photos.mkdir()
     code, out, err = run("index", "add", tmp_path / "i", photos, "--prune")
     assert code == 0, err
-    assert "16 dropped; 0 pictures" in out
+    assert "16 dropped; 0 images" in out
     assert run("index", "build", other, scenes / "val", "-o", tmp_path / "i", "--overwrite")[0] == 0
 
 
@@ -192,7 +192,7 @@ def test_compact_exclude_and_follow_links_on_the_command_line(saved, photos, sce
     code, out, err = run("index", "build", folder, photos, "-o", tmp_path / "i", "--exclude", "00005*.png")
     assert code == 0, err
     left = len([path for path in photos.glob("*.png") if not path.name.startswith("00005")])
-    assert f"{left} pictures" in out
+    assert f"{left} images" in out
     code, out, err = run("index", "add", tmp_path / "i", photos, "--follow-links", "--exclude", "00005*.png")
     assert code == 0, err
     assert "48 added" in out
@@ -246,7 +246,7 @@ def test_text_files_of_other_programs_are_read_or_refused_by_name(saved, tmp_pat
     assert np.load(tmp_path / "v.npy").shape == (3, 24)
     code, out, err = run("index", "build", folder, texts, "-o", tmp_path / "i", "--side", "text")
     assert code == 0, err
-    assert "3 sentences" in out
+    assert "3 texts" in out
     for number, (data, words) in enumerate(
         [
             ("a ring\n".encode("utf-16"), "UTF-16"),

@@ -106,7 +106,7 @@ def test_images_that_are_not_there_are_skipped_counted_and_listed(folder, run, c
     rows = [{**FINE, "image": name} for name in ("gone.png", "a.png", "b.png")]
     manifest = lines(folder / "m.jsonl", *rows)
     for choice in (None, "error"):
-        with pytest.raises(ManifestError, match=r"m\.jsonl:1: .*gone\.png is not there"):
+        with pytest.raises(ManifestError, match=r"m\.jsonl:1: .*gone\.png does not exist"):
             ImageTextDataset.from_manifest(manifest, on_bad_image=choice)
     dataset = ImageTextDataset.from_manifest(manifest, on_bad_image="skip")
     assert [record.line for record in dataset.records] == [2]
@@ -136,7 +136,7 @@ def test_a_manifest_is_converted_without_its_images(folder, run):
 
 def test_names_in_messages_do_not_control_the_terminal(folder):
     manifest = lines(folder / "m.jsonl", {"image": "a\x1b[2J\u2028.png", "captions": ["x"]})
-    with pytest.raises(ManifestError, match=r"a\\x1b\[2J\\u2028\.png is not there"):
+    with pytest.raises(ManifestError, match=r"a\\x1b\[2J\\u2028\.png does not exist"):
         read_manifest(manifest)
 
 

@@ -123,7 +123,7 @@ def test_pictures_with_other_suffixes_are_packed_too(name, train_dataset, tmp_pa
     assert packed.captions == record.captions
     assert load_image(packed.image).tobytes() == load_image(tmp_path / name).tobytes()
     (tmp_path / "text.dat").write_text("no picture")
-    with pytest.raises(ImageError, match=r"text\.dat: not a picture"):
+    with pytest.raises(ImageError, match=r"text\.dat: not an image"):
         write_shards([replace(record, image=tmp_path / "text.dat")], tmp_path / "others")
 
 
@@ -142,11 +142,11 @@ def test_writing_goes_on_where_it_was_stopped(train_dataset, tmp_path):
 def test_bad_indexes_and_shards_are_named(shards, tmp_path):
     index = tmp_path / INDEX_FILE
     for content, message in (
-        ("", "no rows in it"),
+        ("", "no rows"),
         ("[1]", r"shards.jsonl:1: expected a JSON object"),
         ('{"shard": 1}', 'expected "shard" and "image" with names'),
         ('{"shard": "a.tar", "image": "b.jpg", "offset": -1, "size": 3}', 'expected "offset" and "size" in bytes'),
-        ('{"shard": "a.tar", "image": "b.jpg", "offset": 0, "size": 3, "captions": []}', "at least one sentence"),
+        ('{"shard": "a.tar", "image": "b.jpg", "offset": 0, "size": 3, "captions": []}', "at least one text"),
     ):
         index.write_text(content)
         with pytest.raises(ManifestError, match=message):
@@ -175,15 +175,13 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
         (tmp_path / "k.json").write_text('{"caption": "One sentence."}')
         for name in ("k.json", "k.heic"):
             tar.add(tmp_path / "k.json", name)
-    with pytest.raises(
-        ManifestError, match=r"heic\.tar: k has captions but no picture; expected k with one of .*\.jpg"
-    ):
+    with pytest.raises(ManifestError, match=r"heic\.tar: k has captions but no image; expected k with one of .*\.jpg"):
         index_shards([tmp_path / "heic.tar"], index)
 
 
 def test_shards_are_not_written_over_their_source(shards):
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
-    with pytest.raises(ValueError, match="cannot be written over those that they are made from"):
+    with pytest.raises(ValueError, match="write to another folder"):
         write_shards(read_shards(shards), shards, 5)
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
 

@@ -1,4 +1,4 @@
-"""Answers of a search: hits, their order, and how many candidates are scored exactly."""
+"""Hits of a search, their order, and the number of candidates to rescore."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ DEFAULT_RERANK = 100
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer: the id it was stored under and its score, higher is closer."""
+    """One result of a search: the id of a stored item and its score, higher is closer."""
 
     id: str
     score: float
 
 
 class Hits(list[Hit]):
-    """The answers to one query, best first.
+    """The hits of one query, best first.
 
     Attributes:
-        notes: what of the query's text does not reach the model, one sentence each: words that the tokenizer does not
-            know, and what was cut.
+        notes: notes on parts of the query's text that the model does not read: unknown words and truncated text.
     """
 
     def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()) -> None:
@@ -38,9 +37,9 @@ class Hits(list[Hit]):
 
 
 def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]:
-    """The k best of some ids, best first; of equal scores the one that stands first."""
+    """Return the k best ids, best first; equal scores keep their order."""
     order = np.argsort(-np.asarray(scores), kind="stable")[:k]
-    return [Hit(ids[place], float(scores[place])) for place in order]
+    return [Hit(ids[position], float(scores[position])) for position in order]
 
 
 def length_of_shortlist(rerank: int | None, k: int, shortlist: Shortlist | None, across: bool) -> int:

@@ -212,7 +212,7 @@ def test_broken_pictures_are_named_before_anything_changes_or_listed(model, phot
     built = ImageTextIndex.build(model, photos, tmp_path / "j", on_bad_image="skip")
     assert len(built) == 15
     assert len(built.skipped) == 2
-    with pytest.raises(ImageError, match="none of the 1 pictures can be read"):
+    with pytest.raises(ImageError, match="none of the 1 images can be read"):
         ImageTextIndex.build(model, [photos / "text.jpg"], tmp_path / "k", on_bad_image="skip")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         index.add(photos / "nowhere")
@@ -220,7 +220,7 @@ def test_broken_pictures_are_named_before_anything_changes_or_listed(model, phot
 
 def test_the_model_is_remembered_and_another_is_refused(model, make_model, photos, tmp_path):
     ImageTextIndex.build(model, photos, tmp_path / "unsaved")
-    with pytest.raises(ValueError, match=r"was not saved then; give model="):
+    with pytest.raises(ValueError, match=r"was not saved; give it with model="):
         ImageTextIndex.load(tmp_path / "unsaved").search("a red circle")
     model.save_pretrained(tmp_path / "m")
     loaded = D2SVSE.from_pretrained(tmp_path / "m")

@@ -44,7 +44,7 @@ def test_a_folder_that_is_empty_or_mostly_gone_drops_nothing_unasked(model, deep
     index = ImageTextIndex.build(model, deep, tmp_path / "i")
     deep.rename(tmp_path / "elsewhere")
     deep.mkdir()
-    with pytest.raises(ValueError, match=r"16 images of the index are not there any more.*--prune"):
+    with pytest.raises(ValueError, match=r"16 images of the index are missing.*--prune"):
         index.add(deep)
     assert len(ImageTextIndex.load(tmp_path / "i", model)) == 16
     shutil.copytree(tmp_path / "elsewhere", deep, dirs_exist_ok=True, copy_function=shutil.copy2)
