@@ -1,19 +1,23 @@
+import doctest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from d2svse.retrieval.evaluation import metrics as metrics_module
+from d2svse.retrieval.evaluation import protocols as protocols_module
+from d2svse.retrieval.evaluation import ranking as ranking_module
+from d2svse.retrieval.evaluation import scorer as scorer_module
 from d2svse.retrieval.evaluation.metrics import (
     NEVER,
     RightAnswers,
-    as_percent,
     best_ranks_in_tiles,
     caption_answers,
-    fold_metrics,
+    fold_slices,
     mean_metrics,
+    rank_metrics,
     ranks,
-    recall_at_k,
     retrieval_metrics,
     whole_matrix,
 )
@@ -131,10 +135,9 @@ def test_equals_the_published_evaluation():
         found = [metrics[f"{direction}_{name}"] * (100 if "recall" in name else 1) for name in names]
         np.testing.assert_allclose(found, golden[direction], rtol=1e-12)
     assert metrics["rsum"] == pytest.approx((golden["i2t"][:3].sum() + golden["t2i"][:3].sum()) / 100)
-    assert as_percent(metrics)["rsum"] == pytest.approx(372.0)
+    assert 100 * metrics["rsum"] == pytest.approx(372.0)
     every = ranking_metrics(*rankings(golden["sims"], *caption_answers(np.arange(200) // 5, 40)))
     assert {name: every[name] for name in metrics} == pytest.approx(metrics)
-    assert set(as_percent(every)) == set(as_percent(metrics))  # true recall is not taken for the hit rate
 
 
 def test_a_constant_model_gains_nothing_from_ties():
@@ -150,7 +153,7 @@ def test_a_constant_model_gains_nothing_from_ties():
 
 
 def test_recall_is_a_hit_rate_and_true_recall_the_share_found():
-    assert recall_at_k(torch.tensor([0, 3, 5, 9]), 5) == 0.5
+    assert rank_metrics(np.array([0, 3, 5, 9]), np.zeros(1))["i2t_recall_at_5"] == 0.5
     i2t, _ = rankings(np.array([[0.9, 0.1, 0.5, 0.4]]), *caption_answers([0, 0, 0, 0], 1))
     assert query_values(i2t)["recall_at_1"].tolist() == [1]
     assert true_recall(i2t, 1).tolist() == [0.25]
@@ -167,7 +170,7 @@ def test_small_rankings_by_hand():
     assert ndcg(i2t, 1)[0] == 1
 
 
-def test_a_shortlist_leaves_out_what_it_cannot_tell():
+def test_candidates_alone_do_not_tell_every_metric():
     right = RightAnswers.from_lists([[0, 1], [2]])
     ranked = np.array([True, False, False])
     short = Ranking.from_counts(right, np.array([0.5, 0.1, 0.2]), np.array([1, 0, 0]), ranked, depth=3)
@@ -177,10 +180,10 @@ def test_a_shortlist_leaves_out_what_it_cannot_tell():
     metrics = ranking_metrics(short, short, recall_at=(1, 3))
     assert metrics["i2t_recall_at_3"] == 0.5
     assert metrics["rsum"] == 1
-    assert "i2t_median_rank" not in metrics  # between 2 and beyond the shortlist
+    assert "i2t_median_rank" not in metrics  # between 2 and beyond the candidates
     assert "rsum" not in ranking_metrics(short, short)  # R@5 and R@10 are beyond it
     deep = Ranking.from_counts(RightAnswers.from_lists([[0, 1]]), np.zeros(2), np.zeros(2, int), np.ones(2, bool), 1)
-    assert "map_at_r" not in query_values(deep)  # two right answers, one place
+    assert "map_at_r" not in query_values(deep)  # two right answers, one candidate
 
 
 def test_bad_input_is_named():
@@ -220,16 +223,21 @@ def test_any_floating_type_is_ranked_as_it_is(dtype):
     )
 
 
-def test_folds_are_the_metrics_of_their_parts():
-    scores, owner = torch.randn(6, 15, generator=torch.Generator().manual_seed(0)), torch.arange(15) * 2 // 5
-    folds = fold_metrics(scores, owner, 3)
-    for i, fold in enumerate(folds):
-        columns = (owner // 2) == i
-        assert fold == retrieval_metrics(scores[2 * i : 2 * i + 2][:, columns], owner[columns] - 2 * i)
-    assert mean_metrics(folds)["rsum"] == pytest.approx(sum(fold["rsum"] for fold in folds) / 3)
+def test_folds_are_equal_consecutive_parts():
+    assert fold_slices(6, 3) == [slice(0, 2), slice(2, 4), slice(4, 6)]
     for count in (0, 4, 7):
         with pytest.raises(ValueError, match=f"6 images do not divide into {count} folds"):
-            fold_metrics(scores, owner, count)
+            fold_slices(6, count)
+
+
+def test_the_mean_is_of_metrics_that_all_results_have():
+    assert mean_metrics([{"rsum": 1.0, "i2t_recall_at_1": 0.5}, {"rsum": 2.0}]) == {"rsum": 1.5}
+
+
+@pytest.mark.parametrize("module", [metrics_module, ranking_module, scorer_module, protocols_module])
+def test_examples_of_docstrings_are_true(module):
+    assert doctest.testmod(module).attempted
+    assert not doctest.testmod(module).failed
 
 
 def test_intervals_are_those_of_queries_drawn_anew():
@@ -263,9 +271,8 @@ def papers_matrix(captions_each: int = 5, n_images: int = 4) -> tuple[np.ndarray
 
 def test_a_transposed_matrix_is_told():
     scores, owner = papers_matrix()
-    for measure in (retrieval_metrics, lambda *given: fold_metrics(*given, 2)):
-        with pytest.raises(ValueError, match=r"scores are 20 × 4.*transposed\? give scores\.T"):
-            measure(scores.T, owner)
+    with pytest.raises(ValueError, match=r"scores are 20 × 4.*transposed\? give scores\.T"):
+        retrieval_metrics(scores.T, owner)
 
 
 @pytest.mark.parametrize(

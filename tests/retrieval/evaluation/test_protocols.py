@@ -19,7 +19,7 @@ from d2svse.retrieval.evaluation.protocols import (
     take_split,
 )
 from d2svse.retrieval.evaluation.ranking import ranking_metrics
-from d2svse.retrieval.evaluation.streaming import Scorer, stream_rankings
+from d2svse.retrieval.evaluation.scorer import Scorer, stream_rankings
 
 IDS = [42, 7, 1000]
 FLICKR = (Path(__file__).parents[2] / "golden" / "flickr30k_test_images.txt").read_text().split()
