@@ -104,7 +104,7 @@ for name in SIMILARITIES:
     start = perf_counter()
     encode = {"output": model.similarity_fn.output, "convert_to_tensor": True}
     images, texts = model.encode_image(test.images, **encode), model.encode_text(test.captions, **encode)
-    results[name] = model.similarity(images, texts).detach(), test.image_of_caption
+    results[name] = model.similarity(images, texts), test.image_of_caption
     seconds = perf_counter() - start
     models[name], metrics[name] = model, evaluation.metrics
     low, high = evaluation.report()["intervals"]["t2i_recall_at_10"]

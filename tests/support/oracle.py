@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Sequence
 
@@ -17,8 +18,9 @@ RECALL_AT = (1, 5, 10)
 def score_all(model: D2SVSE, dataset: ImageTextDataset, captions: str = "sparse") -> tuple[np.ndarray, np.ndarray]:
     """Score every image with every caption: `(n_images, n_captions)`, and the row of each caption's image."""
     dense, kind = captions == "dense", {"output": model.similarity_fn.output, "convert_to_tensor": True}
-    images = model.encode_image(dataset.images, **kind)
-    texts = model.encode_text(dataset.dense_captions if dense else dataset.captions, dense=dense, **kind)
+    images = model.encode_image(dataset.images, batch_size=32, **kind)  # batches as `evaluate` has them on a CPU
+    texts = dataset.dense_captions if dense else dataset.captions
+    texts = model.encode_text(texts, dense=dense, batch_size=128, **kind)
     owner = np.arange(len(dataset)) if dense else np.asarray(dataset.image_of_caption)
     return model.similarity(images, texts).numpy(), owner
 
@@ -42,7 +44,7 @@ def measure(scores: np.ndarray, owner: np.ndarray) -> dict[str, float]:
         for k in RECALL_AT:
             found[f"{direction}_recall_at_{k}"] = sum(one <= k for one in of_queries) / len(of_queries)
         found[f"{direction}_mean_rank"] = sum(of_queries) / len(of_queries)
-        found[f"{direction}_median_rank"] = statistics.median_low(of_queries)
+        found[f"{direction}_median_rank"] = math.floor(statistics.median(of_queries))
     return found | {"rsum": sum(value for name, value in found.items() if "recall" in name)}
 
 

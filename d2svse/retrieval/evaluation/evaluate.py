@@ -53,7 +53,7 @@ def evaluate(
 ) -> Evaluation:
     """Rank all captions for every image and all images for every caption.
 
-    Scores are computed a tile at a time. The whole score matrix is held only with `processes`.
+    A similarity of pooled vectors never holds all scores; one of tokens does, and so does every one with `processes`.
 
     Args:
         model: the model, with its processor; or a name and a model each, to rank by the mean of their scores.

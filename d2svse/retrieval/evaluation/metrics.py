@@ -483,7 +483,7 @@ def join_directions(values: Mapping[str, Mapping[str, Any]], recall_at: Sequence
 
 
 def median_rank(query_ranks: np.ndarray) -> float:
-    """Return the median, from 1, of ranks from 0. Of two middle ranks the field takes the better.
+    """Return the median, from 1, of ranks from 0. Between two middle ranks it is rounded down, as the field does.
 
     Example:
         >>> median_rank(np.array([0, 1, 2, 9]))
