@@ -144,7 +144,7 @@ keep(score_distributions(results), "scores.png")
 # ## What can be searched at once
 #
 # A bilinear score *folds*: the matrix is multiplied into the sentence's vector once, and what is left is a plain
-# inner product, which any vector engine serves. OMIT does not fold; an index then takes a shortlist by one vector
+# inner product, which any vector engine serves. OMIT does not fold; an index then finds candidates by one vector
 # each, and scores only that exactly.
 
 # %%

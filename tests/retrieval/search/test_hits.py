@@ -102,17 +102,17 @@ def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
     whole = similarity(left, right).detach().numpy()
     whole = whole.T if side == "image" else whole
     stored, queries = (left, right) if side == "image" else (right, left)
-    shortlists = [[str(i) for i in rng.permutation(items)[: rng.integers(1, items + 1)]] for _ in range(count)]
-    shortlists[0] = [str(i) for i in range(items)]
+    lists = [[str(i) for i in rng.permutation(items)[: rng.integers(1, items + 1)]] for _ in range(count)]
+    lists[0] = [str(i) for i in range(items)]
     reads = []
 
     def read(ids):
         reads.append(len(ids))
         return stored[[int(i) for i in ids]]
 
-    found = similarity.score_candidates(side, read, queries, shortlists)
-    for row, (shortlist, scores) in enumerate(zip(shortlists, found, strict=True)):
-        np.testing.assert_allclose(scores, whole[row, [int(i) for i in shortlist]], atol=1e-5)
+    found = similarity.score_candidates(side, read, queries, lists)
+    for row, (wanted, scores) in enumerate(zip(lists, found, strict=True)):
+        np.testing.assert_allclose(scores, whole[row, [int(i) for i in wanted]], atol=1e-5)
     if count > 1:  # what is stored is read once for all queries, or for a block of them
         assert len(reads) == (2 if side == "image" else 3)
 
