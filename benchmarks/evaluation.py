@@ -60,7 +60,7 @@ from d2svse.retrieval.evaluation.metrics import (
 )
 from d2svse.retrieval.evaluation.protocols import find_protocol, right_answers, take_split
 from d2svse.retrieval.evaluation.ranking import ranking_metrics, rankings
-from d2svse.retrieval.evaluation.streaming import Scorer, stream_ranks
+from d2svse.retrieval.evaluation.scorer import Scorer, stream_ranks
 
 IMAGES, CAPTIONS_EACH, DIM = 5000, 5, 512
 CAPTIONS = IMAGES * CAPTIONS_EACH
@@ -204,7 +204,7 @@ def measure_dataset(model_name: str, data: str) -> None:
         return rank_metrics(*argsort_ranks(images @ texts.T, owner))
 
     def here() -> dict[str, float]:
-        return evaluate(model, dataset, batch_size=BATCH)
+        return evaluate(model, dataset, batch_size=BATCH).rank_metrics
 
     def plain() -> dict[str, float]:
         with mock.patch.object(onednn, "has_slow_blas", return_value=False):

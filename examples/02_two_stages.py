@@ -108,8 +108,8 @@ print(f"a sparse caption has {sparse_words:.0f} words in the mean, a dense text 
 # %%
 model = new_model()
 train_stage(model, "pretrain", PRETRAIN_EPOCHS)
-dense_ranked = evaluate(model, test, captions="dense")
-after = {"stage 1": evaluate(model, test)}
+dense_ranked = evaluate(model, test, captions="dense").metrics
+after = {"stage 1": evaluate(model, test).metrics}
 
 # %% [markdown]
 # ## Stage 2: images and sparse captions, with a teacher
@@ -126,7 +126,7 @@ after = {"stage 1": evaluate(model, test)}
 
 # %%
 trainer = train_stage(model, "distill", DISTILL_EPOCHS)
-after["stage 2"] = evaluate(model, test)
+after["stage 2"] = evaluate(model, test).metrics
 
 # %% [markdown]
 # ## Aligning alone, for as many steps
@@ -137,7 +137,7 @@ after["stage 2"] = evaluate(model, test)
 # %%
 baseline = new_model()
 train_stage(baseline, "align", PRETRAIN_EPOCHS + DISTILL_EPOCHS)
-after["aligning alone"] = evaluate(baseline, test)
+after["aligning alone"] = evaluate(baseline, test).metrics
 
 # %%
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}

@@ -32,7 +32,7 @@ from d2svse.cli.common import print_recalls
 from d2svse.demo import TRAINING, build_model, draw_scenes
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.published import convert_published, load_published, write_published
-from d2svse.retrieval import PROTOCOLS, evaluate_protocol, score_dataset
+from d2svse.retrieval import PROTOCOLS, evaluate
 from d2svse.training.arguments import PRESETS
 
 logging.disable_progress_bar()  # of reading and writing weights
@@ -153,18 +153,24 @@ candidates = {
     "loaded, published way": as_published,
     "converted": converted,
 }
-evaluations = {name: evaluate_protocol([(name, one)], test, "custom").result for name, one in candidates.items()}
+evaluations = {name: evaluate(one, test) for name, one in candidates.items()}
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-table = {name: evaluation["metrics"] for name, evaluation in evaluations.items()}
+table = {name: evaluation.metrics for name, evaluation in evaluations.items()}
 print_recalls({"chance": chance, **table}, f"protocol custom, {len(test)} test images, percent")
 
 # %% [markdown]
 # Every score must agree, not only the table: the model loaded in the paper's way with the trained model, and the
 # converted folder with the file.
 
+
 # %%
-scores = {name: score_dataset(one, test)[0] for name, one in candidates.items()}
+def score_all(one):
+    images = one.encode_image(test.images, convert_to_tensor=True)
+    return one.similarity(images, one.encode_text(test.captions, convert_to_tensor=True))
+
+
+scores = {name: score_all(one) for name, one in candidates.items()}
 same = (scores["trained here"] - scores["loaded, paper's way"]).abs().max()
 converted_same = (scores["loaded, published way"] - scores["converted"]).abs().max()
 other = (scores["trained here"] - scores["loaded, published way"]).abs().max()

@@ -33,7 +33,6 @@ from transformers import ResNetConfig, logging
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments, evaluate
 from d2svse.cli.common import print_recalls
 from d2svse.demo import TRAINING, build_model, draw_scenes
-from d2svse.retrieval import score_dataset
 from d2svse.similarity import OMIT
 from d2svse.training.arguments import PRESETS
 from d2svse.visualize import (
@@ -97,8 +96,8 @@ of_words = train_stages("words", words, {"pretrain": PRETRAIN_EPOCHS, "align": S
 # %%
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-results = {"chance": chance, "vectors": evaluate(of_vectors, test), "words": evaluate(of_words, test)}
-print_recalls(results, f"{len(test)} test images, percent")
+results = {"vectors": evaluate(of_vectors, test).metrics, "words": evaluate(of_words, test).metrics}
+print_recalls({"chance": chance, **results}, f"{len(test)} test images, percent")
 
 # %% [markdown]
 # Both models are far above chance on the drawn scenes. They differ in more than their similarity, so the table does
@@ -165,10 +164,11 @@ keep(explain(of_words, first.image, first.captions[0], similarity=OMIT()), "tran
 # chance, and 99 % still puts one wrong image of a hundred before the right one. The three scales differ.
 
 # %%
+vectors = of_vectors.encode_image(test.images), of_vectors.encode_text(test.captions)
 views = {
     "words: max-mean": (scores, owner),
     "words: OMIT": (OMIT()(images, texts), owner),
-    "vectors: GSSF": score_dataset(of_vectors, test),
+    "vectors: GSSF": (of_vectors.similarity(*vectors), owner),
 }
 keep(score_distributions(views), "scores.png")
 

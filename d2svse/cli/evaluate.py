@@ -63,9 +63,7 @@ def evaluate(
     on_bad_image: Annotated[
         str, typer.Option(help="error, or skip to count, list and leave out.", rich_help_panel=_DATA)
     ] = "error",
-    batch_size: Annotated[
-        int, typer.Option(help="Images and sentences encoded at a time.", rich_help_panel=_DATA)
-    ] = 128,
+    batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.", rich_help_panel=_DATA)] = 128,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Folder to keep embeddings in: what is there is not encoded again.", rich_help_panel=_DATA),
@@ -92,12 +90,14 @@ def evaluate(
     rerank_k: Annotated[
         int | None,
         typer.Option(
-            help="Rank only so many by a similarity of tokens, those of the best cosine.", rich_help_panel=_SCORES
+            help="Rank only so many candidates, those of the best cosine, by a similarity of tokens.",
+            rich_help_panel=_SCORES,
         ),
     ] = None,
-    shortlist: Annotated[
-        str, typer.Option(help="Make the shortlist by mean or pooled vectors.", rich_help_panel=_SCORES)
+    candidates: Annotated[
+        str, typer.Option(help="Find candidates by mean or pooled vectors.", rich_help_panel=_SCORES)
     ] = "mean",
+    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
@@ -125,8 +125,8 @@ def evaluate(
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
     from d2svse.files.replace import write_json, write_json_lines
+    from d2svse.retrieval import evaluate as evaluate_models
     from d2svse.retrieval.evaluation.protocols import find_protocol
-    from d2svse.retrieval.evaluation.report import evaluate_protocol
 
     find_protocol(protocol)
     loaded = [(name, load_model(name)) for name in names]
@@ -141,22 +141,22 @@ def evaluate(
     )
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
-    evaluation = evaluate_protocol(
+    evaluation = evaluate_models(
         loaded,
         dataset,
-        protocol,
+        protocol=protocol,
         similarity=_similarity(loaded[0][1], similarity, similarity_arg),
         captions=captions,  # type: ignore[arg-type]
         folds=folds,
-        rerank_k=rerank_k,
-        shortlist=shortlist,  # type: ignore[arg-type]
+        rerank=rerank_k,
+        candidates=shortlist or candidates,  # type: ignore[arg-type]
         annotations=annotations,
         wrong=wrong if per_query else 0,
         batch_size=batch_size,
         embeddings=embeddings,
         show_progress_bar=True,
     )
-    result = evaluation.result | {"split": split}
+    result = evaluation.report() | {"split": split}
     _print(result)
     if output is not None:
         write_json(output, result)
@@ -165,7 +165,7 @@ def evaluate(
 
 
 def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
-    """The similarity asked for; arguments alone are for the model's own."""
+    """Return the similarity asked for; arguments alone are for the model's own."""
     if name is None and not assignments:
         return None
     from d2svse.similarity.base import similarity_options
@@ -184,7 +184,7 @@ def _print(result: Mapping[str, Any]) -> None:
         label = f"mean of {len(names)}"
         described.append(f"{result['scores']}: {', '.join(names)}")
     if result["rerank_k"] is not None:
-        label = f"shortlist of {result['rerank_k']}"
+        label = f"{result['rerank_k']} candidates"
         described.append(f"{names[0]}, {result['candidates']}")
     rows = {label: metrics} if "folds" not in result or result["protocol"] == "custom" else {}
     rows |= {f"fold {number}": part for number, part in enumerate(folds, start=1)}

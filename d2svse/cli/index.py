@@ -48,9 +48,10 @@ def build(
     engine_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE of the engine, such as dtype=float16 or kind=hnsw.")
     ] = None,
-    shortlist: Annotated[
-        str, typer.Option(help="Where the similarity compares tokens, find what it ranks by mean or pooled vectors.")
+    candidates: Annotated[
+        str, typer.Option(help="Where the similarity compares tokens, find candidates by mean or pooled vectors.")
     ] = "mean",
+    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     draft: Annotated[
         bool, typer.Option("--draft", help="Decode large JPEG files at a reduced size, which is faster.")
     ] = False,
@@ -66,7 +67,8 @@ def build(
     from d2svse.retrieval import ImageTextIndex
 
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
-    options |= {"side": side, "engine": engine, "shortlist": shortlist, "draft": draft, "batch_size": batch_size}
+    options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size}
+    options |= {"candidates": shortlist or candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(
         load_model(model),

@@ -37,7 +37,7 @@ def search(
     rerank: Annotated[
         int | None,
         typer.Option(
-            help="Shortlist to score exactly, where the similarity compares tokens; 0: none.", show_default="100"
+            help="Candidates to rank again, where the similarity compares tokens; 0: none.", show_default="100"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each query.")] = False,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RankingLoss(nn.Module, ABC):
     """A loss over the scores of a batch of matching image-text pairs.
 
-    Row i and column i of the scores belong to the same pair. Off the diagonal, two pairs that
-    share an image id match as well: they are never negatives.
+    Row i and column i of the scores belong to the same pair. Off the diagonal, pairs that share an image id match
+    too: they are never negatives.
     """
 
     def forward(self, scores: Tensor, image_ids: Tensor | None = None) -> Tensor:
@@ -74,8 +74,8 @@ class ScoreDistillationLoss(nn.Module, ABC):
         """Compute the loss outside autocast, in float32 (or float64 for float64 input).
 
         Args:
-            student: scores of images with sparse sentences, `(n, n)`.
-            teacher: scores of the same images with dense sentences, `(n, n)`, detached here.
+            student: scores of images with sparse texts, `(n, n)`.
+            teacher: scores of the same images with dense texts, `(n, n)`, detached here.
             image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
 
         Returns:
@@ -103,7 +103,7 @@ def _scalar(loss: nn.Module, value: Tensor) -> Tensor:
 
 
 def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:
-    """Which pairs are no match, `(n, n)` bool."""
+    """Return which pairs do not match, `(n, n)` bool."""
     n = scores.shape[0]
     if scores.shape != (n, n):
         raise ValueError(f"scores must be square, got {tuple(scores.shape)}")

@@ -16,12 +16,12 @@ MAX_LOGIT_SCALE = 100.0
 class InfoNCE(RankingLoss):
     """Symmetric cross-entropy over the rows and the columns of scores / temperature (CLIP).
 
-    Every other image of the batch is a negative, so it learns from all of them at once and does
-    not collapse at small budgets as the hardest-negative hinge can. Pairs of the same image are
-    left out of each other's denominators.
+    Every other image of the batch is a negative, so the loss learns from all of them at once. At small budgets the
+    hardest-negative hinge can collapse; this loss does not. Pairs of the same image are left out of each other's
+    denominators.
 
     Args:
-        temperature: softmax temperature; the start of it if learned.
+        temperature: softmax temperature; its start if it is learned.
         learn_temperature: learn the logarithm of 1 / temperature, which is kept below 100.
 
     Attributes:

@@ -10,7 +10,7 @@ from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss
 
 
 class CosineDistillation(DistillationLoss):
-    """Mean of 1 − cosine; only the direction is taught. The best of the paper's Table 4."""
+    """Mean of 1 − cosine, which teaches only the direction. The best in the paper's Table 4."""
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
@@ -33,9 +33,9 @@ class L2Distillation(DistillationLoss):
 class KLDistillation(ScoreDistillationLoss):
     """KL divergence from the teacher's softmax over the batch to the student's, both directions (GSSF).
 
-    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. Both kinds of
-    scores come from the model's own similarity, so that a GSSF metric calibrates the teacher's as
-    well. Pairs of the same image, but for the pair itself, are left out of both distributions.
+    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. The model's own similarity
+    gives both kinds of scores, so a GSSF metric calibrates the teacher's too. Other pairs of the same image are left
+    out of both distributions.
 
     Args:
         temperature: τ.

@@ -20,7 +20,7 @@ class MaxPolynomial(RankingLoss):
     Args:
         positive: coefficients a_0, a_1, … of the positive score; the published values by default.
         negative: coefficients b_0, b_1, … of the hardest negative score.
-        margin: see above; 0.2.
+        margin: see above.
 
     Raises:
         ValueError: if a polynomial has no coefficient or the margin is negative.
@@ -52,7 +52,7 @@ class MaxPolynomial(RankingLoss):
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Σ_k c_k x^k, elementwise."""
+    """Return Σ_k c_k x^k, elementwise."""
     total = torch.zeros_like(x)
     for coefficient in reversed(coefficients):
         total = total * x + coefficient

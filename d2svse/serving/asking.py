@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2svse.images import ImageError
-from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit, Side
+from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit
 from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.maps import DrawnSet, draw_sets
+from d2svse.similarity.base import Side
 from d2svse.text import check_text
 
 MOST_ANSWERS = 5000
@@ -106,8 +107,8 @@ class Searcher:
 
     @property
     def can_rerank(self) -> bool:
-        """Whether the index has tokens to rank a shortlist by."""
-        return self.index.shortlist is not None
+        """Return whether the index has tokens to rerank by."""
+        return self.index.candidates is not None
 
     def shown_name(self, name: str) -> str:
         """Return an id as a page shows it: the path of an image relative to the folder of all images."""

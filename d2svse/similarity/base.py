@@ -1,4 +1,4 @@
-"""What every similarity is, and the table of their names."""
+"""The base class of similarities, and the table of their names."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TABLE: dict[str, type[Similarity]] = {}
 
 
 class Similarity(nn.Module, ABC):
-    """A score for every pair of an image and a sentence.
+    """A score for every pair of an image and a text.
 
-    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. All that
-    follows from its kind are methods: what an index stores, how candidates are scored, what a map shows.
+    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. Methods tell
+    everything that follows from its kind: what an index stores, how candidates are scored, what a map shows.
 
     Attributes:
         requires: "pooled" if the pooled vectors suffice, "tokens" if the tokens are needed.
@@ -67,7 +67,7 @@ class Similarity(nn.Module, ABC):
 
         Args:
             images: features of `n_images` images.
-            texts: features of `n_texts` sentences, of the same `embed_dim`.
+            texts: features of `n_texts` texts, of the same `embed_dim`.
 
         Returns:
             `(n_images, n_texts)` float32 (float64 for float64 input); higher is closer.
@@ -91,17 +91,17 @@ class Similarity(nn.Module, ABC):
 
     @property
     def foldable(self) -> bool:
-        """Whether `fold` is available."""
+        """Return whether `fold` is available."""
         return type(self).fold is not Similarity.fold
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether features need tokens beside their pooled vectors."""
+        """Return whether features need tokens beside their pooled vectors."""
         return self.requires == "tokens"
 
     @property
     def output(self) -> Literal["pooled", "features"]:
-        """The `output` to ask of `encode_image` and `encode_text`."""
+        """Return the `output` to ask of `encode_image` and `encode_text`."""
         return "features" if self.needs_tokens else "pooled"
 
     def compared(self, features: Features) -> Features:
@@ -115,8 +115,8 @@ class Similarity(nn.Module, ABC):
             wanted: "mean" or "pooled", see `vectors`.
 
         Returns:
-            None where inner products of `vectors` are the scores and need no second stage; "pooled" where
-            there are no tokens to take the mean of; else what was wanted.
+            None where inner products of `vectors` are the scores, which need no second stage; "pooled" where there
+            are no tokens for a mean; else what was wanted.
         """
         return None if self.foldable else wanted if self.needs_tokens else "pooled"
 
@@ -127,9 +127,9 @@ class Similarity(nn.Module, ABC):
         Args:
             side: which side the features are of.
             features: `n` of them, with tokens for "mean".
-            candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors,
-                "mean" for the mean of the L2-normalised tokens, to which matching all tokens alike comes
-                down. Both are L2-normalised.
+            candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors;
+                "mean" for the mean of the L2-normalised tokens, whose inner product is the score of matching all
+                tokens alike. Both are L2-normalised.
 
         Returns:
             `(n, dim)` float32.
@@ -152,12 +152,12 @@ class Similarity(nn.Module, ABC):
 
     @property
     def vector_score(self) -> Literal["cosine", "dot"]:
-        """How another library compares its `vectors`: by inner product where that is the score, else by cosine."""
+        """Return how another library compares its `vectors`: "dot" if inner products are the scores, else "cosine"."""
         return "dot" if self.foldable else "cosine"
 
     @torch.no_grad()
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
-        """Prepare both sides once; the function returned scores some images with some texts, `(rows, columns)`."""
+        """Prepare both sides once; return a function that scores some images with some texts, `(rows, columns)`."""
         if not self.foldable:
             return torch.no_grad()(lambda rows, columns: self(images[rows], texts[columns]))
         left, right = self.fold("image", images.pooled), self.fold("text", texts.pooled)
@@ -190,10 +190,10 @@ class Similarity(nn.Module, ABC):
 
     @torch.no_grad()
     def alignment(self, images: Features, texts: Features) -> Alignment:
-        """Tell what one image's tokens and one text's words have to do with each other.
+        """Return how one image's tokens and one text's words belong together.
 
-        Without a method of its own a similarity of pooled vectors scores each image token in the place of the
-        whole image, and one of tokens each image token alone with each word alone.
+        By default a similarity of pooled vectors scores each image token as if it were the whole image. One of tokens
+        scores each image token alone with each word alone.
 
         Args:
             images: features of one image, with tokens `(1, n_patches, embed_dim)`.

@@ -26,7 +26,7 @@ from d2svse.files.replace import write_faults
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
-from d2svse.retrieval.evaluation.evaluator import evaluate
+from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
@@ -287,7 +287,9 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             max_length=self.args.max_length,
             show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
             processes=Processes(self.args.device) if world_size() > 1 else None,
-        )
+            folds=1,
+            fingerprint=False,
+        ).rank_metrics
         self._since += time.perf_counter() - start  # which is no time of training
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)

@@ -60,7 +60,7 @@ def test_five_thousand_coco_images_are_ranked_in_five_folds_too(golden_files, to
     from PIL import Image
 
     from d2svse import Features
-    from d2svse.retrieval.evaluation import report
+    from d2svse.retrieval.evaluation import evaluate as evaluate_module
 
     run("convert", "published", golden_files["vit_pretrain"], tmp_path / "m", "--tokenizer", tokenizer)
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.jpg")
@@ -73,7 +73,7 @@ def test_five_thousand_coco_images_are_ranked_in_five_folds_too(golden_files, to
     images = torch.randn(5000, 24, generator=torch.Generator().manual_seed(0))
     texts = images.clone()
     images[:500] = texts[:500] = 0  # ties, which count against the first 500 images
-    monkeypatch.setattr(report, "encode_dataset", lambda *a, **k: (Features(images), Features(texts)))
+    monkeypatch.setattr(evaluate_module, "encode_dataset", lambda *a, **k: (Features(images), Features(texts)))
     code, out, err = run("eval", tmp_path / "m", "--data", tmp_path, "--split", "test", "-o", tmp_path / "r.json")
     assert code == 0, err
     assert "mean of 5 folds" in " ".join(out.split())

@@ -30,7 +30,7 @@ def test_a_task_on_local_data_gives_our_recalls(similarity, make_model, dataset)
     model = make_model(similarity=similarity, context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
     if similarity:
         torch.nn.init.normal_(model.similarity_fn.metric.weight)
-    ours = evaluate(model, dataset)
+    ours = evaluate(model, dataset).metrics
     for direction in ("t2i", "i2t"):
         task = LocalRetrieval(dataset, direction)
         result = mteb.evaluate(MTEBModel(model), task, cache=None, show_progress_bar=False, co2_tracker=False)

@@ -53,7 +53,7 @@ def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, 
             raise FileExistsError(
                 f"{folder}: holds an index with {len(lost)} items that this source lacks, such as {lost[0]:.200}{hint}"
             )
-    stores = {str(one["store"]) for one in known.values() if "store" in one} if before.shortlist else set()
+    stores = {str(one["store"]) for one in known.values() if "store" in one} if before.candidates else set()
     return [before.vectors, *(name for name in stores if (folder / name).is_dir())]
 
 

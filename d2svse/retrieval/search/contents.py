@@ -21,8 +21,8 @@ from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
-from d2svse.retrieval.search.hits import Shortlist, Side
 from d2svse.retrieval.vectors.base import VectorIndex
+from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
 _HOLDS = {VECTORS: "index.json", STORE: "store.json"}
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
+_KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
+_NAMES = {key: name for name, key in _KEYS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class IndexSettings:
 
     Attributes:
         side: the kind of the stored items, "image" or "text".
-        shortlist: what the vectors are where the similarity does not fold, else None.
+        candidates: what the vectors are where the similarity does not fold, else None; "shortlist" in the file.
         draft: whether JPEG files are decoded in draft mode.
         model: folder or Hub id of the model, None if it was never saved.
         fingerprint: fingerprint of the model.
@@ -55,7 +57,7 @@ class IndexSettings:
     """
 
     side: Side
-    shortlist: Shortlist | None
+    candidates: Candidates | None
     draft: bool
     model: str | None
     fingerprint: str
@@ -78,26 +80,26 @@ class IndexSettings:
             )
         inside(folder, MANIFEST)
         try:
-            settings = cls(**read_json(path))
+            settings = cls(**{_NAMES.get(name, name): value for name, value in read_json(path).items()})
             _check(settings)
-        except (ValueError, TypeError) as error:
+        except (AttributeError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: not an index written by `d2svse index build` ({error})") from None
         return settings
 
     def write(self, folder: Path) -> None:
         """Write the settings to the folder of an index, in one step."""
-        write_json(folder / MANIFEST, asdict(self))
+        write_json(folder / MANIFEST, {_KEYS.get(name, name): value for name, value in asdict(self).items()})
 
 
 def _check(settings: IndexSettings) -> None:
-    optional = {"shortlist", "model", "source", "dtype"}
+    optional = {"candidates", "model", "source", "dtype"}
     for name in (one.name for one in fields(settings)):
         value = getattr(settings, name)
         kind: Any = bool if name == "draft" else str
         if not isinstance(value, kind) and not (value is None and name in optional):
             raise ValueError(f"{name} is {value!r:.80}")
-    if settings.side not in get_args(Side) or settings.shortlist not in (None, *get_args(Shortlist)):
-        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.shortlist!r:.80}")
+    if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
+        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.candidates!r:.80}")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, which is no folder of vectors inside it")
 
@@ -375,12 +377,12 @@ def add_store(
     for start in range(0, len(store), ROWS_AT_A_TIME):
         part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
         features = store.features(part).to(model.device)
-        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.shortlist).cpu().numpy()
+        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.candidates).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
     for name, one in zip(store.ids, metadata, strict=True):
         if paths.get(name, name) != name:
             one["path"] = paths[name]
-    if settings.shortlist is not None:
+    if settings.candidates is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}
     vectors.replace(gone, store.ids, rows, metadata)

@@ -1,4 +1,4 @@
-"""Hits of a search, their order, and the number of candidates to rescore."""
+"""Hits of a search, their order, and the number of candidates to rerank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from d2svse.similarity.base import Candidates as Shortlist
-from d2svse.similarity.base import Side
-
-__all__ = ["Hit", "Hits", "Shortlist", "Side", "length_of_shortlist", "ranked"]
+from d2svse.similarity.base import Candidates
 
 DEFAULT_RERANK = 100
 
@@ -42,24 +39,24 @@ def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]
     return [Hit(ids[position], float(scores[position])) for position in order]
 
 
-def length_of_shortlist(rerank: int | None, k: int, shortlist: Shortlist | None, across: bool) -> int:
-    """How many items to score exactly; 0 where the scores of the vectors are the answer.
+def candidates_to_rerank(rerank: int | None, k: int, candidates: Candidates | None, across: bool) -> int:
+    """Return how many candidates the similarity ranks again; 0 where the scores of the vectors are the answer.
 
     Args:
         rerank: what was asked for, see `ImageTextIndex.search`.
         k: how many answers are wanted.
-        shortlist: what the vectors are, None where they give the similarity itself.
+        candidates: what the vectors are, None where they give the similarity itself.
         across: whether a query is of the other side than what is stored.
 
     Raises:
-        ValueError: if there is nothing to score exactly, or it is negative or less than k.
+        ValueError: if nothing can be reranked, or the number is negative or less than k.
     """
     if rerank is not None and rerank < 0:
         raise ValueError(f"rerank must not be negative, got {rerank}")
-    if shortlist is None or not across:
+    if candidates is None or not across:
         if rerank:
-            why = "the similarity folds into the vectors" if shortlist is None else "like is compared with like"
-            raise ValueError(f"rerank {rerank}: {why}, there is no shortlist to rank again")
+            why = "the similarity folds into the vectors" if candidates is None else "like is compared with like"
+            raise ValueError(f"rerank {rerank}: {why}, so nothing is reranked")
         return 0
     if rerank and rerank < k:
         raise ValueError(f"rerank must be at least k, {k}, got {rerank}")

@@ -38,18 +38,12 @@ from d2svse.retrieval.search.contents import (
     stored_names,
     sweep_folders,
 )
-from d2svse.retrieval.search.hits import (
-    Hit,
-    Hits,
-    Shortlist,
-    Side,
-    length_of_shortlist,
-    ranked,
-)
+from d2svse.retrieval.search.hits import Hit, Hits, candidates_to_rerank, ranked
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
+from d2svse.similarity.base import Candidates, Side
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -71,7 +65,7 @@ class ImageTextIndex:
 
     Make one with `build` or `load`. A similarity that folds (cosine, GSSF) is folded into the stored
     vectors, whose inner products are then its scores. With any other one (OMIT, SCAN, token alignment) the
-    vectors give a shortlist, which the similarity ranks exactly from stored tokens in float16.
+    vectors find candidates, which the similarity reranks from stored tokens in float16.
 
     On the disk an index is a folder: `image_text_index.json`, the folder of a `VectorIndex`, and folders of
     `EmbeddingStore`s with the tokens, which never change. The metadata of each id names the rows of its tokens. So a
@@ -121,7 +115,7 @@ class ImageTextIndex:
         *,
         side: Side = "image",
         engine: str = "exact",
-        shortlist: Shortlist = "mean",
+        candidates: Candidates = "mean",
         batch_size: int = 64,
         on_bad_image: OnBadImage = "error",
         draft: bool = False,
@@ -143,7 +137,7 @@ class ImageTextIndex:
             folder: folder of the index.
             side: the kind of the items, "image" or "text".
             engine: the backend, "exact", "faiss" or "milvus", see `make_index`.
-            shortlist: see `Similarity.vectors`; it counts only where the similarity does not fold.
+            candidates: see `Similarity.vectors`; it counts only where the similarity does not fold.
             batch_size: items encoded at a time.
             on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
             draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`. Images that are added later,
@@ -162,7 +156,7 @@ class ImageTextIndex:
             FileExistsError: if the folder holds other files, or another index and `overwrite` is false.
             BlockingIOError: if another process is writing to the index.
         """
-        for name, value, known in (("side", side, Side), ("shortlist", shortlist, Shortlist)):
+        for name, value, known in (("side", side, Side), ("candidates", candidates, Candidates)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         folder, similarity = Path(folder), model.similarity_fn
@@ -173,7 +167,7 @@ class ImageTextIndex:
         )
         settings = IndexSettings(
             side,
-            similarity.candidates(shortlist),
+            similarity.candidates(candidates),
             draft,
             name_of(model),
             fingerprint,
@@ -235,9 +229,9 @@ class ImageTextIndex:
         return self._settings.side
 
     @property
-    def shortlist(self) -> Shortlist | None:
-        """The kind of the stored vectors, see `Similarity.candidates`; None where they give the scores."""
-        return self._settings.shortlist
+    def candidates(self) -> Candidates | None:
+        """Return the kind of the stored vectors, see `Similarity.candidates`; None where they give the scores."""
+        return self._settings.candidates
 
     @property
     def model(self) -> D2SVSE:
@@ -440,9 +434,8 @@ class ImageTextIndex:
             images: an image or a list of images; with texts, the n-th text and the n-th image are one query.
             k: number of hits for each query; a smaller index gives fewer.
             weight: weight of the text score in a query of both; the weight of the image score is 1 − weight.
-            rerank: length of the shortlist that is scored exactly, where the similarity does not
-                fold; 100 without it (or k where that is more). 0 leaves the shortlist as it is, and then
-                scores are inner products of its vectors.
+            rerank: number of candidates that the similarity reranks, where it does not fold; 100 without it (or k
+                where that is more). With 0 scores are the inner products of the vectors.
 
         Returns:
             The hits of each query, best first. Their `notes` name the parts of the text that the model does not
@@ -496,7 +489,7 @@ class ImageTextIndex:
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
-        length = length_of_shortlist(rerank, k, self.shortlist, across in queries)
+        length = candidates_to_rerank(rerank, k, self.candidates, across in queries)
         scores, ids = opened.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
@@ -568,16 +561,16 @@ class ImageTextIndex:
 
     def query_vectors(self, side: Side, features: Features) -> np.ndarray:
         """Return the vectors of queries, `(n, dim)` float32, see `Similarity.vectors`."""
-        return self.model.similarity_fn.vectors(side, features, self.shortlist).cpu().numpy()
+        return self.model.similarity_fn.vectors(side, features, self.candidates).cpu().numpy()
 
     def info(self) -> dict[str, Any]:
-        """Return the facts of the index: count, side, engine, dim, shortlist, model, fingerprint and bytes."""
+        """Return the facts of the index: count, side, engine, dim, candidates, model, fingerprint and bytes."""
         return {
             "count": len(self),
             "side": self.side,
             "engine": self.vectors.engine,
             "dim": self.vectors.dim,
-            "shortlist": self.shortlist,
+            "shortlist": self.candidates,  # as the file of the index has it
             "model": self._settings.model,
             "fingerprint": self.vectors.fingerprint,
             "bytes": _bytes(self.folder),
@@ -606,7 +599,7 @@ class ImageTextIndex:
                 before = str(error)
 
     def _stored(self, settings: IndexSettings, vectors: VectorIndex) -> StoredItems | None:
-        if settings.shortlist is None:
+        if settings.candidates is None:
             return None
         return StoredItems(self.folder, vectors.metadata_of(vectors.ids) if len(vectors) else [])
 

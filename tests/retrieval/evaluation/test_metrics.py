@@ -1,14 +1,22 @@
+import doctest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from d2svse.retrieval.evaluation import metrics as metrics_module
+from d2svse.retrieval.evaluation import protocols as protocols_module
+from d2svse.retrieval.evaluation import ranking as ranking_module
+from d2svse.retrieval.evaluation import scorer as scorer_module
 from d2svse.retrieval.evaluation.metrics import (
     NEVER,
     RightAnswers,
     best_ranks_in_tiles,
     caption_answers,
+    fold_slices,
+    mean_metrics,
+    rank_metrics,
     ranks,
     retrieval_metrics,
     whole_matrix,
@@ -145,6 +153,7 @@ def test_a_constant_model_gains_nothing_from_ties():
 
 
 def test_recall_is_a_hit_rate_and_true_recall_the_share_found():
+    assert rank_metrics(np.array([0, 3, 5, 9]), np.zeros(1))["i2t_recall_at_5"] == 0.5
     i2t, _ = rankings(np.array([[0.9, 0.1, 0.5, 0.4]]), *caption_answers([0, 0, 0, 0], 1))
     assert query_values(i2t)["recall_at_1"].tolist() == [1]
     assert true_recall(i2t, 1).tolist() == [0.25]
@@ -161,7 +170,7 @@ def test_small_rankings_by_hand():
     assert ndcg(i2t, 1)[0] == 1
 
 
-def test_a_shortlist_leaves_out_what_it_cannot_tell():
+def test_candidates_alone_do_not_tell_every_metric():
     right = RightAnswers.from_lists([[0, 1], [2]])
     ranked = np.array([True, False, False])
     short = Ranking.from_counts(right, np.array([0.5, 0.1, 0.2]), np.array([1, 0, 0]), ranked, depth=3)
@@ -171,10 +180,10 @@ def test_a_shortlist_leaves_out_what_it_cannot_tell():
     metrics = ranking_metrics(short, short, recall_at=(1, 3))
     assert metrics["i2t_recall_at_3"] == 0.5
     assert metrics["rsum"] == 1
-    assert "i2t_median_rank" not in metrics  # between 2 and beyond the shortlist
+    assert "i2t_median_rank" not in metrics  # between 2 and beyond the candidates
     assert "rsum" not in ranking_metrics(short, short)  # R@5 and R@10 are beyond it
     deep = Ranking.from_counts(RightAnswers.from_lists([[0, 1]]), np.zeros(2), np.zeros(2, int), np.ones(2, bool), 1)
-    assert "map_at_r" not in query_values(deep)  # two right answers, one place
+    assert "map_at_r" not in query_values(deep)  # two right answers, one candidate
 
 
 def test_bad_input_is_named():
@@ -212,6 +221,23 @@ def test_any_floating_type_is_ranked_as_it_is(dtype):
     assert [side.tolist() for side in ranks(scores, owner)] == list(
         map(list, naive_ranks(scores.double().numpy(), owner))
     )
+
+
+def test_folds_are_equal_consecutive_parts():
+    assert fold_slices(6, 3) == [slice(0, 2), slice(2, 4), slice(4, 6)]
+    for count in (0, 4, 7):
+        with pytest.raises(ValueError, match=f"6 images do not divide into {count} folds"):
+            fold_slices(6, count)
+
+
+def test_the_mean_is_of_metrics_that_all_results_have():
+    assert mean_metrics([{"rsum": 1.0, "i2t_recall_at_1": 0.5}, {"rsum": 2.0}]) == {"rsum": 1.5}
+
+
+@pytest.mark.parametrize("module", [metrics_module, ranking_module, scorer_module, protocols_module])
+def test_examples_of_docstrings_are_true(module):
+    assert doctest.testmod(module).attempted
+    assert not doctest.testmod(module).failed
 
 
 def test_intervals_are_those_of_queries_drawn_anew():

@@ -10,11 +10,11 @@ from d2svse.similarity.tiles import IMAGES_TOGETHER, QUERIES_TOGETHER
 
 
 def test_evaluate_ranks_every_image_and_caption(model, val_dataset):
-    metrics = evaluate(model, val_dataset, batch_size=5)
+    metrics = evaluate(model, val_dataset, batch_size=5).rank_metrics
     scores = model.similarity(model.encode_image(val_dataset.images), model.encode_text(val_dataset.captions))
     expected = retrieval_metrics(scores, val_dataset.image_of_caption)
     assert metrics == pytest.approx(expected, abs=0.02)
-    dense = evaluate(model, val_dataset, captions="dense")
+    dense = evaluate(model, val_dataset, captions="dense").rank_metrics
     texts = model.encode_text(val_dataset.dense_captions, dense=True)
     scores = model.similarity(model.encode_image(val_dataset.images), texts)
     assert dense == pytest.approx(retrieval_metrics(scores, np.arange(16)), abs=0.07)
@@ -45,7 +45,7 @@ def test_a_similarity_on_tokens_gets_features(model, val_dataset):
             return super().score(mean(images), mean(texts))
 
     model.similarity_fn = MeanOfTokens()
-    assert 0 <= evaluate(model, val_dataset)["rsum"] <= 6
+    assert 0 <= evaluate(model, val_dataset).metrics["rsum"] <= 6
 
 
 def test_a_gallery_has_a_row_for_every_query(val_dataset, tmp_path):
@@ -102,17 +102,17 @@ def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
     whole = similarity(left, right).detach().numpy()
     whole = whole.T if side == "image" else whole
     stored, queries = (left, right) if side == "image" else (right, left)
-    shortlists = [[str(i) for i in rng.permutation(items)[: rng.integers(1, items + 1)]] for _ in range(count)]
-    shortlists[0] = [str(i) for i in range(items)]
+    lists = [[str(i) for i in rng.permutation(items)[: rng.integers(1, items + 1)]] for _ in range(count)]
+    lists[0] = [str(i) for i in range(items)]
     reads = []
 
     def read(ids):
         reads.append(len(ids))
         return stored[[int(i) for i in ids]]
 
-    found = similarity.score_candidates(side, read, queries, shortlists)
-    for row, (shortlist, scores) in enumerate(zip(shortlists, found, strict=True)):
-        np.testing.assert_allclose(scores, whole[row, [int(i) for i in shortlist]], atol=1e-5)
+    found = similarity.score_candidates(side, read, queries, lists)
+    for row, (wanted, scores) in enumerate(zip(lists, found, strict=True)):
+        np.testing.assert_allclose(scores, whole[row, [int(i) for i in wanted]], atol=1e-5)
     if count > 1:  # what is stored is read once for all queries, or for a block of them
         assert len(reads) == (2 if side == "image" else 3)
 

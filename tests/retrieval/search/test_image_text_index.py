@@ -66,13 +66,13 @@ def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dat
         index.search(queries, rerank=10)
 
 
-@pytest.mark.parametrize("shortlist", ["mean", "pooled"])
+@pytest.mark.parametrize("candidates", ["mean", "pooled"])
 @pytest.mark.parametrize("name", ["max-mean", "scan-t2i", "scan-i2t", "omit", "movers"])
-def test_a_similarity_of_tokens_ranks_its_shortlist_exactly(make_model, val_dataset, tmp_path, name, shortlist):
+def test_a_similarity_of_tokens_reranks_exactly(make_model, val_dataset, tmp_path, name, candidates):
     model = make_model(similarity={"name": name})
     images = model.encode_image(val_dataset.images, output="features")
     names = [str(path) for path in val_dataset.images]
-    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i", shortlist=shortlist)
+    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i", candidates=candidates)
     for count in (3, 12):  # a few queries at a time, and many
         queries = val_dataset.captions[:count]
         words = model.encode_text(queries, output="features")
@@ -83,15 +83,15 @@ def test_a_similarity_of_tokens_ranks_its_shortlist_exactly(make_model, val_data
             best = np.sort(exact[:, row])[::-1][:4]
             np.testing.assert_allclose([hit.score for hit in hits], best, atol=2e-3)  # tokens are float16
             np.testing.assert_allclose([exact[names.index(i), row] for i in given], list(given.values()), atol=2e-3)
-    # A shortlist of 5: the exact order of the 5 best of the shortlist itself.
-    shortlisted = index.search(queries, k=5, rerank=0)
+    # 5 candidates: the exact order of the 5 best by their vectors.
+    by_vectors = index.search(queries, k=5, rerank=0)
     again = index.search(queries, k=5, rerank=5)
-    for row, (first, second) in enumerate(zip(shortlisted, again, strict=True)):
+    for row, (first, second) in enumerate(zip(by_vectors, again, strict=True)):
         assert {hit.id for hit in first} == {hit.id for hit in second}
         order = [exact[names.index(hit.id), row] for hit in second]
         assert all(a >= b - 4e-3 for a, b in itertools.pairwise(order))
     captions = list(dict.fromkeys(val_dataset.captions))
-    texts = ImageTextIndex.build(model, captions, tmp_path / "t", side="text", shortlist=shortlist)
+    texts = ImageTextIndex.build(model, captions, tmp_path / "t", side="text", candidates=candidates)
     exact = model.similarity(images, model.encode_text(captions, output="features")).numpy()
     for row, hits in enumerate(texts.search(images=val_dataset.images[:2], k=4)):
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(exact[row])[::-1][:4], atol=2e-3)
@@ -127,7 +127,8 @@ def test_a_similarity_that_neither_folds_nor_compares_tokens_is_served(make_mode
     model = make_model(similarity={"name": "minus-squared-distance-of-test"})
     index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i")
     queries = val_dataset.captions[:3]
-    assert index.shortlist == "pooled"
+    assert index.candidates == "pooled"
+    assert json.loads((index.folder / MANIFEST).read_text())["shortlist"] == "pooled"  # as in indexes made before
     check(index.search(queries, k=4), [str(path) for path in val_dataset.images],
           all_scores(model, val_dataset.images, queries), 4)  # fmt: skip
 
@@ -248,7 +249,7 @@ def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_p
         ImageTextIndex.load(tmp_path / "i", model).add(photos)
     for options, words in (
         ({"side": "video"}, "side must be one of"),
-        ({"shortlist": "max"}, "shortlist must be one of"),
+        ({"candidates": "max"}, "candidates must be one of"),
         ({"engine": "annoy"}, "unknown engine 'annoy'"),
         ({"dtyp": "float16"}, "no option 'dtyp'"),
     ):
