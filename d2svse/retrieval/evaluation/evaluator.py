@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from d2svse.choices import Captions
 from d2svse.features import Features
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.retrieval.embeddings.store import encode_images, encode_texts
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
     from d2svse.models.modeling import D2SVSE
 
-Captions = Literal["sparse", "dense"]
 PICTURES_ON_CPU = 32  # larger batches are slower there: what each needs is given back to the system
 
 
