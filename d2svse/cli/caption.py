@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, prepare_process, print_table
+from d2svse import choices
+from d2svse.cli.common import OnBadImage, examples, prepare_process, print_table
 from d2svse.text import to_json, visible
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ Shard = Annotated[str, typer.Option(help="i/n: every n-th picture from the i-th,
 Sentences = Annotated[
     int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
 ]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
 
 
 @app.command(
@@ -55,7 +55,7 @@ def local(
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[choices.CaptionerDtype, typer.Option(help="Type of its weights.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1.", show_default="an accelerator, or the CPU")
     ] = None,
@@ -119,7 +119,7 @@ def endpoint(
 
 
 def _pictures(
-    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: str
+    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: choices.OnBadImage
 ) -> list[Picture]:
     from d2svse.captioning.pictures import find_pictures, take_shard
 
@@ -134,16 +134,15 @@ def _run(
     notes: dict[str, Any],
     output: Path,
     sentences: int | None,
-    on_bad_image: str,
+    on_bad_image: choices.OnBadImage,
 ) -> None:
     """Caption what is missing, say how it ended, and exit with 1 if pictures are left."""
     from d2svse.captioning.report import shorten_captions
     from d2svse.captioning.running import caption_pictures
     from d2svse.version import __version__
 
-    choice: Any = on_bad_image
     notes = {"d2svse": __version__, **notes}
-    options: dict[str, Any] = {"notes": notes, "on_bad_image": choice, "show_progress_bar": True}
+    options: dict[str, Any] = {"notes": notes, "on_bad_image": on_bad_image, "show_progress_bar": True}
     summary = caption_pictures(captioner, pictures, output, settings, **options)
     skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
     typer.echo(

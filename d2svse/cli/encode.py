@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, load_model, readable_images
+from d2svse.cli.common import OnBadImage, examples, load_model, readable_images
 from d2svse.text import to_json, visible
 
 EXAMPLES = examples(
@@ -22,7 +22,7 @@ def encode(
     images: Annotated[Path | None, typer.Option(help="A folder of pictures.")] = None,
     texts: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
-    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
+    on_bad_image: OnBadImage = "error",
 ) -> None:
     """Encode pictures or sentences to L2-normalised float32 vectors.
 

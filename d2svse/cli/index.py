@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.choices import Candidates, Engine, Side
+from d2svse.cli.common import OnBadImage, examples, load_model, parse_assignments, prepare_process, whole_lines
 from d2svse.text import to_json, visible
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Indexes of pictures or sentences, to search in.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
 BatchSize = Annotated[int, typer.Option(help="Items encoded at a time.")]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
 Model = Annotated[
     str | None,
     typer.Option(help="The model, if it is not where it was when the index was built, or is to be fetched."),
@@ -41,13 +41,13 @@ def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
     source: Annotated[Path, typer.Argument(help="A folder of pictures, a manifest, or with --side text a text file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    side: Annotated[str, typer.Option(help="image, or text to find sentences by pictures.")] = "image",
-    engine: Annotated[str, typer.Option(help="exact, faiss or milvus.")] = "exact",
+    side: Annotated[Side, typer.Option(help="What to find: images, or texts by images.")] = "image",
+    engine: Annotated[Engine, typer.Option(help="What searches the vectors.")] = "exact",
     engine_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE of the engine, such as dtype=float16 or kind=hnsw.")
     ] = None,
     shortlist: Annotated[
-        str, typer.Option(help="Where the similarity compares tokens, find what it ranks by mean or pooled vectors.")
+        Candidates, typer.Option(help="Where the similarity compares tokens, find what it ranks by these vectors.")
     ] = "mean",
     draft: Annotated[bool, typer.Option("--draft", help="Decode large JPEG files at a part of their size.")] = False,
     exclude: Exclude = None,
@@ -68,7 +68,7 @@ def build(
         load_model(model),
         source,
         output,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         show_progress_bar=True,
         **options,
     )
@@ -94,7 +94,7 @@ def add(
     changes = opened.add(
         source,
         batch_size=batch_size,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         prune=prune,
         exclude=exclude or (),
         follow_links=follow_links,

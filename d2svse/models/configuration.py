@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import unknown
+from d2svse.choices import Fusion, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
-FUSIONS = ("sum", "published")
+FUSIONS = get_args(Fusion)
 
 
 @strict

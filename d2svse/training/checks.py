@@ -152,8 +152,9 @@ def check_metric(name: str | None, known: Iterable[str]) -> None:
         ValueError: naming those that it gives.
     """
     plain = str(name).removeprefix("eval_")
-    if name is not None and plain not in (known := sorted(known)):
-        raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known)}")
+    listed = f"evaluation gives {', '.join(known := sorted(known))}"
+    if name is not None and plain not in known:
+        raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known, listed)}")
 
 
 def inherited_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
