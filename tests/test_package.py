@@ -38,7 +38,7 @@ def test_pieces_import_nothing_of_the_package_but_features():
         if module.endswith("metrics"):
             code = (
                 "import sys, importlib.util as u; s = u.find_spec('d2svse'); import os; "
-                "p = os.path.join(os.path.dirname(s.origin), 'retrieval', 'metrics.py'); "
+                "p = os.path.join(os.path.dirname(s.origin), 'retrieval', 'evaluation', 'metrics.py'); "
                 "m = u.module_from_spec(u.spec_from_file_location('metrics', p)); "
                 "m.__spec__.loader.exec_module(m); "
                 "print(*sorted(n for n in sys.modules if n.startswith('d2svse.')))"

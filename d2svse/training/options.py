@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
@@ -103,14 +104,13 @@ class OptimizerOptions:
     )
     lr_gamma: float = option(0.1, "See lr_milestones.", least=0)
 
-    def decays(self, name: str, weight: bool) -> bool:
-        """Whether weight decay acts on a parameter.
+    def decayed(self, names: Collection[str]) -> Collection[str]:
+        """Return the names of the parameters that weight decay acts on.
 
         Args:
-            name: its name in the model.
-            weight: whether it is a matrix or a kernel: neither a bias, nor a gain, nor the temperature.
+            names: all matrices and kernels of the model: neither biases, nor gains, nor the temperature.
         """
-        return weight
+        return names
 
 
 @dataclass
