@@ -39,7 +39,7 @@ app = typer.Typer(
         "d2svse demo", "d2svse index build MODEL photos -o INDEX", 'd2svse search INDEX "a dog on a beach"'
     ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, prepare_process, print_table
+from d2svse import choices
+from d2svse.cli.common import OnBadImage, examples, prepare_process, print_table
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -31,7 +32,6 @@ Shard = Annotated[str, typer.Option(help="i/n: caption every n-th image from the
 Sentences = Annotated[
     int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
 ]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to leave out broken images and list them.")]
 
 
 @app.command(
@@ -56,7 +56,7 @@ def local(
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[choices.CaptionerDtype, typer.Option(help="Type of the weights.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="Device, such as cuda:1.", show_default="an accelerator, or the CPU")
     ] = None,
@@ -122,7 +122,7 @@ def endpoint(
 
 
 def _pictures(
-    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: str
+    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: choices.OnBadImage
 ) -> list[Picture]:
     from d2svse.captioning.pictures import find_pictures, take_shard
 
@@ -137,16 +137,15 @@ def _run(
     notes: dict[str, Any],
     output: Path,
     sentences: int | None,
-    on_bad_image: str,
+    on_bad_image: choices.OnBadImage,
 ) -> None:
     """Caption the images without a caption, print a summary, and exit with 1 if images are left."""
     from d2svse.captioning.report import shorten_captions
     from d2svse.captioning.running import caption_pictures
     from d2svse.version import __version__
 
-    choice: Any = on_bad_image
     notes = {"d2svse": __version__, **notes}
-    options: dict[str, Any] = {"notes": notes, "on_bad_image": choice, "show_progress_bar": True}
+    options: dict[str, Any] = {"notes": notes, "on_bad_image": on_bad_image, "show_progress_bar": True}
     summary = caption_pictures(captioner, pictures, output, settings, **options)
     skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
     typer.echo(

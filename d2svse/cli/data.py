@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from d2svse.cli.common import examples
+from d2svse.choices import DataFormat
+from d2svse.cli.common import OnBadImage, examples
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
@@ -26,7 +27,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data.")],
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
-    format: Annotated[str, typer.Option(help="auto, published, karpathy, coco, table, datasets or manifest.")] = "auto",
+    format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
     image_folder: Annotated[
         Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
     ] = None,
@@ -122,20 +123,13 @@ def shard(
     ] = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
-    on_bad_image: Annotated[
-        str, typer.Option(help="error, or skip to leave out broken and missing images and list them.")
-    ] = "error",
+    on_bad_image: OnBadImage = "error",
 ) -> None:
     """Pack images and captions into WebDataset tar shards, to train from a disk or a web server."""
-    from typing import get_args
-
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format, refuse_links
     from d2svse.data.shards import write_shards
-    from d2svse.images import OnBadImage
 
-    if on_bad_image not in get_args(OnBadImage):
-        raise ValueError(f"--on-bad-image takes {' or '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     format = detect_format(source)
     dataset = ImageTextDataset.from_source(
         source,

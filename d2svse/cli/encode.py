@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, load_model, readable_images
+from d2svse.cli.common import OnBadImage, examples, load_model, readable_images
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -25,9 +25,7 @@ def encode(
     images: Annotated[Path | None, typer.Option(help="A folder of images.")] = None,
     texts: Annotated[Path | None, typer.Option(help="A text file, one text on each line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
-    on_bad_image: Annotated[
-        str, typer.Option(help="error, or skip to leave out broken images and list them.")
-    ] = "error",
+    on_bad_image: OnBadImage = "error",
 ) -> None:
     """Encode images or texts to L2-normalised float32 embeddings.
 

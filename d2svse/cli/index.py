@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.choices import Candidates, Engine, Side
+from d2svse.cli.common import OnBadImage, examples, load_model, parse_assignments, prepare_process, whole_lines
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Build and change indexes of images or texts.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
 BatchSize = Annotated[int, typer.Option(help="Items encoded at a time.")]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to leave out broken images and list them.")]
 Model = Annotated[
     str | None,
     typer.Option(help="Hub id or folder of the model, if it has moved since the build, or must be downloaded."),
@@ -43,13 +43,13 @@ def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
     source: Annotated[Path, typer.Argument(help="A folder of images, a manifest, or with --side text a text file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    side: Annotated[str, typer.Option(help="What to index: image, or text.")] = "image",
-    engine: Annotated[str, typer.Option(help="exact, faiss or milvus.")] = "exact",
+    side: Annotated[Side, typer.Option(help="What to index.")] = "image",
+    engine: Annotated[Engine, typer.Option(help="The backend that searches the vectors.")] = "exact",
     engine_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the engine, such as dtype=float16 or kind=hnsw.")
+        list[str] | None, typer.Option(help="KEY=VALUE of the backend, such as dtype=float16 or kind=hnsw.")
     ] = None,
     candidates: Annotated[
-        str, typer.Option(help="Where the similarity compares tokens, find candidates by mean or pooled vectors.")
+        Candidates, typer.Option(help="Where the similarity compares tokens, find candidates by these vectors.")
     ] = "mean",
     shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     draft: Annotated[
@@ -74,7 +74,7 @@ def build(
         load_model(model),
         source,
         output,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         show_progress_bar=True,
         **options,
     )
@@ -101,7 +101,7 @@ def add(
     changes = opened.add(
         source,
         batch_size=batch_size,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         prune=prune,
         exclude=exclude or (),
         follow_links=follow_links,

@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from d2svse.choices import DataFormat
 from d2svse.data.layout import as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
@@ -23,7 +24,7 @@ from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files.replace import written_aside
 from d2svse.images import StoredImage
 
-FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets", "shards")
+FORMATS = get_args(DataFormat)
 FORMATS_WITH_COLUMNS = ("manifest", "table", "datasets")
 FORMATS_OF_RELATIVE_NAMES = ("published", "karpathy", "coco")  # these name files in the folder of images
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}

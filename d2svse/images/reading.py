@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from PIL import (
@@ -33,6 +33,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from d2svse.choices import OnBadImage
 from d2svse.cpu import usable_cores
 from d2svse.images.arrays import array_image
 from d2svse.images.metadata import without_metadata
@@ -49,7 +50,6 @@ Result = TypeVar("Result")
 Finish: TypeAlias = Callable[[Image.Image, int], Result]  # takes a decoded image and its orientation
 logger = logging.getLogger(__name__)
 
-OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})  # Pillow reads these in some builds, or by a plugin
 OTHER_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})

@@ -1,11 +1,15 @@
-"""What every loss is: the shape checks, the same-image mask and the float32 island."""
+"""What every loss is: the shape checks, the same-image mask, the float32 island; and how one is found by its name."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from d2svse.registry import Class, Registry
 
 
 class RankingLoss(nn.Module, ABC):
@@ -112,3 +116,59 @@ def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:
     if image_ids.shape != (n,):
         raise ValueError(f"image_ids must be ({n},), got {tuple(image_ids.shape)}")
     return image_ids[:, None] != image_ids[None, :]
+
+
+RANKING: Registry[RankingLoss] = Registry("loss", "d2svse.losses", example="infonce")
+DISTILLATION: Registry[DistillationLoss | ScoreDistillationLoss] = Registry(
+    "distillation loss", "d2svse.distillation_losses", example="cosine"
+)
+
+
+def register_loss(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a ranking loss under `name`.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    return RANKING.register(name)
+
+
+def register_distillation_loss(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a distillation loss, of embeddings or of scores, under `name`.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    return DISTILLATION.register(name)
+
+
+def loss_names() -> list[str]:
+    """Return all names that `build_loss` knows, those of installed packages included."""
+    return RANKING.names()
+
+
+def distillation_loss_names() -> list[str]:
+    """Return all names that `build_distillation_loss` knows, those of installed packages included."""
+    return DISTILLATION.names()
+
+
+def build_loss(configuration: str | Mapping[str, Any]) -> RankingLoss:
+    """Make a ranking loss from a name, or from `{"name": ..., **constructor_arguments}`.
+
+    Names come from `register_loss` and from the entry-point group `d2svse.losses`.
+
+    Raises:
+        ValueError: if the name is unknown or an argument does not fit.
+    """
+    return RANKING.build(configuration, lambda cls, arguments: cls(**arguments))
+
+
+def build_distillation_loss(configuration: str | Mapping[str, Any]) -> DistillationLoss | ScoreDistillationLoss:
+    """Make a distillation loss from a name, or from `{"name": ..., **constructor_arguments}`.
+
+    Names come from `register_distillation_loss` and from the entry-point group `d2svse.distillation_losses`.
+
+    Raises:
+        ValueError: if the name is unknown or an argument does not fit.
+    """
+    return DISTILLATION.build(configuration, lambda cls, arguments: cls(**arguments))

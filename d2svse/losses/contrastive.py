@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import RankingLoss, register_loss
 
 MAX_LOGIT_SCALE = 100.0
 
 
+@register_loss("infonce")
 class InfoNCE(RankingLoss):
     """Symmetric cross-entropy over the rows and the columns of scores / temperature (CLIP).
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss
+from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss, register_distillation_loss
 
 
+@register_distillation_loss("cosine")
 class CosineDistillation(DistillationLoss):
     """Mean of 1 − cosine, which teaches only the direction. The best in the paper's Table 4."""
 
@@ -16,6 +17,7 @@ class CosineDistillation(DistillationLoss):
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+@register_distillation_loss("l1")
 class L1Distillation(DistillationLoss):
     """Mean absolute difference over all entries of the embeddings as they are (not normalised)."""
 
@@ -23,6 +25,7 @@ class L1Distillation(DistillationLoss):
         return F.l1_loss(student, teacher)
 
 
+@register_distillation_loss("l2")
 class L2Distillation(DistillationLoss):
     """Mean squared difference over all entries of the embeddings as they are (not normalised)."""
 
@@ -30,6 +33,7 @@ class L2Distillation(DistillationLoss):
         return F.mse_loss(student, teacher)
 
 
+@register_distillation_loss("kl")
 class KLDistillation(ScoreDistillationLoss):
     """KL divergence from the teacher's softmax over the batch to the student's, both directions (GSSF).
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import RankingLoss, register_loss
 
 
+@register_loss("max-polynomial")
 class MaxPolynomial(RankingLoss):
     """[Σ_p a_p s_ii^p]₊ + [Σ_q b_q n_i^q]₊ with the hardest negative n_i, in both directions, over n.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import RankingLoss, register_loss
 
 
+@register_loss("cmpm")
 class CMPM(RankingLoss):
     """KL divergence from the softmax of the scores to the matching distribution, in both directions.
 

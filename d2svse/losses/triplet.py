@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.choices import Mining
+from d2svse.losses.base import RankingLoss, register_loss
 
-Mining = Literal["sum", "hardest", "schedule"]
 
-
+@register_loss("hinge")
 class TripletLoss(RankingLoss):
     """Hinge loss with a margin, in both directions, summed over the batch.
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from d2svse.choices import Fusion, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
-FUSIONS = ("sum", "published")
+FUSIONS = get_args(Fusion)
 
 
 @strict
@@ -105,7 +106,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         own = [name for name in cls.__annotations__ if name not in ("vision_config", "text_config")]
         for name in options:
             if name not in own:
-                raise ValueError(f"unknown model option {name!r}; known are {', '.join(own)}")
+                raise ValueError(unknown("model option", name, own))
 
 
 AutoConfig.register("d2svse", D2SVSEConfig, exist_ok=True)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import Placement
 from d2svse.features import at_least_float32
 from d2svse.models.pooling import POOLINGS
-
-Placement = Literal["prefix", "postfix", "surround"]
 
 
 class ContextDecoder(nn.Module):

@@ -6,21 +6,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import Candidates, Side
 from d2svse.features import Features
+from d2svse.registry import Class, Registry
 from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
-
-Side = Literal["image", "text"]
-Candidates = Literal["mean", "pooled"]
-
-ENTRY_POINT_GROUP = "d2svse.similarities"
-_TABLE: dict[str, type[Similarity]] = {}
 
 
 class Similarity(nn.Module, ABC):
@@ -238,32 +233,25 @@ class Similarity(nn.Module, ABC):
                     )
 
 
-SimilarityClass = TypeVar("SimilarityClass", bound=type[Similarity])
+REGISTRY: Registry[Similarity] = Registry("similarity", "d2svse.similarities", example="omit")
 
 
-def register_similarity(name: str) -> Callable[[SimilarityClass], SimilarityClass]:
-    """Class decorator that adds a similarity to the table under `name`.
+def register_similarity(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a similarity under `name`.
 
     Raises:
         ValueError: if the name is taken by another class.
     """
-
-    def add(cls: SimilarityClass) -> SimilarityClass:
-        if _TABLE.get(name, cls) is not cls:
-            raise ValueError(f"the similarity name {name!r} is taken by {_TABLE[name].__qualname__}")
-        _TABLE[name] = cls
-        return cls
-
-    return add
+    return REGISTRY.register(name)
 
 
 def similarity_names() -> list[str]:
-    """All names that `build_similarity` knows, those of installed packages included."""
-    return sorted({*_TABLE, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    """Return all names that `build_similarity` knows, those of installed packages included."""
+    return REGISTRY.names()
 
 
 def similarity_options(configuration: Any) -> dict[str, Any]:
-    """The one form of what names a similarity: `{"name": ..., **constructor_arguments}`.
+    """Return the one form of what names a similarity: `{"name": ..., **constructor_arguments}`.
 
     Args:
         configuration: the name, or the name and the arguments; nothing (None, an empty one) is cosine.
@@ -271,14 +259,7 @@ def similarity_options(configuration: Any) -> dict[str, Any]:
     Raises:
         ValueError: if it is something else.
     """
-    if isinstance(configuration, str):
-        configuration = {"name": configuration}
-    options = configuration or {"name": "cosine"}
-    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        raise ValueError(
-            f'similarity must be a name such as "omit", or {{"name": "omit"}} with its arguments, got {options!r:.80}'
-        )
-    return dict(options)
+    return REGISTRY.options(configuration or "cosine")
 
 
 def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = None) -> Similarity:
@@ -293,19 +274,4 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
     Raises:
         ValueError: if the name is unknown or an argument does not fit.
     """
-    arguments = similarity_options(configuration)
-    name = arguments.pop("name")
-    if name not in _TABLE:
-        for point in entry_points(group=ENTRY_POINT_GROUP):
-            if point.name == name:
-                register_similarity(point.name)(point.load())
-                break
-        else:
-            raise ValueError(
-                f"unknown similarity {name!r}; known are {', '.join(similarity_names())}; one of your own is known "
-                f"once its module is imported, to commands by an entry point of the group {ENTRY_POINT_GROUP}"
-            )
-    try:
-        return _TABLE[name].from_config(arguments, dim)
-    except TypeError as error:
-        raise ValueError(f"similarity {name!r}: {error}") from error
+    return REGISTRY.build(similarity_options(configuration), lambda cls, arguments: cls.from_config(arguments, dim))

@@ -50,7 +50,7 @@ def make_samples(
         dataset,
         processor,
         text="dense" if dense else "sparse",
-        captions_per_epoch=args.captions_per_epoch,  # type: ignore[arg-type]
+        captions_per_epoch=args.captions_per_epoch,
         seed=data_seed(args),
         augment_images=args.augment_images,
         augment_words=args.augment_words,
@@ -175,11 +175,13 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
         args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
         decayed: names of the parameters that weight decay acts on.
     """
+    # Without the temperature and gains.
+    matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
+    kept = args.decayed(matrices)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name in decayed and parameter.ndim > 1  # neither the temperature nor gains
-            groups.setdefault((".backbone." in name and MARK not in name, decays), []).append(parameter)
+            groups.setdefault((".backbone." in name and MARK not in name, name in kept), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -6,17 +6,17 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2svse.choices import OnNonfinite
 from d2svse.files.replace import write_json
 from d2svse.training.distributed import gather_rows, is_main_process
 
 logger = logging.getLogger(__name__)
 
-OnNonfinite = Literal["error", "skip"]
 REPORT_FILE = "nonfinite.json"
 
 

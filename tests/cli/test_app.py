@@ -197,14 +197,20 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run(*train, *ends, "--similarity-arg", "k=1"), "similarity 'cosine'", "k")
     one_line_error(run(*train, *ends, "--similarity-arg", "k"), "KEY=VALUE")
     one_line_error(run(*train, *ends, "--loss", "nce"), "unknown loss 'nce'")
-    one_line_error(run(*train, *ends, "--set", "learning_rat=1"), "unknown option 'learning_rat'")
+    one_line_error(
+        run(*train, *ends, "--set", "learning_rat=1"),
+        "unknown option of training 'learning_rat'; did you mean learning_rate?",
+    )
     one_line_error(run(*train, *ends, "--set", "distil.margin=1"), "no stage 'distil'")
-    one_line_error(run(*train, *ends, "--preset", "best"), "unknown preset 'best'")
-    one_line_error(run(*train, *ends, "--stages", "pretrain,destill"), "unknown stage destill")
-    one_line_error(run(*train, *ends, "--on-bad-image", "ignore"), "'error' or 'skip'")
+    one_line_error(run(*train, *ends, "--preset", "best"), "'best' is not one of 'paper', 'published', 'recommended'")
+    one_line_error(
+        run(*train, *ends, "--stages", "pretrain,destill"),
+        "stages must be a list of pretrain, distill, align, got ['pretrain', 'destill']",
+    )
+    one_line_error(run(*train, *ends, "--on-bad-image", "ignore"), "'ignore' is not one of 'error', 'skip'")
     one_line_error(run(*train, *ends, "--dense", tmp_path / "no.jsonl"), "no.jsonl: no such file")
     (tmp_path / "c.yaml").write_text("trian: x")
-    one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: unknown option 'trian'")
+    one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: unknown option 'trian'; did you mean train?")
     (tmp_path / "c.yaml").write_text("a: [")
     one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: not YAML")
     one_line_error(run("eval", tmp_path / "none", "--data", scenes / "val.jsonl"), "none: no such model folder")

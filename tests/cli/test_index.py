@@ -132,13 +132,15 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     one_line_error(run("search", tmp_path / "i", "--image", photos / "no.png"), "no.png: no such image")
     one_line_error(run("search", tmp_path / "i", " "), "query 1: empty, expected a text")
     one_line_error(run("index", "add", tmp_path / "none", photos), "image_text_index.json is missing")
-    one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine", "annoy"), "unknown engine")
-    one_line_error(run("index", "build", folder, photos, "-o", tmp_path / "j", "--side", "video"), "side must be")
+    build = ("index", "build", folder, photos, "-o", tmp_path / "j")
+    one_line_error(run(*build, "--engine", "annoy"), "'annoy' is not one of")
+    one_line_error(run(*build, "--side", "video"), "'video' is not one of")
     one_line_error(
         run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine-option", "kind=x"), "no option 'kind'"
     )
     one_line_error(
-        run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"), "on_bad_image must be"
+        run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"),
+        "'ignore' is not one of 'error', 'skip'",
     )
     with FileLock(tmp_path / "i" / ".lock"):
         one_line_error(run("index", "add", tmp_path / "i", photos), "another process is writing")

@@ -72,10 +72,10 @@ def test_a_configuration_that_is_no_mapping_is_named(refused, text, message):
         ({"output": ["a"]}, "output must be a text, got ['a']"),
         ({"seed": "x"}, "seed must be a whole number, got 'x'"),
         ({"seed": True}, "seed must be a whole number, got True"),
-        ({"stages": None}, "stages must be a list of texts, got null"),
-        ({"stages": [1]}, "stages must be a list of texts, got [1]"),
-        ({"stages": {"pretrain": 1}}, "stages must be a list of texts"),
-        ({"preset": ["paper"]}, "preset must be a text"),
+        ({"stages": None}, "stages must be a list of pretrain, distill, align, got null"),
+        ({"stages": [1]}, "stages must be a list of pretrain, distill, align, got [1]"),
+        ({"stages": {"pretrain": 1}}, "stages must be a list of pretrain, distill, align"),
+        ({"preset": ["paper"]}, "preset must be one of paper, published, recommended, got ['paper']"),
         ({"vision": {"name": "x"}}, "vision must be a text"),
         ({"training": ["learning_rate"]}, "training must be a mapping"),
         ({"pretrain": "fast"}, "pretrain must be a mapping, got 'fast'"),
@@ -85,7 +85,7 @@ def test_a_configuration_that_is_no_mapping_is_named(refused, text, message):
         ({"training": {"num_train_epochs": None}}, "num_train_epochs must be a number, got null"),
         ({"training": {"bf16": "on!"}}, "bf16 must be true or false, got 'on!'"),
         ({"training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor has no effect here"),
-        ({"training": {"metric_for_best_model": "r_sum"}}, "no metric 'r_sum'; did you mean rsum?"),
+        ({"training": {"metric_for_best_model": "r_sum"}}, "unknown metric 'r_sum'; did you mean rsum?"),
         ({"training": {"per_device_train_batch_size": 1}}, "(--batch-size) of stage pretrain is 1"),
         ({"model_options": [1]}, "model_options must be a mapping"),
         ({"model_options": {"embed_dim": "wide"}}, "model_options: embed_dim must be a whole number, got 'wide'"),
@@ -161,5 +161,5 @@ def test_processes_that_meet_one_error_say_it_once(recipe, tmp_path):
     process = torchrun("--standalone", "--nproc-per-node", 2, *command)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count("d2svse: metric_for_best_model: no metric 'none'") == 1, errors
+    assert errors.count("d2svse: metric_for_best_model: unknown metric 'none'") == 1, errors
     assert "RuntimeError" not in errors
