@@ -133,8 +133,6 @@ class TrainingArguments(TransformersTrainingArguments):
             are not divided.
         cache_image_tokens: folder to keep the tokens of a frozen vision backbone in (float16): pictures are
             then encoded once, without cropping and mirroring; needs `freeze_vision`.
-        keep_pixels: read and prepare each picture once and keep its pixels in memory, where `augment_images` is
-            off; each worker keeps those that it has read, which needs `dataloader_persistent_workers`.
         augment_images: crop and mirror pictures.
         augment_words: mask, replace and drop words.
         drop_image_tokens: drop some of the vision backbone's tokens.
@@ -181,7 +179,6 @@ class TrainingArguments(TransformersTrainingArguments):
     attn_implementation: str | None = None
     text_groups: int = 4
     cache_image_tokens: str | None = None
-    keep_pixels: bool = False
     augment_images: bool = True
     augment_words: bool = True
     drop_image_tokens: bool = True
@@ -197,6 +194,7 @@ class TrainingArguments(TransformersTrainingArguments):
     greater_is_better: bool | None = None  # by the metric
     remove_unused_columns: bool = False
     report_to: Any = "none"
+    hub_strategy: Any = "end"
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
 
@@ -231,10 +229,6 @@ class TrainingArguments(TransformersTrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens keeps what a frozen backbone gives: set freeze_vision too")
-        if self.keep_pixels and self.augment_images:
-            raise ValueError("keep_pixels keeps pictures as they are: set augment_images to false too")
-        if self.keep_pixels and self.dataloader_num_workers and not self.dataloader_persistent_workers:
-            raise ValueError("keep_pixels needs workers that stay: set dataloader_persistent_workers to true too")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it: give one")
