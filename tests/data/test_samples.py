@@ -151,9 +151,15 @@ def test_a_sample_that_only_keeps_a_process_busy_is_not_valid(make):
 
 def test_a_batch_is_cut_into_rows_and_chunks(make):
     batch = Collator(0)([make()[Draw(0, index)] for index in range(5)])
-    assert same(batch[torch.tensor([3, 1])], Batch(**{
-        field.name: None if (tensor := getattr(batch, field.name)) is None else tensor[[3, 1]] for field in fields(batch)
-    }))
+    assert same(
+        batch[torch.tensor([3, 1])],
+        Batch(
+            **{
+                field.name: None if (tensor := getattr(batch, field.name)) is None else tensor[[3, 1]]
+                for field in fields(batch)
+            }
+        ),
+    )
     parts = list(batch.chunks(2))
     assert [len(part) for part in parts] == [2, 2, 1]
     assert torch.cat([part.pixel_values for part in parts]).equal(batch.pixel_values)
