@@ -1,8 +1,8 @@
 """Train the demo's model by `d2svse train` with one process and with several, and compare the results.
 
-The scenes and the model with its random weights are those of `d2svse demo`, with a ViT in place of the ResNet, whose
-batch norm keeps its statistics in several processes on the CPU. All see the same batches; sums of floating-point numbers
-are taken in another order.
+The scenes and the model with its random weights are those of `d2svse demo`, with a ViT in place of the ResNet: on the
+CPU, several processes leave the statistics of batch norm as they are. All see the same batches; sums of floating-point
+numbers are taken in another order.
 
     python benchmarks/processes.py
     python benchmarks/processes.py --processes 1 --threads 1
