@@ -141,8 +141,8 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> list[nn.Module]:
     model.train(before)
     if layers and is_main_process():
         logger.warning(
-            "batch norm keeps its running statistics (layers: %d): several processes on the CPU cannot share those of a "
-            "batch; train such a model in one process, or on GPUs, to learn them",
+            "batch norm keeps its running statistics (layers: %d): several processes on the CPU cannot share those of "
+            "a batch; train such a model in one process, or on GPUs, to learn them",
             len(layers),
         )
     return layers
