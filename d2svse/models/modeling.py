@@ -30,7 +30,6 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
-from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
@@ -55,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
+MAX_LOGIT_SCALE = 100.0  # InfoNCE keeps a learned scale below it
 GROUP_TOKENS = 256  # a smaller group of texts costs more time than it saves in padding
 
 
@@ -63,7 +63,6 @@ class D2SVSEOutput(ModelOutput):
     """Output of `D2SVSE.forward`.
 
     Attributes:
-        loss: InfoNCE at the model's logit scale, if `return_loss` is set.
         logits_per_image: scores × logit scale, `(n_images, n_texts)`, if both sides are given.
         logits_per_text: transpose of `logits_per_image`, `(n_texts, n_images)`.
         image_embeds: pooled image vectors, `(n_images, embed_dim)`, not normalised.
@@ -72,7 +71,6 @@ class D2SVSEOutput(ModelOutput):
         text_features: pooled text vectors with words and mask.
     """
 
-    loss: Tensor | None = None
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     image_embeds: Tensor | None = None
@@ -331,7 +329,6 @@ class D2SVSE(Shimmed, PreTrainedModel):
         attention_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
-        return_loss: bool = False,
         return_logits: bool = True,
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
@@ -345,16 +342,15 @@ class D2SVSE(Shimmed, PreTrainedModel):
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
             image_tokens: `(n_images, n_image_tokens, hidden_size)` what the vision backbone gave
                 earlier, instead of `pixel_values`.
-            return_loss: also compute InfoNCE; image i must match text i.
-            return_logits: score all pairs; training tasks leave it out and score by themselves.
+            return_logits: score all pairs, as transformers' zero-shot pipeline expects; training tasks leave
+                it out and score the features.
             text_groups: encode sentences in up to so many groups of like length, so that less padding is
                 computed; the result is the same.
             token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
                 no second part.
 
         Raises:
-            ValueError: if neither side is given, an image twice, a loss is asked of one side, or a
-                sentence has a second part.
+            ValueError: if neither side is given, an image twice, or a text has a second part.
         """
         if token_type_ids is not None and token_type_ids.any():
             raise ValueError("token_type_ids mark a second sentence; give one sentence a row")
@@ -374,13 +370,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
             image_features=images,
             text_features=texts,
         )
-        if images is not None and texts is not None and (return_logits or return_loss):
+        if images is not None and texts is not None and return_logits:
             logits = self.similarity_fn(images, texts) * self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
             output.logits_per_image, output.logits_per_text = logits, logits.T
-            if return_loss:
-                output.loss = InfoNCE(temperature=1.0)(logits)
-        elif return_loss:
-            raise ValueError("a loss needs both pixel_values and input_ids")
         return output
 
     def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:

@@ -9,7 +9,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "arguments": ["TrainingArguments"],
         "options": ["PRESETS"],
-        "tasks": ["DistillTask", "PretrainTask"],
+        "tasks": ["DistillTask", "AlignTask"],
         "teacher": ["Teacher"],
         "trainer": ["Trainer"],
     },
@@ -18,9 +18,9 @@ __getattr__, __dir__ = lazy_names(
 if TYPE_CHECKING:
     from d2svse.training.arguments import TrainingArguments as TrainingArguments
     from d2svse.training.options import PRESETS as PRESETS
+    from d2svse.training.tasks import AlignTask as AlignTask
     from d2svse.training.tasks import DistillTask as DistillTask
-    from d2svse.training.tasks import PretrainTask as PretrainTask
     from d2svse.training.teacher import Teacher as Teacher
     from d2svse.training.trainer import Trainer as Trainer
 
-__all__ = ["PRESETS", "DistillTask", "PretrainTask", "Teacher", "Trainer", "TrainingArguments"]
+__all__ = ["PRESETS", "AlignTask", "DistillTask", "Teacher", "Trainer", "TrainingArguments"]

@@ -86,6 +86,7 @@ class TrainingArguments(
     greater_is_better: bool | None = None  # by the metric
     remove_unused_columns: bool = False
     report_to: Any = "none"
+    hub_strategy: Any = "end"
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
 
@@ -110,10 +111,6 @@ class TrainingArguments(
             )
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens keeps what a frozen backbone gives: set freeze_vision too")
-        if self.keep_pixels and self.augment_images:
-            raise ValueError("keep_pixels keeps pictures as they are: set augment_images to false too")
-        if self.keep_pixels and self.dataloader_num_workers and not self.dataloader_persistent_workers:
-            raise ValueError("keep_pixels needs workers that stay: set dataloader_persistent_workers to true too")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it: give one")

@@ -1,4 +1,4 @@
-"""What a trainer is made of: task, samples, parameter groups, temperature."""
+"""The steps of `Trainer.prepare`, and the checks before it: task, samples, parameter groups, temperature."""
 
 from __future__ import annotations
 
@@ -19,21 +19,40 @@ from d2svse.models.encoders import embedding_count
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
-from d2svse.training.tasks import DistillTask, PretrainTask
+from d2svse.training.tasks import AlignTask, DistillTask
+from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
 def data_seed(args: TrainingArguments) -> int:
-    """The seed of sample order, draws and augmentation."""
+    """Return the seed of sample order, draws and augmentation."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
-    """The task of a stage."""
+def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | None) -> None:
+    """Check that the model, its similarity, the loss and the teacher fit the stage.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if args.stage == "distill" and teacher is None and model.decoder is not None:
+        raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
+    if args.stage == "pretrain" and model.decoder is not None:
+        raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
+    tied = loss.log_scale if isinstance(loss, InfoNCE) else None  # see tie_temperature
+    if any(parameter is not model.logit_scale and parameter is not tied for parameter in loss.parameters()):
+        raise ValueError(f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved")
+    if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
+        name = type(model.similarity_fn).__name__
+        raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
+
+
+def make_task(args: TrainingArguments, loss: RankingLoss) -> AlignTask:
+    """Return the task of a stage."""
     if args.stage == "distill":
         return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
-    return PretrainTask(loss, args.text_groups)
+    return AlignTask(loss, args.text_groups)
 
 
 def make_samples(
@@ -43,7 +62,7 @@ def make_samples(
     teacher_embeddings: Tensor | None = None,
     image_tokens: ImageTokens | None = None,
 ) -> TrainingSamples:
-    """The training samples of a stage."""
+    """Return the training samples of a stage."""
     processor: Any = model.processor
     dense = args.stage == "pretrain"
     samples = TrainingSamples(
@@ -57,13 +76,12 @@ def make_samples(
         max_length=args.dense_max_length if dense else args.max_length,
         teacher_embeddings=teacher_embeddings,
         image_tokens=image_tokens,
-        keep_pixels=args.keep_pixels,
         num_embeddings=embedding_count(model.text_encoder.backbone),
     )
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = image_tokens.shape[1]
     elif args.drop_image_tokens:
-        height, width = samples[0]["pixel_values"].shape[-2:]
+        height, width = samples.pixels(0).shape[-2:]
         samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
     return samples
 

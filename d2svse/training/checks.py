@@ -138,7 +138,7 @@ def check_inherited(values: Mapping[str, Any]) -> None:
     for name in _ACCELERATOR:
         if given.get(name, usual.get(name, False)) != usual.get(name, False):
             raise ValueError(f"{name} of accelerator_config has no effect here: {_LOADER}; leave it out")
-    if str(_plain(values.get("hub_strategy"))) in ("checkpoint", "all_checkpoints"):
+    if str(_plain(values.get("hub_strategy"))) != "end":
         raise ValueError("hub_strategy has no effect here: the model is pushed once, at the end; leave it out")
     optimizer = str(_plain(values.get("optim", "")))
     if optimizer.startswith(_LAYERWISE_OPTIMIZERS):

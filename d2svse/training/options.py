@@ -245,11 +245,6 @@ class ComputeOptions:
         least=0,
     )
     dataloader_num_workers: int = option(0, "Processes that prepare samples.", flag="--workers", least=0, most=1024)
-    keep_pixels: bool = option(
-        False,
-        "Keep the pixels of each image in memory; needs augment_images off, and with workers "
-        "dataloader_persistent_workers on.",
-    )
     attn_implementation: str | None = option(
         None, "Attention of both backbones while they train, such as eager or sdpa; as they were loaded without it."
     )

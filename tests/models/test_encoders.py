@@ -90,7 +90,7 @@ def test_a_causal_text_with_class_token_pooling_is_refused_by_the_trainer(make_m
     model = make_model(text_pooling="cls")
     model.text_encoder.backbone = make_backbone(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100))
     with pytest.raises(ValueError, match="text_pooling cls"):
-        Trainer(model, make_args(), train_dataset)
+        Trainer(model, make_args(), train_dataset).prepare()
 
 
 def test_vit_mae_gives_all_patches_in_order(tmp_path, caplog):

@@ -7,6 +7,7 @@ import copy
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, ResNetConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
+from d2svse.data import Batch
 from d2svse.losses import build_distillation_loss, build_loss
-from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import tie_temperature
-from d2svse.training.distributed import average_gradients
+from d2svse.training.distributed import average_gradients, share_batch_norm
 from d2svse.training.gradcache import cached_backward
-from d2svse.training.tasks import DistillTask, PretrainTask, freeze_unused, total_loss
+from d2svse.training.tasks import AlignTask, DistillTask, freeze_unused, total_loss
 
 LOSSES = {
     "infonce": {"name": "infonce"},
@@ -59,30 +60,31 @@ def build_model(similarity: str = "cosine", decoder: bool = False, batch_norm: b
     return model.double().train()
 
 
-def make_batch(size: int) -> dict[str, torch.Tensor]:
+def make_batch(size: int) -> Batch:
     """Pairs of which the last two show the same image, with sentences of uneven lengths."""
     generator = torch.Generator().manual_seed(size)
     lengths = torch.randint(3, 9, (size,), generator=generator)
-    return {
-        "pixel_values": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).double(),
-        "input_ids": torch.randint(1, 50, (size, 8), generator=generator),
-        "attention_mask": (torch.arange(8) < lengths[:, None]).long(),
-        "image_ids": torch.arange(size).clamp(max=size - 2),
-        "teacher_embeds": torch.randn(size, DIM, generator=generator).double(),
-    }
+    return Batch(
+        pixel_values=torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).double(),
+        input_ids=torch.randint(1, 50, (size, 8), generator=generator),
+        attention_mask=(torch.arange(8) < lengths[:, None]).long(),
+        image_ids=torch.arange(size).clamp(max=size - 2),
+        valid=torch.ones(size, dtype=torch.bool),
+        teacher_embeds=torch.randn(size, DIM, generator=generator).double(),
+    )
 
 
-def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
+def cases() -> Iterator[tuple[str, Any, Any, Batch, int]]:
     """Name, model, task, batch and chunk size of every case."""
     for size in (7, 3):
-        model, task = make_model("cosine", False, True), PretrainTask(build_loss("infonce"))
+        model, task = make_model("cosine", False, True), AlignTask(build_loss("infonce"))
         yield f"batch norm, {size} pairs", model, task, make_batch(size), 0
         for chunk_size in (0, 2):
             end = f", {size} pairs{', chunks' if chunk_size else ''}"
             for name, loss in LOSSES.items():
-                yield name + end, make_model(), PretrainTask(build_loss(loss)), make_batch(size), chunk_size
+                yield name + end, make_model(), AlignTask(build_loss(loss)), make_batch(size), chunk_size
             for name in SIMILARITIES:
-                task = PretrainTask(build_loss("infonce"))
+                task = AlignTask(build_loss("infonce"))
                 yield name + end, make_model(name), task, make_batch(size), chunk_size
             for name in DISTILLATIONS:
                 task = DistillTask(build_loss("infonce"), build_distillation_loss(name))
@@ -90,13 +92,16 @@ def cases() -> Iterator[tuple[str, Any, Any, dict[str, torch.Tensor], int]]:
                 yield "distil by " + name + end, model, task, make_batch(size), chunk_size
 
 
-def gradients(model: Any, task: Any, batch: dict[str, torch.Tensor], chunk_size: int) -> dict[str, torch.Tensor]:
+def gradients(model: Any, task: Any, batch: Batch, chunk_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of a batch of which this process takes its share."""
     tie_temperature(model, task.loss)
     wrapped = model
+    frozen = share_batch_norm(model, model.device)
     if dist.is_initialized():
-        synchronise_batch_norm(model, model.device)
         freeze_unused(model, task, make_batch(2))
+    for layer in frozen:
+        layer.eval()
+    if dist.is_initialized():
         wrapped = DistributedDataParallel(model)
         batch = share(batch, dist.get_rank(), dist.get_world_size())
     if chunk_size:
@@ -111,13 +116,10 @@ def gradients(model: Any, task: Any, batch: dict[str, torch.Tensor], chunk_size:
     return {"loss": total_loss(parts).detach(), **found, **statistics}
 
 
-def share(batch: dict[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
+def share(batch: Batch, rank: int, size: int) -> Batch:
     """The part of a batch that `EpochBatches` and `Collator` give to a process."""
-    rows = torch.arange(len(batch["image_ids"])).tensor_split(size)[rank]
-    if len(rows):
-        return {name: tensor[rows] for name, tensor in batch.items()}
-    busy = {name: tensor[:1] for name, tensor in batch.items()}
-    return busy | {name: busy[name][:0] for name in ("image_ids", "teacher_embeds")}
+    rows = torch.arange(len(batch)).tensor_split(size)[rank]
+    return batch[rows] if len(rows) else replace(batch[:1], valid=torch.tensor([False]))
 
 
 def main(output: str) -> None:

@@ -65,6 +65,7 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
         {"accelerator_config": {"split_batches": True}},
         {"accelerator_config": {"even_batches": False}},
         {"hub_strategy": "all_checkpoints"},
+        {"hub_strategy": "every_save"},
     ):
         with pytest.raises(ValueError, match="has no effect here"):
             make_args(**wrong)
@@ -137,22 +138,22 @@ def test_of_ranks_the_smallest_is_the_best(make_args):
 
 def test_batches_without_negatives_are_refused(make_model, make_args, train_dataset):
     with pytest.raises(ValueError, match=r"--batch-size.* batches of 1: 48 of 48 batches .* one image alone"):
-        Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset)
+        Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset).prepare()
     one = type(train_dataset)(train_dataset.records[:1])
     options = {"stage": "align", "captions_per_epoch": "all"}
     with pytest.raises(ValueError, match="one image alone; a ranking loss needs two"):
-        Trainer(make_model(), make_args(**options), one)
+        Trainer(make_model(), make_args(**options), one).prepare()
 
 
 def test_some_batches_without_negatives_are_warned_of(make_model, make_args, train_dataset, caplog):
     odd = type(train_dataset)(train_dataset.records[:17])
     with caplog.at_level(logging.WARNING):
-        Trainer(make_model(), make_args(dataloader_drop_last=True), odd)
+        Trainer(make_model(), make_args(dataloader_drop_last=True), odd).prepare()
         assert "one image alone" not in caplog.text
-        Trainer(make_model(), make_args(), odd)
+        Trainer(make_model(), make_args(), odd).prepare()
     assert "1 of 2 batches of an epoch hold captions of one image alone" in caplog.text
     caplog.clear()
     two = type(train_dataset)(train_dataset.records[:2])  # several captions each, two a batch
     options = {"stage": "align", "captions_per_epoch": "all", "per_device_train_batch_size": 2}
-    Trainer(make_model(), make_args(**options), two)
+    Trainer(make_model(), make_args(**options), two).prepare()
     assert "batches of an epoch hold captions of one image alone" in caplog.text

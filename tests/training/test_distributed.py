@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d2svse import Features
+from d2svse import Features, Trainer
 from d2svse.cli.app import main
 from d2svse.retrieval import evaluate
+from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
 from support.processes import torchrun
 
@@ -54,6 +55,31 @@ def test_chunks_give_the_gradient_of_the_whole_batch(alone):
     for name in chunked:
         expected = alone[name.replace(", chunks/", "/")]
         assert (alone[name] - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name
+
+
+def test_several_processes_on_the_cpu_keep_the_statistics_of_batch_norm(
+    make_model, make_args, train_dataset, monkeypatch, caplog
+):
+    """As of a published checkpoint, whose projection of words has them."""
+    monkeypatch.setattr("d2svse.training.trainer.world_size", lambda: 2)
+    model = make_model(text_projection="residual_mlp")
+    norm = model.text_encoder.mlp.norm
+    with torch.no_grad():
+        norm.running_mean.normal_()
+    mean, weight = norm.running_mean.clone(), norm.weight.clone()
+    Trainer(model, make_args(num_train_epochs=1, save_strategy="no"), train_dataset).train()
+    assert norm.running_mean.equal(mean)
+    assert not norm.weight.equal(weight)
+    assert "batch norm keeps its running statistics (layers: 1)" in caplog.text
+
+
+def test_batch_norm_of_a_frozen_backbone_is_left_alone():
+    model = worker.make_model("cosine", False, True)
+    assert len(share_batch_norm(model, model.device)) == 1 + sum(
+        isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()
+    )
+    model.freeze(vision=True)
+    assert share_batch_norm(model, model.device) == [model.text_encoder.mlp.norm]
 
 
 def train_command(scenes: Path, backbones: Path, output: Path, batch_size: int) -> list[object]:
