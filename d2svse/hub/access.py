@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
+from d2svse.text import read_json
+
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 BAD_TOKEN = "Invalid credentials in Authorization header"  # what the Hub says, as huggingface_hub knows it
 _BEARER = re.compile(r"(?<=Bearer )[^'\"]+")
@@ -36,6 +40,7 @@ def fetch_model(
     force_download: bool = False,
     local_files_only: bool = False,
     subfolder: str = "",
+    check: Callable[[dict[str, Any]], bool] = lambda config: False,
 ) -> Path:
     """Bring the files of a model into the cache, all of one commit.
 
@@ -51,6 +56,8 @@ def fetch_model(
         force_download: fetch what is there as well.
         local_files_only: do not ask the Hub.
         subfolder: where in the repository the model lies.
+        check: called with the content of config.json before anything else is fetched. It raises if the model is of no
+            use, and returns whether weights that are not safetensors are wanted where there are no others.
 
     Returns:
         The folder in the cache; its name is the commit.
@@ -68,10 +75,17 @@ def fetch_model(
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     with hub_errors(repo_id, revision):
         config = Path(hf_hub_download(repo_id, f"{prefix}config.json", revision=revision, **options))  # type: ignore[arg-type]
+        content = read_json(config)
+        pickles = check(content if isinstance(content, dict) else {})
         commit = config.parents[prefix.count("/")].name
         patterns = [prefix + name for name in MODEL_FILES]
         folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options))  # type: ignore[arg-type]
-        if not any(folder.glob(f"{prefix}{MODEL_FILES[-1]}")):
+        found = any(folder.glob(f"{prefix}{MODEL_FILES[-1]}"))
+        if not found and pickles:
+            patterns = [prefix + name for name in PICKLES]
+            snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options)  # type: ignore[arg-type]
+            found = any(folder.glob(f"{prefix}{PICKLES[0]}"))
+        if not found:
             # Files that were fetched one by one, by others, count as the whole where the Hub cannot be asked.
             if local_files_only:
                 raise errors.LocalEntryNotFoundError(repo_id)

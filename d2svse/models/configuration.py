@@ -14,7 +14,7 @@ from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
-POOLING_NAMES = ("gpo", "mean", "max", "cls")
+POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
 FUSIONS = ("sum", "published")
 
@@ -28,7 +28,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             vision backbone that yields a sequence or a grid of tokens; ViT-B/16 by default.
         text_config: the same for any transformers text backbone; BERT-base by default.
         embed_dim: width of the joint space, 512 in the published checkpoints.
-        image_pooling: "gpo", "mean", "max" or "cls".
+        image_pooling: "gpo", "mean", "max" or "cls"; "native" for the pooling and projection of `dual_encoder`.
         text_pooling: the same for sentences.
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
         context_decoder: arguments of `build_context_decoder`, for the sparse branch of stage 2, or
@@ -38,8 +38,12 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         context_residual: False takes the decoder's output alone, without the pooled sentence.
         similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
             and saved in that form too; cosine without it.
+        dual_encoder: configuration of the dual encoder of transformers (CLIP, SigLIP, ...) that the model was made
+            from, with its `model_type` and without that of its towers; both poolings are "native" then.
         lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
         logit_scale_init_value: log(1 / temperature) by which scores become logits.
+        logit_bias_init_value: what is added to logits, as SigLIP does; None for nothing.
+        max_logit_scale: largest factor by which scores become logits; None for no limit.
 
     Raises:
         ValueError: if a pooling, projection or fusion is unknown, the width is not positive, or the similarity is
@@ -63,8 +67,11 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     fusion: str = "sum"
     context_residual: bool = True
     similarity: dict[str, Any] | str | None = None
+    dual_encoder: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
+    logit_bias_init_value: float | int | None = None
+    max_logit_scale: float | int | None = 100.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         for kind, name, known in (
@@ -78,7 +85,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for side in self.lora or {}:
             if side not in ("vision", "text"):
                 raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
-        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "lora")
+        native = {self.image_pooling, self.text_pooling}
+        if "native" in native and (native != {"native"} or self.dual_encoder is None):
+            raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
+        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder", "lora")
         check_limits({name: getattr(self, name) for name in own})
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")

@@ -64,6 +64,8 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
         "tokenizer": _tokenizer(model.processor.tokenizer),
         "max_length": model.processor.max_length,
     }
+    # Named only where they are set, so that the fingerprints of models without them stay the same.
+    parts |= {name: value for name in ("fixed_length", "prompt") if (value := getattr(model.processor, name))}
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     # torch.compile puts its own name into those of the weights, and computes the same.
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}

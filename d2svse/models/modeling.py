@@ -30,11 +30,22 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
-from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
+from d2svse.losses.contrastive import InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
+from d2svse.models.dual_encoders import (
+    Tower,
+    check_kind,
+    describe,
+    embed_dim_of,
+    load_dual_encoder,
+    load_dual_processor,
+    logit_scale_of,
+    make_dual_encoder,
+    towers_of,
+)
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
 from d2svse.models.encoding import (
     Embeddings,
@@ -50,6 +61,7 @@ from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Similarity, build_similarity
+from d2svse.text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +103,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         config: the architecture; the weights are random.
         vision_backbone: a loaded backbone for the image side, instead of a random one.
         text_backbone: the same for the text side.
+        dual_encoder: a loaded dual encoder, whose towers are taken, instead of a random one.
 
     Attributes:
         processor: prepares pictures and sentences; saved and loaded with the model.
@@ -110,13 +123,21 @@ class D2SVSE(Shimmed, PreTrainedModel):
         config: D2SVSEConfig,
         vision_backbone: PreTrainedModel | None = None,
         text_backbone: PreTrainedModel | None = None,
+        dual_encoder: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
         vision_config: Any = config.vision_config
         text_config: Any = config.text_config
-        self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
+        image_tower: Tower | None = None
+        text_tower: Tower | None = None
+        if config.dual_encoder is not None:
+            dual = dual_encoder or make_dual_encoder(config.dual_encoder, vision_config, text_config)
+            image_tower, text_tower = towers_of(dual)
+        self.image_encoder = ImageEncoder(
+            vision_config, config.embed_dim, config.image_pooling, vision_backbone, image_tower
+        )
         self.text_encoder = TextEncoder(
-            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone
+            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone, text_tower
         )
         self.decoder = (
             build_context_decoder(config.embed_dim, **config.context_decoder)
@@ -125,6 +146,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         )
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.processor: D2SVSEProcessor | None = None
         self.post_init()
         for side, arguments in (config.lora or {}).items():
@@ -168,8 +191,58 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return model
 
     @classmethod
+    def from_dual_encoder(
+        cls, dual_encoder: str | os.PathLike[str] | PreTrainedModel, *, processor: Any = None, **options: Any
+    ) -> D2SVSE:
+        """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
+
+        Embeddings, scores and logits are those of the original. `from_pretrained` calls this for a Hub id or a folder
+        of such a model.
+
+        Args:
+            dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
+            processor: the model's own processor; that of the folder without it.
+            **options: further fields of `D2SVSEConfig`, such as `similarity` or `context_decoder`.
+
+        Raises:
+            ValueError: if it is no dual encoder that is known, or an option is no field that is free.
+            OSError: if the folder lacks a file.
+        """
+        D2SVSEConfig.check_names(options)
+        if not isinstance(dual_encoder, PreTrainedModel):
+            loaded = load_dual_encoder(dual_encoder)
+            processor = processor or load_dual_processor(dual_encoder)
+            dual_encoder = loaded
+        check_kind(dual_encoder.config.model_type)
+        dual_config: Any = dual_encoder.config
+        scale, bias = logit_scale_of(dual_encoder)
+        config = D2SVSEConfig(
+            **{
+                "vision_config": dual_config.vision_config.to_dict(),
+                "text_config": dual_config.text_config.to_dict(),
+                "dual_encoder": describe(dual_config),
+                "embed_dim": embed_dim_of(dual_config),
+                "image_pooling": "native",
+                "text_pooling": "native",
+                "logit_scale_init_value": scale,
+                "logit_bias_init_value": bias,
+                "max_logit_scale": None,
+                **options,
+            }
+        )
+        for parameter in dual_encoder.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = cls(config, dual_encoder=dual_encoder)
+        if processor is not None:
+            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config)
+        return model
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model and its processor from the Hub or a folder; arguments as in transformers.
+
+        Dual encoders of transformers, such as CLIP and SigLIP, are taken over, see `from_dual_encoder`; further
+        arguments are then fields of `D2SVSEConfig`.
 
         From the Hub all files are of one commit, which `config._commit_hash` tells.
 
@@ -177,16 +250,34 @@ class D2SVSE(Shimmed, PreTrainedModel):
             FileNotFoundError: if a file of the model is missing, or there is no such repository or
                 revision; the message names it.
             OSError: if the Hub cannot be reached or refuses, of a kind that says which.
-            ValueError: if the weights are broken, not finite or fewer than the configuration describes, or the
-                folder names something outside of itself.
+            ValueError: if it is another kind of model, the weights are broken, not finite or fewer than the
+                configuration describes, or the folder names something outside of itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+
+        def check(config: dict[str, Any]) -> bool:
+            model_type = str(config.get("model_type", D2SVSEConfig.model_type))
+            if model_type == D2SVSEConfig.model_type:
+                return False
+            check_kind(model_type, name)
+            return True
+
         recover_folder(folder)
         if not folder.is_dir():
-            folder = fetch_model(name, subfolder=subfolder, **hub_options)
+            folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
+        if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
+            if unknown := kwargs.keys() - {"subfolder", "output_loading_info", "dtype", "device_map"}:
+                D2SVSEConfig.check_names(unknown)
+            options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
+            dtype = options.pop("dtype", None)
+            adopted = cls.from_dual_encoder(inner, **options)
+            adopted.name_or_path = adopted.config.name_or_path = name
+            if not Path(name).is_dir():
+                adopted.config._commit_hash = folder.name
+            return adopted if dtype is None else adopted.to(dtype)
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -345,7 +436,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_features=texts,
         )
         if images is not None and texts is not None and (return_logits or return_loss):
-            logits = self.similarity_fn(images, texts) * self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+            scale = self.logit_scale.float().exp()
+            if self.config.max_logit_scale is not None:
+                scale = scale.clamp(max=self.config.max_logit_scale)
+            logits = self.similarity_fn(images, texts) * scale
+            if self.logit_bias is not None:
+                logits = logits + self.logit_bias.float()
             output.logits_per_image, output.logits_per_text = logits, logits.T
             if return_loss:
                 output.loss = InfoNCE(temperature=1.0)(logits)
@@ -354,8 +450,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return output
 
     def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
-        padding_counts = self.text_encoder.mlp is not None or (
-            self.decoder is not None and not self.decoder.mask_padding
+        padding_counts = (
+            self.text_encoder.mlp is not None
+            or self.text_encoder.native_pool is not None
+            or (self.decoder is not None and not self.decoder.mask_padding)
         )
         groups = min(groups, input_ids.numel() // GROUP_TOKENS, len(input_ids) // 2)
         if groups < 2 or attention_mask is None or padding_counts:
@@ -693,6 +791,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
+
+
+def _as_dictionary(content: Any) -> dict[str, Any]:
+    return content if isinstance(content, dict) else {}
 
 
 def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
