@@ -11,9 +11,7 @@ from torch import Tensor
 from d2svse.models.modeling import D2SVSE
 
 
-def average_models(
-    models: Sequence[D2SVSE | str | os.PathLike[str]], weights: Sequence[float] | None = None
-) -> D2SVSE:
+def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: Sequence[float] | None = None) -> D2SVSE:
     """Return the first model with the weighted mean of all models' weights.
 
     Model soups (Wortsman et al., ICML 2022) average runs of one start; WiSE-FT (Wortsman et al., CVPR 2022)

@@ -35,6 +35,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             None for a model without it (stage 1).
         fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
             so in training, and in eval mode adds it L2-normalised, as the published evaluation.
+        context_gate: multiply the decoder's output by a learned number that starts at zero, so that a new decoder
+            leaves embeddings as they are.
         context_residual: False takes the decoder's output alone, without the pooled sentence.
         similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
             and saved in that form too; cosine without it.
@@ -65,6 +67,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     text_projection: str = "linear"
     context_decoder: dict[str, Any] | None = None
     fusion: str = "sum"
+    context_gate: bool = False
     context_residual: bool = True
     similarity: dict[str, Any] | str | None = None
     dual_encoder: dict[str, Any] | None = None
@@ -85,6 +88,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for side in self.lora or {}:
             if side not in ("vision", "text"):
                 raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
+        if self.context_gate and not self.context_residual:
+            raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
         native = {self.image_pooling, self.text_pooling}
         if "native" in native and (native != {"native"} or self.dual_encoder is None):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")

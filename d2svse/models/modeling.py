@@ -144,6 +144,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             if config.context_decoder is not None
             else None
         )
+        self.context_gate = nn.Parameter(torch.zeros(())) if self.decoder is not None and config.context_gate else None
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
@@ -227,6 +228,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 "logit_scale_init_value": scale,
                 "logit_bias_init_value": bias,
                 "max_logit_scale": None,
+                "context_gate": True,
                 **options,
             }
         )
@@ -480,6 +482,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         context = self.decoder(texts.tokens, texts.mask) if context is None else context
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
+        if self.context_gate is not None:
+            context = context * self.context_gate
         pooled = texts.pooled + context if self.config.context_residual else context
         return Features(pooled, texts.tokens, texts.mask)
 
@@ -726,6 +730,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)
+        if self.config.context_gate:
+            self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
         self.config.context_decoder = arguments
         return self.decoder
 
@@ -791,6 +797,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.context_gate is not None:
+                init.zeros_(module.context_gate)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
 

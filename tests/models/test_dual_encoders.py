@@ -187,3 +187,22 @@ def test_weights_that_lack_a_part_are_refused(save_dual, processor, tmp_path):
     (tmp_path / "bert" / "model.safetensors").replace(folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"do not belong together|weights lack"):
         D2SVSE.from_pretrained(folder)
+
+
+def test_a_new_decoder_and_a_new_metric_leave_the_scores_as_they_are(save_dual, val_dataset, tmp_path):
+    folder, texts = save_dual("clip")[1], val_dataset.captions[:5]
+    plain = D2SVSE.from_pretrained(folder).eval()
+    images = plain.encode_image(val_dataset.images[:4])
+    scores = plain.similarity(images, plain.encode_text(texts))
+    for similarity in ("gssf-diagonal", "gssf-block-diagonal"):
+        model = D2SVSE.from_pretrained(folder, similarity=similarity).eval()
+        np.testing.assert_allclose(model.similarity(images, model.encode_text(texts)), scores, atol=1e-6)
+        model.add_decoder(num_tokens=4, num_layers=1, num_heads=2)
+        np.testing.assert_array_equal(model.encode_text(texts), plain.encode_text(texts))
+        with torch.no_grad():
+            model.context_gate.fill_(0.5)
+        assert np.abs(model.encode_text(texts) - plain.encode_text(texts)).max() > 1e-3
+        model.save_pretrained(tmp_path / similarity)
+        np.testing.assert_array_equal(
+            D2SVSE.from_pretrained(tmp_path / similarity).eval().encode_text(texts), model.encode_text(texts)
+        )
