@@ -191,6 +191,50 @@ def embed_dim_of(config: Any) -> int:
     return int(getattr(config, "projection_dim", None) or config.vision_config.hidden_size)
 
 
+@torch.no_grad()
+def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
+    """Give the text side of a dual encoder more positions, as Long-CLIP does (Zhang et al., ECCV 2024).
+
+    The first positions stay as they are; those behind them are interpolated over the new length, because the later
+    ones were trained on few texts. Texts within the first positions encode as before, to the bit.
+
+    Args:
+        dual: the dual encoder; its position embedding and configuration are changed.
+        count: positions afterwards, special tokens included; 248 in Long-CLIP.
+        kept: positions that stay.
+
+    Raises:
+        ValueError: if the text side pads to a fixed length, has no position embedding, or has so many already.
+    """
+    kind = dual.config.model_type
+    if KINDS[kind].fixed_length:
+        raise ValueError(f"max_positions: a {kind} text side reads padding too, so that no text would stay as it is")
+    named = dual.text_model.named_modules()
+    tables = [(name, part) for name, part in named if isinstance(part, nn.Embedding) and "position_embedding" in name]
+    if not tables:
+        raise ValueError(f"max_positions: the text side of a {kind} model has no position embedding")
+    name, table = tables[0]
+    owner = dual.text_model.get_submodule(name.rpartition(".")[0])
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind the padding id
+    old = table.weight[offset:]
+    if count <= len(old):
+        raise ValueError(f"max_positions {count}: the text side has {len(old)} positions already")
+    places = kept + torch.arange(count - kept, dtype=torch.float64) * (len(old) - kept) / (count - kept)
+    lower = places.floor().long().clamp(max=len(old) - 2)
+    share = (places - lower).to(old.dtype)[:, None]
+    stretched = old[lower] + share * (old[lower + 1] - old[lower])  # behind the last one it goes on as it went
+    weight = torch.cat([table.weight[: offset + kept], stretched])
+    new = nn.Embedding(len(weight), weight.shape[1], padding_idx=table.padding_idx, _weight=weight)
+    setattr(owner, name.rpartition(".")[2], new.to(table.weight.device))
+    for buffer in ("position_ids", "token_type_ids"):
+        if hasattr(owner, buffer):
+            values = (
+                torch.arange(len(weight)) if buffer == "position_ids" else torch.zeros(len(weight), dtype=torch.long)
+            )
+            owner.register_buffer(buffer, values.expand(1, -1).to(table.weight.device), persistent=False)
+    dual.config.text_config.max_position_embeddings = len(weight)
+
+
 def logit_scale_of(dual: Any) -> tuple[float, float | None]:
     """Return the log of the factor, and the bias if there is one, by which a dual encoder turns cosines into logits."""
     if hasattr(dual, "temperature"):

@@ -44,6 +44,7 @@ from d2svse.models.dual_encoders import (
     load_dual_processor,
     logit_scale_of,
     make_dual_encoder,
+    stretch_positions,
     towers_of,
 )
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
@@ -193,7 +194,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
     @classmethod
     def from_dual_encoder(
-        cls, dual_encoder: str | os.PathLike[str] | PreTrainedModel, *, processor: Any = None, **options: Any
+        cls,
+        dual_encoder: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        processor: Any = None,
+        max_positions: int | None = None,
+        **options: Any,
     ) -> D2SVSE:
         """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
 
@@ -203,6 +209,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Args:
             dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
             processor: the model's own processor; that of the folder without it.
+            max_positions: longest text in tokens, more than the text side was trained for, see `stretch_positions`.
             **options: further fields of `D2SVSEConfig`, such as `similarity` or `context_decoder`.
 
         Raises:
@@ -216,6 +223,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             dual_encoder = loaded
         check_kind(dual_encoder.config.model_type)
         dual_config: Any = dual_encoder.config
+        if max_positions is not None:
+            stretch_positions(dual_encoder, max_positions)
         scale, bias = logit_scale_of(dual_encoder)
         config = D2SVSEConfig(
             **{
@@ -236,7 +245,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, dual_encoder=dual_encoder)
         if processor is not None:
-            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config)
+            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
         return model
 
     @classmethod
@@ -271,8 +280,6 @@ class D2SVSE(Shimmed, PreTrainedModel):
             folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
         if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
-            if unknown := kwargs.keys() - {"subfolder", "output_loading_info", "dtype", "device_map"}:
-                D2SVSEConfig.check_names(unknown)
             options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
             dtype = options.pop("dtype", None)
             adopted = cls.from_dual_encoder(inner, **options)

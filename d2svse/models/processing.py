@@ -191,14 +191,17 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
-    def from_dual_encoder(cls, processor: Any, config: Any) -> D2SVSEProcessor:
+    def from_dual_encoder(cls, processor: Any, config: Any, max_length: int | None = None) -> D2SVSEProcessor:
         """Take over the processor of a dual encoder.
 
         Args:
             processor: anything with `image_processor` and `tokenizer`, such as a `CLIPProcessor`.
             config: configuration of the dual encoder.
+            max_length: longest text in tokens, where it is more than the tokenizer's own limit.
         """
         tokenizer = processor.tokenizer
+        if max_length is not None:
+            tokenizer.model_max_length = max_length
         longest = min(tokenizer.model_max_length, longest_sentence(config.text_config))
         fixed = KINDS[config.model_type].fixed_length
         return cls(processor.image_processor, tokenizer, max_length=longest, fixed_length=fixed)
@@ -523,7 +526,8 @@ def longest_sentence(config: Any) -> int:
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     # RoBERTa and its kin count positions from behind the padding id.
-    return positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions
+    counts_from_padding = "roberta" in config.model_type or config.model_type == "altclip_text_model"
+    return positions - config.pad_token_id - 1 if counts_from_padding else positions
 
 
 AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)

@@ -18,7 +18,7 @@ from transformers import (
 
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextIndex
 from d2svse.models import model_fingerprint
-from d2svse.models.dual_encoders import KINDS
+from d2svse.models.dual_encoders import KINDS, stretch_positions
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
@@ -206,3 +206,41 @@ def test_a_new_decoder_and_a_new_metric_leave_the_scores_as_they_are(save_dual, 
         np.testing.assert_array_equal(
             D2SVSE.from_pretrained(tmp_path / similarity).eval().encode_text(texts), model.encode_text(texts)
         )
+
+
+@pytest.mark.parametrize("name", ["clip", "altclip", "vision-text-dual-encoder"])
+def test_stretched_positions_take_long_texts_and_leave_short_ones_as_they_are(name, save_dual, tmp_path):
+    folder = save_dual(name)[1]
+    plain, long = D2SVSE.from_pretrained(folder).eval(), D2SVSE.from_pretrained(folder, max_positions=120).eval()
+    short = ["a red circle", "a red circle and a blue star on a grey background at the top left"]
+    np.testing.assert_array_equal(long.encode_text(short), plain.encode_text(short))
+    text = " ".join(["a red circle and a blue star"] * 14)
+    other = text + " and a green ring"  # differs behind the positions of before
+    assert long.processor.report(other).lengths[0] > 90
+    assert not long.processor.report(other).cut.any()
+    assert plain.processor.report(other).cut.all()
+    assert np.abs(long.encode_text(text) - long.encode_text(other)).max() > 1e-6
+    np.testing.assert_array_equal(plain.encode_text(text), plain.encode_text(other))
+    long.save_pretrained(tmp_path / "long")
+    again = D2SVSE.from_pretrained(tmp_path / "long").eval()
+    np.testing.assert_array_equal(again.encode_text([text, other]), long.encode_text([text, other]))
+
+
+def test_positions_are_interpolated_behind_the_first_twenty(processor):
+    dual = make_dual("clip", processor)
+    before = dual.text_model.embeddings.position_embedding.weight.detach().clone()
+    stretch_positions(dual, 20 + 28 * 4)
+    after = dual.text_model.embeddings.position_embedding.weight
+    assert after[:20].equal(before[:20])
+    for row in range(28):
+        torch.testing.assert_close(after[20 + 4 * row], before[20 + row])
+    torch.testing.assert_close(after[22], (before[20] + before[21]) / 2)
+    torch.testing.assert_close(after[-1], before[-1] + 0.75 * (before[-1] - before[-2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"), [("siglip", 120, "reads padding too"), ("clip", 40, "has 48 positions already")]
+)
+def test_positions_that_cannot_be_stretched_are_refused(name, count, message, processor):
+    with pytest.raises(ValueError, match=message):
+        stretch_positions(make_dual(name, processor), count)
