@@ -56,11 +56,12 @@ def show_transfers() -> None:
 def load_model(name: str) -> D2SVSE:
     """Load a model for use, with its processor."""
     prepare_process()
-    from d2svse.hub.folder import check_model_folder
+    from d2svse.hub.folder import check_model_folder, holds_another_model
     from d2svse.models import D2SVSE
 
     if Path(name).is_dir():
-        check_model_folder(name, processor=True)
+        if not holds_another_model(Path(name)):
+            check_model_folder(name, processor=True)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such model folder")
     else:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
+from d2svse.files.data import read_json
+
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 BAD_TOKEN = "Invalid credentials in Authorization header"  # message of the Hub that huggingface_hub checks too
 _BEARER = re.compile(r"(?<=Bearer )[^'\"]+")
@@ -36,6 +40,7 @@ def fetch_model(
     force_download: bool = False,
     local_files_only: bool = False,
     subfolder: str = "",
+    check: Callable[[dict[str, Any]], bool] = lambda config: False,
 ) -> Path:
     """Fetch the files of a model into the cache, all of one commit.
 
@@ -51,6 +56,8 @@ def fetch_model(
         force_download: fetch cached files again.
         local_files_only: use cached files only, without a request to the Hub.
         subfolder: folder of the model in the repository.
+        check: called with the content of config.json before other files are fetched. It raises if the model is of the
+            wrong kind. It returns True to accept weights of `torch.save` where there is no safetensors file.
 
     Returns:
         The folder in the cache; its name is the commit.
@@ -68,10 +75,17 @@ def fetch_model(
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     with hub_errors(repo_id, revision):
         config = Path(hf_hub_download(repo_id, f"{prefix}config.json", revision=revision, **options))  # type: ignore[arg-type]
+        content = read_json(config)
+        pickles = check(content if isinstance(content, dict) else {})
         commit = config.parents[prefix.count("/")].name
         patterns = [prefix + name for name in MODEL_FILES]
         folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options))  # type: ignore[arg-type]
-        if not any(folder.glob(f"{prefix}{MODEL_FILES[-1]}")):
+        found = any(folder.glob(f"{prefix}{MODEL_FILES[-1]}"))
+        if not found and pickles:
+            patterns = [prefix + name for name in PICKLES]
+            snapshot_download(repo_id, revision=commit, allow_patterns=patterns, **options)  # type: ignore[arg-type]
+            found = any(folder.glob(f"{prefix}{PICKLES[0]}"))
+        if not found:
             # Without the Hub, huggingface_hub takes files that others fetched one by one for a whole snapshot.
             if local_files_only:
                 raise errors.LocalEntryNotFoundError(repo_id)

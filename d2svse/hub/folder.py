@@ -70,6 +70,14 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, 
         check_vocabulary(folder)
 
 
+def holds_another_model(folder: Path) -> bool:
+    """Return whether a folder's config.json is that of another model than this library's."""
+    try:
+        return bool(read_json(folder / "config.json")["model_type"] != "d2svse")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_contents(
     folder: str | os.PathLike[str], name: str | None = None, max_image_size: float = MAX_IMAGE_SIZE
 ) -> None:

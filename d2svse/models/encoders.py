@@ -13,6 +13,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+from d2svse.models.dual_encoders import Tower, pool_each
 from d2svse.models.pooling import POOLINGS, ClsPooling
 
 logger = logging.getLogger(__name__)
@@ -29,15 +30,27 @@ class ImageEncoder(nn.Module):
         embed_dim: width of the joint space.
         pooling: a name in `POOLINGS`.
         backbone: a loaded backbone; by default one with random weights, made from `config`.
+        tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling` and
+            `backbone` have no effect with it.
 
     Raises:
         ValueError: if `pooling` is "cls" and the backbone has no class token.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
+        self,
+        config: PreTrainedConfig,
+        embed_dim: int,
+        pooling: str = "gpo",
+        backbone: PreTrainedModel | None = None,
+        tower: Tower | None = None,
     ) -> None:
         super().__init__()
+        self.native_pool = None if tower is None else tower.pool
+        if tower is not None:
+            self.backbone, self.projection = tower.backbone, tower.projection
+            self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+            return
         self.backbone = make_backbone(config) if backbone is None else backbone
         if config.model_type == MASKED_AUTOENCODER:
             self.backbone.config.mask_ratio = 0.0  # otherwise each call drops other patches, most of them
@@ -78,10 +91,18 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: if the shape of the mask differs from that of the tokens.
         """
-        tokens = self.projection(hidden.to(self.projection.weight.dtype))
+        if self.native_pool is None:
+            tokens = self.projection(hidden.to(self.projection.weight.dtype))
+        else:
+            hidden = hidden.to(self.backbone.dtype)
+            tokens = self.projection(pool_each(self.native_pool, self.backbone, hidden))
         if token_mask is not None and token_mask.shape != tokens.shape[:2]:
             raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])}, got {tuple(token_mask.shape)}")
-        return Features(self.pooling(tokens, token_mask), tokens, token_mask)
+        if self.native_pool is None:
+            pooled = self.pooling(tokens, token_mask)
+        else:
+            pooled = self.projection(self.native_pool(self.backbone, hidden, None))
+        return Features(pooled, tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
         """Return the backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened.
@@ -112,7 +133,7 @@ class ImageEncoder(nn.Module):
         """Return the number of tokens, special ones included, for an image of `height` × `width` pixels."""
         channels, training = getattr(self.backbone.config, "num_channels", 3), self.backbone.training
         self.backbone.eval()  # otherwise a batch norm would learn from the empty image
-        tokens = self.backbone_tokens(self.projection.weight.new_zeros(1, channels, height, width))
+        tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
         self.backbone.train(training)
         return tokens.shape[1]
 
@@ -151,6 +172,8 @@ class TextEncoder(nn.Module):
         pooling: a name in `POOLINGS`.
         projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
         backbone: a loaded backbone; by default one with random weights, made from `config`.
+        tower: the text side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
+            `projection` and `backbone` have no effect with it.
     """
 
     def __init__(
@@ -160,11 +183,19 @@ class TextEncoder(nn.Module):
         pooling: str = "gpo",
         projection: str = "linear",
         backbone: PreTrainedModel | None = None,
+        tower: Tower | None = None,
     ) -> None:
         super().__init__()
+        self.native_pool = None if tower is None else tower.pool
+        self.fixed_length = tower is not None and tower.fixed_length
+        self.mlp: ResidualMLP | None = None
+        if tower is not None:
+            self.backbone, self.projection = tower.backbone, tower.projection
+            return
         self.backbone = make_backbone(config) if backbone is None else backbone
         self.projection = nn.Linear(token_width(config), embed_dim)
-        self.mlp = ResidualMLP(token_width(config), embed_dim) if projection == "residual_mlp" else None
+        if projection == "residual_mlp":
+            self.mlp = ResidualMLP(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
         self.layer_norm = nn.LayerNorm(embed_dim)
 
@@ -179,7 +210,12 @@ class TextEncoder(nn.Module):
             `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        return self.pool(self.words(input_ids, attention_mask), mask)
+        if self.native_pool is None:
+            return self.pool(self.words(input_ids, attention_mask), mask)
+        seen = None if self.fixed_length else attention_mask
+        hidden = self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
+        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids))
+        return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the projected words of texts, `(batch, length, embed_dim)`, before pooling.
@@ -265,7 +301,7 @@ def check_class_token(encoder: TextEncoder) -> None:
     Raises:
         ValueError: if texts with the same first token id have the same first token.
     """
-    if not isinstance(encoder.pooling, ClsPooling):
+    if encoder.native_pool is not None or not isinstance(encoder.pooling, ClsPooling):
         return
     backbone = encoder.backbone
     size, training = embedding_count(backbone) or 10, backbone.training

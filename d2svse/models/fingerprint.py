@@ -76,6 +76,8 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
         "tokenizer": _tokenizer(model.processor.tokenizer),
         "max_length": model.processor.max_length,
     }
+    # Included only where they are set, so that models without them keep their fingerprints.
+    parts |= {name: value for name in ("fixed_length", "prompt") if (value := getattr(model.processor, name))}
     about = json.dumps(parts, sort_keys=True, default=str)
     # torch.compile adds its own prefix to the names of the weights.
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}

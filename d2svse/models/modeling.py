@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from d2svse.cpu import usable_cores
 from d2svse.features import Features
+from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
 from d2svse.hub.access import fetch_model
 from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
@@ -34,6 +35,18 @@ from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
+from d2svse.models.dual_encoders import (
+    Tower,
+    check_kind,
+    describe,
+    embed_dim_of,
+    load_dual_encoder,
+    load_dual_processor,
+    logit_scale_of,
+    make_dual_encoder,
+    stretch_positions,
+    towers_of,
+)
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
 from d2svse.models.encoding import (
     Embeddings,
@@ -54,7 +67,6 @@ logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
-MAX_LOGIT_SCALE = 100.0  # InfoNCE keeps a learned scale below it
 GROUP_TOKENS = 256  # a smaller group of texts costs more time than it saves in padding
 
 
@@ -89,6 +101,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         config: the architecture; the weights are random.
         vision_backbone: a loaded backbone for the image side; by default one with random weights.
         text_backbone: a loaded backbone for the text side; by default one with random weights.
+        dual_encoder: a loaded dual encoder, whose towers are used; by default one with random weights, where the
+            configuration names a dual encoder.
 
     Attributes:
         processor: the `D2SVSEProcessor` that prepares images and texts, saved and loaded with the
@@ -110,21 +124,32 @@ class D2SVSE(Shimmed, PreTrainedModel):
         config: D2SVSEConfig,
         vision_backbone: PreTrainedModel | None = None,
         text_backbone: PreTrainedModel | None = None,
+        dual_encoder: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
         vision_config: Any = config.vision_config
         text_config: Any = config.text_config
-        self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
+        image_tower: Tower | None = None
+        text_tower: Tower | None = None
+        if config.dual_encoder is not None:
+            dual = dual_encoder or make_dual_encoder(config.dual_encoder, vision_config, text_config)
+            image_tower, text_tower = towers_of(dual)
+        self.image_encoder = ImageEncoder(
+            vision_config, config.embed_dim, config.image_pooling, vision_backbone, image_tower
+        )
         self.text_encoder = TextEncoder(
-            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone
+            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone, text_tower
         )
         self.decoder = (
             build_context_decoder(config.embed_dim, **config.context_decoder)
             if config.context_decoder is not None
             else None
         )
+        self.context_gate = nn.Parameter(torch.zeros(())) if self.decoder is not None and config.context_gate else None
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[Path] = []
         self.post_init()
@@ -169,10 +194,68 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return model
 
     @classmethod
+    def from_dual_encoder(
+        cls,
+        dual_encoder: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        processor: Any = None,
+        max_positions: int | None = None,
+        **options: Any,
+    ) -> D2SVSE:
+        """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
+
+        Embeddings, scores and logits are those of the original. `from_pretrained` calls this for a Hub id or a folder
+        of such a model.
+
+        Args:
+            dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
+            processor: the model's own processor; that of the folder without it.
+            max_positions: longest text in tokens, more than the text side was trained for, see `stretch_positions`.
+            **options: further fields of `D2SVSEConfig`, such as `similarity` or `context_decoder`.
+
+        Raises:
+            ValueError: if it is no dual encoder that is known, or an option is no field that is free.
+            OSError: if the folder lacks a file.
+        """
+        D2SVSEConfig.check_names(options)
+        if not isinstance(dual_encoder, PreTrainedModel):
+            loaded = load_dual_encoder(dual_encoder)
+            processor = processor or load_dual_processor(dual_encoder)
+            dual_encoder = loaded
+        check_kind(dual_encoder.config.model_type)
+        dual_config: Any = dual_encoder.config
+        if max_positions is not None:
+            stretch_positions(dual_encoder, max_positions)
+        scale, bias = logit_scale_of(dual_encoder)
+        config = D2SVSEConfig(
+            **{
+                "vision_config": dual_config.vision_config.to_dict(),
+                "text_config": dual_config.text_config.to_dict(),
+                "dual_encoder": describe(dual_config),
+                "embed_dim": embed_dim_of(dual_config),
+                "image_pooling": "native",
+                "text_pooling": "native",
+                "logit_scale_init_value": scale,
+                "logit_bias_init_value": bias,
+                "max_logit_scale": None,
+                "context_gate": True,
+                **options,
+            }
+        )
+        for parameter in dual_encoder.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = cls(config, dual_encoder=dual_encoder)
+        if processor is not None:
+            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
+        return model
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model and its processor from the Hub or a folder.
 
-        All files from the Hub belong to one commit, stored in `config._commit_hash`.
+        Dual encoders of transformers, such as CLIP and SigLIP, are taken over, see `from_dual_encoder`; further
+        arguments are then fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
+        `config._commit_hash`.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
@@ -183,16 +266,33 @@ class D2SVSE(Shimmed, PreTrainedModel):
             FileNotFoundError: if a file of the model, the repository or the revision does not exist;
                 the message names it.
             OSError: if the Hub cannot be reached (ConnectionError) or denies access (PermissionError).
-            ValueError: if weights are broken, missing or not finite, or the folder refers to a file
-                outside itself.
+            ValueError: if it is another kind of model, weights are broken, missing or not finite, or the folder refers
+                to a file outside itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+
+        def check(config: dict[str, Any]) -> bool:
+            model_type = str(config.get("model_type", D2SVSEConfig.model_type))
+            if model_type == D2SVSEConfig.model_type:
+                return False
+            check_kind(model_type, name)
+            return True
+
         recover_folder(folder)
         if not folder.is_dir():
-            folder = fetch_model(name, subfolder=subfolder, **hub_options)
+            folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
+        if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
+            options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
+            dtype = options.pop("dtype", None)
+            adopted = cls.from_dual_encoder(inner, **options)
+            adopted.weight_files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
+            adopted.name_or_path = adopted.config.name_or_path = name
+            if not Path(name).is_dir():
+                adopted.config._commit_hash = folder.name
+            return adopted if dtype is None else adopted.to(dtype)
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -371,13 +471,20 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_features=texts,
         )
         if images is not None and texts is not None and return_logits:
-            logits = self.similarity_fn(images, texts) * self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+            scale = self.logit_scale.float().exp()
+            if self.config.max_logit_scale is not None:
+                scale = scale.clamp(max=self.config.max_logit_scale)
+            logits = self.similarity_fn(images, texts) * scale
+            if self.logit_bias is not None:
+                logits = logits + self.logit_bias.float()
             output.logits_per_image, output.logits_per_text = logits, logits.T
         return output
 
     def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
-        padding_counts = self.text_encoder.mlp is not None or (
-            self.decoder is not None and not self.decoder.mask_padding
+        padding_counts = (
+            self.text_encoder.mlp is not None
+            or self.text_encoder.native_pool is not None
+            or (self.decoder is not None and not self.decoder.mask_padding)
         )
         groups = min(groups, input_ids.numel() // GROUP_TOKENS, len(input_ids) // 2)
         if groups < 2 or attention_mask is None or padding_counts:
@@ -409,6 +516,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         context = self.decoder(texts.tokens, texts.mask) if context is None else context
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
+        if self.context_gate is not None:
+            context = context * self.context_gate
         pooled = texts.pooled + context if self.config.context_residual else context
         return Features(pooled, texts.tokens, texts.mask)
 
@@ -680,6 +789,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)
+        if self.config.context_gate:
+            self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
         self.config.context_decoder = arguments
         return self.decoder
 
@@ -748,6 +859,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.context_gate is not None:
+                init.zeros_(module.context_gate)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
+
+
+def _as_dictionary(content: Any) -> dict[str, Any]:
+    return content if isinstance(content, dict) else {}
 
 
 def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:

@@ -27,6 +27,7 @@ from transformers import (
 from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabulary
 from d2svse.images import ImageSource, image_list, use_image
 from d2svse.models.configuration import D2SVSEConfig
+from d2svse.models.dual_encoders import KINDS
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 from d2svse.text import check_text, visible
@@ -140,10 +141,21 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         tokenizer: any transformers tokenizer; None for a processor of images only.
         max_length: longest text in tokens, special tokens included; longer ones are truncated.
             None takes the limit of the tokenizer, at most 512.
+        fixed_length: pad every text to `max_length`, as SigLIP's text side was trained.
+        prompt: a template such as "a photo of {}", into which every text is put; None leaves texts unchanged.
+
+    Raises:
+        ValueError: if the template has no `{}`, or several.
     """
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, max_length: int | None = None, **kwargs: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        fixed_length: bool = False,
+        prompt: str | None = None,
+        **kwargs: Any,
     ) -> None:
         kwargs.pop(WITHOUT_TOKENIZER, None)
         if tokenizer is None:  # ProcessorMixin requires both parts
@@ -153,6 +165,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             super().__init__(image_processor, tokenizer, **kwargs)
         limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 if a tokenizer has no limit
         self.max_length: int = min(max_length or min(limit, DEFAULT_MAX_LENGTH), limit)
+        if prompt is not None and prompt.count("{}") != 1:
+            raise ValueError(f"prompt must have {{}} once, where the text goes, got {prompt!r}")
+        self.fixed_length, self.prompt = fixed_length, prompt
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tokenizer" and value is not None:
@@ -178,6 +193,22 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         if max_length is None:
             max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text, **safe)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
+
+    @classmethod
+    def from_dual_encoder(cls, processor: Any, config: Any, max_length: int | None = None) -> D2SVSEProcessor:
+        """Take over the processor of a dual encoder.
+
+        Args:
+            processor: anything with `image_processor` and `tokenizer`, such as a `CLIPProcessor`.
+            config: configuration of the dual encoder.
+            max_length: longest text in tokens, where it is more than the tokenizer's own limit.
+        """
+        tokenizer = processor.tokenizer
+        if max_length is not None:
+            tokenizer.model_max_length = max_length
+        longest = min(tokenizer.model_max_length, longest_sentence(config.text_config))
+        fixed = KINDS[config.model_type].fixed_length
+        return cls(processor.image_processor, tokenizer, max_length=longest, fixed_length=fixed)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +292,10 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             texts = as_texts(text)
             options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
             options["max_length"] = self._limit(options["max_length"])
-            data |= self.tokenizer(texts, **common, **options)
+            if self.fixed_length and options["padding"]:
+                options |= {"padding": "max_length", "max_length": self.max_length}
+            texts = self._prompted(texts)
+            data |= self.tokenizer(texts, return_attention_mask=True, **common, **options)
             limit = options["max_length"]
             if options["truncation"] and max(map(len, data["input_ids"])) >= limit:  # some may be truncated
                 self.report(texts, limit).warn()
@@ -331,7 +365,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         Raises:
             ValueError: if a text is empty, not a string or contains half a character; the message gives its position.
         """
-        texts, limit = as_texts(texts), self._limit(max_length)
+        texts, limit = self._prompted(as_texts(texts)), self._limit(max_length)
         if on_report is None:
             return [ids for chunk in _chunks(texts) for ids in self._token_ids(chunk, limit)]
         reports, ids = [], []
@@ -355,7 +389,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         Raises:
             ValueError: if there is no text, or a text is empty, not a string or contains half a character.
         """
-        listed, limit = as_texts(texts), self._limit(max_length)
+        listed, limit = self._prompted(as_texts(texts)), self._limit(max_length)
         if not listed:
             raise ValueError("no texts: an empty list")
         return TextReport.join([self._read(chunk, limit)[1] for chunk in _chunks(listed)])
@@ -417,8 +451,16 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return [None if token in special else position for position, token in enumerate(encoded["input_ids"])]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
-        """Return `input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest text."""
-        return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
+        """Return `input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest text.
+
+        With `fixed_length` all are padded to `max_length`.
+        """
+        options = {"padding": "max_length", "max_length": self.max_length} if self.fixed_length else {"padding": True}
+        rows = {"input_ids": [list(row) for row in ids]}
+        return self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt", **options)
+
+    def _prompted(self, texts: list[str]) -> list[str]:
+        return texts if self.prompt is None else [self.prompt.replace("{}", text) for text in texts]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -503,7 +545,8 @@ def longest_sentence(config: Any) -> int:
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     # RoBERTa and its variants count positions from the padding id + 1.
-    return positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions
+    counts_from_padding = "roberta" in config.model_type or config.model_type == "altclip_text_model"
+    return positions - config.pad_token_id - 1 if counts_from_padding else positions
 
 
 AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)
