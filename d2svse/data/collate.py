@@ -86,16 +86,17 @@ class Collator:
     """Stack samples of `TrainingSamples` into a batch.
 
     Args:
-        pad_token_id: the id that pads shorter texts to the longest of the batch.
+        pad_token_id: the id that pads shorter texts.
+        length: tokens to pad every text to; the longest text of the batch without it.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, length: int | None = None) -> None:
+        self.pad_token_id, self.length = pad_token_id, length
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Make a batch of samples that have the same parts."""
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-        input_ids = torch.full((len(samples), int(lengths.max())), self.pad_token_id)
+        input_ids = torch.full((len(samples), self.length or int(lengths.max())), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
             row[: len(sample.input_ids)] = torch.tensor(sample.input_ids)
         parts = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]

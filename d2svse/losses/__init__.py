@@ -3,6 +3,7 @@
 from d2svse.losses.base import (
     DistillationLoss,
     RankingLoss,
+    ScaledLoss,
     ScoreDistillationLoss,
     build_distillation_loss,
     build_loss,
@@ -15,6 +16,7 @@ from d2svse.losses.contrastive import InfoNCE
 from d2svse.losses.distillation import CosineDistillation, KLDistillation, L1Distillation, L2Distillation
 from d2svse.losses.polynomial import MaxPolynomial
 from d2svse.losses.projection import CMPM
+from d2svse.losses.sigmoid import SigmoidLoss
 from d2svse.losses.triplet import TripletLoss
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "L2Distillation",
     "MaxPolynomial",
     "RankingLoss",
+    "ScaledLoss",
     "ScoreDistillationLoss",
+    "SigmoidLoss",
     "TripletLoss",
     "build_distillation_loss",
     "build_loss",

@@ -44,6 +44,34 @@ class RankingLoss(nn.Module, ABC):
         """Tell the loss how many epochs are complete, for losses that follow a schedule."""
 
 
+class ScaledLoss(RankingLoss):
+    """A ranking loss over `score · exp(log_scale)`, with a scale (and a bias) that can be the model's own.
+
+    Args:
+        log_scale: its start.
+        learned: make the scalars parameters.
+
+    Attributes:
+        log_scale: a scalar tensor.
+        bias: a scalar tensor that is added, or None.
+    """
+
+    log_scale: Tensor
+    bias: Tensor | None = None
+
+    def __init__(self, log_scale: float, learned: bool) -> None:
+        super().__init__()
+        self.learn_temperature = learned
+        self.add_scalar("log_scale", log_scale)
+
+    def add_scalar(self, name: str, value: float) -> None:
+        """Add a scalar tensor, as a parameter if scalars are learned, else as a buffer."""
+        if self.learn_temperature:
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
+        else:
+            self.register_buffer(name, torch.tensor(value))
+
+
 class DistillationLoss(nn.Module, ABC):
     """A distance between the student's embeddings and the teacher's; no gradient flows to the teacher."""
 

@@ -75,7 +75,7 @@ def _load(model: D2SVSE | str | os.PathLike[str]) -> D2SVSE:
 
 
 def _name(model: D2SVSE | str | os.PathLike[str]) -> str:
-    return model.name_or_path if isinstance(model, D2SVSE) else os.fspath(model)
+    return str(model.name_or_path or "a model") if isinstance(model, D2SVSE) else os.fspath(model)
 
 
 def _check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], one: str, two: str) -> None:

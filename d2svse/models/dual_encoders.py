@@ -155,7 +155,8 @@ def make_dual_encoder(
     options = dict(dual_encoder)
     config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
     config = config_class(vision_config=vision.to_dict(), text_config=text.to_dict(), **options)
-    model: PreTrainedModel = MODEL_MAPPING[config_class](config)
+    model_class: Any = MODEL_MAPPING[config_class]
+    model: PreTrainedModel = model_class(config)
     return model
 
 

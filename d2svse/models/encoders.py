@@ -47,6 +47,7 @@ class ImageEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.native_pool = None if tower is None else tower.pool
+        self.projection: Any
         if tower is not None:
             self.backbone, self.projection = tower.backbone, tower.projection
             self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
@@ -187,6 +188,7 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.native_pool = None if tower is None else tower.pool
+        self.projection: Any
         self.fixed_length = tower is not None and tower.fixed_length
         self.mlp: ResidualMLP | None = None
         if tower is not None:

@@ -847,7 +847,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ImageEncoder | TextEncoder):
+        if isinstance(module, ImageEncoder | TextEncoder) and module.native_pool is None:
             init.xavier_uniform_(module.projection.weight)
         elif isinstance(module, nn.GRU):
             bound = module.hidden_size**-0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
+from d2svse.losses import RankingLoss, ScaledLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import MARK
 from d2svse.models.encoders import embedding_count
@@ -23,6 +24,8 @@ from d2svse.training.tasks import AlignTask, DistillTask
 from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"\.backbone\..*?(?:layers?|blocks?)\.(\d+)\.")
 
 
 def data_seed(args: TrainingArguments) -> int:
@@ -40,8 +43,9 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
         raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
         raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
-    tied = loss.log_scale if isinstance(loss, InfoNCE) else None  # see tie_temperature
-    if any(parameter is not model.logit_scale and parameter is not tied for parameter in loss.parameters()):
+    tied = (loss.log_scale, loss.bias) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
+    known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
+    if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):
         raise ValueError(f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved")
     if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
         name = type(model.similarity_fn).__name__
@@ -183,41 +187,80 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: backbones or not, weight decay or not.
+    """Return the trainable parameters in groups: by learning rate, and with weight decay or without.
 
-    LoRA matrices count as new weights, not as the backbone's. What is no backbone's comes first: its is
-    the learning rate that the log shows.
+    LoRA matrices count as new weights, not as the backbone's. New weights come first, because the log shows the
+    learning rate of the first group.
 
     Args:
         model: the model.
-        args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
+        args: `learning_rate`, `backbone_lr_scale`, `layer_decay` and `weight_decay` are used.
         decayed: names of the parameters that weight decay acts on.
     """
     # Without the temperature and gains.
     matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
     kept = args.decayed(matrices)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    below = layers_below_the_top([name for name, _ in model.named_parameters()])
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((".backbone." in name and MARK not in name, name in kept), []).append(parameter)
+            backbone = ".backbone." in name and MARK not in name
+            depth = below[name] if backbone and args.layer_decay != 1 else 0
+            groups.setdefault((backbone, depth, name in kept), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": args.learning_rate * (args.backbone_lr_scale if backbone else 1.0),
+            "lr": args.learning_rate * (args.backbone_lr_scale * args.layer_decay**depth if backbone else 1.0),
             "weight_decay": args.weight_decay if decay else 0.0,
         }
-        for (backbone, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
+        for (backbone, depth, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
 
 
-def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
-    """Make the model's logit scale the loss's; shared if it is learned, so that the model trains and saves it."""
+def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
+    """Return how many layers of its backbone stand above each parameter; 0 outside of the layers, but for embeddings.
+
+    Args:
+        names: of all parameters, such as `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
+    """
+    found = {name: _LAYER.search(name) for name in names}
+    counts: dict[str, int] = {}
+    for name, match in found.items():
+        if match:
+            side = name.partition(".backbone.")[0]
+            counts[side] = max(counts.get(side, 0), int(match[1]) + 1)
+    below = {}
+    for name, match in found.items():
+        count = counts.get(name.partition(".backbone.")[0], 0)
+        below[name] = count - 1 - int(match[1]) if match else count if "embed" in name else 0
+    return below
+
+
+@torch.no_grad()
+def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) -> None:
+    """Make the scale (and the bias) of model and loss the same; shared if they are learned, so that they are saved.
+
+    Args:
+        model: the model; it gets a `logit_bias` where the loss has a bias.
+        loss: the ranking loss.
+        from_model: the model's values are the start, not the loss's.
+    """
     model.logit_scale.requires_grad_(False)
-    if isinstance(loss, InfoNCE):
-        with torch.no_grad():
-            model.logit_scale.copy_(loss.log_scale)
-        if loss.learn_temperature:
-            loss.log_scale = model.logit_scale.requires_grad_(True)
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)
+    if not isinstance(loss, ScaledLoss):
+        return
+    if loss.bias is not None and model.logit_bias is None:
+        model.config.logit_bias_init_value = float(loss.bias)
+        model.logit_bias = nn.Parameter(loss.bias.detach().clone().to(model.logit_scale), requires_grad=False)
+    for own, of_model in ((loss.log_scale, model.logit_scale), (loss.bias, model.logit_bias)):
+        if own is not None and of_model is not None:
+            source, target = (of_model, own) if from_model else (own, of_model)
+            target.copy_(source)
+    if loss.learn_temperature:
+        loss.log_scale = model.logit_scale.requires_grad_(True)
+        if loss.bias is not None and model.logit_bias is not None:
+            loss.bias = model.logit_bias.requires_grad_(True)
 
 
 def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:

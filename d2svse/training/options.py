@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from d2svse.choices import Mining, OnBadImage, OnNonfinite, Placement
 
 Stage = Literal["pretrain", "distill", "align"]
-Preset = Literal["paper", "published", "recommended"]
+Preset = Literal["paper", "published", "recommended", "dual-encoder"]
 Lora = Literal["none", "vision", "text", "both"]
 CaptionsPerEpoch = Literal["one", "all"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -99,6 +99,13 @@ class OptimizerOptions:
     )
     learning_rate: float = option(5e-5, "Learning rate of new weights.", flag="--lr", least=0)
     backbone_lr_scale: float = option(0.1, "Learning rate of both backbones, as a share of learning_rate.", least=0)
+    layer_decay: float = option(
+        1.0,
+        "Learning rate of a layer of a backbone, as a share of the layer above it; the embeddings come below the first "
+        "layer.",
+        least=0,
+        most=1,
+    )
     lr_milestones: list[int] = option(
         [],
         "Epochs after which the learning rate is multiplied by lr_gamma; they replace lr_scheduler_type and warm-up.",
@@ -130,12 +137,18 @@ class LossOptions:
 
     loss: str | dict[str, Any] = option(
         "infonce",
-        "Ranking loss: infonce, hinge, cmpm, max-polynomial or a registered one; in YAML also its name with its "
-        "arguments.",
+        "Ranking loss: infonce, sigmoid, hinge, cmpm, max-polynomial or a registered one; in YAML also its name with "
+        "its arguments.",
         flag=True,
     )
-    temperature: float = option(0.05, "Softmax temperature of infonce (its start, if learned) and of cmpm.")
-    learn_temperature: bool = option(False, "Learn the temperature of infonce, as the model's logit_scale.")
+    temperature: float | None = option(
+        0.05,
+        "Temperature of infonce and sigmoid (the start, if learned) and of cmpm; null starts infonce and sigmoid from "
+        "the model's own logit_scale and logit_bias.",
+    )
+    learn_temperature: bool = option(
+        False, "Learn the temperature of infonce and sigmoid, as the model's logit_scale (and logit_bias)."
+    )
     margin: float = option(0.2, "Margin of hinge and max-polynomial.")
     mining: Mining = option("schedule", "Negatives of hinge: all, the hardest, or first all and then the hardest.")
     warmup_loss_epochs: int = option(1, "Epochs of sum in the schedule of hinge.", least=0)
@@ -148,12 +161,14 @@ class LossOptions:
         """Return the ranking loss as `{"name": ..., **constructor_arguments}`."""
         given = {"name": self.loss} if isinstance(self.loss, str) else self.loss
         options = _LOSS_ARGUMENTS.get(str(given.get("name")), {})
-        return {**{argument: getattr(self, name) for argument, name in options.items()}, **given}
+        values = {argument: getattr(self, name) for argument, name in options.items()}
+        return {**{argument: value for argument, value in values.items() if value is not None}, **given}
 
 
 # The options that each loss of the package takes, by the names of its constructor.
 _LOSS_ARGUMENTS = {
     "infonce": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
+    "sigmoid": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
     "cmpm": {"temperature": "temperature"},
     "hinge": {"margin": "margin", "mining": "mining", "warmup_epochs": "warmup_loss_epochs"},
     "max-polynomial": {"margin": "margin"},
@@ -344,5 +359,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_layers": 2,
         "decoder_heads": 4,
         "token_placement": "surround",
+    },
+    # Fine-tuning of CLIP, SigLIP and the like; chosen by what was measured: docs/results.md.
+    "dual-encoder": {
+        "learning_rate": 1e-4,
+        "backbone_lr_scale": 1.0,
+        "layer_decay": 0.8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "infonce",
+        "temperature": None,
+        "distill_loss": "cosine",
+        "num_context_tokens": 16,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+        "drop_image_tokens": False,
+        "eval_on_start": True,
     },
 }

@@ -126,7 +126,10 @@ class Trainer(TransformersTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(model.processor.tokenizer.pad_token_id),  # type: ignore[arg-type]
+            data_collator=Collator(  # type: ignore[arg-type]
+                model.processor.tokenizer.pad_token_id,
+                model.processor.max_length if model.processor.fixed_length else None,
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[
@@ -189,7 +192,7 @@ class Trainer(TransformersTrainer):
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)
-        tie_temperature(model, self.task.loss)
+        tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
 
         image_tokens = None
         if args.cache_image_tokens:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.losses import CMPM, InfoNCE, MaxPolynomial, RankingLoss, TripletLoss, build_loss
+from d2svse.losses import CMPM, InfoNCE, MaxPolynomial, RankingLoss, SigmoidLoss, TripletLoss, build_loss
 
 IDS = torch.tensor([0, 1, 2, 1, 4, 0])
 
@@ -31,6 +31,15 @@ def naive_infonce(scores: np.ndarray, ids: np.ndarray, temperature: float) -> fl
     return total / (2 * n)
 
 
+def naive_sigmoid(scores: np.ndarray, ids: np.ndarray, temperature: float, bias: float) -> float:
+    n, total = len(scores), 0.0
+    for i in range(n):
+        for j in range(n):
+            sign = 1 if ids[i] == ids[j] else -1
+            total += math.log1p(math.exp(-sign * (scores[i, j] / temperature + bias)))
+    return total / n
+
+
 @pytest.fixture
 def scores():
     return torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -49,6 +58,23 @@ def test_infonce_equals_the_naive_loop(scores, ids):
     given = np.arange(6) if ids is None else ids.numpy()
     expected = naive_infonce(scores.double().numpy(), given, 0.1)
     assert InfoNCE(0.1)(scores, ids).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ids", [None, IDS])
+def test_sigmoid_equals_the_naive_loop(scores, ids):
+    plain = np.arange(6) if ids is None else ids.numpy()
+    for temperature, bias in ((0.1, -10.0), (0.5, 0.3)):
+        expected = naive_sigmoid(scores.double().numpy(), plain, temperature, bias)
+        assert SigmoidLoss(temperature, bias)(scores.double(), ids).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_scale_and_bias_of_the_sigmoid_loss_are_learned_or_fixed(scores):
+    learned = SigmoidLoss(learn_temperature=True)
+    learned(scores).backward()
+    assert {name for name, scalar in learned.named_parameters() if scalar.grad is not None} == {"log_scale", "bias"}
+    assert not list(SigmoidLoss().parameters())
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        SigmoidLoss(temperature=0)
 
 
 def test_the_schedule_goes_from_sum_to_hardest(scores):

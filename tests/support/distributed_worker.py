@@ -27,6 +27,8 @@ from d2svse.training.tasks import AlignTask, DistillTask, freeze_unused, total_l
 LOSSES = {
     "infonce": {"name": "infonce"},
     "learned temperature": {"name": "infonce", "learn_temperature": True},
+    "sigmoid": {"name": "sigmoid"},
+    "sigmoid, learned": {"name": "sigmoid", "learn_temperature": True},
     "hinge, sum": {"name": "hinge", "mining": "sum"},
     "hinge, hardest": {"name": "hinge", "mining": "hardest"},
     "cmpm": {"name": "cmpm"},

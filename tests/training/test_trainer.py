@@ -467,3 +467,29 @@ def test_tensorboard_gets_what_is_logged(make_model, make_args, train_dataset, t
     for name in ("align_loss", "grad_norm", "negatives", "embedding_std", "pairs_per_second"):
         found = [event.value for event in events.Scalars(f"train/{name}")]
         assert found == pytest.approx(losses(trainer, name), rel=1e-5)
+
+
+def test_a_loss_can_start_from_the_models_own_scale_and_bias(make_model, make_args, train_dataset):
+    model = make_model(logit_scale_init_value=1.5, logit_bias_init_value=-3.0)
+    options = {"temperature": None, "loss": "sigmoid", "save_strategy": "no"}
+    trainer = Trainer(model, make_args(**options), train_dataset)
+    trainer.prepare()
+    assert (float(trainer.task.loss.log_scale), float(trainer.task.loss.bias)) == (1.5, -3.0)
+    learned = Trainer(make_model(), make_args(**options, learn_temperature=True), train_dataset)
+    learned.train()
+    model = learned.model
+    assert model.logit_bias is learned.task.loss.bias
+    assert float(model.logit_bias) not in (0.0, -10.0)  # the model had none: it starts from that of the loss
+
+
+def test_layers_below_get_a_smaller_learning_rate(make_model, make_args):
+    model = make_model()
+    args = make_args(layer_decay=0.5, backbone_lr_scale=0.1, learning_rate=1.0)
+    groups = parameter_groups(model, args, set())
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 1.0
+        if ".backbone." in name:
+            layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+            expected = 0.1 * (0.5 ** (1 - layer) if layer is not None else 0.25 if "embed" in name else 1.0)
+        assert rate[id(parameter)] == pytest.approx(expected), name
