@@ -41,7 +41,8 @@ from workspace import use_small_protocols
 
 import d2svse.demo
 from d2svse.hub import push_folder
-from d2svse.similarity import base
+from d2svse.losses import base as losses
+from d2svse.similarity import base as similarity
 from d2svse.training.arguments import PRESETS
 
 THERE = all((ROOT / name).is_dir() for name in ("docs", "benchmarks"))
@@ -68,7 +69,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
     draw = d2svse.demo.draw_scenes
     monkeypatch.setattr(d2svse.demo, "draw_scenes", lambda folder, *_, **__: draw(folder, 32, 8))
-    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+    for registry in (similarity.REGISTRY, losses.RANKING, losses.DISTILLATION):
+        monkeypatch.setattr(registry, "classes", dict(registry.classes))
     use_small_protocols(monkeypatch, tmp_path / "truth")
 
 
