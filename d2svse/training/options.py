@@ -12,6 +12,7 @@ union.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass
@@ -104,13 +105,23 @@ class OptimizerOptions:
     )
     lr_gamma: float = option(0.1, "See lr_milestones.", least=0)
 
+    weight_decay_exclude: list[str] = option(
+        [], "Patterns of names of weights without weight decay, such as decoder.tokens or image_encoder.*."
+    )
+
     def decayed(self, names: Collection[str]) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
         Args:
             names: all matrices and kernels of the model: neither biases, nor gains, nor the temperature.
+
+        Raises:
+            ValueError: if a pattern of `weight_decay_exclude` matches none of them.
         """
-        return names
+        for pattern in self.weight_decay_exclude:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"weight_decay_exclude: no weight has a name like {pattern!r}")
+        return {name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in self.weight_decay_exclude)}
 
 
 @dataclass
