@@ -19,11 +19,14 @@ class Registry(Generic[T]):
         kind: what they are, for messages, such as "similarity".
         group: entry-point group in which installed packages name further classes.
         example: a name, for messages.
+
+    Attributes:
+        classes: those that are imported, by name; `names` tells all.
     """
 
     def __init__(self, kind: str, group: str, example: str) -> None:
         self.kind, self.group, self.example = kind, group, example
-        self._classes: dict[str, type[T]] = {}
+        self.classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[Class], Class]:
         """Return a class decorator that adds a class under `name`.
@@ -33,17 +36,17 @@ class Registry(Generic[T]):
         """
 
         def add(cls: Class) -> Class:
-            taken = self._classes.get(name)
+            taken = self.classes.get(name)
             if taken is not None and taken != cls:
                 raise ValueError(f"the {self.kind} name {name!r} is taken by {taken.__qualname__}")
-            self._classes[name] = cls
+            self.classes[name] = cls
             return cls
 
         return add
 
     def names(self) -> list[str]:
         """Return all names, those of installed packages included."""
-        return sorted({*self._classes, *(point.name for point in entry_points(group=self.group))})
+        return sorted({*self.classes, *(point.name for point in entry_points(group=self.group))})
 
     def find(self, name: str) -> type[T]:
         """Return the class of a name; one of an entry point is imported now.
@@ -51,7 +54,7 @@ class Registry(Generic[T]):
         Raises:
             ValueError: if the name is unknown.
         """
-        if name not in self._classes:
+        if name not in self.classes:
             for point in entry_points(group=self.group):
                 if point.name == name:
                     self.register(name)(point.load())
@@ -61,7 +64,7 @@ class Registry(Generic[T]):
                     f"{unknown(self.kind, name, self.names())}; one of your own is known once its module is "
                     f"imported, to commands by an entry point of the group {self.group}"
                 )
-        return self._classes[name]
+        return self.classes[name]
 
     def options(self, configuration: Any) -> dict[str, Any]:
         """Return the one form of a configuration, `{"name": ..., **constructor_arguments}`.

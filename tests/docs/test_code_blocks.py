@@ -31,7 +31,8 @@ import torch
 
 import d2svse.demo
 from d2svse.hub import push_folder
-from d2svse.similarity import base
+from d2svse.losses import base as losses
+from d2svse.similarity import base as similarity
 from d2svse.training.arguments import PRESETS
 from support.commands import COMMANDS, command_name
 from support.endpoint import Loopback
@@ -80,7 +81,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
     draw = d2svse.demo.draw_scenes
     monkeypatch.setattr(d2svse.demo, "draw_scenes", lambda folder, *_, **__: draw(folder, 32, 8))
-    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+    for registry in (similarity.REGISTRY, losses.RANKING, losses.DISTILLATION):
+        monkeypatch.setattr(registry, "classes", dict(registry.classes))
     use_small_protocols(monkeypatch, tmp_path / "truth")
 
 

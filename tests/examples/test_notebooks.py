@@ -15,7 +15,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from d2svse.data import make_scene
 from d2svse.demo import build_tokenizer
-from d2svse.similarity import base
+from d2svse.losses import base as losses
+from d2svse.similarity import base as similarity
 from d2svse.training.arguments import PRESETS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -118,7 +119,8 @@ def test_other_data_take_one_path(name, other_data, tmp_path, monkeypatch):
     for part in ("google", "google-bert"):
         (tmp_path / part).symlink_to(other_data / part)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+    for registry in (similarity.REGISTRY, losses.RANKING, losses.DISTILLATION):
+        monkeypatch.setattr(registry, "classes", dict(registry.classes))
     for option, value in (("decoder_layers", 1), ("num_context_tokens", 4), ("save_only_model", True)):
         monkeypatch.setitem(PRESETS["recommended"], option, value)  # quicker, and nothing that a script depends on
     exec(compile(changed, f"{name}.py", "exec"), {"__name__": "example"})
