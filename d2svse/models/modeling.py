@@ -46,7 +46,7 @@ from d2svse.models.encoding import (
     join_batches,
     with_progress,
 )
-from d2svse.models.fingerprint import model_fingerprint
+from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Similarity, build_similarity
@@ -94,7 +94,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
     Attributes:
         processor: prepares pictures and sentences; saved and loaded with the model.
-        weight_files: the files that the weights were loaded from; none for a model that was made in memory.
+        weight_files: the state of the files that the weights were loaded from; none of a model made in memory.
         similarity_fn: the `Similarity` module.
         logit_scale: log(1 / temperature) by which scores become logits.
     """
@@ -127,7 +127,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.processor: D2SVSEProcessor | None = None
-        self.weight_files: list[Path] = []
+        self.weight_files: list[list[Any]] = []
         self.post_init()
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
@@ -197,6 +197,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         try:
             config = kwargs.get("config") or _read_configuration(inner, name)
             check_size(lambda: cls(config), files, name)
+            states = [file_state(path) for path in files]  # before they are read
             with loading(name):
                 loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -206,7 +207,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
         check_finite(model, files, name)
-        model.weight_files = files
+        model.weight_files = states
         model.name_or_path = model.config.name_or_path = name
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name
