@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from d2svse.files.data import read_json
-from d2svse.files.replace import write_json
+from d2svse.files.data import read_text
+from d2svse.files.replace import write_text
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -39,10 +39,9 @@ UNRELATED = frozenset(
 TOKENIZER_STATE = ("truncation", "padding")  # a tokenizer keeps those of its last call
 CHUNK = 1 << 26  # numbers hashed at a time
 NOTED_FROM = 1 << 26  # bytes of weights; fewer are hashed in less than 0.2 seconds
-BLOCK = 256  # numbers of 64 bits that are added up
 
 
-def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
+def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = False) -> str:
     """Return the SHA-256 of weights, configuration, similarity and processor.
 
     Two models with one fingerprint give the same embeddings. Weights are hashed by name, dtype,
@@ -50,13 +49,14 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
     fingerprint is the same for every folder, device and process. The similarity is included
     because its weights are folded into the vectors of an index.
 
-    The weights of a model that was loaded from a folder are hashed once. The result is kept below `HF_HOME`, in
+    With `as_loaded`, the weights of a model from a folder are hashed once. The result is kept below `HF_HOME`, in
     `d2svse/fingerprints`, where no downloaded folder can bring one. It counts while path, size, time and header
-    of each file of weights, the rest of the model, and sums over the weights in memory are the same.
+    of each file of weights, and the rest of the model, are the same.
 
     Args:
         model: the model, with its processor.
         bare_name: hash a similarity without options as its name alone, as an earlier version did.
+        as_loaded: the weights are as `from_pretrained` loaded them. Only the caller that loaded the model can know.
 
     Returns:
         64 hexadecimal digits.
@@ -81,17 +81,16 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False) -> str:
     about = json.dumps(parts, sort_keys=True, default=str)
     # torch.compile adds its own prefix to the names of the weights.
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-    note = _note_of(model, weights, about)
-    if note is None:
-        return _hash(about, weights)
-    sums = _sums(weights)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = read_json(note)
-        if kept["sums"] == sums and len(bytes.fromhex(kept["fingerprint"])) == hashlib.sha256().digest_size:
-            return str(kept["fingerprint"])
+    note = _note_of(model, weights, about) if as_loaded else None
+    if note is not None:
+        with suppress(OSError, ValueError, TypeError):
+            kept = read_text(note)
+            if len(bytes.fromhex(kept)) == hashlib.sha256().digest_size:
+                return kept
     found = _hash(about, weights)
-    with suppress(OSError):  # of a disk that is full, or may not be written to
-        write_json(note, {"sums": sums, "fingerprint": found})
+    if note is not None:
+        with suppress(OSError):  # of a disk that is full, or may not be written to
+            write_text(note, found)
     return found
 
 
@@ -114,16 +113,12 @@ def _note_of(model: D2SVSE, weights: Mapping[str, Tensor], about: str) -> Path |
     """Return the file that keeps the fingerprint of a model, named by the state of its files; None if none does."""
     if not model.weight_files or sum(tensor.nbytes for tensor in weights.values()) < NOTED_FROM:
         return None
-    try:
-        files = [_state(path) for path in model.weight_files]
-    except OSError:  # the folder is gone
-        return None
     shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in sorted(weights.items())]
-    key = hashlib.sha256(json.dumps([files, shapes, about]).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "d2svse" / "fingerprints" / f"{key}.json"
+    key = hashlib.sha256(json.dumps([model.weight_files, shapes, about]).encode()).hexdigest()
+    return Path(constants.HF_HOME) / "d2svse" / "fingerprints" / f"{key}.txt"
 
 
-def _state(path: Path) -> list[Any]:
+def file_state(path: Path) -> list[Any]:
     """Return path, size and time of change of a safetensors file, and the hash of its header."""
     path = path.resolve()
     status = path.stat()
@@ -131,20 +126,6 @@ def _state(path: Path) -> list[Any]:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, status.st_size))
     return [str(path), status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-
-
-def _sums(weights: Mapping[str, Tensor]) -> str:
-    """Return a hash of sums over blocks of the weights, which notices changes in memory faster than SHA-256."""
-    digest: Any = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        if raw.storage_offset() % 8:
-            raw = raw.clone()
-        whole = len(raw) // (8 * BLOCK) * (8 * BLOCK)
-        digest.update(name.encode())
-        digest.update(raw[:whole].view(torch.int64).view(-1, BLOCK).sum(1).cpu().numpy())
-        digest.update(raw[whole:].cpu().numpy())
-    return digest.hexdigest()
 
 
 def _configuration(config: Any) -> dict[str, Any]:

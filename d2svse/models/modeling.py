@@ -58,7 +58,7 @@ from d2svse.models.encoding import (
     join_batches,
     with_progress,
 )
-from d2svse.models.fingerprint import model_fingerprint
+from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Similarity, build_similarity
@@ -107,7 +107,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     Attributes:
         processor: the `D2SVSEProcessor` that prepares images and texts, saved and loaded with the
             model; None until one is set.
-        weight_files: the files that the weights were loaded from; none for a model that was made in memory.
+        weight_files: state of the files that the weights were loaded from; empty for a model made in memory.
         similarity_fn: the `Similarity` module.
         logit_scale: log(1 / temperature), a scalar parameter; its exponential scales scores to logits.
     """
@@ -151,7 +151,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.processor: D2SVSEProcessor | None = None
-        self.weight_files: list[Path] = []
+        self.weight_files: list[list[Any]] = []
         self.post_init()
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
@@ -287,8 +287,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
             options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
             dtype = options.pop("dtype", None)
+            files = weight_files(inner, name)
+            states = [file_state(file) for file in files if file.suffix == ".safetensors"]  # before they are read
             adopted = cls.from_dual_encoder(inner, **options)
-            adopted.weight_files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
+            adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
@@ -301,6 +303,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         try:
             config = kwargs.get("config") or _read_configuration(inner, name)
             check_size(lambda: cls(config), files, name)
+            states = [file_state(path) for path in files]  # before they are read
             with loading(name):
                 loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -310,7 +313,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
         check_finite(model, files, name)
-        model.weight_files = files
+        model.weight_files = states
         model.name_or_path = model.config.name_or_path = name
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name

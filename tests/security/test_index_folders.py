@@ -99,6 +99,16 @@ def test_the_list_of_folders_removes_nothing_of_others(built, tmp_path):
     assert (tmp_path / "victim").is_dir()
 
 
+def test_what_a_killed_join_left_goes_with_the_next_write(tmp_path):
+    listed, other = ".store-0123456789ab.0a1b2c3d-7b-0a1b2c3d.tmp", ".store-ba9876543210.0a1b2c3d-7b-0a1b2c3d.tmp"
+    for name in (listed, other):
+        (tmp_path / name / "00000").mkdir(parents=True)
+    (tmp_path / "folders.json").write_text(json.dumps(["store-0123456789ab"]))
+    sweep_folders(tmp_path, [])
+    assert not (tmp_path / listed).exists()
+    assert (tmp_path / other).exists()  # of another
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -244,12 +244,12 @@ class ImageTextIndex:
         with self._loading:
             if self._model is None:
                 model = _remembered(self._settings.model, self.folder)
-                self._check_model(model)
+                self._check_model(model, as_loaded=True)
                 self._model = model
             return self._model
 
-    def _check_model(self, model: D2SVSE) -> None:
-        fingerprint, dtype = model_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    def _check_model(self, model: D2SVSE, as_loaded: bool = False) -> None:
+        fingerprint, dtype = model_fingerprint(model, as_loaded=as_loaded), str(model.dtype).removeprefix("torch.")
         made = self._settings.dtype or "float32"
         if fingerprint != self.vectors.fingerprint and dtype != made:
             raise ValueError(

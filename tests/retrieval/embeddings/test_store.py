@@ -90,6 +90,22 @@ def test_a_killed_call_goes_on_at_the_next_shard(model, pictures, tmp_path, coun
     assert not list((tmp_path / "part").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["pooled.npy", "tokens.npy", "offsets.npy", "items.json"])
+def test_a_broken_shard_is_encoded_again(model, pictures, tmp_path, count_encoded, name, caplog):
+    options = {"shard_size": 4, "output": "features"}
+    whole = encode_images(model, pictures, tmp_path / "s", **options).features(range(10))
+    file = tmp_path / "s" / "00001" / name
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match="again"):
+        EmbeddingStore(tmp_path / "s")
+    seen = count_encoded(model)
+    again = encode_images(model, pictures, tmp_path / "s", **options).features(range(10))
+    assert seen["image"] == 4
+    assert "it is encoded again" in caplog.text
+    assert torch.equal(again.pooled, whole.pooled)
+    assert torch.equal(again.tokens, whole.tokens)
+
+
 def test_a_store_of_something_else_is_refused_by_what_differs(model, make_model, pictures, tmp_path):
     encode_images(model, pictures, tmp_path / "s")
     for other, options, words in (
