@@ -195,7 +195,7 @@ def test_the_command_line_takes_every_command(page, monkeypatch, tmp_path):
     [
         ("d2svse eval MODEL --data val.jsonl --protocl coco-5k", "protocl"),
         ("d2svse index biuld MODEL photos -o INDEX", "biuld"),
-        ("d2svse eval MODEL", "--data"),
+        ("d2svse eval MODEL", "parameter: data"),
         ("torchrun --nproc-per-node 2 -m d2svse train --epoch 1", "--epoch"),
         ("python benchmarks/pooling.py --no-such-option 1", "pooling"),
         ("python examples/00_none.py", "00_none"),
