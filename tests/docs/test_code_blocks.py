@@ -34,7 +34,7 @@ from d2svse.hub import push_folder
 from d2svse.losses import base as losses
 from d2svse.similarity import base as similarity
 from d2svse.training.arguments import PRESETS
-from support.commands import COMMANDS, command_name
+from support.commands import command_name
 from support.endpoint import Loopback
 from support.hub_server import LoopbackHub, use_hub
 from support.milvus import Server
@@ -67,7 +67,6 @@ SERVERS = {
 }
 INSTALLERS = ("pip ", "python3 -m venv ")
 STUB = "#!{python}\nimport sys\nfrom pip._internal.cli.main import main\nsys.exit(main())\n"
-WITH_WORK = [name for name, command in COMMANDS.items() if not hasattr(command, "commands")]
 PAGES = [page for page in find_pages() if read_blocks(page)] if (ROOT / "docs").is_dir() else []
 
 
@@ -197,10 +196,9 @@ def test_the_command_line_takes_every_command(page, monkeypatch, tmp_path):
     [
         ("d2svse eval MODEL --data val.jsonl --protocl coco-5k", "protocl"),
         ("d2svse index biuld MODEL photos -o INDEX", "biuld"),
-        ("d2svse eval MODEL", "--data"),
+        ("d2svse eval MODEL", "parameter: data"),
         ("torchrun --nproc-per-node 2 -m d2svse train --epoch 1", "--epoch"),
         ("python benchmarks/pooling.py --no-such-option 1", "pooling"),
-        ("python benchmarks/evaluation.py dataset", "dataset"),  # which needs --model
         ("python examples/00_none.py", "00_none"),
         ("pip install 'd2svse[fais]'", "fais"),
         ("pip install 'd2sve[faiss]'", "d2sve"),
@@ -211,15 +209,15 @@ def test_a_wrong_command_is_noticed_without_a_run(command, fault):
         check_command(Block("page", 1, "bash", command), shlex.split(command))
 
 
-def test_each_command_runs_with_what_it_needs(workspace):
-    chosen = choose_commands(PAGES, workspace)
-    names = set()
+def test_each_command_of_the_pages_runs(workspace):
+    chosen, shown, run = choose_commands(PAGES, workspace), set(), set()
     for page in PAGES:
         bash = [block for block in read_blocks(page) if block.language == "bash"]
         commands = [words for block in bash for _, words in read_commands(block.code, block.options)]
-        for number in sorted(number for on, number in chosen if on == page):
-            names.add(command_name(commands[number]))
-    assert names >= set(WITH_WORK), "a command that no page shows"
+        shown |= {command_name(words) for words in commands}
+        run |= {command_name(commands[number]) for on, number in chosen if on == page}
+    assert len(shown) > 20
+    assert run >= shown - {""}
 
 
 @pytest.mark.parametrize("page", find_pages())

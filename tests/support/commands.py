@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import click
 import typer
 
 from d2svse.cli.app import app
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer has
 
-def _walk(command: click.Command, words: tuple[str, ...] = ("d2svse",)) -> Iterator[tuple[str, click.Command]]:
+
+def _walk(command: Any, words: tuple[str, ...] = ("d2svse",)) -> Iterator[tuple[str, Any]]:
     yield " ".join(words), command
     for name, inner in getattr(command, "commands", {}).items():
         yield from _walk(inner, (*words, name))
@@ -33,10 +35,13 @@ def parse_command(words: Sequence[str]) -> str:
     """Check words against the options and arguments of their command, and return its name.
 
     Raises:
-        click.UsageError: an option is unknown, or one is missing.
+        UsageError: a command or an option is unknown, or one is missing.
     """
     name = command_name(words)
     rest = list(words[len(name.split()) :])
-    if not {"--help", "-h", "--version"}.intersection(rest):
-        COMMANDS[name].make_context(name, rest)
+    if {"--help", "-h", "--version"}.intersection(rest):
+        return name
+    if hasattr(COMMANDS[name], "commands"):
+        raise UsageError(f"{name} has no command {' '.join(rest)!r}")
+    COMMANDS[name].make_context(name, rest)
     return name

@@ -25,12 +25,11 @@ from typing import Any
 from unittest import mock
 from urllib.request import ProxyHandler, build_opener
 
-import click
 import numpy as np
 import torch
 
 from d2svse.cli.app import main
-from support.commands import command_name, parse_command
+from support.commands import UsageError, command_name, parse_command
 from support.processes import fork_command, torchrun
 
 ROOT = Path(__file__).parents[2]
@@ -155,8 +154,8 @@ def check_command(block: Block, words: list[str]) -> None:
     if words[0] == "d2svse":
         try:
             parse_command(words)
-        except click.UsageError as error:
-            raise AssertionError(f"{block.place}: {shlex.join(words)}: {error.format_message()}") from error
+        except UsageError as error:
+            raise AssertionError(f"{block.place}: {shlex.join(words)}: {error}") from error
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         assert not _check_script(words), f"{block.place}: {shlex.join(words)}"
     elif words[0] == "python":

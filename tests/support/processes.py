@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,7 @@ def _run(code: str, words: list[str], folder: str, printed: str, errors: str) ->
         os.dup2(file, {printed: 1, errors: 2}[path])
         os.close(file)
         stream.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
     os.chdir(folder)
     sys.argv = ["-c", *words]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
