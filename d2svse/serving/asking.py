@@ -10,9 +10,9 @@ from pathlib import Path
 
 from d2svse.images import ImageError
 from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit
-from d2svse.similarity.base import Side
 from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.maps import DrawnSet, draw_sets
+from d2svse.similarity.base import Side
 from d2svse.text import check_text
 
 MOST_ANSWERS = 5000
