@@ -13,7 +13,7 @@ EVALUATE = """
 import json, sys
 from d2svse import D2SVSE, ImageTextDataset, evaluate
 model = D2SVSE.from_pretrained(sys.argv[1] + "/model")
-print(json.dumps(evaluate(model, ImageTextDataset.from_manifest(sys.argv[1] + "/scenes/test.jsonl")).metrics))
+print(json.dumps(evaluate(model, ImageTextDataset.from_manifest(sys.argv[1] + "/scenes/test.jsonl")).rank_metrics))
 """
 
 

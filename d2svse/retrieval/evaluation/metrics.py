@@ -403,14 +403,14 @@ def count_wrong(
     grid = [(rows, columns) for rows in slices[0] for columns in slices[1]]
     for rows, columns in grid:
         if any(len(side.inside(rows, columns)[0]) for side in sides):
-            scores = _tile_array(score_tile(rows, columns))
+            scores = tile_array(score_tile(rows, columns))
             for side in sides:
                 side.collect(scores, rows, columns)
     for side in sides:
         side.start_counting()
     with ThreadPoolExecutor(1) as other:
         for rows, columns in grid:
-            scores = _tile_array(score_tile(rows, columns))
+            scores = tile_array(score_tile(rows, columns))
             refuse_nan(scores, rows, columns)
             one_side = other.submit(sides[0].count, scores, rows, columns)  # NumPy leaves the interpreter free
             sides[1].count(scores, rows, columns)
@@ -418,7 +418,7 @@ def count_wrong(
     return sides
 
 
-def _tile_array(scores: Tensor) -> Array:
+def tile_array(scores: Tensor) -> Array:
     """Return a tile to count in: on the CPU as NumPy, whose loops are several times faster than torch's."""
     scores = scores.detach()
     if scores.dtype in (torch.float16, torch.bfloat16):

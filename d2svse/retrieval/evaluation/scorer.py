@@ -18,6 +18,7 @@ from d2svse.retrieval.evaluation.metrics import (
     best_ranks_in_tiles,
     check_shape,
     refuse_nan,
+    tile_array,
     tile_slices,
 )
 from d2svse.retrieval.evaluation.ranking import Ranking, rank_in_tiles
@@ -216,14 +217,14 @@ def _joined(parts: Sequence[RunningTopK]) -> BestAnswers:
     return BestAnswers(np.concatenate(scores), np.concatenate(answers))
 
 
-def _without(scores: Tensor, right: RightAnswers, queries: slice, answers: slice) -> Tensor:
+def _without(scores: Tensor, right: RightAnswers, queries: slice, answers: slice) -> Tensor | np.ndarray:
     """Return a copy of a tile in which right answers score -inf."""
     pairs = slice(right.offsets[queries.start], right.offsets[queries.stop])
     query, answer = right.queries[pairs] - queries.start, right.answers[pairs] - answers.start
     inside = (answer >= 0) & (answer < answers.stop - answers.start)
     scores = scores.clone()
     scores[query[inside], answer[inside]] = -torch.inf
-    return scores
+    return tile_array(scores)
 
 
 def _vectors(similarity: Similarity, side: Side, features: Features, candidates: Candidates) -> Tensor:

@@ -44,7 +44,7 @@ def test_streamed_equals_the_whole_matrix_whatever_the_tile(sides, tile):
 def test_a_relation_over_many_tiles_equals_the_whole_matrix(sides, monkeypatch, on_device):
     images, texts, _ = sides
     if on_device:  # what tiles of an accelerator take, with tensors of the CPU in their place
-        monkeypatch.setattr(metrics, "_tile_array", lambda scores: scores)
+        monkeypatch.setattr(metrics, "tile_array", lambda scores: scores)
     rng = np.random.default_rng(0)
     captions = RightAnswers.from_lists([rng.choice(61, rng.integers(0, 9), replace=False).tolist() for _ in range(23)])
     owners = RightAnswers.from_lists([rng.choice(23, rng.integers(0, 3), replace=False).tolist() for _ in range(61)])
