@@ -383,9 +383,9 @@ def test_bytes_files_arrays_and_tensors_are_read_alike(model, tmp_path):
     [
         (
             np.zeros((3, 20, 30), np.uint8),
-            r"shape \(3, 20, 30\), expected \(height, width, channels\).*come first",
+            r"shape \(3, 20, 30\), expected \(height, width, channels\).*are first",
         ),
-        (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\), expected \(channels, height, width\).*come last"),
+        (torch.zeros(20, 30, 3), r"shape \(20, 30, 3\), expected \(channels, height, width\).*are last"),
         (np.zeros((20, 30, 3), np.int64), "int64, expected uint8, bool, or float from 0 to 1"),
         (torch.full((3, 20, 30), 255.0), "from 255 to 255, expected 0 to 1"),
         (torch.randn(3, 20, 30), "expected 0 to 1; give it without normalisation"),

@@ -149,7 +149,7 @@ def test_without_a_tokenizer_pictures_encode_and_sentences_say_what_to_do(golden
     assert "--tokenizer" in caplog.text
     model = D2SVSE.from_pretrained(tmp_path / "model")
     assert model.encode_image(np.zeros((8, 8, 3), np.uint8)).shape == (1, 512)
-    with pytest.raises(ValueError, match=r"without a tokenizer.*model\.processor ="):
+    with pytest.raises(ValueError, match=r"has no tokenizer.*model\.processor ="):
         model.encode_text("a dog")
 
 
