@@ -191,7 +191,7 @@ def test_bfloat16_captions_on_the_cpu(llava, photos):
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
-        ({"device": "warp"}, "device 'warp' is not known"),
+        ({"device": "warp"}, "unknown device 'warp'"),
         ({"batch_size": 0}, "must be positive, got 0 and 3"),
         ({"tries": 0}, "must be positive, got 8 and 0"),
     ],

@@ -94,7 +94,7 @@ def test_images_of_a_manifest_that_are_not_there_stay_with_skip(model, deep, tmp
     index = ImageTextIndex.build(model, tmp_path / "m.jsonl", tmp_path / "i")
     before = index.search("a red circle", k=16)
     deep.rename(tmp_path / "elsewhere")
-    with pytest.raises(ImageError, match="no such picture"):
+    with pytest.raises(ImageError, match="no such image"):
         index.add(list(index.ids))
     changes = index.add(list(index.ids), on_bad_image="skip")
     assert (changes.dropped, len(changes.skipped)) == ([], 16)
