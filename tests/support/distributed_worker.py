@@ -1,11 +1,7 @@
-"""The gradients of every case, by one process or by several that share each batch.
-
-torchrun --nproc-per-node 2 tests/support/distributed_worker.py OUTPUT
-"""
+"""The gradients of every case, by one process or by several that share each batch."""
 
 import copy
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -135,7 +131,3 @@ def main(output: str) -> None:
     if dist.get_rank() == 0:
         save_file(found, output)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -19,9 +19,9 @@ from d2svse.cli.app import main
 from d2svse.retrieval import evaluate
 from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
-from support.processes import torchrun
+from support.processes import COMMAND, fork_workers, torchrun
 
-WORKER = Path(worker.__file__)
+WORKER = "import sys; from support.distributed_worker import main; main(sys.argv[1])"
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -36,11 +36,11 @@ def alone() -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
     file = tmp_path / "gradients.safetensors"
-    ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, file))
+    for one in fork_workers(processes, WORKER, file):
+        assert one.wait(600) == 0, one.err()
     together = load_file(file)
     assert set(together) >= set(alone)
     assert not any(together[name].any() for name in set(together) - set(alone))  # what no loss reaches
@@ -114,10 +114,9 @@ def same_run(one: Path, two: Path) -> None:
                 assert second[name] == pytest.approx(value, abs=1 / 16 + 1e-6), name
 
 
-@pytest.mark.long
 def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
-    command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
+    for one in fork_workers(2, COMMAND, *train_command(scenes, backbones, tmp_path / "run", 10)):
+        assert one.wait(600) == 0, one.err()
     same_run(one_process, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
 
