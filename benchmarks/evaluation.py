@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from d2svse import D2SVSE, ImageTextDataset, evaluate
-from d2svse.cpu import prepare_cpu
+from d2svse.cpu import choose_device
 from d2svse.data.manifest import Record
 from d2svse.models import onednn
 from d2svse.retrieval.evaluation.metrics import (
@@ -194,7 +194,7 @@ def encode_per_caption(model: D2SVSE, dataset: ImageTextDataset) -> tuple[np.nda
 
 def measure_dataset(model_name: str, data: str) -> None:
     """Time a whole evaluation, in turns: here, the reference, here; with the threads of the `d2svse eval` command."""
-    prepare_cpu()
+    choose_device()
     model, dataset = D2SVSE.from_pretrained(model_name), ImageTextDataset.from_manifest(data)
     few = ImageTextDataset(dataset.records[:BATCH])
     evaluate(model, few, batch_size=BATCH)

@@ -1,9 +1,13 @@
-"""Choose as many threads as the process may use."""
+"""Choose the device of the work, and on the CPU as many threads as the process may use."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -32,9 +36,26 @@ def choose_threads() -> None:
         torch.set_num_threads(max(1, usable_cores() // processes))
 
 
-def prepare_cpu() -> None:
-    """Choose the threads for a command, where no accelerator does the work."""
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device that work runs on, and choose the threads if it is the CPU.
+
+    Args:
+        name: such as "cpu", "cuda", "cuda:1" or "mps"; the accelerator if there is one, else the CPU, without it.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
     import torch
 
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = ["cpu", *([accelerator.type] if accelerator else [])]
+    try:
+        device = torch.device(name) if name else accelerator or torch.device("cpu")
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: expected one of {', '.join(here)}") from None
+    if device.type not in here or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+        count = f" ({torch.accelerator.device_count()} of it)" if device.type in here else ""
+        raise ValueError(f"device {name!r} is not here; there is {', '.join(here)}{count}")
+    if device.type == "cpu":
         choose_threads()
+    return device

@@ -15,6 +15,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, ResNetConfig, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from d2svse.cpu import choose_device
 from d2svse.data import ImageTextDataset, write_scenes
 from d2svse.files.folder import check_folder, written_folder
 from d2svse.files.replace import shown, write_json
@@ -122,6 +123,7 @@ def run_demo(
     distill_epochs: float = DISTILL_EPOCHS,
     seed: int = 42,
     similarity: Mapping[str, Any] | None = None,
+    device: str | None = None,
     say: Callable[[str], None] = print,
     show_progress_bar: bool = True,
 ) -> dict[str, dict[str, float]]:
@@ -137,6 +139,7 @@ def run_demo(
         distill_epochs: epochs of stage 2; the baseline gets as many as both together.
         seed: the one seed.
         similarity: `{"name": ..., **arguments}`, cosine without it.
+        device: where training and search run, such as "cpu"; the accelerator if there is one, without it.
         say: prints a line.
         show_progress_bar: show bars on the terminal.
 
@@ -144,7 +147,7 @@ def run_demo(
         The metrics on the held-out scenes of "stage 1", "stage 2" and "aligning alone".
     """
     build_similarity(similarity or "cosine", EMBED_DIM)  # to hear of a misfit before anything is drawn
-    output = Path(output)
+    output, chosen = Path(output), choose_device(device)
     start = time.monotonic()
     scenes = output / "scenes"
     check_folder(output / "model", DEMO)
@@ -167,6 +170,7 @@ def run_demo(
             num_train_epochs=num_epochs,
             seed=seed,
             disable_tqdm=not show_progress_bar,
+            use_cpu=chosen.type == "cpu",
             **TRAINING,
         )
         trainer = Trainer(model, args, train, val)
@@ -190,7 +194,7 @@ def run_demo(
         write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
-    made = D2SVSE.from_pretrained(output / "model")
+    made = D2SVSE.from_pretrained(output / "model").to(chosen)
     index = ImageTextIndex.build(made, test.images, output / "index", overwrite=True)
     answers = index.search(queries, k=num_test)
     rows = [(query, [hit.id for hit in hits[:GALLERY_COLUMNS]]) for query, hits in zip(queries, answers, strict=True)]

@@ -25,3 +25,27 @@ def test_processes_share_the_cores_unless_told_otherwise(monkeypatch, processes,
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     cpu.choose_threads()
     assert chosen == ([] if expected is None else [expected])
+
+
+def test_the_cpu_is_taken_where_there_is_no_accelerator_and_an_unknown_device_is_named(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "choose_threads", lambda: None)
+    assert cpu.choose_device().type == "cpu"
+    for name, message in (("cuda", "device 'cuda' is not here; there is cpu"), ("gpu", "device 'gpu': expected")):
+        with pytest.raises(ValueError, match=message):
+            cpu.choose_device(name)
+
+
+def test_the_accelerator_is_taken_where_there_is_one_and_threads_are_chosen_for_the_cpu_alone(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(cpu, "choose_threads", lambda: chosen.append("threads"))
+    assert cpu.choose_device().type == "cuda"
+    assert cpu.choose_device("cuda:1") == torch.device("cuda:1")
+    assert not chosen
+    assert cpu.choose_device("cpu").type == "cpu"
+    assert chosen == ["threads"]
+    with pytest.raises(ValueError, match="device 'cuda:2' is not here"):
+        cpu.choose_device("cuda:2")

@@ -104,6 +104,7 @@ def _fail(error: Exception) -> None:
     if os.environ.get("D2SVSE_DEBUG"):
         raise error
     message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
+    message = message.replace("Value error, ", "")  # what pydantic puts before a refused choice
     if message.strip():  # without a command typer has printed the help already
         typer.echo(f"d2svse: {visible(' '.join(_SPACES.split(message.strip())))}", err=True)
     sys.exit(2)

@@ -13,6 +13,7 @@ import typer
 from d2svse import choices
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from d2svse.models import D2SVSE
@@ -23,26 +24,40 @@ OnBadImage = Annotated[
 ]
 
 
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the model runs: cpu, cuda, cuda:1, mps, ….", show_default="the accelerator if there is one"
+    ),
+]
+Dtype = Annotated[choices.Dtype | None, typer.Option(help="Type of the weights.", show_default="as they are saved")]
+
+
 def examples(*commands: str) -> str:
     """An epilog of commands to copy, each a paragraph: lines of one are joined by some versions of typer."""
     return "\n\n".join(["Examples:" if len(commands) > 1 else "Example:", *commands])
 
 
-def prepare_process() -> None:
-    """Choose the CPU threads; let transformers and huggingface_hub show errors only, and no bars beside ours.
+def prepare_process(device: str | None = None) -> torch.device:
+    """Choose the device (and CPU threads); let transformers and huggingface_hub show errors only, and no bars.
+
+    An accelerator is named in one line on the standard error.
 
     huggingface_hub keeps to HF_HUB_VERBOSITY and HF_DEBUG where they are set.
     """
     import transformers
     from huggingface_hub.utils import logging as hub_logging
 
-    from d2svse.cpu import prepare_cpu
+    from d2svse.cpu import choose_device
 
-    prepare_cpu()
+    chosen = choose_device(device)
+    if chosen.type != "cpu":
+        typer.echo(f"running on {chosen}", err=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not {"HF_HUB_VERBOSITY", "HF_DEBUG"} & os.environ.keys():
         hub_logging.set_verbosity_error()
+    return chosen
 
 
 def show_transfers() -> None:
@@ -53,9 +68,9 @@ def show_transfers() -> None:
         enable_progress_bars()
 
 
-def load_model(name: str) -> D2SVSE:
-    """Load a model for use, with its processor."""
-    prepare_process()
+def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None = None) -> D2SVSE:
+    """Load a model for use, with its processor, and move it to its device."""
+    chosen = prepare_process(device)
     from d2svse.hub.folder import check_model_folder, holds_another_model
     from d2svse.models import D2SVSE
 
@@ -66,7 +81,8 @@ def load_model(name: str) -> D2SVSE:
         raise FileNotFoundError(f"{name}: no such model folder")
     else:
         show_transfers()
-    return D2SVSE.from_pretrained(name)
+    loaded: D2SVSE = D2SVSE.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
+    return loaded.to(chosen)
 
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:

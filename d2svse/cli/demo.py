@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
+from d2svse.cli.common import Device, examples, parse_assignments, prepare_process, print_recalls
 
 EXAMPLES = examples(
     "d2svse demo",
@@ -22,12 +22,13 @@ def demo(
     seed: Annotated[int, typer.Option(help="The one seed.")] = 42,
     similarity: Annotated[str, typer.Option(help="Name of the similarity, such as max-mean or omit.")] = "cosine",
     similarity_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.")] = None,
+    device: Device = None,
 ) -> None:
     """Train both stages from scratch on drawn scenes, on the CPU, in minutes; nothing is downloaded."""
-    prepare_process()
+    chosen_device = prepare_process(device)
     from d2svse.demo import run_demo
 
     chosen = {"name": similarity, **parse_assignments(similarity_arg or [], "--similarity-arg")}
-    results = run_demo(output, seed=seed, similarity=chosen, say=typer.echo)
+    results = run_demo(output, seed=seed, similarity=chosen, device=str(chosen_device), say=typer.echo)
     print_recalls(results, "200 held-out scenes, five captions each (chance: R@1 0.5, R@10 5)")
     typer.echo(f'Search on: d2svse search {output / "index"} "a blue star at the top left"')

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import OnBadImage, examples, load_model, readable_images
+from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model, readable_images
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -26,6 +26,8 @@ def encode(
     texts: Annotated[Path | None, typer.Option(help="A text file, one text on each line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
     on_bad_image: OnBadImage = "error",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Encode images or texts to L2-normalised float32 embeddings.
 
@@ -44,14 +46,14 @@ def encode(
     if images is not None:
         if not images.is_dir():
             raise FileNotFoundError(f"--images {images}: no such folder")
-        loaded = load_model(model)
+        loaded = load_model(model, device, dtype)
         paths = readable_images(images, on_bad_image)
         names = [str(path) for path in paths]
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:
         assert texts is not None
         names = read_sentences(texts)
-        vectors = load_model(model).encode_text(names, batch_size=batch_size, show_progress_bar=True)
+        vectors = load_model(model, device, dtype).encode_text(names, batch_size=batch_size, show_progress_bar=True)
     with written_aside(output) as aside, aside.open("wb") as file:
         np.save(file, vectors)
     write_text(Path(f"{output}.rows.txt"), "".join(f"{_row(name)}\n" for name in names))

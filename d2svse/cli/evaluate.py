@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from d2svse.choices import Candidates, Captions, DataFormat, OnBadImage, ProtocolName
-from d2svse.cli.common import examples, load_model, parse_assignments, print_recalls, print_table
+from d2svse.cli.common import Device, Dtype, examples, load_model, parse_assignments, print_recalls, print_table
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
@@ -117,6 +117,8 @@ def evaluate(
     wrong: Annotated[
         int, typer.Option(help="How many wrong answers to write with --per-query.", rich_help_panel=_RESULT)
     ] = 5,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Rank captions for every image and images for every caption; print R@K and more."""
     if dense is not None and captions != "dense":
@@ -131,7 +133,7 @@ def evaluate(
     from d2svse.files.replace import write_json, write_json_lines
     from d2svse.retrieval import evaluate as evaluate_models
 
-    loaded = [(name, load_model(name)) for name in names]
+    loaded = [(name, load_model(name, device, dtype)) for name in names]
     dataset = ImageTextDataset.from_source(
         data,
         format,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, load_model, prepare_process
+from d2svse.cli.common import Device, Dtype, examples, load_model
 
 EXAMPLES = examples('d2svse explain photo.jpg "a dog on a beach" --model MODEL -o map.png')
 
@@ -18,6 +18,8 @@ def explain(
     model: Annotated[str, typer.Option(help="Hub id or folder of a model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The figure to write: .png, .pdf, .svg, …")],
     word: Annotated[list[str] | None, typer.Option(help="Draw only the map of this word; repeatable.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Draw why an image and a text score as they do: a heat map over the image for each word.
 
@@ -29,11 +31,10 @@ def explain(
     from d2svse.images import load_image
 
     loaded_image = load_image(image)  # fail before the slow imports
-    prepare_process()
     from d2svse.visualize.figures import check_figure_path, save_figure
     from d2svse.visualize.maps import explain as draw
 
     check_figure_path(out)
-    loaded = load_model(model)
+    loaded = load_model(model, device, dtype)
     save_figure(draw(loaded, loaded_image, sentence, words=word), out)
     typer.echo(f"map: {out}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, load_model
+from d2svse.cli.common import Device, Dtype, examples, load_model
 
 EXAMPLES = examples("d2svse export MODEL -o onnx")
 
@@ -18,9 +18,11 @@ def export(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; other files in it stay.")],
     dense: Annotated[bool, typer.Option("--dense", help="Encode dense captions: without the context decoder.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Write both encoders as ONNX, and the processor beside them."""
-    loaded = load_model(model)
+    loaded = load_model(model, device, dtype)
     from d2svse.files.folder import written_files
     from d2svse.files.replace import shown
     from d2svse.integrations.onnx import export_onnx

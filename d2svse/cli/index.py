@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse.choices import Candidates, Engine, Side
-from d2svse.cli.common import OnBadImage, examples, load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.cli.common import (
+    Device,
+    Dtype,
+    OnBadImage,
+    examples,
+    load_model,
+    parse_assignments,
+    prepare_process,
+    whole_lines,
+)
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -62,6 +71,8 @@ def build(
     ] = False,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Encode images or texts into an index; a stopped build continues."""
     from d2svse.retrieval import ImageTextIndex
@@ -71,7 +82,7 @@ def build(
     options |= {"candidates": shortlist or candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(
-        load_model(model),
+        load_model(model, device, dtype),
         source,
         output,
         on_bad_image=on_bad_image,
@@ -95,9 +106,10 @@ def add(
     model: Model = None,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
+    device: Device = None,
 ) -> None:
     """Add new items, encode changed ones again, and drop images that are missing from a folder."""
-    opened = open_index(index, model)
+    opened = open_index(index, model, device)
     changes = opened.add(
         source,
         batch_size=batch_size,
@@ -154,6 +166,7 @@ def tune(
     k: Annotated[int, typer.Option("--k", "-k", help="Results that count for each query.")] = 10,
     max_queries: Annotated[int, typer.Option(help="Queries to use, evenly spaced.")] = 1000,
     model: Model = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each setting.")] = False,
 ) -> None:
     """Compare backends and compression on the vectors of an index: recall against exact search, speed and size."""
@@ -164,7 +177,7 @@ def tune(
     from rich.box import SIMPLE
     from rich.table import Table
 
-    rows = open_index(index, model).tune(data, k=k, max_queries=max_queries)
+    rows = open_index(index, model, device).tune(data, k=k, max_queries=max_queries)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(asdict(row)))
@@ -184,12 +197,13 @@ def tune(
     whole_lines().print(table)
 
 
-def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:
-    """Open an index with the given model, or with the model that built it."""
-    prepare_process()
+def open_index(folder: Path, model: str | None = None, device: str | None = None) -> ImageTextIndex:
+    """Open an index with the given model, or with the model that built it, on a device."""
+    given = None if model is None else load_model(model, device)
+    chosen = prepare_process(device) if given is None else given.device
     from d2svse.retrieval import ImageTextIndex
 
-    return ImageTextIndex.load(folder, None if model is None else load_model(model))
+    return ImageTextIndex.load(folder, given, device=chosen)
 
 
 def _shown(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, whole_lines
+from d2svse.cli.common import Device, examples, whole_lines
 from d2svse.cli.index import Model, open_index
 from d2svse.files.data import to_json
 from d2svse.text import check_text, visible
@@ -43,6 +43,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each query.")] = False,
     gallery: Annotated[Path | None, typer.Option(help="Write the results to this .png or .html file.")] = None,
     model: Model = None,
+    device: Device = None,
 ) -> None:
     """Find the images (or texts) that fit a text, an image, or both."""
     if not queries and not image:
@@ -51,7 +52,7 @@ def search(
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
     for number, text in enumerate(queries or [], start=1):
         check_text(text, f"query {number}")
-    opened = open_index(index, model)
+    opened = open_index(index, model, device)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the results are texts; give a name that ends in .html")
     pictures = None if not image else list(image)

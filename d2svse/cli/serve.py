@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples
+from d2svse.cli.common import Device, examples
 from d2svse.cli.index import Model, open_index
 
 EXAMPLES = examples(
@@ -26,6 +26,7 @@ EXAMPLES = examples(
 def serve(
     index: Annotated[Path, typer.Argument(help="Folder of an index.")],
     model: Model = None,
+    device: Device = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 admits other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
     allowed_host: Annotated[
@@ -53,7 +54,7 @@ def serve(
         from d2svse.serving.page import SearchPage
 
         Hosts(host, allowed_host or ())
-        page = SearchPage(open_index(index, model))
+        page = SearchPage(open_index(index, model, device))
         try:
             public = page.launch(host, port, share=share, allowed_hosts=allowed_host or ())
             typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")

@@ -216,7 +216,7 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run("eval", tmp_path / "none", "--data", scenes / "val.jsonl"), "none: no such model folder")
     one_line_error(run("eval", trained / "model", "--data", tmp_path / "no.jsonl"), "no.jsonl: no such file")
     one_line_error(run("search", tmp_path / "no-index", "x"), "image_text_index.json is missing")
-    one_line_error(run("search", tmp_path / "no-index"), "give sentences")
+    one_line_error(run("search", tmp_path / "no-index"), "give texts")
     one_line_error(run(*train, *ends, "--embed-dim", 0), "embed_dim must be a positive whole number")
     one_line_error(
         run(*train, *ends, "--set", "decoder_heads=5", "--embed-dim", 24), "5 heads do not divide the width 24"

@@ -10,15 +10,17 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
+import torch
 
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
 from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.models.fingerprint import model_fingerprint
+from d2svse.models.modeling import D2SVSE
 from d2svse.models.processing import TextReport
 from d2svse.retrieval.embeddings.store import read_skipped, write_skipped
 from d2svse.retrieval.search.comparison import PRUNED_UNASKED, check_gone, gone_items, replaced_folders, same_items
@@ -44,9 +46,6 @@ from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
 from d2svse.similarity.base import Candidates, Side
-
-if TYPE_CHECKING:
-    from d2svse.models.modeling import D2SVSE
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -79,7 +78,13 @@ class ImageTextIndex:
         folder: the folder of the index.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: D2SVSE | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: D2SVSE | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self._device = device
         self.folder = Path(folder)
         self._opened = self._read()
         self._model: D2SVSE | None = None
@@ -90,11 +95,11 @@ class ImageTextIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the name of the folder and the model; unpickling opens the vectors again."""
-        return {"folder": self.folder.absolute(), "model": self._model}
+        return {"folder": self.folder.absolute(), "model": self._model, "device": self._device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the folder again."""
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(state["folder"], device=state.get("device"))  # type: ignore[misc]
         self._model = state["model"]
 
     @property
@@ -197,19 +202,26 @@ class ImageTextIndex:
         return index
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], model: D2SVSE | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        model: D2SVSE | None = None,
+        *,
+        device: str | torch.device | None = None,
+    ) -> Self:
         """Open an index.
 
         Args:
             folder: the folder.
             model: the model that built the index. If None, the index loads this model when a search needs it, from
                 its folder or from the local cache of the Hub; it downloads nothing.
+            device: where the index loads its model to, such as "cuda"; the CPU without it.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
             ValueError: if another model built the index.
         """
-        return cls(folder, model)
+        return cls(folder, model, device)
 
     def close(self) -> None:
         """Close the vectors; this frees an embedded Milvus for other processes."""
@@ -243,9 +255,9 @@ class ImageTextIndex:
         """
         with self._loading:
             if self._model is None:
-                model = _remembered(self._settings.model, self.folder)
+                model = _remembered(self._settings, self.folder)
                 self._check_model(model, as_loaded=True)
-                self._model = model
+                self._model = model if self._device is None else model.to(self._device)
             return self._model
 
     def _check_model(self, model: D2SVSE, as_loaded: bool = False) -> None:
@@ -625,20 +637,19 @@ def _folders(opened: _Opened) -> set[str]:
     return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
 
 
-def _remembered(name: str | None, folder: Path) -> D2SVSE:
-    """Load the model that built an index, from a local folder or the local cache of the Hub."""
+def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:
+    """Load the model that built an index, in its dtype, from a local folder or the local cache of the Hub."""
+    name, dtype = settings.model, settings.dtype or "float32"
     if name is None:
         raise ValueError(f"{folder}: the model that built the index was not saved; give it with model=")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such model folder, but it built {folder}; give the model with model=")
-    from d2svse.models import D2SVSE
-
     if Path(name).is_absolute():
-        return D2SVSE.from_pretrained(name)
+        return D2SVSE.from_pretrained(name, dtype=dtype)
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{folder}: names the model {name!r:.200}, neither an absolute path nor a Hub id; give model=")
     try:
-        return D2SVSE.from_pretrained(name, local_files_only=True)
+        return D2SVSE.from_pretrained(name, dtype=dtype, local_files_only=True)
     except OSError:
         raise FileNotFoundError(
             f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to download it, "
