@@ -53,11 +53,10 @@ class ScaledLoss(RankingLoss):
 
     Attributes:
         log_scale: a scalar tensor.
-        bias: a scalar tensor that is added, or None.
+        bias: a scalar tensor that is added; only of a loss that has one.
     """
 
     log_scale: Tensor
-    bias: Tensor | None = None
 
     def __init__(self, log_scale: float, learned: bool) -> None:
         super().__init__()

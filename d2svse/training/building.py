@@ -43,7 +43,7 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
         raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
         raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
-    tied = (loss.log_scale, loss.bias) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
+    tied = (loss.log_scale, getattr(loss, "bias", None)) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
     known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
     if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):
         raise ValueError(f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved")
@@ -250,16 +250,17 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) 
         model.logit_bias.requires_grad_(False)
     if not isinstance(loss, ScaledLoss):
         return
-    if loss.bias is not None and model.logit_bias is None:
-        model.config.logit_bias_init_value = float(loss.bias)
-        model.logit_bias = nn.Parameter(loss.bias.detach().clone().to(model.logit_scale), requires_grad=False)
-    for own, of_model in ((loss.log_scale, model.logit_scale), (loss.bias, model.logit_bias)):
+    bias: Tensor | None = getattr(loss, "bias", None)
+    if bias is not None and model.logit_bias is None:
+        model.config.logit_bias_init_value = float(bias)
+        model.logit_bias = nn.Parameter(bias.detach().clone().to(model.logit_scale), requires_grad=False)
+    for own, of_model in ((loss.log_scale, model.logit_scale), (bias, model.logit_bias)):
         if own is not None and of_model is not None:
             source, target = (of_model, own) if from_model else (own, of_model)
             target.copy_(source)
     if loss.learn_temperature:
         loss.log_scale = model.logit_scale.requires_grad_(True)
-        if loss.bias is not None and model.logit_bias is not None:
+        if bias is not None and model.logit_bias is not None:
             loss.bias = model.logit_bias.requires_grad_(True)
 
 
