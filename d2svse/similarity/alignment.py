@@ -1,6 +1,7 @@
 """Alignments: how an image's tokens and a text's words belong together, as a similarity sees it.
 
 `Similarity.alignment` returns one of these for one image and one text. What draws them needs no similarity's name.
+The similarities that are called token alignment are in `token.py`.
 """
 
 from __future__ import annotations

@@ -71,6 +71,10 @@ class FragmentSimilarity(Similarity):
     what is made from them, stay within `max_memory` (and on the CPU in its cache). The backward pass computes each tile
     anew and keeps only the fragments of the forward pass. The tile size does not change the scores.
 
+    There are two ways to a score. `score` takes all pairs, by `tiles` and `score_tile`, in training and evaluation.
+    `score_candidates` takes some, by `score_some` and `score_chosen`, when a search reranks; it calls `score_tile`
+    too, unless a subclass has a faster `score_chosen` (`Transport` has one).
+
     A configuration names the metric: `{"name": "omit", "metric": "diagonal"}`, or with its arguments
     `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`. A block-diagonal metric has 4 blocks
     by default, as in the paper for fragments.

@@ -1,4 +1,4 @@
-"""Token alignment: find the best partner of every fragment, and sum the partners' scores."""
+"""Token alignment: find the best partners of every fragment, and make one score of theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Direction = Literal["i2t", "t2i", "both"]
 
 
 class MaxAlignment(FragmentSimilarity):
-    """The score of every fragment's best partner, summed over the fragments of one side, or of either.
+    """The scores of all fragments' best partners, made one score over the fragments of one side, or of either.
+
+    A subclass writes `aggregate`, which makes one score of them: their mean, their sum, ... One whose fragments have
+    other partners than the single best writes `best` too, and `alignment`, which tells that one alone counts.
 
     "t2i" takes the best patch of every word, "i2t" the best word of every patch; "both" is the mean of the two scores.
     A side whose fragments are all masked scores 0.
@@ -62,7 +65,7 @@ class MaxAlignment(FragmentSimilarity):
         return summed.masked_fill(~real.any(-1), 0)
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:
-        """Sum the partners' scores.
+        """Make one score of the partners' scores.
 
         Args:
             best: score of each fragment's best partner, `(n_images, n_texts, length)`, 0 where not real.

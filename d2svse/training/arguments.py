@@ -134,7 +134,7 @@ class TrainingArguments(
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:
-        """Start from "paper", "published" or "recommended" and override single values.
+        """Start from "paper", "published", "recommended" or "dual-encoder" and override single values.
 
         Raises:
             ValueError: if the preset is unknown.
