@@ -68,7 +68,7 @@ def test_broken_images_stop_or_are_left_out(local, photos, tmp_path):
     assert code == 0
     assert "5 of 6 images have a caption, 0 of them new, 1 broken ones skipped" in out
     one_line_error(local(photos, output), "002.png: not an image")
-    one_line_error(local(photos, output, "--on-bad-image", "hope"), "must be one of error, skip")
+    one_line_error(local(photos, output, "--on-bad-image", "hope"), "'hope' is not one of 'error', 'skip'")
 
 
 def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve_captions, photos, tmp_path):
