@@ -181,7 +181,7 @@ def main() -> int:
             kill(process, signal.SIGKILL, random_.uniform(0.01, 0.5))
         cut = truncate(random_.choice(found[-2:]) if number % 4 == 3 else found[-1], random_)
         finish(folder, output, *choice)
-        if number % 4 != 3 and f"{found[-1]} is left out" not in Path(f"{output}.log").read_text():
+        if number % 4 != 3 and f"{found[-1]} is skipped" not in Path(f"{output}.log").read_text():
             raise RuntimeError(f"{cut}: nothing was said of it in {output}.log")
         equal = same(whole, output)
         recovered += equal

@@ -1,4 +1,4 @@
-"""The choices that commands and functions share, declared without heavy imports, and what to say of an unknown name."""
+"""Declare the choices of commands and functions without heavy imports, and word errors about unknown names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Fusion = Literal["sum", "published"]
 
 
 def unknown(what: str, name: object, known: Iterable[str], listed: str | None = None) -> str:
-    """Return the message for a name that is not known, with the known name that is most like it.
+    """Return the message for an unknown name, with the most similar known name.
 
     Args:
-        what: what it should name, such as "option".
-        name: the name.
-        known: the names that are known.
-        listed: where they are listed, in place of the names; for a long list.
+        what: kind of thing that the name stands for, such as "option".
+        name: the unknown name.
+        known: the known names.
+        listed: text that replaces the list of known names, for a long list.
 
     >>> unknown("option", "marginn", ["loss", "margin"])
     "unknown option 'marginn'; did you mean margin? known are loss, margin"

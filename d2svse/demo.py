@@ -1,4 +1,4 @@
-"""`d2svse demo`: from drawn scenes to a searchable model within minutes, on the CPU, with no download."""
+"""`d2svse demo`: train a searchable model from drawn scenes, in minutes on the CPU, without a download."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
 PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 7
-# Chosen by what learns best from scratch in the time: docs/results.md.
+# Chosen by measurements of training from scratch in a few minutes: docs/results.md.
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "backbone_lr_scale": 1.0,
@@ -62,14 +62,14 @@ def build_model(
     similarity: Mapping[str, Any] | None = None,
     text_heads: int = 4,
 ) -> D2SVSE:
-    """A small model with random weights: a ResNet, a BERT and a word-level tokenizer for these texts.
+    """Return a small model with random weights: a ResNet, a BERT and a word-level tokenizer.
 
     Args:
-        texts: what the tokenizer's words are taken from.
+        texts: texts whose words the tokenizer knows.
         seed: seed of the weights.
-        vision: configuration of another vision backbone.
-        similarity: the similarity, cosine without it.
-        text_heads: attention heads of the BERT.
+        vision: configuration of another vision backbone; None for the ResNet.
+        similarity: the similarity, `{"name": ..., **arguments}`; None for cosine.
+        text_heads: number of attention heads of the BERT.
     """
     tokenizer = build_tokenizer(texts)
     vision = vision or ResNetConfig(
@@ -82,30 +82,30 @@ def build_model(
         num_attention_heads=text_heads,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=tokenizer.model_max_length,
-        hidden_dropout_prob=0.0,  # with it the scenes are learned no better: docs/results.md
+        hidden_dropout_prob=0.0,  # dropout does not improve the results: docs/results.md
         attention_probs_dropout_prob=0.0,
     )
     set_seed(seed)
     sides: dict[str, Any] = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
     chosen = similarity_options(similarity)
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=EMBED_DIM, similarity=chosen))
-    convert_conv2d_weight_memory_format(model, torch.channels_last)  # the CPU convolves faster so
+    convert_conv2d_weight_memory_format(model, torch.channels_last)  # convolutions on the CPU are faster with it
     image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     model.processor = D2SVSEProcessor(image_processor, tokenizer, max_length=tokenizer.model_max_length)
     return model
 
 
 def draw_scenes(folder: str | os.PathLike[str], num_train: int = 4000, num_test: int = 200, seed: int = 42) -> Path:
-    """Draw scenes to train on, and as many others to choose by as to test on.
+    """Draw the scenes of a training set, a validation set and a test set.
 
     Args:
-        folder: where `train.jsonl`, `val.jsonl`, `test.jsonl` and their pictures are written.
-        num_train: scenes to train on.
-        num_test: scenes of each of the two others.
-        seed: seed of the world.
+        folder: folder for `train.jsonl`, `val.jsonl`, `test.jsonl` and their images.
+        num_train: scenes of the training set.
+        num_test: scenes of the validation set, and of the test set.
+        seed: seed of the scenes.
 
     Returns:
-        The folder.
+        The path of the folder.
     """
     first = 0
     for name, count in (("train", num_train), ("val", num_test), ("test", num_test)):
@@ -132,21 +132,25 @@ def run_demo(
     Writes `scenes/`, `model/`, `index/`, `gallery.png` and `results.json` below `output`.
 
     Args:
-        output: the folder.
-        num_train: scenes to train on.
-        num_test: held-out scenes; the best epoch is chosen on as many others.
+        output: folder to write to.
+        num_train: scenes of the training set.
+        num_test: scenes of the test set, and of the validation set that chooses the best epoch.
         pretrain_epochs: epochs of stage 1.
-        distill_epochs: epochs of stage 2; the baseline gets as many as both together.
-        seed: the one seed.
-        similarity: `{"name": ..., **arguments}`, cosine without it.
-        device: where training and search run, such as "cpu"; the accelerator if there is one, without it.
-        say: prints a line.
-        show_progress_bar: show bars on the terminal.
+        distill_epochs: epochs of stage 2; the baseline trains for the epochs of both stages.
+        seed: seed of the scenes, the weights and the training.
+        similarity: `{"name": ..., **arguments}`; None for cosine.
+        device: where training and search run, such as "cpu"; None for the accelerator if there is one.
+        say: function that prints a line.
+        show_progress_bar: show progress bars on the terminal.
 
     Returns:
-        The metrics on the held-out scenes of "stage 1", "stage 2" and "aligning alone".
+        The metrics on the test set, by name of the result: "stage 1", "stage 2" and "aligning alone".
+
+    Raises:
+        FileExistsError: if the output has files of these names that no demo wrote.
+        ValueError: if the similarity is unknown or its arguments do not fit.
     """
-    build_similarity(similarity or "cosine", EMBED_DIM)  # to hear of a misfit before anything is drawn
+    build_similarity(similarity or "cosine", EMBED_DIM)  # fail before anything is drawn
     output, chosen = Path(output), choose_device(device)
     start = time.monotonic()
     scenes = output / "scenes"
@@ -159,8 +163,8 @@ def run_demo(
     train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in ("train", "val", "test"))
     texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
     say(
-        f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights; the loss is InfoNCE: "
-        "of what was tried, these learn fastest from scratch (docs/results.md)"
+        f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights, and the loss InfoNCE: "
+        "the combination that learned fastest from scratch (docs/results.md)"
     )
 
     def train_stage(model: D2SVSE, stage: str, num_epochs: float) -> dict[str, float]:
@@ -186,7 +190,7 @@ def run_demo(
     stages["stage 2"] = train_stage(model, "distill", distill_epochs)
     epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
     both = pretrain_epochs + distill_epochs
-    say(f"For comparison: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
+    say(f"Baseline: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
     stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
     results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
     with written_folder(output / "model", DEMO) as aside:
@@ -201,7 +205,7 @@ def run_demo(
     draw_gallery(rows, output / "gallery.png")
     for query, record, hits in zip(queries, asked, answers, strict=True):
         rank = [hit.id for hit in hits].index(str(record.image)) + 1
-        say(f"\n{query}\n  its own scene comes at place {rank} of {num_test}; first comes {hits[0].id}:")
+        say(f"\n{query}\n  its scene has rank {rank} of {num_test}; rank 1 is {hits[0].id}:")
         say(f"  {next(other.dense for other in test.records if str(other.image) == hits[0].id)}")
     write_json(output / "results.json", results)
     written = ["model", "index", "gallery.png"]
@@ -221,7 +225,7 @@ def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of exactly the words of these texts, lower case."""
+    """Return a word-level tokenizer that knows exactly the words of these texts, in lower case."""
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *sorted(words)])}

@@ -1,4 +1,4 @@
-"""Classes by name: a decorator, entry points of installed packages, and configurations with nested options."""
+"""Register classes by name: by a decorator or an entry point, with configurations that nest options."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Registry(Generic[T]):
     """The classes of one kind by their names.
 
     Args:
-        kind: what they are, for messages, such as "similarity".
+        kind: kind of the classes, for messages, such as "similarity".
         group: entry-point group in which installed packages name further classes.
-        example: a name, for messages.
+        example: a registered name, for messages.
 
     Attributes:
-        classes: those that are imported, by name; `names` tells all.
+        classes: imported classes by name; `names` returns all names.
     """
 
     def __init__(self, kind: str, group: str, example: str) -> None:
@@ -32,24 +32,24 @@ class Registry(Generic[T]):
         """Return a class decorator that adds a class under `name`.
 
         Raises:
-            ValueError: if the name is taken by another class.
+            ValueError: if another class has the name.
         """
 
         def add(cls: Class) -> Class:
             taken = self.classes.get(name)
             if taken is not None and taken != cls:
-                raise ValueError(f"the {self.kind} name {name!r} is taken by {taken.__qualname__}")
+                raise ValueError(f"the {self.kind} name {name!r} belongs to {taken.__qualname__}; choose another name")
             self.classes[name] = cls
             return cls
 
         return add
 
     def names(self) -> list[str]:
-        """Return all names, those of installed packages included."""
+        """Return all names, including those of installed packages."""
         return sorted({*self.classes, *(point.name for point in entry_points(group=self.group))})
 
     def find(self, name: str) -> type[T]:
-        """Return the class of a name; one of an entry point is imported now.
+        """Return the class of a name; import the class of an entry point.
 
         Raises:
             ValueError: if the name is unknown.
@@ -61,19 +61,19 @@ class Registry(Generic[T]):
                     break
             else:
                 raise ValueError(
-                    f"{unknown(self.kind, name, self.names())}; one of your own is known once its module is "
-                    f"imported, to commands by an entry point of the group {self.group}"
+                    f"{unknown(self.kind, name, self.names())}; your own is known once its module is "
+                    f"imported; for commands, declare an entry point of the group {self.group}"
                 )
         return self.classes[name]
 
     def options(self, configuration: Any) -> dict[str, Any]:
-        """Return the one form of a configuration, `{"name": ..., **constructor_arguments}`.
+        """Return a configuration as `{"name": ..., **constructor_arguments}`.
 
         Args:
             configuration: the name, or the name and the arguments.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: if the configuration has another form.
         """
         options = {"name": configuration} if isinstance(configuration, str) else configuration
         if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
@@ -84,11 +84,11 @@ class Registry(Generic[T]):
         return dict(options)
 
     def build(self, configuration: str | Mapping[str, Any], make: Callable[[type[T], dict[str, Any]], T]) -> T:
-        """Make an object of a configuration.
+        """Return the object that a configuration describes.
 
         Args:
             configuration: the name, or the name and the arguments.
-            make: calls the class with the arguments.
+            make: function that calls the class with the arguments.
 
         Raises:
             ValueError: if the name is unknown or an argument does not fit.

@@ -11,14 +11,14 @@
 # ---
 
 # %% [markdown]
-# # 1. Quickstart: train a little, encode, search
+# # 1. Quickstart: train, encode, search
 #
-# An image-text model puts pictures and sentences into one space, so that a picture lies near the sentences that
-# describe it. This notebook makes such a model, encodes pictures and sentences with it, searches a folder of pictures
-# by a sentence, and measures how often the right picture is found.
+# An image-text model puts images and texts into one space. An image is then near the texts that describe it. This
+# notebook trains such a model, encodes images and texts, searches a folder of images by a text, and measures how often
+# it finds the right image.
 #
-# It needs nothing but the package: it draws its own pictures and trains a small model from random weights, in
-# seconds, on the CPU. With a model of your own or from the Hub you would start at *Encode*.
+# It needs only the package. It draws its own images and trains a small model from random weights, in seconds, on the
+# CPU. If you have a trained model, start at *Encode*.
 
 # %%
 from pathlib import Path
@@ -36,22 +36,21 @@ logging.disable_progress_bar()  # of reading and writing weights
 # %% [markdown]
 # ## The one path to change
 #
-# `DATA = None` draws scenes of coloured shapes. For photos give a folder that holds `train.jsonl`, `val.jsonl` and
-# `test.jsonl`, with a line for each picture:
+# `DATA = None` draws scenes of coloured shapes. For photos, give a folder with `train.jsonl`, `val.jsonl` and
+# `test.jsonl`. Each file has a line for each image:
 #
 # ```
 # {"image": "photos/a.jpg", "captions": ["A dog runs.", "A dog on grass."], "dense": "A brown dog runs over grass."}
 # ```
 #
-# Image paths start at that folder; `dense` may be left out. Nothing else has to change: with photos the notebook
-# takes pretrained backbones (from the Hub, a ViT and a BERT) in place of the small random ones, and the settings that
-# this library recommends for photos. That wants a GPU, or patience. `EPOCHS` is the budget: 3 rounds through the
-# training pictures are little, for scenes and photos alike.
+# Image paths start from that folder, and `dense` may be missing. With photos, the notebook uses pretrained backbones
+# from the Hub (a ViT and a BERT) instead of small random ones, and the recommended settings for photos. That needs a
+# GPU or much time. `EPOCHS` is the number of epochs; 3 epochs are few, for scenes and for photos.
 
 # %%
 DATA = None
 EPOCHS = 3
-OUTPUT = Path("d2svse-examples/quickstart")  # all that is written lies here
+OUTPUT = Path("d2svse-examples/quickstart")  # folder of all written files
 
 # %%
 OUTPUT.mkdir(parents=True, exist_ok=True)
@@ -59,18 +58,18 @@ data = Path(DATA) if DATA else draw_scenes(OUTPUT / "scenes", num_train=800, num
 train, val, test = (
     ImageTextDataset.from_manifest(data / f"{split}.jsonl", dense="auto") for split in ("train", "val", "test")
 )
-print(f"{len(train)} pictures to train on, {len(val)} to choose the epoch by, {len(test)} to test on")
+print(f"{len(train)} images to train on, {len(val)} to choose the epoch, {len(test)} to test")
 
 
-def keep(picture, name):
-    """Write a picture to a file, and give it back for the notebook to show."""
-    picture.save(OUTPUT / name)
-    return picture
+def keep(image, name):
+    """Write an image to a file, and return it for the notebook to show."""
+    image.save(OUTPUT / name)
+    return image
 
 
 # %% [markdown]
-# A picture has several *sparse* captions, which tell a part each, and one *dense* text, which tells everything. Here
-# is one of the test pictures with all that is written about it.
+# An image has several *sparse* captions, each of which describes a part, and one *dense* caption, which describes
+# everything. Here is one of the test images with all its captions.
 
 # %%
 first = test.records[0]
@@ -81,8 +80,8 @@ keep(compose_gallery([(first.captions[0], [first.image])]), "first.png")
 # %% [markdown]
 # ## A model
 #
-# A model is two backbones, one for pictures and one for sentences, each with a projection into the joint space and a
-# pooling that makes one vector of many. On scenes they are built from configurations, with random weights.
+# A model has two backbones, one for images and one for texts. Each has a projection into the joint space and a pooling
+# that makes one vector of many. For scenes, the backbones are built from configurations, with random weights.
 
 # %%
 if DATA is None:
@@ -95,8 +94,9 @@ else:
 print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million weights")
 
 # %% [markdown]
-# Notebook 2 is about training. Here it is two lines: say what to do (`align` brings pictures and sparse captions
-# together), and do it. After each epoch the validation pictures are ranked, and the best epoch's weights are kept.
+# Notebook 2 is about training. Here, training takes two lines: the arguments and the call. The stage `align` aligns
+# images with sparse captions. Each epoch ends with an evaluation on the validation set, and training keeps the weights
+# of the best epoch.
 
 # %%
 chosen = {"num_train_epochs": EPOCHS, "disable_tqdm": True}
@@ -107,11 +107,11 @@ model.save_pretrained(OUTPUT / "model")
 # %% [markdown]
 # ## Encode
 #
-# A saved model is a folder: weights, configuration, tokenizer, image processor. `from_pretrained` takes the folder or
-# a name on the Hub.
+# A saved model is a folder with weights, configuration, tokenizer and image processor. `from_pretrained` reads the
+# folder, or a model on the Hub by its name.
 #
-# `encode_image` and `encode_text` give one vector each, of length 1, in the order given, whatever the batch size.
-# `similarity` compares all pictures with all sentences, as the model was trained to; here it is the cosine.
+# `encode_image` and `encode_text` return one vector of length 1 for each input, in the order of the inputs. The batch
+# size does not change them. `similarity` scores all images against all texts by the model's similarity, here cosine.
 
 # %%
 model = D2SVSE.from_pretrained(OUTPUT / "model")
@@ -119,16 +119,16 @@ images = model.encode_image(test.images[:4])
 texts = model.encode_text([record.captions[0] for record in test.records[:4]])
 scores = model.similarity(images, texts)
 print("vectors of", images.shape, "and", texts.shape)
-print("pictures in rows, their first captions in columns:")
+print("images in rows, their first captions in columns:")
 print(scores.round(2))
 
 # %% [markdown]
-# In a perfect model the largest number of each row and column stands on the diagonal.
+# In a perfect model, the largest number of each row and column is on the diagonal.
 #
 # ## Search
 #
-# An index holds the vectors of many pictures, on the disk. `build` takes a folder, a manifest or a list of paths. A
-# search takes sentences, a picture (`images=`), or both.
+# An index stores the vectors of many images on the disk. `build` takes a folder, a manifest or a list of paths. A
+# search takes texts, an image (`images=`), or both.
 
 # %%
 index = ImageTextIndex.build(model, test.images, OUTPUT / "index", overwrite=True)
@@ -140,19 +140,19 @@ for query, hits in zip(queries, answers, strict=True):
         print(f"  {hit.score:.3f}  {hit.id}")
 
 # %% [markdown]
-# Each row below is a query and its five best pictures; a frame marks the picture that the sentence was written for.
-# Look at what the others have in common with the query, too: colours and places are learned first, shapes last.
+# Each row below shows a query and its five best images. A frame marks the image of the caption. Compare the other
+# images with the query, too: the model learns colours and positions first, and shapes last.
 
 # %%
 rows, right = [], []
 for record, query, hits in zip(test.records[:3], queries, answers, strict=True):
     found = [hit.id for hit in hits]
     rows.append((query, found))
-    right.append([place for place, path in enumerate(found) if path == str(record.image)])
+    right.append([position for position, path in enumerate(found) if path == str(record.image)])
 keep(compose_gallery(rows, right=right), "answers.png")
 
 # %% [markdown]
-# The same from a shell, with the folders that are there now:
+# This command searches the same index:
 #
 # ```
 # d2svse search d2svse-examples/quickstart/index "a red circle on a grey background" --gallery answers.html
@@ -160,26 +160,25 @@ keep(compose_gallery(rows, right=right), "answers.png")
 #
 # ## How good is it?
 #
-# R@K is the share of queries with a right answer among the first K, in both directions: captions to a picture (I2T)
-# and pictures to a caption (T2I). Always look at chance beside it: of n pictures the right one is among the first K
-# by luck in K / n of all cases.
+# R@K is the share of queries with a right answer among the first K. There are two directions: captions of an image
+# (I2T) and images of a caption (T2I). Always compare with chance: among n images, the right one is among the first K by
+# chance in K / n of all cases.
 
 # %%
 metrics = evaluate(model, test).metrics
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-print_recalls({"chance": chance, "this model": metrics}, f"{len(test)} test pictures, percent")
+print_recalls({"chance": chance, "this model": metrics}, f"{len(test)} test images, percent")
 
 # %% [markdown]
-# On the drawn scenes half of all sentences find their picture among the first ten of a hundred, where chance finds a
-# tenth. That is far from good. It shows that the pieces work together, and no more: the model has seen 800 pictures
-# three times. `d2svse demo` trains on 4000 scenes for minutes, and [results](../docs/results.md) tells how far that
-# goes, and how far photos with pretrained backbones go.
+# On the drawn scenes, half of all captions find their image among the first ten of a hundred; chance finds a tenth.
+# That is not a good model, because it has seen 800 images three times. It shows that all parts work together. `d2svse
+# demo` trains on 4000 scenes for minutes. [Results](../docs/results.md) has its figures, and those of photos with
+# pretrained backbones.
 #
 # ## Where to read on
 #
 # - Notebook 2 trains with both stages of D2S-VSE.
-# - [Your own photos](../docs/guides/photos.md): the same as commands.
-# - [Indexes](../docs/indexing.md): adding and removing pictures, queries of a sentence and a picture, a million
-#   pictures.
-# - [Evaluation](../docs/evaluation.md): what is counted, and how ties are.
+# - [Your own photos](../docs/guides/photos.md): these steps as commands.
+# - [Indexes](../docs/indexing.md): adding and removing images, queries of a text and an image, a million images.
+# - [Evaluation](../docs/evaluation.md): the metrics, and how ties count.

@@ -13,20 +13,21 @@
 # %% [markdown]
 # # 3. Similarities side by side
 #
-# How a picture and a sentence are compared is a part of the model that can be swapped. Three are trained here, from
-# the same weights, on the same batches, for the same number of steps:
+# The similarity, which scores an image against a text, is a part of the model that you can replace. This notebook
+# trains three models with three similarities. They start from equal weights and see equal batches, for an equal number
+# of steps:
 #
 # - **cosine** of the two pooled vectors $x$ and $y$, each of length 1: $s = x^\top y$.
 # - **GSSF**, block-diagonal: $s = x^\top (W \odot U) y$. $W$ is learned and starts as the identity, so training
-#   starts from cosine; $U$ is 1 in blocks on the diagonal and 0 elsewhere. It learns how much a dimension counts, and
-#   which dimensions of a block belong together.
-# - **OMIT**: $s = \sum_{kl} P_{kl} \, v_k^\top w_l$ over the patches $v_k$ of the picture and the words $w_l$ of the
-#   sentence. $P$ moves the mass of the patches to the words at the least cost $1 - v_k^\top w_l$, with an entropy
-#   term (optimal transport). The pooled vectors of both sides join as one more patch and one more word, the *bins*,
-#   so that background and filler words have somewhere to go; they do not score.
+#   starts from cosine. $U$ is 1 in blocks on the diagonal and 0 elsewhere. GSSF learns the weight of each dimension,
+#   and which dimensions of a block belong together.
+# - **OMIT**: $s = \sum_{kl} P_{kl} \, v_k^\top w_l$ over the patches $v_k$ of the image and the words $w_l$ of the
+#   text. $P$ moves the mass of the patches to the words at the least cost $1 - v_k^\top w_l$, with an entropy term
+#   (optimal transport). The pooled vectors of both sides join as one more patch and one more word, the *bins*. They
+#   take the mass of background and filler words, and have no score.
 #
-# Cosine and GSSF compare one vector with one vector. OMIT compares everything with everything: dearer, but it can say
-# *which word meets which part of the picture* (notebook 6).
+# Cosine and GSSF compare one vector with one vector. OMIT compares all patches with all words. That is more expensive,
+# but it shows *which word matches which part of the image* (notebook 6).
 
 # %%
 from pathlib import Path
@@ -46,14 +47,14 @@ from d2svse.visualize import score_distributions
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
-# `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, as notebook 1 tells;
-# None draws scenes. `EPOCHS` is the budget of each similarity.
+# `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, see notebook 1; None
+# draws scenes. `EPOCHS` is the number of epochs for each similarity.
 
 # %%
 DATA = None
 EPOCHS = 2
 SIMILARITIES = ("cosine", "gssf-block-diagonal", "omit")
-OUTPUT = Path("d2svse-examples/similarities")  # all that is written lies here
+OUTPUT = Path("d2svse-examples/similarities")  # folder of all written files
 
 # %%
 data = Path(DATA) if DATA else draw_scenes(OUTPUT / "scenes", num_train=800, num_test=100)
@@ -63,7 +64,7 @@ train, val, test = (
 
 
 def new_model(similarity):
-    """A model before any training; all but the similarity's own weights are the same for every one."""
+    """Return a model before training; only the similarity's own weights differ between models."""
     if DATA is None:
         vision = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
         return build_model(train.captions + train.dense_captions, vision=vision, similarity={"name": similarity})
@@ -73,7 +74,7 @@ def new_model(similarity):
 
 
 def train_one(similarity):
-    """A model trained with a similarity, and the pairs that it went through in a second."""
+    """Return a model trained with a similarity, its pairs per second, and its batch size."""
     model = new_model(similarity)
     settings = TRAINING | {"per_device_train_batch_size": 32} if DATA is None else PRESETS["recommended"]
     chosen = {"num_train_epochs": EPOCHS, "logging_steps": 0.05, "disable_tqdm": True}
@@ -85,7 +86,7 @@ def train_one(similarity):
 
 
 def keep(figure, name):
-    """Write a figure to a file, and give it back as a picture for the notebook to show."""
+    """Write a figure to a file, and return it as an image for the notebook to show."""
     figure.savefig(OUTPUT / name)
     return Image.open(OUTPUT / name)
 
@@ -93,8 +94,8 @@ def keep(figure, name):
 # %% [markdown]
 # ## Train them
 #
-# The similarity is an argument of the model, by its name, with its own arguments if need be: `{"name": "omit",
-# "regularization": 0.02}`. Nothing else differs, the order of the batches included.
+# The similarity is an argument of the model: its name, and optionally its own arguments, such as `{"name": "omit",
+# "regularization": 0.02}`. Everything else is equal, including the order of the batches.
 
 # %%
 models, metrics, intervals, results = {}, {}, {}, {}
@@ -114,38 +115,38 @@ for name in SIMILARITIES:
 # %%
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-print_recalls({"chance": chance, **metrics}, f"{len(test)} test pictures, {EPOCHS} epochs each, percent")
+print_recalls({"chance": chance, **metrics}, f"{len(test)} test images, {EPOCHS} epochs each, percent")
 for name, text in intervals.items():
     print(f"{name:20} {text}")
 
 # %% [markdown]
-# The intervals are 95 % bootstrap intervals over the queries: how far the figure would move with other test captions.
-# They do not tell how far it moves with another seed of training, which is often as much.
+# These are 95 % bootstrap intervals over the queries. They show how much the figure would change with other test
+# captions. Another seed of training often changes it as much.
 #
-# What this shows, on the drawn scenes: each of the three learns, well above chance. GSSF starts as cosine and is
-# still near it; their intervals overlap, and nothing tells them apart. OMIT lags. **That is how fast they start from
-# random weights, not where they end**: 50 steps are no training, and a similarity that leads after them need not lead
-# after thousands, or with backbones that have learned before. For a comparison that you would publish train to the
-# end, with several seeds, choose on the validation set, and report the protocol.
+# On the drawn scenes, all three models learn and are well above chance. GSSF starts as cosine and is still close to
+# it; their intervals overlap, so this test cannot separate them. OMIT is behind. **These figures show how fast a
+# similarity starts from random weights, and not how good it becomes**: 50 steps are very few. The order may differ
+# after thousands of steps, or with pretrained backbones. For a comparison to publish, train to the end with several
+# seeds, choose on the validation set, and report the protocol.
 #
-# The time of a step is mostly the encoders'. What a similarity adds grows with the batch: cosine costs $n^2 D$ for
-# $n$ pairs of width $D$, OMIT $n^2 K L D$ for $K$ patches and $L$ words. Here $K$ is 16; a ViT on photos has 197. The
-# times are those of this machine, and of whatever else it was doing.
+# The encoders take most of the time of a step. The cost of a similarity grows with the batch: cosine costs $n^2 D$ for
+# $n$ pairs of width $D$, and OMIT $n^2 K L D$ for $K$ patches and $L$ words. Here $K$ is 16; a ViT on photos has 197.
+# The times depend on this machine and its load.
 #
-# ## How far right pairs stand from wrong ones
+# ## Right pairs and wrong pairs
 #
-# Each panel tells how often a right pair scores higher than a wrong one. The scales are the similarities' own: a
-# score of 0.4 of one says nothing about 0.4 of another.
+# Each panel shows how often a right pair scores higher than a wrong one. Each similarity has its own scale: 0.4 means
+# different things in different panels.
 
 # %%
 keep(score_distributions(results), "scores.png")
 
 # %% [markdown]
-# ## What can be searched at once
+# ## Search with a similarity
 #
-# A bilinear score *folds*: the matrix is multiplied into the sentence's vector once, and what is left is a plain
-# inner product, which any vector engine serves. OMIT does not fold; an index then finds candidates by one vector
-# each, and scores only that exactly.
+# A bilinear score *folds*: its matrix is multiplied into the text's vector once, and the score is then a plain inner
+# product. Every backend of an index can search that. OMIT does not fold. An index then finds candidates by one vector
+# for each image, and reranks only the candidates by the exact score.
 
 # %%
 for name, model in models.items():
@@ -162,9 +163,9 @@ print("GSSF: the inner product of the folded vectors is the score")
 # %% [markdown]
 # ## Which one?
 #
-# Take `cosine` first, and where a gallery of any size is searched at once. `gssf-block-diagonal` costs the search
-# nothing more. `max-mean` or `omit` where single words decide, or where you want to see why a picture was found.
+# Take `cosine` first, and for galleries of any size. `gssf-block-diagonal` has the same cost of search. Take `max-mean`
+# or `omit` if single words decide, or if you want to see why an image was found.
 #
 # - [Similarities and losses](../docs/similarities.md): all twelve, with formulas and costs.
-# - [Benchmarks](../docs/benchmarks.md): what each costs on a quiet machine.
-# - Notebook 4: one of your own. Notebook 6: what GSSF and OMIT have learned, drawn.
+# - [Benchmarks](../docs/benchmarks.md): the cost of each on a quiet machine.
+# - Notebook 4 adds a similarity. Notebook 6 draws what GSSF and OMIT have learned.

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 4. Your own similarity, your own loss
 #
-# A similarity is a class with a name and one method; a loss is a class with one method. Neither needs a change to the
-# package. This notebook writes one of each, checks them on random numbers before any training, and trains with them.
+# A similarity is a class with a name and one method. A loss is a class with one method. Neither needs a change in the
+# package. This notebook writes one of each, checks them on random numbers, and trains with them.
 
 # %%
 from pathlib import Path
@@ -43,38 +43,37 @@ from d2svse.training.arguments import PRESETS
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
-# `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, as notebook 1 tells;
-# None draws scenes. `EPOCHS` is the budget of each training.
+# `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, see notebook 1; None
+# draws scenes. `EPOCHS` is the number of epochs of each training.
 
 # %%
 DATA = None
 EPOCHS = 2
-OUTPUT = Path("d2svse-examples/your-own")  # all that is written lies here
+OUTPUT = Path("d2svse-examples/your-own")  # folder of all written files
 
 # %% [markdown]
 # ## A similarity
 #
-# The idea: the whole picture against the whole sentence, and each word against its best patch, in shares that are
-# learned,
+# The idea is to score the whole image against the whole text, and each word against its best patch, in learned shares:
 #
 # $$s = g \, x^\top y + (1 - g) \, \frac{1}{L} \sum_{l=1}^{L} \max_k v_k^\top w_l, \qquad g = \sigma(a),$$
 #
-# with the pooled vectors $x$, $y$, the patches $v_k$, the $L$ words $w_l$, all of length 1, and one learned number
-# $a$.
+# Here $x$ and $y$ are the pooled vectors, $v_k$ the patches, and $w_l$ the $L$ words, all of length 1. One number $a$
+# is learned.
 #
-# `FragmentSimilarity` does what is tedious: it normalises, takes pictures and sentences a tile at a time so that
-# memory stays bounded, and computes the gradient tile by tile. What is left is the score of a tile. It is given
-# `products`, the cosines of all patches with all words, `(n_images, n_patches, n_texts, n_words)`. Sentences are of
-# different length, so some of the words are padding: **mask them**.
+# `FragmentSimilarity` does the common work. It normalises, scores images and texts a tile at a time to bound memory,
+# and computes the gradient tile by tile. The class must only score a tile. It gets `products`, the cosines of all
+# patches with all words, `(n_images, n_patches, n_texts, n_words)`. Texts differ in length, so some of the words are
+# padding: **mask them**.
 #
-# (For a score of the pooled vectors alone inherit from `Similarity` and write `score`: twenty lines in
-# [similarities](../docs/similarities.md#your-own-in-20-lines).)
+# A similarity of pooled vectors inherits from `Similarity` and has the method `score`; see the twenty
+# lines in [similarities](../docs/similarities.md#your-own-in-20-lines).
 
 
 # %%
 @register_similarity("whole-and-words")
 class WholeAndWords(FragmentSimilarity):
-    """The cosine of the pooled vectors and the mean of the words' best patches, in learned shares."""
+    """Score by the cosine of the pooled vectors and the mean of the words' best patches, in learned shares."""
 
     def __init__(self, start: float = 0.0) -> None:
         super().__init__()
@@ -92,15 +91,15 @@ class WholeAndWords(FragmentSimilarity):
 # %% [markdown]
 # ### Check it before you train
 #
-# On random features, without a model. Three checks find most mistakes:
+# The checks use random features and no model. Three checks find most mistakes:
 #
-# 1. a slow double loop, straight from the formula, gives the same;
-# 2. padding changes no score: a sentence scores the same alone as beside a longer one;
-# 3. the size of the tiles changes nothing.
+# 1. A slow double loop of the formula returns equal scores.
+# 2. Padding does not change a score: a text has equal scores alone and beside a longer text.
+# 3. The size of the tiles does not change a score.
 
 # %%
 torch.manual_seed(0)
-mask = torch.tensor([[True] * 6, [True, True, True, False, False, False]])  # the second sentence has three words
+mask = torch.tensor([[True] * 6, [True, True, True, False, False, False]])  # the second text has three words
 images = Features(torch.randn(3, 16), torch.randn(3, 9, 16))
 texts = Features(torch.randn(2, 16), torch.randn(2, 6, 16), mask)
 own = build_similarity({"name": "whole-and-words", "start": 0.5})
@@ -119,27 +118,28 @@ assert torch.allclose(scores, by_hand, atol=1e-6), "the formula"
 alone = Features(texts.pooled[1:], texts.tokens[1:, :3], mask[1:, :3])
 assert torch.allclose(scores[:, 1:], own(images, alone), atol=1e-6), "padding"
 
-own.max_memory = 1  # one picture and one sentence a tile
+own.max_memory = 1  # one image and one text a tile
 assert torch.allclose(own(images, texts), scores, atol=1e-6), "tiles"
 print("all three hold")
 
 # %% [markdown]
 # ## A loss
 #
-# A ranking loss is given the scores of a batch, pictures in rows, texts in columns, pair $i$ on the diagonal, and
-# which entries are negatives. Two captions of one picture are no negatives of each other, so take the mask and not
-# "all but the diagonal". This one is the sigmoid loss (SigLIP, ICCV 2023, Eq. 1): each pair is a yes-or-no question
-# of its own,
+# A ranking loss gets the scores of a batch, with images in rows and texts in columns, and a mask of the negatives. Pair
+# $i$ is on the diagonal. Two captions of one image are not negatives of each other, so use the mask and not "all
+# entries except the diagonal". This example is a sigmoid loss (SigLIP, ICCV 2023, Eq. 1), in which each pair is a
+# yes-or-no question:
 #
 # $$L = -\frac{1}{n} \sum_{ij} \log \sigma\left(z_{ij} \, (s_{ij} / \tau + b)\right),$$
 #
-# with $z_{ij} = 1$ for right pairs and $-1$ for negatives. The paper learns $\tau$ and $b$; here they are constants,
-# since a loss with weights of its own is refused: they would not be saved with the model.
+# Here $z_{ij} = 1$ for right pairs and $-1$ for negatives. The paper learns $\tau$ and $b$. In this class they are
+# constants, because a loss with its own parameters is refused: the model would not save them. (The package's own loss
+# `sigmoid` can learn them, as the model's temperature and bias.)
 
 
 # %%
 class SigmoidLoss(RankingLoss):
-    """Every pair is right or wrong, each for itself."""
+    """Classify each pair as right or wrong."""
 
     def __init__(self, temperature: float = 0.07, bias: float = -5.0) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class SigmoidLoss(RankingLoss):
 # %%
 loss = SigmoidLoss()
 scores = torch.randn(4, 4)
-owner = torch.tensor([0, 0, 1, 2])  # pairs 0 and 1 are of one picture
+owner = torch.tensor([0, 0, 1, 2])  # pairs 0 and 1 are of one image
 by_hand = 0.0
 for i in range(4):
     for j in range(4):
@@ -165,15 +165,15 @@ for i in range(4):
 assert torch.allclose(loss(scores, owner), by_hand), "the formula"
 
 changed = scores.clone()
-changed[0, 1] += 10  # a second caption of the same picture
-assert loss(changed, owner) == loss(scores, owner), "no negatives within a picture"
+changed[0, 1] += 10  # a second caption of this image
+assert loss(changed, owner) == loss(scores, owner), "no negatives within an image"
 print("both hold")
 
 # %% [markdown]
 # ## Train with them
 #
-# The similarity goes by its name into the model, the loss as an object into the trainer. For comparison the
-# similarity is trained with InfoNCE, too, the loss that the other notebooks take.
+# The model takes the similarity by its name, and the trainer takes the loss as an object. For comparison, the
+# similarity is also trained with InfoNCE, the loss of the other notebooks.
 
 # %%
 data = Path(DATA) if DATA else draw_scenes(OUTPUT / "scenes", num_train=800, num_test=100)
@@ -183,7 +183,7 @@ train, val, test = (
 
 
 def train_own(name, loss=None):
-    """A model with the similarity above, trained with a loss; without one with InfoNCE."""
+    """Return a model with the similarity above, trained with a loss; None is InfoNCE."""
     if DATA is None:
         vision = ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic")
         words = train.captions + train.dense_captions
@@ -206,20 +206,20 @@ models = {"InfoNCE": train_own("infonce"), "the sigmoid loss": train_own("sigmoi
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
 results = {"chance": chance} | {name: evaluate(model, test).metrics for name, model in models.items()}
-print_recalls(results, f"whole-and-words on {len(test)} test pictures, percent")
+print_recalls(results, f"whole-and-words on {len(test)} test images, percent")
 for name, model in models.items():
     print(f"{name}: the whole counts {100 * model.similarity_fn.share.sigmoid().item():.0f} %, the words the rest")
 
 # %% [markdown]
-# Both are well above chance on the scenes, so both give a gradient that teaches. They are not tuned: the temperature,
-# the bias and the learning rate of a new loss want a search, and fifty steps tell nothing about where a loss ends.
-# What to look at when a new one does not learn: `loss_if_collapsed`, `embedding_std` and `active_share` in the log,
-# which [training](../docs/training.md#watching) explains. The learned share hardly moves in so few steps.
+# Both are well above chance on the scenes, so both losses work. They are not tuned: search the temperature, the bias
+# and the learning rate of a new loss. Fifty steps do not show how good a loss becomes. If a new loss does not learn,
+# look at `loss_if_collapsed`, `embedding_std` and `active_share` in the log, which
+# [training](../docs/training.md#watching) explains. The learned share changes little in so few steps.
 #
 # ## Save and load
 #
-# The name, the arguments and the learned share are saved with the model. Who loads it must have imported the class
-# before, or have it by an entry point, which commands know, too:
+# The model is saved with the name, the arguments and the learned share of the similarity. Import the class before you
+# load the model, or declare an entry point, which commands know too:
 #
 # ```toml
 # [project.entry-points."d2svse.similarities"]
@@ -238,5 +238,5 @@ print("loaded:", loaded.config.similarity)
 # ## Where to read on
 #
 # - [Add a similarity](../docs/guides/add-a-similarity.md) and [add a loss](../docs/guides/add-a-loss.md): schedules,
-#   distillation losses, what the log counts.
+#   distillation losses, and the statistics in the log.
 # - [Similarities](../docs/similarities.md): `fold` for bilinear scores.

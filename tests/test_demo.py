@@ -28,7 +28,7 @@ def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
         assert (demo / name).is_file(), name
     assert "InfoNCE" in said
     assert "ResNet" in said
-    assert said.count("its own scene comes at place") == 3
+    assert said.count("its scene has rank") == 3
 
 
 def test_a_fresh_process_gives_the_same_table(demo):

@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from d2svse.captioning.pictures import Outcome, Picture, Sampling
+from d2svse.captioning.images import ImageToCaption, Outcome, Sampling
 from d2svse.captioning.text import find_fault
 from d2svse.hub.folder import check_contents, loading
 from d2svse.hub.weights import check_finite, weight_files
@@ -159,29 +159,29 @@ class LlavaCaptioner:
         }
         return {**made_by, **asdict(self.sampling)}
 
-    def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
+    def run(self, images: Sequence[ImageToCaption], take: Callable[[Outcome], None]) -> None:
         """Caption all images; see `Captioner`."""
-        queue = deque((picture, picture.draw) for picture in pictures)
+        queue = deque((image, image.draw) for image in images)
         while queue:
             batch = [queue.popleft() for _ in range(min(self.batch_size, len(queue)))]
-            rows, images, seeds = [], [], []
-            for picture, draw in batch:
+            rows, pixels, seeds = [], [], []
+            for image, draw in batch:
                 try:
-                    images.append(load_image(picture.path))
+                    pixels.append(load_image(image.path))
                 except ImageError as error:
-                    take(Outcome(picture, reason=str(error), draw=draw))
+                    take(Outcome(image, reason=str(error), draw=draw))
                     continue
-                rows.append((picture, draw))
-                seeds.append(self.sampling.picture_seed(picture.path.read_bytes(), draw))
+                rows.append((image, draw))
+                seeds.append(self.sampling.image_seed(image.path.read_bytes(), draw))
             if not rows:
                 continue
-            for (picture, draw), seed, (text, finish) in zip(rows, seeds, self.generate(images, seeds), strict=True):
+            for (image, draw), seed, (text, finish) in zip(rows, seeds, self.generate(pixels, seeds), strict=True):
                 fault = find_fault(text)
-                outcome = Outcome(picture, text, seed, finish, draw=draw)
+                outcome = Outcome(image, text, seed, finish, draw=draw)
                 if fault is None:
                     take(outcome)
-                elif draw + 1 - picture.draw < self.tries:
-                    queue.append((picture, draw + 1))
+                elif draw + 1 - image.draw < self.tries:
+                    queue.append((image, draw + 1))
                 else:
                     take(replace(outcome, text=None, reason=fault, draw=draw + 1))
 

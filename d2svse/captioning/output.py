@@ -1,4 +1,4 @@
-"""The dense JSONL: a whole line for each picture, whatever happens to its writer."""
+"""Write the dense JSONL, which keeps one whole line for each image even if its writer is killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from d2svse.captioning.pictures import Outcome
+from d2svse.captioning.images import Outcome
 from d2svse.data.manifest import ManifestError, read_json_lines
 from d2svse.files.data import read_json
 from d2svse.files.lock import write_lock
@@ -22,24 +22,24 @@ Failures = dict[str, dict[str, Any]]
 class CaptionFile:
     """A dense JSONL that is open for more lines.
 
-    Every line is `{"image": ..., "dense": ..., "seed": ..., "finish": ...}`, which training reads. It is
-    written by one call and brought to the disk before the next. What a killed writer left half-written
-    is taken off when the file is opened. Beside `dense.jsonl` stand `dense.settings.json`, what the captions were
-    made with, and `dense.failed.jsonl`, the pictures without caption and why, where there are any.
+    Every line is `{"image": ..., "dense": ..., "seed": ..., "finish": ...}`, which training reads. One call writes a
+    line, and the line reaches the disk before the next one. Opening the file removes a half-written last line. Two
+    files stand beside `dense.jsonl`. `dense.settings.json` records the settings of the captions.
+    `dense.failed.jsonl` lists the images without a caption and the reasons, if there are any.
 
     Args:
         path: the file, `.jsonl`.
-        settings: what the captions are made with; a file that was made with other ones is refused.
-        notes: recorded with the settings of a new file, and not compared.
+        settings: the settings that the captions depend on; a file with other settings is refused.
+        notes: further facts that are recorded beside the settings of a new file, and not compared.
 
     Attributes:
-        done: names of the pictures that have a caption.
-        failed: by name, the `reason` and the `draw` of the pictures that could not be captioned.
+        done: names of the images that have a caption.
+        failed: `reason` and `draw` of each image that could not be captioned, by name.
 
     Raises:
-        BlockingIOError: on opening, if another process writes to it.
-        ManifestError: on opening, if a line is not one of ours, or names a picture a second time.
-        ValueError: on opening, if it was made with other settings; the message says what differs.
+        BlockingIOError: on opening, if another process writes to the file.
+        ManifestError: on opening, if a line is not a line of this format, or names an image again.
+        ValueError: on opening, if the file was made with other settings; the message lists the differences.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CaptionFile:
     ) -> None:
         self.path = Path(path)
         if self.path.suffix != ".jsonl":
-            raise ValueError(f"the output takes a name that ends in .jsonl, got {self.path}")
+            raise ValueError(f"the name of the output must end in .jsonl, got {self.path}")
         self.settings, self.notes = dict(settings), dict(notes or {})
         self.settings_path = self.path.with_suffix(".settings.json")
         self.failed_path = self.path.with_suffix(".failed.jsonl")
@@ -80,8 +80,8 @@ class CaptionFile:
     def _compare_settings(self) -> None:
         if not self.settings_path.is_file():
             raise ValueError(
-                f"{self.path}: {self.settings_path.name} is not beside it, so what it was made with is not known; "
-                "give another output"
+                f"{self.path}: {self.settings_path.name} is not beside it, so the settings of its captions are "
+                "unknown; give another output"
             )
         recorded = read_json(self.settings_path)
         if not isinstance(recorded, dict):
@@ -95,21 +95,21 @@ class CaptionFile:
         if differing:
             raise ManifestError(
                 f"{self.path}: its {len(self.done)} captions were made with other settings: {'; '.join(differing)}; "
-                "give the same, or another output"
+                "give the same settings, or another output"
             )
 
     def take(self, outcome: Outcome) -> None:
-        """Append a caption, or remember why there is none.
+        """Append a caption, or keep the reason why there is none.
 
         Raises:
-            OSError: if the line cannot be written whole; then nothing of it is left.
+            OSError: if the line cannot be written whole; the file then has none of it.
         """
-        name = outcome.picture.name
+        name = outcome.image.name
         if outcome.text is None:
             self.failed[name] = {"reason": outcome.reason, "draw": outcome.draw}
             return
         if name in self.done:
-            raise ManifestError(f"{self.path}: {name} has a caption already")
+            raise ManifestError(f"{self.path}: {name} already has a caption")
         row = {"image": name, "dense": outcome.text, "seed": outcome.seed, "finish": outcome.finish}
         self._log.append(row)
         self.done.add(name)
@@ -127,9 +127,9 @@ def _read_names(path: Path) -> set[str]:
     for line, row in read_json_lines(path):
         name, text = row.get("image"), row.get("dense")
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            raise ManifestError(f'{path}:{line}: expected "image" and "dense"; it is no output of d2svse caption')
+            raise ManifestError(f'{path}:{line}: expected "image" and "dense", as d2svse caption writes them')
         if name in lines:
-            raise ManifestError(f"{path}:{line}: {name} stands in line {lines[name]} already; take one of them out")
+            raise ManifestError(f"{path}:{line}: {name} is also in line {lines[name]}; remove one of the lines")
         lines[name] = line
     return set(lines)
 
@@ -139,6 +139,6 @@ def _read_failures(path: Path) -> Failures:
     for line, row in read_json_lines(path):
         name, reason, draw = row.get("image"), row.get("reason"), row.get("draw", 0)
         if not isinstance(name, str) or not isinstance(reason, str | None) or type(draw) is not int or draw < 0:
-            raise ManifestError(f'{path}:{line}: expected "image", "reason" and "draw"; mend or remove the file')
+            raise ManifestError(f'{path}:{line}: expected "image", "reason" and "draw"; repair or remove the file')
         failures[name] = {"reason": reason or "", "draw": draw}
     return failures

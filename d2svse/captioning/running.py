@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from d2svse.captioning.images import Captioner, ImageToCaption, Outcome
 from d2svse.captioning.output import CaptionFile
-from d2svse.captioning.pictures import Captioner, Outcome, Picture
 from d2svse.images import ImageError, OnBadImage, select_readable
 from d2svse.progress import make_progress
 
@@ -38,9 +38,9 @@ class Summary:
     failed_path: Path
 
 
-def caption_pictures(
+def caption_images(
     captioner: Captioner,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageToCaption],
     output: str | os.PathLike[str],
     settings: Mapping[str, Any],
     *,
@@ -52,7 +52,7 @@ def caption_pictures(
 
     Args:
         captioner: the captioner.
-        pictures: all images.
+        images: all images, captioned or not.
         output: the dense JSONL, see `CaptionFile`.
         settings: the settings that the captions depend on.
         notes: further facts that are recorded beside the settings.
@@ -64,11 +64,11 @@ def caption_pictures(
         ValueError: if the output was made with other settings, or the captioner cannot continue.
     """
     with CaptionFile(output, settings, notes) as file:
-        before = sum(picture.name in file.done for picture in pictures)
-        missing = [picture for picture in pictures if picture.name not in file.done]
+        before = sum(image.name in file.done for image in images)
+        missing = [image for image in images if image.name not in file.done]
         skipped: list[str] = []
         if missing:
-            paths = [picture.path for picture in missing]
+            paths = [image.path for image in missing]
             try:
                 good, skipped = select_readable(paths, on_bad_image, show_progress_bar=show_progress_bar)
             except ImageError as error:
@@ -77,8 +77,8 @@ def caption_pictures(
                 logger.warning("skipped: %s", error)  # every remaining image is broken; a second run must not fail
                 good, skipped = [], [str(path) for path in paths]
             missing = [missing[row] for row in good]
-        missing.sort(key=lambda picture: picture.name in file.failed)
-        tried = [replace(picture, draw=file.failed.get(picture.name, {}).get("draw", 0)) for picture in missing]
+        missing.sort(key=lambda image: image.name in file.failed)
+        tried = [replace(image, draw=file.failed.get(image.name, {}).get("draw", 0)) for image in missing]
         progress = make_progress("captions")
         progress.disable = not (show_progress_bar and progress.console.is_terminal)
         with progress:
@@ -89,7 +89,7 @@ def caption_pictures(
                 progress.update(task, advance=1, note=f"{len(file.failed)} failed" if file.failed else "")
 
             captioner.run(tried, take)
-        names = {picture.name for picture in tried}
+        names = {image.name for image in tried}
         failed = {name: row["reason"] for name, row in file.failed.items() if name in names}
         left = sum(name not in file.done for name in names)
         made = len(names) - left

@@ -1,4 +1,4 @@
-"""The `d2svse` command: one typer application, a file a command."""
+"""The `d2svse` command: a typer application, with a file for each command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from d2svse.cli.common import examples
 from d2svse.text import visible
 from d2svse.version import __version__
 
-_SPACES = re.compile("[ \t\r\n]+")  # other separators of lines are shown, not joined
+_SPACES = re.compile("[ \t\r\n]+")  # other line separators are shown escaped
 
 app = typer.Typer(
     name="d2svse",
@@ -74,13 +74,13 @@ def _options(
     pass
 
 
-_command = functools.cache(get_command)  # typer makes it anew for every call, which takes its time in tests
+_command = functools.cache(get_command)  # building the command for each call would slow the tests
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's error prints one line and exits with 2.
 
-    With `D2SVSE_DEBUG` set in the environment the traceback is shown as well.
+    The environment variable `D2SVSE_DEBUG` shows the traceback instead.
     """
     try:
         code = _command(app)(args=arguments, prog_name="d2svse", standalone_mode=False)
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except (OSError, ValueError, ImportError) as error:
         _fail(error)
-    except Exception as error:  # usage errors of typer's own, which name the option
+    except Exception as error:  # typer's usage errors, which name the option
         if not hasattr(error, "format_message"):
             raise
         _fail(error)
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def main_train() -> None:
-    """`d2svse-train` is `d2svse train`."""
+    """Run `d2svse train`, as the command `d2svse-train`."""
     main(["train", *sys.argv[1:]])
 
 

@@ -22,9 +22,9 @@ def average(
         str | None, typer.Option(help="Share of each model, separated by commas.", show_default="equal shares")
     ] = None,
 ) -> None:
-    """Average the weights of models: a soup of several runs, or a model before and after training.
+    """Average the weights of models, such as several runs, or a model before and after training.
 
-    The configuration and the processor are the first model's.
+    The result has the configuration and the processor of the first model.
     """
     shares = None if weights is None else [_number(part) for part in weights.split(",")]
     prepare_process()

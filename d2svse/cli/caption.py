@@ -14,7 +14,7 @@ from d2svse.files.data import to_json
 from d2svse.text import visible
 
 if TYPE_CHECKING:
-    from d2svse.captioning.pictures import Captioner, Picture
+    from d2svse.captioning.images import Captioner, ImageToCaption
 
 KEY_VARIABLE = "D2SVSE_API_KEY"
 
@@ -28,7 +28,8 @@ Temperature = Annotated[float, typer.Option(help="Temperature of sampling; 0 tak
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of the longest caption.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
-Shard = Annotated[str, typer.Option(help="i/n: caption every n-th image from the i-th, on one of n machines.")]
+Part = Annotated[str, typer.Option(help="i/n: caption every n-th image from the i-th, on one of n machines.")]
+Shard = Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --part.")]
 Sentences = Annotated[
     int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
 ]
@@ -38,7 +39,7 @@ Sentences = Annotated[
     "local",
     epilog=examples(
         "d2svse caption local llava-hf/llava-1.5-13b-hf photos -o dense.jsonl",
-        "d2svse caption local MODEL train.jsonl -o dense-1.jsonl --shard 1/4",
+        "d2svse caption local MODEL train.jsonl -o dense-1.jsonl --part 1/4",
     ),
 )
 def local(
@@ -52,7 +53,8 @@ def local(
     top_p: TopP = 0.9,
     max_new_tokens: MaxNewTokens = 500,
     seed: Seed = 0,
-    shard: Shard = "1/1",
+    part: Part = "1/1",
+    shard: Shard = None,
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
@@ -68,15 +70,15 @@ def local(
     import torch
     import transformers
 
+    from d2svse.captioning.images import Sampling
     from d2svse.captioning.llava import LlavaCaptioner
-    from d2svse.captioning.pictures import Sampling
 
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    pictures = _pictures(source, split, image_folder, shard, on_bad_image)
+    images = _images(source, split, image_folder, shard or part, on_bad_image)
     placed: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     captioner = LlavaCaptioner.from_pretrained(model, sampling, batch_size=batch_size, tries=tries, **placed)
     notes = {"torch": torch.__version__, "transformers": transformers.__version__}
-    _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
+    _run(captioner, images, captioner.settings, notes, output, sentences, on_bad_image)
 
 
 @app.command(
@@ -94,7 +96,8 @@ def endpoint(
     top_p: TopP = 0.9,
     max_new_tokens: MaxNewTokens = 500,
     seed: Seed = 0,
-    shard: Shard = "1/1",
+    part: Part = "1/1",
+    shard: Shard = None,
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     concurrency: Annotated[int, typer.Option(help="Largest number of open requests.")] = 8,
@@ -106,33 +109,33 @@ def endpoint(
     backoff: Annotated[float, typer.Option(help="Seconds before the second try; they double with each try.")] = 1.0,
     api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = KEY_VARIABLE,
 ) -> None:
-    """Caption images with an OpenAI-compatible endpoint, such as one of vLLM or TGI."""
+    """Caption images with an OpenAI-compatible endpoint, such as vLLM or TGI."""
     from d2svse.captioning.endpoint import EndpointCaptioner
-    from d2svse.captioning.pictures import Sampling
+    from d2svse.captioning.images import Sampling
 
     key = os.environ.get(api_key_env, "").strip() or None
     if key is None and api_key_env != KEY_VARIABLE:
         raise ValueError(f"--api-key-env {api_key_env}: the environment variable is not set, or it is empty")
     limits: dict[str, Any] = {"timeout": timeout, "tries": tries, "max_requests": max_requests, "backoff": backoff}
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    pictures = _pictures(source, split, image_folder, shard, on_bad_image)
+    images = _images(source, split, image_folder, shard or part, on_bad_image)
     captioner = EndpointCaptioner(url, model, sampling, api_key=key, concurrency=concurrency, **limits)
     notes = {"url": captioner.base}
-    _run(captioner, pictures, captioner.settings, notes, output, sentences, on_bad_image)
+    _run(captioner, images, captioner.settings, notes, output, sentences, on_bad_image)
 
 
-def _pictures(
-    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: choices.OnBadImage
-) -> list[Picture]:
-    from d2svse.captioning.pictures import find_pictures, take_shard
+def _images(
+    source: str, split: str | None, image_folder: Path | None, part: str, on_bad_image: choices.OnBadImage
+) -> list[ImageToCaption]:
+    from d2svse.captioning.images import images_to_caption, take_part
 
     skips = on_bad_image == "skip"
-    return take_shard(find_pictures(source, split=split, image_folder=image_folder, allow_missing=skips), shard)
+    return take_part(images_to_caption(source, split=split, image_folder=image_folder, allow_missing=skips), part)
 
 
 def _run(
     captioner: Captioner,
-    pictures: list[Picture],
+    images: list[ImageToCaption],
     settings: dict[str, Any],
     notes: dict[str, Any],
     output: Path,
@@ -141,15 +144,15 @@ def _run(
 ) -> None:
     """Caption the images without a caption, print a summary, and exit with 1 if images are left."""
     from d2svse.captioning.report import shorten_captions
-    from d2svse.captioning.running import caption_pictures
+    from d2svse.captioning.running import caption_images
     from d2svse.version import __version__
 
     notes = {"d2svse": __version__, **notes}
     options: dict[str, Any] = {"notes": notes, "on_bad_image": on_bad_image, "show_progress_bar": True}
-    summary = caption_pictures(captioner, pictures, output, settings, **options)
+    summary = caption_images(captioner, images, output, settings, **options)
     skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
     typer.echo(
-        f"{visible(str(output))}: {summary.done} of {len(pictures)} images have a caption, "
+        f"{visible(str(output))}: {summary.done} of {len(images)} images have a caption, "
         f"{summary.made} of them new{skipped}"
     )
     if sentences is not None and summary.done:

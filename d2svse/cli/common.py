@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Functions and options that several commands share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 OnBadImage = Annotated[
-    choices.OnBadImage, typer.Option(help="Stop at an image that cannot be read, or list it, leave it out and go on.")
+    choices.OnBadImage, typer.Option(help="Stop at an image that cannot be read, or list it and leave it out.")
 ]
 
 
@@ -34,16 +34,16 @@ Dtype = Annotated[choices.Dtype | None, typer.Option(help="Type of the weights."
 
 
 def examples(*commands: str) -> str:
-    """An epilog of commands to copy, each a paragraph: lines of one are joined by some versions of typer."""
+    """Return an epilog of example commands, one a paragraph, because some versions of typer join lines."""
     return "\n\n".join(["Examples:" if len(commands) > 1 else "Example:", *commands])
 
 
 def prepare_process(device: str | None = None) -> torch.device:
-    """Choose the device (and CPU threads); let transformers and huggingface_hub show errors only, and no bars.
+    """Return the device of the work; set the CPU threads; let other libraries show errors only and no progress bars.
 
     An accelerator is named in one line on the standard error.
 
-    huggingface_hub keeps to HF_HUB_VERBOSITY and HF_DEBUG where they are set.
+    HF_HUB_VERBOSITY and HF_DEBUG still decide what huggingface_hub shows, if they are set.
     """
     import transformers
     from huggingface_hub.utils import logging as hub_logging
@@ -61,7 +61,7 @@ def prepare_process(device: str | None = None) -> torch.device:
 
 
 def show_transfers() -> None:
-    """Let huggingface_hub show bars of what it fetches and sends, on a terminal."""
+    """Let huggingface_hub show progress bars of its transfers on a terminal."""
     from huggingface_hub.utils import enable_progress_bars
 
     if sys.stderr.isatty():
@@ -69,7 +69,12 @@ def show_transfers() -> None:
 
 
 def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None = None) -> D2SVSE:
-    """Load a model for use, with its processor, and move it to its device."""
+    """Load a model with its processor onto a device.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or is not a model folder.
+        ValueError: if there is no such device.
+    """
     chosen = prepare_process(device)
     from d2svse.hub.folder import check_model_folder, holds_another_model
     from d2svse.models import D2SVSE
@@ -86,7 +91,7 @@ def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None
 
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as a dictionary, values read as YAML (numbers, booleans, lists)."""
+    """Return `KEY=VALUE` pairs as a dictionary, with values read as YAML (numbers, booleans, lists)."""
     from d2svse.files.yaml import parse_yaml
 
     result = {}
@@ -99,7 +104,7 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
 
 
 def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path]:
-    """The pictures of a folder or a manifest, each decoded once before anything is computed from them."""
+    """Return the images of a folder or a manifest, after decoding each of them once as a check."""
     from d2svse.data import ImageTextDataset
     from d2svse.images import find_images, select_readable
 
@@ -111,7 +116,7 @@ def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
-    """A table of recalls in percent, one row a name; a dash for what a result does not tell."""
+    """Print a table of recalls in percent with a row for each name; a dash stands for a missing metric."""
     names = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
     titles = [f"{name[:3].upper()} R@{name.rpartition('_')[2]}" for name in names] + ["rSum"]
     cells = {
@@ -122,7 +127,7 @@ def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = N
 
 
 def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title: str | None = None) -> None:
-    """A table with a name before each row of cells."""
+    """Print a table with a name before each row of cells."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -137,7 +142,7 @@ def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title:
 
 
 def whole_lines() -> Console:
-    """Where tables go: on a terminal as wide as it is, in a pipe or a file so wide that nothing is broken."""
+    """Return a console for tables: as wide as the terminal, or wide enough for whole lines in a pipe or a file."""
     from rich.console import Console
 
     console = Console()

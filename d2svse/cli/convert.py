@@ -10,7 +10,7 @@ import typer
 from d2svse.choices import Fusion, Placement
 from d2svse.cli.common import examples, parse_assignments, prepare_process
 
-app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
+app = typer.Typer(help="Convert published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
 
 
 @app.command("published", epilog=examples("d2svse convert published f30k_vit.pth models/f30k-vit"))
@@ -22,22 +22,23 @@ def published(
         typer.Option(help="Folder or Hub id of the tokenizer.", show_default="bert-base-uncased from the Hub"),
     ] = None,
     keep_teacher: Annotated[
-        bool, typer.Option("--keep-teacher", help="Keep the frozen dense text encoder, to train on.")
+        bool, typer.Option("--keep-teacher", help="Keep the frozen dense text encoder, to train further.")
     ] = False,
     fusion: Annotated[
-        Fusion, typer.Option(help="As in the published evaluation, or the sum of the paper (Eq. 3).")
+        Fusion,
+        typer.Option(help="Final text embedding: that of the published evaluation, or the sum of the paper (Eq. 3)."),
     ] = "published",
     token_placement: Annotated[
-        Placement, typer.Option(help="Where learnable tokens stand; surround as in the paper.")
+        Placement, typer.Option(help="Position of the learnable tokens; the paper has surround.")
     ] = "postfix",
     mask_padding: Annotated[bool, typer.Option("--mask-padding", help="Hide padded words from the decoder.")] = False,
-    antialias: Annotated[bool, typer.Option("--antialias", help="Resize pictures with anti-aliasing.")] = False,
+    antialias: Annotated[bool, typer.Option("--antialias", help="Resize images with anti-aliasing.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of what the file does not tell: img_res, vision.num_attention_heads, …"),
+        typer.Option("--set", help="KEY=VALUE that the file does not record: img_res, vision.num_attention_heads, …"),
     ] = None,
 ) -> None:
-    """Convert a published checkpoint to a model folder; safe with files of unknown origin."""
+    """Convert a published checkpoint to a model folder; files of unknown origin are safe."""
     prepare_process()
     from d2svse.files.replace import shown
     from d2svse.published import convert_published

@@ -16,18 +16,20 @@ EXAMPLES = examples("d2svse export MODEL -o onnx")
 
 def export(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; other files in it stay.")],
-    dense: Annotated[bool, typer.Option("--dense", help="Encode dense captions: without the context decoder.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; other files in it stay.")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Export for dense captions, without the context decoder.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write both encoders as ONNX, and the processor beside them."""
+    """Write both encoders as ONNX, with the processor beside them."""
     loaded = load_model(model, device, dtype)
     from d2svse.files.folder import written_files
     from d2svse.files.replace import shown
     from d2svse.integrations.onnx import export_onnx
 
-    logging.disable(logging.WARNING)  # the exporter tells of torchvision, of folded constants and of axes
+    logging.disable(logging.WARNING)  # the exporter warns of torchvision, folded constants and axes
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,36 +16,41 @@ EXAMPLES = examples("d2svse push runs/a/model org/name --private --license apach
 
 def push(
     folder: Annotated[Path, typer.Argument(help="A saved model, such as the folder `model` of a training run.")],
-    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; made if there is none.")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME on the Hub; created if it does not exist.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who may see it.", show_default="as its owner has set")
+        bool | None,
+        typer.Option(
+            "--private/--public", help="Visibility of a new repository.", show_default="the default of the owner"
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if there is none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
-    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pull-request", help="Open a pull request instead of a commit.")
+    ] = False,
     license: Annotated[
-        str | None, typer.Option(help="The Hub's name of its licence, such as apache-2.0.", rich_help_panel=_CARD)
+        str | None, typer.Option(help="The Hub's name of the licence, such as apache-2.0.", rich_help_panel=_CARD)
     ] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="Language of the captions, such as en.", rich_help_panel=_CARD)
     ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Hub id of training data.", rich_help_panel=_CARD)] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A further tag.", rich_help_panel=_CARD)] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Further tag.", rich_help_panel=_CARD)] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="A file of d2svse eval --output, for the table of results.", rich_help_panel=_CARD),
+        typer.Option(help="File of d2svse eval --output, for the table of results.", rich_help_panel=_CARD),
     ] = None,
     eval_dataset: Annotated[
         list[str] | None,
         typer.Option(
-            help="PROTOCOL=ORG/NAME, the Hub id of the data of a protocol's results: writes .eval_results.",
+            help="PROTOCOL=ORG/NAME: Hub id of the data of a protocol's results, for .eval_results.",
             rich_help_panel=_CARD,
         ),
     ] = None,
 ) -> None:
     """Push a model with its processor and a model card to the Hub.
 
-    The access token is that of HF_TOKEN or of `hf auth login`.
+    HF_TOKEN or `hf auth login` gives the access token.
     """
     facts = {}
     for assignment in eval_dataset or []:
@@ -76,7 +81,9 @@ def push(
         create_pr=pull_request,
     )
     if pushed.left_out:
-        typer.echo(f"not pushed (no files of a model): {visible(', '.join(pushed.left_out))}", err=True)
+        typer.echo(
+            f"not pushed, because they are not files of a model: {visible(', '.join(pushed.left_out))}", err=True
+        )
     if pushed.card_kept:
-        typer.echo(f"the model card of {pushed.repo_id} was not written by a push and is kept", err=True)
+        typer.echo(f"{pushed.repo_id} keeps its model card, which no push wrote", err=True)
     typer.echo(pushed.url)

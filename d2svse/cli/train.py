@@ -26,7 +26,7 @@ EXAMPLES = examples(
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Let one of the processes that train together say why they all end, in one sentence."""
+    """Let one of the processes that train together report why all of them end, in one sentence."""
     import torch
 
     from d2svse.training.distributed import is_main_process, lost_another, speaks_first
@@ -63,7 +63,9 @@ def _flags() -> list[inspect.Parameter]:
 
 @with_flags(_flags())
 def train(
-    config: Annotated[Path | None, typer.Option(help="YAML file with these options; those given here win.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with these options; options of the command line override it.")
+    ] = None,
     similarity_arg: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the similarity.", rich_help_panel="Model")
     ] = None,
@@ -71,7 +73,7 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="KEY=VALUE of any option of docs/training.md, STAGE.KEY=VALUE for one stage.",
+            help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage.",
             rich_help_panel="Training",
         ),
     ] = None,
@@ -79,7 +81,7 @@ def train(
 ) -> None:
     """Train a model in two stages, or in one of them.
 
-    It needs --train, --val, --output, and --vision with --text, or --model; or --config.
+    Give --train, --val and --output, and either --model or both --vision and --text. --config can give all of them.
     """
     prepare_process()
     from d2svse.training.distributed import is_main_process

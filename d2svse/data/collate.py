@@ -1,4 +1,4 @@
-"""From samples to a batch, padded to its own longest text."""
+"""Collate samples into a batch, padded to the longest text of the batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Sample:
 
     Attributes:
         input_ids: token ids of the text, a list.
-        image_id: the row of the image in its dataset.
+        image_id: row of the image in its data set.
         valid: False for a sample that only keeps a process busy, see `EpochBatches`.
-        pixel_values: `(channels, height, width)`.
-        image_tokens: `(n_image_tokens, hidden_size)` of the vision backbone, in place of pixels.
-        image_token_mask: `(n_image_tokens,)` bool, which of the backbone's tokens to keep.
+        pixel_values: `(channels, height, width)` float32 pixels.
+        image_tokens: `(n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
+        image_token_mask: `(n_image_tokens,)` bool, the backbone's tokens to keep.
         teacher_embeds: `(embed_dim,)` dense embedding to distil from.
     """
 
@@ -35,17 +35,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Pairs of images and texts: what the collator gives and a task takes. Every tensor has n rows.
+    """Pairs of images and texts, as a collator makes them and a task takes them. Every tensor has n rows.
 
     Attributes:
-        input_ids: `(n, length)` int64.
-        attention_mask: `(n, length)` int64, 1 where a token is real.
-        image_ids: `(n,)` int64, the row of each image in its dataset.
-        valid: `(n,)` bool, always on the CPU: which rows are pairs to learn from. The others only keep a process
-            busy where the last batch of an epoch has fewer pairs than there are processes.
-        pixel_values: `(n, channels, height, width)`.
-        image_tokens: `(n, n_image_tokens, hidden_size)` of the vision backbone, in place of pixels.
-        image_token_mask: `(n, n_image_tokens)` bool, which of the backbone's tokens to keep.
+        input_ids: `(n, length)` int64 token ids.
+        attention_mask: `(n, length)` int64, 1 for a real token and 0 for padding.
+        image_ids: `(n,)` int64, row of each image in its data set.
+        valid: `(n,)` bool, always on the CPU, the rows to learn from. The other rows only keep a process busy, if the
+            last batch of an epoch has fewer pairs than there are processes.
+        pixel_values: `(n, channels, height, width)` float32 pixels.
+        image_tokens: `(n, n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
+        image_token_mask: `(n, n_image_tokens)` bool, the backbone's tokens to keep.
         teacher_embeds: `(n, embed_dim)` dense embeddings to distil from.
     """
 
@@ -62,19 +62,19 @@ class Batch:
         return len(self.input_ids)
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
-        """Return some of the rows, as a batch."""
+        """Return a batch of some rows."""
         return self._map(lambda tensor: tensor[rows])
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """Cut the batch into batches of at most `size` rows."""
+        """Yield batches of at most `size` consecutive rows."""
         return (self[first : first + size] for first in range(0, len(self), size))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Move the tensors to a device, but for `valid`, which only the CPU asks for."""
+        """Return the batch with all tensors on a device, except `valid`, which only the CPU reads."""
         return replace(self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking)), valid=self.valid)
 
     def pin_memory(self) -> Batch:
-        """Copy the tensors to pinned memory; `DataLoader(pin_memory=True)` calls it."""
+        """Return the batch in pinned memory; `DataLoader(pin_memory=True)` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -86,15 +86,15 @@ class Collator:
     """Stack samples of `TrainingSamples` into a batch.
 
     Args:
-        pad_token_id: the id that pads shorter texts.
-        length: tokens to pad every text to; the longest text of the batch without it.
+        pad_token_id: token id that pads shorter texts.
+        length: length of every text in tokens; None for that of the longest text of the batch.
     """
 
     def __init__(self, pad_token_id: int, length: int | None = None) -> None:
         self.pad_token_id, self.length = pad_token_id, length
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Make a batch of samples that have the same parts."""
+        """Return a batch of samples; all samples must have equal parts, such as pixels."""
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
         input_ids = torch.full((len(samples), self.length or int(lengths.max())), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):

@@ -1,4 +1,4 @@
-"""Training samples: one image and one text, drawn and augmented by (seed, epoch, index) alone."""
+"""Training samples of one image and one text; (seed, epoch, index) decides every draw and augmentation."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from d2svse.images import ImageError, load_image
 
 
 class SupportsRows(Protocol):
-    """Tensors by row."""
+    """An object that returns a tensor for each row."""
 
     def __getitem__(self, row: int) -> Tensor: ...
 
 
 class SampleProcessor(Protocol):
-    """What prepares an image and a text: a `D2SVSEProcessor`, or anything with these methods."""
+    """An object that prepares images and texts: a `D2SVSEProcessor`, or any object with these methods."""
 
     tokenizer: Any
     max_length: int
 
     def pixel_values(self, images: Any) -> Any:
-        """Prepare images: `(n_images, channels, height, width)`."""
+        """Return the pixels of images: `(n_images, channels, height, width)` float32."""
 
     def word_ids(self, encoded: Any) -> Sequence[int | None]:
-        """Return the word of each token of one text, None for special tokens."""
+        """Return the number of the word of each token of one text; None for special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A sample asked for: which row, in which epoch.
+    """The request for a sample.
 
-    `valid` is False for a sample that only keeps a process busy, see `EpochBatches`.
+    Attributes:
+        epoch: epoch of the sample, from 0.
+        index: row of the sample in the epoch's data.
+        valid: False for a sample that only keeps a process busy, see `EpochBatches`.
     """
 
     epoch: int
@@ -49,23 +52,23 @@ class Draw:
 
 
 class EpochBatches(Sampler[list[Draw]]):
-    """The batches of one process: shuffled rows of an epoch, from the seed and the epoch alone.
+    """The batches of one process: rows of an epoch, shuffled by the seed and the epoch.
 
-    The batches of all processes together are those of a single process with the sum of their sizes;
-    an uneven last one is split evenly. A process that it leaves without a row draws one that is not
-    `valid`: the model's collectives wait for all processes. The epoch travels with every index, so samples
-    do not depend on which process or worker makes them.
+    The batches of all processes together equal the batches of a single process with the sum of their sizes. An uneven
+    last batch is split evenly. A process without a row then draws one that is not `valid`, because the collectives of
+    the model wait for all processes. Each draw contains its epoch, so a sample does not depend on the process or worker
+    that makes it.
 
     Args:
-        length: rows an epoch.
-        batch_size: rows a batch of one process.
+        length: rows of an epoch.
+        batch_size: rows in a batch of one process.
         seed: seed of the order.
-        rank: which process this is.
-        world_size: how many processes there are.
-        drop_last: leave out an uneven last batch.
-        image_of_row: `(length,)` the image of each row, in order, to have no two rows of an image in
-            a batch: an epoch then goes through the images once for each of their rows, and the last
-            batch of each round may be smaller. None takes rows as they come.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        drop_last: drop an uneven last batch.
+        image_of_row: `(length,)` image of each row, in order. Each batch then has at most one row of each image: an
+            epoch has as many rounds as an image has rows, and the last batch of a round may be smaller. None puts no
+            limit on the rows of an image.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class EpochBatches(Sampler[list[Draw]]):
         self.rank, self.world_size, self.drop_last, self.image_of_row = rank, world_size, drop_last, image_of_row
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -95,7 +98,7 @@ class EpochBatches(Sampler[list[Draw]]):
             yield [Draw(self.epoch, int(row)) for row in own] or [Draw(self.epoch, int(batch[0]), valid=False)]
 
     def whole_batches(self) -> Iterator[np.ndarray]:
-        """The batches of all processes together."""
+        """Yield the rows of each batch of all processes together."""
         size = self.batch_size * self.world_size
         for rows in self._rounds():
             for first in range(0, len(rows), size):
@@ -108,9 +111,11 @@ class EpochBatches(Sampler[list[Draw]]):
         if self.image_of_row is None:
             yield rows
             return
-        order = np.argsort(self.image_of_row[rows], kind="stable")  # rows by image, shuffled within
+        order = np.argsort(
+            self.image_of_row[rows], kind="stable"
+        )  # rows sorted by image; rows of an image stay shuffled
         images = self.image_of_row[rows][order]
-        turn = np.arange(self.length) - np.searchsorted(images, images)  # which of its image's rows each is
+        turn = np.arange(self.length) - np.searchsorted(images, images)  # number of each row among those of its image
         for number in range(int(turn.max()) + 1):
             yield rng.permutation(rows[order][turn == number])
 
@@ -120,22 +125,22 @@ class TrainingSamples(Dataset[Sample]):
 
     Args:
         dataset: images and captions.
-        processor: prepares images and texts.
-        text: train on "sparse" captions or on "dense" ones.
-        captions_per_epoch: "one" draws one sparse caption of each image an epoch, "all" goes
-            through all of them; dense text is one an image either way.
+        processor: processor of images and texts.
+        text: "sparse" or "dense" captions.
+        captions_per_epoch: "one" draws one sparse caption of each image in an epoch, "all" takes all of them. An image
+            has one dense caption in both cases.
         seed: seed of all draws.
         augment_images: crop and mirror images.
         augment_words: mask, replace and drop words.
-        num_image_tokens: tokens of the vision backbone, to drop some of; None drops none.
-        max_length: longest text in tokens; the processor's limit without it.
+        num_image_tokens: tokens of the vision backbone, some of which are dropped; None drops none.
+        max_length: longest text in tokens; None for the limit of the processor.
         teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
-        image_tokens: the vision backbone's tokens of each image, by row, to give instead of pixels;
-            images are then neither read nor augmented.
-        num_embeddings: how many token ids the text backbone knows; as many as the tokenizer without it.
+        image_tokens: tokens of the vision backbone by row of the image, instead of pixels. Images are then neither read
+            nor augmented.
+        num_embeddings: number of token ids of the text backbone; None for that of the tokenizer.
 
     Raises:
-        ValueError: if dense text is asked for and an image has none.
+        ValueError: if `text` is "dense" and an image has no dense caption.
     """
 
     def __init__(
@@ -173,7 +178,7 @@ class TrainingSamples(Dataset[Sample]):
         return len(self.dataset) if self.image_of_row is None else len(self.image_of_row)
 
     def __getitem__(self, draw: Draw | int) -> Sample:
-        """Make a sample; a plain index asks for epoch 0.
+        """Return a sample; a plain index is a draw of epoch 0.
 
         Raises:
             ImageError: if the image cannot be read; the message names the manifest's line.
@@ -197,11 +202,11 @@ class TrainingSamples(Dataset[Sample]):
         )
 
     def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Read and prepare an image, cropped and mirrored as `rng` draws: `(channels, height, width)` float32.
+        """Return the pixels of an image: `(channels, height, width)` float32.
 
         Args:
-            row: the row of the image in the dataset.
-            rng: None leaves the image as it is.
+            row: row of the image in the data set.
+            rng: random numbers for cropping and mirroring; None does neither.
 
         Raises:
             ImageError: if the image cannot be read; the message names the manifest's line.

@@ -345,16 +345,16 @@ def _locate_shard(index: str, shard: str, where: str) -> str:
 
 
 def url_of_index(url: str) -> str:
-    """The URL of the index: the URL itself, or of the folder that holds it."""
+    """Return the URL of an index, given that URL or the URL of its folder."""
     return url if urlsplit(url).path.endswith(".jsonl") else f"{url.rstrip('/')}/{INDEX_FILE}"
 
 
 class _Refused(OSError):
-    """An answer of a server that is not followed; asking again does not help."""
+    """An answer that is refused; a second request would not help."""
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follows a few redirects: on the same server, or to https."""
+    """Follow a few redirects on the same server or to https."""
 
     max_redirections = MAX_REDIRECTS
 
@@ -363,22 +363,20 @@ class _Redirects(HTTPRedirectHandler):
     ) -> Request | None:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         if new.scheme != "https" and (new.scheme, new.netloc) != (old.scheme, old.netloc):
-            raise _Refused(
-                f"a redirect to {new.scheme}://{new.netloc}; only those to https or to the same server are followed"
-            )
+            raise _Refused(f"a redirect to {new.scheme}://{new.netloc}; expected one to https or to the same server")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-# fsspec's http filesystem cannot serve: it needs aiohttp, tries nothing again, follows redirects to any address, and
-# reads the whole file where a server ignores `Range`.
+# fsspec's http filesystem is not safe here. It needs aiohttp, never repeats a request, follows redirects to any
+# address, and reads the whole file if a server ignores `Range`.
 _OPENER = build_opener(_Redirects)
 
 
 def fetch(url: str) -> bytes:
-    """The whole content of a URL.
+    """Return the whole content of a URL.
 
     Raises:
-        OSError: if it cannot be had, or is larger than an index may be.
+        OSError: if it cannot be fetched, or is larger than `MAX_INDEX_BYTES`.
     """
     return _request(url, {}, MAX_INDEX_BYTES)[1]
 
@@ -388,40 +386,40 @@ def _fetch_range(url: str, offset: int, size: int) -> bytes:
         return b""
     status, content = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
     if status != HTTPStatus.PARTIAL_CONTENT:
-        raise OSError(f"{url}: the server does not serve parts of a file (range requests)")
+        raise OSError(f"{url}: the server does not support range requests; use one that does, or a local copy")
     return content
 
 
 def _request(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
-    """Status and content."""
+    """Return the status and the content of an answer."""
 
     def ask() -> tuple[int, bytes]:
         with _OPENER.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
             if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
-                return response.status, b""  # do not fetch a whole shard for a picture
+                return response.status, b""  # do not fetch a whole shard for one image
             return response.status, _read_response(response, most)
 
     return _try(url, ask)
 
 
 def _try(url: str, ask: Callable[[], Answer]) -> Answer:
-    """Ask a server; what may pass is tried again."""
+    """Return the answer of a server; repeat a request that may succeed later."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return ask()
         except (_Refused, ValueError) as error:
             raise OSError(f"{url}: {error}") from None
         except HTTPError as error:
-            problem, passes = f"status {error.code}", error.code >= 500 or error.code == HTTPStatus.TOO_MANY_REQUESTS
+            problem, again = f"status {error.code}", error.code >= 500 or error.code == HTTPStatus.TOO_MANY_REQUESTS
             if error.code < 400:
-                problem = f"redirects more than {MAX_REDIRECTS} times, or nowhere"
+                problem = f"more than {MAX_REDIRECTS} redirects, or one without a target"
         except (OSError, HTTPException) as error:
-            problem, passes = str(error) or type(error).__name__, True
-        if not passes:
+            problem, again = str(error) or type(error).__name__, True
+        if not again:
             raise OSError(f"{url}: {problem}")
         if attempt < ATTEMPTS:
             time.sleep(0.2 * 2**attempt)
-    raise OSError(f"{url}: {problem}, {ATTEMPTS} times")
+    raise OSError(f"{url}: {problem}, in each of {ATTEMPTS} attempts")
 
 
 def _read_response(response: Any, most: int) -> bytes:
@@ -429,7 +427,7 @@ def _read_response(response: Any, most: int) -> bytes:
     while part := response.read(min(2**20, most + 1 - len(content))):
         content += part
         if len(content) > most:
-            raise _Refused(f"an answer of more than {most} bytes, which is not read")
+            raise _Refused(f"an answer of more than {most} bytes; larger ones are not read")
     if response.length:
         raise HTTPException(f"the connection ended {response.length} bytes early")
     return bytes(content)

@@ -1,4 +1,4 @@
-"""Training of both stages; the names are imported on first use."""
+"""Train both stages; each name is imported on first use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Training arguments: those of transformers, and those of the two stages."""
+"""Training arguments of a stage: the options of this package and those of transformers."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ class TrainingArguments(
     ComputeOptions,
     TransformersTrainingArguments,
 ):
-    """Arguments of one training stage: those of `d2svse.training.options`, and `transformers.TrainingArguments`.
+    """Arguments of one training stage: the options of `d2svse.training.options` and `transformers.TrainingArguments`.
 
-    docs/training.md lists them. Evaluation and saving happen every epoch, and the model with the best rSum on the
-    validation set is kept, unless said otherwise.
+    docs/training.md lists them. By default each epoch ends with an evaluation and a checkpoint, and training keeps the
+    model with the best rSum on the validation set.
 
     Args:
         stage: "pretrain" aligns images with dense captions (stage 1); "distill" aligns them with
             sparse captions and distils the dense embedding into the sparse one (stage 2, Eq. 6);
             "align" aligns them with sparse captions alone.
 
-    Options of transformers that would change nothing here are refused: `d2svse.training.checks.WITHOUT_EFFECT`.
+    Options of transformers that have no effect here are refused; `d2svse.training.checks.WITHOUT_EFFECT` lists them.
 
     Raises:
-        ValueError: if a value is of another type, out of its range or none of those named, or has no effect.
+        ValueError: if a value has the wrong type, is out of its range, is not among the choices, or has no effect.
     """
 
     output_dir: str | None = "runs"
@@ -80,10 +80,10 @@ class TrainingArguments(
 
     eval_strategy: Any = "epoch"
     save_strategy: Any = "epoch"
-    save_total_limit: int | None = 3  # the best, the newest, and the one before in case that breaks
+    save_total_limit: int | None = 3  # the best, the newest, and the one before it in case the newest is damaged
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "rsum"
-    greater_is_better: bool | None = None  # by the metric
+    greater_is_better: bool | None = None  # None: chosen by the metric
     remove_unused_columns: bool = False
     report_to: Any = "none"
     hub_strategy: Any = "end"
@@ -100,41 +100,41 @@ class TrainingArguments(
         check_ranges(values, _ranges(own))
         check_inherited(values)
         if self.num_train_epochs == 0 and self.max_steps <= 0:
-            raise ValueError("num_train_epochs is 0, which trains nothing; give more")
+            raise ValueError("num_train_epochs is 0, which trains nothing; give a positive number")
         lower_is_better = str(self.metric_for_best_model).endswith("rank")
         if self.greater_is_better is None:
             self.greater_is_better = not lower_is_better
         elif self.greater_is_better and lower_is_better:
             raise ValueError(
-                f"greater_is_better would keep the worst model: of {self.metric_for_best_model} the smallest is the "
-                "best; leave it out"
+                f"greater_is_better would keep the worst model: the smallest {self.metric_for_best_model} is the best; "
+                "leave it out"
             )
         if self.cache_image_tokens and not self.freeze_vision:
-            raise ValueError("cache_image_tokens keeps what a frozen backbone gives: set freeze_vision too")
+            raise ValueError("cache_image_tokens needs a frozen vision backbone; set freeze_vision too")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
-                raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it: give one")
+                raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # transformers wants it said before it allows bf16 there
+            self.use_cpu = True  # transformers allows bf16 on the CPU only with it
         super().__post_init__()
         if self.n_gpu > 1:
-            logger.warning("using one of %d GPUs: start with torchrun --nproc-per-node to use them all", self.n_gpu)
+            logger.warning("using one of %d GPUs; start with torchrun --nproc-per-node to use all of them", self.n_gpu)
             self._n_gpu = 1
 
     def check_metric(self) -> None:
-        """Check that evaluation gives the metric that chooses the best model.
+        """Check that evaluation computes the metric that chooses the best model.
 
         Raises:
-            ValueError: naming those that it gives.
+            ValueError: if it does not; the message lists the metrics that it computes.
         """
         if self.load_best_model_at_end or str(getattr(self.save_strategy, "value", self.save_strategy)) == "best":
             check_metric(self.metric_for_best_model, rank_metrics(np.zeros(1), np.zeros(1)))
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:
-        """Start from "paper", "published", "recommended" or "dual-encoder" and override single values.
+        """Return the arguments of a preset, such as "paper" or "recommended", with some values replaced.
 
         Raises:
             ValueError: if the preset is unknown.
@@ -144,7 +144,7 @@ class TrainingArguments(
         return cls(**{**PRESETS[preset], **overrides})
 
     def build_loss(self) -> RankingLoss:
-        """Make the ranking loss that these arguments describe.
+        """Return the ranking loss that these arguments describe.
 
         Raises:
             ValueError: if the loss is unknown or a value does not fit it.

@@ -29,7 +29,7 @@ _LAYER = re.compile(r"\.backbone\..*?(?:layers?|blocks?)\.(\d+)\.")
 
 
 def data_seed(args: TrainingArguments) -> int:
-    """Return the seed of sample order, draws and augmentation."""
+    """Return the seed of the sample order, the drawn captions and the augmentation."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
@@ -37,16 +37,16 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
     """Check that the model, its similarity, the loss and the teacher fit the stage.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: if one of them does not fit; the message names it.
     """
     if args.stage == "distill" and teacher is None and model.decoder is not None:
-        raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
+        raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
-        raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
+        raise ValueError("the model is already a stage-2 model; stage 1 trains a model without the context decoder")
     tied = (loss.log_scale, getattr(loss, "bias", None)) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
     known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
     if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):
-        raise ValueError(f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved")
+        raise ValueError(f"{type(loss).__name__} has parameters of its own, which are neither trained nor saved")
     if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
         name = type(model.similarity_fn).__name__
         raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
@@ -91,10 +91,10 @@ def make_samples(
 
 
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:
-    """Give the model the attention and the LoRA matrices that the arguments name; LoRA from before is trained on.
+    """Give the model the attention and the LoRA matrices of the arguments; equal LoRA matrices are kept.
 
     Raises:
-        ValueError: if it has other matrices, or no such attention.
+        ValueError: if the model has LoRA matrices of other options, or lacks the attention implementation.
     """
     if args.attn_implementation:
         set_attention(model, args.attn_implementation, args.attn_implementation)
@@ -103,14 +103,21 @@ def adapt(model: D2SVSE, args: TrainingArguments) -> None:
         if side not in present:
             model.add_lora(side, **arguments)  # type: ignore[arg-type]
         elif present[side] != arguments:
-            raise ValueError(f"the {side} backbone has LoRA with {present[side]}, and {arguments} was asked for")
+            raise ValueError(
+                f"the {side} backbone has LoRA with {present[side]}, got {arguments}; give the same options"
+            )
 
 
 def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
-    """Let the backbones compute attention by implementations that transformers names; those they had before.
+    """Set the attention implementations of the backbones; return the earlier ones.
+
+    Args:
+        model: the model.
+        vision: transformers' name of the vision backbone's implementation, such as "sdpa".
+        text: the name for the text backbone.
 
     Raises:
-        ValueError: if there is none of that name, or it cannot run here.
+        ValueError: if an implementation is unknown, or cannot run here.
     """
     before = []
     for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
@@ -126,16 +133,16 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
 def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDataset) -> None:
     """Check that the text backbone has an embedding for every token of the captions.
 
-    A tokenizer with tokens that were added has more than the backbone, if nobody enlarged its embeddings.
+    A tokenizer with added tokens has more tokens than the backbone has embeddings, until someone enlarges them.
 
     Raises:
-        ValueError: naming the caption's line and the token.
+        ValueError: if a token has no embedding; the message names the caption's line and the token.
     """
     processor: Any = model.processor
     tokenizer, count = processor.tokenizer, embedding_count(model.text_encoder.backbone)
     if args.augment_words and not getattr(tokenizer, "is_fast", False):
         logger.warning(
-            "%s does not say which tokens form a word: augment_words touches single tokens", type(tokenizer).__name__
+            "%s does not say which tokens form a word; augment_words changes single tokens", type(tokenizer).__name__
         )
     if count is None or len(tokenizer) <= count:
         return
@@ -153,14 +160,15 @@ def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDat
 
 
 def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
-    """Check that batches have negatives: pairs of one image alone give a ranking loss nothing to learn from.
+    """Check that batches have negatives, without which a ranking loss learns nothing.
 
     Args:
         samples: the training samples.
         batches: the batches of an epoch, of any process.
 
     Raises:
-        ValueError: if no batch of the first epoch has captions of two images; a share of such is warned of.
+        ValueError: if no batch of the first epoch has captions of two images. If some batches have none, a warning
+            counts them.
     """
     images = samples.image_of_row
     if images is None:
@@ -178,7 +186,7 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
         )
         return
     if len(np.unique(images)) < 2:
-        raise ValueError(f"{samples.dataset.source}: one image alone; a ranking loss needs two at least")
+        raise ValueError(f"{samples.dataset.source}: one image alone; a ranking loss needs at least two")
     size = batches.batch_size * batches.world_size
     raise ValueError(
         f"per_device_train_batch_size (--batch-size) gives batches of {size}: {what} a ranking loss learns nothing; "
@@ -187,9 +195,9 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups: by learning rate, and with weight decay or without.
+    """Return the trainable parameters in groups of equal learning rate and weight decay.
 
-    LoRA matrices count as new weights, not as the backbone's. New weights come first, because the log shows the
+    LoRA matrices count as new weights. New weights come first, because the log shows the
     learning rate of the first group.
 
     Args:
@@ -197,7 +205,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
         args: `learning_rate`, `backbone_lr_scale`, `layer_decay` and `weight_decay` are used.
         decayed: names of the parameters that weight decay acts on.
     """
-    # Without the temperature and gains.
+    # Excludes the temperature and the gains of norms.
     matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
     kept = args.decayed(matrices)
     below = layers_below_the_top([name for name, _ in model.named_parameters()])
@@ -218,10 +226,12 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
 
 
 def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
-    """Return how many layers of its backbone stand above each parameter; 0 outside of the layers, but for embeddings.
+    """Return the number of layers of its backbone that are above each parameter.
+
+    Embeddings are below all layers. Other parameters outside of the layers get 0.
 
     Args:
-        names: of all parameters, such as `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
+        names: names of all parameters, such as `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
     """
     found = {name: _LAYER.search(name) for name in names}
     counts: dict[str, int] = {}
@@ -238,12 +248,14 @@ def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) -> None:
-    """Make the scale (and the bias) of model and loss the same; shared if they are learned, so that they are saved.
+    """Make the scale (and the bias) of model and loss equal, and share them if they are learned.
+
+    The model saves what it shares with the loss.
 
     Args:
-        model: the model; it gets a `logit_bias` where the loss has a bias.
+        model: the model; it gets a `logit_bias` if the loss has a bias.
         loss: the ranking loss.
-        from_model: the model's values are the start, not the loss's.
+        from_model: start from the model's values; False starts from those of the loss.
     """
     model.logit_scale.requires_grad_(False)
     if model.logit_bias is not None:
@@ -265,14 +277,14 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) 
 
 
 def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:
-    """Warn if dense captions are longer than the limit (the processor's without one), and say what share of them."""
+    """Warn of dense captions longer than `max_length` tokens (None: the processor's limit), with their share."""
     report = processor.report(dense, max_length)
     limit, lengths, cut = report.limit, report.lengths, report.cut.sum()
-    replace(report, limit=int(lengths.max())).warn()  # of unknown words; what is cut has a sentence of its own
+    replace(report, limit=int(lengths.max())).warn()  # of unknown words only; the warning below counts cut captions
     if cut:
         logger.warning(
-            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are cut; raise dense_max_length to keep "
-            "them whole",
+            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are truncated; raise dense_max_length "
+            "to keep them whole",
             cut,
             len(lengths),
             100 * cut / len(lengths),

@@ -1,7 +1,8 @@
-"""Work that is done once: the teacher's embeddings, and the tokens of a frozen vision backbone.
+"""Caches of the teacher's embeddings and of the tokens of a frozen vision backbone.
 
-Each is an `EmbeddingStore`, whose description tells everything that it was made from. Where that differs, or a
-sample made anew does, it is made again. One process makes it, while the others of this run or another wait.
+Each cache is an `EmbeddingStore`. Its description records everything that it was made from. The cache is made again if
+the description differs, or if a few rows differ when they are computed again. One process writes a cache, and all
+others wait.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 4  # rows that are made anew to check a cache
+SAMPLE = 4  # rows that are computed again to check a cache
 TEXTS_PER_SHARD, IMAGES_PER_SHARD = 4096, 256
 TOKENS = "image_tokens"
 
@@ -37,10 +38,10 @@ TOKENS = "image_tokens"
 def cached_teacher_embeddings(
     teacher: Teacher, texts: Sequence[str], folder: Path, batch_size: int, show_progress_bar: bool = False
 ) -> Tensor:
-    """Return the teacher's embeddings of dense captions, from the store in `folder`, which is made if it is not there.
+    """Return the teacher's embeddings of dense captions, from the store in `folder`; make the store if it is missing.
 
     Returns:
-        `(n_texts, embed_dim)` float32, as of `Teacher.embed`.
+        `(n_texts, embed_dim)` float32, equal to `Teacher.embed(texts)`.
     """
     _remove_earlier(folder, f"{folder.name}.safetensors", f"{folder.name}.safetensors.lock")
     tokenizer = teacher.processor.tokenizer
@@ -68,8 +69,8 @@ class ImageTokens:
     """The tokens of a frozen vision backbone for every image, memory-mapped float16.
 
     Args:
-        store: where they are.
-        rows: the row of each image in it.
+        store: store of the tokens.
+        rows: row of each image in the store.
     """
 
     def __init__(self, store: EmbeddingStore, rows: Sequence[int]) -> None:
@@ -84,10 +85,10 @@ class ImageTokens:
 def cached_image_tokens(
     model: D2SVSE, dataset: ImageTextDataset, folder: Path, batch_size: int, show_progress_bar: bool = False
 ) -> ImageTokens:
-    """Return the vision backbone's tokens of all images without augmentation, from a store in `folder`.
+    """Return the vision backbone's tokens of all images without augmentation, from the store in `folder`.
 
-    Making them can be stopped; the next call goes on at the next shard. Images count as the same while path,
-    size and time of change are.
+    A stopped call continues at the first chunk that is missing. An image counts as unchanged if its path, size and
+    modification time are.
 
     Raises:
         ImageError: if an image cannot be read.
@@ -120,8 +121,8 @@ def cached_image_tokens(
         for first in range(0, len(names), batch_size):
             tokens = tokens_of(names[first : first + batch_size])
             if tokens.shape[1] != length:
-                raise ValueError(f"images give {length} and {tokens.shape[1]} tokens; they must be of one size")
-            # The mean stands in for a pooled vector, which a backbone does not have.
+                raise ValueError(f"images give {length} and {tokens.shape[1]} tokens; expected images of one size")
+            # A store needs a pooled vector and a backbone has none; the mean of the tokens stands in for it.
             yield list(range(first, first + len(tokens))), Features(tokens.mean(1), tokens)
 
     def state(name: str) -> Any:
@@ -142,7 +143,7 @@ def _cached(
     rtol: float,
     atol: float,
 ) -> tuple[EmbeddingStore, list[int]]:
-    """Return a store that holds what `encode` gives now, and the row of each name in it."""
+    """Return a store with the current output of `encode`, and the row of each name in it."""
     once, made = list(dict.fromkeys(names)), 0
 
     def counted(part: Sequence[str], skipped: Any) -> Batches:
@@ -156,7 +157,7 @@ def _cached(
     with write_lock(folder, wait=True):
         store = write()
         if made < len(once) and not _agrees(store, encode, rtol, atol):
-            logger.warning("%s does not hold what is computed now; it is made again", folder)
+            logger.warning("%s differs from what is computed now; it is made again", folder)
             remove_store(folder)
             store = write()
     row_of = {name: row for row, name in enumerate(store.ids)}
@@ -164,12 +165,12 @@ def _cached(
 
 
 def _agrees(store: EmbeddingStore, encode: Callable[[Sequence[str], Any], Batches], rtol: float, atol: float) -> bool:
-    """Return whether a sample of a store is what it would be if made anew."""
+    """Return whether some rows of a store are close to what `encode` returns for them now."""
     rows = [int(row) for row in np.linspace(0, len(store) - 1, min(SAMPLE, len(store)))]
     kept = store.features(rows)
     for order, features in encode([store.ids[row] for row in rows], {}):
-        here, anew = kept[order], features.to("cpu").to(torch.float32)
-        for one, other in ((here.pooled, anew.pooled), (here.tokens, anew.tokens)):
+        here, now = kept[order], features.to("cpu").to(torch.float32)
+        for one, other in ((here.pooled, now.pooled), (here.tokens, now.tokens)):
             if one is None or other is None:
                 continue
             if one.shape != other.shape or not torch.allclose(one, other, rtol=rtol, atol=atol):
@@ -178,9 +179,9 @@ def _agrees(store: EmbeddingStore, encode: Callable[[Sequence[str], Any], Batche
 
 
 def _remove_earlier(folder: Path, *names: str) -> None:
-    """Remove the files that an earlier version kept beside `folder`."""
+    """Remove the cache files that an earlier version wrote beside `folder`."""
     earlier = [folder.with_name(name) for name in names if folder.with_name(name).is_file()]
     if earlier:
-        logger.warning("%s was kept by an earlier version; it is made again in %s", earlier[0], folder)
+        logger.warning("%s was written by an earlier version; it is made again in %s", earlier[0], folder)
     for path in earlier:
         remove(path)

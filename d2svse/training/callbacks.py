@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: the loss schedule, the best checkpoint by its name, and stopping on a signal."""
+"""Callbacks of training: the loss schedule, the best checkpoint after a move, and the stop on a signal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from d2svse.training.distributed import is_main_process, world_size
 
 logger = logging.getLogger(__name__)
 
-ONE_PRESS = 2.0  # seconds within which one Ctrl-C can come twice: from the terminal, and passed on by torchrun
+ONE_PRESS = 2.0  # seconds in which one Ctrl-C may arrive twice: from the terminal and from torchrun
 
 
 class LossScheduleCallback(TrainerCallback):
-    """Tell the loss how many epochs are complete."""
+    """Pass the number of complete epochs to the loss."""
 
     def __init__(self, loss: RankingLoss) -> None:
         self.loss = loss
@@ -35,7 +35,7 @@ class LossScheduleCallback(TrainerCallback):
 
 
 class FindBestCallback(TrainerCallback):
-    """Look for the best checkpoint of a resumed run in its output folder, which may have been moved."""
+    """Find the best checkpoint of a resumed run in its output folder, which may have moved."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if state.best_global_step:
@@ -46,13 +46,13 @@ class FindBestCallback(TrainerCallback):
 class StopOnSignalCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, write a checkpoint, and stop.
 
-    SIGTERM exits with 143 (128 + SIGTERM). Ctrl-C raises `KeyboardInterrupt`, whose message names the checkpoint;
-    a second Ctrl-C raises it at once. Processes that train together agree at every step, so that all stop at the
-    same one. At the end of an epoch its evaluation comes first, so that a resumed run has seen it.
+    SIGTERM exits with 143 (128 + SIGTERM). Ctrl-C raises `KeyboardInterrupt`, whose message names the checkpoint.
+    A second Ctrl-C raises it at once. Processes that train together agree at each step, so that all stop after the
+    same step. At the end of an epoch the evaluation runs before the stop, because a resumed run would skip it.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the signal
+        self.received = 0  # number of the signal; 0 before any
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
@@ -60,7 +60,9 @@ class StopOnSignalCallback(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:  # as for a job in the background
+            if (
+                number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+            ):  # a job in the background ignores Ctrl-C
                 self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:  # noqa: D102
@@ -77,15 +79,15 @@ class StopOnSignalCallback(TrainerCallback):
             self.leave(state.global_step, args.output_dir)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process has received a signal."""
+        """Return whether any process has received a signal."""
         if world_size() > 1:
-            heard = torch.tensor(self.received, device=device)
-            dist.all_reduce(heard, dist.ReduceOp.MAX)
-            self.received = int(heard)
+            received = torch.tensor(self.received, device=device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            self.received = int(received)
         return bool(self.received)
 
     def leave(self, step: int, output: str | os.PathLike[str]) -> NoReturn:
-        """Stop as a process does that the signal ends.
+        """End training, as the received signal asks.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
@@ -93,14 +95,14 @@ class StopOnSignalCallback(TrainerCallback):
         """
         self.restore()
         if self.received == signal.SIGTERM:
-            logger.warning("stopped by SIGTERM after step %d; resume to go on", step)
+            logger.warning("stopped by SIGTERM after step %d; resume to continue", step)
             raise SystemExit(128 + signal.SIGTERM)
         checkpoint = Path(output) / f"checkpoint-{step}"
         kept = f"its checkpoint is {checkpoint}" if checkpoint.is_dir() else f"the checkpoints are in {output}"
         raise StoppedByUser(f"stopped after step {step}; {kept}")
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them before."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -111,11 +113,11 @@ class StopOnSignalCallback(TrainerCallback):
             if "TORCHELASTIC_RUN_ID" in os.environ and now - self._at < ONE_PRESS:
                 return
             self.restore()
-            raise KeyboardInterrupt("stopped at once; what came after the last checkpoint is lost")
+            raise KeyboardInterrupt("stopped at once; the steps after the last checkpoint are lost")
         self.received, self._at = max(self.received, number), now
         if number == signal.SIGINT and sys.stderr.isatty() and is_main_process():
-            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
 
 
 class StoppedByUser(KeyboardInterrupt):
-    """Ctrl-C stopped training, and a checkpoint was written; the message names it."""
+    """Ctrl-C stopped training after a checkpoint; the message names the checkpoint."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: sums of every file, and the newest whole one."""
+"""Write checkpoints whole or not at all: checksums of all files, and a search for the newest whole checkpoint."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ CHECKPOINT = FolderKind("d2svse training", SUMS_FILE, _sealed_names)
 
 
 def seal_checkpoint(aside: Path, target: Path) -> None:
-    """Write the sums of all files of a finished checkpoint and give it its name, in place of one that bears it.
+    """Write the checksums of a finished checkpoint and move it to its name, in place of an earlier one.
 
-    Files of others in the checkpoint that it replaces stay.
+    Files in the earlier checkpoint that no run wrote stay.
+
+    Args:
+        aside: folder where the checkpoint was written.
+        target: folder of the checkpoint.
     """
     (aside / SUMS_FILE).unlink(missing_ok=True)
     files = [path for path in sorted(aside.rglob("*")) if path.is_file() and not is_own(path.name)]
@@ -50,17 +54,17 @@ def seal_checkpoint(aside: Path, target: Path) -> None:
             path for number in count(1) if not (path := target.with_name(f"kept-{number}-{target.name}")).exists()
         )
         target.rename(kept)
-        logger.warning("%s was not written by this run; it is called %s now", target, kept)
+        logger.warning("%s was not written by a training run; it is renamed to %s", target, kept)
     place_folder(aside, target, CHECKPOINT)
 
 
 def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints above a number, but for the newest and the best; files of others stay.
+    """Remove the oldest checkpoints above a limit, except the newest and the best; files that no run wrote stay.
 
     Args:
-        folder: where the checkpoints are.
-        limit: how many shall stay; None or 0 for all.
-        best: the checkpoint whose weights the run will end with.
+        folder: folder of the checkpoints.
+        limit: number of checkpoints to keep; None or 0 keeps all.
+        best: the checkpoint whose weights the run will end with, or None.
     """
     found = [path for _, path in _checkpoints(folder) if (path / LIST).is_file() or (path / SUMS_FILE).is_file()]
     kept = {path.name for path in found[-1:]} | ({Path(best).name} if best else set())
@@ -70,11 +74,11 @@ def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: 
         try:
             remove_written(path, CHECKPOINT)
         except OSError as error:
-            logger.warning("%s is not removed: %s", path, error)
+            logger.warning("%s: cannot be removed (%s)", path, error)
 
 
 def _checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """Return the steps and the folders of the checkpoints, oldest first."""
+    """Return the step and the folder of each checkpoint, oldest first."""
     return sorted(
         (int(match[1]), path)
         for path in Path(folder).iterdir()
@@ -83,9 +87,10 @@ def _checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint whose files are all as they were written, or None; broken ones are warned of.
+    """Return the newest whole checkpoint, or None; a warning names each broken one.
 
-    The best checkpoint so far, whose weights the run will end with, must be whole as well.
+    A checkpoint is whole if all its files have their checksums. The best checkpoint so far, whose weights the run will
+    end with, must be whole too.
     """
     if not Path(folder).is_dir():
         return None
@@ -93,7 +98,7 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         fault = checkpoint_fault(path) or _fault_of_best(path)
         if fault is None:
             return str(path)
-        logger.warning("%s is left out: %s", path, fault)
+        logger.warning("%s is skipped: %s", path, fault)
     return None
 
 
@@ -101,33 +106,33 @@ def _fault_of_best(checkpoint: Path) -> str | None:
     state = read_json(checkpoint / TRAINER_STATE_NAME)
     best = state.get("best_global_step")
     if not isinstance(best, int | None):
-        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best step"
+        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best step; expected a whole number"
     fault = checkpoint_fault(checkpoint.with_name(f"checkpoint-{best}")) if best else None
     return fault and f"its best checkpoint, checkpoint-{best}, is broken: {fault}"
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return the fault of a checkpoint, or None if it is whole."""
     try:
         recover_folder(checkpoint)
         sums = read_json(checkpoint / SUMS_FILE)
         files = dict(sums.items())
     except FileNotFoundError:
-        return f"it has no {SUMS_FILE}: its writing was cut short"
+        return f"it has no {SUMS_FILE}, so it was not written to its end"
     except (ValueError, AttributeError, OSError) as error:
         return f"{SUMS_FILE} cannot be read ({error})"
     for name, expected in files.items():
         if not Path(os.path.realpath(checkpoint / name)).is_relative_to(os.path.realpath(checkpoint)):
-            return f"{name} lies outside of it"
+            return f"{name} lies outside of the checkpoint"
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _sum(checkpoint / name) != expected:
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Remove what a killed run left behind; other folders and files stay."""
+    """Remove unfinished checkpoints of a killed run; other folders and files stay."""
     for path in Path(folder).glob(f"{ASIDE_PREFIX}checkpoint-*"):
         name = path.name.removeprefix(ASIDE_PREFIX)
         if _NAME.fullmatch(name) and path.is_dir() and {inner.name for inner in path.iterdir()} <= {name}:

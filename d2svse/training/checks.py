@@ -1,4 +1,4 @@
-"""What the options of a run may be: types, ranges, and those of transformers that have no effect here."""
+"""Check the options of a run: their types and ranges, and options of transformers that have no effect here."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from transformers import TrainingArguments as TransformersTrainingArguments
 from d2svse.choices import unknown
 
 _EVALUATION = "evaluation encodes every image and text once and ranks them, without transformers' evaluation loop"
-_LOADER = "training reads its batches by a loader of its own, in the order of the seed and the epoch"
-_SCRIPT = "it is for scripts that read it; call train() or evaluate()"
+_LOADER = "training has its own loader, whose order follows from the seed and the epoch"
+_SCRIPT = "only scripts read it; call train() or evaluate()"
 _RECOMPUTING = "the models cannot recompute their layers; chunk_size saves more memory, with the same gradient"
-_LANGUAGE_MODELS = "it is for language models alone"
+_LANGUAGE_MODELS = "it is for language models only"
 
-# Options of transformers.TrainingArguments that would change nothing here, with the reason.
+# Options of transformers.TrainingArguments that have no effect here, with the reason.
 WITHOUT_EFFECT = {
     "label_smoothing_factor": "the ranking losses have no labels to smooth; temperature softens InfoNCE",
-    "neftune_noise_alpha": "it is for language models alone; augment_words disturbs texts",
-    "average_tokens_across_devices": "losses are computed over all pairs of a batch, not by tokens",
+    "neftune_noise_alpha": "it is for language models only; augment_words disturbs texts",
+    "average_tokens_across_devices": "losses are computed over the pairs of a batch and not over tokens",
     "activation_checkpointing": _RECOMPUTING,
     "activation_checkpointing_kwargs": _RECOMPUTING,
     "gradient_checkpointing": _RECOMPUTING,
@@ -49,7 +49,7 @@ WITHOUT_EFFECT = {
     "train_sampling_strategy": _LOADER,
     "length_column_name": _LOADER,
     "dataloader_in_order": _LOADER,
-    "enable_jit_checkpoint": "SIGTERM and Ctrl-C write a checkpoint without it",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C always write a checkpoint",
     "hub_always_push": "the model is pushed once, at the end",
     "do_train": _SCRIPT,
     "do_predict": _SCRIPT,
@@ -58,7 +58,7 @@ WITHOUT_EFFECT = {
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 _LAYERWISE_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
-Range = tuple[float, float | None]  # the least and the greatest value of a number; None where there is no bound
+Range = tuple[float, float | None]  # least and greatest value of a number; None for no upper bound
 INHERITED_RANGES: dict[str, Range] = {
     "per_device_eval_batch_size": (1, 10**6),
     "gradient_accumulation_steps": (1, 10**6),
@@ -81,12 +81,12 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str 
     """Check that every option has a value of its type.
 
     Args:
-        values: the options.
-        hints: their types; what has none is not checked.
-        where: what comes before the name in the message, such as a file.
+        values: value of each option, by name.
+        hints: type of each option, by name; an option without a type is not checked.
+        where: text before the name in the message, such as a file.
 
     Raises:
-        ValueError: naming the first option that has not, and what was expected.
+        ValueError: if an option has another type; the message names it and the expected type.
     """
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
@@ -98,16 +98,16 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
     """Check that numbers are finite and within their ranges.
 
     Args:
-        values: the options.
-        ranges: the ranges of some of them, by name.
+        values: value of each option, by name.
+        ranges: range of some options, by name.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: if a number is not; the message names the option.
     """
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value) and name != "max_grad_norm":  # where infinity clips nothing
+        if not math.isfinite(value) and name != "max_grad_norm":  # infinity turns clipping off
             raise ValueError(f"{name} must be a finite number, got {value}")
         least, most = ranges.get(name, (-math.inf, None))
         if value < least or (most is not None and value > most):
@@ -116,10 +116,10 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
 
 
 def check_inherited(values: Mapping[str, Any]) -> None:
-    """Check that no option of transformers is set that would change nothing here.
+    """Check that every option of transformers that is set has an effect here.
 
     Raises:
-        ValueError: naming the option, and the reason.
+        ValueError: if an option has none; the message names it and the reason.
     """
     for field in dataclasses.fields(TransformersTrainingArguments):
         reason = WITHOUT_EFFECT.get(field.name)
@@ -142,23 +142,25 @@ def check_inherited(values: Mapping[str, Any]) -> None:
         raise ValueError("hub_strategy has no effect here: the model is pushed once, at the end; leave it out")
     optimizer = str(_plain(values.get("optim", "")))
     if optimizer.startswith(_LAYERWISE_OPTIMIZERS):
-        raise ValueError(f"optim {optimizer} is not supported: backbones have a learning rate of their own here")
+        raise ValueError(
+            f"optim {optimizer} is not supported, because backbones have their own learning rate; give another one"
+        )
 
 
 def check_metric(name: str | None, known: Iterable[str]) -> None:
-    """Check that evaluation gives a metric.
+    """Check that evaluation computes a metric.
 
     Raises:
-        ValueError: naming those that it gives.
+        ValueError: if the metric is not among the known ones; the message lists them.
     """
     plain = str(name).removeprefix("eval_")
-    listed = f"evaluation gives {', '.join(known := sorted(known))}"
+    listed = f"evaluation computes {', '.join(known := sorted(known))}"
     if name is not None and plain not in known:
         raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known, listed)}")
 
 
 def inherited_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Types of options without those for which transformers takes more than it says."""
+    """Return the types of options, without options for which transformers accepts more than their type says."""
     return {name: hint for name, hint in hints.items() if name not in _LOOSE}
 
 

@@ -1,12 +1,13 @@
-"""Gathering across processes, so that a loss sees the whole batch.
+"""Gather tensors across processes, so that a loss sees the whole batch.
 
-Every process scores its own images with the texts of all, and the rows of scores are gathered. The
-matrix is the one that a single process with the whole batch has, and every process computes the same loss.
-The gradient of a gathered tensor is the sum over the processes: too large by the number of processes. The
-mean that DistributedDataParallel takes makes that good. Parameters that act on the gathered scores alone
-(a temperature) have the same gradient everywhere, and the mean leaves it as it is.
+Each process scores its own images against the texts of all processes, and then gathers the rows of scores. The
+gathered matrix equals the matrix of one process with the whole batch, so every process computes the same loss.
 
-In a single process there is nothing to join: the functions then return the valid rows of their input.
+The gradient of a gathered tensor is a sum over the processes, which is too large by the number of processes.
+DistributedDataParallel takes the mean over the processes, which corrects it. A parameter that acts on the gathered
+scores only (a temperature) has the same gradient in every process, and the mean keeps it.
+
+In a single process the functions return the valid rows of their input.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ BUCKET_BYTES = 64 * 2**20
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process, or the first of all."""
+    """Return whether this is the only process, or the first one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -47,17 +48,17 @@ def barrier() -> None:
 
 
 def speaks_first() -> bool:
-    """Whether this process is the first that asks; one alone then tells what all of them have met."""
+    """Return whether this process asks first; only that process then reports an error that all have."""
     if world_size() > 1:
         try:
             return dist.distributed_c10d._get_default_store().add("d2svse/said", 1) == 1
-        except (RuntimeError, ValueError):  # whoever kept the store has ended
+        except (RuntimeError, ValueError):  # the process that kept the store has ended
             return True
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process of the run has gone."""
+    """Return whether an error says that another process of the run has ended."""
     return world_size() > 1 and (
         isinstance(error, dist.DistError) or any(words in str(error) for words in ("closed by peer", "reset by peer"))
     )
@@ -67,11 +68,11 @@ def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
     """Join the rows of all processes, in the order of their ranks, with gradient.
 
     Args:
-        tensor: `(n, ...)`; n may differ between processes, the other sizes may not.
-        valid: `(n,)` bool on the CPU, the rows to join, as of a `Batch`; None for all.
+        tensor: `(n, ...)`; n may differ between processes, and the other sizes are equal.
+        valid: `(n,)` bool on the CPU, the rows to join, see `Batch`; None for all.
 
     Returns:
-        `(Σ valid, ...)`, the same on every process.
+        `(Σ valid, ...)`, equal in every process.
     """
     if valid is not None and not valid.all():
         tensor = tensor[valid]
@@ -82,7 +83,7 @@ def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def gather_features(features: Features, valid: Tensor | None = None) -> Features:
-    """Join the valid features of all processes, see `gather_rows`; tokens are padded to the longest of any."""
+    """Join the valid features of all processes, see `gather_rows`; tokens are padded to the longest sequence."""
     if valid is not None and not valid.all():
         features = features[valid]
     if world_size() == 1:
@@ -125,12 +126,12 @@ class _GatherRows(torch.autograd.Function):
 def share_batch_norm(model: nn.Module, device: torch.device) -> list[nn.Module]:
     """Make batch norm the same in all processes.
 
-    On an accelerator it takes the statistics of all processes together (torch's `SyncBatchNorm`), with those of
-    rows that are not `valid`. torch has no such layer for the CPU: there the layers keep the running statistics
-    that they have, and a warning says so.
+    On an accelerator it uses the statistics over all processes (torch's `SyncBatchNorm`), rows that are not `valid`
+    included. torch has no such layer for the CPU. There the layers keep their running statistics, and a warning says
+    so.
 
     Returns:
-        The layers to keep in eval mode while training; empty on an accelerator.
+        The layers that stay in eval mode during training; none on an accelerator.
     """
     if device.type != "cpu":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -141,15 +142,15 @@ def share_batch_norm(model: nn.Module, device: torch.device) -> list[nn.Module]:
     model.train(before)
     if layers and is_main_process():
         logger.warning(
-            "batch norm keeps its running statistics (layers: %d): several processes on the CPU cannot share those of "
-            "a batch; train such a model in one process, or on GPUs, to learn them",
+            "batch norm keeps its running statistics (layers: %d): several processes on the CPU cannot share the "
+            "statistics of a batch; train in one process or on GPUs to learn them",
             len(layers),
         )
     return layers
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make every gradient the mean over the processes, as DistributedDataParallel does in its backward pass."""
+    """Replace each gradient by its mean over the processes, as DistributedDataParallel does in its backward pass."""
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
@@ -175,17 +176,17 @@ def _average(gradients: list[Tensor]) -> None:
 
 
 class Processes:
-    """The processes of a run, for evaluation: which part of the work is whose, and how results are joined.
+    """The processes of a run, for evaluation: they divide the work and join the results.
 
     Args:
-        device: where tensors must be to travel.
+        device: device from which tensors are sent to other processes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def share(self, length: int) -> slice:
-        """The items of this process, of so many in order."""
+        """Return the slice of this process, of `length` items in order."""
         size, rest = divmod(length, world_size())
         rank = dist.get_rank()
         first = rank * size + min(rank, rest)
@@ -193,10 +194,10 @@ class Processes:
 
     @torch.no_grad()
     def gather_rows(self, tensor: Tensor) -> Tensor:
-        """See `gather_rows`."""
+        """Join the rows of all processes on the tensor's own device, see `gather_rows`."""
         return gather_rows(tensor.to(self.device)).to(tensor.device)
 
     @torch.no_grad()
     def gather_features(self, features: Features) -> Features:
-        """See `gather_features`."""
+        """Join the features of all processes on their own device, see `gather_features`."""
         return gather_features(features.to(self.device)).to(features.pooled.device)

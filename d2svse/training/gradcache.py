@@ -1,13 +1,13 @@
-"""Gradient caching: the gradient of a large batch in the memory of a small part of it (GradCache, Gao et al. 2021).
+"""Gradient caching: the gradient of a large batch in the memory of one chunk (GradCache, Gao et al. 2021).
 
-A ranking loss needs the embeddings of the whole batch, but not what the encoders kept to make them:
+A ranking loss needs the embeddings of the whole batch, and no intermediate results of the encoders:
 
-1. encode the batch chunk by chunk without gradient;
-2. score and rank all embeddings, and keep the gradient of the loss with respect to each of them;
-3. encode every chunk again, with gradient, and send its part of that gradient through the encoders.
+1. Encode the batch chunk by chunk without gradient.
+2. Score all embeddings, and keep the gradient of the loss with respect to each of them.
+3. Encode each chunk again, with gradient, and send its part of that gradient through the encoders.
 
-The result is the gradient of the whole batch; encoding is paid for twice. Dropout draws the same in
-both passes. Batch norm sees chunks, as it does with gradient accumulation.
+The result is the gradient of the whole batch, and encoding costs twice as much. Dropout draws equal masks in both
+passes. Batch norm sees chunks, as it does with gradient accumulation.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def cached_backward(
     """Add the gradient of a batch to the parameters, in the memory of one chunk.
 
     Args:
-        model: a `D2SVSE`, wrapped or not; gradients must not be reduced across processes meanwhile.
-        task: what is minimised.
-        batch: the pairs of this process.
-        chunk_size: pairs that are encoded at a time.
-        backward: takes the loss and starts the backward pass, with the scaling of mixed precision.
+        model: a `D2SVSE`, wrapped or not; its gradients must not be reduced across processes during the call.
+        task: task whose losses are minimised.
+        batch: pairs of this process.
+        chunk_size: pairs encoded at a time.
+        backward: function that starts the backward pass of a loss, with the scaling of mixed precision.
 
     Returns:
-        What the task gives, detached.
+        The scalars of the task by name, detached.
     """
     chunks = list(batch.chunks(chunk_size))
     seeds = [int(seed) for seed in torch.randint(2**62, (len(chunks),))]
@@ -50,7 +50,7 @@ def cached_backward(
         for chunk, seed in zip(chunks, seeds, strict=True):
             torch.manual_seed(seed)
             encoded.append(task.encode(model, chunk))
-        for buffer, before in buffers:  # a batch norm must not count the batch twice
+        for buffer, before in buffers:  # or else batch norm counts the batch twice
             buffer.copy_(before)
     whole = [Features.cat(parts) for parts in zip(*encoded, strict=True)]
     leaves = [_leaves(side) for side in whole]
@@ -65,7 +65,7 @@ def cached_backward(
         for part, side in zip(task.encode(model, chunk), leaves, strict=True):
             for output, leaf in ((part.pooled, side.pooled), (part.tokens, side.tokens)):
                 if output is not None and leaf is not None and leaf.grad is not None and output.requires_grad:
-                    width = output.shape[1]  # a chunk's tokens may be fewer than the batch's, which were padded
+                    width = output.shape[1]  # the batch's tokens are padded to its longest chunk
                     reached.append((output, leaf.grad[rows, :width]))
         outputs, upstream = zip(*reached, strict=True)
         torch.autograd.backward(outputs, upstream)

@@ -1,4 +1,4 @@
-"""What happens when a loss or a gradient is NaN or infinite: the step is written down, and stops or is left out."""
+"""Stop at a NaN or infinite loss or gradient with a report, or skip the step."""
 
 from __future__ import annotations
 
@@ -26,45 +26,44 @@ class NonFiniteError(ValueError):
 
 
 class NonFiniteGuard:
-    """Watches the steps of a run, every process of which sees the same losses and gradients.
+    """Guard of the steps of a run; every process sees the same losses and gradients.
 
     Args:
-        action: "error" to write a report and stop before the weights are touched, "skip" to leave the
-            step out and count it.
-        folder: where the report goes.
-        pictures: the picture of each image id.
+        action: "error" to write a report and stop before the weights change, "skip" to skip the step and count it.
+        folder: folder of the report.
+        images: path of each image, by image id.
 
     Attributes:
-        skipped: steps left out so far.
+        skipped: steps skipped so far.
     """
 
-    def __init__(self, action: OnNonfinite, folder: Path, pictures: Sequence[Any]) -> None:
-        self.action, self.folder, self.pictures, self.skipped = action, folder, pictures, 0
+    def __init__(self, action: OnNonfinite, folder: Path, images: Sequence[Any]) -> None:
+        self.action, self.folder, self.images, self.skipped = action, folder, images, 0
         self._losses: list[dict[str, Tensor]] = []
-        self._images: list[tuple[Tensor, Tensor]] = []  # ids, and which are valid
+        self._ids: list[tuple[Tensor, Tensor]] = []  # image ids, and which rows are valid
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, model: nn.Module) -> None:
         """Start a step."""
-        self._losses, self._images = [], []
-        if self.action == "skip":  # a batch norm may have taken in what is not finite
+        self._losses, self._ids = [], []
+        if self.action == "skip":  # batch norm may have averaged values that are not finite
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def see(self, losses: dict[str, Tensor], batch: Batch) -> None:
-        """Note the losses of a batch of this step."""
+        """Record the losses of a batch of this step."""
         self._losses.append({name: value.detach() for name, value in losses.items() if name.endswith("_loss")})
-        self._images.append((batch.image_ids, batch.valid))
+        self._ids.append((batch.image_ids, batch.valid))
 
     def passes(self, model: nn.Module, gradient_norm: Tensor | float | None, step: int) -> bool:
-        """Whether the weights may be changed by this step; if not, gradients are dropped.
+        """Return whether the step may change the weights; drop the gradients if not.
 
         Args:
-            model: with the gradients of the step.
-            gradient_norm: their norm, or None where a scaler looks after it.
+            model: the model, with the gradients of the step.
+            gradient_norm: norm of the gradients, or None if a loss scaler checks it.
             step: number of the step, for messages.
 
         Raises:
-            NonFiniteError: if not, and `action` is "error".
+            NonFiniteError: if a value is not finite and `action` is "error".
         """
         values = torch.stack([value.float() for losses in self._losses for value in losses.values()])
         finite = bool(values.isfinite().all())
@@ -74,12 +73,12 @@ class NonFiniteGuard:
         if self.action == "error":
             self._report(model, gradient_norm, step)
             raise NonFiniteError(
-                f"{what} of step {step} is not finite; its losses, pictures and parameters are in "
-                f"{self.folder / REPORT_FILE}. Lower the learning rate, clip gradients, look at those pictures, "
-                "or leave such steps out with --on-nonfinite skip"
+                f"{what} of step {step} is not finite; its losses, images and parameters are in "
+                f"{self.folder / REPORT_FILE}. Lower the learning rate, clip gradients, look at those images, "
+                "or skip such steps with --on-nonfinite skip"
             )
         self.skipped += 1
-        logger.warning("%s of step %d is not finite: the step is left out (%d so far)", what, step, self.skipped)
+        logger.warning("%s of step %d is not finite; the step is skipped (%d so far)", what, step, self.skipped)
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in self._buffers:
@@ -87,7 +86,7 @@ class NonFiniteGuard:
         return False
 
     def _report(self, model: nn.Module, gradient_norm: Tensor | float | None, step: int) -> None:
-        ids, valid = (torch.cat(parts) for parts in zip(*self._images, strict=True))
+        ids, valid = (torch.cat(parts) for parts in zip(*self._ids, strict=True))
         rows = gather_rows(ids, valid).tolist()
         if not is_main_process():
             return
@@ -95,7 +94,7 @@ class NonFiniteGuard:
             "step": step,
             "losses": [{name: _number(value) for name, value in losses.items()} for losses in self._losses],
             "gradient_norm": None if gradient_norm is None else _number(gradient_norm),
-            "images": [{"image_id": row, "image": str(self.pictures[row])} for row in rows],
+            "images": [{"image_id": row, "image": str(self.images[row])} for row in rows],
             "parameters": {name: _statistics(parameter) for name, parameter in model.named_parameters()},
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ class NonFiniteGuard:
 
 @torch.no_grad()
 def _statistics(parameter: nn.Parameter) -> dict[str, Any]:
-    """What is finite of a parameter and its gradient, and the range of the finite part."""
+    """Return counts of values that are not finite, and the range of the others, of a parameter and its gradient."""
     result: dict[str, Any] = {"shape": list(parameter.shape)}
     for name, tensor in (("value", parameter), ("gradient", parameter.grad)):
         if tensor is None:
@@ -118,6 +117,6 @@ def _statistics(parameter: nn.Parameter) -> dict[str, Any]:
 
 
 def _number(value: Tensor | float) -> float | str:
-    """JSON has no NaN."""
+    """Return a number as JSON can hold it: a text if it is not finite."""
     number = float(value)
     return number if math.isfinite(number) else str(number)

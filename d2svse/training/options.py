@@ -1,8 +1,8 @@
 """All options of a training run, each declared once.
 
-From these dataclasses come `Recipe` (the keys of a YAML file), `TrainingArguments` (`--set`), the flags of `d2svse
-train`, the checks of types, ranges and choices, and the tables in docs/training.md. This module imports neither torch
-nor transformers, so that the command line starts quickly.
+These dataclasses make `Recipe` (the keys of a YAML file), `TrainingArguments` (`--set`), the flags of `d2svse train`,
+the checks of types, ranges and choices, and the tables in docs/training.md. This module imports neither torch nor
+transformers, so that the command line starts quickly.
 
 A field is `name: type = option(default, help)`. A `Literal` type lists the choices. A flag reads the first type of a
 union.
@@ -33,12 +33,12 @@ def option(
     """Declare an option.
 
     Args:
-        default: its default; MISSING where a value must be given.
+        default: default of the option; MISSING for a required option.
         help: one sentence for `--help` and the docs.
-        flag: the flag of `d2svse train`: True for the name with dashes, or the words that typer takes, such as
-            "--output -o"; False for an option that `--set` and YAML give.
-        least: the least value of a number.
-        most: its greatest value, or None.
+        flag: flag of `d2svse train`: True for the name with dashes, or names for typer, such as "--output -o"; False
+            for an option of `--set` and YAML only.
+        least: least value of a number.
+        most: greatest value of a number, or None.
     """
     metadata = {"help": help, "flag": flag, "range": (least, most)}
     if isinstance(default, list | dict):
@@ -48,50 +48,52 @@ def option(
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """What is trained on, as keys of a recipe."""
+    """The data, as keys of a recipe."""
 
     train: str = option(MISSING, "Manifest or other layout of the training set.", flag=True)
     val: str = option(MISSING, "Manifest or other layout of the validation set.", flag=True)
-    train_split: str | None = option(None, "Split of the training set, where the layout has several.", flag=True)
+    train_split: str | None = option(None, "Split of the training set, for a layout with several.", flag=True)
     val_split: str | None = option(None, "Split of the validation set.", flag=True)
     image_folder: str | None = option(
-        None, "Where relative image paths start; the manifest's folder without it.", flag=True
+        None, "Folder that relative image paths start from; without it, the folder of the manifest.", flag=True
     )
     dense: str = option(
         "auto",
-        "Dense text: auto, field, concat, a JSONL file, or long or short200 of the published layout.",
+        "Dense captions: auto, field, concat, a JSONL file, or long or short200 of the published layout.",
         flag=True,
     )
-    on_bad_image: OnBadImage = option("error", "What to do with an image that cannot be read.", flag=True)
+    on_bad_image: OnBadImage = option(
+        "error", "Reaction to an image that cannot be read: stop, or list it and leave it out.", flag=True
+    )
 
 
 @dataclass(kw_only=True)
 class StartOptions:
-    """What training starts from, as keys of a recipe."""
+    """The start of training, as keys of a recipe."""
 
     vision: str | None = option(None, "Vision backbone: Hub id or folder.", flag=True)
     text: str | None = option(None, "Text backbone: Hub id or folder.", flag=True)
     model: str | None = option(None, "Start from this model instead of backbones: Hub id or folder.", flag=True)
     teacher: str | None = option(
         None,
-        "Stage-1 model to distil from, where --model is of stage 2; without it the teacher beside that model.",
+        "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model.",
         flag=True,
     )
 
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """Of a new model, below `model_options` of a recipe; further ones are the fields of `D2SVSEConfig`."""
+    """A new model, below `model_options` of a recipe; all other fields of `D2SVSEConfig` are options too."""
 
     embed_dim: int = option(512, "Width of the joint space.", flag=True)
     similarity: str | dict[str, Any] = option(
-        "cosine", "Similarity, such as max-mean or omit; in YAML also its name with its arguments.", flag=True
+        "cosine", "Similarity, such as max-mean or omit; in YAML also a name with arguments.", flag=True
     )
 
 
 @dataclass
 class OptimizerOptions:
-    """Optimisation."""
+    """The optimizer and its schedule."""
 
     num_train_epochs: float = option(3.0, "Epochs of each stage.", flag="--epochs", least=0)
     per_device_train_batch_size: int = option(
@@ -101,29 +103,28 @@ class OptimizerOptions:
     backbone_lr_scale: float = option(0.1, "Learning rate of both backbones, as a share of learning_rate.", least=0)
     layer_decay: float = option(
         1.0,
-        "Learning rate of a layer of a backbone, as a share of the layer above it; the embeddings come below the first "
-        "layer.",
+        "Learning rate of a backbone's layer, as a share of that of the layer above; embeddings are the lowest layer.",
         least=0,
         most=1,
     )
     lr_milestones: list[int] = option(
         [],
-        "Epochs after which the learning rate is multiplied by lr_gamma; they replace lr_scheduler_type and warm-up.",
+        "Epochs after which lr_gamma multiplies the learning rate; they replace lr_scheduler_type and warm-up.",
     )
-    lr_gamma: float = option(0.1, "See lr_milestones.", least=0)
+    lr_gamma: float = option(0.1, "Factor of the learning rate at lr_milestones.", least=0)
 
     weight_decay_exclude: list[str] = option(
-        [], "Patterns of names of weights without weight decay, such as decoder.tokens or image_encoder.*."
+        [], "Name patterns of weights without weight decay, such as decoder.tokens or image_encoder.*."
     )
 
     def decayed(self, names: Collection[str]) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
         Args:
-            names: all matrices and kernels of the model: neither biases, nor gains, nor the temperature.
+            names: names of all matrices and kernels of the model, without biases, gains and the temperature.
 
         Raises:
-            ValueError: if a pattern of `weight_decay_exclude` matches none of them.
+            ValueError: if a pattern of `weight_decay_exclude` matches no name.
         """
         for pattern in self.weight_decay_exclude:
             if not fnmatch.filter(names, pattern):
@@ -133,27 +134,29 @@ class OptimizerOptions:
 
 @dataclass
 class LossOptions:
-    """The loss. Of a mapping `{name: ..., argument: ...}` the arguments go before the options below."""
+    """The loss. The arguments of a mapping `{name: ..., argument: ...}` override the options below."""
 
     loss: str | dict[str, Any] = option(
         "infonce",
-        "Ranking loss: infonce, sigmoid, hinge, cmpm, max-polynomial or a registered one; in YAML also its name with "
-        "its arguments.",
+        "Ranking loss: infonce, sigmoid, hinge, cmpm, max-polynomial or a registered one; in YAML also a name with "
+        "arguments.",
         flag=True,
     )
     temperature: float | None = option(
         0.05,
-        "Temperature of infonce and sigmoid (the start, if learned) and of cmpm; null starts infonce and sigmoid from "
-        "the model's own logit_scale and logit_bias.",
+        "Temperature of infonce and sigmoid (the first value, if learned) and of cmpm; null starts infonce and sigmoid "
+        "from the model's logit_scale and logit_bias.",
     )
     learn_temperature: bool = option(
         False, "Learn the temperature of infonce and sigmoid, as the model's logit_scale (and logit_bias)."
     )
     margin: float = option(0.2, "Margin of hinge and max-polynomial.")
-    mining: Mining = option("schedule", "Negatives of hinge: all, the hardest, or first all and then the hardest.")
-    warmup_loss_epochs: int = option(1, "Epochs of sum in the schedule of hinge.", least=0)
+    mining: Mining = option(
+        "schedule", "Negatives of hinge: all, the hardest, or all in the first epochs and then the hardest."
+    )
+    warmup_loss_epochs: int = option(1, "Epochs of hinge with all negatives, if mining is schedule.", least=0)
     distill_loss: str | dict[str, Any] = option(
-        "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also its name with its arguments."
+        "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
 
@@ -165,7 +168,7 @@ class LossOptions:
         return {**{argument: value for argument, value in values.items() if value is not None}, **given}
 
 
-# The options that each loss of the package takes, by the names of its constructor.
+# The options that each loss of the package takes, by the argument of its constructor.
 _LOSS_ARGUMENTS = {
     "infonce": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
     "sigmoid": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
@@ -177,15 +180,15 @@ _LOSS_ARGUMENTS = {
 
 @dataclass
 class BackboneOptions:
-    """What of the backbones is trained; LoRA needs the extra d2svse[lora]."""
+    """The trained parts of the backbones; LoRA needs the extra d2svse[lora]."""
 
-    freeze_vision: bool = option(False, "Keep the vision backbone as it is.", flag=True)
-    freeze_text: bool = option(False, "Keep the text backbone as it is.", flag=True)
-    lora: Lora = option("none", "Train LoRA matrices in place of the weights of these backbones.", flag=True)
+    freeze_vision: bool = option(False, "Keep the weights of the vision backbone.", flag=True)
+    freeze_text: bool = option(False, "Keep the weights of the text backbone.", flag=True)
+    lora: Lora = option("none", "Train LoRA matrices instead of the weights of these backbones.", flag=True)
     lora_rank: int = option(8, "Rank of the LoRA matrices.", least=1, most=4096)
-    lora_alpha: float | None = option(None, "Scale of LoRA; 2 × rank without it.")
+    lora_alpha: float | None = option(None, "Scale of LoRA; without it, twice the rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.", least=0, most=1)
-    lora_targets: list[str] = option([], "Names of the layers that get LoRA; all linear layers without them.")
+    lora_targets: list[str] = option([], "Names of the layers with LoRA; without them, all linear layers.")
     merge_lora: bool = option(False, "Add the LoRA matrices to the weights when d2svse train saves a stage's model.")
 
     def lora_arguments(self) -> dict[str, dict[str, Any]]:
@@ -203,9 +206,9 @@ class BackboneOptions:
 class DecoderOptions:
     """The context decoder that stage 2 adds."""
 
-    num_context_tokens: int = option(100, "Learnable tokens.", least=1, most=10_000)
-    decoder_layers: int = option(4, "Layers.", least=1, most=100)
-    decoder_heads: int = option(4, "Attention heads.", least=1, most=1000)
+    num_context_tokens: int = option(100, "Number of learnable tokens.", least=1, most=10_000)
+    decoder_layers: int = option(4, "Number of layers.", least=1, most=100)
+    decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)
     token_placement: Placement = option("surround", "Learnable tokens before the words, after them, or both.")
     decoder_positions: bool = option(True, "Give the decoder a learned position embedding.")
 
@@ -222,52 +225,52 @@ class DecoderOptions:
 
 @dataclass
 class SampleOptions:
-    """Which captions an epoch takes, and how samples are augmented."""
+    """The captions of an epoch, and the augmentation of samples."""
 
     captions_per_epoch: CaptionsPerEpoch = option(
-        "one", "Draw one sparse caption of each image in an epoch, or take all."
+        "one", "Sparse captions of each image in an epoch: one that is drawn, or all."
     )
     unique_images: bool = option(
-        False, "Never put two captions of an image into a batch, where an epoch takes all captions."
+        False, "Put at most one caption of each image into a batch, if an epoch takes all captions."
     )
     augment_images: bool = option(True, "Crop and mirror images.")
     augment_words: bool = option(True, "Mask, replace and drop words.")
     drop_image_tokens: bool = option(True, "Drop some of the vision backbone's tokens.")
     max_length: int | None = option(
-        None, "Longest sparse caption in tokens; the processor's limit without it.", least=1
+        None, "Longest sparse caption in tokens; without it, the limit of the processor.", least=1
     )
     dense_max_length: int | None = option(
-        None, "Longest dense caption in tokens; the processor's limit without it.", least=1
+        None, "Longest dense caption in tokens; without it, the limit of the processor.", least=1
     )
 
 
 @dataclass
 class ComputeOptions:
-    """How it is computed."""
+    """Memory, speed and precision."""
 
     bf16: bool = option(False, "Train in bfloat16 mixed precision.", flag=True)
     cache_image_tokens: str | None = option(
         None,
-        "Folder to keep the tokens of a frozen vision backbone in (float16). Images are then encoded once, without "
-        "cropping and mirroring.",
+        "Folder for the tokens (float16) of a frozen vision backbone. Images are then encoded once, without cropping "
+        "and mirroring.",
         flag=True,
     )
     chunk_size: int = option(
         0,
-        "Pairs of a process that are encoded at a time (gradient caching), for batches larger than memory; 0 encodes "
-        "the batch at once.",
+        "Pairs of a process encoded at a time (gradient caching), for batches larger than memory; 0 encodes the whole "
+        "batch at once.",
         flag=True,
         least=0,
     )
     dataloader_num_workers: int = option(0, "Processes that prepare samples.", flag="--workers", least=0, most=1024)
     attn_implementation: str | None = option(
-        None, "Attention of both backbones while they train, such as eager or sdpa; as they were loaded without it."
+        None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."
     )
     text_groups: int = option(
-        4, "Groups of like length in which the texts of a batch are encoded; 1 suits an accelerator.", least=1
+        4, "Groups of similar length in which the texts of a batch are encoded; 1 suits an accelerator.", least=1
     )
     on_nonfinite: OnNonfinite = option(
-        "error", "What to do at a NaN or infinite loss: stop, or skip the step.", flag=True
+        "error", "Reaction to a NaN or infinite loss: stop, or skip the step.", flag=True
     )
 
 
@@ -277,21 +280,21 @@ class RunOptions:
 
     output: str = option(MISSING, "Folder for checkpoints, models, configuration and results.", flag="--output -o")
     stages: list[Stage] = option(
-        ["pretrain", "distill"], "Stages in order, with commas between: pretrain, distill, align.", flag=True
+        ["pretrain", "distill"], "Stages in order, separated by commas: pretrain, distill, align.", flag=True
     )
-    preset: Preset = option("recommended", "Values to start from.", flag=True)
-    seed: int = option(42, "The one seed of the run.", flag=True)
-    resume: bool = option(False, "Go on where a run with this output stopped.", flag=True)
-    show_progress_bar: bool = option(True, "Show bars on the terminal.")
+    preset: Preset = option("recommended", "Preset that gives the defaults.", flag=True)
+    seed: int = option(42, "Seed of the run.", flag=True)
+    resume: bool = option(False, "Continue the run that stopped in this output folder.", flag=True)
+    show_progress_bar: bool = option(True, "Show progress bars on the terminal.")
     push_to_hub: str | None = option(
-        None, "ORG/NAME on the Hub: push the model there at the end, with a model card.", flag=True
+        None, "ORG/NAME on the Hub, where the model is pushed at the end, with a model card.", flag=True
     )
     hub_private: bool | None = option(
-        None, "Who may see it there; as its owner has set without it.", flag="--private/--public"
+        None, "Visibility on the Hub; without it, the default of the owner.", flag="--private/--public"
     )
 
 
-# The groups by the section of a recipe that holds them; "" is the recipe itself. Help and docs keep this order.
+# The section of a recipe that holds each group; "" is the recipe itself. Help and docs keep this order.
 GROUPS: dict[type, str] = {
     DataOptions: "",
     StartOptions: "",
@@ -322,8 +325,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_heads": 4,
         "token_placement": "surround",
     },
-    # The published code, where it differs from the paper. Not reproduced: its teacher in train mode on
-    # augmented text, its clipping before unscaling, and its attention to padded words.
+    # The published code, which differs from the paper. Three details differ here: the teacher is in eval mode on clean
+    # text, gradients are clipped after unscaling, and padded words are masked.
     "published": {
         "learning_rate": 2e-4,
         "lr_milestones": [9, 15, 20, 25],
@@ -342,7 +345,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "token_placement": "postfix",
         "decoder_positions": False,
     },
-    # Chosen by what was measured on real photos: docs/results.md.
+    # Chosen by measurements on real photos: docs/results.md.
     "recommended": {
         "learning_rate": 1e-3,
         "backbone_lr_scale": 0.3,
@@ -360,7 +363,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_heads": 4,
         "token_placement": "surround",
     },
-    # Fine-tuning of CLIP, SigLIP and the like; chosen by what was measured: docs/results.md.
+    # Fine-tuning of CLIP, SigLIP and similar models; chosen by measurements: docs/results.md.
     "dual-encoder": {
         "learning_rate": 1e-4,
         "backbone_lr_scale": 1.0,

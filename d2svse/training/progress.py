@@ -1,4 +1,4 @@
-"""Progress of training on the terminal."""
+"""Show the progress of training on the terminal."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from d2svse.progress import make_progress
 
 
 class RichProgressCallback(TrainerCallback):
-    """A bar with the rate and the remaining time, and a line for every epoch's evaluation.
+    """Show a bar with rate and remaining time, and print a line for each evaluation.
 
     Args:
-        enabled: show the bar, on a terminal; the lines are printed either way.
+        enabled: show the bar on a terminal; the lines are always printed.
     """
 
     def __init__(self, enabled: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""A whole training run, from files to a saved model: what `d2svse train` carries out."""
+"""Run a whole training recipe, from files to a saved model, as `d2svse train` does."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
 
 @dataclass(kw_only=True)
 class Recipe(DataOptions, StartOptions, RunOptions):
-    """Everything a training run needs; the keys of a `--config` YAML file are these names.
+    """Everything that a training run needs; these names are the keys of a `--config` YAML file.
 
-    Those that are not listed here are in `d2svse.training.options`, and docs/training.md lists all.
+    `d2svse.training.options` declares the other fields, and docs/training.md lists all fields.
 
     Attributes:
         model_options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
         training: fields of `TrainingArguments` for all stages.
-        pretrain: fields of `TrainingArguments` for that stage alone.
-        distill: the same.
-        align: the same.
+        pretrain: fields of `TrainingArguments` for stage "pretrain" only.
+        distill: fields of `TrainingArguments` for stage "distill" only.
+        align: fields of `TrainingArguments` for stage "align" only.
     """
 
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -80,19 +80,21 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                 if not isinstance(name, str):
                     raise ValueError(f"{section}: expected names of options, got {name!r}")
         if not self.stages:
-            raise ValueError(f"stages is empty; give some of {', '.join(STAGES)}")
+            raise ValueError(f"stages is empty; give at least one of {', '.join(STAGES)}")
         if self.model is None and (self.vision is None or self.text is None):
             raise ValueError(
                 "give a model to start from, or both a vision and a text backbone: --model, or --vision and --text"
             )
         if self.model is not None and (self.vision or self.text or self.model_options):
-            raise ValueError("a model to start from brings its own backbones and options; give one or the other")
+            raise ValueError("a model to start from has its own backbones and options; give one or the other")
         if self.teacher is not None and "distill" not in self.stages:
-            raise ValueError(f"a teacher is for stage distill, and the stages are {', '.join(self.stages)}")
+            raise ValueError(f"a teacher is for stage distill, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         D2SVSEConfig.check_names(self.model_options)
-        own = {name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")}  # not transformers'
+        own = {
+            name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")
+        }  # without the fields of transformers
         hints = get_type_hints(type("Own", (), own)) | {"similarity": str | dict | None}
         check_types(self.model_options, hints, "model_options: ")
         if "similarity" in self.model_options:
@@ -100,20 +102,24 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         known = [item.name for item in dataclasses.fields(TrainingArguments)]
         for section in ("training", *STAGES):
             for name in getattr(self, section):
-                if name in HUB_ARGUMENTS:  # a token would stand in the recipe
+                if name in HUB_ARGUMENTS:  # or else the recipe would contain a token
                     raise ValueError(
-                        f"{name} is no option of {section}: push with push_to_hub: ORG/NAME of the recipe, with the "
-                        "token of HF_TOKEN or of hf auth login"
+                        f"{name} is not an option of {section}; push with the recipe's push_to_hub: ORG/NAME, and give "
+                        "the token by HF_TOKEN or hf auth login"
                     )
                 if name not in known:
                     raise ValueError(unknown(f"option of {section}", name, known, "docs/training.md lists them"))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "configuration") -> Recipe:
-        """Make a recipe from names and values.
+        """Return a recipe of names and values.
+
+        Args:
+            values: value of each field, by name.
+            source: name of the source of the values, for messages.
 
         Raises:
-            ValueError: if a name is unknown or one that is needed is missing.
+            ValueError: if a name is unknown, or a required one is missing.
         """
         known = sorted(item.name for item in dataclasses.fields(cls))
         for name in values:
@@ -127,20 +133,20 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         return cls(**values)
 
     def arguments(self, stage: str) -> TrainingArguments:
-        """The training arguments of a stage: preset, then `training`, then the stage's own."""
+        """Return the training arguments of a stage; the stage overrides `training`, which overrides the preset."""
         values = {**PRESETS[self.preset], **self.training, **getattr(self, stage)}
         values = {"seed": self.seed, "disable_tqdm": not (self.show_progress_bar and is_main_process()), **values}
         return TrainingArguments(output_dir=str(Path(self.output) / stage / "checkpoints"), stage=stage, **values)  # type: ignore[arg-type]
 
     def effective_configuration(self) -> str:
-        """The recipe as YAML that `--config` takes back, with the preset's values written out."""
+        """Return the recipe as YAML for `--config`, with the values of the preset."""
         values = {**dataclasses.asdict(self), "training": {**PRESETS[self.preset], **self.training}}
-        for name in ("resume", "push_to_hub", "hub_private"):  # of one call, not of what is trained
+        for name in ("resume", "push_to_hub", "hub_private"):  # options of one call
             del values[name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     def resume_command(self) -> str:
-        """The command that goes on where this run stopped."""
+        """Return the command that continues this run."""
         words = ["d2svse", "train", "--config", str(Path(self.output) / "recipe.yaml"), "--resume"]
         if self.push_to_hub:
             words += ["--push-to-hub", self.push_to_hub]
@@ -160,16 +166,16 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         return shlex.join(words) + nodes
 
     def model_folder(self, stage: str) -> Path:
-        """Where a stage's best model is saved; the last stage's is saved as `output/model` too."""
+        """Return the folder of a stage's best model; the last stage's model is also saved as `output/model`."""
         return Path(self.output) / stage / "model"
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML file of `Recipe` fields.
+    """Read a YAML file with fields of `Recipe`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a YAML mapping.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not a YAML mapping.
     """
     text = read_text(path)
     try:
@@ -188,16 +194,16 @@ def merge(
     similarity_arguments: Mapping[str, Any],
     source: str | os.PathLike[str],
 ) -> dict[str, Any]:
-    """Return the values of a recipe with those over them that a command line gives.
+    """Return the values of a recipe; values of the command line override those of a file.
 
     Args:
-        values: of a file.
-        given: names and values by section; those of "" are of the recipe itself.
-        similarity_arguments: further arguments of the similarity.
-        source: the file, for messages.
+        values: values of the file, by name.
+        given: values of the command line, by section and name; section "" is the recipe itself.
+        similarity_arguments: further arguments of the similarity, by name.
+        source: path of the file, for messages.
 
     Raises:
-        ValueError: if a section of the file is no mapping.
+        ValueError: if a section of the file is not a mapping.
     """
     result = {**values, **given.get("", {})}
     for section in given:
@@ -213,23 +219,22 @@ def merge(
 
 
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Train all stages of a recipe and save the models; every process of a distributed run calls it.
+    """Train all stages of a recipe and save the models; every process of a distributed run calls this function.
 
-    Writes, below `output`, a model for each stage (other files in their folders stay), `results.json` with the
-    validation metrics of
-    each, the effective configuration (`recipe.yaml`) and the run card (`run.json`), which stand
-    beside the weights as well. With `push_to_hub` the last model is pushed.
+    The folder `output` gets a model for each stage, `results.json` (validation metrics of each stage), `recipe.yaml`
+    (the effective configuration) and `run.json` (the run card). Recipe and run card also stand beside the weights.
+    Other files in these folders stay. With `push_to_hub` the last model is pushed.
 
     Returns:
-        The validation metrics (see `retrieval_metrics`) of each stage's best model.
+        The validation metrics (see `retrieval_metrics`) of each stage's best model, by stage.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, with a checkpoint; the message says how to go on.
-        ManifestError: if a manifest or a picture cannot be used; before anything is trained.
-        FileExistsError: if the output holds files that no run wrote; before anything is trained.
-        OSError: if the model shall be pushed and the Hub refuses, before anything is trained; or if something cannot
-            be written, such as on a full disk; the message names the file.
-        ValueError: if an option does not fit, or another run writes to the same output.
+        KeyboardInterrupt: after Ctrl-C and a checkpoint; the message names the command that continues.
+        ManifestError: before training, if a manifest or an image cannot be used.
+        FileExistsError: before training, if the output has files of these names that no run wrote.
+        OSError: before training, if the Hub refuses the push. Later, if a file cannot be written, such as on a full
+            disk; the message names the file.
+        ValueError: if an option does not fit, or another run writes to this output.
     """
     stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     for arguments in stage_arguments.values():
@@ -237,18 +242,18 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         if arguments.per_device_train_batch_size * world_size() < 2:
             raise ValueError(
                 f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
-                "no negatives and trains nothing; give 2 at least"
+                "no negatives and trains nothing; give at least 2"
             )
     output = Path(recipe.output)
     if recipe.resume:
         _check_unchanged(recipe)
     elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
-        raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume it")
+        raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume that run")
     _check_output(recipe)
     set_seed(recipe.seed)
     model = _start(recipe)
     teacher = _given_teacher(recipe, model, stage_arguments)
-    for arguments in stage_arguments.values():  # to hear of a misfit now, not after stage 1
+    for arguments in stage_arguments.values():  # fail now and not after stage 1
         if name := arguments.attn_implementation:
             set_attention(model, *set_attention(model, name, name))
     if "distill" in recipe.stages:
@@ -259,7 +264,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
-    if recipe.push_to_hub and is_main_process():  # to hear of a refusal now, not after training
+    if recipe.push_to_hub and is_main_process():  # fail now and not after training
         make_repository(recipe.push_to_hub, private=recipe.hub_private)
     output.mkdir(parents=True, exist_ok=True)
     with _only_run(output):
@@ -268,7 +273,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def _only_run(output: Path) -> Iterator[None]:
-    """Keep other runs from writing to the same output meanwhile; the lock goes with the process."""
+    """Lock the output against other runs; the lock ends with the process."""
     if not is_main_process():
         yield
         return
@@ -276,7 +281,9 @@ def _only_run(output: Path) -> Iterator[None]:
         try:
             held.enter_context(write_lock(output))
         except BlockingIOError:
-            raise ValueError(f"{output}: another run is writing to it; wait for it, or give another output") from None
+            raise ValueError(
+                f"{output}: another run is writing to it; wait for its end, or give another output"
+            ) from None
         yield
 
 
@@ -292,15 +299,15 @@ def _train_stages(
     configuration = recipe.effective_configuration()
     results = _finished(recipe) if recipe.resume else {}
     _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
-    barrier()  # all have looked at what is there
+    barrier()  # before the first process changes the files that the others check
     if main:
         if not recipe.resume:
-            (output / "results.json").unlink(missing_ok=True)  # of a run whose checkpoints are gone
+            (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
         write_text(output / "recipe.yaml", configuration)
     try:
         return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
     except KeyboardInterrupt as stop:
-        raise StoppedByUser(f"{str(stop) or 'stopped'}; go on with: {recipe.resume_command()}") from None
+        raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
 
 
 def _train_each(
@@ -337,7 +344,7 @@ def _train_each(
         barrier()
         del trainer
         gc.collect()
-        # Loaded anew, so that a run that is resumed here goes on from the same bits at the same alignment.
+        # Load the saved model, so that a run that is resumed here starts from equal weights in equally aligned memory.
         model = D2SVSE.from_pretrained(recipe.model_folder(stage))
     if main:
         card = _read_mapping(recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE, "the run card of the stage")
@@ -350,24 +357,24 @@ def _train_each(
 
 
 def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
-    """Keep what the position within an epoch depends on, and refuse to resume with anything else."""
+    """Write what the position within an epoch depends on; refuse to resume if it has changed."""
     before = _read_mapping(path, "what the run started with") if resume and path.exists() else now
     for name, value in now.items():
         if name not in before:
-            raise ValueError(f"{path}: {name!r} is missing; remove the file if data and processes are the same")
+            raise ValueError(f"{path}: {name!r} is missing; remove the file if data and processes are unchanged")
         if before[name] != value:
             what = {"data": "the training data", "processes": "the number of processes"}[name]
-            raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the same")
+            raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the earlier one")
     barrier()
     if is_main_process():
         write_json(path, now)
 
 
 def _check_output(recipe: Recipe) -> None:
-    """Refuse, before anything is trained, to take the place of files that no run wrote."""
+    """Refuse, before training, to replace files that no run wrote."""
     output = Path(recipe.output)
     written = [check_folder(folder, TRAINED) for folder in (*map(recipe.model_folder, recipe.stages), output / "model")]
-    if any(written) or _is_start(output / START_FILE):  # a run has been here
+    if any(written) or _is_start(output / START_FILE):  # a run wrote to this output
         return
     for name in (START_FILE, "recipe.yaml", "results.json", RUN_CARD_FILE):
         if (output / name).exists() and not (recipe.resume and name != START_FILE):
@@ -388,7 +395,7 @@ def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
 
 
 def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """The results of the stages that a stopped run had completed, in order."""
+    """Return the results of the stages that a stopped run completed, in order."""
     path = Path(recipe.output) / "results.json"
     results = _read_mapping(path, "results by stage") if path.exists() else {}
     for stage, metrics in results.items():
@@ -406,7 +413,7 @@ def _read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def _check_unchanged(recipe: Recipe) -> None:
-    """Refuse to resume with other options than the run was started with; further stages may be added."""
+    """Refuse to resume with other options than those of the run; further stages are accepted."""
     path = Path(recipe.output) / "recipe.yaml"
     if not path.exists():
         return
@@ -438,7 +445,7 @@ def _start(recipe: Recipe) -> D2SVSE:
 
 
 def _given_teacher(recipe: Recipe, model: D2SVSE, stage_arguments: Mapping[str, TrainingArguments]) -> Teacher | None:
-    """The teacher that does not come from this run's own stage 1."""
+    """Return the teacher that the recipe names, or None if stage 1 of this run makes it."""
     source = recipe.teacher or (recipe.model if model.decoder is not None else None)
     if source is None or "distill" not in recipe.stages:
         return None

@@ -1,4 +1,4 @@
-"""The run card: what was trained from what, with which versions, where, and how well."""
+"""Make the run card: data, configuration, versions, hardware and metrics of a run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from d2svse.training.distributed import world_size
 from d2svse.version import __version__
 
 RUN_CARD_FILE = "run.json"
-PROTOCOL = "custom"  # of the evaluation in training: all images and captions of the set
-STARTS = ("vision", "text", "model")  # fields of a recipe that name what training starts from
+PROTOCOL = "custom"  # training evaluates on all images and captions of the set
+STARTS = ("vision", "text", "model")  # fields of a recipe that name a model to start from
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "numpy", "pillow")
 
 
@@ -30,14 +30,13 @@ def run_card(
     metrics: dict[str, dict[str, float]],
     command: list[str],
 ) -> dict[str, Any]:
-    """Everything that a reader needs to judge or repeat a run, as JSON can write it.
+    """Return everything that a reader needs to judge or repeat a run, as values for JSON.
 
     Args:
         configuration: the effective recipe.
-        datasets: by the part they play, such as "train" and "val".
-        metrics: metrics of each stage, of the test set where there is one among the data, else of the
-            validation set.
-        command: the command line.
+        datasets: data sets by their role, such as "train" and "val".
+        metrics: metrics by stage, of the test set if `datasets` has one, or else of the validation set.
+        command: words of the command line.
     """
     return {
         "d2svse": __version__,
@@ -63,7 +62,7 @@ def run_card(
 
 
 def data_hash(dataset: ImageTextDataset) -> str:
-    """SHA-256 over the file name, size and text of every image in order; pictures are not read."""
+    """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read."""
     digest = hashlib.sha256()
     for record in dataset.records:
         row = [record.image.name, picture_state(record.image)[0], record.captions, record.dense]
@@ -72,7 +71,7 @@ def data_hash(dataset: ImageTextDataset) -> str:
 
 
 def git_revision() -> str | None:
-    """The revision of the checkout that the package runs from, marked where files differ; None outside of one."""
+    """Return the git revision of the package, with "+changes" if files differ; None outside of a checkout."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -81,14 +80,14 @@ def git_revision() -> str | None:
 
     try:
         if not git("ls-files", "--", __file__):
-            return None  # installed into somebody else's checkout
+            return None  # the package is installed inside another checkout
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(folder)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def hardware() -> dict[str, Any]:
-    """Processors and accelerators of this process, and how many processes there are."""
+    """Return the processors and accelerators of this process, and the number of processes."""
     return {
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),

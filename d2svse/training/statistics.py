@@ -1,4 +1,4 @@
-"""Statistics of a batch for the log, and the warning when a model collapses."""
+"""Compute statistics of a batch for the log, and warn if a model collapses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from d2svse.losses import RankingLoss
 
 logger = logging.getLogger(__name__)
 
-NEAR = 0.01  # how near, relatively, a loss is to that of a collapsed model
-VANISHED = 0.02  # below this spread all embeddings are the same
-PATIENCE = 3  # logs in a row
+NEAR = 0.01  # relative difference to the loss of a collapsed model that counts as equal
+VANISHED = 0.02  # below this spread, embeddings count as equal
+PATIENCE = 3  # log entries in a row before the warning
 
 
 @torch.no_grad()
@@ -29,17 +29,19 @@ def batch_statistics(
 
     Args:
         loss: the ranking loss; its `margin` (0 without one) decides which triplets are active.
-        scores: `(n, n)` of the whole batch.
-        image_ids: `(n,)`.
+        scores: `(n, n)` scores of the whole batch.
+        image_ids: `(n,)` id of each image.
         images: features of n images.
         texts: features of their n texts.
 
     Returns:
-        `positive_score`, the mean score of an image and its text; `hardest_negative_score`, the mean over the
-        images of their highest negative; `active_share`, the share of negatives within the margin of their
-        positive, in both directions; `negatives`, the mean number of negatives of an image; `embedding_std`, see
-        `spread`; `loss_if_collapsed`, the ranking loss if all scores were the same. A batch without
-        negatives has neither `hardest_negative_score` nor `active_share`.
+        `positive_score`: mean score of an image and its text.
+        `hardest_negative_score`: mean over the images of the highest score of a negative.
+        `active_share`: share of negatives within the margin of their positive, in both directions.
+        `negatives`: mean number of negatives of an image.
+        `embedding_std`: mean spread of images and texts, see `spread`.
+        `loss_if_collapsed`: the ranking loss if all scores were equal.
+        A batch without negatives has no `hardest_negative_score` and no `active_share`.
     """
     same = image_ids[:, None] == image_ids[None, :]
     positives = scores.diagonal()
@@ -60,16 +62,16 @@ def batch_statistics(
 
 
 def spread(pooled: Tensor) -> Tensor:
-    """Return how far vectors `(n, dim)` spread, once L2-normalised: 0 if all are the same, about 1 if random."""
+    """Return the spread of L2-normalised vectors `(n, dim)`: 0 if all are equal, about 1 if they are random."""
     normalised = F.normalize(pooled.float(), dim=-1)
     return (normalised - normalised.mean(0)).square().sum(-1).mean().sqrt()
 
 
 class CollapseCallback(TrainerCallback):
-    """Warn once when all images or texts seem to get the same embedding.
+    """Warn once if all images or texts seem to get equal embeddings.
 
-    Embeddings without spread are a fault at any time. The loss of a collapsed model is one only after the
-    first epoch, since every model starts near it.
+    Embeddings without spread are a sign at any time. The loss of a collapsed model is a sign after the first epoch
+    only, because every model starts near it.
     """
 
     def __init__(self) -> None:
@@ -87,9 +89,9 @@ class CollapseCallback(TrainerCallback):
         if max(self.seen.values()) >= PATIENCE:
             self.warned = True
             logger.warning(
-                "the model seems to have collapsed at step %d: the ranking loss is %.4g (%.4g if all scores were the "
-                "same), the spread of the embeddings %.3g. Try a lower learning rate, more warm-up, a larger batch, "
-                "InfoNCE, or the hinge loss with mining=schedule and more warmup_loss_epochs",
+                "the model seems to have collapsed at step %d: the ranking loss is %.4g (%.4g if all scores were "
+                "equal), and the spread of the embeddings is %.3g. Try a lower learning rate, more warm-up, a larger "
+                "batch, InfoNCE, or the hinge loss with mining=schedule and more warmup_loss_epochs",
                 state.global_step,
                 logs["align_loss"],
                 collapsed,

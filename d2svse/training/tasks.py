@@ -1,4 +1,4 @@
-"""Tasks: a model and a batch in, named losses out."""
+"""Tasks: each takes a model and a batch, and returns named losses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from d2svse.training.statistics import batch_statistics
 
 
 class AlignTask(nn.Module):
-    """Align images with their texts by a ranking loss: dense texts in stage "pretrain", sparse ones in "align".
+    """Align images with their texts by a ranking loss: dense captions in stage "pretrain", sparse ones in "align".
 
     Args:
         loss: the ranking loss.
-        text_groups: see `D2SVSE.forward`.
+        text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
     """
 
     def __init__(self, loss: RankingLoss, text_groups: int = 1) -> None:
@@ -33,13 +33,13 @@ class AlignTask(nn.Module):
             batch: the pairs of this process.
 
         Returns:
-            Scalars by name. Training minimises the sum of those that end in `_loss`; the others have no
+            Scalars by name. Training minimises the sum of the scalars whose name ends in `_loss`. The others have no
             gradient and are for the log.
         """
         return self.losses(similarity_of(model), batch, *self.encode(model, batch))
 
     def encode(self, model: nn.Module, batch: Batch) -> tuple[Features, Features]:
-        """Run the model on all rows of a batch, without scoring: the features of the images and of the texts."""
+        """Return the features of all images and of all texts of a batch, without scores."""
         output = model(
             pixel_values=batch.pixel_values,
             image_tokens=batch.image_tokens,
@@ -53,7 +53,7 @@ class AlignTask(nn.Module):
         return similarity.compared(output.image_features), similarity.compared(output.text_features)
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
-        """Score and rank the valid pairs of all processes, given the features of this one's rows."""
+        """Return the losses of the valid pairs of all processes, given the features of this process's rows."""
         image_ids = gather_rows(batch.image_ids, batch.valid)
         scores = gather_rows(similarity(images, gather_features(texts, batch.valid)), batch.valid)
         losses = {"align_loss": self.loss(scores, image_ids)}
@@ -70,10 +70,9 @@ class DistillTask(AlignTask):
 
     Args:
         loss: the ranking loss.
-        distillation_loss: the distance to the teacher's embedding (Eq. 4), or between the two kinds
-            of scores (GSSF).
-        weight: weight of the distillation term, 1 in the paper.
-        text_groups: see `D2SVSE.forward`.
+        distillation_loss: distance to the teacher's embedding (Eq. 4), or between the scores of both (GSSF).
+        weight: weight of the distillation loss, 1 in the paper.
+        text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class DistillTask(AlignTask):
         self.distillation_loss, self.weight = distillation_loss, weight
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
-        """Rank as `AlignTask` does, and compare the texts with the `teacher_embeds` of the batch."""
+        """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
         assert batch.teacher_embeds is not None
         teacher = gather_rows(batch.teacher_embeds, batch.valid)
         pooled = gather_rows(texts.pooled, batch.valid)
@@ -102,17 +101,17 @@ class DistillTask(AlignTask):
 
 
 def total_loss(parts: dict[str, Tensor]) -> Tensor:
-    """Return what training minimises: the sum of a task's scalars that end in `_loss`."""
+    """Return the sum of a task's scalars whose name ends in `_loss`, which training minimises."""
     return torch.stack([value for name, value in parts.items() if name.endswith("_loss")]).sum()
 
 
 def freeze_unused(model: nn.Module, task: AlignTask, batch: Batch) -> None:
-    """Freeze the parameters that no loss reaches: DistributedDataParallel waits for the gradient of each.
+    """Freeze the parameters that no loss reaches, because DistributedDataParallel waits for every gradient.
 
     Args:
         model: a `D2SVSE`, not wrapped.
-        task: computes the losses.
-        batch: a small batch to try it on.
+        task: task that computes the losses.
+        batch: small batch for one backward pass.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = model.training

@@ -1,4 +1,4 @@
-"""The frozen dense text encoder that stage 2 learns from."""
+"""The frozen dense text encoder, from which stage 2 learns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from d2svse.models import D2SVSE
 class Teacher:
     """A frozen copy of a model's text encoder, in eval mode, without the context decoder.
 
-    It is run on clean text, so the embedding of each dense caption is computed once and kept.
-    It is no part of the model and is never saved with it.
+    The teacher reads clean text, so each dense caption is embedded once and its embedding is kept. The teacher is not
+    part of the model and is not saved with it.
 
     Args:
         model: the stage-1 model.
-        max_length: longest dense caption in tokens; the processor's limit without it.
-        device: where to run it; the model's own device without it.
+        max_length: longest dense caption in tokens; None for the limit of the processor.
+        device: device of the teacher; None for that of the model.
 
     Raises:
         ValueError: if the model has no processor.
@@ -45,20 +45,20 @@ class Teacher:
         max_length: int | None = None,
         device: torch.device | None = None,
     ) -> Teacher:
-        """Take the teacher of a stage-2 model that is trained further.
+        """Load the teacher of a stage-2 model that is trained further.
 
-        It is the text encoder of a stage-1 model, or `teacher.safetensors`, which conversion keeps beside a
-        published stage-2 model.
+        The teacher is the text encoder of a stage-1 model, or `teacher.safetensors`, which the conversion of a
+        published stage-2 model writes beside the model.
 
         Args:
             model: the stage-2 model.
-            folder: folder or Hub id of the stage-1 model, or the folder of a model that has that file.
-            max_length: longest dense caption in tokens; the processor's limit without it.
-            device: where to run it; the model's own device without it.
+            folder: folder or Hub id of the stage-1 model, or folder of a model with `teacher.safetensors`.
+            max_length: longest dense caption in tokens; None for the limit of the processor.
+            device: device of the teacher; None for that of the model.
 
         Raises:
-            FileNotFoundError: if a local folder is no model's, or that of a stage-2 model without the file.
-            ValueError: if the stage-1 model's embeddings are of another width.
+            FileNotFoundError: if a local folder has no model, or a stage-2 model without `teacher.safetensors`.
+            ValueError: if the width of the stage-1 model's embeddings differs from that of the model.
         """
         file = Path(folder) / TEACHER_FILE
         if file.is_file():
@@ -70,17 +70,19 @@ class Teacher:
         source = D2SVSE.from_pretrained(folder)
         if source.decoder is not None:
             raise FileNotFoundError(
-                f"{os.fspath(folder)}: a stage-2 model with no teacher beside it; name its stage-1 model with "
-                "--teacher (teacher= of a recipe), or convert a published checkpoint with --keep-teacher"
+                f"{os.fspath(folder)}: a stage-2 model without a teacher beside it; name its stage-1 model with "
+                "--teacher (teacher: in a recipe), or convert a published checkpoint with --keep-teacher"
             )
         width = model.config.embed_dim
         if source.config.embed_dim != width:
             given = source.config.embed_dim
-            raise ValueError(f"{os.fspath(folder)}: the teacher's embeddings are {given} wide, and the model's {width}")
+            raise ValueError(
+                f"{os.fspath(folder)}: the teacher's embeddings are {given} wide; expected {width}, as of the model"
+            )
         return cls(source, max_length, device or model.device)
 
     def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Embed dense captions: `(n_texts, embed_dim)` float32 on the CPU, not normalised.
+        """Return the embeddings of dense captions: `(n_texts, embed_dim)` float32 on the CPU, not normalised.
 
         Raises:
             ValueError: if a text is empty.
@@ -91,10 +93,10 @@ class Teacher:
 
     @torch.inference_mode()
     def batches(self, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
-        """Embed dense captions batch by batch, the short ones first.
+        """Yield the embeddings of dense captions batch by batch, short captions first.
 
         Yields:
-            The rows of `texts` in a batch, and their embeddings as of `embed`.
+            The rows of `texts` in a batch, and their embeddings: `(n_rows, embed_dim)` float32, see `embed`.
 
         Raises:
             ValueError: if a text is empty.

@@ -1,4 +1,4 @@
-"""The trainer of all stages, on transformers' own."""
+"""The trainer of all stages, a subclass of transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ TEACHER_CACHE = "teacher_embeddings"
 class Trainer(TransformersTrainer):
     """Train a `D2SVSE` model through one stage.
 
-    The constructor checks and keeps what it is given. `prepare`, with which `train` begins, makes the model and
-    the samples ready. For stage 2 give it the stage-1 model: `prepare` copies and freezes its text encoder as the
-    teacher, and adds the context decoder to the model.
+    The constructor checks and stores its arguments. `train` first calls `prepare`, which prepares the model and the
+    samples. Stage 2 starts from the stage-1 model: `prepare` copies and freezes its text encoder as the teacher, and
+    adds the context decoder to the model.
 
     Args:
         model: the model, with its processor.
-        args: the stage and everything about it.
-        train_dataset: images and captions, with dense text for stages 1 and 2.
-        eval_dataset: the validation set, by whose rSum the best model is chosen; None turns
-            evaluation and the choice off.
-        loss: a ranking loss of your own, instead of the one `args` names.
-        teacher: the dense text encoder of stage 2; made from the model without it.
+        args: arguments of the stage.
+        train_dataset: images and captions, with dense captions for stages 1 and 2.
+        eval_dataset: validation set; training keeps the model with the best rSum on it. None turns evaluation off and
+            keeps the last model.
+        loss: ranking loss to use instead of that of `args`.
+        teacher: dense text encoder of stage 2; None for that of the model.
         callbacks: further transformers callbacks.
 
     Attributes:
-        task: computes the losses of a batch.
-        samples: the training samples; None before `prepare`.
+        task: task that computes the losses of a batch.
+        samples: training samples; None before `prepare`.
 
     Raises:
         ValueError: if the model has no processor, or the model, the loss and the arguments do not fit the stage.
@@ -143,9 +143,9 @@ class Trainer(TransformersTrainer):
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
         if args.push_to_hub and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("push_to_hub works with one process and with DDP; else push the saved folder: d2svse push")
+            raise ValueError("push_to_hub works with one process and with DDP; push the saved folder with d2svse push")
         if hasattr(model.config, "use_cache"):
-            del model.config.use_cache  # set by transformers' Trainer for language models
+            del model.config.use_cache  # transformers' Trainer sets it for language models
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
@@ -157,19 +157,26 @@ class Trainer(TransformersTrainer):
         self._run_dir: str | None = None
 
     def prepare(self) -> TrainingSamples:
-        """Make the model and the samples ready for the stage; `train` begins with it.
+        """Prepare the model and the samples for the stage; `train` calls this first.
 
-        In this order: check that the model can read all texts; embed dense text by the teacher and add the context
-        decoder (stage 2); freeze backbones and add LoRA; tie the temperature; encode the images of a frozen backbone;
-        make the samples and check their batches; freeze what several processes cannot train. A second call
-        changes nothing.
+        The steps are, in this order:
+
+        1. Check that the text backbone has an embedding for every token.
+        2. In stage 2, embed dense captions by the teacher and add the context decoder.
+        3. Freeze backbones and add LoRA.
+        4. Tie the temperature of model and loss.
+        5. Encode the images of a frozen vision backbone, if they are cached.
+        6. Make the samples and check their batches.
+        7. With several processes, freeze what they cannot train.
+
+        A second call changes nothing.
 
         Returns:
             The training samples.
 
         Raises:
-            ValueError: if a caption has a token without embedding, dense text is missing, the model has other LoRA
-                matrices or no such attention, or no batch has negatives.
+            ValueError: if a token has no embedding, a dense caption is missing, LoRA or attention does not fit the
+                model, or no batch has negatives.
             ImageError: if an image cannot be read.
         """
         if self.samples is not None:
@@ -186,7 +193,7 @@ class Trainer(TransformersTrainer):
             texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, args.per_device_eval_batch_size, shown)
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
-            self.teacher = None  # its embeddings are all that is needed
+            self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
                 model.add_decoder(**args.decoder_arguments())
 
@@ -208,25 +215,36 @@ class Trainer(TransformersTrainer):
         check_negatives(samples, self.batches())
 
         if world_size() > 1:
-            if not args.chunk_size:  # chunks are encoded at different times
+            if not args.chunk_size:  # processes do not encode their chunks at the same time
                 self._still = share_batch_norm(model, args.device)
             batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
             freeze_unused(model, self.task, batch.to(model.device))
         return samples
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; True resumes from the newest whole checkpoint in `output_dir`, if there is one."""
+        """Train the stage.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint, or True for the newest whole one in `output_dir`, if any.
+            args: further arguments of `transformers.Trainer.train`.
+            kwargs: further arguments of `transformers.Trainer.train`.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C and a checkpoint.
+            ValueError: see `prepare`; also if a checkpoint is unsafe to load.
+            WorkerError: if a process that prepares samples ended.
+        """
         self.prepare()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
-        self.lr_scheduler = None  # a second run has a schedule of its own
+        self.lr_scheduler = None  # a second call gets its own schedule
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        except pickle.UnpicklingError:  # of torch.load, which reads plain values alone
+        except pickle.UnpicklingError:  # torch.load reads plain values only
             raise ValueError(
-                f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle holds more than numbers and texts"
+                f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle has more than numbers and texts"
             ) from None
         except Exception as error:
             plain = worker_error(error)
@@ -235,7 +253,7 @@ class Trainer(TransformersTrainer):
             raise plain from None
         finally:
             self._stop.restore()
-        if self._stop.agreed(self.args.device):  # after the last checkpoint
+        if self._stop.agreed(self.args.device):  # a signal that came after the last checkpoint
             self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -244,10 +262,10 @@ class Trainer(TransformersTrainer):
     # ---- Batches and losses -----------------------------------------------------------------------------------------
 
     def batches(self) -> EpochBatches:
-        """Return the draws of this process, batch by batch.
+        """Return the batches of this process, as draws of samples.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if there is no batch.
         """
         samples, args = self.prepare(), self.args
         batches = EpochBatches(
@@ -260,11 +278,13 @@ class Trainer(TransformersTrainer):
             image_of_row=samples.image_of_row if args.unique_images else None,
         )
         if not len(batches):
-            raise ValueError(f"no batch: {len(samples)} rows do not fill one, and dataloader_drop_last leaves it out")
+            raise ValueError(
+                f"no batch: {len(samples)} rows do not fill one, and dataloader_drop_last drops it; give a smaller one"
+            )
         return batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of this process: `EpochBatches` shares them out, in place of accelerate."""
+        """Return the loader of this process; `EpochBatches` divides the batches, instead of accelerate."""
         args = self.args
         workers: dict[str, Any] = {}
         if args.dataloader_num_workers:
@@ -286,17 +306,17 @@ class Trainer(TransformersTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], None]:
-        """Return the next batches; they hold no labels to count."""
+        """Return the next batches, and None because they have no labels to count."""
         return list(islice(epoch_iterator, num_batches)), None
 
     def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
-        """Return 0: transformers' estimate is for language models, and would count every pixel as a token."""
+        """Return 0; transformers' estimate for language models would count each pixel as a token."""
         return 0
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """Run a batch forward and backward, in chunks if `chunk_size` says so.
+        """Run a batch forward and backward, in chunks of `chunk_size` pairs if it is set.
 
-        Dropout is drawn from the seed, the step and the rank alone, so that a resumed run draws the same.
+        Dropout depends on the seed, the step and the process only, so a resumed run draws equal masks.
         """
         step, batch = self.state.global_step, 0
         if self._micro_step[0] == step:
@@ -323,7 +343,7 @@ class Trainer(TransformersTrainer):
         return self._count(parts, inputs).detach() * share
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Return the sum of what the task names `*_loss`; keep all its scalars for the log."""
+        """Return the sum of the task's losses, and keep all its scalars for the log."""
         for layer in self._still:
             layer.eval()
         return self._count(self.task(model, inputs), inputs)
@@ -333,12 +353,12 @@ class Trainer(TransformersTrainer):
         for name, value in parts.items():
             total, count = self._sums.get(name, (0, 0))
             value = value.detach().float()
-            finite = value.isfinite()  # the others are counted as skipped steps
+            finite = value.isfinite()  # other values count as skipped steps
             self._sums[name] = (total + torch.where(finite, value, 0), count + finite.int())
         return total_loss(parts)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of `args.optim`, with a learning rate of their own for the backbones."""
+        """Return the optimizer of `args.optim`; the backbones have their own learning rate."""
         if self.optimizer is None:
             model = model or self.model
             assert model is not None
@@ -348,7 +368,7 @@ class Trainer(TransformersTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
+        """Return the schedule: steps at `lr_milestones`, or else `lr_scheduler_type`."""
         if self.lr_scheduler is None and self.args.lr_milestones:
             steps_per_epoch = math.ceil(len(self.batches()) / self.args.gradient_accumulation_steps)
             milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
@@ -359,7 +379,7 @@ class Trainer(TransformersTrainer):
     # ---- Log and evaluation -----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of the task's scalars since the last time."""
+        """Log values together with the means of the task's scalars since the last log entry."""
         if "loss" in logs:
             logs |= {name: float(total) / max(int(count), 1) for name, (total, count) in self._sums.items()}
             now = time.perf_counter()
@@ -372,7 +392,13 @@ class Trainer(TransformersTrainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: ImageTextDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Rank the validation set; every metric of `retrieval_metrics` behind the prefix."""
+        """Return the metrics of `retrieval_metrics` on the validation set, each name after the prefix.
+
+        Args:
+            eval_dataset: another data set; None for the validation set.
+            ignore_keys: not used.
+            metric_key_prefix: prefix of the names, followed by "_".
+        """
         dataset: Any = eval_dataset or self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         start = time.perf_counter()
@@ -386,7 +412,7 @@ class Trainer(TransformersTrainer):
             folds=1,
             fingerprint=False,
         ).rank_metrics
-        self._since += time.perf_counter() - start  # which is no time of training
+        self._since += time.perf_counter() - start  # pairs_per_second is of training time only
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -395,13 +421,13 @@ class Trainer(TransformersTrainer):
     # ---- Hub --------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository that the model shall be pushed to; transformers calls it before training."""
+        """Create the repository for the push; transformers calls this before training."""
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             private = self.args.hub_private_repo if private is None else private
             self.hub_model_id = make_repository(name, private=private, token=token or self.args.hub_token)
 
-    def push_to_hub(  # type: ignore[override]  # other options than transformers has
+    def push_to_hub(  # type: ignore[override]  # its options differ from those of transformers
         self,
         commit_message: str = "End of training",
         token: str | None = None,
@@ -409,17 +435,17 @@ class Trainer(TransformersTrainer):
         private: bool | None = None,
         facts: CardFacts | None = None,
     ) -> Pushed | None:
-        """Push the model as it is, with its processor and a model card; training does so at its end.
+        """Push the model with its processor and a model card; training calls this at its end.
 
         Args:
-            commit_message: the commit's title.
-            token: instead of `args.hub_token`, or of the environment's.
-            revision: instead of `args.hub_revision`.
-            private: instead of `args.hub_private_repo`.
-            facts: what the model card shall say that nothing here tells.
+            commit_message: title of the commit.
+            token: access token; None for `args.hub_token`, or else that of the environment.
+            revision: branch; None for `args.hub_revision`.
+            private: visibility of a new repository; None for `args.hub_private_repo`.
+            facts: further facts for the model card, such as the licence.
 
         Returns:
-            What was pushed where; None in all processes but the first.
+            The pushed repository and commit; None in all processes except the first.
         """
         if not self.is_world_process_zero():
             return None
@@ -439,41 +465,41 @@ class Trainer(TransformersTrainer):
         )
 
     def _measured(self) -> dict[str, dict[str, float]]:
-        """Return the validation metrics of the weights that the model has now, if known, by the stage's name."""
+        """Return the validation metrics of the current weights by stage; empty if they are unknown."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         step = best or self.state.global_step
         logs = [row for row in self.state.log_history if row["step"] == step and "eval_rsum" in row]
         kept = {name.removeprefix("eval_"): value for row in logs for name, value in row.items() if "eval_" in name}
         return {self.args.stage: kept} if kept else {}
 
-    # ---- Private methods of transformers' Trainer: there is no public hook for what each of these does --------------
+    # ---- Private methods of transformers' Trainer; no public hook can replace these ---------------------------------
     # tests/training/test_overrides.py fails when transformers renames one, changes its arguments or stops calling it.
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run that ended within an epoch, and is resumed from its last checkpoint, would train to the epoch's end.
-        # Callbacks can stop an epoch after its first step only.
+        # A run may have ended within an epoch. Resumed from its last checkpoint, it would train to the epoch's end.
+        # Callbacks can stop an epoch only after its first step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The optimizer must not see a gradient that is not finite. on_pre_optimizer_step, which comes next, is not
-        # told the norm; under FSDP and DeepSpeed nobody else can compute it.
+        # The optimizer must only see finite gradients. The next hook, on_pre_optimizer_step, does not get the norm.
+        # Under FSDP and DeepSpeed only this method can compute it.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = self.accelerator.scaler is not None  # which leaves out steps that overflow, and lowers the scale
+        scaled = self.accelerator.scaler is not None  # a scaler skips steps that overflow, and lowers its scale
         passes = self._guard.passes(model, None if scaled else grad_norm, self.state.global_step + 1)
         return grad_norm if passes else None
 
     def _load_best_model(self) -> None:
-        # transformers loads by the names in the file, and passes over those of older versions; see _load_weights.
+        # transformers ignores weights under names of its older versions; see _load_weights.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self._load_weights(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # As _load_best_model.
+        # transformers ignores weights under names of its older versions; see _load_weights.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -482,19 +508,19 @@ class Trainer(TransformersTrainer):
     def _load_weights(self, folder: str) -> None:
         """Load all weights of a checkpoint.
 
-        Some backbones are saved under the names of older transformers versions. Only `from_pretrained` translates
-        those, and refuses weights that are missing or not finite.
+        Some backbones are saved under names of older transformers versions. Only `from_pretrained` translates these
+        names and refuses weights that are missing or not finite.
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         model.load_state_dict(D2SVSE.from_pretrained(folder).state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Where _save_checkpoint writes: aside, while it does.
+        # _save_checkpoint writes to a folder aside during its run.
         return self._run_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint is written aside, sealed with the sums of its files, and renamed; on_save comes too late, after
-        # transformers has written in place and removed older checkpoints. An OSError names the checkpoint.
+        # A checkpoint is written aside, sealed with the checksums of its files, and renamed. on_save would be too late,
+        # because transformers has then written in place and removed older checkpoints. An OSError names the checkpoint.
         run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         aside = run_dir / f"{ASIDE_PREFIX}{name}"
         try:
@@ -517,7 +543,7 @@ class Trainer(TransformersTrainer):
         finally:
             self._run_dir = None
         if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(run_dir / name)  # not where it is being written
+            self.state.best_model_checkpoint = str(run_dir / name)  # its final folder, not the one aside
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
@@ -528,7 +554,7 @@ class Trainer(TransformersTrainer):
 
 
 def _leave_group(_: int) -> None:
-    """Take a worker out of the process group, whose SIGTERM is for the process that writes the checkpoint."""
+    """Take a worker out of the process group, because only the main process handles a SIGTERM to the group."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
 

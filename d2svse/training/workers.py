@@ -1,4 +1,4 @@
-"""What ends the processes that prepare samples, said in one sentence."""
+"""Explain in one sentence why a process that prepares samples ended."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): (.*)\Z", re.DOTALL | re.MULTILIN
 
 
 class WorkerError(OSError):
-    """A process that prepares samples has ended."""
+    """A process that prepares samples has ended; the message says why."""
 
 
 def worker_error(error: Exception) -> Exception | None:
-    """The error to raise in place of one that a data loader raised about its workers; None for any other.
+    """Return a plain error for a data loader's error about its workers; None for any other error.
 
     Args:
-        error: what iterating over the data loader raised.
+        error: error that iterating over the data loader raised.
 
     Returns:
-        A `WorkerError` that says why a worker ended. For what was raised within a worker: the error as it was there,
-        without the worker's traceback.
+        A `WorkerError` with the reason, if a worker ended. The worker's own error without its traceback, if the worker
+        raised one.
     """
     text = str(error)
     killed = _KILLED.match(text)
@@ -30,7 +30,7 @@ def worker_error(error: Exception) -> Exception | None:
         if "Bus error" in how:
             likely = "shared memory is full (in a container: raise --shm-size)"
         elif "Segmentation fault" in how or "Aborted" in how:
-            likely = "a library that decodes images failed; look for the image with --workers 0"
+            likely = "a library that decodes images failed; find the image with --workers 0"
         else:
             likely = "memory ran out; lower --workers or --batch-size"
         return WorkerError(f"a process that prepares samples was killed (pid {ids}); most likely {likely}")

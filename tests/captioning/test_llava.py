@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from d2svse.captioning.images import Sampling, images_to_caption, take_part
 from d2svse.captioning.llava import PLAIN_TEMPLATE, LlavaCaptioner, SeededSampling
-from d2svse.captioning.pictures import Sampling, find_pictures, take_shard
 from d2svse.images import load_image
 from support.images import write_images
 from support.llava import save_tiny_llava
@@ -18,40 +18,40 @@ def load(folder, sampling=DRAWN, **options):
     return LlavaCaptioner.from_pretrained(str(folder), sampling, **{"dtype": "float32", "device": "cpu", **options})
 
 
-def captions(captioner, pictures):
+def captions(captioner, images):
     outcomes = []
-    captioner.run(pictures, outcomes.append)
-    return {outcome.picture.name: outcome for outcome in outcomes}
+    captioner.run(images, outcomes.append)
+    return {outcome.image.name: outcome for outcome in outcomes}
 
 
-def texts(captioner, pictures):
-    return {name: (outcome.text, outcome.seed) for name, outcome in captions(captioner, pictures).items()}
+def texts(captioner, images):
+    return {name: (outcome.text, outcome.seed) for name, outcome in captions(captioner, images).items()}
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("chat", [True, False])
-def test_captions_depend_on_seed_and_picture_and_not_on_batch_order_or_shard(photos, tmp_path, family, chat):
+def test_captions_depend_on_seed_and_image_and_not_on_batch_order_or_part(photos, tmp_path, family, chat):
     folder = save_tiny_llava(tmp_path / "model", chat=chat, family=family)
-    pictures = find_pictures(photos)
-    alone = texts(load(folder, batch_size=1), pictures)
+    images = images_to_caption(photos)
+    alone = texts(load(folder, batch_size=1), images)
     assert len(alone) == 6
     assert len({text for text, _ in alone.values()}) == 6
     together = load(folder, batch_size=4)
-    assert texts(together, pictures) == alone
-    assert texts(together, pictures[::-1]) == alone
-    in_shards = {}
-    for shard in ("1/3", "2/3", "3/3"):
-        in_shards |= texts(together, take_shard(pictures, shard))
-    assert in_shards == alone
-    other = texts(load(folder, replace(DRAWN, seed=1)), pictures)
+    assert texts(together, images) == alone
+    assert texts(together, images[::-1]) == alone
+    in_parts = {}
+    for part in ("1/3", "2/3", "3/3"):
+        in_parts |= texts(together, take_part(images, part))
+    assert in_parts == alone
+    other = texts(load(folder, replace(DRAWN, seed=1)), images)
     assert all(other[name] != alone[name] for name in alone)
 
 
 def test_what_is_drawn_depends_on_what_the_file_holds_and_not_on_its_name(llava, photos, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "moved.png").write_bytes((photos / "003.png").read_bytes())
-    moved = texts(load(llava), find_pictures(tmp_path / "elsewhere"))["moved.png"]
-    assert moved == texts(load(llava), find_pictures(photos))["003.png"]
+    moved = texts(load(llava), images_to_caption(tmp_path / "elsewhere"))["moved.png"]
+    assert moved == texts(load(llava), images_to_caption(photos))["003.png"]
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -61,8 +61,8 @@ def test_at_temperature_0_the_text_is_that_of_transformers_greedy_decoding(photo
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     captioner = load(folder, Sampling(prompt=prompt, temperature=0, max_new_tokens=9))
-    for picture in find_pictures(photos):
-        image = load_image(picture.path)
+    for image in images_to_caption(photos):
+        image = load_image(image.path)
         if chat:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -117,7 +117,7 @@ def test_tokens_come_as_often_as_their_probability_says():
 
 
 class Scripted(LlavaCaptioner):
-    """Says what is written for a picture's draws, in place of the model."""
+    """Says what is written for an image's draws, in place of the model."""
 
     def __init__(self, said, tries=3, temperature=1.0, batch_size=2):
         self.said, self.tries, self.batch_size = said, tries, batch_size
@@ -127,21 +127,21 @@ class Scripted(LlavaCaptioner):
     def generate(self, images, seeds):
         self.asked.append(len(images))
         drawn = {
-            self.sampling.picture_seed(path.read_bytes(), draw): (path, draw) for path in self.said for draw in range(9)
+            self.sampling.image_seed(path.read_bytes(), draw): (path, draw) for path in self.said for draw in range(9)
         }
         return [(self.said[path][draw], "stop") for path, draw in (drawn[seed] for seed in seeds)]
 
 
 def test_an_empty_or_repeating_text_is_drawn_anew_and_fails_in_the_end(photos):
-    pictures = find_pictures(photos)[:3]
-    said = {picture.path: ["fine"] * 9 for picture in pictures}
-    said[pictures[0].path] = ["", "a dog, " * 9, "a dog"] + ["not asked for"] * 6
-    said[pictures[2].path] = [""] * 4 + ["at last"] * 5
+    images = images_to_caption(photos)[:3]
+    said = {image.path: ["fine"] * 9 for image in images}
+    said[images[0].path] = ["", "a dog, " * 9, "a dog"] + ["not asked for"] * 6
+    said[images[2].path] = [""] * 4 + ["at last"] * 5
     captioner = Scripted(said)
-    outcomes = captions(captioner, pictures)
-    assert [(outcomes[p.name].text, outcomes[p.name].draw) for p in pictures] == [("a dog", 2), ("fine", 0), (None, 3)]
+    outcomes = captions(captioner, images)
+    assert [(outcomes[p.name].text, outcomes[p.name].draw) for p in images] == [("a dog", 2), ("fine", 0), (None, 3)]
     assert outcomes["002.png"].reason == "an empty caption"
-    again = captions(captioner, [replace(pictures[2], draw=3)])["002.png"]  # what a second run asks for
+    again = captions(captioner, [replace(images[2], draw=3)])["002.png"]  # what a second run asks for
     assert (again.text, again.draw) == ("at last", 4)
     assert sum(captioner.asked) == 3 + 1 + 3 + 2
 
@@ -151,18 +151,18 @@ def test_at_temperature_0_nothing_is_drawn_twice(llava):
     assert load(llava).tries == 3
 
 
-def test_a_picture_that_breaks_later_is_an_outcome_and_the_rest_go_on(llava, photos):
-    pictures = find_pictures(photos)
+def test_an_image_that_breaks_later_is_an_outcome_and_the_rest_go_on(llava, photos):
+    images = images_to_caption(photos)
     (photos / "001.png").write_bytes(b"no")
-    outcomes = captions(load(llava, batch_size=2), pictures)
+    outcomes = captions(load(llava, batch_size=2), images)
     assert "001.png: not an image" in outcomes["001.png"].reason
     assert sum(outcome.text is not None for outcome in outcomes.values()) == 5
 
 
 def test_a_caption_says_whether_it_was_cut(llava, tmp_path):
-    pictures = find_pictures(write_images(tmp_path / "many", 30))
-    short = captions(load(llava, batch_size=30), pictures)
-    longer = captions(load(llava, replace(DRAWN, max_new_tokens=60), batch_size=30), pictures)
+    images = images_to_caption(write_images(tmp_path / "many", 30))
+    short = captions(load(llava, batch_size=30), images)
+    longer = captions(load(llava, replace(DRAWN, max_new_tokens=60), batch_size=30), images)
     compared = {name for name in short if short[name].draw == longer[name].draw == 0}
     assert {short[name].finish for name in compared} == {"stop", "length"}
     for name in compared:
@@ -183,7 +183,7 @@ def test_settings_tell_what_captions_depend_on(llava):
 
 
 def test_bfloat16_captions_on_the_cpu(llava, photos):
-    made = texts(load(llava, dtype="bfloat16", batch_size=6), find_pictures(photos))
+    made = texts(load(llava, dtype="bfloat16", batch_size=6), images_to_caption(photos))
     assert all(text for text, _ in made.values())
 
 

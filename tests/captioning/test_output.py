@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from d2svse.captioning.images import ImageToCaption, Outcome
 from d2svse.captioning.output import CaptionFile
-from d2svse.captioning.pictures import Outcome, Picture
 from d2svse.data import ManifestError
 from d2svse.files.log import mend_last_line
 from support.processes import Fork
@@ -16,7 +16,7 @@ SETTINGS = {"model": "m", "seed": 0, "temperature": 0.2}
 
 
 def outcome(name, text="a dog\nand “a” cat\u2028 on a \U0001f600", **options):
-    return Outcome(Picture(name, Path(name)), text, 5, "stop", **options)
+    return Outcome(ImageToCaption(name, Path(name)), text, 5, "stop", **options)
 
 
 def write(path, *names):
@@ -84,7 +84,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a.png", "dense": "again"}', r"dense\.jsonl:2: a\.png stands in line 1 already"),
+        ('{"image": "a.png", "dense": "again"}', r"dense\.jsonl:2: a\.png is also in line 1"),
         ('{"text": "published"}', r'dense\.jsonl:2: expected "image" and "dense"'),
         ('{"image": "b.png", "dense": " "}', r'dense\.jsonl:2: expected "image" and "dense"'),
         ("\0\0\0", r"dense\.jsonl:2: not JSON"),
@@ -148,15 +148,15 @@ def test_failures_are_listed_until_they_are_mended(tmp_path):
     assert not listed.exists()
 
 
-def test_a_picture_is_never_taken_twice(tmp_path):
+def test_an_image_is_never_taken_twice(tmp_path):
     with CaptionFile(tmp_path / "dense.jsonl", SETTINGS) as file:
         file.take(outcome("a.png"))
-        with pytest.raises(ValueError, match=r"a\.png has a caption already"):
+        with pytest.raises(ValueError, match=r"a\.png already has a caption"):
             file.take(outcome("a.png"))
 
 
 def test_the_output_is_a_jsonl(tmp_path):
-    with pytest.raises(ValueError, match=r"ends in \.jsonl, got .*dense\.json"):
+    with pytest.raises(ValueError, match=r"must end in \.jsonl, got .*dense\.json"):
         CaptionFile(tmp_path / "dense.json", SETTINGS)
 
 

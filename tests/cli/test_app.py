@@ -106,12 +106,12 @@ def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_pat
 
     shutil.copytree(trained, tmp_path / "run")
     start = json.loads((tmp_path / "run" / "start.json").read_text())
-    (tmp_path / "run" / "start.json").write_text(json.dumps(start | {"data": "of other pictures"}))
+    (tmp_path / "run" / "start.json").write_text(json.dumps(start | {"data": "of other images"}))
     recipe = yaml.safe_load((trained / "recipe.yaml").read_text()) | {"output": str(tmp_path / "run")}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(recipe))
     code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
     assert code == 2
-    assert "the training data was of other pictures" in err
+    assert "the training data was of other images" in err
     with FileLock(tmp_path / "run" / ".lock"):
         code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
     assert code == 2

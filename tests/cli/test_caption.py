@@ -33,7 +33,7 @@ def local(run, llava):
 
 def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava, photos, tmp_path):
     output = tmp_path / "dense.jsonl"
-    code, out, err = local(photos, output, "--shard", "1/2", "--batch-size", 2)
+    code, out, err = local(photos, output, "--part", "1/2", "--batch-size", 2)
     assert code == 0, err
     assert f"{output}: 3 of 3 images have a caption, 3 of them new" in out
     first = output.read_bytes()
@@ -42,6 +42,7 @@ def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava,
     assert "6 of 6 images have a caption, 3 of them new" in out
     assert output.read_bytes().startswith(first)
     assert "6 of 6 images have a caption, 0 of them new" in local(photos, output)[1]
+    assert "3 of 3 images have a caption, 0 of them new" in local(photos, output, "--shard", "1/2")[1]  # earlier name
     assert sorted(row["image"] for row in lines(output)) == [f"00{row}.png" for row in range(6)]
     settings = json.loads((tmp_path / "dense.settings.json").read_text())
     assert settings["model"] == str(llava)
@@ -55,7 +56,7 @@ def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava,
     assert dataset.dense_captions == [by_image[f"00{row}.png"] for row in range(6)]
 
 
-def test_broken_pictures_stop_or_are_left_out(local, photos, tmp_path):
+def test_broken_images_stop_or_are_left_out(local, photos, tmp_path):
     (photos / "002.png").write_bytes(b"no")
     output = tmp_path / "dense.jsonl"
     one_line_error(local(photos, output), "002.png: not an image", "--on-bad-image skip")
@@ -96,12 +97,12 @@ def test_endpoint_lists_what_failed_and_tries_only_that_again(run, serve_caption
     assert settings["made_with"]["url"] == server.url
 
 
-def test_pictures_never_tried_come_before_those_that_failed(run, serve_captions, tmp_path):
+def test_images_never_tried_come_before_those_that_failed(run, serve_captions, tmp_path):
     photos = write_images(tmp_path / "many", 25)
     output = tmp_path / "dense.jsonl"
     server = serve_captions(lambda request, earlier: "400" if request < 22 else "ok")
     command = ("caption", "endpoint", server.url, photos, "--model", "tiny", "-o", output, "--concurrency", 1)
-    one_line_error(run(*command), "20 pictures in a row failed, the last: HTTP 400")
+    one_line_error(run(*command), "20 images in a row failed, the last: HTTP 400")
     assert len(lines(tmp_path / "dense.failed.jsonl")) == 20
     server.behave = lambda request, earlier: "400" if earlier else "ok"
     assert run(*command)[0] == 2

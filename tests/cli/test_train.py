@@ -126,7 +126,7 @@ def test_the_same_on_the_command_line(run, recipe, tmp_path):
         ("results.json", None, "results.json: a folder"),
         ("start.json", "null", "start.json: no run wrote it"),
         ("start.json", "{}", "start.json: no run wrote it"),
-        ("start.json", '{"data": [], "processes": 1}', "start.json: the training data was of other pictures"),
+        ("start.json", '{"data": [], "processes": 1}', "start.json: the training data was of other images"),
     ],
 )
 def test_a_file_in_the_output_that_is_not_what_was_written_is_named(refused, recipe, tmp_path, name, content, message):
@@ -136,7 +136,7 @@ def test_a_file_in_the_output_that_is_not_what_was_written_is_named(refused, rec
         (output / name).mkdir()
     else:
         (output / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    if message.endswith("of other pictures"):
+    if message.endswith("of other images"):
         message = "start.json: the training data was []"
     assert message in refused(recipe, "--resume")
 

@@ -51,7 +51,7 @@ def test_the_decorator_adds_a_loss():
     assert isinstance(build_distillation_loss("cosine-of-test"), Distance)
     assert "infonce-of-test" in loss_names()
     assert "cosine-of-test" in distillation_loss_names()
-    with pytest.raises(ValueError, match=r"the loss name 'infonce-of-test' is taken by .*Mine"):
+    with pytest.raises(ValueError, match=r"the loss name 'infonce-of-test' belongs to .*Mine"):
         register_loss("infonce-of-test")(InfoNCE)
 
 

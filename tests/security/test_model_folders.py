@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2svse import D2SVSE
+from d2svse.captioning.images import Sampling
 from d2svse.captioning.llava import LlavaCaptioner
-from d2svse.captioning.pictures import Sampling
 from d2svse.captioning.report import load_tokenizer
 from d2svse.hub.folder import check_contents
 from d2svse.models.configuration import D2SVSEConfig

@@ -86,7 +86,7 @@ def test_a_similarity_from_outside_can_be_added_once(sides):
     assert not dot.foldable
     with pytest.raises(TypeError, match="not bilinear"):
         dot.fold("image", images.pooled)
-    with pytest.raises(ValueError, match="is taken by"):
+    with pytest.raises(ValueError, match="belongs to"):
         register_similarity("test-dot")(Cosine)
 
 

@@ -141,7 +141,7 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     assert all(torch.equal(tokens[row], whole[row]) for row in range(len(train_dataset)))
 
 
-def test_training_on_kept_tokens_is_training_on_pictures(make_model, make_args, train_dataset, tmp_path):
+def test_training_on_kept_tokens_is_training_on_images(make_model, make_args, train_dataset, tmp_path):
     curves = []
     for cache in (None, str(tmp_path / "tokens")):
         args = make_args(freeze_vision=True, cache_image_tokens=cache, augment_images=False, save_strategy="no")
@@ -176,6 +176,6 @@ def test_what_an_earlier_version_kept_is_made_again_and_told(make_model, train_d
     model = make_model()
     cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, folder, 16)
     cached_image_tokens(model, train_dataset, tokens, 16)
-    assert caplog.text.count("was kept by an earlier version; it is made again in") == 2
+    assert caplog.text.count("was written by an earlier version; it is made again in") == 2
     assert not any(path.exists() for path in earlier)
     assert mine.exists()

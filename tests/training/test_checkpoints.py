@@ -48,7 +48,7 @@ def test_a_broken_checkpoint_is_left_out_with_a_warning(tmp_path, fault, caplog)
     else:
         (newer / SUMS_FILE).write_text('{"model.safe')
     assert last_whole_checkpoint(tmp_path) == str(older)
-    assert f"{newer} is left out" in caplog.text
+    assert f"{newer} is skipped" in caplog.text
 
 
 def test_a_checkpoint_whose_best_is_broken_is_left_out(tmp_path, caplog):
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_left_out(tmp_path, name, cap
     sums = json.loads((newer / SUMS_FILE).read_text())
     (newer / SUMS_FILE).write_text(json.dumps({**sums, name: "0"}))
     assert last_whole_checkpoint(tmp_path) == str(older)
-    assert "lies outside of it" in caplog.text
+    assert "lies outside of the checkpoint" in caplog.text
 
 
 class Runs:

@@ -118,9 +118,9 @@ def test_an_unknown_metric_is_found_before_training(make_model, make_args, train
         ("rsun", "unknown metric 'rsun'; did you mean rsum"),
         (
             "eval_t2i_recall_at_2",
-            r"unknown metric .t2i_recall_at_2.; did you mean t2i_recall_at_\d+.*evaluation gives",
+            r"unknown metric .t2i_recall_at_2.; did you mean t2i_recall_at_\d+.*evaluation computes",
         ),
-        ("loss", r"unknown metric 'loss'; evaluation gives .*rsum"),
+        ("loss", r"unknown metric 'loss'; evaluation computes .*rsum"),
     ):
         with pytest.raises(ValueError, match=f"metric_for_best_model: {message}"):
             Trainer(make_model(), make_args(metric_for_best_model=metric), train_dataset, val_dataset)
@@ -141,7 +141,7 @@ def test_batches_without_negatives_are_refused(make_model, make_args, train_data
         Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset).prepare()
     one = type(train_dataset)(train_dataset.records[:1])
     options = {"stage": "align", "captions_per_epoch": "all"}
-    with pytest.raises(ValueError, match="one image alone; a ranking loss needs two"):
+    with pytest.raises(ValueError, match="one image alone; a ranking loss needs at least two"):
         Trainer(make_model(), make_args(**options), one).prepare()
 
 

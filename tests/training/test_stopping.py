@@ -102,7 +102,7 @@ def test_the_command_says_in_one_line_how_to_go_on_and_exits_with_130(scenes, ba
     assert process.wait() == 130, process.err()
     assert "Traceback" not in process.err()
     (line,) = [line for line in process.err().splitlines() if line.startswith("d2svse:")]
-    found = re.fullmatch(r"d2svse: stopped after step (\d+); its checkpoint is (.*); go on with: d2svse (.*)", line)
+    found = re.fullmatch(r"d2svse: stopped after step (\d+); its checkpoint is (.*); continue with: d2svse (.*)", line)
     assert found, line
     assert Path(found[2]).is_dir()
     words = shlex.split(found[3])
@@ -162,6 +162,6 @@ def test_ctrl_c_under_torchrun_stops_all_processes_with_a_checkpoint(scenes, bac
     _, errors = process.communicate(timeout=120)
     lines = [line for line in errors.splitlines() if line.startswith("d2svse:")]
     assert len(lines) == 1, errors
-    assert "go on with: torchrun --nproc-per-node 2 -m d2svse train --config" in lines[0]
+    assert "continue with: torchrun --nproc-per-node 2 -m d2svse train --config" in lines[0]
     assert Path(re.search(r"its checkpoint is (\S+);", lines[0])[1]).is_dir()
     assert "KeyboardInterrupt" not in errors

@@ -11,8 +11,8 @@ from d2svse.training.tasks import AlignTask, DistillTask, total_loss
 
 def batch(processor):
     texts = processor(text=["a red circle", "a blue square", "a green star on the left"])
-    pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return Batch(pixel_values=pictures, image_ids=torch.arange(3), valid=torch.ones(3, dtype=torch.bool), **texts)
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return Batch(pixel_values=pixels, image_ids=torch.arange(3), valid=torch.ones(3, dtype=torch.bool), **texts)
 
 
 def inputs(given):

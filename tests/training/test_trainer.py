@@ -221,7 +221,7 @@ def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset,
 
 def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset):
     for stage in ("pretrain", "distill"):
-        with pytest.raises(ValueError, match="of stage 2 already"):
+        with pytest.raises(ValueError, match="already a stage-2 model"):
             Trainer(model, make_args(stage), train_dataset)
     without = make_model()
     without.processor = None

@@ -46,14 +46,14 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
 
-    def picture_seed(self, content: bytes, draw: int) -> int:
+    def image_seed(self, content: bytes, draw: int) -> int:
         """Return the seed of an image (31 bits), made of `seed`, the file content and the number of discarded texts."""
         key = f"{self.seed}:{draw}:".encode() + hashlib.sha256(content).digest()
         return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageToCaption:
     """An image to caption.
 
     Attributes:
@@ -72,7 +72,7 @@ class Outcome:
     """The caption of an image, or the reason why it has none.
 
     Attributes:
-        picture: the image.
+        image: the image that was captioned.
         text: the caption, or None.
         seed: seed of the caption.
         finish: "stop", or "length" if the caption was cut at the limit of tokens.
@@ -80,7 +80,7 @@ class Outcome:
         draw: number of texts discarded so far.
     """
 
-    picture: Picture
+    image: ImageToCaption
     text: str | None = None
     seed: int | None = None
     finish: str | None = None
@@ -89,20 +89,20 @@ class Outcome:
 
 
 class Captioner(Protocol):
-    """Captions images and passes on each outcome as soon as it exists, in any order."""
+    """An object that captions images and passes on each outcome as soon as it exists, in any order."""
 
-    def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
-        """Caption images; call `take` for each outcome. An exhausted budget leaves images without an outcome."""
+    def run(self, images: Sequence[ImageToCaption], take: Callable[[Outcome], None]) -> None:
+        """Caption images and call `take` for each outcome; a limit on requests may leave images without one."""
         ...
 
 
-def find_pictures(
+def images_to_caption(
     source: str | os.PathLike[str],
     *,
     split: str | None = None,
     image_folder: str | os.PathLike[str] | None = None,
     allow_missing: bool = False,
-) -> list[Picture]:
+) -> list[ImageToCaption]:
     """Return the images of a folder, or of any data layout that training reads.
 
     Names are relative to the folder in which training looks for the images of a dense JSONL: the layout's own
@@ -130,25 +130,25 @@ def find_pictures(
             if isinstance(record.image, StoredImage):
                 raise ManifestError(f"{os.fspath(source)}: the images are in shards; caption them before packing them")
             paths.append(record.image)
-    return [Picture(_name(path, base), path) for path in paths]
+    return [ImageToCaption(_name(path, base), path) for path in paths]
 
 
 def _name(path: Path, base: Path) -> str:
     return (path.relative_to(base) if path.is_relative_to(base) else path.resolve()).as_posix()
 
 
-def take_shard(pictures: Sequence[Picture], shard: str) -> list[Picture]:
-    """Return every n-th image, starting with the i-th; the n shards together contain each image once.
+def take_part(images: Sequence[ImageToCaption], part: str) -> list[ImageToCaption]:
+    """Return every n-th image, starting with the i-th; the n parts together contain each image once.
 
     Args:
-        pictures: the whole list, equal on every machine.
-        shard: "i/n" with i from 1 to n.
+        images: the whole list, equal on every machine.
+        part: "i/n" with i from 1 to n.
 
     Raises:
-        ValueError: if `shard` does not have this form.
+        ValueError: if `part` does not have this form.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
     number, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= count:
-        raise ValueError(f"a shard must be i/n with i from 1 to n, such as 1/4, got {shard!r}")
-    return list(pictures[number - 1 :: count])
+        raise ValueError(f"a part must be i/n with i from 1 to n, such as 1/4, got {part!r}")
+    return list(images[number - 1 :: count])
