@@ -21,7 +21,7 @@ Fusion = Literal["sum", "published"]
 
 
 def unknown(what: str, name: object, known: Iterable[str], listed: str | None = None) -> str:
-    """Return the message for a name that is not known, with the known name that is most like it.
+    """Return the message for an unknown name, with the known name that is most like it.
 
     Args:
         what: what it should name, such as "option".
@@ -30,9 +30,9 @@ def unknown(what: str, name: object, known: Iterable[str], listed: str | None = 
         listed: where they are listed, in place of the names; for a long list.
 
     >>> unknown("option", "marginn", ["loss", "margin"])
-    "unknown option 'marginn'; did you mean margin? known are loss, margin"
+    "unknown option 'marginn'; did you mean margin? expected one of loss, margin"
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
-    return f"unknown {what} {name!r}; {meant}{listed or 'known are ' + ', '.join(known)}"
+    return f"unknown {what} {name!r}; {meant}{listed or 'expected one of ' + ', '.join(known)}"

@@ -39,7 +39,7 @@ def encode(
     import numpy as np
 
     from d2svse.files.replace import write_text, written_aside
-    from d2svse.retrieval.search.contents import read_sentences
+    from d2svse.retrieval.search.contents import read_texts
 
     if images is not None:
         if not images.is_dir():
@@ -50,7 +50,7 @@ def encode(
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:
         assert texts is not None
-        names = read_sentences(texts)
+        names = read_texts(texts)
         vectors = load_model(model).encode_text(names, batch_size=batch_size, show_progress_bar=True)
     with written_aside(output) as aside, aside.open("wb") as file:
         np.save(file, vectors)

@@ -263,7 +263,7 @@ def check_kind(model_type: str, name: str = "") -> None:
     if model_type in CAPTIONERS:
         use = f"it writes captions: d2svse caption local {name}"
     elif model_type in CONFIG_MAPPING and "vision_config" in getattr(CONFIG_MAPPING[model_type], "sub_configs", ()):
-        use = f"it is no dual encoder that is known here; known are {', '.join(KINDS)}"
+        use = f"it is not a supported dual encoder; expected one of {', '.join(KINDS)}"
     elif model_type in IMAGE_MODELS:
         use = f"it encodes images alone: join it with a text backbone, d2svse train --vision {name} --text TEXT"
     else:

@@ -466,7 +466,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
         elif pixel_values is not None:
             images = self.image_encoder(pixel_values, image_token_mask)
-        texts = None if input_ids is None else self._encode_sentences(input_ids, attention_mask, text_groups)
+        texts = None if input_ids is None else self._encode_texts(input_ids, attention_mask, text_groups)
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,
             text_embeds=None if texts is None else texts.pooled,
@@ -483,7 +483,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             output.logits_per_image, output.logits_per_text = logits, logits.T
         return output
 
-    def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
         padding_counts = (
             self.text_encoder.mlp is not None
             or self.text_encoder.native_pool is not None

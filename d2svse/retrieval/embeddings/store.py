@@ -26,7 +26,7 @@ from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
 from d2svse.files.lock import LOCK, write_lock
 from d2svse.files.replace import aside_of, remove, write_json, write_json_lines
-from d2svse.images import ImageError, OnBadImage, picture_state
+from d2svse.images import ImageError, OnBadImage, image_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
@@ -214,7 +214,7 @@ def encode_images(
 
     def state(name: str) -> Any:
         try:
-            return list(picture_state(by_name[name]))
+            return list(image_state(by_name[name]))
         except OSError:  # which encoding it will name
             return None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from d2svse.choices import unknown
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.layout import as_id, read_json
 from d2svse.data.manifest import Record
@@ -81,7 +82,7 @@ def find_protocol(name: str) -> Protocol:
         5
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; known are {', '.join(PROTOCOLS)}")
+        raise ValueError(unknown("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]
 
 

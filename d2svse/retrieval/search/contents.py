@@ -18,7 +18,7 @@ from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
 from d2svse.files.replace import aside_of, sweep, write_json, write_text
-from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
+from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.vectors.base import VectorIndex
@@ -116,7 +116,7 @@ def own_folder(folder: Path, name: Any) -> Path:
     return inside(folder, name)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_index_folder(folder: Path) -> None:
     """Check that a folder is empty, or holds only an index or an unfinished build.
 
     Raises:
@@ -230,7 +230,7 @@ def read_items(
     found: FoundImages | None = None
     paths: dict[str, str] = {}
     if side == "text":
-        names = _read_sentences(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
+        names = _texts_of(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
     elif path is None:
         names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
         paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
@@ -282,13 +282,13 @@ def _path(item: Any) -> str:
     return os.fspath(item) if isinstance(item, StoredImage) else canonical_path(item)
 
 
-def _read_sentences(path: Path) -> list[str]:
+def _texts_of(path: Path) -> list[str]:
     if path.suffix == MANIFEST_SUFFIX:
         return [caption for record in read_manifest(path) for caption in record.captions]
-    return read_sentences(path)
+    return read_texts(path)
 
 
-def read_sentences(path: str | os.PathLike[str]) -> list[str]:
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """Return the lines of a text file and check that each can be encoded.
 
     Raises:
@@ -305,7 +305,7 @@ def read_sentences(path: str | os.PathLike[str]) -> list[str]:
 
 def _state(name: str) -> list[int] | None:
     try:
-        return list(picture_state(name))
+        return list(image_state(name))
     except (OSError, ValueError):  # reading the image raises a clear error later
         return None
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from d2svse.choices import unknown
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.local import LocalIndex
@@ -89,7 +90,7 @@ class ExactIndex(LocalIndex):
     ) -> None:
         super().__init__(dim, fingerprint)
         if dtype not in get_args(StoreDtype):
-            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(get_args(StoreDtype))}")
+            raise ValueError(unknown("dtype", dtype, get_args(StoreDtype)))
         if block_size < 1:
             raise ValueError(f"block_size must be positive, got {block_size}")
         self.dtype, self.device, self.block_size = dtype, device, block_size

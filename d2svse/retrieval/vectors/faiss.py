@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from d2svse.choices import unknown
 from d2svse.files.replace import to_disk
 from d2svse.retrieval.vectors import import_extra, storage
 from d2svse.retrieval.vectors.local import LocalIndex
@@ -85,7 +86,7 @@ class FaissIndex(LocalIndex):
     ) -> None:
         super().__init__(dim, fingerprint)
         if kind not in OPTIONS:
-            raise ValueError(f"unknown kind {kind!r} of faiss index; known are {', '.join(OPTIONS)}")
+            raise ValueError(unknown("kind of faiss index", kind, OPTIONS))
         given = {
             "m": m,
             "ef_construction": ef_construction,

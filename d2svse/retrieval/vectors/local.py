@@ -57,7 +57,7 @@ class LocalIndex(VectorIndex):
             ValueError: if another process changed the index since it was loaded.
         """
         folder = Path(folder).absolute()
-        storage.check_replaceable(folder)
+        storage.check_vector_folder(folder)
         with write_lock(folder):
             there = storage.read_manifest(folder) if (folder / storage.MANIFEST).is_file() else None
             at_home = there is not None and self._home is not None and self._home[0] == folder

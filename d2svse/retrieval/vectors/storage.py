@@ -85,7 +85,7 @@ def count_of(value: Any, what: str) -> int:
     return value
 
 
-def check_replaceable(folder: Path) -> None:
+def check_vector_folder(folder: Path) -> None:
     """Refuse a folder in which something else lies.
 
     Raises:

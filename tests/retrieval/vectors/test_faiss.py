@@ -73,7 +73,10 @@ def test_training_needs_enough_vectors(vectors, caplog):
 
 
 def test_options_belong_to_a_kind():
-    with pytest.raises(ValueError, match="unknown kind 'hsnw' of faiss index; known are flat, int8, hnsw, ivf-pq"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown kind of faiss index 'hsnw'; did you mean hnsw\? expected one of flat, int8, hnsw, ivf-pq",
+    ):
         FaissIndex(16, "hsnw")
     with pytest.raises(ValueError, match="nprobe=3 is no option of hnsw; they are m, ef_construction, ef_search"):
         FaissIndex(16, "hnsw", nprobe=3)

@@ -171,7 +171,7 @@ class MilvusIndex(VectorIndex):
             path = Path(uri).absolute()
             uri = path.relative_to(folder).as_posix() if inside else str(path)
         if not inside:
-            storage.check_replaceable(folder)
+            storage.check_vector_folder(folder)
         with write_lock(folder):
             self._milvus.ask("flush", self.collection)
             options = {
