@@ -166,7 +166,7 @@ def test_deep_json_and_a_pipe_are_refused(vectors):
     (items,) = vectors.glob("items-*")
     items.unlink()
     os.mkfifo(items)
-    with pytest.raises(ValueError, match="neither a file nor a folder"):
+    with pytest.raises(ValueError, match="a device or a pipe, expected a file or a folder"):
         load_index(vectors)
 
 
