@@ -173,7 +173,7 @@ class ExactIndex(LocalIndex):
         self._on_device = [
             *kept,
             (device, part, codes),
-        ]  # one assignment, so that another thread sees the old or the new list
+        ]  # one assignment: threads see the old or the new list
         return codes
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:

@@ -140,13 +140,9 @@ class FaissIndex(LocalIndex):
                 "add more at once, or use the kind hnsw"
             )
         if count < POINTS_PER_CENTROID * needed:
-            logger.warning(
-                "ivf-pq trains on %d vectors; %d or more give better codes", count, POINTS_PER_CENTROID * needed
-            )
+            logger.warning("ivf-pq trains on %d vectors; %d give better codes", count, POINTS_PER_CENTROID * needed)
         index = faiss.IndexIVFPQ(faiss.IndexFlatIP(self.dim), self.dim, nlist, code_size, 8, inner_product)
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = (
-            1  # the warning above replaces the one of faiss
-        )
+        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # instead of faiss's warning
         with _fast_products(count):
             index.train(vectors)
         index.make_direct_map()

@@ -219,7 +219,8 @@ class LocalIndex(VectorIndex):
     def _open(cls, folder: Path, manifest: dict[str, Any], fingerprint: str | None) -> Self:
         if manifest["engine"] != cls.engine:
             raise ValueError(
-                f"{folder}: an index of the backend {manifest['engine']!r}, not {cls.engine!r}; load_index opens any backend"
+                f"{folder}: an index of the backend {manifest['engine']!r}, not {cls.engine!r}; "
+                "load_index opens any backend"
             )
         # A folder must not set other options, such as the device.
         options = {name: value for name, value in dict(manifest["options"]).items() if name in cls._stored_options}

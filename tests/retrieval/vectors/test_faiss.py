@@ -80,7 +80,7 @@ def test_options_belong_to_a_kind():
         FaissIndex(16, "hsnw")
     with pytest.raises(ValueError, match="nprobe=3: the options of hnsw are m, ef_construction, ef_search"):
         FaissIndex(16, "hnsw", nprobe=3)
-    with pytest.raises(ValueError, match="m=0: the options of hnsw are .* from 1 to"):
+    with pytest.raises(ValueError, match=r"m=0: the options of hnsw are .* from 1 to"):
         FaissIndex(16, "hnsw", m=0)
     with pytest.raises(ValueError, match="code_size must divide the width 16, got 5"):
         FaissIndex(16, "ivf-pq", code_size=5)
