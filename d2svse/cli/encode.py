@@ -13,7 +13,7 @@ from d2svse.text import visible
 
 EXAMPLES = examples(
     "d2svse encode MODEL --images photos -o photos.npy",
-    "d2svse encode MODEL --texts sentences.txt -o sentences.npy",
+    "d2svse encode MODEL --texts texts.txt -o texts.npy",
 )
 
 

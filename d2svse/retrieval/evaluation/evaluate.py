@@ -62,11 +62,11 @@ def evaluate(
         similarity: another one than the models' own, see `choose_similarity`.
         captions: the sparse captions, or the one dense caption of each image (in a custom protocol only).
         folds: of a custom protocol, parts to rank apart beside the whole; five by default for 5000 images of MS-COCO.
-        rerank: rank in two stages: find so many candidates by the cosine of one vector an item, and rank these by
-            the similarity.
-        candidates: that vector, see `Similarity.vectors`: "mean" of the tokens, or "pooled".
+        rerank: number of candidates, found by the cosine of one vector of each item, that the similarity reranks; None
+            ranks all pairs by the similarity.
+        candidates: vectors that find the candidates, "mean" of the tokens or "pooled", see `Similarity.vectors`.
         annotations: see `right_answers`.
-        wrong: keep so many of the best wrong answers of each query, for `Evaluation.queries`.
+        wrong: number of best wrong answers to keep for each query, for `Evaluation.queries`.
         batch_size: see `encode_dataset`.
         max_length: see `encode_dataset`.
         embeddings: see `encode_dataset`.
@@ -283,7 +283,7 @@ class Processes(Protocol):
     """Processes that share an evaluation; `d2svse.training.distributed` has them."""
 
     def share(self, length: int) -> slice:
-        """Return which of so many items in order are of this process."""
+        """Return the slice of `length` items that this process works on."""
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """Join the rows of all processes in order."""

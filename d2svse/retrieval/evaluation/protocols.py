@@ -36,10 +36,10 @@ class Protocol:
 
     Attributes:
         name: the name.
-        about: what it is, for help and documents.
-        n_images: how many images; None for any.
-        captions_each: captions of each image; None for any. Of MS-COCO images with more, the first so many are
-            taken, as is usual.
+        about: description for help and docs.
+        n_images: number of images; None for any.
+        captions_each: captions of each image; None for any. MS-COCO images with more captions keep the first ones,
+            as is usual.
         coco: the images are those of MS-COCO's test split; else, with a number of images, of Flickr30K's.
         folds: parts that are ranked apart and whose metrics are averaged; None to leave it open.
         truth: whose right answers count: "cxc" or "eccv"; None for each caption's own image.

@@ -105,7 +105,7 @@ class Evaluation:
             "scores": "of one model" if count == 1 else f"mean of {count} models",
             "models": [asdict(model) for model in self.models],
             # the words in which results have always been written
-            "candidates": "all" if self.rerank is None else f"shortlist of {self.rerank} by cosine of the {found_by}",
+            "candidates": "all" if self.rerank is None else f"{self.rerank} by cosine of the {found_by}",
             "rerank_k": self.rerank,
             "data": self.dataset.source,
             "split_sha256": split_hash(self.dataset),

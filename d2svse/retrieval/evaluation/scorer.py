@@ -178,10 +178,10 @@ def rank_in_two_stages(
         texts: `n_captions` of them.
         captions: the right captions of every image.
         image_answers: the right images of every caption.
-        depth: how many candidates a query has.
-        candidates: the vectors whose cosine finds them, see `Similarity.vectors`.
-        wrong: keep so many of the best wrong candidates of each query.
-        show_progress_bar: show one on the terminal.
+        depth: number of candidates of each query.
+        candidates: vectors that find the candidates by cosine, see `Similarity.vectors`.
+        wrong: number of best wrong candidates to keep for each query.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
         Both rankings, of the candidates alone, and the wrong answers kept.

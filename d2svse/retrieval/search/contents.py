@@ -47,7 +47,7 @@ class IndexSettings:
 
     Attributes:
         side: the kind of the stored items, "image" or "text".
-        candidates: what the vectors are where the similarity does not fold, else None; "shortlist" in the file.
+        candidates: kind of the vectors that find candidates; None if the similarity folds. "shortlist" in the file.
         draft: whether JPEG files are decoded in draft mode.
         model: folder or Hub id of the model, None if it was never saved.
         fingerprint: fingerprint of the model.
@@ -101,7 +101,7 @@ def _check(settings: IndexSettings) -> None:
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
         raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.candidates!r:.80}")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
-        raise ValueError(f"vectors {settings.vectors!r:.200}, which is no folder of vectors inside it")
+        raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 
 
 def own_folder(folder: Path, name: Any) -> Path:
@@ -112,7 +112,7 @@ def own_folder(folder: Path, name: Any) -> Path:
         ValueError: if the name is not one that an index gives, or a link leads out of the index.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{folder}: names {name!r:.200}, which is no folder of an index")
+        raise ValueError(f"{folder}: names {name!r:.200}, expected a folder of an index")
     return inside(folder, name)
 
 
@@ -129,7 +129,7 @@ def check_index_folder(folder: Path) -> None:
         ours = _NAME.fullmatch(path.name) and (path.name in listed or _is_ours(path))
         if not path.name.startswith(".") and path.name != FOLDERS and not ours:
             raise FileExistsError(
-                f"{folder}: a folder that holds no {MANIFEST} but other things, such as {path.name}, so it is not "
+                f"{folder}: a folder that holds no {MANIFEST} but other files, such as {path.name}, so it is not "
                 "replaced; give another name"
             )
 
@@ -166,7 +166,7 @@ def _listed(folder: Path) -> set[str]:
 
 def _write_list(folder: Path, names: Iterable[str]) -> None:
     if (folder / FOLDERS).is_symlink():
-        raise ValueError(f"{folder / FOLDERS}: a link, which the list would be written through; remove it")
+        raise ValueError(f"{folder / FOLDERS}: a symbolic link, expected a file; remove the link")
     write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
 
 
