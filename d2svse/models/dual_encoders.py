@@ -205,7 +205,7 @@ def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
         kept: positions that stay.
 
     Raises:
-        ValueError: if the text side pads to a fixed length, has no position embedding, or has at least `count` positions already.
+        ValueError: if the text side pads to a fixed length, has no position embedding, or has `count` or more.
     """
     kind = dual.config.model_type
     if KINDS[kind].fixed_length:
