@@ -171,11 +171,11 @@ def test_two_stages_over_everything_are_one(make_model, val_dataset):
     model = make_model(similarity={"name": "omit"})
     short = evaluate([("m", model)], dataset, rerank=16)
     whole = evaluate([("m", model)], dataset).metrics
-    assert short.report()["candidates"] == "16 by cosine of the means of tokens"
+    assert short.report()["candidates"] == "shortlist of 16 by cosine of the means of tokens"
     assert short.metrics.keys() == whole.keys() - {"i2t_mean_rank", "t2i_mean_rank"}
     assert short.metrics == pytest.approx({name: whole[name] for name in short.metrics})
     pooled = evaluate([("m", model)], dataset, rerank=16, candidates="pooled").report()
-    assert pooled["candidates"] == "16 by cosine of the pooled vectors"
+    assert pooled["candidates"] == "shortlist of 16 by cosine of the pooled vectors"
     assert pooled["metrics"] == short.metrics
     shorter = evaluate([("m", model)], dataset, rerank=3, wrong=2)
     assert {name for name in shorter.metrics if "recall_at_5" in name or name == "rsum"} == set()
@@ -189,7 +189,7 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     for options, message in (
         ({"candidates": "max"}, "candidates takes mean or pooled, got 'max'"),
         ({"candidates": "pooled"}, "candidates 'pooled' without rerank"),
-        ({"rerank": 5}, "inner products give the scores of Cosine: it needs no reranking"),
+        ({"rerank": 5}, "rerank needs a similarity of tokens; inner products give the scores of Cosine"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
         ({"protocol": "coco-5k"}, "16 images, expected 5000"),
