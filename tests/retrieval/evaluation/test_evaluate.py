@@ -188,7 +188,7 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     models = [("m", model)]
     for options, message in (
         ({"candidates": "max"}, "candidates takes mean or pooled, got 'max'"),
-        ({"candidates": "pooled"}, "candidates 'pooled' without rerank"),
+        ({"candidates": "pooled"}, "candidates 'pooled' needs rerank"),
         ({"rerank": 5}, "rerank needs a similarity of tokens; inner products give the scores of Cosine"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),

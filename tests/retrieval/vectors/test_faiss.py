@@ -67,7 +67,7 @@ def test_training_needs_enough_vectors(vectors, caplog):
     assert len(index) == 0
     with caplog.at_level(logging.WARNING):
         index.add(names(500), vectors)
-    assert "trained on 500 vectors; 9984 make better codes" in caplog.text
+    assert "trains on 500 vectors; 9984 give better codes" in caplog.text
     with pytest.raises(ValueError, match="needs at least 600 vectors"):
         FaissIndex(16, "ivf-pq", nlist=600).add(names(500), vectors)
 
