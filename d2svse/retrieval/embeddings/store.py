@@ -432,8 +432,8 @@ def _chunks(folder: Path, description: Mapping[str, Any]) -> list[Path]:
 def _read_items(chunk: Path) -> dict[str, Any]:
     recover_folder(chunk)
     path = inside(chunk, ITEMS)
-    items: dict[str, Any] = read_json(path)
     try:
+        items: dict[str, Any] = read_json(path)
         ids, positions, states = items["ids"], items["places"], items["states"]
         if len(ids) != len(positions) or not all(isinstance(name, str) for name in ids):
             raise ValueError(f"{len(ids)} ids, {len(positions)} positions")
