@@ -21,7 +21,7 @@ Fusion = Literal["sum", "published"]
 
 
 def unknown(what: str, name: object, known: Iterable[str], listed: str | None = None) -> str:
-    """Return the message for an unknown name, with the known name that is most like it.
+    """Return the message for a name that is not known, with the known name that is most like it.
 
     Args:
         what: what it should name, such as "option".
