@@ -31,9 +31,9 @@ def unknown(what: str, name: object, known: Iterable[str], listed: str | None = 
         listed: text that replaces the list of known names, for a long list.
 
     >>> unknown("option", "marginn", ["loss", "margin"])
-    "unknown option 'marginn'; did you mean margin? known are loss, margin"
+    "unknown option 'marginn'; did you mean margin? expected one of loss, margin"
     """
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
-    return f"unknown {what} {name!r}; {meant}{listed or 'known are ' + ', '.join(known)}"
+    return f"unknown {what} {name!r}; {meant}{listed or 'expected one of ' + ', '.join(known)}"

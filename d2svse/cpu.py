@@ -1,4 +1,4 @@
-"""Choose the device of the work, and on the CPU as many threads as the process may use."""
+"""Choose the device, and on a CPU the number of threads from the usable cores."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: by its affinity, and by the quota of its container."""
+    """Return the number of cores that the affinity and the container's quota allow."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
         count = min(count, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # there is none, or it is "max"
+    except (OSError, ValueError):  # no such file, or the quota is "max"
         pass
     return count
 
 
 def choose_threads() -> None:
-    """Share the usable cores among the processes of this machine, unless OMP_NUM_THREADS says otherwise.
+    """Share the usable cores among the processes of this machine, unless OMP_NUM_THREADS is set.
 
-    torchrun sets that to 1 where it is not set, which is taken as not set.
+    torchrun sets OMP_NUM_THREADS to 1 by default, so 1 counts as not set under torchrun.
     """
     import torch
 

@@ -39,7 +39,7 @@ def test_only_a_folder_of_its_own_kind_is_replaced(tmp_path):
     write("config.json")
     with pytest.raises(FileExistsError, match=r"holds no index\.json, so it is not replaced"):
         write("index.json")
-    with pytest.raises(FileExistsError, match="is in the way"):
+    with pytest.raises(FileExistsError, match="a folder, expected a file to write"):
         write_text(tmp_path / "out", "a file")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

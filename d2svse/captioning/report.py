@@ -101,7 +101,7 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
 
     from d2svse.hub.folder import check_contents, check_vocabulary, loading
     from d2svse.models.configuration import D2SVSEConfig
-    from d2svse.models.processing import D2SVSEProcessor, longest_sentence
+    from d2svse.models.processing import D2SVSEProcessor, longest_text
 
     if Path(name).is_dir():
         check_contents(name)
@@ -112,7 +112,7 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
             processor = D2SVSEProcessor.from_pretrained(name, trust_remote_code=False)
             return processor.tokenizer, processor.max_length
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    return tokenizer, min(tokenizer.model_max_length, longest_sentence(config))
+    return tokenizer, min(tokenizer.model_max_length, longest_text(config))
 
 
 def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[str], sentences: int) -> int:

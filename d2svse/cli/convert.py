@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.choices import Fusion, Placement
+from d2svse.choices import Fusion, Placement, unknown
 from d2svse.cli.common import examples, parse_assignments, prepare_process
 
 app = typer.Typer(help="Convert published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
@@ -48,7 +48,7 @@ def published(
     further = parse_assignments(set_ or [], "--set")
     for name in further:
         if name not in SETTINGS and not name.startswith(("vision.", "text.")):
-            raise ValueError(f"--set {name}: known are {', '.join(SETTINGS)}, vision.FIELD, text.FIELD")
+            raise ValueError(f"--set {unknown('setting', name, [*SETTINGS, 'vision.FIELD', 'text.FIELD'])}")
     model = convert_published(
         checkpoint,
         output,

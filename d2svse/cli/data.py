@@ -44,14 +44,18 @@ def convert(
     caption_column: Annotated[
         str | None, typer.Option(help="Column of the captions.", show_default="caption; captions of a manifest")
     ] = None,
+    without_images: Annotated[
+        bool, typer.Option("--without-images", help="Skip the check that the image files exist.")
+    ] = False,
     without_pictures: Annotated[
-        bool, typer.Option("--without-pictures", help="Skip the check that the image files exist.")
+        bool, typer.Option("--without-pictures", hidden=True, help="Earlier name of --without-images.")
     ] = False,
 ) -> None:
     """Convert any layout to a manifest."""
     from d2svse.data.manifest import write_manifest
     from d2svse.data.readers import read_records, require_images
 
+    without_images |= without_pictures
     records = read_records(
         source,
         format,
@@ -60,9 +64,9 @@ def convert(
         dense=dense,
         image_column=image_column,
         caption_column=caption_column,
-        allow_missing=without_pictures,
+        allow_missing=without_images,
     )
-    if not without_pictures:
+    if not without_images:
         require_images(records, source)
     write_manifest(output, records)
     captions = sum(len(record.captions) for record in records)

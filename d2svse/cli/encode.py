@@ -13,7 +13,7 @@ from d2svse.text import visible
 
 EXAMPLES = examples(
     "d2svse encode MODEL --images photos -o photos.npy",
-    "d2svse encode MODEL --texts sentences.txt -o sentences.npy",
+    "d2svse encode MODEL --texts texts.txt -o texts.npy",
 )
 
 
@@ -41,7 +41,7 @@ def encode(
     import numpy as np
 
     from d2svse.files.replace import write_text, written_aside
-    from d2svse.retrieval.search.contents import read_sentences
+    from d2svse.retrieval.search.contents import read_texts
 
     if images is not None:
         if not images.is_dir():
@@ -52,7 +52,7 @@ def encode(
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:
         assert texts is not None
-        names = read_sentences(texts)
+        names = read_texts(texts)
         vectors = load_model(model, device, dtype).encode_text(names, batch_size=batch_size, show_progress_bar=True)
     with written_aside(output) as aside, aside.open("wb") as file:
         np.save(file, vectors)

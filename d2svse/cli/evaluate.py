@@ -33,19 +33,17 @@ def evaluate(
     ],
     protocol: Annotated[
         ProtocolName,
-        typer.Option(help="Which images and captions the data must be, and what counts.", rich_help_panel=_DATA),
+        typer.Option(help="Images and captions that the data must be, and the metrics.", rich_help_panel=_DATA),
     ] = "custom",
-    split: Annotated[
-        str | None, typer.Option(help="Split, where the data have several.", rich_help_panel=_DATA)
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split, for data with several.", rich_help_panel=_DATA)] = None,
     format: Annotated[
         Literal["auto", DataFormat], typer.Option(help="Layout of the data.", rich_help_panel=_DATA)
     ] = "auto",
     image_folder: Annotated[
-        Path | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_DATA)
+        Path | None, typer.Option(help="Folder that relative image paths start from.", rich_help_panel=_DATA)
     ] = None,
     captions: Annotated[
-        Captions, typer.Option(help="Sparse captions, or one dense caption an image.", rich_help_panel=_DATA)
+        Captions, typer.Option(help="Sparse captions, or one dense caption for each image.", rich_help_panel=_DATA)
     ] = "sparse",
     dense: Annotated[
         str | None,
@@ -65,19 +63,17 @@ def evaluate(
     ] = None,
     on_bad_image: Annotated[
         OnBadImage,
-        typer.Option(
-            help="Stop at an image that cannot be read, or list it, leave it out and go on.", rich_help_panel=_DATA
-        ),
+        typer.Option(help="Stop at an unreadable image, or leave it out and list it.", rich_help_panel=_DATA),
     ] = "error",
     batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.", rich_help_panel=_DATA)] = 128,
     embeddings: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep embeddings in: what is there is not encoded again.", rich_help_panel=_DATA),
+        typer.Option(help="Folder of stored embeddings; a later call reads them.", rich_help_panel=_DATA),
     ] = None,
     folds: Annotated[
         int | None,
         typer.Option(
-            help="Folds to rank apart, of custom data.",
+            help="Folds of custom data, each ranked on its own.",
             show_default="5 for 5000 MS-COCO images, else none",
             rich_help_panel=_DATA,
         ),
@@ -87,16 +83,16 @@ def evaluate(
     ] = None,
     similarity_arg: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE for the similarity, or for the model's own.", rich_help_panel=_SCORES),
+        typer.Option(help="KEY=VALUE for --similarity, or for the model's own similarity.", rich_help_panel=_SCORES),
     ] = None,
     ensemble: Annotated[
         list[str] | None,
-        typer.Option(help="A further model: rank by the mean of all models' scores.", rich_help_panel=_SCORES),
+        typer.Option(help="Another model; the mean of all models' scores ranks.", rich_help_panel=_SCORES),
     ] = None,
     rerank_k: Annotated[
         int | None,
         typer.Option(
-            help="Rank only so many candidates, those of the best cosine, by a similarity of tokens.",
+            help="Number of candidates, found by cosine, that the similarity reranks.",
             rich_help_panel=_SCORES,
         ),
     ] = None,
@@ -110,19 +106,19 @@ def evaluate(
     per_query: Annotated[
         Path | None,
         typer.Option(
-            help="Write every query's rank, right answers and best wrong ones to this JSONL file.",
+            help="Write the rank, right answers and best wrong answers of each query to this JSONL file.",
             rich_help_panel=_RESULT,
         ),
     ] = None,
     wrong: Annotated[
-        int, typer.Option(help="How many wrong answers to write with --per-query.", rich_help_panel=_RESULT)
+        int, typer.Option(help="Number of wrong answers to write with --per-query.", rich_help_panel=_RESULT)
     ] = 5,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Rank captions for every image and images for every caption; print R@K and more."""
+    """Rank captions for each image and images for each caption; print R@K and more."""
     if dense is not None and captions != "dense":
-        raise ValueError("--dense says where dense text comes from; it needs --captions dense")
+        raise ValueError("--dense needs --captions dense")
     names = [*model, *(ensemble or [])]
     if len(names) > 1 and not ensemble:
         raise ValueError(f"several models, {', '.join(names)}: give --ensemble to rank by the mean of their scores")
@@ -169,7 +165,7 @@ def evaluate(
 
 
 def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
-    """Return the similarity asked for; arguments alone are for the model's own."""
+    """Return the chosen similarity; arguments without a name change the model's own similarity."""
     if name is None and not assignments:
         return None
     arguments = parse_assignments(assignments or [], "--similarity-arg")

@@ -14,7 +14,7 @@ EXAMPLES = examples('d2svse explain photo.jpg "a dog on a beach" --model MODEL -
 
 def explain(
     image: Annotated[Path, typer.Argument(help="File of an image.")],
-    sentence: Annotated[str, typer.Argument(help="A text, such as a sentence.")],
+    text: Annotated[str, typer.Argument(help="A text.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of a model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The figure to write: .png, .pdf, .svg, …")],
     word: Annotated[list[str] | None, typer.Option(help="Draw only the map of this word; repeatable.")] = None,
@@ -36,5 +36,5 @@ def explain(
 
     check_figure_path(out)
     loaded = load_model(model, device, dtype)
-    save_figure(draw(loaded, loaded_image, sentence, words=word), out)
+    save_figure(draw(loaded, loaded_image, text, words=word), out)
     typer.echo(f"map: {out}")

@@ -1,4 +1,4 @@
-"""Flags of a command that are made of the fields of option dataclasses."""
+"""Make the flags of a command from the fields of option dataclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 
 def flags(options: type, heading: str, of_preset: Collection[str] = ()) -> list[inspect.Parameter]:
-    """Return typer's parameters for the fields of a dataclass that have a flag; None where one is not given.
+    """Return typer's parameters for the fields of a dataclass that have a flag; the default is None.
 
     Args:
         options: a dataclass whose fields are made by `d2svse.training.options.option`.
@@ -38,7 +38,7 @@ def flags(options: type, heading: str, of_preset: Collection[str] = ()) -> list[
 
 
 def with_flags(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that puts flags in the place of a command's `**given`, before its own of their heading."""
+    """Return a decorator that replaces a command's `**given` by flags, before its own flags of the same heading."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         first, *rest = [
@@ -55,7 +55,7 @@ def with_flags(parameters: Iterable[inspect.Parameter]) -> Callable[[Callable[..
 
 
 def _default(field: dataclasses.Field[Any]) -> str | bool:
-    """What `--help` shows as the default; False for nothing."""
+    """Return the default that `--help` shows, or False for none."""
     made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if made is dataclasses.MISSING or made is None or made is False:
         return False
@@ -63,7 +63,7 @@ def _default(field: dataclasses.Field[Any]) -> str | bool:
 
 
 def _read_as(hint: Any) -> Any:
-    """The type that the command line reads: of a union the first, of a list a text with commas."""
+    """Return the type that the command line reads: the first of a union, text with commas for a list."""
     if get_origin(hint) in (Union, UnionType):
         hint = next(part for part in get_args(hint) if part is not NoneType)
     return str if get_origin(hint) is list else hint

@@ -55,32 +55,32 @@ def search(
     opened = open_index(index, model, device)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the results are texts; give a name that ends in .html")
-    pictures = None if not image else list(image)
-    answers = opened.search(queries or None, pictures, k, weight=weight, rerank=rerank)
-    sentences: Sequence[str | None] = queries or [None] * len(answers)
-    shown: Sequence[Path | None] = pictures or [None] * len(answers)
-    asked = list(zip(sentences, shown, answers, strict=True))
-    for sentence, picture, hits in asked:
+    given = None if not image else list(image)
+    answers = opened.search(queries or None, given, k, weight=weight, rerank=rerank)
+    texts: Sequence[str | None] = queries or [None] * len(answers)
+    images: Sequence[Path | None] = given or [None] * len(answers)
+    asked = list(zip(texts, images, answers, strict=True))
+    for text_query, image_query, hits in asked:
         if as_json:
-            query = {"text": sentence, "image": None if picture is None else str(picture)}
+            query = {"text": text_query, "image": None if image_query is None else str(image_query)}
             found = [{"id": hit.id, "score": hit.score} for hit in hits]
             line: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
             notes = {"notes": hits.notes} if hits.notes else {}
             typer.echo(to_json({**line, **notes, "hits": found}))
         else:
-            _print_table(_words(sentence, picture), hits)
+            _print_table(_query(text_query, image_query), hits)
     if gallery is not None:
         from d2svse.retrieval.search.gallery import draw_gallery, write_gallery_page
 
         if gallery.suffix.lower() == ".png":
-            draw_gallery([(_words(line, picture), [hit.id for hit in hits]) for line, picture, hits in asked], gallery)
+            draw_gallery([(_query(text, path), [hit.id for hit in hits]) for text, path, hits in asked], gallery)
         else:
-            write_gallery_page(asked, gallery, pictures=opened.side == "image")
+            write_gallery_page(asked, gallery, images=opened.side == "image")
         typer.echo(f"gallery: {visible(str(gallery))}", err=True)
 
 
-def _words(sentence: str | None, picture: Path | None) -> str:
-    return " + ".join(part for part in (sentence, picture and str(picture)) if part)
+def _query(text: str | None, image: Path | None) -> str:
+    return " + ".join(part for part in (text, image and str(image)) if part)
 
 
 def _print_table(query: str, hits: Sequence[Hit]) -> None:
@@ -92,6 +92,6 @@ def _print_table(query: str, hits: Sequence[Hit]) -> None:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
-    for place, hit in enumerate(hits, start=1):
-        table.add_row(str(place), f"{hit.score:.4f}", Text(visible(hit.id)))
+    for rank, hit in enumerate(hits, start=1):
+        table.add_row(str(rank), f"{hit.score:.4f}", Text(visible(hit.id)))
     whole_lines().print(table)

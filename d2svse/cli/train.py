@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from d2svse.choices import unknown
 from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
 from d2svse.cli.options import flags, with_flags
 from d2svse.training.options import GROUPS, PRESETS, STAGES, DataOptions, ModelOptions, RunOptions, StartOptions
@@ -95,7 +96,7 @@ def train(
         for key, value in parse_assignments(set_ or [], "--set").items():
             section, name = key.split(".", 1) if "." in key else ("training", key)
             if section not in ("training", *STAGES):
-                raise ValueError(f"--set {key}: no stage {section!r}; known are {', '.join(STAGES)}")
+                raise ValueError(f"--set {key}: {unknown('stage', section, STAGES)}")
             sections.setdefault(section, {})[name] = value
         source = config or "options"
         similarity_arguments = parse_assignments(similarity_arg or [], "--similarity-arg")

@@ -80,7 +80,7 @@ class ShardImage(StoredImage):
         return self.member
 
     @property
-    def place(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         """Size and offset of the image in bytes, and the modification time of a local shard."""
         return self.size, self.offset, 0 if self.remote else Path(self.shard).stat().st_mtime_ns
 
@@ -459,7 +459,7 @@ class _Content(StoredImage):
         return self.image.name
 
     @property
-    def place(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         return (len(self.content),)
 
     def read_bytes(self) -> bytes:

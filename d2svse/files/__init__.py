@@ -1,1 +1,1 @@
-"""What survives a kill: a file replaced whole, a folder sealed whole, a lock, a log of lines; JSON and YAML in them."""
+"""Files and folders that stay whole after a kill: replaced files, sealed folders, locks, logs, JSON and YAML."""

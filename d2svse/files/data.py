@@ -1,4 +1,4 @@
-"""UTF-8 text, lines and JSON, read with errors that name the file and the line."""
+"""Read UTF-8 text, lines and JSON; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDE = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Like `_HIDDEN` of `d2svse.text`, but without what `json.dumps` escapes itself and the line ends of indented JSON.
+# Like `_HIDDEN` of `d2svse.text`, without line ends and the characters that `json.dumps` escapes itself.
 _RAW_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
@@ -29,7 +29,7 @@ def decode_text(data: bytes, name: str) -> str:
         name: source of the bytes, for the messages.
 
     Raises:
-        ValueError: if they are not UTF-8. The message names the other encoding, or the line of the first bad byte.
+        ValueError: if the bytes are not UTF-8. The message names the other encoding, or the line of the first bad byte.
     """
     for mark, encoding in _WIDE.items():
         if data.startswith(mark):
@@ -128,20 +128,20 @@ def to_json(data: Any, **options: Any) -> str:
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line of a JSONL file that is not empty.
+    """Yield the line number and the object of each non-empty line of a JSONL file.
 
     Raises:
-        ValueError: if a line is not a JSON object; and as `read_text`.
+        ValueError: if a line is not a JSON object; see also `read_text`.
     """
     yield from parse_json_lines(read_lines(path), path)
 
 
 def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line that is not empty.
+    """Yield the line number and the object of each non-empty line.
 
     Args:
         lines: the lines.
-        source: where they come from, for the messages.
+        source: file or address of the lines, for the messages.
 
     Raises:
         ValueError: if a line is not a JSON object; the message names the line.
@@ -152,7 +152,7 @@ def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> It
         try:
             row = parse_json(text, f"{os.fspath(source)}:{line}")
         except ValueError as error:
-            raise ValueError(f"{error}; expected one object a line") from None
+            raise ValueError(f"{error}; expected one object on each line") from None
         if not isinstance(row, dict):
             raise ValueError(f"{os.fspath(source)}:{line}: expected a JSON object, got {type(row).__name__}")
         yield line, row

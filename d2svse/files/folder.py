@@ -1,10 +1,13 @@
-"""Folders that a command writes and may replace: only the files it wrote, whole after a kill, beside what others put.
+"""Write and replace the files of a folder in one step; files of other commands and users stay.
 
-A hidden list in the folder says which command wrote which files. New files are written aside, in the same
-file system, and brought to disk. One rename then makes them the ones to come (`READY`). From there they are
-moved to their places one by one, and whoever is killed meanwhile is finished by the next reader or writer.
-The file that readers need first is taken away before the others are moved and comes last, so that nobody
-takes a mixture for a whole.
+A hidden list in the folder names the command and the files that it wrote. A write goes through these steps:
+
+1. It writes the new files to a temporary folder in the same file system and flushes them to the disk.
+2. One rename to `READY` is the step: from then on the new files count.
+3. It moves the files from there into the folder. If it is killed, the next reader or writer continues.
+
+The marker, which readers need first, is removed before the other files are moved, and is moved last. So no reader
+opens a mixture of old and new files.
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ class FolderKind:
     """The files that one command writes to a folder.
 
     Attributes:
-        name: the command, as messages and the list say it.
-        marker: the file that readers need first, if there is one.
-        earlier: the names that the command wrote to a folder that has no list, as versions before the list
-            did; None if it wrote none of it.
-        overwrites: files of the new names are replaced whoever wrote them, and no list is kept.
+        name: name of the command, for messages and the list.
+        marker: the file that readers need first, or None.
+        earlier: returns the names that an earlier version of the command wrote to a folder without a list; None if
+            the command did not write the folder.
+        overwrites: keep no list, and replace files of the new names, even those of other commands.
     """
 
     name: str
@@ -56,12 +59,12 @@ class FolderKind:
 
 
 def check_folder(path: str | os.PathLike[str], kind: FolderKind) -> set[str]:
-    """Return the names of the files that a command may replace in a folder; none if it is missing or empty.
+    """Return the names of the files that a command may replace in a folder; none for a missing or empty folder.
 
     Raises:
         FileExistsError: if the command did not write the folder.
-        NotADirectoryError: if it is a file.
-        PermissionError: if it cannot be written to.
+        NotADirectoryError: if `path` is a file.
+        PermissionError: if the folder is not writable.
     """
     folder = followed(path)
     if not folder.exists():
@@ -69,7 +72,7 @@ def check_folder(path: str | os.PathLike[str], kind: FolderKind) -> set[str]:
     if not folder.is_dir():
         raise NotADirectoryError(f"{shown(path)}: a file, expected a folder to write; give another name")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{shown(path)}: a folder that you may not write to; give another name")
+        raise PermissionError(f"{shown(path)}: a folder without write permission; give another name")
     if kind.overwrites:
         return set(kind.earlier(folder) or ())
     found = sorted(entry.name for entry in folder.iterdir() if not is_own(entry.name))
@@ -90,9 +93,9 @@ def check_folder(path: str | os.PathLike[str], kind: FolderKind) -> set[str]:
 
 
 def marked_kind(marker: str) -> FolderKind:
-    """Return the kind of a folder that is known by one file and keeps no list.
+    """Return the kind of a folder that one file marks, without a list of files.
 
-    A folder that is neither empty nor holds the file is refused with a `FileExistsError`.
+    `check_folder` raises `FileExistsError` for a folder that has other files but not this one.
     """
 
     def earlier(folder: Path) -> None:
@@ -106,19 +109,19 @@ def marked_kind(marker: str) -> FolderKind:
 
 @contextmanager
 def written_folder(path: str | os.PathLike[str], kind: FolderKind) -> Iterator[Path]:
-    """Give an empty folder to write to; once all is on disk, put its files in place at `path`.
+    """Yield an empty temporary folder; flush its files to the disk and move them to `path` in one step.
 
-    Files at `path` that the same command wrote earlier are replaced or removed; all others stay. A symbolic
-    link is followed. The folder itself stays the same, so that it may be the current one. If anything fails,
-    what was there before stays. After a kill the folder is as before or as after, see `recover_folder`.
+    Files at `path` that the command wrote earlier are replaced or removed; all others stay. A symbolic link is
+    followed. The folder at `path` keeps its inode, so it may be the working directory. After an error the folder is
+    unchanged. After a kill it holds the old or the new files, see `recover_folder`.
 
     Args:
         path: the folder.
         kind: the command that writes.
 
     Raises:
-        FileExistsError: if another wrote the folder, or a file that would be replaced.
-        OSError: if it cannot be written; the message names `path`.
+        FileExistsError: if another command wrote the folder, or a file that would be replaced.
+        OSError: if the folder cannot be written; the message names `path`.
     """
     target = followed(path)
     with write_faults(path, target):
@@ -138,16 +141,16 @@ def written_folder(path: str | os.PathLike[str], kind: FolderKind) -> Iterator[P
 
 
 def place_folder(aside: Path, target: Path, kind: FolderKind) -> None:
-    """Put the files of a finished folder in place at `target`, which lies in the same file system.
+    """Move the files of a finished folder to `target`, in the same file system.
 
     Raises:
-        FileExistsError: as `written_folder`; nothing has changed then.
+        FileExistsError: see `written_folder`; the target is then unchanged.
     """
     remove(aside / LIST)
     files = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
     mode = usual_mode(aside / f".{_NEW}")
     for name in files:
-        if (aside / name).stat().st_mode & 0o777 == 0o600 != mode:  # as safetensors makes them, whatever the umask
+        if (aside / name).stat().st_mode & 0o777 == 0o600 != mode:  # safetensors ignores the umask
             (aside / name).chmod(mode)
         to_disk(aside / name)
     plan: dict[str, Any] = {"kind": kind.name, "files": files}
@@ -158,7 +161,7 @@ def place_folder(aside: Path, target: Path, kind: FolderKind) -> None:
         try:
             aside.rename(target)
         except OSError:
-            if not target.is_dir():  # another process may have made it meanwhile
+            if not target.is_dir():  # another process may have made the target in the meantime
                 raise
         else:
             to_disk(target.parent)
@@ -176,10 +179,10 @@ def place_folder(aside: Path, target: Path, kind: FolderKind) -> None:
 
 
 def recover_folder(path: str | os.PathLike[str]) -> None:
-    """Finish what a killed process had begun to put in place in a folder; do nothing where nothing was begun.
+    """Finish the write that a killed process left in a folder, if there is one.
 
     Raises:
-        OSError: if it cannot be finished, as in a folder that cannot be written to.
+        OSError: if the write cannot be finished, for example in a read-only folder.
     """
     folder = followed(path)
     if not folder.exists():
@@ -192,19 +195,19 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
             _finish(folder)
     except OSError as error:
         raise OSError(
-            f"{shown(path)}: its writing was cut short and cannot be finished here ({error.strerror or error}); make "
-            "the folder writable and try again"
+            f"{shown(path)}: an interrupted write cannot be finished ({error.strerror or error}); make the folder "
+            "writable and try again"
         ) from None
 
 
 def written_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Return the files of a folder that the command that made it wrote, by its list."""
+    """Return the files that the list of a folder names."""
     folder = followed(path)
     return [folder / name for name in _read_list(folder / LIST)["files"]]
 
 
 def remove_written(path: str | os.PathLike[str], kind: FolderKind) -> None:
-    """Remove the files of a folder that a command wrote, and the folder if nothing else lies in it.
+    """Remove the files that a command wrote to a folder, and the folder if it is then empty.
 
     Raises:
         FileExistsError: if the command did not write the folder.
@@ -215,40 +218,44 @@ def remove_written(path: str | os.PathLike[str], kind: FolderKind) -> None:
     for name in sorted(names, key=lambda name: name != kind.marker):
         _remove_file(folder, name)
     remove(folder / LIST)
-    with suppress(OSError):  # of another's file in it
+    with suppress(OSError):  # it holds other files
         folder.rmdir()
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """Return a file or folder of a folder of unknown origin, by the name that the folder itself gives.
+    """Return the path of a file or folder in a folder of unknown origin.
+
+    Args:
+        folder: the folder.
+        name: a name that a file of the folder gives.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if the name leads out of the folder, be it by `..` or by a link, or to a device or a pipe.
+        FileNotFoundError: if the path is missing.
+        ValueError: if the name leads out of the folder, by `..` or by a link, or to a device or a pipe.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", os.sep, os.altsep, "\0"}:
-        raise ValueError(f"{folder}: names {name!r:.200}, which is no file inside it")
+        raise ValueError(f"{folder}: names {name!r:.200}, expected the name of a file inside it")
     path = folder / name
     if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{path}: a link that leaves the folder; copy the folder with what its links lead to")
+        raise ValueError(f"{path}: a link that leaves the folder; copy the folder with the targets of its links")
     mode = path.stat().st_mode if path.exists() else 0
     if not mode:
-        raise FileNotFoundError(f"{folder}: {name} is missing; the index is not whole, build it again")
+        raise FileNotFoundError(f"{folder}: {name} is missing; the index is incomplete, build it again")
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: neither a file nor a folder")
+        raise ValueError(f"{path}: a device or a pipe, expected a file or a folder")
     return path
 
 
 def is_own(name: str) -> bool:
-    """Whether a name in a folder is one that this module keeps there for itself."""
+    """Return whether a name in a folder is one that this module uses itself."""
     return name in (LIST, READY) or name.startswith(f".{_NEW}")
 
 
 def _read_list(path: Path) -> dict[str, Any]:
-    """Read a list of files, which may come from elsewhere: none of its names leads out of the folder.
+    """Read a list of files of unknown origin, and check that no name leads out of the folder.
 
     Raises:
-        FileExistsError: if it is not one.
+        FileExistsError: if the file is not such a list.
     """
     try:
         if path.is_symlink():
@@ -271,26 +278,26 @@ def _is_inside(name: str) -> bool:
 
 
 def _check_free(target: Path, files: Iterable[str], ours: set[str] | None) -> None:
-    """Refuse to replace a link, a folder or a file that another wrote."""
+    """Refuse to replace a link, a folder or a file of another command."""
     for name in files:
         where = target / name
         parents = [target / part for part in PurePosixPath(name).parents if str(part) != "."]
         if any(parent.is_symlink() or (parent.exists() and not parent.is_dir()) for parent in parents):
             raise FileExistsError(f"{shown(where)}: its folder is a link or a file; move it, or give another folder")
         if where.is_symlink():
-            raise FileExistsError(f"{shown(where)}: a symbolic link, which is not replaced; move it")
+            raise FileExistsError(f"{shown(where)}: a symbolic link, expected a file; move it")
         if where.is_dir():
             raise FileExistsError(f"{shown(where)}: a folder, expected a file; move it, or give another folder")
         if where.exists() and ours is not None and name not in ours:
-            raise FileExistsError(f"{shown(where)}: another's file, which is not replaced; move it")
+            raise FileExistsError(f"{shown(where)}: a file that this command did not write; move it")
 
 
 def _finish(folder: Path) -> None:
-    """Move what is ready to its place; under the lock. It may be done again from any point."""
+    """Move the ready files into the folder; call it under the lock. After a kill, a second call continues."""
     ready = folder / READY
     if not ready.is_dir() or ready.is_symlink():
         return
-    if not any(ready.iterdir()):  # all is done
+    if not any(ready.iterdir()):  # all files are moved
         ready.rmdir()
         return
     plan = _read_list(ready / LIST)
@@ -318,13 +325,13 @@ def _finish(folder: Path) -> None:
 
 
 def _remove_file(folder: Path, name: str) -> None:
-    """Remove a file and the folders that are empty without it, unless a link leads to it."""
+    """Remove a file and then its empty folders; do nothing if one of these is a link."""
     parents = [folder / part for part in PurePosixPath(name).parents if str(part) != "."]
     if any(parent.is_symlink() for parent in parents) or (folder / name).is_dir():
         return
     (folder / name).unlink(missing_ok=True)
     for parent in parents:
-        with suppress(OSError):  # it is not empty, or is gone
+        with suppress(OSError):  # not empty, or missing
             parent.rmdir()
 
 
@@ -335,7 +342,7 @@ def _names_to_disk(folder: Path, files: Iterable[str]) -> None:
 
 
 def _restore_renamed(folder: Path) -> None:
-    """Give a folder its name back that an earlier version, killed between two renames, had taken from it."""
+    """Restore the name of a folder that an earlier version left renamed when it was killed."""
     with suppress(OSError):
         found = [path for path in folder.parent.glob(f".{escape(folder.name)}.????????.old") if path.is_dir()]
         if found:

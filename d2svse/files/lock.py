@@ -1,4 +1,4 @@
-"""Locks that keep other writers away and go with the process, however it ends."""
+"""Locks against other writers; a lock ends with its process, even after a kill."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def write_lock(
 ) -> Iterator[None]:
     """Keep other processes and threads from writing to a folder or a file.
 
-    The lock is the file `.lock` in a folder, which is made if it is missing, or `.NAME.lock` beside a file.
+    The lock is the file `.lock` in a folder, or `.NAME.lock` beside a file. A missing folder is made.
     A thread that holds the lock may take it again.
 
     Args:
         path: the folder or the file.
-        is_file: whether it is a file.
+        is_file: whether `path` is a file.
         wait: wait for the other writer.
-        busy: the error to raise at another writer.
+        busy: type of the error that is raised if another process or thread holds the lock.
 
     Raises:
-        BlockingIOError: if another process or thread holds it, and `wait` is not set.
-        ValueError: if a link lies at the name of the lock.
+        BlockingIOError: if another process or thread holds the lock and `wait` is false.
+        ValueError: if the name of the lock is a symbolic link.
     """
     path = Path(path)
     lock = path.with_name(f".{path.name}{LOCK}") if is_file else path / LOCK
     lock.parent.mkdir(parents=True, exist_ok=True)
     if lock.is_symlink():
-        raise ValueError(f"{lock}: a link, which taking the lock would write through; remove it")
+        raise ValueError(f"{lock}: a symbolic link, expected a lock file; remove the link")
     try:
         held = FileLock(lock, is_singleton=True).acquire(blocking=wait)
     except Timeout:
@@ -53,16 +53,16 @@ def write_lock(
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Wait until no other process puts files in place in a folder; the lock leaves no file.
+    """Wait until no other process moves files into a folder; the lock leaves no file.
 
-    `filelock` would leave one in every model folder, which is then copied and pushed along.
+    `filelock` would leave a file in every model folder, which users would copy and push.
     """
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # of file systems that lock no folders
+        with suppress(OSError):  # some file systems cannot lock folders
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

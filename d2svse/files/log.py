@@ -1,4 +1,4 @@
-"""A JSONL file that grows: a whole line for each row, whatever happens to its writer."""
+"""A JSONL file that grows by whole lines; a killed writer leaves no broken line behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AppendLog:
     """A JSONL file that is open for more lines; one process writes at a time, see `write_lock`.
 
     Args:
-        path: the file. What a killed writer left half-written is taken off.
+        path: the file. An incomplete last line of a killed writer is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,16 +24,16 @@ class AppendLog:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a line by one call, and bring it to the disk.
+        """Write a line in one call and flush it to the disk.
 
         Raises:
-            OSError: if the line cannot be written whole; then nothing of it is left.
+            OSError: if the whole line cannot be written; the file is then unchanged.
         """
         line = to_json(row).encode() + b"\n"
         size = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) < len(line):
-                raise OSError("only a part of a line could be written; is the disk full?")
+                raise OSError("only a part of a line was written; is the disk full?")
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, size)
@@ -45,7 +45,7 @@ class AppendLog:
 
 
 def mend_last_line(path: Path) -> None:
-    """Take off what a killed writer left of its last line; a line that lacks only its end is given it."""
+    """Remove an incomplete last line; add the line end if only that is missing."""
     with path.open("r+b") as file:
         last = b""
         for line in file:

@@ -1,4 +1,4 @@
-"""Files that are replaced whole, so that a reader never sees half of one; a full disk is told by the file's name."""
+"""Replace files in one step, so that a reader sees the old or the new file; errors name the file."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from d2svse.files.data import to_json
 from d2svse.text import visible
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NUMBERED = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers give no number of their own
+_NUMBERED = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers set no errno
 _SHORT_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|\d+ requested and \d+ written")
 _TOKEN = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<process>[0-9a-f]+)-[0-9a-f]{8}")
 _ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f-]+\.(?:tmp|old)")
-_EARLIER_TOKEN = re.compile(r"[0-9a-f]{8}")  # of versions that did not name the process
-_LEFT_AFTER = 24 * 3600.0  # seconds after which an unfinished file of a process elsewhere counts as left behind
+_EARLIER_TOKEN = re.compile(r"[0-9a-f]{8}")  # of earlier versions, which did not name the process
+_LEFT_AFTER = 24 * 3600.0  # seconds; an older unfinished file of another machine is removed
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 
 
 @contextmanager
 def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary name beside `path`; once the file is on disk, rename it to `path`.
+    """Yield a temporary name beside `path`; flush the file to the disk and rename it to `path`.
 
-    If anything fails, the earlier file stays and the temporary one is removed. A symbolic link is
-    followed. A device or a pipe is written to.
+    After an error the earlier file stays, and the temporary file is removed. A symbolic link is followed. A
+    device or a pipe is written to.
 
     Args:
         path: the file to write.
 
     Raises:
-        FileExistsError: if there is a folder at `path`.
-        OSError: if it cannot be written; the message names `path`.
+        FileExistsError: if `path` is a folder.
+        OSError: if `path` cannot be written; the message names it.
     """
     target = followed(path)
     if target.is_dir():
-        raise FileExistsError(f"{shown(path)}: a folder is in the way, and it is not replaced; give another name")
+        raise FileExistsError(f"{shown(path)}: a folder, expected a file to write; give another name")
     with write_faults(path, target):
         if _is_stream(path, target):
             with tempfile.TemporaryDirectory() as folder:
@@ -69,12 +69,12 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def followed(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path that symbolic links lead to."""
+    """Return the absolute path with all symbolic links resolved."""
     return Path(os.path.realpath(path))
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Return a path as messages name it, on one line."""
+    """Return a path for messages, on one line."""
     return visible(os.fspath(path))
 
 
@@ -90,14 +90,14 @@ def _is_stream(path: str | os.PathLike[str], target: Path) -> bool:
 
 @contextmanager
 def write_faults(path: str | os.PathLike[str], *aliases: Path) -> Iterator[None]:
-    """Turn what a full disk raises, of whatever kind, into an `OSError` that names the file.
+    """Turn every error of a full disk into an `OSError` that names the file.
 
     Args:
-        path: what is being written.
-        *aliases: paths below which a fault is one of `path` too, such as the place it is written aside.
+        path: the file or folder that is being written.
+        *aliases: other paths whose errors belong to `path`, such as its temporary name.
 
     Raises:
-        OSError: if the disk is full; the message names the file.
+        OSError: if the disk is full, or an alias cannot be written; the message names `path`.
     """
     try:
         yield
@@ -127,28 +127,28 @@ def _told(error: Exception, path: str | os.PathLike[str], aliases: tuple[Path, .
 
 
 def name_aside(target: Path, folder: Path | None = None) -> Path:
-    """Return a name, hidden and unlike any other, for what is being written to `target`.
+    """Return a unique hidden name for an unfinished file or folder of `target`.
 
-    It names the process, so that `sweep` knows what a killed one left behind.
+    The name holds the process id, so that `sweep` finds the leftovers of killed processes.
     """
     token = f"{_host():08x}-{os.getpid():x}-{uuid.uuid4().hex[:8]}"
     return (folder or target.parent) / f".{_stem(target)}.{token}.tmp"
 
 
 def aside_of(name: str) -> str | None:
-    """Return the name of the file or folder that is being written under a name of `name_aside`; None for others."""
+    """Return the name of the target from a name of `name_aside`; None for other names."""
     found = _ASIDE.fullmatch(name)
     return found and found["target"]
 
 
 def _stem(target: Path) -> str:
-    """Return the name, or a hash of one that leaves no room for more letters."""
+    """Return the name of the target, or a hash of a long name, so that more letters fit."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:32]
 
 
 def _host() -> int:
-    """Return a number of this machine and its space of process ids, which containers do not share."""
+    """Return a number for this machine and its process ids; each container has its own."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -156,11 +156,11 @@ def _host() -> int:
     return zlib.crc32(f"{platform.node()} {space}".encode(errors="surrogateescape"))
 
 
-_swept: dict[Path, int] = {}  # when a folder was last changed, by this process and by no other
+_swept: dict[Path, int] = {}  # time of the last change of a folder by this process
 
 
 def sweep(target: Path, folder: Path | None = None) -> None:
-    """Remove what killed processes left of earlier writes to `target`; what a live one is writing stays."""
+    """Remove unfinished files of `target` that killed processes left; those of living processes stay."""
     folder = folder or target.parent
     try:
         if _swept.get(folder) == folder.stat().st_mtime_ns:
@@ -201,7 +201,7 @@ def _is_left(path: Path, token: str) -> bool:
 
 def _is_alive(process: int) -> bool:
     if os.name == "nt":
-        return True  # where a signal of 0 would end it
+        return True  # on Windows os.kill(process, 0) would end the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -212,7 +212,7 @@ def _is_alive(process: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
+    """Remove a file, a link or a folder; do nothing if it is missing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -220,21 +220,21 @@ def remove(path: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # of file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # some file systems cannot
             raise
     finally:
         os.close(descriptor)
 
 
 def usual_mode(probe: Path) -> int:
-    """Return the permissions that a new file has by the umask of the process, and by its folder."""
+    """Return the permissions of a new file, from the umask of the process and the folder."""
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(descriptor).st_mode)
@@ -244,31 +244,31 @@ def usual_mode(probe: Path) -> int:
 
 
 def _give_mode(aside: Path, target: Path) -> None:
-    """Give a file the permissions of the one it replaces, or those of the umask; safetensors writes 0600."""
+    """Give a file the permissions of the file it replaces, or those of the umask; safetensors writes 0600."""
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else usual_mode(name_aside(target))
     if stat.S_IMODE(aside.stat().st_mode) != mode:
         aside.chmod(mode)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file aside and rename it."""
+    """Write a UTF-8 text file in one step, see `written_aside`."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
-    """Write indented JSON aside and rename it.
+    """Write indented JSON in one step, see `written_aside`.
 
     Raises:
-        ValueError: if the data hold a NaN or an infinity.
+        ValueError: if the data contain NaN or infinity.
     """
     write_text(path, to_json(data, indent=2) + "\n")
 
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """Write rows as JSON, one a line, aside and rename the file.
+    """Write one JSON object on each line in one step, see `written_aside`.
 
     Raises:
-        ValueError: if a row holds a NaN or an infinity.
+        ValueError: if a row contains NaN or infinity.
     """
     write_text(path, "".join(f"{to_json(row)}\n" for row in rows))

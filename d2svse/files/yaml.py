@@ -1,4 +1,4 @@
-"""YAML that is read safely, with the numbers of YAML 1.2."""
+"""Read YAML safely, with the numbers of YAML 1.2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
+    """A safe loader that reads `1e-3` as a number, as YAML 1.2 does; PyYAML reads it as text."""
 
 
 _NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
@@ -22,23 +22,23 @@ _YamlLoader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str) -> Any:
-    """Read YAML.
+    """Parse YAML.
 
     Raises:
-        ValueError: if it is not YAML, or is nested or repeated without end.
+        ValueError: if the text is not YAML, is nested more than 100 deep, or holds more than 100,000 values.
     """
     try:
-        data = yaml.load(text, _YamlLoader)  # a SafeLoader
+        data = yaml.load(text, _YamlLoader)  # a subclass of SafeLoader
         _check_expanded(data, 100, iter(range(100_000)))
         return data
     except (RecursionError, StopIteration):
         raise ValueError("YAML that is nested more than 100 deep, or holds more than 100,000 values") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date that is none, a key that is a list
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as an impossible date, or a list as a key
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from None
 
 
 def _check_expanded(data: Any, depth: int, left: Iterator[int]) -> None:
-    """Count values as if every alias were written out, which copying and saving do."""
+    """Count values with every alias written out, because copying and saving write them out."""
     next(left)
     if isinstance(data, dict | list | tuple | set):
         if not depth:

@@ -99,7 +99,7 @@ class StoredImage(os.PathLike[str]):
 
     @property
     @abstractmethod
-    def place(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         """Numbers that change when the image changes; the first is its size in bytes."""
 
     @property
@@ -516,10 +516,10 @@ def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     return scale
 
 
-def picture_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Return numbers that change when an image changes: its size, and the time of a file or the `place` of another."""
+def image_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return numbers that change when an image changes: its size, and the time of a file or the `state` of another."""
     if isinstance(image, StoredImage):
-        return image.place
+        return image.state
     status = Path(image).stat()
     return status.st_size, status.st_mtime_ns
 

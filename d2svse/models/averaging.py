@@ -14,14 +14,14 @@ from d2svse.models.modeling import D2SVSE
 def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: Sequence[float] | None = None) -> D2SVSE:
     """Return the first model with the weighted mean of all models' weights.
 
-    Model soups (Wortsman et al., ICML 2022) average runs of one start; WiSE-FT (Wortsman et al., CVPR 2022)
-    averages a model before and after training. Models that started apart have no useful mean. Floating-point
-    tensors become their mean, summed in float64; other tensors, the configuration and the processor are the first
-    model's.
+    Model soups (Wortsman et al., ICML 2022) average several runs from one start; WiSE-FT (Wortsman et al., CVPR 2022)
+    averages a model before and after training. Models with different starts have no useful mean. The
+    result has the mean of floating-point tensors, summed in float64. Other tensors, configuration and processor are
+    those of the first model.
 
     Args:
         models: two or more models, or their folders or Hub ids; a model given first is changed in place.
-        weights: share of each model, positive or zero; they are divided by their sum. Equal shares without it.
+        weights: share of each model, not negative; divided by their sum. None for equal shares.
 
     Raises:
         ValueError: if there are fewer than two models, the weights do not fit, or two models differ in their tensors.
@@ -48,12 +48,12 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Return `(1 - share) * start + share * end` of two states, in the dtype of `end` (WiSE-FT).
+    """Return `(1 - share) * start + share * end` for each tensor, in the dtype of `end` (WiSE-FT).
 
     Args:
         start: tensors before training, by name.
         end: tensors after training; names and shapes are those of `start`.
-        share: 0 gives `start`, 1 gives `end`, both to the bit.
+        share: weight of `end`; 0 and 1 give bitwise copies of `start` and `end`.
 
     Raises:
         ValueError: if the states differ in names or shapes.
@@ -82,7 +82,7 @@ def _check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], one: 
     for name in [*first, *other]:
         if name not in first or name not in other:
             lacking = one if name not in first else two
-            raise ValueError(f"{two} is not built like {one}: {lacking} has no tensor {name}")
+            raise ValueError(f"{one} and {two} have different tensors: {lacking} has no tensor {name}")
         if first[name].shape != other[name].shape:
-            shapes = f"{tuple(other[name].shape)} and {tuple(first[name].shape)}"
-            raise ValueError(f"{two} is not built like {one}: {name} is {shapes}")
+            shapes = f"{tuple(first[name].shape)} and {tuple(other[name].shape)}"
+            raise ValueError(f"{one} and {two} have different tensors: {name} is {shapes}")

@@ -87,10 +87,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             ("fusion", self.fusion, FUSIONS),
         ):
             if name not in known:
-                raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
+                raise ValueError(unknown(kind, name, known))
         for side in self.lora or {}:
             if side not in ("vision", "text"):
-                raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
+                raise ValueError(unknown("side for LoRA", side, ("vision", "text")))
         if self.context_gate and not self.context_residual:
             raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
         native = {self.image_pooling, self.text_pooling}

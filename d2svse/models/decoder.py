@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.choices import Placement
+from d2svse.choices import Placement, unknown
 from d2svse.features import at_least_float32
 from d2svse.models.pooling import POOLINGS
 
@@ -55,7 +55,7 @@ class ContextDecoder(nn.Module):
         if placement not in before:
             raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
         if pooling not in POOLINGS:
-            raise ValueError(f"unknown pooling {pooling!r}; known are {', '.join(POOLINGS)}")
+            raise ValueError(unknown("pooling", pooling, POOLINGS))
         if min(num_tokens, num_layers, num_heads) < 1:
             raise ValueError(
                 "num_tokens, num_layers and num_heads of the decoder must be at least 1, got "
@@ -178,7 +178,7 @@ def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: An
     """
     kinds: dict[str, type[nn.Module]] = {"decoder": ContextDecoder, "attention": ContextAttention}
     if kind not in kinds:
-        raise ValueError(f"unknown kind of context decoder {kind!r}; known are {', '.join(kinds)}")
+        raise ValueError(unknown("kind of context decoder", kind, kinds))
     try:
         return kinds[kind](embed_dim, **arguments)
     except TypeError as error:

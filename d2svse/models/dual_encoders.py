@@ -46,12 +46,12 @@ def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def pool_by_head(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
-    """Return what the tower's attention head makes of all tokens (SigLIP's vision side)."""
+    """Return the output of the tower's attention head for all tokens (SigLIP's vision side)."""
     return tower.head(hidden)
 
 
 def pool_by_pooler(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
-    """Return what the tower's pooler makes of the first token (BERT, ViT)."""
+    """Return the output of the tower's pooler for the first token (BERT, ViT)."""
     return tower.pooler(hidden)
 
 
@@ -71,7 +71,7 @@ def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
-    """Return the first end-of-text token; the largest id in checkpoints whose configuration has a wrong one."""
+    """Return the first end-of-text token, or the token of the largest id if the configuration names a wrong id."""
     if ids is None:
         return hidden[:, 0]
     end = tower.config.eos_token_id
@@ -109,7 +109,7 @@ KINDS: dict[str, DualEncoderKind] = {
 
 
 def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
-    """Return how a dual encoder pools.
+    """Return the kind of a dual encoder.
 
     Args:
         model_type: `model_type` of the dual encoder.
@@ -122,7 +122,7 @@ def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
 
 
 def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
-    """Pool every token as if it were alone: it goes through the same norm and head as the pooled one.
+    """Pool each token on its own, through the norm and head of the pooled token.
 
     Args:
         pool: the tower's pooling.
@@ -136,7 +136,7 @@ def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what `D2SVSEConfig.dual_encoder` keeps of a dual encoder's configuration: all but that of its towers."""
+    """Return the configuration of a dual encoder without its towers, for `D2SVSEConfig.dual_encoder`."""
     values = config.to_diff_dict()
     left_out = (*TOWERS, "transformers_version", "architectures", "dtype", "_name_or_path")
     return {"model_type": config.model_type, **{name: value for name, value in values.items() if name not in left_out}}
@@ -145,7 +145,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 def make_dual_encoder(
     dual_encoder: dict[str, Any], vision: PreTrainedConfig, text: PreTrainedConfig
 ) -> PreTrainedModel:
-    """Make a dual encoder with random weights.
+    """Return a dual encoder with random weights.
 
     Args:
         dual_encoder: see `D2SVSEConfig`.
@@ -166,8 +166,8 @@ class Tower:
 
     Attributes:
         backbone: the tower.
-        projection: what maps a pooled vector to the joint space.
-        pool: how the tower pools.
+        projection: maps a pooled vector to the joint space.
+        pool: pooling of the tower.
         fixed_length: texts are padded to the tower's full length, and padding is attended to.
     """
 
@@ -196,8 +196,8 @@ def embed_dim_of(config: Any) -> int:
 def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
     """Give the text side of a dual encoder more positions, as Long-CLIP does (Zhang et al., ECCV 2024).
 
-    The first positions stay as they are; those behind them are interpolated over the new length, because the later
-    ones were trained on few texts. Texts within the first positions encode as before, to the bit.
+    The first positions stay unchanged. Later positions, which were trained on few texts, are interpolated over the new
+    length. Texts within the first positions get bitwise equal embeddings.
 
     Args:
         dual: the dual encoder; its position embedding and configuration are changed.
@@ -205,25 +205,27 @@ def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
         kept: positions that stay.
 
     Raises:
-        ValueError: if the text side pads to a fixed length, has no position embedding, or has so many already.
+        ValueError: if the text side pads to a fixed length, has no position embedding, or has `count` or more.
     """
     kind = dual.config.model_type
     if KINDS[kind].fixed_length:
-        raise ValueError(f"max_positions: a {kind} text side reads padding too, so that no text would stay as it is")
+        raise ValueError(
+            f"max_positions: the text side of a {kind} model attends to padding, so its embeddings would change"
+        )
     named = dual.text_model.named_modules()
     tables = [(name, part) for name, part in named if isinstance(part, nn.Embedding) and "position_embedding" in name]
     if not tables:
         raise ValueError(f"max_positions: the text side of a {kind} model has no position embedding")
     name, table = tables[0]
     owner = dual.text_model.get_submodule(name.rpartition(".")[0])
-    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind the padding id
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from the padding id + 1
     old = table.weight[offset:]
     if count <= len(old):
         raise ValueError(f"max_positions {count}: the text side has {len(old)} positions already")
-    places = kept + torch.arange(count - kept, dtype=torch.float64) * (len(old) - kept) / (count - kept)
-    lower = places.floor().long().clamp(max=len(old) - 2)
-    share = (places - lower).to(old.dtype)[:, None]
-    stretched = old[lower] + share * (old[lower + 1] - old[lower])  # behind the last one it goes on as it went
+    positions = kept + torch.arange(count - kept, dtype=torch.float64) * (len(old) - kept) / (count - kept)
+    lower = positions.floor().long().clamp(max=len(old) - 2)
+    share = (positions - lower).to(old.dtype)[:, None]
+    stretched = old[lower] + share * (old[lower + 1] - old[lower])  # positions after the last one are extrapolated
     weight = torch.cat([table.weight[: offset + kept], stretched])
     new = nn.Embedding(len(weight), weight.shape[1], padding_idx=table.padding_idx, _weight=weight)
     setattr(owner, name.rpartition(".")[2], new.to(table.weight.device))
@@ -237,7 +239,7 @@ def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
 
 
 def logit_scale_of(dual: Any) -> tuple[float, float | None]:
-    """Return the log of the factor, and the bias if there is one, by which a dual encoder turns cosines into logits."""
+    """Return the log of the logit scale of a dual encoder, and the logit bias or None."""
     if hasattr(dual, "temperature"):
         scale = -dual.temperature.detach().float().log()
     else:
@@ -247,14 +249,14 @@ def logit_scale_of(dual: Any) -> tuple[float, float | None]:
 
 
 def check_kind(model_type: str, name: str = "") -> None:
-    """Check that a model is a dual encoder that is known here.
+    """Check that a model is a supported dual encoder.
 
     Args:
-        model_type: as its `config.json` gives it.
-        name: the folder or Hub id, for the message.
+        model_type: `model_type` in its `config.json`.
+        name: folder or Hub id, for the message.
 
     Raises:
-        ValueError: if it is not; the message says how such a model is used.
+        ValueError: if the model is not supported; the message says how to use such a model.
     """
     if model_type in KINDS:
         return
@@ -263,20 +265,20 @@ def check_kind(model_type: str, name: str = "") -> None:
     if model_type in CAPTIONERS:
         use = f"it writes captions: d2svse caption local {name}"
     elif model_type in CONFIG_MAPPING and "vision_config" in getattr(CONFIG_MAPPING[model_type], "sub_configs", ()):
-        use = f"it is no dual encoder that is known here; known are {', '.join(KINDS)}"
+        use = f"it is not a supported dual encoder; expected one of {', '.join(KINDS)}"
     elif model_type in IMAGE_MODELS:
-        use = f"it encodes images alone: join it with a text backbone, d2svse train --vision {name} --text TEXT"
+        use = f"it encodes images only: join it with a text backbone, d2svse train --vision {name} --text TEXT"
     else:
-        use = f"it encodes texts alone: join it with a vision backbone, d2svse train --vision VISION --text {name}"
-    raise ValueError(f"{kind} cannot be searched with as it is; {use}")
+        use = f"it encodes texts only: join it with a vision backbone, d2svse train --vision VISION --text {name}"
+    raise ValueError(f"{kind} cannot be used for search as it is; {use}")
 
 
 def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
-    """Load a dual encoder from a folder or the Hub, in float32; code that it brings is never run.
+    """Load a dual encoder from a folder or the Hub, in float32, without running code from there.
 
     Raises:
-        ValueError: if it is none, its weights are missing, broken or not finite, or the folder names something
-            outside of itself.
+        ValueError: if the model is not a supported dual encoder, its weights are missing, broken or not finite, or the
+            folder names files outside itself.
         OSError: if a file is missing, or the Hub cannot be reached.
     """
     name = os.fspath(name)
@@ -299,13 +301,13 @@ def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def load_dual_processor(name: str | os.PathLike[str]) -> Any:
-    """Load the image processor (of Pillow) and the tokenizer of a dual encoder.
+    """Load the image processor (Pillow version) and the tokenizer of a dual encoder.
 
     Returns:
         An object with `image_processor` and `tokenizer`.
 
     Raises:
-        OSError: if one is missing.
+        OSError: if one of them is missing.
     """
     name = os.fspath(name)
     with loading(name):

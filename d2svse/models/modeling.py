@@ -388,7 +388,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Return the tensors by name; parts wrapped by `torch.compile` keep their plain names."""
         state = super().state_dict(*args, **kwargs)
         if any(COMPILED in name for name in state):
-            for name in list(state):  # in place, so that the order stays
+            for name in list(state):  # one dictionary, so that the order stays
                 state[name.replace(COMPILED, "")] = state.pop(name)
         return state
 
@@ -436,27 +436,27 @@ class D2SVSE(Shimmed, PreTrainedModel):
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
     ) -> D2SVSEOutput:
-        """Encode either side or both, and score all pairs.
+        """Encode images, texts or both, and score all pairs.
 
         Args:
             pixel_values: `(n_images, channels, height, width)`.
             input_ids: `(n_texts, length)`.
             attention_mask: `(n_texts, length)`, non-zero where a token is real.
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
-            image_tokens: `(n_images, n_image_tokens, hidden_size)` what the vision backbone gave
-                earlier, instead of `pixel_values`.
-            return_logits: score all pairs, as transformers' zero-shot pipeline expects; training tasks leave
-                it out and score the features.
-            text_groups: encode sentences in up to so many groups of like length, so that less padding is
-                computed; the result is the same.
-            token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
-                no second part.
+            image_tokens: `(n_images, n_image_tokens, hidden_size)` output of the vision backbone, instead of
+                `pixel_values`.
+            return_logits: score all pairs, as transformers' zero-shot pipeline expects; training tasks set False and
+                score the features.
+            text_groups: largest number of groups of texts of similar length; more groups save padding and give the
+                same result.
+            token_type_ids: `(n_texts, length)` zeros, which BERT's tokenizers return; a text has one segment.
 
         Raises:
-            ValueError: if neither side is given, an image twice, or a text has a second part.
+            ValueError: if neither images nor texts are given, both `pixel_values` and `image_tokens` are given, or
+                `token_type_ids` mark a second segment.
         """
         if token_type_ids is not None and token_type_ids.any():
-            raise ValueError("token_type_ids mark a second sentence; give one sentence a row")
+            raise ValueError("token_type_ids mark a second segment; give one text in each row")
         if pixel_values is not None and image_tokens is not None:
             raise ValueError("give pixel_values or image_tokens, not both")
         if pixel_values is None and image_tokens is None and input_ids is None:
@@ -466,7 +466,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
         elif pixel_values is not None:
             images = self.image_encoder(pixel_values, image_token_mask)
-        texts = None if input_ids is None else self._encode_sentences(input_ids, attention_mask, text_groups)
+        texts = None if input_ids is None else self._encode_texts(input_ids, attention_mask, text_groups)
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,
             text_embeds=None if texts is None else texts.pooled,
@@ -483,7 +483,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             output.logits_per_image, output.logits_per_text = logits, logits.T
         return output
 
-    def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
+        """Encode tokenized texts in groups of similar length, where padding does not change the result."""
         padding_counts = (
             self.text_encoder.mlp is not None
             or self.text_encoder.native_pool is not None
@@ -493,7 +494,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if groups < 2 or attention_mask is None or padding_counts:
             return self.fuse(self.text_encoder(input_ids, attention_mask))
         real = attention_mask.bool()
-        lengths = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # to the last real word
+        lengths = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).amax(1)  # up to the last real token
         order = lengths.argsort(descending=True, stable=True)
         longest = int(lengths[order[0]])
         padded, contexts = [], []
@@ -503,7 +504,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             padded.append(F.pad(words, (0, 0, 0, longest - width)))
             if self.decoder is not None:
                 contexts.append(self.decoder(words, real[rows, :width]))
-        # All are pooled at once: GPO's coefficients cost one pass over the longest, not one for each group.
+        # One pooling for all groups, because GPO computes coefficients once for each length.
         texts = self.text_encoder.pool(torch.cat(padded), real[order, :longest])
         return self.fuse(texts, torch.cat(contexts) if contexts else None)[order.argsort()]
 
@@ -535,7 +536,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         output: Output = "pooled",
         draft: bool = False,
     ) -> Any:
-        """Encode images. An image that is given more than once is read and encoded once.
+        """Return the embeddings of images. A repeated image is read and encoded once.
 
         Args:
             images: an image or a list of images. An image is anything that `load_image` reads: a path, bytes,
@@ -544,7 +545,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             show_progress_bar: show a progress bar on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
             device: device that the model is moved to first; None leaves it where it is.
-            output: "pooled" for the vectors alone, "features" for `Features` with the tokens.
+            output: "pooled" for the vectors only, "features" for `Features` with the tokens.
             draft: decode large JPEG files at a half, a quarter or an eighth of their size, if both
                 sides stay at least twice the model's input size. This is faster and changes the
                 embeddings slightly (see docs/indexing.md).
@@ -577,7 +578,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             images: a list of images, see `encode_image`.
             batch_size: images encoded at a time.
             device: device that the model is moved to first; None leaves it where it is.
-            output: "pooled" for the vectors alone, "features" for the tokens too.
+            output: "pooled" for the vectors only, "features" for the tokens too.
             draft: decode large JPEG files at reduced size, see `encode_image`.
             on_bad_image: called with the row and the error of an image that cannot be read, which
                 is then skipped; None raises the error.
@@ -641,7 +642,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         max_length: int | None = None,
         on_report: Callable[[TextReport], None] = TextReport.warn,
     ) -> Any:
-        """Encode texts in batches of similar length. A text that is given more than once is encoded once.
+        """Return the embeddings of texts, encoded in batches of similar length. A repeated text is encoded once.
 
         A context decoder that does not mask padding (imported checkpoints) makes an embedding
         depend on the longest text of its batch. Batches then follow the order of `texts`, repeated
@@ -654,7 +655,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             show_progress_bar: show a progress bar on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
             device: device that the model is moved to first; None leaves it where it is.
-            output: "pooled" for the vectors alone, "features" for `Features` with the words.
+            output: "pooled" for the vectors only, "features" for `Features` with the tokens.
             dense: the texts are dense captions: skip the context decoder.
             max_length: longest text in tokens, longer ones are truncated; the processor's limit by default.
             on_report: called with the report on unknown words and truncated texts; by default it logs one warning
@@ -723,7 +724,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
     @torch.no_grad()
     def similarity(self, images: Embeddings, texts: Embeddings) -> Any:
-        """Score all pairs with the similarity that the model was trained with.
+        """Return the scores of all pairs, by the similarity that the model was trained with.
 
         Args:
             images: output of `encode_image` or one row of it, `(n_images, embed_dim)`; `Features` if

@@ -191,7 +191,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         safe = {"trust_remote_code": False}  # no prompt, and code in a folder is never run
         tokenizer = AutoTokenizer.from_pretrained(text, **safe)
         if max_length is None:
-            max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text, **safe)))
+            max_length = min(tokenizer.model_max_length, longest_text(AutoConfig.from_pretrained(text, **safe)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
@@ -206,7 +206,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         tokenizer = processor.tokenizer
         if max_length is not None:
             tokenizer.model_max_length = max_length
-        longest = min(tokenizer.model_max_length, longest_sentence(config.text_config))
+        longest = min(tokenizer.model_max_length, longest_text(config.text_config))
         fixed = KINDS[config.model_type].fixed_length
         return cls(processor.image_processor, tokenizer, max_length=longest, fixed_length=fixed)
 
@@ -540,7 +540,7 @@ def _stack(prepared: list[Any]) -> Any:
     return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
-def longest_sentence(config: Any) -> int:
+def longest_text(config: Any) -> int:
     """Return the number of tokens that a text backbone has positions for."""
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH

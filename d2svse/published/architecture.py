@@ -12,6 +12,7 @@ from typing import Any, get_args
 from torch import Tensor
 from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
 
+from d2svse.choices import unknown
 from d2svse.hub.folder import MAX_IMAGE_SIZE
 from d2svse.models import D2SVSEConfig
 from d2svse.models.decoder import Placement
@@ -62,8 +63,8 @@ def infer_architecture(
         elif name in SETTINGS:
             values[name] = value
         else:
-            known = ", ".join([*SETTINGS, "vision.FIELD", "text.FIELD"])
-            raise ValueError(f"unknown setting {name!r} for a published checkpoint; known are {known}")
+            known = [*SETTINGS, "vision.FIELD", "text.FIELD"]
+            raise ValueError(unknown("setting", name, known))
     _check_settings(values, shapes)
     vision, text = _vision(shapes, values["img_res"]), _text(shapes)
     for side, config in (("vision", vision), ("text", text)):

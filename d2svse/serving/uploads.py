@@ -114,7 +114,7 @@ class Upload(StoredImage):
         return os.path.basename(self._path)
 
     @property
-    def place(self) -> tuple[int, ...]:
+    def state(self) -> tuple[int, ...]:
         """Size in bytes and modification time in nanoseconds of the file."""
         with self._uploads.open(self._path) as file:
             status = os.fstat(file.fileno())

@@ -58,7 +58,7 @@ class Attention(Alignment):
         weights: `(n_patches, n_words)`. With "t2i" the weights of each word sum to 1 over the image tokens, with
             "i2t" those of each image token over the words.
         direction: "t2i" if the words attend, "i2t" if the image tokens do.
-        relevance: how well each word fits what it attends to, `(n_words,)`; None with "i2t".
+        relevance: score of each word with its attended vector, `(n_words,)`; None with "i2t".
     """
 
     weights: Tensor

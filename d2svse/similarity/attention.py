@@ -1,4 +1,4 @@
-"""Stacked cross attention (SCAN): compare each fragment with what it attends to on the other side."""
+"""Stacked cross attention (SCAN): compare each token with its attended vector from the other side."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class CrossAttention(FragmentSimilarity):
         return (sharp * self.smoothing).masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0)
 
     def relevance(self, products: Tensor, query_mask: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
-        """Compare every query fragment with what it attends to.
+        """Compare each query token with its attended vector.
 
         Args:
             products: `(n_contexts, n_queries, length_queries, length_contexts)`.

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import unknown
+
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
 
 
@@ -48,7 +50,7 @@ class Metric(nn.Module):
     ) -> None:
         super().__init__()
         if structure not in get_args(Structure):
-            raise ValueError(f"unknown metric {structure!r}; known are {', '.join(get_args(Structure))}")
+            raise ValueError(unknown("metric", structure, get_args(Structure)))
         self.structure, self.dropout, self.weight_penalty = structure, dropout, weight_penalty
         if structure == "cosine":
             self.register_parameter("weight", None)

@@ -293,7 +293,7 @@ def _lengths(texts: Fragments) -> list[int]:
 
 
 def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
-    """Yield groups of texts of like length, the longest first, of at most about so many words."""
+    """Yield groups of texts of similar length, the longest first, of at most about `words` words."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group:

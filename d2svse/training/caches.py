@@ -22,7 +22,7 @@ from d2svse.data import ImageTextDataset
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import remove
-from d2svse.images import picture_state
+from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.fingerprint import weights_fingerprint
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
@@ -126,7 +126,7 @@ def cached_image_tokens(
             yield list(range(first, first + len(tokens))), Features(tokens.mean(1), tokens)
 
     def state(name: str) -> Any:
-        return list(picture_state(images[name]))
+        return list(image_state(images[name]))
 
     _remove_earlier(folder / TOKENS, *(f"{TOKENS}.{end}" for end in ("npy", "json", "json.lock", "partial.npy")))
     return ImageTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar, 1e-2, 1e-2))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from d2svse.data import ImageTextDataset
-from d2svse.images import picture_state
+from d2svse.images import image_state
 from d2svse.training.distributed import world_size
 from d2svse.version import __version__
 
@@ -65,7 +65,7 @@ def data_hash(dataset: ImageTextDataset) -> str:
     """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read."""
     digest = hashlib.sha256()
     for record in dataset.records:
-        row = [record.image.name, picture_state(record.image)[0], record.captions, record.dense]
+        row = [record.image.name, image_state(record.image)[0], record.captions, record.dense]
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 

@@ -33,7 +33,7 @@ class Nearest:
 
 
 def nearest_dense(
-    model: D2SVSE, sentences: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
+    model: D2SVSE, sparse: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
 ) -> tuple[Nearest, Nearest]:
     """Find the nearest dense captions before and after the decoder's output is added (D2S-VSE, Eq. 3).
 
@@ -42,7 +42,7 @@ def nearest_dense(
 
     Args:
         model: a model with a context decoder.
-        sentences: n sparse captions.
+        sparse: n sparse captions.
         dense: m dense captions.
         own: for each sparse caption, the row of its dense caption.
         k: dense captions to find for each sparse caption.
@@ -57,12 +57,12 @@ def nearest_dense(
         raise ValueError("the model has no context decoder; use a stage-2 model")
     if not 1 <= k <= len(dense):
         raise ValueError(f"k must be from 1 to {len(dense)}, the number of dense captions, got {k}")
-    if own is not None and (len(own) != len(sentences) or min(own) < 0 or max(own) >= len(dense)):
+    if own is not None and (len(own) != len(sparse) or min(own) < 0 or max(own) >= len(dense)):
         raise ValueError(
-            f"own must give one of the {len(dense)} rows of dense to each of the {len(sentences)} sentences"
+            f"own must give one of the {len(dense)} rows of dense to each of the {len(sparse)} sparse captions"
         )
     around = model.encode_text(dense, dense=True)
-    before, after = (model.encode_text(sentences, dense=without) for without in (True, False))
+    before, after = (model.encode_text(sparse, dense=without) for without in (True, False))
     return _nearest(before @ around.T, own, k), _nearest(after @ around.T, own, k)
 
 
@@ -76,24 +76,22 @@ def _nearest(cosines: np.ndarray, own: Sequence[int] | None, k: int) -> Nearest:
 
 
 def context_neighbours(
-    model: D2SVSE, sentences: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
+    model: D2SVSE, sparse: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
 ) -> Figure:
     """Draw the result of `nearest_dense`: the nearest dense captions without and with the decoder's tokens.
 
     A sparse caption's own dense caption is green, others are grey. See `nearest_dense` for the arguments
     and errors.
     """
-    sides = nearest_dense(model, sentences, dense, own, k)
-    lines = [
-        [[textwrap.wrap(dense[row], LINE) for row in side.rows[n]] for side in sides] for n in range(len(sentences))
-    ]
-    heads = [textwrap.wrap(sentence, 120) for sentence in sentences]
+    sides = nearest_dense(model, sparse, dense, own, k)
+    lines = [[[textwrap.wrap(dense[row], LINE) for row in side.rows[n]] for side in sides] for n in range(len(sparse))]
+    heads = [textwrap.wrap(text, 120) for text in sparse]
     heights = [
         LINE_HEIGHT * (1.3 * len(head) + 2 + max(sum(map(len, column)) for column in both)) + GAP * (k + 3)
         for head, both in zip(heads, lines, strict=True)
     ]
     figure = new_figure(10, sum(heights) + 0.2)
-    axes = figure.subplots(len(sentences), 1, squeeze=False, height_ratios=heights)[:, 0]
+    axes = figure.subplots(len(sparse), 1, squeeze=False, height_ratios=heights)[:, 0]
     for n, (axis, height) in enumerate(zip(axes, heights, strict=True)):
         axis.axis("off")
         axis.set_xlim(0, 1)

@@ -32,7 +32,7 @@ FAINTEST, STRONGEST = 0.1, 0.8  # opacity of the heat
 def explain(
     model: D2SVSE,
     image: ImageSource,
-    sentence: str,
+    text: str,
     *,
     similarity: Similarity | None = None,
     words: Sequence[str] | None = None,
@@ -45,7 +45,7 @@ def explain(
     Args:
         model: a model with its processor.
         image: a path, a Pillow image or an array.
-        sentence: the text.
+        text: the text.
         similarity: a similarity to use instead of the model's own, such as `CrossAttentionI2T()`.
         words: the words whose maps are drawn; all words if None.
 
@@ -53,7 +53,7 @@ def explain(
         ImageError: if the image cannot be read.
         ValueError: if a word is not in the text; see also `look_at` and `alignment_maps`.
     """
-    pair = look_at(model, image, sentence)
+    pair = look_at(model, image, text)
     chosen = None if words is None else pair.words.select(list(words))
     similarity = similarity or model.similarity_fn
     sets = alignment_maps(similarity, pair.images, pair.texts, pair.grid, pair.words)
@@ -62,7 +62,7 @@ def explain(
     with torch.no_grad():
         score = similarity(pair.images, pair.texts).item()
     cut = " (cut: longer than the model reads)" if pair.words.cut else ""
-    return draw_maps(pair.image, sets, pair.box, f"{sentence}{cut}\n{type(similarity).__name__}: {score:.3f}")
+    return draw_maps(pair.image, sets, pair.box, f"{text}{cut}\n{type(similarity).__name__}: {score:.3f}")
 
 
 def draw_maps(

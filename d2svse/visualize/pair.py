@@ -22,7 +22,7 @@ class Pair:
         box: left, top, right and bottom of the part that the model sees, in pixels of the image.
         grid: the grid of the image tokens in that part.
         images: features of the image, tokens `(1, n_patches, embed_dim)`.
-        sentence: the text.
+        text: the text.
         words: the words of the text and their tokens.
         texts: features of the text, tokens `(1, n_tokens, embed_dim)`.
     """
@@ -31,18 +31,18 @@ class Pair:
     box: tuple[float, float, float, float]
     grid: PatchGrid
     images: Features
-    sentence: str
+    text: str
     words: Words
     texts: Features
 
 
-def look_at(model: D2SVSE, image: ImageSource, sentence: str) -> Pair:
+def look_at(model: D2SVSE, image: ImageSource, text: str) -> Pair:
     """Encode an image and a text, and find the positions of their tokens.
 
     Args:
         model: a model with its processor.
         image: a path, a Pillow image or an array.
-        sentence: a text; a model with a context decoder adds its context.
+        text: a text; a model with a context decoder adds its context.
 
     Raises:
         ImageError: if the image cannot be read.
@@ -51,7 +51,7 @@ def look_at(model: D2SVSE, image: ImageSource, sentence: str) -> Pair:
     """
     loaded = load_image(image)
     images = model.encode_image([loaded], output="features")
-    texts = model.encode_text([sentence], output="features")
+    texts = model.encode_text([text], output="features")
     assert model.processor is not None  # encode_image raises without one
     pixel_values = model.processor.pixel_values([loaded]).to(model.device, model.dtype)
     return Pair(
@@ -59,7 +59,7 @@ def look_at(model: D2SVSE, image: ImageSource, sentence: str) -> Pair:
         seen_box(model.processor, loaded.size),
         patch_grid(model.image_encoder, pixel_values),
         images,
-        sentence,
-        split_words(model.processor, sentence),
+        text,
+        split_words(model.processor, text),
         texts,
     )

@@ -40,19 +40,19 @@ class Words:
         return [position for position, text in enumerate(present) if text in wanted]
 
 
-def split_words(processor: D2SVSEProcessor, sentence: str) -> Words:
+def split_words(processor: D2SVSEProcessor, text: str) -> Words:
     """Split a text into tokens, as the model does, and return the tokens of each word.
 
     Raises:
         ValueError: if the text is empty, or the tokenizer does not report words.
     """
-    n_tokens = len(processor.tokenize([sentence])[0])
+    n_tokens = len(processor.tokenize([text])[0])
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} does not report the tokens of each word; use the fast form of the tokenizer"
         )
-    encoded = tokenizer(sentence, truncation=True, max_length=processor.max_length, return_offsets_mapping=True)
+    encoded = tokenizer(text, truncation=True, max_length=processor.max_length, return_offsets_mapping=True)
     assert len(encoded["input_ids"]) == n_tokens
     names, spans = encoded.tokens(), encoded["offset_mapping"]
     words: dict[int, list[int]] = {}
@@ -62,9 +62,9 @@ def split_words(processor: D2SVSEProcessor, sentence: str) -> Words:
             special.append((names[position], position))
         else:
             words.setdefault(word, []).append(position)
-    texts = [sentence[spans[pieces[0]][0] : spans[pieces[-1]][1]].strip() for pieces in words.values()]
+    texts = [text[spans[pieces[0]][0] : spans[pieces[-1]][1]].strip() for pieces in words.values()]
     return Words(
-        tuple(text or names[pieces[0]] for text, pieces in zip(texts, words.values(), strict=True)),
+        tuple(word or names[pieces[0]] for word, pieces in zip(texts, words.values(), strict=True)),
         tuple(tuple(pieces) for pieces in words.values()),
         tuple(special),
         bool(encoded.encodings[0].overflowing),

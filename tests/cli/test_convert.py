@@ -172,5 +172,5 @@ def test_data_convert(layout, scenes, tmp_path, run):
     assert "16 images, 80 captions, 16 dense" in " ".join(out.split())
     code, _, err = run("data", "convert", layout, tmp_path / "n.jsonl", "--split", "test")
     assert (code, "--image-folder" in err) == (2, True)
-    code, out, _ = run("data", "convert", layout, tmp_path / "n.jsonl", "--split", "test", "--without-pictures")
+    code, out, _ = run("data", "convert", layout, tmp_path / "n.jsonl", "--split", "test", "--without-images")
     assert code == 0

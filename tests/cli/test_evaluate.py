@@ -91,7 +91,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png does not exist"),
         ((saved["one"], *data, "--protocol", "coco-5k"), "not the split of the protocol coco-5k: 16 images"),
         ((saved["one"], *data, "--protocol", "coco"), "'coco' is not one of 'custom', 'flickr30k-1k'"),
-        ((saved["one"], *data, "--rerank-k", 5), "it needs no reranking"),
+        ((saved["one"], *data, "--rerank-k", 5), "rerank needs a similarity of tokens"),
         ((saved["tokens"], *data, "--rerank-k", 0), "0 candidates do not fit"),
         ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),

@@ -75,14 +75,14 @@ def test_what_the_options_say_of_other_declarations_is_true():
     from d2svse.choices import CaptionerDtype, Engine, ProtocolName
     from d2svse.losses import distillation_loss_names, loss_names
     from d2svse.retrieval.evaluation.protocols import PROTOCOLS
-    from d2svse.retrieval.vectors import ENGINES
+    from d2svse.retrieval.vectors import BACKENDS
     from d2svse.training.options import PRESETS, Preset
 
     config, model = D2SVSEConfig(), ModelOptions()
     assert (config.embed_dim, config.similarity["name"]) == (model.embed_dim, model.similarity)
     for choices, known in (
         (CaptionerDtype, DTYPES),
-        (Engine, ENGINES),
+        (Engine, BACKENDS),
         (ProtocolName, PROTOCOLS),
         (Preset, PRESETS),
     ):

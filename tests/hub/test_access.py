@@ -62,7 +62,7 @@ def test_another_kind_is_refused_before_its_weights_are_asked_for(hub, run, tmp_
     publish(
         hub, "lab/bert", {"config.json": json.dumps({"model_type": "bert"}).encode(), "model.safetensors": b"0" * 99}
     )
-    with pytest.raises(ValueError, match="lab/bert: a bert model cannot be searched with as it is; it encodes texts"):
+    with pytest.raises(ValueError, match="lab/bert: a bert model cannot be used for search as it is; it encodes texts"):
         D2SVSE.from_pretrained("lab/bert")
     code, _, err = run("encode", "lab/bert", "--images", tmp_path, "-o", tmp_path / "x.npy")
     assert code == 2

@@ -109,7 +109,7 @@ def test_token_types_of_a_second_sentence_are_refused(model):
     zeros = torch.zeros_like(batch["input_ids"])
     with torch.no_grad():
         torch.testing.assert_close(model(**batch, token_type_ids=zeros).text_embeds, model(**batch).text_embeds)
-    with pytest.raises(ValueError, match="token_type_ids mark a second sentence"):
+    with pytest.raises(ValueError, match="token_type_ids mark a second segment"):
         model(**batch, token_type_ids=zeros + 1)
 
 

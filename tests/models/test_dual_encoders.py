@@ -170,12 +170,12 @@ def test_fields_of_the_configuration_can_be_given(save_dual):
         ({"model_type": "vit"}, "--vision {} --text TEXT"),
         ({"model_type": "bert"}, "--vision VISION --text {}"),
         ({"model_type": "llava"}, "d2svse caption local {}"),
-        ({"model_type": "groupvit"}, "no dual encoder that is known here"),
+        ({"model_type": "groupvit"}, "not a supported dual encoder"),
     ],
 )
 def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, advice, tmp_path):
     (tmp_path / "config.json").write_text(str(config).replace("'", '"'))
-    with pytest.raises(ValueError, match="cannot be searched with") as told:
+    with pytest.raises(ValueError, match="cannot be used for search") as told:
         D2SVSE.from_pretrained(tmp_path)
     assert advice.format(tmp_path) in str(told.value)
 
@@ -239,7 +239,7 @@ def test_positions_are_interpolated_behind_the_first_twenty(processor):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "message"), [("siglip", 120, "reads padding too"), ("clip", 40, "has 48 positions already")]
+    ("name", "count", "message"), [("siglip", 120, "attends to padding"), ("clip", 40, "has 48 positions already")]
 )
 def test_positions_that_cannot_be_stretched_are_refused(name, count, message, processor):
     with pytest.raises(ValueError, match=message):

@@ -336,7 +336,9 @@ def test_the_processor_takes_the_usual_arguments(processor, val_dataset):
 
 
 def test_an_unknown_model_option_is_refused():
-    with pytest.raises(ValueError, match=r"unknown model option 'embed_dimm'; did you mean embed_dim\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown model option 'embed_dimm'; did you mean embed_dim\? expected one of embed_dim"
+    ):
         D2SVSE.from_backbones("x", "y", embed_dimm=3)
     with pytest.raises(ValueError, match="embed_dim must be a positive whole number"):
         D2SVSEConfig(embed_dim=0)

@@ -67,7 +67,7 @@ def test_encoding_tells_once(model, told):
 
 
 def test_a_store_of_several_shards_tells_once(model, tmp_path, told):
-    encode_texts(model, ["a ring", "你", "好", "a circle"], tmp_path / "texts", shard_size=1)
+    encode_texts(model, ["a ring", "你", "好", "a circle"], tmp_path / "texts", chunk_size=1)
     (message,) = told()
     assert "2 of 4 texts" in message
 
@@ -79,7 +79,7 @@ def test_half_a_character_is_found_before_anything_is_encoded(model, tmp_path, m
         model.encode_text,
         model.processor.tokenize,
         lambda given: model.processor(text=given),
-        lambda given: encode_texts(model, given, tmp_path / "texts", shard_size=1),
+        lambda given: encode_texts(model, given, tmp_path / "texts", chunk_size=1),
     ):
         with pytest.raises(ValueError, match=r"texts\[2\]: half a character.*position 7"):
             encode(texts)

@@ -78,7 +78,7 @@ def test_nothing_is_written_through_a_link(built, tmp_path):
         (tmp_path / "i2" / name).unlink(missing_ok=True)
         (tmp_path / "i2" / name).symlink_to(victim)
         index = ImageTextIndex.load(tmp_path / "i2", model)
-        with pytest.raises(ValueError, match="a link"):
+        with pytest.raises(ValueError, match=r"a symbolic link|a link that leaves the folder"):
             index.skipped if name == "skipped.jsonl" else index.remove([index.ids[0]])
         assert victim.read_text() == "mine"
         shutil.rmtree(tmp_path / "i2")
@@ -153,7 +153,7 @@ def test_counts_are_held_against_sizes_before_memory_is_taken(vectors):
     name = content["deleted"][0]
     for row in (-1, 5, 1 << 40):
         np.save(vectors / name, np.array([row]))
-        with pytest.raises(ValueError, match="rows that the index does not have"):
+        with pytest.raises(ValueError, match="names rows that the index lacks"):
             load_index(vectors)
 
 
@@ -166,7 +166,7 @@ def test_deep_json_and_a_pipe_are_refused(vectors):
     (items,) = vectors.glob("items-*")
     items.unlink()
     os.mkfifo(items)
-    with pytest.raises(ValueError, match="neither a file nor a folder"):
+    with pytest.raises(ValueError, match="a device or a pipe, expected a file or a folder"):
         load_index(vectors)
 
 
@@ -218,7 +218,7 @@ def test_a_model_of_the_hub_is_not_fetched_unasked(make_model, photos, tmp_path,
         asked.append((name, options.get("local_files_only")))
         raise FileNotFoundError("not in the cache")
 
-    monkeypatch.setattr("d2svse.hub.access.fetch_model", fetch)
+    monkeypatch.setattr("d2svse.models.modeling.fetch_model", fetch)
     edit(tmp_path / "i" / MANIFEST, model="mallory/model")
     with pytest.raises(FileNotFoundError, match=r"mallory/model of the Hub.*--model mallory/model"):
         ImageTextIndex.load(tmp_path / "i").search("a red circle")
@@ -270,7 +270,7 @@ def test_faiss_files_are_checked_before_they_are_followed(tmp_path):
     numbers[0] = 1 << 30
     faiss.copy_array_to_vector(numbers, graph.hnsw.neighbors)
     put(graph, tmp_path / "hnsw")
-    with pytest.raises(ValueError, match=r"faiss cannot read it|numbers of vectors that it does not hold"):
+    with pytest.raises(ValueError, match=r"faiss cannot read it|refers to rows that it lacks"):
         load_index(tmp_path / "hnsw")
     path = next((tmp_path / "int8").glob("*.faiss"))
     path.write_bytes(path.read_bytes()[:500])
@@ -372,7 +372,7 @@ def test_a_local_file_of_milvus_is_not_reached_by_going_up(milvus, tmp_path, uri
     (tmp_path / "other.db").write_bytes(b"")
     write_milvus(tmp_path / "v", uri)
     (tmp_path / "v" / "a").mkdir()
-    with pytest.raises(ValueError, match=r"no file inside it|expected a text"):
+    with pytest.raises(ValueError, match=r"expected the name of a file inside it|expected a text"):
         load_index(tmp_path / "v")
     assert milvus == []
 

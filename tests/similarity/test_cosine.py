@@ -66,7 +66,7 @@ def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
     assert isinstance(build_similarity("cosine"), Cosine)
     assert isinstance(build_similarity({"name": "cosine"}), Cosine)
     with pytest.raises(
-        ValueError, match=r"unknown similarity 'cosin'; did you mean cosine\? known are .*cosine.* entry point of"
+        ValueError, match=r"unknown similarity 'cosin'; did you mean cosine\? expected one of .*cosine.* entry point of"
     ):
         build_similarity("cosin")
     with pytest.raises(ValueError, match=r"similarity 'cosine': .*margin"):

@@ -48,7 +48,7 @@ def test_some_words_are_found_in_any_case():
         words.select(["dog", "cat"])
 
 
-def test_bad_sentences_and_tokenizers_are_refused(processor):
+def test_bad_texts_and_tokenizers_are_refused(processor):
     with pytest.raises(ValueError, match="expected a text"):
         split_words(processor, "  ")
 
@@ -59,5 +59,5 @@ def test_bad_sentences_and_tokenizers_are_refused(processor):
             return {"input_ids": [[1, 2] for _ in sentences]}
 
     processor.tokenizer = Slow()
-    with pytest.raises(ValueError, match="Slow does not tell which tokens"):
+    with pytest.raises(ValueError, match="Slow does not report the tokens of each word"):
         split_words(processor, "a dog")

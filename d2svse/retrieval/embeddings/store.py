@@ -1,8 +1,8 @@
-"""Embeddings of any number of pictures or sentences in sharded, memory-mapped files; encoding that can be resumed.
+"""Embeddings of any number of images or texts, in memory-mapped chunks; a stopped encoding can be continued.
 
-A store is a folder: `store.json` says what it holds and is written first, then come the shards
-`00000/`, `00001/` and so on, each whole or not there. The real tokens of all items of a shard stand
-one after another, without padding, between the offsets of each item.
+A store is a folder. `store.json` describes it and is written first. Then come the chunks `00000/`, `00001/` and so on,
+each written in one step. A chunk holds the real tokens of all its items one after another, without padding, and the
+offsets of each item.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
 from d2svse.files.lock import LOCK, write_lock
 from d2svse.files.replace import aside_of, remove, write_json, write_json_lines
-from d2svse.images import ImageError, OnBadImage, picture_state
+from d2svse.images import ImageError, OnBadImage, image_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
-_SHARD = re.compile(r"\d{5,}")
+_CHUNK = re.compile(r"\d{5,}")
 Batches = Iterator[tuple[list[int], Features]]
 
 
 class Rows:
-    """The rows of several arrays as if they were one; what is asked for is copied into memory.
+    """Several arrays as one array of rows; indexing copies the rows into memory.
 
     Args:
         parts: arrays `(n_i, dim)` of one dtype.
@@ -63,88 +63,88 @@ class Rows:
     def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         found = np.empty((len(wanted), self.shape[1]), self.dtype)
-        shards = self._shard_of(wanted)
-        for shard in np.unique(shards):
-            here = shards == shard
-            found[here] = self.parts[shard][wanted[here] - self.starts[shard]]
+        parts = self._part_of(wanted)
+        for part in np.unique(parts):
+            here = parts == part
+            found[here] = self.parts[part][wanted[here] - self.starts[part]]
         return found
 
-    def places(self, rows: np.ndarray) -> list[tuple[int, int]]:
-        """The part of each row, and its place in it."""
-        shards = self._shard_of(rows)
-        return list(zip(shards.tolist(), (rows - self.starts[shards]).tolist(), strict=True))
+    def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        """Return for each row the number of its part, and its row in the part."""
+        parts = self._part_of(rows)
+        return list(zip(parts.tolist(), (rows - self.starts[parts]).tolist(), strict=True))
 
-    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+    def _part_of(self, rows: np.ndarray) -> np.ndarray:
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)}")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store with {len(self)} rows")
         return np.searchsorted(self.starts, rows, side="right") - 1
 
 
 class EmbeddingStore:
-    """What `encode_images` or `encode_texts` wrote, by memory map.
+    """The memory-mapped embeddings that `encode_images` or `encode_texts` wrote.
 
     Args:
         folder: the folder.
 
     Attributes:
-        ids: the picture or the sentence of each row.
-        skipped: pictures that were left out, with the reason.
-        fingerprint: of the model, see `model_fingerprint`.
+        ids: the path of the image, or the text, of each row.
+        skipped: unreadable images with the reason.
+        fingerprint: fingerprint of the model, see `model_fingerprint`.
         side: "image" or "text".
-        output: "pooled", or "features" where tokens are stored too.
-        pooled: the pooled vectors, `(n, dim)`; index it by a slice or by rows to read them.
+        output: "pooled", or "features" if the store has tokens too.
+        pooled: the pooled vectors, `(n, dim)`; read them by a slice or by row numbers.
 
     Raises:
-        FileNotFoundError: if the folder holds no store.
-        ValueError: if the encoding has not been finished.
+        FileNotFoundError: if the folder has no store.
+        ValueError: if the encoding is not finished.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         description = _read_description(self.folder)
         if description is None:
-            raise FileNotFoundError(f"{self.folder}: {DESCRIPTION} is missing; expected a folder of encode_images")
+            raise FileNotFoundError(
+                f"{self.folder}: {DESCRIPTION} is missing; expected a folder written by encode_images"
+            )
         self.side, self.output = description["side"], description["output"]
         self.fingerprint, self.dim = description["fingerprint"], description["dim"]
         self.dtype = description["dtype"]
         count = -(-description["count"] // description["shard_size"])
-        there = sum(_SHARD.fullmatch(path.name) is not None for path in self.folder.iterdir())
+        there = sum(_CHUNK.fullmatch(path.name) is not None for path in self.folder.iterdir())
         if there < count:
-            raise ValueError(
-                f"{self.folder}: {count - there} of {count} shards are missing; encode again to go on from there"
-            )
-        shards = [_open_shard(shard, description) for shard in _shards(self.folder, description)]
-        items = [shard.items for shard in shards]
-        self.ids: list[str] = [name for shard in items for name in shard["ids"]]
-        self.states: list[Any] = [shard["states"][place] for shard in items for place in shard["places"]]
-        self.skipped: list[tuple[str, str]] = [(name, reason) for shard in items for name, reason in shard["skipped"]]
-        self.pooled = Rows([shard.pooled for shard in shards])
-        self._tokens = [shard.tokens for shard in shards if shard.tokens is not None]
-        self._offsets = [shard.offsets for shard in shards if shard.offsets is not None]
+            raise ValueError(f"{self.folder}: {count - there} of {count} chunks are missing; encode again to continue")
+        chunks = [_open_chunk(chunk, description) for chunk in _chunks(self.folder, description)]
+        items = [chunk.items for chunk in chunks]
+        self.ids: list[str] = [name for one in items for name in one["ids"]]
+        self.states: list[Any] = [one["states"][position] for one in items for position in one["places"]]
+        self.skipped: list[tuple[str, str]] = [(name, reason) for one in items for name, reason in one["skipped"]]
+        self.pooled = Rows([chunk.pooled for chunk in chunks])
+        self._tokens = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
+        self._offsets = [chunk.offsets for chunk in chunks if chunk.offsets is not None]
 
     def __reduce__(self) -> Any:
-        """Pickle the folder's name; what it holds is mapped again."""
+        """Pickle only the name of the folder; unpickling maps its files again."""
         return EmbeddingStore, (self.folder.absolute(),)
 
     def tokens_of(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Return the tokens of some rows as they are stored, `(length, dim)` each; none where there are no tokens."""
+        """Return the stored tokens of some rows, `(length, dim)` each; an empty list if the store has no tokens."""
         if not self._tokens:
             return []
         return [
-            self._tokens[shard][slice(*self._offsets[shard][row : row + 2])] for shard, row in self.pooled.places(rows)
+            self._tokens[chunk][slice(*self._offsets[chunk][row : row + 2])] for chunk, row in self.pooled.locate(rows)
         ]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def features(self, rows: Sequence[int] | np.ndarray) -> Features:
-        """Read some rows as `Features` in float32, with tokens where they are stored.
+        """Return some rows as float32 `Features`, with tokens if the store has them.
 
         Args:
-            rows: which, in the order wanted.
+            rows: row numbers, in the wanted order.
 
         Returns:
-            `pooled (n, dim)`, and `tokens (n, longest, dim)` with the mask, None where all are of one length.
+            `pooled (n, dim)`, `tokens (n, longest, dim)` and their mask; the mask is None if all lengths are equal.
         """
         rows = np.asarray(rows, dtype=np.int64)
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
@@ -153,7 +153,7 @@ class EmbeddingStore:
         parts = self.tokens_of(rows)
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
-        # put together as they are stored and widened at once: many small conversions wait for each other's threads
+        # one conversion for all items, because many small ones wait for each other's threads
         stored = np.zeros((len(parts), longest, self.dim), self._tokens[0].dtype)
         for item, part in zip(stored, parts, strict=True):
             item[: len(part)] = part
@@ -169,34 +169,33 @@ def encode_images(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    shard_size: int = 1024,
+    chunk_size: int = 1024,
     batch_size: int = 64,
     on_bad_image: OnBadImage = "error",
     draft: bool = False,
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
-    """Encode pictures into a store, shard by shard; a call that was killed goes on at the next shard.
+    """Encode images into a store, chunk by chunk; after a kill, the next call continues at the next chunk.
 
-    Each picture is encoded once, however often it is named. A shard whose pictures have changed on
-    the disk (size or time) is encoded again. Pictures that were skipped are listed in
-    `skipped.jsonl`.
+    Each image is encoded once, even if the list repeats it. A chunk whose images have changed on the disk (size or
+    time) is encoded again. `skipped.jsonl` lists the skipped images.
 
     Args:
         model: the model, with its processor.
         images: paths.
-        folder: where the store is, or is to be.
-        output: "pooled", or "features" to keep the tokens too.
-        dtype: of vectors and tokens.
-        shard_size: pictures in a shard.
-        batch_size: pictures encoded at a time.
-        on_bad_image: "error" to stop at a picture that cannot be read, "skip" to list it and go on.
-        draft: see `D2SVSE.encode_image`.
-        show_progress_bar: show one on the terminal.
+        folder: the folder of the store, new or unfinished.
+        output: "pooled", or "features" to store the tokens too.
+        dtype: dtype of the stored vectors and tokens.
+        chunk_size: images in a chunk.
+        batch_size: images encoded at a time.
+        on_bad_image: "error" to stop at an unreadable image, "skip" to list it and continue.
+        draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`.
+        show_progress_bar: show a progress bar on the terminal.
 
     Raises:
-        ImageError: at a picture that cannot be read, with "error"; finished shards stay.
-        ValueError: if the folder holds a store of another model, list or kind; the message says what differs.
-        BlockingIOError: if another process is writing to it.
+        ImageError: if an image cannot be read, with "error"; finished chunks stay.
+        ValueError: if the folder has a store of another model, list or kind; the message names the difference.
+        BlockingIOError: if another process is writing to the store.
     """
     if on_bad_image not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
@@ -205,7 +204,7 @@ def encode_images(
     def encode(names: Sequence[str], skipped: dict[int, str]) -> Batches:
         def bad(row: int, error: ImageError) -> None:
             if on_bad_image == "error":
-                raise ImageError(f"{error}; mend it, or leave such pictures out with --on-bad-image skip")
+                raise ImageError(f"{error}; repair it, or leave such images out with --on-bad-image skip")
             skipped[row] = str(error)
 
         sources = [by_name[name] for name in names]
@@ -214,11 +213,11 @@ def encode_images(
 
     def state(name: str) -> Any:
         try:
-            return list(picture_state(by_name[name]))
-        except OSError:  # which encoding it will name
+            return list(image_state(by_name[name]))
+        except OSError:  # encoding the image raises a clear error
             return None
 
-    description = {"side": "image", "output": output, "dtype": dtype, "shard_size": shard_size, "draft": draft}
+    description = {"side": "image", "output": output, "dtype": dtype, "shard_size": chunk_size, "draft": draft}
     description |= _made_by(model)
     return write_store(list(by_name), folder, description, encode, state, batch_size, show_progress_bar)
 
@@ -230,48 +229,48 @@ def encode_texts(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    shard_size: int = 1024,
+    chunk_size: int = 1024,
     batch_size: int = 128,
     dense: bool = False,
     max_length: int | None = None,
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
-    """Encode sentences into a store, as `encode_images` does with pictures.
+    """Encode texts into a store; `encode_images` for texts.
 
-    Each sentence is encoded once, but for a context decoder that does not mask padding (imported
-    checkpoints): there a sentence depends on its batch, so all stay, in the order given.
+    Each text is encoded once. With a context decoder that does not mask padding (imported checkpoints), a text depends
+    on its batch. Then every repetition is encoded, in the given order.
 
     Args:
         model: the model, with its processor.
-        texts: sentences.
-        folder: where the store is, or is to be.
-        output: "pooled", or "features" to keep the words too.
-        dtype: of vectors and words.
-        shard_size: sentences in a shard.
-        batch_size: sentences encoded at a time.
-        dense: see `D2SVSE.encode_text`.
-        max_length: see `D2SVSE.encode_text`.
-        show_progress_bar: show one on the terminal.
+        texts: a list of texts.
+        folder: the folder of the store, new or unfinished.
+        output: "pooled", or "features" to store the tokens too.
+        dtype: dtype of the stored vectors and tokens.
+        chunk_size: texts in a chunk.
+        batch_size: texts encoded at a time.
+        dense: the texts are dense captions, see `D2SVSE.encode_text`.
+        max_length: longest text in tokens, see `D2SVSE.encode_text`.
+        show_progress_bar: show a progress bar on the terminal.
 
     Raises:
-        ValueError: if a sentence is empty, not a string or holds half a character, or the folder holds a store of
-            another model, list or kind; the message says what differs.
-        BlockingIOError: if another process is writing to it.
+        ValueError: if a text is empty, not a string or holds half a character, or the folder has a store of another
+            model, list or kind; the message names the difference.
+        BlockingIOError: if another process is writing to the store.
     """
     texts = as_texts(texts)
     reports: list[TextReport] = []
-    description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": shard_size}
+    description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": chunk_size}
     description |= {"dense": dense, "max_length": max_length, **_made_by(model)}
     names = list(dict.fromkeys(texts))
     if model.text_depends_on_batch(dense):
-        if shard_size % batch_size:
-            raise ValueError(f"shard_size {shard_size} must be a multiple of batch_size {batch_size} for this decoder")
+        if chunk_size % batch_size:
+            raise ValueError(f"chunk_size {chunk_size} must be a multiple of batch_size {batch_size} for this decoder")
         description["batch_size"] = batch_size
         names = list(texts)
 
-    def encode(sentences: Sequence[str], skipped: dict[int, str]) -> Batches:
+    def encode(part: Sequence[str], skipped: dict[int, str]) -> Batches:
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
-        return model.text_batches(sentences, max_length=max_length, on_report=reports.append, **options)
+        return model.text_batches(part, max_length=max_length, on_report=reports.append, **options)
 
     store = write_store(names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
     if reports:
@@ -293,28 +292,31 @@ def write_store(
     show_progress_bar: bool = False,
     replace: bool = False,
 ) -> EmbeddingStore:
-    """Write a store shard by shard; a call that was killed goes on at the next shard.
+    """Write a store chunk by chunk; after a kill, the next call continues at the next chunk.
 
     Args:
-        names: ids of the items, each once unless `kind` says more of their order.
-        folder: where the store is, or is to be.
-        kind: `side`, `output`, `dtype`, `shard_size`, `dim`, `fingerprint`, and whatever else decides the embeddings.
-        encode: yields rows and `Features` of some names; it may note rows that it skips, with the reason.
-        state: what changes when an item does; its shard is then encoded again.
-        batch_size: items that `encode` takes at a time.
-        show_progress_bar: show one on the terminal.
-        replace: replace a store of something else.
+        names: ids of the items; each once, unless an embedding depends on its batch.
+        folder: the folder of the store, new or unfinished.
+        kind: `side`, `output`, `dtype`, `shard_size` (items in a chunk), `dim`, `fingerprint`, and all else that
+            determines the embeddings; saved in `store.json`.
+        encode: yields rows and `Features` of the given names; it notes skipped rows with the reason in its second
+            argument.
+        state: returns a value that changes when an item changes; its chunk is then encoded again.
+        batch_size: items that `encode` processes at a time.
+        show_progress_bar: show a progress bar on the terminal.
+        replace: replace a store of another kind or list.
 
     Raises:
-        FileExistsError: if the folder holds something else than a store.
-        ValueError: if it holds a store of something else and `replace` is not set; the message says what differs.
-        BlockingIOError: if another process is writing to it.
+        FileExistsError: if the folder has other files but no store.
+        ValueError: if the folder has a store of another kind or list and `replace` is false; the message names the
+            difference.
+        BlockingIOError: if another process is writing to the store.
     """
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
     if kind["shard_size"] < 1:
-        raise ValueError(f"shard_size must be positive, got {kind['shard_size']}")
+        raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
     listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     description = {**kind, "count": len(names), "list": listed}
     if not names:
@@ -322,23 +324,23 @@ def write_store(
     with write_lock(folder):
         _check(folder, description, replace)
         write_json(folder / DESCRIPTION, description)
-        shards = _shards(folder, description)
+        chunks = _chunks(folder, description)
         size = kind["shard_size"]
         open_ones = []
-        for number, shard in enumerate(shards):
+        for number, chunk in enumerate(chunks):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
-            if not _holds(shard, states, description):
-                open_ones.append((shard, names[number * size : (number + 1) * size], states))
+            if not _holds(chunk, states, description):
+                open_ones.append((chunk, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
 
         def batches() -> Iterator[None]:
-            for shard, part, states in open_ones:
+            for chunk, part, states in open_ones:
                 skipped: dict[int, str] = {}
                 encoded = []
                 for rows, features in encode(part, skipped):
                     encoded.append((rows, _compact(features, kind["dtype"])))
                     yield
-                _write_shard(shard, part, states, skipped, encoded, description)
+                _write_chunk(chunk, part, states, skipped, encoded, description)
 
         for _ in progress_bar(batches(), f"Encoding {kind['side']}s", total, "batches", show_progress_bar):
             pass
@@ -348,14 +350,14 @@ def write_store(
 
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
-    """List pictures that were left out, with the reasons, in `skipped.jsonl`."""
+    """Write the skipped images and the reasons to `skipped.jsonl`."""
     if (folder / SKIPPED).is_symlink():
-        raise ValueError(f"{folder / SKIPPED}: a link, which the list would be written through; remove it")
+        raise ValueError(f"{folder / SKIPPED}: a symbolic link, expected a file; remove the link")
     write_json_lines(folder / SKIPPED, ({"image": name, "reason": reason} for name, reason in skipped))
 
 
 def read_skipped(folder: Path) -> list[tuple[str, str]]:
-    """What `write_skipped` listed; nothing if it did not."""
+    """Return the list of `write_skipped`; an empty list without the file."""
     try:
         return [(row["image"], row["reason"]) for _, row in read_json_lines(inside(folder, SKIPPED))]
     except FileNotFoundError:
@@ -384,7 +386,7 @@ def _read_description(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(folder: Path, description: Mapping[str, Any], replace: bool) -> None:
-    """Refuse a folder that holds something else, or remove or refuse a store of something else."""
+    """Refuse a folder with other files; remove or refuse a store of another kind or list."""
     try:
         found = _read_description(folder)
     except ValueError:
@@ -398,7 +400,12 @@ def _check(folder: Path, description: Mapping[str, Any], replace: bool) -> None:
     for left in folder.iterdir():
         if aside_of(left.name):
             remove(left)
-    words = {"list": "the list of items", "count": "how many items there are", "fingerprint": "the model"}
+    words = {
+        "list": "the list of items",
+        "count": "the number of items",
+        "shard_size": "chunk_size",
+        "fingerprint": "the model",
+    }
     differs = [
         words.get(name, name) for name in sorted({*found, *description}) if found.get(name) != description.get(name)
     ]
@@ -406,82 +413,82 @@ def _check(folder: Path, description: Mapping[str, Any], replace: bool) -> None:
         remove_store(folder)
     elif differs:
         raise ValueError(
-            f"{folder}: holds embeddings made with something else; what differs: {', '.join(differs)}; "
+            f"{folder}: holds other embeddings; they differ in {', '.join(differs)}; "
             "give another folder, or remove this one"
         )
 
 
 def remove_store(folder: Path) -> None:
-    """Remove the files of a store, what describes it last; under the lock."""
-    shards = [path for path in folder.iterdir() if _SHARD.fullmatch(path.name)]
-    for path in (*shards, folder / SKIPPED, folder / DESCRIPTION):
+    """Remove the files of a store, its description last; call it under the lock."""
+    chunks = [path for path in folder.iterdir() if _CHUNK.fullmatch(path.name)]
+    for path in (*chunks, folder / SKIPPED, folder / DESCRIPTION):
         remove(path)
 
 
-def _shards(folder: Path, description: Mapping[str, Any]) -> list[Path]:
+def _chunks(folder: Path, description: Mapping[str, Any]) -> list[Path]:
     return [folder / f"{number:05}" for number in range(-(-description["count"] // description["shard_size"]))]
 
 
-def _read_items(shard: Path) -> dict[str, Any]:
-    recover_folder(shard)
-    path = inside(shard, ITEMS)
-    items: dict[str, Any] = read_json(path)
+def _read_items(chunk: Path) -> dict[str, Any]:
+    recover_folder(chunk)
+    path = inside(chunk, ITEMS)
     try:
-        ids, places, states = items["ids"], items["places"], items["states"]
-        if len(ids) != len(places) or not all(isinstance(name, str) for name in ids):
-            raise ValueError(f"{len(ids)} ids, {len(places)} places")
-        if not all(isinstance(place, int) and 0 <= place < len(states) for place in places):
-            raise ValueError("a place that no state has")
+        items: dict[str, Any] = read_json(path)
+        ids, positions, states = items["ids"], items["places"], items["states"]
+        if len(ids) != len(positions) or not all(isinstance(name, str) for name in ids):
+            raise ValueError(f"{len(ids)} ids, {len(positions)} positions")
+        if not all(isinstance(position, int) and 0 <= position < len(states) for position in positions):
+            raise ValueError(f"a position outside of {len(states)} states")
         items["skipped"] = [(str(name), str(reason)) for name, reason in items["skipped"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the items of a shard ({error}); encode again") from None
+        raise ValueError(f"{path}: not the items of a chunk ({error}); encode again") from None
     return items
 
 
-class _Shard(NamedTuple):
+class _Chunk(NamedTuple):
     items: dict[str, Any]
     pooled: np.ndarray
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
 
-def _open_shard(shard: Path, description: Mapping[str, Any]) -> _Shard:
-    """Map what a shard holds.
+def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
+    """Map the files of a chunk.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is broken or leads out of the folder.
     """
-    inside(shard.parent, shard.name)
-    items, dim, dtype = _read_items(shard), description["dim"], description["dtype"]
+    inside(chunk.parent, chunk.name)
+    items, dim, dtype = _read_items(chunk), description["dim"], description["dtype"]
     rows = len(items["ids"])
 
     def array(name: str, shape: tuple[int, ...], dtype: Any = dtype) -> np.ndarray:
-        return map_unheld(inside(shard, f"{name}.npy"), shape, dtype)
+        return map_unheld(inside(chunk, f"{name}.npy"), shape, dtype)
 
     pooled = array("pooled", (rows, dim))
     if description["output"] != "features":
-        return _Shard(items, pooled)
+        return _Chunk(items, pooled)
     offsets = np.array(array("offsets", (rows + 1,), np.int64))
     if offsets[0] or (np.diff(offsets) < 0).any():
-        raise ValueError(f"{shard}: tokens of an item that end before they begin; encode again")
-    return _Shard(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
+        raise ValueError(f"{chunk}: the token offsets must not decrease; encode again")
+    return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
 
 
-def _holds(shard: Path, states: list[Any], description: Mapping[str, Any]) -> bool:
-    """Return whether a shard is whole and its items are as they were."""
-    if not shard.is_dir():
+def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any]) -> bool:
+    """Return whether a chunk is complete and its items are unchanged."""
+    if not chunk.is_dir():
         return False
-    inside(shard.parent, shard.name)
+    inside(chunk.parent, chunk.name)
     try:
-        return bool(_open_shard(shard, description).items["states"] == states)
+        return bool(_open_chunk(chunk, description).items["states"] == states)
     except (ValueError, FileNotFoundError) as error:
-        logger.warning("%s; it is encoded again", error)
+        logger.warning("%s; the chunk is encoded again", error)
         return False
 
 
 def _compact(features: Features, dtype: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The pooled vectors, and the real tokens of each item, as they are stored."""
+    """Return the pooled vectors and the real tokens of each item, in the stored dtype."""
     kind = getattr(torch, dtype)
     pooled = features.pooled.to(kind).cpu().numpy()
     tokens: list[np.ndarray] = []
@@ -495,8 +502,8 @@ def _compact(features: Features, dtype: str) -> tuple[np.ndarray, list[np.ndarra
     return pooled, tokens
 
 
-def _write_shard(
-    shard: Path,
+def _write_chunk(
+    chunk: Path,
     names: Sequence[str],
     states: Sequence[Any],
     skipped: Mapping[int, str],
@@ -510,18 +517,18 @@ def _write_shard(
     pooled = np.concatenate([empty, *(pooled for _, (pooled, _) in encoded)])[order]
     tokens = [item for _, (_, items) in encoded for item in items]
     if description["output"] == "features" and len(tokens) != len(kept):
-        raise ValueError("the model gives no tokens; take output='pooled'")
+        raise ValueError("the model gives no tokens; use output='pooled'")
     items = {
         "ids": [names[row] for row in kept],
-        "places": kept,  # of what was encoded, in the part of the list
+        "places": kept,  # positions of the encoded items in the names of the chunk
         "states": list(states),
         "skipped": [[names[row], skipped[row]] for row in sorted(skipped)],
     }
-    with written_folder(shard, marked_kind(ITEMS)) as aside:
-        _fill_shard(aside, items, pooled, [tokens[place] for place in order] if tokens else [], description)
+    with written_folder(chunk, marked_kind(ITEMS)) as aside:
+        _fill_chunk(aside, items, pooled, [tokens[position] for position in order] if tokens else [], description)
 
 
-def _fill_shard(
+def _fill_chunk(
     folder: Path,
     items: Mapping[str, Any],
     pooled: np.ndarray,
@@ -537,22 +544,22 @@ def _fill_shard(
     (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
 
 
-def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, shard_size: int = 1024) -> None:
-    """Write some rows of several stores, of one model and kind, as one store.
+def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = 1024) -> None:
+    """Write some rows of several stores of one model and kind as one store.
 
     Args:
-        parts: stores, and the rows of each.
-        folder: where the store is to be, an empty folder.
-        shard_size: items in a shard.
+        parts: the stores, with the rows of each.
+        folder: an empty folder for the new store.
+        chunk_size: items in a chunk.
     """
     first = parts[0][0]
-    places = [(store, int(row)) for store, rows in parts for row in rows]
-    listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in places]).encode()).hexdigest()
-    description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": shard_size}
-    description |= {"dim": first.dim, "count": len(places), "list": listed, "fingerprint": first.fingerprint}
+    rows_of = [(store, int(row)) for store, rows in parts for row in rows]
+    listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in rows_of]).encode()).hexdigest()
+    description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": chunk_size}
+    description |= {"dim": first.dim, "count": len(rows_of), "list": listed, "fingerprint": first.fingerprint}
     write_json(folder / DESCRIPTION, description)
-    for number, start in enumerate(range(0, len(places), shard_size)):
-        part = places[start : start + shard_size]
+    for number, start in enumerate(range(0, len(rows_of), chunk_size)):
+        part = rows_of[start : start + chunk_size]
         items = {
             "ids": [store.ids[row] for store, row in part],
             "places": list(range(len(part))),
@@ -565,4 +572,4 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
             pooled.append(store.pooled[rows])
             tokens += store.tokens_of(rows)
         (folder / f"{number:05}").mkdir()
-        _fill_shard(folder / f"{number:05}", items, np.concatenate(pooled), tokens, description)
+        _fill_chunk(folder / f"{number:05}", items, np.concatenate(pooled), tokens, description)

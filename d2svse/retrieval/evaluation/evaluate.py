@@ -1,4 +1,4 @@
-"""Evaluate a model: encode every image and caption once, score all pairs, rank, measure."""
+"""Evaluate a model: encode each image and caption once, score all pairs, rank, and compute metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
     from d2svse.models.modeling import D2SVSE
 
-IMAGES_ON_CPU = 32  # a CPU is slower with larger batches: it returns each batch's memory to the system
+IMAGES_ON_CPU = 32  # larger batches are slower on a CPU, which returns the memory of each batch to the system
 COCO_TEST, COCO_FOLDS = 5000, 5
 
 
@@ -51,37 +51,38 @@ def evaluate(
     fingerprint: bool = True,
     show_progress_bar: bool = False,
 ) -> Evaluation:
-    """Rank all captions for every image and all images for every caption.
+    """Rank all captions for each image and all images for each caption.
 
-    A similarity of pooled vectors never holds all scores; one of tokens does, and so does every one with `processes`.
+    A similarity of pooled vectors never holds all scores. A similarity of tokens does, and so does any similarity with
+    `processes`.
 
     Args:
-        model: the model, with its processor; or a name and a model each, to rank by the mean of their scores.
-        dataset: images and captions; those of the protocol, if it names any.
-        protocol: a name of `PROTOCOLS`.
-        similarity: another one than the models' own, see `choose_similarity`.
-        captions: the sparse captions, or the one dense caption of each image (in a custom protocol only).
-        folds: of a custom protocol, parts to rank apart beside the whole; five by default for 5000 images of MS-COCO.
-        rerank: rank in two stages: find so many candidates by the cosine of one vector an item, and rank these by
-            the similarity.
-        candidates: that vector, see `Similarity.vectors`: "mean" of the tokens, or "pooled".
-        annotations: see `right_answers`.
-        wrong: keep so many of the best wrong answers of each query, for `Evaluation.queries`.
-        batch_size: see `encode_dataset`.
-        max_length: see `encode_dataset`.
-        embeddings: see `encode_dataset`.
-        processes: share the work among processes that all call this; each gets the whole result.
-        fingerprint: name each model's weights in the report, for which all of them are read.
-        show_progress_bar: show one on the terminal.
+        model: the model, with its processor; or pairs of a name and a model, to rank by the mean of their scores.
+        dataset: images and captions; those of the protocol if it names a data set.
+        protocol: a name in `PROTOCOLS`.
+        similarity: configuration of another similarity than the models' own, see `choose_similarity`.
+        captions: "sparse" captions, or the one "dense" caption of each image (custom protocol only).
+        folds: number of folds to rank beside the whole set, in a custom protocol; five by default for 5000 images of
+            MS-COCO.
+        rerank: number of candidates, found by the cosine of one vector of each item, that the similarity reranks; None
+            ranks all pairs by the similarity.
+        candidates: vectors that find the candidates, "mean" of the tokens or "pooled", see `Similarity.vectors`.
+        annotations: file with MS-COCO's caption ids, see `right_answers`.
+        wrong: number of best wrong answers to keep for each query, for `Evaluation.queries`.
+        batch_size: images and texts encoded at a time, see `encode_dataset`.
+        max_length: longest text in tokens, see `encode_dataset`.
+        embeddings: folder of stored embeddings, see `encode_dataset`.
+        processes: processes that share the work; each calls this function and gets the whole result.
+        fingerprint: add the fingerprint of each model to the report; this reads all weights.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        The metrics as fractions (`.metrics`), everything that JSON holds (`.report()`), every query (`.queries()`).
+        The metrics as fractions (`.metrics`), the whole result for JSON (`.report()`), and each query (`.queries()`).
 
     Raises:
         ImageError: if an image cannot be read.
         ImportError: if the ground truth of the protocol is not installed.
-        ValueError: if a score is NaN, the set is not the one that the protocol names, or an option does
-            not go with another.
+        ValueError: if a score is NaN, the data are not those of the protocol, or two options exclude each other.
 
     Example:
         >>> evaluate(model, dataset).metrics["t2i_recall_at_1"]  # doctest: +SKIP
@@ -152,23 +153,23 @@ def encode_dataset(
     processes: Processes | None = None,
     embeddings: str | os.PathLike[str] | None = None,
 ) -> tuple[Features, Features]:
-    """Encode every image and every caption once.
+    """Encode each image and each caption once.
 
     Args:
         model: the model, with its processor.
         dataset: images and captions.
-        tokens: keep the tokens beside the pooled vectors.
-        captions: the sparse captions, or the one dense caption of each image.
-        batch_size: texts encoded at a time, and images (on a CPU no more than 32). The published evaluation has 128.
-            The result depends on it where the context decoder does not mask padding.
-        max_length: cut longer texts, in tokens; the processor's limit without it.
-        show_progress_bar: show one on the terminal.
-        processes: share the work among processes that all call this.
-        embeddings: a folder to keep embeddings in (float32): a store for each side, model and list. What is
-            there is not encoded again. Not with `processes`.
+        tokens: return the tokens too.
+        captions: "sparse" captions, or the one "dense" caption of each image.
+        batch_size: images and texts encoded at a time (at most 32 images on a CPU). The published evaluation uses 128.
+            The result depends on it if the context decoder does not mask padding.
+        max_length: longest text in tokens; longer ones are truncated. The processor's limit by default.
+        show_progress_bar: show a progress bar on the terminal.
+        processes: processes that share the work; each calls this function.
+        embeddings: folder of stored float32 embeddings, one store for each side, model and list. Stored embeddings are
+            read instead of encoded again. Not with `processes`.
 
     Returns:
-        The images, of this process alone where there are several, and all captions, in order.
+        The images (of several processes only those of this one), and all captions, in order.
 
     Raises:
         ImageError: if an image cannot be read.
@@ -183,7 +184,7 @@ def encode_dataset(
     options: dict[str, Any] = {"output": "features" if tokens else "pooled", "show_progress_bar": show_progress_bar}
     if embeddings is not None:
         if processes is not None:
-            raise ValueError("stored embeddings are for one process")
+            raise ValueError("stored embeddings need a single process")
         return (
             stored_features(model, "image", images, embeddings, **of_image, **options),
             stored_features(model, "text", texts, embeddings, **of_text, **options),
@@ -191,7 +192,7 @@ def encode_dataset(
     empty = [False, False]
     if processes is not None:
         own = [processes.share(len(items)) for items in (texts, images)]
-        empty = [part.start == part.stop for part in own]  # more processes than items: encode one, and drop it
+        empty = [part.start == part.stop for part in own]  # with more processes than items, encode one item and drop it
         texts, images = texts[own[0]] or texts[:1], images[own[1]] or images[:1]
 
     def features(encoded: Any) -> Features:
@@ -215,10 +216,10 @@ def stored_features(
 
     Args:
         model: the model, with its processor.
-        side: which of them.
-        items: images or texts, `n` of them.
-        folder: the folder of all stores. The name of a store is made from the model, the list and the options.
-        **options: as of `encode_images` or `encode_texts`.
+        side: "image" or "text".
+        items: `n` images or texts.
+        folder: folder of all stores. The name of a store depends on the model, the list and the options.
+        **options: options of `encode_images` or `encode_texts`.
 
     Returns:
         `n` features in float32, in the order of the items, on the model's device.
@@ -251,10 +252,10 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
 
     Args:
         model: the model.
-        configuration: as of `build_similarity`; None for the model's own.
+        configuration: see `build_similarity`; None for the model's own similarity.
 
     Raises:
-        ValueError: if it does not fit the model's width, or has weights that the model has not learned.
+        ValueError: if the similarity does not fit the model's width, or has weights that the model has not learned.
     """
     if configuration is None:
         return model.similarity_fn
@@ -266,24 +267,24 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
             name = similarity_options(configuration)["name"]
             raise ValueError(
                 f"similarity {name!r} has learned weights ({', '.join(weights)}), and the model, "
-                f"{model.config.embed_dim} wide with {type(model.similarity_fn).__name__}, has none that fit: train it "
-                "with this similarity, or take one without weights"
+                f"{model.config.embed_dim} wide with {type(model.similarity_fn).__name__}, has no such weights: train "
+                "it with this similarity, or use one without weights"
             )
         built.load_state_dict(own)
     return built
 
 
 def model_revision(model: D2SVSE) -> dict[str, str]:
-    """Return which weights a model has: their fingerprint, and the commit if they came from the Hub."""
+    """Return the fingerprint of a model, and its commit if it came from the Hub."""
     commit = getattr(model.config, "_commit_hash", None)
     return {**({"hub_commit": commit} if commit else {}), "fingerprint": model_fingerprint(model)}
 
 
 class Processes(Protocol):
-    """Processes that share an evaluation; `d2svse.training.distributed` has them."""
+    """Processes that share an evaluation; `d2svse.training.distributed` implements this protocol."""
 
     def share(self, length: int) -> slice:
-        """Return which of so many items in order are of this process."""
+        """Return the slice of `length` items that this process works on."""
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """Join the rows of all processes in order."""
@@ -302,12 +303,14 @@ def _check_rerank(
         raise ValueError(f"candidates takes {' or '.join(known)}, got {candidates!r}")
     if rerank is None:
         if candidates != known[0]:
-            raise ValueError(f"candidates {candidates!r} without rerank: only reranking looks for candidates")
+            raise ValueError(f"candidates {candidates!r} needs rerank")
         return
     if chosen[0].candidates() is None:
-        raise ValueError(f"inner products give the scores of {type(chosen[0]).__name__}: it needs no reranking")
+        raise ValueError(
+            f"rerank needs a similarity of tokens; inner products give the scores of {type(chosen[0]).__name__}"
+        )
     if processes is not None:
-        raise ValueError("reranking is for one process")
+        raise ValueError("rerank needs a single process")
 
 
 @torch.no_grad()
@@ -323,7 +326,7 @@ def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity
 
 @contextmanager
 def _without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
-    """Score as after training, also in the middle of it."""
+    """Put the similarities in eval mode inside the block."""
     training = [similarity for similarity in similarities if similarity.training]
     for similarity in training:
         similarity.eval()

@@ -210,7 +210,7 @@ def _check_square(scores: Tensor) -> None:
 
 
 def _repeats(scores: Tensor, times: int, step: int) -> bool:
-    """Return whether each row comes so many times: one after another (step 1), or all rows again after `step`."""
+    """Return whether each row occurs `times` times: one after another (step 1), or again after `step` rows."""
     if step == 1:
         blocks = scores.reshape(-1, times, scores.shape[1])
         return all(torch.equal(blocks[:, 0], blocks[:, copy]) for copy in range(1, times))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from d2svse.choices import unknown
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.layout import as_id, read_json
 from d2svse.data.manifest import Record
@@ -35,10 +36,10 @@ class Protocol:
 
     Attributes:
         name: the name.
-        about: what it is, for help and documents.
-        n_images: how many images; None for any.
-        captions_each: captions of each image; None for any. Of MS-COCO images with more, the first so many are
-            taken, as is usual.
+        about: description for help and docs.
+        n_images: number of images; None for any.
+        captions_each: captions of each image; None for any. MS-COCO images with more captions keep the first ones,
+            as is usual.
         coco: the images are those of MS-COCO's test split; else, with a number of images, of Flickr30K's.
         folds: parts that are ranked apart and whose metrics are averaged; None to leave it open.
         truth: whose right answers count: "cxc" or "eccv"; None for each caption's own image.
@@ -81,7 +82,7 @@ def find_protocol(name: str) -> Protocol:
         5
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; known are {', '.join(PROTOCOLS)}")
+        raise ValueError(unknown("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]
 
 

@@ -1,4 +1,4 @@
-"""The positions of all right answers of every query, and the metrics of these positions."""
+"""The positions of all right answers of each query, and the metrics of these positions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ DRAWS_AT_A_TIME = 32
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ranking:
-    """The positions of the right answers of every query that is asked. Every metric is made from them.
+    """The positions of the right answers of each query with right answers; all metrics follow from them.
 
     Attributes:
-        queries: `(n_asked,)` the row of each query.
-        offsets: `(n_asked + 1,)` those of the i-th query are at `offsets[i]:offsets[i + 1]`.
-        positions: `(n_pairs,)` int64 from 0, ascending in a query: how many answers stand before it; `NEVER` where
-            it is not ranked.
-        answers: `(n_pairs,)` their rows, or -1.
-        scores: `(n_pairs,)` their scores, -inf where they are not ranked.
-        gains: `(n_pairs,)`.
-        depth: how many candidates of a query are ranked; None for all answers.
+        queries: `(n_asked,)` rows of the queries.
+        offsets: `(n_asked + 1,)`; the pairs of the i-th query are `offsets[i]:offsets[i + 1]`.
+        positions: `(n_pairs,)` int64 positions of the right answers from 0, ascending in each query; `NEVER` for an
+            answer that is not ranked.
+        answers: `(n_pairs,)` rows of the right answers, or -1.
+        scores: `(n_pairs,)` scores of the right answers; -inf for an answer that is not ranked.
+        gains: `(n_pairs,)` gains of the right answers.
+        depth: number of ranked candidates of each query; None for all answers.
     """
 
     queries: np.ndarray
@@ -55,18 +55,18 @@ class Ranking:
     def from_counts(
         cls, right: RightAnswers, scores: np.ndarray, wrong: np.ndarray, ranked: np.ndarray, depth: int | None = None
     ) -> Ranking:
-        """Make a ranking from how many wrong answers score at least as high as each right one.
+        """Return the ranking for given numbers of wrong answers before each right answer.
 
         Args:
             right: the right answers.
-            scores: `(n_pairs,)` of each.
-            wrong: `(n_pairs,)` wrong answers that stand before it.
-            ranked: `(n_pairs,)` bool, whether it is among the answers that are ranked.
-            depth: see the class.
+            scores: `(n_pairs,)` scores of the right answers.
+            wrong: `(n_pairs,)` numbers of wrong answers before each right answer.
+            ranked: `(n_pairs,)` bool, whether each right answer is ranked.
+            depth: number of ranked candidates of each query; None for all answers.
         """
         gains = np.ones(len(right.answers)) if right.gains is None else np.asarray(right.gains, dtype=np.float64)
         scores = np.where(ranked, scores, -np.inf)
-        order = np.lexsort((gains, -scores, ~ranked, right.queries))  # of tied ones the less right comes first
+        order = np.lexsort((gains, -scores, ~ranked, right.queries))  # among ties, the smaller gain comes first
         queries = np.flatnonzero(right.counts)
         offsets = np.concatenate([[0], np.cumsum(right.counts[queries])])
         among_right = np.arange(len(order)) - np.repeat(offsets[:-1], right.counts[queries])
@@ -80,16 +80,16 @@ class Ranking:
 
     @property
     def counts(self) -> np.ndarray:
-        """Return how many right answers each query has, `(n_asked,)`."""
+        """Return the number of right answers of each query, `(n_asked,)`."""
         return np.diff(self.offsets)
 
     @property
     def among_right(self) -> np.ndarray:
-        """Return how many right answers of the same query stand before each one, `(n_pairs,)`."""
+        """Return the number of right answers of the same query before each one, `(n_pairs,)`."""
         return np.arange(len(self.positions)) - np.repeat(self.offsets[:-1], self.counts)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum `(n_pairs,)` values over the right answers of each query: `(n_asked,)`."""
+        """Return the sum of `(n_pairs,)` values over the right answers of each query, `(n_asked,)`."""
         return np.add.reduceat(values, self.offsets[:-1], dtype=np.float64)
 
 
@@ -98,15 +98,15 @@ def rank_in_tiles(
 ) -> tuple[Ranking, Ranking]:
     """Return the positions of all right answers in both directions, from scores given tile by tile.
 
-    Tiles that hold right answers are asked for twice: first for the scores of these, then to be counted. They must
-    hold the same numbers both times. Memory holds one tile and a few numbers a pair.
+    Tiles with right answers are scored twice: first to read the scores of right answers, then to count. Both times
+    must give equal scores. Memory holds one tile and a few numbers for each pair.
 
     Args:
-        score_tile: gives the scores of some images and some captions, `(rows, columns)`, on any device.
-        captions: the right captions of every image.
-        images: the right images of every caption.
-        tile: the largest tile, in images and captions. Tiles have an even size, because a matrix product of few
-            rows may round in another way than one of many.
+        score_tile: returns the scores of some images and captions, `(rows, columns)`, on any device.
+        captions: the right captions of each image.
+        images: the right images of each caption.
+        tile: the largest tile, in images and captions. Tiles have nearly equal sizes, because matrix products of few
+            and of many rows may round differently.
 
     Returns:
         The image-to-text and the text-to-image ranking.
@@ -123,8 +123,8 @@ def rankings(scores: Tensor | np.ndarray, captions: RightAnswers, images: RightA
 
     Args:
         scores: `(n_images, n_captions)`, higher is closer.
-        captions: the right captions of every image.
-        images: the right images of every caption.
+        captions: the right captions of each image.
+        images: the right images of each caption.
 
     Raises:
         ValueError: if a score is NaN or the shapes do not fit.

@@ -1,4 +1,4 @@
-"""The result of an evaluation: what was ranked, how, by which weights, and every metric of it."""
+"""The result of an evaluation: rankings, metrics, models and options."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Ranked:
     """Images and captions that are ranked together: the whole set, or a fold.
 
     Attributes:
-        rows: the images.
-        columns: the captions.
-        rankings: image to text and text to image; their rows count from the first of `rows` and `columns`.
-        wrong: the best wrong answers of both.
+        rows: rows of the images.
+        columns: rows of the captions.
+        rankings: image-to-text and text-to-image ranking; their rows start at the first of `rows` and `columns`.
+        wrong: best wrong answers of both directions.
     """
 
     rows: slice
@@ -46,7 +46,7 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedModel:
-    """A model by its name, its weights (None where nobody asked) and its similarity."""
+    """Name, revision (None if it was not computed) and similarity of a model."""
 
     name: str
     revision: dict[str, str] | None
@@ -55,21 +55,20 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A result and the rankings it was made from.
+    """The metrics of an evaluation, and its rankings.
 
     Attributes:
-        metrics: every metric of `ranking_metrics`, as a fraction; the mean of the folds where the protocol ranks
-            folds alone.
-        fold_metrics: those of each fold; empty without folds.
-        whole: the ranking of the whole set; None where the protocol ranks folds alone.
+        metrics: the metrics of `ranking_metrics` as fractions; the mean of the folds if the protocol ranks only folds.
+        fold_metrics: the metrics of each fold; empty without folds.
+        whole: the ranking of the whole set; None if the protocol ranks only folds.
         folds: the rankings of the folds.
-        protocol: the name of the protocol.
-        models: what was evaluated; several of them by the mean of their scores.
-        rerank: how many candidates the similarity ranked; None for all.
-        candidates: the vectors that found them.
+        protocol: name of the protocol.
+        models: the evaluated models; the mean of their scores ranks.
+        rerank: number of candidates that the similarity ranked; None for all.
+        candidates: the vectors that found the candidates.
         dataset: the images and captions.
-        captions: which captions, sparse or dense.
-        captions_left_out: how many captions the protocol does not take.
+        captions: "sparse" or "dense" captions.
+        captions_left_out: number of captions that the protocol leaves out.
     """
 
     metrics: dict[str, float]
@@ -86,14 +85,14 @@ class Evaluation:
 
     @property
     def rank_metrics(self) -> dict[str, float]:
-        """Return R@K, rSum, median and mean ranks alone: what training logs."""
+        """Return only R@K, rSum, median and mean ranks, the metrics that training logs."""
         return {name: self.metrics[name] for name in rank_metrics(np.zeros(1), np.zeros(1)) if name in self.metrics}
 
     def report(self) -> dict[str, Any]:
-        """Return the whole result as JSON can write it, with bootstrap intervals.
+        """Return the whole result for JSON, with bootstrap intervals.
 
         Returns:
-            What `docs/evaluation.md` lists, in the order in which `d2svse eval` writes it.
+            The fields that `docs/evaluation.md` lists, in the order of `d2svse eval`.
         """
         ranked = [self.whole] if self.whole else self.folds
         intervals = bootstrap_intervals([part.rankings for part in ranked], level=LEVEL, samples=DRAWS, seed=SEED)
@@ -104,7 +103,7 @@ class Evaluation:
             "model": " + ".join(model.name for model in self.models),
             "scores": "of one model" if count == 1 else f"mean of {count} models",
             "models": [asdict(model) for model in self.models],
-            # the words in which results have always been written
+            # result files keep this wording
             "candidates": "all" if self.rerank is None else f"shortlist of {self.rerank} by cosine of the {found_by}",
             "rerank_k": self.rerank,
             "data": self.dataset.source,
@@ -125,9 +124,9 @@ class Evaluation:
         }
 
     def queries(self) -> Iterator[dict[str, Any]]:
-        """Yield every query with its rank, its right answers and the best wrong ones, for error analysis.
+        """Yield each query with its rank, right answers and best wrong answers, for error analysis.
 
-        Ranks are from 1. A rank is None for what is not ranked: not among the candidates, or not in the set.
+        Ranks start at 1. The rank of an answer that is not among the candidates or not in the set is None.
         """
         images = [os.fspath(path) for path in self.dataset.images]
         for number, part in enumerate([self.whole] if self.whole else self.folds, start=1):
@@ -143,7 +142,7 @@ class Evaluation:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes the scores."""
+    """Return the versions of the libraries that compute the scores."""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"d2svse": __version__, "python": platform.python_version(), **packages}
 

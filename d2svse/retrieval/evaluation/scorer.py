@@ -1,4 +1,4 @@
-"""Rank by a similarity without holding the score matrix: all pairs a tile at a time, or candidates alone."""
+"""Rank by a similarity without the whole score matrix: all pairs tile by tile, or only candidates."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ITEMS_AT_A_TIME = 256
 
 
 class Scorer:
-    """Scores of all pairs of some images and some captions, a tile at a time.
+    """Scores of images and captions, tile by tile.
 
     Args:
-        tile: scores some images with some captions, `(rows, columns)`: the same numbers each time.
-        shape: how many images and how many captions.
+        tile: returns the scores of some images with some captions, `(rows, columns)`; equal in each call.
+        shape: numbers of images and captions.
 
     Example:
         >>> scorer = Scorer.of_product(torch.eye(2), torch.eye(2))
@@ -47,25 +47,25 @@ class Scorer:
 
     @classmethod
     def of(cls, similarity: Similarity, images: Features, texts: Features) -> Scorer:
-        """Return the scores of a similarity, by its cheapest way to tiles."""
+        """Return the scorer of a similarity; see `Similarity.scorer`."""
         return cls(similarity.scorer(images, texts), (len(images), len(texts)))
 
     @classmethod
     def of_matrix(cls, scores: Tensor) -> Scorer:
-        """Return scores that are there already, `(n_images, n_captions)`."""
+        """Return the scorer of a score matrix `(n_images, n_captions)`."""
         return cls(lambda rows, columns: scores[rows, columns], (scores.shape[0], scores.shape[1]))
 
     @classmethod
     def of_product(cls, images: Tensor, texts: Tensor) -> Scorer:
-        """Return the inner products of `(n_images, dim)` and `(n_captions, dim)`."""
+        """Return the scorer of the inner products of `(n_images, dim)` and `(n_captions, dim)`."""
         return cls(lambda rows, columns: images[rows] @ texts[columns].T, (len(images), len(texts)))
 
     @classmethod
     def mean(cls, scorers: Sequence[Scorer]) -> Scorer:
-        """Return the mean of several models' scores of the same pairs: an ensemble.
+        """Return the scorer of an ensemble, the mean of the scores of several models.
 
         Raises:
-            ValueError: if there are none or they do not score the same pairs.
+            ValueError: if there are no scorers, or they score different pairs.
         """
         shapes = {scorer.shape for scorer in scorers}
         if len(shapes) != 1:
@@ -76,7 +76,7 @@ class Scorer:
         return cls(lambda *part: torch.stack([scorer.tile(*part) for scorer in given]).mean(0), shapes.pop())
 
     def part(self, rows: slice, columns: slice) -> Scorer:
-        """Return the scorer of some images and some captions alone."""
+        """Return the scorer of some images and captions."""
         kept = [range(size)[wanted] for size, wanted in zip(self.shape, (rows, columns), strict=True)]
 
         def tile(*part: slice) -> Tensor:
@@ -90,8 +90,8 @@ class BestAnswers(NamedTuple):
     """The best answers of some queries, best first.
 
     Attributes:
-        scores: `(n_queries, k)` float32; -inf where there were fewer.
-        answers: `(n_queries, k)` int64 rows; -1 where there were fewer.
+        scores: `(n_queries, k)` float32; -inf for missing answers.
+        answers: `(n_queries, k)` int64 rows; -1 for missing answers.
     """
 
     scores: np.ndarray
@@ -101,12 +101,12 @@ class BestAnswers(NamedTuple):
 def stream_ranks(
     scorer: Scorer, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `ranks` of scores that are never all held.
+    """Return `ranks` without holding the score matrix.
 
     Args:
-        scorer: gives the scores.
-        captions: the right captions of every image.
-        images: the right images of every caption.
+        scorer: the scorer of all pairs.
+        captions: the right captions of each image.
+        images: the right images of each caption.
         tile: the largest tile, in images and captions.
 
     Returns:
@@ -127,7 +127,7 @@ def stream_ranks(
 def stream_rankings(
     scorer: Scorer, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
 ) -> tuple[Ranking, Ranking]:
-    """Return the `rankings` of scores that are never all held; arguments and errors as in `stream_ranks`."""
+    """Return `rankings` without holding the score matrix; see `stream_ranks` for arguments and errors."""
     check_shape(scorer.shape, captions, images)
     return rank_in_tiles(scorer.tile, captions, images, tile)
 
@@ -135,10 +135,10 @@ def stream_rankings(
 def best_wrong(
     scorer: Scorer, captions: RightAnswers, images: RightAnswers, k: int, tile: tuple[int, int] = TILE
 ) -> tuple[BestAnswers, BestAnswers]:
-    """Return the k best wrong answers of every image and of every caption, for error analysis.
+    """Return the k best wrong answers of each image and each caption, for error analysis.
 
     Raises:
-        ValueError: as `stream_ranks`.
+        ValueError: see `stream_ranks`.
     """
     check_shape(scorer.shape, captions, images)
     n_images, n_captions = scorer.shape
@@ -168,31 +168,31 @@ def rank_in_two_stages(
     wrong: int = 0,
     show_progress_bar: bool = False,
 ) -> tuple[tuple[Ranking, Ranking], tuple[BestAnswers, BestAnswers]]:
-    """Find candidates for every query by the cosine of one vector an item, and rank these by the similarity.
+    """Return the rankings of candidates, which the cosine of one vector of each item finds.
 
-    Ties count against the model in both stages: of equal cosines a wrong answer is the candidate.
+    Ties count against the model in both stages: among equal cosines, wrong answers become candidates first.
 
     Args:
-        similarity: scores the candidates.
-        images: `n_images` of them.
-        texts: `n_captions` of them.
-        captions: the right captions of every image.
-        image_answers: the right images of every caption.
-        depth: how many candidates a query has.
-        candidates: the vectors whose cosine finds them, see `Similarity.vectors`.
-        wrong: keep so many of the best wrong candidates of each query.
-        show_progress_bar: show one on the terminal.
+        similarity: the similarity that ranks the candidates.
+        images: features of `n_images` images.
+        texts: features of `n_captions` captions.
+        captions: the right captions of each image.
+        image_answers: the right images of each caption.
+        depth: number of candidates of each query.
+        candidates: vectors that find the candidates by cosine, see `Similarity.vectors`.
+        wrong: number of best wrong candidates to keep for each query.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        Both rankings, of the candidates alone, and the wrong answers kept.
+        Image-to-text and text-to-image ranking of the candidates, and the best wrong answers of both.
 
     Raises:
-        ValueError: if a score is NaN, or there are fewer answers than candidates are asked for.
+        ValueError: if a score is NaN, or `depth` is more than the number of images or captions.
     """
     if not 1 <= depth <= min(len(images), len(texts)):
         raise ValueError(
-            f"{depth} candidates do not fit {len(images)} images and {len(texts)} captions: "
-            "take at least one and not more than either has"
+            f"{depth} candidates do not fit {len(images)} images and {len(texts)} captions; "
+            "use at least one, and at most as many as the fewer of them"
         )
     left, right = _vectors(similarity, "image", images, candidates), _vectors(similarity, "text", texts, candidates)
 
@@ -218,7 +218,7 @@ def _joined(parts: Sequence[RunningTopK]) -> BestAnswers:
 
 
 def _without(scores: Tensor, right: RightAnswers, queries: slice, answers: slice) -> Tensor | np.ndarray:
-    """Return a copy of a tile in which right answers score -inf."""
+    """Return a copy of a tile with -inf for right answers."""
     pairs = slice(right.offsets[queries.start], right.offsets[queries.stop])
     query, answer = right.queries[pairs] - queries.start, right.answers[pairs] - answers.start
     inside = (answer >= 0) & (answer < answers.stop - answers.start)
@@ -264,7 +264,7 @@ def _rank_side(
             if np.isnan(found).any():
                 other = chosen[np.isnan(found).argmax()]
                 raise ValueError(f"the score of {names[0]} {query} and {names[1]} {other} is NaN")
-            position = np.full(len(others) + 1, -1)  # the last one stands for answers that are not there at all
+            position = np.full(len(others) + 1, -1)  # the last entry is for answers outside the set
             position[chosen] = np.arange(depth)
             listed = position[answers] >= 0
             pairs, own = pairs[listed], found[position[answers[listed]]]
@@ -277,7 +277,7 @@ def _rank_side(
 
 
 def _candidates(cosines: np.ndarray, is_right: np.ndarray, depth: int) -> np.ndarray:
-    """Return the rows of the best cosines; of equal ones wrong answers come first."""
+    """Return the rows of the best cosines; among equal cosines, wrong answers come first."""
     last = np.partition(cosines, -depth)[-depth]
     near = np.flatnonzero(cosines >= last)
     return near[np.lexsort((is_right[near], -cosines[near]))[:depth]]

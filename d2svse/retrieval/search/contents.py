@@ -18,7 +18,7 @@ from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
 from d2svse.files.replace import aside_of, sweep, write_json, write_text
-from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
+from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.vectors.base import VectorIndex
@@ -47,7 +47,7 @@ class IndexSettings:
 
     Attributes:
         side: the kind of the stored items, "image" or "text".
-        candidates: what the vectors are where the similarity does not fold, else None; "shortlist" in the file.
+        candidates: kind of the vectors that find candidates; None if the similarity folds. "shortlist" in the file.
         draft: whether JPEG files are decoded in draft mode.
         model: folder or Hub id of the model, None if it was never saved.
         fingerprint: fingerprint of the model.
@@ -101,7 +101,7 @@ def _check(settings: IndexSettings) -> None:
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
         raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.candidates!r:.80}")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
-        raise ValueError(f"vectors {settings.vectors!r:.200}, which is no folder of vectors inside it")
+        raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 
 
 def own_folder(folder: Path, name: Any) -> Path:
@@ -112,11 +112,11 @@ def own_folder(folder: Path, name: Any) -> Path:
         ValueError: if the name is not one that an index gives, or a link leads out of the index.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{folder}: names {name!r:.200}, which is no folder of an index")
+        raise ValueError(f"{folder}: names {name!r:.200}, expected a folder of an index")
     return inside(folder, name)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_index_folder(folder: Path) -> None:
     """Check that a folder is empty, or holds only an index or an unfinished build.
 
     Raises:
@@ -129,7 +129,7 @@ def check_replaceable(folder: Path) -> None:
         ours = _NAME.fullmatch(path.name) and (path.name in listed or _is_ours(path))
         if not path.name.startswith(".") and path.name != FOLDERS and not ours:
             raise FileExistsError(
-                f"{folder}: a folder that holds no {MANIFEST} but other things, such as {path.name}, so it is not "
+                f"{folder}: a folder that holds no {MANIFEST} but other files, such as {path.name}, so it is not "
                 "replaced; give another name"
             )
 
@@ -166,7 +166,7 @@ def _listed(folder: Path) -> set[str]:
 
 def _write_list(folder: Path, names: Iterable[str]) -> None:
     if (folder / FOLDERS).is_symlink():
-        raise ValueError(f"{folder / FOLDERS}: a link, which the list would be written through; remove it")
+        raise ValueError(f"{folder / FOLDERS}: a symbolic link, expected a file; remove the link")
     write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
 
 
@@ -230,7 +230,7 @@ def read_items(
     found: FoundImages | None = None
     paths: dict[str, str] = {}
     if side == "text":
-        names = _read_sentences(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
+        names = _texts_of(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
     elif path is None:
         names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
         paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
@@ -282,13 +282,13 @@ def _path(item: Any) -> str:
     return os.fspath(item) if isinstance(item, StoredImage) else canonical_path(item)
 
 
-def _read_sentences(path: Path) -> list[str]:
+def _texts_of(path: Path) -> list[str]:
     if path.suffix == MANIFEST_SUFFIX:
         return [caption for record in read_manifest(path) for caption in record.captions]
-    return read_sentences(path)
+    return read_texts(path)
 
 
-def read_sentences(path: str | os.PathLike[str]) -> list[str]:
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
     """Return the lines of a text file and check that each can be encoded.
 
     Raises:
@@ -305,7 +305,7 @@ def read_sentences(path: str | os.PathLike[str]) -> list[str]:
 
 def _state(name: str) -> list[int] | None:
     try:
-        return list(picture_state(name))
+        return list(image_state(name))
     except (OSError, ValueError):  # reading the image raises a clear error later
         return None
 

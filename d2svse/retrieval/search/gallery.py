@@ -87,7 +87,7 @@ def write_gallery_page(
     rows: Sequence[tuple[str | None, str | os.PathLike[str] | None, Sequence[Hit]]],
     path: str | os.PathLike[str],
     *,
-    pictures: bool = True,
+    images: bool = True,
     thumbnail: int = 224,
 ) -> None:
     """Write queries and their hits as one HTML file, with small copies of the images inside it.
@@ -95,7 +95,7 @@ def write_gallery_page(
     Args:
         rows: the text of each query or None, its image or None, and its hits, best first.
         path: the HTML file to write.
-        pictures: True if the ids of the hits are paths of images, False if they are texts.
+        images: True if the ids of the hits are paths of images, False if they are texts.
         thumbnail: longest side of a drawn image in pixels.
 
     Raises:
@@ -109,8 +109,8 @@ def write_gallery_page(
         asked = "" if text is None else f"<h2>{_shown(text)}</h2>"
         asked += "" if image is None else _embedded(image, thumbnail)
         items = "".join(
-            f"<li>{_embedded(hit.id, thumbnail) if pictures else ''}"
-            f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if pictures else hit.id)}</small></li>"
+            f"<li>{_embedded(hit.id, thumbnail) if images else ''}"
+            f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if images else hit.id)}</small></li>"
             for hit in hits
         )
         sections.append(f"<section>{asked}<ol>{items}</ol></section>\n")

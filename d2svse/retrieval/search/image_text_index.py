@@ -31,7 +31,7 @@ from d2svse.retrieval.search.contents import (
     Items,
     SourceItems,
     add_store,
-    check_replaceable,
+    check_index_folder,
     encode_items,
     name_of,
     note_folders,
@@ -166,7 +166,7 @@ class ImageTextIndex:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         folder, similarity = Path(folder), model.similarity_fn
         fingerprint = model_fingerprint(model)
-        check_replaceable(folder)
+        check_index_folder(folder)
         items = read_items(
             source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
         )

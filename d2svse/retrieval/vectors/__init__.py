@@ -1,4 +1,4 @@
-"""The engines by their names; each is imported when it is first asked for."""
+"""The backends by name; each is imported on first use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 from types import ModuleType
 from typing import Any
 
+from d2svse.choices import unknown
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.storage import read_manifest
 
-ENGINES = {
+BACKENDS = {
     "exact": ("d2svse.retrieval.vectors.exact", "ExactIndex"),
     "faiss": ("d2svse.retrieval.vectors.faiss", "FaissIndex"),
     "milvus": ("d2svse.retrieval.vectors.milvus.index", "MilvusIndex"),
@@ -19,45 +20,45 @@ ENGINES = {
 
 
 def make_index(engine: str, dim: int, **options: Any) -> VectorIndex:
-    """Make an empty index.
+    """Return an empty index.
 
     Args:
         engine: "exact", "faiss" or "milvus".
         dim: width of the vectors.
-        **options: arguments of the engine's class.
+        **options: arguments of the backend's class.
 
     Raises:
-        ImportError: if the package of the engine is not installed; the message names the extra.
-        ValueError: if the engine or an option is unknown.
+        ImportError: if the package of the backend is not installed; the message names the extra.
+        ValueError: if the backend or an option is unknown.
     """
-    cls = engine_class(engine)
+    cls = backend_class(engine)
     known = [name for name in inspect.signature(cls).parameters if name != "dim"]
     for name in options:
         if name not in known:
-            raise ValueError(f"the engine {engine!r} has no option {name!r}; known are {', '.join(known)}")
+            raise ValueError(unknown(f"option of {engine}", name, known))
     return cls(dim, **options)
 
 
 def load_index(folder: str | os.PathLike[str], fingerprint: str | None = None) -> VectorIndex:
-    """Open an index of any engine; see `VectorIndex.load`.
+    """Open an index of any backend; see `VectorIndex.load`.
 
     Raises:
         FileNotFoundError: if a file is missing; the message names it.
-        ImportError: if the package of the engine is not installed; the message names the extra.
-        ValueError: if the fingerprint is another, or the files are not whole.
+        ImportError: if the package of the backend is not installed; the message names the extra.
+        ValueError: if the fingerprint differs, or the files are incomplete.
     """
-    return engine_class(read_manifest(folder)["engine"]).load(folder, fingerprint)
+    return backend_class(read_manifest(folder)["engine"]).load(folder, fingerprint)
 
 
-def engine_class(engine: str) -> type[VectorIndex]:
-    """The class of an engine.
+def backend_class(engine: str) -> type[VectorIndex]:
+    """Return the class of a backend.
 
     Raises:
         ValueError: if the name is unknown.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known are {', '.join(ENGINES)}")
-    module, name = ENGINES[engine]
+    if engine not in BACKENDS:
+        raise ValueError(unknown("backend", engine, BACKENDS))
+    module, name = BACKENDS[engine]
     return getattr(importlib.import_module(module), name)
 
 
@@ -71,5 +72,5 @@ def import_extra(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"the engine {extra!r} needs the package {module} ({error}); pip install 'd2svse[{extra}]'"
+            f"the backend {extra!r} needs the package {module} ({error}); pip install 'd2svse[{extra}]'"
         ) from None

@@ -1,4 +1,4 @@
-"""What every vector index is: one contract, whatever the engine."""
+"""The contract of every vector index."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ NOTHING: Metadata = {}  # shared by all items without metadata
 class VectorIndex(ABC):
     """Vectors under ids, searched by inner product: a higher score is closer.
 
-    Every engine keeps to the same contract. What is wrong with the input is found before anything is
-    changed, and said in one error.
+    Every backend implements this contract. A method checks its input before it changes anything, and raises one error.
 
     Args:
         dim: width of the vectors.
-        fingerprint: of the model that made the vectors; kept with the index.
+        fingerprint: fingerprint of the model that made the vectors; saved with the index.
 
     Attributes:
-        engine: the name of the engine, by which `load_index` knows it.
+        engine: name of the backend, from which `load_index` finds the class.
     """
 
     engine: ClassVar[str]
@@ -41,13 +40,13 @@ class VectorIndex(ABC):
         """Add vectors.
 
         Args:
-            ids: `n` names that are not in the index yet: any strings but the empty one.
-            vectors: `(n, dim)`, taken as float32.
-            metadata: `n` mappings that JSON can hold, to filter by; empty ones without it.
+            ids: `n` non-empty strings that are not in the index yet.
+            vectors: `(n, dim)`, converted to float32.
+            metadata: `n` mappings that JSON can hold, to filter by; None for empty mappings.
 
         Raises:
-            ValueError: if the shapes do not fit, an id is empty, given twice or there already, a value is
-                not finite, or JSON cannot hold the metadata. Nothing is added then.
+            ValueError: if the shapes do not fit, an id is empty, repeated or already in the index, a value is not
+                finite, or JSON cannot hold the metadata. The index is then unchanged.
         """
         self.replace([], ids, vectors, metadata)
 
@@ -55,7 +54,7 @@ class VectorIndex(ABC):
         """Remove ids and their vectors.
 
         Raises:
-            ValueError: if an id is not in the index, or given twice. Nothing is removed then.
+            ValueError: if an id is not in the index, or repeated. The index is then unchanged.
         """
         self.replace(ids, [], np.empty((0, self.dim), dtype=np.float32))
 
@@ -66,16 +65,16 @@ class VectorIndex(ABC):
         vectors: np.ndarray,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Remove ids and add others, in one step; an id may be among both.
+        """Remove ids and add others in one step; an id may be in both lists.
 
         Args:
-            gone: names that are in the index.
-            ids: as of `add`.
-            vectors: as of `add`.
-            metadata: as of `add`.
+            gone: ids to remove.
+            ids: `n` ids to add, see `add`.
+            vectors: `(n, dim)`, converted to float32.
+            metadata: `n` mappings, see `add`.
 
         Raises:
-            ValueError: as `delete` and `add`. Nothing is changed then.
+            ValueError: see `delete` and `add`. The index is then unchanged.
         """
         leaving, names = self._checked_known(gone), _checked_ids(ids)
         rows = np.asarray(vectors, dtype=np.float32)
@@ -93,20 +92,20 @@ class VectorIndex(ABC):
             self._replace(leaving, names, rows, described)
 
     def search(self, queries: np.ndarray, k: int, filter: Filter | None = None) -> tuple[np.ndarray, list[list[str]]]:
-        """Find the k best of each query.
+        """Return the k best vectors of each query.
 
         Args:
-            queries: `(n_queries, dim)`, or one `(dim,)`.
-            k: how many; fewer come back where fewer are stored or pass the filter.
-            filter: a value, or a list of values of which one must be met, for each key of the metadata that
-                counts; an item without the key does not pass.
+            queries: `(n_queries, dim)`, or one query `(dim,)`.
+            k: number of results for each query; fewer if fewer vectors are stored or pass the filter.
+            filter: for each key of the metadata a value, or a list of allowed values. An item without the key does
+                not pass.
 
         Returns:
             Scores `(n_queries, k)` float32, best first, and the ids.
 
         Raises:
-            ValueError: if the width does not fit, a query is not finite, k is not positive, the filter holds
-                something else, or the index is empty.
+            ValueError: if the width does not fit, a query is not finite, k is not positive, the filter is not
+                valid, or the index is empty.
         """
         rows = np.atleast_2d(np.asarray(queries, dtype=np.float32))
         if rows.ndim != 2 or rows.shape[1] != self.dim:
@@ -121,7 +120,7 @@ class VectorIndex(ABC):
         return self._search(np.ascontiguousarray(rows), k, _checked_filter(filter))
 
     def vectors_of(self, ids: Sequence[str]) -> np.ndarray:
-        """The vectors of ids as they are stored, `(n, dim)` float32: rounded where the index compresses.
+        """Return the stored vectors of ids, `(n, dim)` float32; a compressed index returns rounded vectors.
 
         Raises:
             ValueError: if an id is not in the index.
@@ -129,7 +128,7 @@ class VectorIndex(ABC):
         return self._vectors_of(self._checked_known(ids, twice=True))
 
     def metadata_of(self, ids: Sequence[str]) -> list[Metadata]:
-        """The metadata of ids.
+        """Return the metadata of ids.
 
         Raises:
             ValueError: if an id is not in the index.
@@ -137,10 +136,13 @@ class VectorIndex(ABC):
         return self._metadata_of(self._checked_known(ids, twice=True))
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
-        """Refuse a model that did not make the vectors; None checks nothing.
+        """Check that a model made the vectors.
+
+        Args:
+            fingerprint: fingerprint of the model; None skips the check.
 
         Raises:
-            ValueError: if the fingerprint is another, or the index has none.
+            ValueError: if the fingerprint differs, or the index has none.
         """
         if fingerprint is not None and fingerprint != self.fingerprint:
             what = f"vectors of the model {self.fingerprint}" if self.fingerprint else "no fingerprint of a model"
@@ -150,12 +152,12 @@ class VectorIndex(ABC):
             )
 
     def close(self) -> None:  # noqa: B027
-        """Let go of what is held open, of most engines nothing; an embedded Milvus belongs to one process at a time."""
+        """Release open files and connections; this frees an embedded Milvus for other processes."""
 
     @property
     @abstractmethod
     def ids(self) -> Sequence[str]:
-        """The ids, in the order they were added where the engine keeps one."""
+        """The ids; in the order of addition if the backend keeps an order."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -164,20 +166,20 @@ class VectorIndex(ABC):
         return isinstance(id, str) and bool(self._known([id]))
 
     def known(self, ids: Sequence[str]) -> set[str]:
-        """Those of the ids that are in the index."""
+        """Return the given ids that are in the index."""
         return self._known(list(ids))
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
-        """Write the index to a folder, which is whole before and after, whatever happens between.
+        """Write the index to a folder in one step; a kill leaves the old or the new index.
 
         Args:
             folder: the folder.
-            compact: leave nothing of deleted vectors there, where the engine keeps them in the folder.
+            compact: rewrite the folder without deleted vectors.
 
         Raises:
-            BlockingIOError: if another process is writing there.
-            FileExistsError: if the folder holds something else.
+            BlockingIOError: if another process is writing to the folder.
+            FileExistsError: if the folder holds other files.
             ValueError: if another process changed the index since it was loaded.
         """
 
@@ -188,16 +190,16 @@ class VectorIndex(ABC):
 
         Args:
             folder: the folder.
-            fingerprint: of the model that is to search in it; another than the index's is refused.
+            fingerprint: fingerprint of the model that will search; None skips the check.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
-            ValueError: if the fingerprint is another, or the files are not whole.
+            ValueError: if the fingerprint differs, or the files are incomplete.
         """
 
     @abstractmethod
     def _known(self, ids: list[str]) -> set[str]:
-        """Those of the ids that are in the index."""
+        """Return the given ids that are in the index."""
 
     @abstractmethod
     def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None: ...
@@ -223,7 +225,7 @@ class VectorIndex(ABC):
 
 
 def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
-    """The ids as a list, none empty and, unless allowed, none given twice."""
+    """Return the ids as a list; refuse empty ids, and repeated ids unless `twice` is set."""
     if isinstance(ids, str):
         raise ValueError(f"expected a list of ids, got the string {ids!r}")
     names = list(ids)
@@ -238,7 +240,7 @@ def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
 
 
 def _checked_metadata(ids: list[str], metadata: Sequence[Mapping[str, Any]]) -> list[Metadata]:
-    """What JSON makes of the metadata, so that it is the same before it is saved and after."""
+    """Return the metadata as JSON reads them back, so that saving does not change them."""
     if len(metadata) != len(ids):
         raise ValueError(f"expected metadata of {len(ids)} items, got {len(metadata)}")
     checked = []
@@ -253,7 +255,7 @@ def _checked_metadata(ids: list[str], metadata: Sequence[Mapping[str, Any]]) -> 
 
 
 def _checked_filter(filter: Filter | None) -> dict[str, list[Any]] | None:
-    """For every key the values of which one must be met."""
+    """Return the allowed values of each key."""
     if not filter:
         return None
     checked = {}
@@ -261,14 +263,14 @@ def _checked_filter(filter: Filter | None) -> dict[str, list[Any]] | None:
         values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
         if not isinstance(key, str) or not all(isinstance(value, str | bool | int | float) for value in values):
             raise ValueError(
-                f"the filter {key!r}: {wanted!r} is none; give a string, a number or a truth value, or a list of them"
+                f"the filter {key!r} is {wanted!r}; expected a string, a number or a truth value, or a list of them"
             )
         checked[key] = values
     return checked
 
 
 def passes(metadata: Metadata, filter: dict[str, list[Any]]) -> bool:
-    """Whether metadata have, for every key of a checked filter, one of its values; 1 and true are two."""
+    """Return whether metadata have an allowed value for every key of a checked filter; 1 and true differ."""
     for key, values in filter.items():
         found = metadata.get(key)
         if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):
@@ -277,5 +279,5 @@ def passes(metadata: Metadata, filter: dict[str, list[Any]]) -> bool:
 
 
 def passing_rows(metadata: Iterable[Metadata | None], filter: dict[str, list[Any]]) -> np.ndarray:
-    """Which of the items pass a checked filter, `(n,)` bool."""
+    """Return which items pass a checked filter, `(n,)` bool."""
     return np.fromiter((one is not None and passes(one, filter) for one in metadata), dtype=bool)

@@ -1,4 +1,4 @@
-"""The exact vector index: a blocked matrix product and the running top k."""
+"""The exact vector index: a matrix product in blocks, and a running top k."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from d2svse.choices import unknown
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.local import LocalIndex
@@ -24,19 +25,19 @@ StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
 ROWS_AT_A_TIME = 16384
 LARGEST_CODE = 127
-PIECE = 1 << 15  # numbers; torch shares larger ones among threads
+PIECE = 1 << 15  # numbers; torch uses several threads for more
 KEPT_MAPPED = 1 << 26
 FEW_QUERIES = 8
 
 
 @dataclass(slots=True)
 class Part:
-    """Rows that were stored together.
+    """Rows that are stored together in one file or array.
 
     Attributes:
-        codes: `(n, dim)` in the store's dtype.
-        scales: what a code of 1 stands for in each dimension, `(dim,)` float32; only for int8.
-        file: the name of the file that `codes` is mapped from, or None while they are in memory.
+        codes: `(n, dim)` in the dtype of the index.
+        scales: factor from codes to values for each dimension, `(dim,)` float32; None unless int8.
+        file: name of the file that `codes` is mapped from; None for codes in memory.
         map: the memory map.
     """
 
@@ -46,7 +47,7 @@ class Part:
     map: mmap.mmap | None = None
 
     def forget(self, first: int, last: int) -> None:
-        """Let go of pages of the map that are done with; they stay in the system's cache, not in the process."""
+        """Release the mapped pages of rows `first` to `last`; they stay in the system's cache, not in the process."""
         if self.map is not None and hasattr(self.map, "madvise"):
             width = self.codes.shape[1] * self.codes.itemsize
             start = len(self.map) - self.codes.nbytes
@@ -55,20 +56,19 @@ class Part:
 
 
 class ExactIndex(LocalIndex):
-    """Inner products with every vector, computed in blocks; the reference for all other engines.
+    """An exact index: inner products with all vectors, computed in blocks. It is the reference for other backends.
 
-    Of equal scores the one added first comes first. What was loaded is mapped, not read: a search goes
-    through the file and holds a block of it in memory.
+    Among equal scores, the vector that was added first comes first. A loaded index is memory-mapped: a search reads
+    the file and holds one block of it in memory.
 
     Args:
         dim: width of the vectors.
-        dtype: what a number is stored as: float32; float16, half the size; or int8, a quarter, each
-            dimension of the vectors that are added together scaled to its largest value. Scores are
-            computed in float32 from what is stored. Small int8 parts are rounded again when they are
-            merged, so add many vectors in a call.
-        device: where the products run: None for NumPy, which takes blocks from memory or from the file,
-            or a torch device, to which everything that is stored is copied at the first search.
-        fingerprint: of the model that made the vectors.
+        dtype: dtype of the stored numbers: float32, float16 or int8. int8 scales each dimension to the largest value
+            of one `add`. Scores are computed in float32 from the stored numbers. A merge of small int8 parts rounds
+            them again, so add many vectors in one call.
+        device: None to multiply with NumPy, block by block from memory or from the file; or a torch device, to which
+            the first search copies all stored vectors.
+        fingerprint: fingerprint of the model that made the vectors.
         block_size: vectors scored at a time.
 
     Raises:
@@ -89,7 +89,7 @@ class ExactIndex(LocalIndex):
     ) -> None:
         super().__init__(dim, fingerprint)
         if dtype not in get_args(StoreDtype):
-            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(get_args(StoreDtype))}")
+            raise ValueError(unknown("dtype", dtype, get_args(StoreDtype)))
         if block_size < 1:
             raise ValueError(f"block_size must be positive, got {block_size}")
         self.dtype, self.device, self.block_size = dtype, device, block_size
@@ -127,12 +127,12 @@ class ExactIndex(LocalIndex):
     def _scores_numpy(
         self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The scores of each group of queries with each block of a part."""
+        """Yield group number, rows and scores for each group of queries and each block of a part."""
         block_size, last = max(1, min(self.block_size, len(part.codes))), 0
         block = np.empty((block_size, self.dim), dtype=np.float32)
         scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
         for numbers in _blocks(len(part.codes), rows, block_size):
-            # Codes that lie together are read as they lie.
+            # A slice avoids a copy of adjacent rows.
             codes = part.codes[numbers[0] : numbers[-1] + 1] if rows is None else part.codes[numbers]
             vectors = codes if codes.dtype == np.float32 else block[: len(codes)]
             if codes.dtype == np.float16:
@@ -149,7 +149,7 @@ class ExactIndex(LocalIndex):
     def _scores_torch(
         self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
     ) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
-        """As `_scores_numpy`, on a torch device."""
+        """Yield the results of `_scores_numpy`, computed on a torch device."""
         codes = self._device_codes(part)
         queries = [torch.from_numpy(group).to(codes.device) for group in groups]
         for numbers in _blocks(len(part.codes), rows, self.block_size):
@@ -159,7 +159,7 @@ class ExactIndex(LocalIndex):
                 yield number, numbers, group @ vectors.T
 
     def _device_codes(self, part: Part) -> torch.Tensor:
-        """A part on the device, where it stays as long as it is one of the index."""
+        """Return the codes of a part on the device; they stay there as long as the index has the part."""
         device = str(self.device)
         kept = [one for one in self._on_device if one[0] == device and any(one[1] is known for known in self._parts)]
         for _, there, codes in kept:
@@ -170,7 +170,10 @@ class ExactIndex(LocalIndex):
             rows = slice(numbers[0], numbers[-1] + 1)
             codes[rows] = torch.from_numpy(part.codes[rows].copy()).to(device)
         part.forget(0, len(part.codes))
-        self._on_device = [*kept, (device, part, codes)]  # one assignment: another thread sees the old or the new list
+        self._on_device = [
+            *kept,
+            (device, part, codes),
+        ]  # one assignment: threads see the old or the new list
         return codes
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
@@ -218,7 +221,7 @@ class ExactIndex(LocalIndex):
         self._parts = written
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hold the vectors themselves, in memory: a pickle may be opened where the folder is not."""
+        """Return a state with the vectors in memory; a pickle may be opened where the folder is missing."""
         parts = [Part(np.array(part.codes), part.scales) for part in self._parts]
         return {**self.__dict__, "_parts": parts, "_on_device": [], "_home": None, "_items": []}
 
@@ -233,18 +236,18 @@ class ExactIndex(LocalIndex):
         rows = sum(len(part.codes) for part in self._parts)
         if rows != len(self._ids):
             raise ValueError(
-                f"{folder}: {rows} vectors and {len(self._ids)} ids; the index is not whole, build it again"
+                f"{folder}: {rows} vectors and {len(self._ids)} ids; the index is incomplete, build it again"
             )
 
 
 def _blocks(length: int, rows: np.ndarray | None, size: int) -> Iterator[np.ndarray]:
-    """Row numbers, a block at a time: all, or some of them."""
+    """Yield blocks of row numbers: all rows, or the given ones."""
     for first in range(0, length if rows is None else len(rows), size):
         yield np.arange(first, min(first + size, length)) if rows is None else rows[first : first + size]
 
 
 def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndarray | None]:
-    """Vectors as they are stored, with the scales of int8."""
+    """Return the codes of vectors, and the scales of int8 or None."""
     if dtype == "int8":
         scales = np.abs(vectors).max(axis=0) / np.float32(LARGEST_CODE)
         return np.rint(vectors / np.where(scales == 0, 1, scales)).astype(np.int8), scales
@@ -256,23 +259,22 @@ def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndar
 
 
 def _product(queries: np.ndarray, vectors: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """`queries @ vectors.T` into `out`, whose rows may lie apart.
+    """Write `queries @ vectors.T` to `out` and return it; the rows of `out` may be strided.
 
-    Few queries go by torch: threads of NumPy's BLAS would go on waiting for more while torch scores candidates.
+    torch multiplies few queries, because waiting threads of NumPy's BLAS slow down torch when it reranks candidates.
     """
     if len(queries) <= FEW_QUERIES:
         _allow_mapped_files()
         torch.mm(torch.from_numpy(queries), torch.from_numpy(vectors).T, out=torch.from_numpy(out))
         return out
-    with np.errstate(over="ignore", invalid="ignore"):  # the top k finds what is not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # RunningTopK refuses scores that are not finite
         return np.matmul(queries, vectors.T, out=out)
 
 
 def _widen(codes: np.ndarray, vectors: np.ndarray) -> None:
-    """Copy float16 to float32 by torch, which does it several times as fast as NumPy.
+    """Copy float16 to float32 with torch, which is several times faster than NumPy.
 
-    It takes pieces that torch does not share among threads, which would get in the way of those of the
-    product that follows.
+    The pieces are so small that torch uses one thread; more threads would slow down the product that follows.
     """
     _allow_mapped_files()
     rows = max(1, PIECE // codes.shape[1])
@@ -283,7 +285,7 @@ def _widen(codes: np.ndarray, vectors: np.ndarray) -> None:
 
 @cache
 def _allow_mapped_files() -> None:
-    """Let torch say only now, unheard, that such an array cannot be written to, as it does once a process."""
+    """Silence torch's one-time warning about read-only arrays."""
     array = np.zeros(1)
     array.flags.writeable = False
     with warnings.catch_warnings():
@@ -292,13 +294,13 @@ def _allow_mapped_files() -> None:
 
 
 def _joint_scales(parts: list[Part]) -> np.ndarray | None:
-    """Scales that fit all the parts."""
+    """Return scales that fit all parts, None unless int8."""
     scales = [part.scales for part in parts if part.scales is not None]
     return np.max(scales, axis=0) if scales else None
 
 
 def _merged(parts: list[Part], scales: np.ndarray | None, keep: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """The codes of parts one after another, under one scale; of some rows only, unless None."""
+    """Yield the codes of all parts in blocks, with common scales; only the rows in `keep`, unless None."""
     start = 0
     for part in parts:
         stop = start + len(part.codes)

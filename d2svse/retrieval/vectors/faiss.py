@@ -1,4 +1,4 @@
-"""Vectors in faiss: flat, scalar-quantised, HNSW and IVF-PQ."""
+"""The faiss backend: flat, scalar-quantised, HNSW and IVF-PQ indexes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from d2svse.choices import unknown
 from d2svse.files.replace import to_disk
 from d2svse.retrieval.vectors import import_extra, storage
 from d2svse.retrieval.vectors.local import LocalIndex
@@ -30,41 +31,41 @@ OPTIONS: dict[str, dict[str, int | None]] = {
 }
 ROWS_AT_A_TIME = 16384
 CODEBOOK = 256
-POINTS_PER_CENTROID = 39  # below it faiss advises more vectors
+POINTS_PER_CENTROID = 39  # faiss recommends at least this number
 INT8_MARGIN = 0.1
 QUERIES_FOR_BLAS = 3
 LARGEST_OPTION = 1 << 20
-# How a file of each kind begins, and what faiss makes of it.
+# The first bytes of a file of each kind, and the class that faiss reads it as.
 CLASSES = {
     "flat": (b"IxFI", "IndexFlat"),
     "int8": (b"IxSQ", "IndexScalarQuantizer"),
     "hnsw": (b"IHNf", "IndexHNSWFlat"),
     "ivf-pq": (b"IwPQ", "IndexIVFPQ"),
 }
-_SETTINGS = threading.Lock()  # of faiss, which are those of the whole process
+_SETTINGS = threading.Lock()  # settings of faiss are global to the process
 
 
 class FaissIndex(LocalIndex):
-    """Inner products by faiss, in memory; `pip install 'd2svse[faiss]'`.
+    """An index by faiss, in memory; `pip install 'd2svse[faiss]'`.
 
-    What needs training, int8 and IVF-PQ, is trained on the vectors of the first `add`, which should be many
-    and like those to come. Deleted rows are passed over. A search with a filter is exact over what passes.
-    A query for which a graph or its lists hold fewer than k answers is searched exhaustively.
+    int8 and IVF-PQ train on the vectors of the first `add`, which should be many and similar to later ones. Deleted
+    rows are skipped. A search with a filter is exact among the matching items. If the graph or the visited lists hold
+    fewer than k results for a query, this query is searched exhaustively.
 
     Args:
         dim: width of the vectors.
-        kind: "flat" compares with every vector; "int8" does too, with 8 bits a dimension; "hnsw" walks a
+        kind: "flat" compares with all vectors; "int8" does the same with 8 bits for each dimension; "hnsw" searches a
             graph; "ivf-pq" compares product-quantised codes in the nearest lists.
-        m: neighbours of a vector in the graph of HNSW.
-        ef_construction: candidates while it is built.
-        ef_search: candidates of a search, at least k of them.
-        nlist: lists of IVF; by default 4 √n for the n vectors of the first `add`, at 39 vectors a list at least.
-        nprobe: lists that a search looks into.
-        code_size: bytes of a vector in IVF-PQ, a divisor of `dim`; by default the largest up to dim / 4.
-        fingerprint: of the model that made the vectors.
+        m: neighbours of each vector in the HNSW graph.
+        ef_construction: candidates while the graph is built.
+        ef_search: candidates of a search; at least k are used.
+        nlist: lists of IVF; by default 4 √n for the n vectors of the first `add`, with at least 39 vectors in a list.
+        nprobe: lists that a search visits.
+        code_size: bytes of each vector in IVF-PQ, a divisor of `dim`; by default the largest divisor up to dim / 4.
+        fingerprint: fingerprint of the model that made the vectors.
 
     Raises:
-        ValueError: if the kind is unknown, or an option is not one of the kind.
+        ValueError: if the kind is unknown, or an option does not belong to the kind.
     """
 
     engine = "faiss"
@@ -85,7 +86,7 @@ class FaissIndex(LocalIndex):
     ) -> None:
         super().__init__(dim, fingerprint)
         if kind not in OPTIONS:
-            raise ValueError(f"unknown kind {kind!r} of faiss index; known are {', '.join(OPTIONS)}")
+            raise ValueError(unknown("kind of faiss index", kind, OPTIONS))
         given = {
             "m": m,
             "ef_construction": ef_construction,
@@ -97,9 +98,7 @@ class FaissIndex(LocalIndex):
         for name, value in given.items():
             if value is not None and (name not in OPTIONS[kind] or not 1 <= value <= LARGEST_OPTION):
                 known = ", ".join(OPTIONS[kind]) or "none"
-                raise ValueError(
-                    f"{name}={value} is no option of {kind}; they are {known}, each from 1 to {LARGEST_OPTION}"
-                )
+                raise ValueError(f"{name}={value}: the options of {kind} are {known}, each from 1 to {LARGEST_OPTION}")
         if code_size is not None and dim % code_size:
             raise ValueError(f"code_size must divide the width {dim}, got {code_size}")
         self.kind = kind
@@ -118,7 +117,7 @@ class FaissIndex(LocalIndex):
         self._index = index
 
     def _trained(self, vectors: np.ndarray) -> Any:
-        """An empty index that is ready for vectors like these."""
+        """Return an empty index, trained on these vectors where the kind needs training."""
         inner_product, options = faiss.METRIC_INNER_PRODUCT, self.options
         if self.kind == "flat":
             return faiss.IndexFlatIP(self.dim)
@@ -137,13 +136,13 @@ class FaissIndex(LocalIndex):
         needed = max(nlist, CODEBOOK)
         if count < needed:
             raise ValueError(
-                f"ivf-pq is trained on the first add, which must bring {needed} vectors at least, got {count}; "
-                "add more at once, or take the kind hnsw"
+                f"ivf-pq trains on the first add, which needs at least {needed} vectors, got {count}; "
+                "add more at once, or use the kind hnsw"
             )
         if count < POINTS_PER_CENTROID * needed:
-            logger.warning("ivf-pq is trained on %d vectors; %d make better codes", count, POINTS_PER_CENTROID * needed)
+            logger.warning("ivf-pq trains on %d vectors; %d give better codes", count, POINTS_PER_CENTROID * needed)
         index = faiss.IndexIVFPQ(faiss.IndexFlatIP(self.dim), self.dim, nlist, code_size, 8, inner_product)
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # said above
+        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # instead of faiss's warning
         with _fast_products(count):
             index.train(vectors)
         index.make_direct_map()
@@ -151,14 +150,14 @@ class FaissIndex(LocalIndex):
         return index
 
     def _fits(self, vectors: np.ndarray) -> bool:
-        """Whether 8 bits reach as far as the vectors do; faiss would clip them."""
+        """Return whether the trained ranges contain the vectors; faiss would clip other vectors."""
         if self.kind != "int8":
             return True
         low, width = faiss.vector_to_array(self._index.sq.trained).reshape(2, self.dim)
         return bool((vectors >= low).all() and (vectors <= low + width).all())
 
     def _widened(self, vectors: np.ndarray) -> Any:
-        """The vectors that are stored, in ranges that the new ones fit in too."""
+        """Return an index of the stored vectors with ranges that also contain the new vectors."""
         stored = self._rows(np.arange(self._index.ntotal))
         index = self._trained(np.concatenate([stored, vectors]))
         index.add(stored)
@@ -167,7 +166,7 @@ class FaissIndex(LocalIndex):
     def _search_rows(
         self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        # With a selector faiss compares one by one, which is slower than products of blocks.
+        # With a selector, faiss compares vector by vector, which is slower than products of blocks.
         if rows is not None and (exactly or self.kind in ("flat", "int8")):
             return self._exhaustive(queries, k, rows)
         with _fast_products(len(queries)):
@@ -194,7 +193,7 @@ class FaissIndex(LocalIndex):
         return None
 
     def _exhaustive(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The best of some rows by products of blocks."""
+        """Return the k best of some rows, by products of blocks."""
         best = RunningTopK(len(queries), k)
         for first in range(0, len(rows), ROWS_AT_A_TIME):
             numbers = rows[first : first + ROWS_AT_A_TIME]
@@ -223,7 +222,7 @@ class FaissIndex(LocalIndex):
         self._index = written
 
     def _kept(self, keep: np.ndarray) -> Any:
-        """A copy with some of the rows alone, renumbered."""
+        """Return a copy with only some rows, renumbered."""
         index = faiss.clone_index(self._index)
         if self.kind != "ivf-pq":
             index.reset()
@@ -234,7 +233,7 @@ class FaissIndex(LocalIndex):
         numbers[keep] = np.arange(len(keep))
         index.set_direct_map_type(faiss.DirectMap.NoMap)
         index.remove_ids(np.flatnonzero(numbers < 0))
-        for number in range(index.nlist):  # faiss keeps the old numbers: its ids are not ours to add to
+        for number in range(index.nlist):  # faiss keeps the old row numbers, so they are replaced here
             if size := index.invlists.list_size(number):
                 stored = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
                 stored[:] = numbers[stored]
@@ -248,18 +247,20 @@ class FaissIndex(LocalIndex):
         path = storage.data_file(folder, name)
         if path.stat().st_size != size:
             raise ValueError(
-                f"{path}: {path.stat().st_size} bytes where {size} were expected; not whole, build it again"
+                f"{path}: {path.stat().st_size} bytes, expected {size}; the index is incomplete, build it again"
             )
         begins, kind = CLASSES[self.kind]
         with path.open("rb") as file:
             found = file.read(len(begins))
         if found != begins:
-            raise ValueError(f"{path}: begins with {found!r}, an index of the kind {self.kind} with {begins!r}")
+            raise ValueError(f"{path}: begins with {found!r}, expected {begins!r} for the kind {self.kind}")
         try:
             with _bounded_reading(size):
                 index = faiss.read_index(os.fspath(path))
         except (RuntimeError, MemoryError) as error:
-            raise ValueError(f"{path}: faiss cannot read it ({error}); not whole, build it again") from None
+            raise ValueError(
+                f"{path}: faiss cannot read it ({error}); the index is incomplete, build it again"
+            ) from None
         if not isinstance(index, getattr(faiss, kind)) or index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise ValueError(f"{path}: a {type(index).__name__}, expected a {kind} of inner products")
         if index.d != self.dim:
@@ -267,12 +268,12 @@ class FaissIndex(LocalIndex):
         if index.ntotal != len(self._ids):
             raise ValueError(f"{folder}: {index.ntotal} vectors and {len(self._ids)} ids; build it again")
         if not _whole(index, self.kind):
-            raise ValueError(f"{path}: numbers of vectors that it does not hold; build it again")
+            raise ValueError(f"{path}: refers to rows that it lacks; build it again")
         self._index = index
 
 
 def _whole(index: Any, kind: str) -> bool:
-    """Whether an index refers to its own rows only: faiss follows the numbers of a file without looking."""
+    """Return whether an index refers to its own rows only; faiss does not check the row numbers of a file."""
     count = index.ntotal
     if kind == "flat":
         return bool(index.codes.size() == count * index.d * 4)
@@ -309,7 +310,7 @@ def _whole(index: Any, kind: str) -> bool:
 
 @contextmanager
 def _bounded_reading(size: int) -> Iterator[None]:
-    """Let faiss take no more memory for an array of a file than a small multiple of the file's size."""
+    """Limit the memory that faiss takes for an array to a small multiple of the file's size."""
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         yield
         return
@@ -324,13 +325,13 @@ def _bounded_reading(size: int) -> Iterator[None]:
 
 @contextmanager
 def _fast_products(num_queries: int) -> Iterator[None]:
-    """Let faiss compute products of several queries by BLAS, and of one or two by its own loops.
+    """Make faiss use BLAS for three or more queries, and its own loops for one or two.
 
-    Its global threshold counts queries in older versions and queries times the width in 1.15, where the
-    default leaves 100 queries of 512 numbers to the loops, which take several times as long. So it is set
-    to either end, and put back.
+    The global threshold of faiss counts queries in older versions, and queries times width in 1.15. There the default
+    leaves 100 queries of 512 numbers to the loops, which take several times as long. So it is set to one extreme, and
+    restored afterwards.
     """
-    with _SETTINGS:  # one search at a time, each of which takes all threads of faiss
+    with _SETTINGS:  # one search at a time; each uses all threads of faiss
         before = faiss.cvar.distance_compute_blas_threshold
         faiss.cvar.distance_compute_blas_threshold = 1 if num_queries >= QUERIES_FOR_BLAS else 2**31 - 1
         try:

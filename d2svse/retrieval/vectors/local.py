@@ -1,4 +1,4 @@
-"""Ids, metadata, deletion and saving of the engines that keep their vectors in a folder."""
+"""Ids, metadata, deletion and saving of backends that keep their vectors in a folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from d2svse.retrieval.vectors.base import NOTHING, Metadata, VectorIndex, passin
 
 
 class LocalIndex(VectorIndex):
-    """A row for every item, in the order added; a deleted row is passed over until a save drops it.
+    """One row for each item, in the order of addition. A deleted row is skipped until a save drops it.
 
-    An engine stores and searches rows; it knows nothing of ids.
+    A subclass stores and searches rows; this class maps ids to rows.
     """
 
-    _stored_options: ClassVar[frozenset[str]]  # the constructor's arguments that a folder may give
+    _stored_options: ClassVar[frozenset[str]]  # constructor arguments that a folder may set
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         super().__init__(dim, fingerprint)
@@ -31,8 +31,8 @@ class LocalIndex(VectorIndex):
         self._metadata: list[Metadata] = []
         self._dead: set[int] = set()
         self._numbers: dict[str, int] | None = None
-        self._home: tuple[Path, str] | None = None  # where it was saved or loaded, and the revision there
-        self._items: list[tuple[str, int]] = []  # the files of ids and metadata there, with their rows
+        self._home: tuple[Path, str] | None = None  # folder of the last save or load, and its revision
+        self._items: list[tuple[str, int]] = []  # files of ids and metadata in that folder, with their numbers of rows
 
     @property
     def ids(self) -> Sequence[str]:
@@ -43,21 +43,21 @@ class LocalIndex(VectorIndex):
         return len(self._ids) - len(self._dead)
 
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
-        """Write what is new to a folder; the first time, or to another folder, everything.
+        """Write new items to the folder of the last save; write all items to another folder.
 
-        When a quarter of the rows are deleted ones, all is written anew without them.
+        If a quarter of the rows are deleted, the folder is rewritten without them.
 
         Args:
             folder: the folder.
-            compact: write all anew without deleted rows, however few they are.
+            compact: always rewrite the folder without deleted rows.
 
         Raises:
-            BlockingIOError: if another process is writing there.
-            FileExistsError: if the folder holds something else.
+            BlockingIOError: if another process is writing to the folder.
+            FileExistsError: if the folder holds other files.
             ValueError: if another process changed the index since it was loaded.
         """
         folder = Path(folder).absolute()
-        storage.check_replaceable(folder)
+        storage.check_vector_folder(folder)
         with write_lock(folder):
             there = storage.read_manifest(folder) if (folder / storage.MANIFEST).is_file() else None
             at_home = there is not None and self._home is not None and self._home[0] == folder
@@ -79,45 +79,50 @@ class LocalIndex(VectorIndex):
 
     @abstractmethod
     def _append(self, vectors: np.ndarray) -> None:
-        """Store rows after those that are there."""
+        """Append rows `(n, dim)`."""
 
     @abstractmethod
     def _search_rows(
         self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best, of which there are so many.
+        """Return scores and rows of the k best, each `(n_queries, k)`, best first.
 
         Args:
             queries: `(n_queries, dim)`.
-            k: how many.
-            rows: those to look at, in order; all, if None.
-            exactly: a filter chose the rows, and an approximate engine must look at each of them.
+            k: number of results, at most the number of rows.
+            rows: rows to search, ascending; None for all.
+            exactly: a filter chose the rows, so an approximate backend must score each of them.
         """
 
     @abstractmethod
     def _rows(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of some rows, float32."""
+        """Return the vectors of rows, `(n, dim)` float32."""
 
     @abstractmethod
     def _write(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> tuple[dict[str, Any], list[str], Any]:
-        """Write files that the folder does not have; of some rows only, renumbered, unless None.
+        """Write the files that the folder lacks.
+
+        Args:
+            folder: the folder.
+            at_home: whether the folder holds the last saved state of this index.
+            keep: rows to keep, ascending; all others are dropped. None keeps all.
 
         Returns:
-            What `index.json` is to say of them, the files that are needed, and what `_adopt` takes.
+            Entries for `index.json`, names of the needed files, and the argument of `_adopt`.
         """
 
     @abstractmethod
     def _adopt(self, written: Any) -> None:
-        """Go on with what was written."""
+        """Continue with the written files."""
 
     @abstractmethod
     def _read(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Open the files again."""
+        """Open the files of a folder."""
 
     @property
     @abstractmethod
     def _options(self) -> dict[str, Any]:
-        """The constructor's arguments that the vectors depend on."""
+        """The constructor arguments that determine the stored vectors."""
 
     def _known(self, ids: list[str]) -> set[str]:
         return {name for name in ids if name in self._row_of}
@@ -195,7 +200,7 @@ class LocalIndex(VectorIndex):
         self._home, self._items = (folder, revision), items
 
     def _write_items(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> list[tuple[str, int]]:
-        """Write the ids and metadata that the folder does not have, together with small files before them."""
+        """Write the ids and metadata that the folder lacks; merge them with earlier small files."""
         kept = self._items if at_home and keep is None else []
         rows: Sequence[int] = range(sum(size for _, size in kept), len(self._ids)) if keep is None else keep.tolist()
         if not rows:
@@ -214,9 +219,10 @@ class LocalIndex(VectorIndex):
     def _open(cls, folder: Path, manifest: dict[str, Any], fingerprint: str | None) -> Self:
         if manifest["engine"] != cls.engine:
             raise ValueError(
-                f"{folder}: an index of the engine {manifest['engine']!r}, not {cls.engine!r}; load_index opens either"
+                f"{folder}: an index of the backend {manifest['engine']!r}, not {cls.engine!r}; "
+                "load_index opens any backend"
             )
-        # What is no option of the vectors, such as a device, is not the folder's to say.
+        # A folder must not set other options, such as the device.
         options = {name: value for name, value in dict(manifest["options"]).items() if name in cls._stored_options}
         index = cls(manifest["dim"], fingerprint=manifest["fingerprint"], **options)
         index.check_fingerprint(fingerprint)
@@ -225,9 +231,9 @@ class LocalIndex(VectorIndex):
             content = read_json(path)
             ids, metadata = content["ids"], content["metadata"] or [NOTHING] * len(content["ids"])
             if len(ids) != rows or len(metadata) != rows:
-                raise ValueError(f"{path}: {len(ids)} ids where {rows} were expected")
+                raise ValueError(f"{path}: {len(ids)} ids, expected {rows}")
             if not all(isinstance(one, str) and one for one in ids) or not all(isinstance(m, dict) for m in metadata):
-                raise ValueError(f"{path}: an id that is no text, or metadata that are no mapping")
+                raise ValueError(f"{path}: expected ids that are texts, and metadata that are mappings")
             index._ids += ids
             index._metadata += metadata
             index._items.append((name, rows))
@@ -236,7 +242,7 @@ class LocalIndex(VectorIndex):
             path = storage.data_file(folder, name)
             dead = storage.map_array(path, (storage.count_of(count, str(path)),), np.int64)[0]
             if len(dead) and not 0 <= dead.min() <= dead.max() < len(index._ids):
-                raise ValueError(f"{path}: rows that the index does not have; build it again")
+                raise ValueError(f"{path}: names rows that the index lacks; build it again")
             index._dead = set(dead.tolist())
         index._home = (folder.absolute(), manifest["revision"])
         index._read(folder, manifest)

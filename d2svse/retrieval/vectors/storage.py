@@ -1,8 +1,8 @@
-"""A folder of files that one `index.json` names, whole after a kill at any moment, written by one process at a time.
+"""A folder of data files that `index.json` names; it stays whole after a kill, and one process writes at a time.
 
-Data files have names of their own and are never changed. A write adds files, replaces `index.json` in one
-step, and then removes what it no longer names; so a reader finds what was there before or what is there
-after, and a file that a killed writer left behind is removed by the next write.
+Data files have unique names and never change. A write adds files, replaces `index.json` in one step, and then removes
+files that are no longer named. So a reader finds the state before or after the write. The next write removes the
+leftovers of a killed writer.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from d2svse.files.lock import LOCK
 from d2svse.files.replace import aside_of, to_disk, write_json
 
 MANIFEST = "index.json"
-WIDEST = 1 << 16  # numbers of a vector, in a folder that is opened
+WIDEST = 1 << 16  # largest width of vectors in a folder that is opened
 _DATA = re.compile(r"(vectors|items|deleted|faiss)-[0-9a-f]{12}\.(npy|json|faiss)")
 
 Opened = TypeVar("Opened")
 
 
 def new_file(folder: Path, kind: str, suffix: str) -> Path:
-    """A name that no other file of the folder has or had."""
+    """Return a path that no other file of the folder has or had."""
     return folder / f"{kind}-{uuid.uuid4().hex[:12]}.{suffix}"
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `index.json` holds.
+    """Return the content of `index.json`.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not one that this package wrote.
+        FileNotFoundError: if the file is missing.
+        ValueError: if this package did not write the file.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -50,7 +50,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         manifest = read_json(path)
         if not isinstance(manifest, dict) or not {"engine", "dim", "revision", "files"} <= manifest.keys():
-            raise ValueError("written by something else, or by an earlier version")
+            raise ValueError("written by another program, or by an earlier version")
         if (
             isinstance(manifest["dim"], bool)
             or not isinstance(manifest["dim"], int)
@@ -65,9 +65,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def data_file(folder: Path, name: Any) -> Path:
-    """Return a data file that `index.json` names; errors are those of `inside`, and for a name that is never given."""
+    """Return the path of a data file that `index.json` names.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if an index never has such a name, or a link leads out of the folder.
+    """
     if not isinstance(name, str) or not _DATA.fullmatch(name):
-        raise ValueError(f"{folder}: {MANIFEST} names {name!r:.200}, which is no data file of an index")
+        raise ValueError(f"{folder}: {MANIFEST} names {name!r:.200}, expected a data file of an index")
     path = inside(folder, name)
     if not path.is_file():
         raise ValueError(f"{path}: a folder, expected a file")
@@ -75,21 +80,25 @@ def data_file(folder: Path, name: Any) -> Path:
 
 
 def count_of(value: Any, what: str) -> int:
-    """Return a count that a folder tells.
+    """Return a count from a file of unknown origin.
+
+    Args:
+        value: the value in the file.
+        what: name of the count, for the message.
 
     Raises:
-        ValueError: if it is no count.
+        ValueError: if the value is not a count.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 48:
         raise ValueError(f"{what}: expected a count, got {value!r:.40}")
     return value
 
 
-def check_replaceable(folder: Path) -> None:
-    """Refuse a folder in which something else lies.
+def check_vector_folder(folder: Path) -> None:
+    """Check that a folder is empty, or holds only vectors or an unfinished write.
 
     Raises:
-        FileExistsError: if there is no `index.json`, but something that no index left there.
+        FileExistsError: if the folder has other files but no `index.json`.
     """
     if not folder.exists() or (folder / MANIFEST).is_file():
         return
@@ -101,21 +110,21 @@ def check_replaceable(folder: Path) -> None:
 
 
 def publish(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """Make the files that `manifest["files"]` names the index, and remove the others; under the lock.
+    """Switch the index to the files in `manifest["files"]`, and remove all others; call it under the lock.
 
     Returns:
-        The revision, which no other write has.
+        The revision, unique to this write.
     """
     revision = uuid.uuid4().hex
-    to_disk(folder)  # the names of the new files, before the one that refers to them
+    to_disk(folder)  # the names of the new files are on the disk before index.json
     write_json(folder / MANIFEST, {**manifest, "revision": revision})
-    to_disk(folder)  # before what it no longer names is removed
+    to_disk(folder)  # index.json is on the disk before old files are removed
     sweep(folder, manifest["files"])
     return revision
 
 
 def sweep(folder: Path, keep: Iterable[str]) -> None:
-    """Remove the data files that are not to be kept; under the lock."""
+    """Remove all data files except those in `keep`; call it under the lock."""
     named = set(keep)
     for path in folder.iterdir():
         if _ours(path.name) and path.name not in named:
@@ -123,11 +132,11 @@ def sweep(folder: Path, keep: Iterable[str]) -> None:
 
 
 def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, Any]], Opened]) -> Opened:
-    """Read the files that `index.json` names, again if a writer replaced them meanwhile.
+    """Read the files that `index.json` names; read again if a writer replaced them in the meantime.
 
     Raises:
         FileNotFoundError: if a file is missing; the message names it.
-        ValueError: if the files are not whole or do not belong together.
+        ValueError: if the files are incomplete or do not belong together.
     """
     folder = Path(folder)
     while True:
@@ -144,13 +153,13 @@ def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, A
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a data file to the disk."""
+    """Write a data file and flush it to the disk."""
     path.write_bytes(data)
     to_disk(path)
 
 
 def write_array(path: Path, shape: tuple[int, ...], dtype: Any, blocks: Iterable[np.ndarray]) -> None:
-    """Write blocks of rows as one `.npy` file, of which only a block is in memory."""
+    """Write blocks of rows as one `.npy` file; only one block is in memory at a time."""
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -160,10 +169,10 @@ def write_array(path: Path, shape: tuple[int, ...], dtype: Any, blocks: Iterable
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, mmap.mmap | None]:
-    """Map the array of a `.npy` file, with the map; nothing is read before it is used.
+    """Return the memory-mapped array of a `.npy` file, and the map; data are read on first use.
 
     Raises:
-        ValueError: if the file holds something else or is cut short.
+        ValueError: if the file holds another array or is truncated.
     """
     with path.open("rb") as file:
         start, size = _checked_header(path, file, shape, dtype)
@@ -174,46 +183,46 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarra
 
 
 def map_unheld(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Map the array of a `.npy` file without a descriptor that stays open, so that any number may be mapped.
+    """Return the memory-mapped array of a `.npy` file without an open descriptor, so that any number can be mapped.
 
     Raises:
-        ValueError: if the file holds something else or is cut short.
+        ValueError: if the file holds another array or is truncated.
     """
     with path.open("rb") as file:
         start, size = _checked_header(path, file, shape, dtype)
     if not size:
         return np.empty(shape, dtype)
     try:
-        # Python's own map keeps a duplicate of the descriptor; torch closes it. A write would stay in memory.
+        # Python's mmap keeps a duplicate of the descriptor open; torch closes it. Writes stay in memory.
         whole = torch.from_file(str(path), shared=False, size=start + size, dtype=torch.uint8).numpy()
-    except UnicodeEncodeError:  # torch takes no name that is not UTF-8
+    except UnicodeEncodeError:  # torch only accepts names in UTF-8
         return map_array(path, shape, dtype)[0]
     whole.flags.writeable = False
     return np.frombuffer(whole, dtype, offset=start).reshape(shape).view(np.memmap)
 
 
 def _checked_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: Any) -> tuple[int, int]:
-    """Where the numbers of a `.npy` file start, and their size in bytes."""
+    """Return the offset of the numbers in a `.npy` file, and their size in bytes."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         found, fortran, found_dtype = read(file)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path}: not an array ({error}); the index is not whole, build it again") from None
+        raise ValueError(f"{path}: not an array ({error}); the index is incomplete, build it again") from None
     start, size = file.tell(), math.prod(shape) * np.dtype(dtype).itemsize
     if (found, found_dtype, fortran) != (shape, np.dtype(dtype), False) or path.stat().st_size != start + size:
         raise ValueError(
-            f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, where {start + size} of "
-            f"{np.dtype(dtype)} {shape} were expected; the index is not whole, build it again"
+            f"{path}: {path.stat().st_size} bytes of {found_dtype} {found}, expected {start + size} of "
+            f"{np.dtype(dtype)} {shape}; the index is incomplete, build it again"
         )
     return start, size
 
 
 def first_to_merge(sizes: list[int]) -> int:
-    """Where the tail of parts starts that the last one is merged with, so that a write stays cheap.
+    """Return the index of the first part to merge with the last part, so that writes stay cheap.
 
-    Every part that is left is at least twice as large as the next: n single writes make log n parts,
-    and a row is written log n times.
+    Each remaining part is at least twice as large as the next one. So n single writes make log n parts, and each row
+    is written log n times.
     """
     first, tail = len(sizes) - 1, sizes[-1]
     while first > 0 and sizes[first - 1] < 2 * tail:

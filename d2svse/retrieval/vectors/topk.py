@@ -1,4 +1,4 @@
-"""The k best rows of every query, from blocks of scores that come one after another."""
+"""The k best rows of each query, from blocks of scores."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class RunningTopK:
-    """Keep the k best rows of every query while blocks of rows come in ascending order.
+    """Keep the k best rows of each query while blocks of rows arrive in ascending order.
 
-    One comparison settles most of a block: only a score above the k-th best so far is looked at again. Of equal scores
-    the first row wins.
+    One comparison rejects most of a block: only scores above the k-th best so far are kept. Among equal scores the
+    first row wins.
 
     Args:
-        num_queries: how many queries.
-        k: how many rows of each.
+        num_queries: number of queries.
+        k: number of rows to keep for each query.
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
@@ -26,7 +26,7 @@ class RunningTopK:
         self._count = 0
 
     def add(self, scores: np.ndarray | Tensor, rows: np.ndarray) -> None:
-        """Add the scores `(num_queries, n)` of rows `(n,)`. The rows ascend and follow those added before."""
+        """Add the scores `(num_queries, n)` of rows `(n,)`; the rows ascend and are greater than all earlier rows."""
         bar = self.scores[:, -1]
         find = _passing_on_device if isinstance(scores, Tensor) else _passing
         query, column, passed = find(scores, bar, self.k)  # type: ignore[arg-type]
@@ -51,11 +51,11 @@ class RunningTopK:
         return self.scores, self.rows
 
     def _settle(self) -> None:
-        """Rank what is waiting together with the best so far."""
+        """Merge the waiting scores into the best scores."""
         kept, column = np.nonzero(self.rows >= 0)
         waiting = [(kept, self.rows[kept, column], self.scores[kept, column]), *self._waiting]
         query, rows, scores = (np.concatenate(part) for part in zip(*waiting, strict=True))
-        order = np.lexsort((-scores, query))  # stable, and rows come in order: of equals the first row wins
+        order = np.lexsort((-scores, query))  # the sort is stable, so the first of equal rows wins
         query = query[order]
         rank = np.arange(len(query)) - np.searchsorted(query, query)
         order, query, rank = (part[rank < self.k] for part in (order, query, rank))
@@ -67,7 +67,7 @@ Passing = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
-    """Return query, column and score of what passes the bar; of many, only what reaches the block's k-th best."""
+    """Return query, column and score of scores above the bar; of many, only the k best of the block."""
     passes = scores > bar[:, None]
     if np.count_nonzero(passes) > 2 * k * len(scores):
         passes &= scores >= np.partition(scores, -k, axis=1)[:, -k, None]
@@ -76,7 +76,7 @@ def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
 
 
 def _passing_on_device(scores: Tensor, bar: np.ndarray, k: int) -> Passing:
-    """Do as `_passing` for a tensor; only what passes leaves the device."""
+    """Return the result of `_passing` for a tensor; only passing scores leave the device."""
     passes = scores > torch.from_numpy(bar).to(scores.device)[:, None]
     if int(passes.sum()) > 2 * k * len(scores):
         passes &= scores >= scores.topk(k, dim=1).values[:, -1:]

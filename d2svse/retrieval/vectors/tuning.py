@@ -1,4 +1,4 @@
-"""What each engine and compression costs on one's own vectors: recall against exact search, time and size."""
+"""Measure recall, time and size of each backend and compression on your own vectors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SINGLE_QUERIES = 50
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An index to try.
+    """An index to measure.
 
     Attributes:
-        engine: its engine.
-        options: how it is built.
-        searches: options of the search, each with the values to try on the one index.
+        engine: the backend.
+        options: arguments of the backend's class.
+        searches: options of the search, each with the values to try on the same index.
     """
 
     engine: str
@@ -48,18 +48,18 @@ FAISS_SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class TuningRow:
-    """What a setting gave.
+    """The measured figures of a setting.
 
     Attributes:
-        setting: its name.
-        recall: the share of the exact k best that were found, 0 to 1.
-        hit_rate: the share of queries with a right answer among the k, where right answers are known.
-        hit_rate_loss: by how much that is lower than with exact float32 vectors.
-        milliseconds: of a query that comes alone, the median.
-        milliseconds_in_batch: of a query when all come at once.
-        bytes_per_vector: on disk, without ids and metadata.
-        build_seconds: until all vectors were added.
-        error: why the setting could not be tried, in which case there are no figures.
+        setting: name of the setting.
+        recall: share of the exact k best that were found, 0 to 1.
+        hit_rate: share of queries with a right answer among the k results; None if right answers are unknown.
+        hit_rate_loss: `hit_rate` of exact float32 vectors minus `hit_rate`.
+        milliseconds: median time of a single query.
+        milliseconds_in_batch: time of a query if all are searched in one call.
+        bytes_per_vector: size on disk, without ids and metadata.
+        build_seconds: time to add all vectors.
+        error: the reason why the setting could not be measured; all figures are then None.
     """
 
     setting: str
@@ -81,18 +81,18 @@ def tune(
     right_answers: Sequence[Sequence[int]] | None = None,
     settings: Iterable[Setting] = (*EXACT_SETTINGS, *FAISS_SETTINGS),
 ) -> Iterator[TuningRow]:
-    """Build each setting and search in it; a row comes when it is measured.
+    """Build an index for each setting, search it, and yield its figures.
 
     Args:
-        vectors: what is to be indexed, `(n, dim)`; folded, if the similarity is.
-        queries: as they will come, `(n_queries, dim)`.
-        k: how many answers count.
-        right_answers: the rows of `vectors` that are right for each query, if they are known.
-        settings: what to try.
+        vectors: the vectors to index, `(n, dim)`; folded if the similarity folds.
+        queries: typical queries, `(n_queries, dim)`.
+        k: number of results that count.
+        right_answers: rows of `vectors` that are right for each query; None if they are unknown.
+        settings: the settings to measure.
 
     Raises:
-        ImportError: if a setting's package is not installed; the message names the extra.
-        ValueError: if the vectors or the queries do not fit, or an engine or an option is unknown.
+        ImportError: if the package of a setting is not installed; the message names the extra.
+        ValueError: if vectors and queries do not fit, or a backend or an option is unknown.
     """
     vectors, queries = np.asarray(vectors, dtype=np.float32), np.asarray(queries, dtype=np.float32)
     if right_answers is not None and len(right_answers) != len(queries):

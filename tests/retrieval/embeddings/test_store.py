@@ -45,7 +45,7 @@ def break_picture(path):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_store_holds_what_encoding_gives(model, val_dataset, tmp_path, dtype):
     store = encode_images(
-        model, val_dataset.images, tmp_path / "i", output="features", dtype=dtype, shard_size=7, batch_size=3
+        model, val_dataset.images, tmp_path / "i", output="features", dtype=dtype, chunk_size=7, batch_size=3
     )
     whole = model.encode_image(val_dataset.images, output="features")
     tolerance = {"atol": 1e-5 if dtype == "float32" else 2e-3, "rtol": 0}
@@ -63,7 +63,7 @@ def test_a_store_holds_what_encoding_gives(model, val_dataset, tmp_path, dtype):
 
 def test_words_are_stored_without_padding(model, val_dataset, tmp_path):
     texts = val_dataset.captions[:20]
-    store = encode_texts(model, [*texts, texts[3]], tmp_path / "t", output="features", dtype="float32", shard_size=8)
+    store = encode_texts(model, [*texts, texts[3]], tmp_path / "t", output="features", dtype="float32", chunk_size=8)
     once = list(dict.fromkeys(texts))
     assert store.ids == once
     whole = model.encode_text(once, output="features")
@@ -75,24 +75,24 @@ def test_words_are_stored_without_padding(model, val_dataset, tmp_path):
     torch.testing.assert_close(found.tokens, whole.tokens * whole.mask[..., None], atol=1e-5, rtol=0)
 
 
-def test_a_killed_call_goes_on_at_the_next_shard(model, pictures, tmp_path, count_encoded):
-    whole = encode_images(model, pictures, tmp_path / "whole", shard_size=3)
+def test_a_killed_call_continues_at_the_next_chunk(model, pictures, tmp_path, count_encoded):
+    whole = encode_images(model, pictures, tmp_path / "whole", chunk_size=3)
     seen = count_encoded(model)
-    encode_images(model, pictures, tmp_path / "part", shard_size=3)
+    encode_images(model, pictures, tmp_path / "part", chunk_size=3)
     assert seen["image"] == 10
     shutil.rmtree(tmp_path / "part" / "00001")
     (tmp_path / "part" / ".00001.abcd.tmp").mkdir()
-    with pytest.raises(ValueError, match="1 of 4 shards are missing"):
+    with pytest.raises(ValueError, match="1 of 4 chunks are missing"):
         EmbeddingStore(tmp_path / "part")
-    again = encode_images(model, pictures, tmp_path / "part", shard_size=3)
+    again = encode_images(model, pictures, tmp_path / "part", chunk_size=3)
     assert seen["image"] == 13
     np.testing.assert_array_equal(again.pooled[:], whole.pooled[:])
     assert not list((tmp_path / "part").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("name", ["pooled.npy", "tokens.npy", "offsets.npy", "items.json"])
-def test_a_broken_shard_is_encoded_again(model, pictures, tmp_path, count_encoded, name, caplog):
-    options = {"shard_size": 4, "output": "features"}
+def test_a_broken_chunk_is_encoded_again(model, pictures, tmp_path, count_encoded, name, caplog):
+    options = {"chunk_size": 4, "output": "features"}
     whole = encode_images(model, pictures, tmp_path / "s", **options).features(range(10))
     file = tmp_path / "s" / "00001" / name
     file.write_bytes(file.read_bytes()[:60])
@@ -101,7 +101,7 @@ def test_a_broken_shard_is_encoded_again(model, pictures, tmp_path, count_encode
     seen = count_encoded(model)
     again = encode_images(model, pictures, tmp_path / "s", **options).features(range(10))
     assert seen["image"] == 4
-    assert "it is encoded again" in caplog.text
+    assert "the chunk is encoded again" in caplog.text
     assert torch.equal(again.pooled, whole.pooled)
     assert torch.equal(again.tokens, whole.tokens)
 
@@ -113,7 +113,7 @@ def test_a_store_of_something_else_is_refused_by_what_differs(model, make_model,
         (model, {"dtype": "float32"}, "dtype"),
         (model, {"output": "features"}, "output"),
     ):
-        with pytest.raises(ValueError, match=f"what differs: .*{words}"):
+        with pytest.raises(ValueError, match=f"they differ in .*{words}"):
             encode_images(other, pictures, tmp_path / "s", **options)
     with pytest.raises(ValueError, match="the list of items"):
         encode_images(model, pictures[::-1], tmp_path / "s")
@@ -129,14 +129,14 @@ def test_a_store_of_something_else_is_refused_by_what_differs(model, make_model,
         EmbeddingStore(tmp_path / "nothing")
 
 
-def test_a_broken_picture_is_named_or_listed_and_encoded_once_it_is_mended(model, pictures, tmp_path, count_encoded):
+def test_a_broken_image_is_named_or_listed_and_encoded_once_it_is_repaired(model, pictures, tmp_path, count_encoded):
     whole = model.encode_image(pictures)
     good = open(pictures[4], "rb").read()
     break_picture(type(tmp_path)(pictures[4]))
     with pytest.raises(ImageError, match=os.path.basename(pictures[4])):
-        encode_images(model, pictures, tmp_path / "s", shard_size=2)
+        encode_images(model, pictures, tmp_path / "s", chunk_size=2)
     assert sorted(path.name for path in (tmp_path / "s").glob("0*")) == ["00000", "00001"]  # what was done stays
-    store = encode_images(model, pictures, tmp_path / "s", shard_size=2, on_bad_image="skip", dtype="float16")
+    store = encode_images(model, pictures, tmp_path / "s", chunk_size=2, on_bad_image="skip", dtype="float16")
     assert len(store) == 9
     [(name, reason)] = store.skipped
     assert name == pictures[4]
@@ -146,16 +146,16 @@ def test_a_broken_picture_is_named_or_listed_and_encoded_once_it_is_mended(model
     with open(pictures[4], "wb") as file:
         file.write(good)
     seen = count_encoded(model)
-    store = encode_images(model, pictures, tmp_path / "s", shard_size=2)
-    assert seen["image"] == 2  # the shard of the mended picture alone
+    store = encode_images(model, pictures, tmp_path / "s", chunk_size=2)
+    assert seen["image"] == 2  # only the chunk of the repaired image
     assert not store.skipped
     np.testing.assert_allclose(store.pooled[:], whole, atol=1e-3)
 
 
-def test_a_shard_of_broken_pictures_is_empty(model, pictures, tmp_path):
+def test_a_chunk_of_broken_images_is_empty(model, pictures, tmp_path):
     for name in pictures[2:4]:
         break_picture(type(tmp_path)(name))
-    store = encode_images(model, pictures, tmp_path / "s", shard_size=2, on_bad_image="skip", output="features")
+    store = encode_images(model, pictures, tmp_path / "s", chunk_size=2, on_bad_image="skip", output="features")
     assert len(store) == 8
     assert store.features([2]).tokens.shape == (1, 17, 24)
 
@@ -173,12 +173,12 @@ def test_rows_of_several_arrays_are_read_as_of_one():
             rows[wrong]
 
 
-def test_a_decoder_that_sees_padding_keeps_repeated_sentences(make_model, val_dataset, tmp_path):
+def test_a_decoder_that_sees_padding_keeps_repeated_texts(make_model, val_dataset, tmp_path):
     decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
     model = make_model(context_decoder=decoder)
     texts = [val_dataset.captions[0], *val_dataset.captions[:7]]
-    store = encode_texts(model, texts, tmp_path / "t", dtype="float32", shard_size=4, batch_size=4)
+    store = encode_texts(model, texts, tmp_path / "t", dtype="float32", chunk_size=4, batch_size=4)
     assert store.ids == texts
     np.testing.assert_allclose(store.pooled[:], model.encode_text(texts, batch_size=4), atol=1e-5)
     with pytest.raises(ValueError, match="must be a multiple of batch_size"):
-        encode_texts(model, texts, tmp_path / "u", shard_size=5, batch_size=4)
+        encode_texts(model, texts, tmp_path / "u", chunk_size=5, batch_size=4)

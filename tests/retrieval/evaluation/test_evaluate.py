@@ -188,8 +188,8 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     models = [("m", model)]
     for options, message in (
         ({"candidates": "max"}, "candidates takes mean or pooled, got 'max'"),
-        ({"candidates": "pooled"}, "candidates 'pooled' without rerank"),
-        ({"rerank": 5}, "inner products give the scores of Cosine: it needs no reranking"),
+        ({"candidates": "pooled"}, "candidates 'pooled' needs rerank"),
+        ({"rerank": 5}, "rerank needs a similarity of tokens; inner products give the scores of Cosine"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
         ({"protocol": "coco-5k"}, "16 images, expected 5000"),

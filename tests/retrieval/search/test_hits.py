@@ -75,7 +75,7 @@ def test_a_page_holds_its_pictures_and_escapes_every_text(val_dataset, tmp_path)
     assert page.count('src="data:image/jpeg;base64,') == 4
     assert "0.5000" in page
     assert str(tmp_path) not in page.replace("alt=", "").split("</style>")[0]
-    write_gallery_page([(None, val_dataset.images[1], [Hit("<i>a ring", 1.0)])], tmp_path / "t.html", pictures=False)
+    write_gallery_page([(None, val_dataset.images[1], [Hit("<i>a ring", 1.0)])], tmp_path / "t.html", images=False)
     page = (tmp_path / "t.html").read_text()
     assert page.count("data:image") == 1
     assert "&lt;i&gt;a ring" in page

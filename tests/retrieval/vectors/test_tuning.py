@@ -45,7 +45,7 @@ def test_recall_counts_what_is_missing(data):
     assert rows["faiss kind=flat"].recall == 1
     assert rows["faiss kind=hnsw ef_search=512"].recall > 0.99
     assert rows["faiss kind=hnsw ef_search=512"].bytes_per_vector > rows["faiss kind=flat"].bytes_per_vector
-    assert "must bring 256 vectors at least, got 200" in rows["faiss kind=ivf-pq"].error
+    assert "needs at least 256 vectors, got 200" in rows["faiss kind=ivf-pq"].error
 
 
 def test_right_answers_belong_to_queries(data):

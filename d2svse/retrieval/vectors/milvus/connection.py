@@ -1,4 +1,4 @@
-"""A connection to Milvus that outlives a server's pauses, and says what is wrong in one error."""
+"""A connection to Milvus that retries while the server is away, and raises one clear error."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from urllib.parse import urlsplit
 from d2svse.retrieval.vectors import import_extra
 
 pymilvus: Any = import_extra("pymilvus", "milvus")
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it logs is raised here, in one line
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # this module raises these errors, in one line
 
 TOKEN_VARIABLE, URI_VARIABLE = "MILVUS_TOKEN", "MILVUS_URI"
 ENCRYPTED = ("https",)
-NOT_LOADED, CONNECT_FAILED = 101, 2  # codes of Milvus
+NOT_LOADED, CONNECT_FAILED = 101, 2  # error codes of Milvus
 LONGEST_PAUSE = 3.0
 
 
 class MilvusConnection:
-    """Milvus's client, to a local file or a server.
+    """The Milvus client of a local file or a server.
 
     Args:
         uri: a local path ending in `.db`, or the address of a server.
-        timeout: seconds for which what does not answer is tried again.
-        collections: what must be loaded; Milvus Lite has loaded nothing when it is started anew.
-        typed: the user gave the address; a token goes to no other, but to the one that MILVUS_URI names.
+        timeout: seconds for which a call without an answer is repeated.
+        collections: collections to load; a restarted Milvus Lite has loaded none.
+        typed: whether the user gave the address. A token is sent only to such an address, or to that of MILVUS_URI.
 
     Attributes:
         client: the `MilvusClient`.
-        embedded: whether it runs in this process.
+        embedded: whether Milvus runs in this process.
 
     Raises:
-        ConnectionError: if it cannot be opened.
+        ConnectionError: if Milvus cannot be opened.
         ValueError: if the path does not end in `.db`, the address holds a password, or a token would go
             unencrypted to another machine.
     """
 
     _open_files: ClassVar[Counter[str]] = Counter()
-    _given: ClassVar[set[str]] = set()  # addresses that the user gave to this process
+    _given: ClassVar[set[str]] = set()  # addresses from the user of this process
 
     def __init__(self, uri: str, timeout: float, collections: tuple[str, ...], typed: bool = True) -> None:
         self.uri, self.timeout, self.collections = uri, timeout, collections
@@ -63,7 +63,7 @@ class MilvusConnection:
                 self._place,
                 token=token,
                 timeout=timeout,
-                grpc_options={"grpc.keepalive_permit_without_calls": 0},  # servers end connections that only ping
+                grpc_options={"grpc.keepalive_permit_without_calls": 0},  # servers close connections that only ping
             )
         except Exception as error:
             hint = "; an embedded one belongs to one process at a time" if self.embedded else ""
@@ -72,10 +72,15 @@ class MilvusConnection:
             self._open_files[self._place] += 1
 
     def ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call Milvus; while it cannot be reached, again after growing pauses, until the timeout.
+        """Call Milvus; if it cannot be reached, repeat the call after growing pauses until the timeout.
+
+        Args:
+            method: method of the `MilvusClient`.
+            *arguments: arguments of the method.
+            **options: keyword arguments of the method.
 
         Raises:
-            ConnectionError: if that did not help, or Milvus refuses.
+            ConnectionError: if Milvus does not answer in time, or refuses.
         """
         deadline, pause = time.monotonic() + self.timeout, 0.1
         while True:
@@ -86,25 +91,25 @@ class MilvusConnection:
                 left = deadline - time.monotonic()
                 if left <= 0 or not _may_pass(error):
                     raise ConnectionError(f"Milvus at {self.uri} did not {method} ({_short(error)})") from None
-                if getattr(error, "code", None) == NOT_LOADED:  # Milvus Lite, started anew
+                if getattr(error, "code", None) == NOT_LOADED:  # Milvus Lite was restarted
                     for name in self.collections:
-                        with suppress(Exception):  # the call itself will say it
+                        with suppress(Exception):  # the call itself raises the error
                             self.client.load_collection(name, timeout=max(left, 0.1))
                     continue
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def make_collection(self, name: str, schema: Any, kind: str, build: Mapping[str, Any]) -> None:
-        """Make a collection in the place of one that is there, with an index of its field `vector`, and load it.
+        """Create a collection with an index of its field `vector`, and load it; drop an existing one first.
 
         Args:
-            name: of the collection.
-            schema: as `client.create_schema` gives it.
+            name: name of the collection.
+            schema: a schema from `client.create_schema`.
             kind: Milvus's name of the index.
             build: parameters of the index.
 
         Raises:
-            ConnectionError: as `ask`.
+            ConnectionError: if Milvus does not answer, or refuses.
         """
         if self.ask("has_collection", name):
             self.ask("drop_collection", name)
@@ -114,7 +119,7 @@ class MilvusConnection:
         self.ask("load_collection", name)
 
     def close(self) -> None:
-        """Let go of the connection, and of a local file when no other one here has it open."""
+        """Close the connection; release a local file if no other connection of this process uses it."""
         self.client.close()
         if self.embedded:
             self._open_files[self._place] -= 1
@@ -124,12 +129,12 @@ class MilvusConnection:
 
 
 def is_given(uri: str) -> bool:
-    """Whether the user gave this address: to this process, or in the environment."""
+    """Return whether the user gave this address to this process or in the environment."""
     return uri in MilvusConnection._given or os.environ.get(URI_VARIABLE, "").rstrip("/") == uri.rstrip("/")
 
 
 def is_local(uri: str) -> bool:
-    """Whether an address is of this machine alone."""
+    """Return whether an address belongs to this machine."""
     parts = urlsplit(uri)
     if parts.scheme == "unix":
         return True
@@ -145,18 +150,18 @@ def _check_address(uri: str, secret: bool) -> None:
     parts = urlsplit(uri)
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            f"the address of Milvus at {parts.hostname} holds a password, which would stand in files; "
+            f"the address of Milvus at {parts.hostname} contains a password, which would be saved in files; "
             f"put it in {TOKEN_VARIABLE}"
         )
     if secret and parts.scheme not in ENCRYPTED and not is_local(uri):
         raise ValueError(
-            f"{uri}: {TOKEN_VARIABLE} would go there unencrypted; take an address that begins with https://, "
+            f"{uri}: {TOKEN_VARIABLE} would be sent unencrypted; use an address that begins with https://, "
             f"or unset {TOKEN_VARIABLE}"
         )
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a call may do better the next time: the server is away, or has just come back."""
+    """Return whether a repeated call may succeed, because the server is away or was restarted."""
     return getattr(error, "code", None) in (NOT_LOADED, CONNECT_FAILED) or "UNAVAILABLE" in str(error)
 
 

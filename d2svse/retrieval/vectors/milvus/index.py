@@ -1,4 +1,4 @@
-"""Vectors in Milvus: a file that runs embedded, a server or a cluster, all by the same client."""
+"""The Milvus backend: an embedded file, a server or a cluster, through one client."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ BYTES_AT_A_TIME = 4 << 20
 KEYS_AT_A_TIME = 1000
 ROWS_AT_A_TIME = 8192
 QUERIES_AT_A_TIME = 256
-LARGEST_FIELD = 65535  # bytes, of Milvus's VARCHAR and JSON
-ESCAPED = "json:"  # begins a text that Milvus, which takes Unicode alone, holds as JSON
+LARGEST_FIELD = 65535  # bytes of a VARCHAR or JSON field in Milvus
+ESCAPED = "json:"  # prefix of texts that are stored as JSON, because Milvus accepts only valid Unicode
 BUILD = {"HNSW": {"M": 32, "efConstruction": 200}, "IVF": {"nlist": 128}}
 SEARCH = {"HNSW": {"ef": 128}, "IVF": {"nprobe": 32}}
 STORED_OPTIONS = ("uri", "collection", "kind", "search_parameters", "timeout")
@@ -39,36 +39,36 @@ T = TypeVar("T")
 
 
 class MilvusIndex(VectorIndex):
-    """Inner products by Milvus; `pip install 'd2svse[milvus]'`.
+    """An index in Milvus; `pip install 'd2svse[milvus]'`.
 
-    A collection that exists is opened, another is made. What is added or deleted is in Milvus at once;
-    `save` writes to the folder where it is found.
+    This opens an existing collection or creates one. Additions and deletions are in Milvus at once; `save` writes the
+    address to the folder.
 
-    A write takes effect in one step, or not at all: a second collection, `<collection>_writes`, says which are
-    under way and what they have done (see `MilvusJournal`). One that failed, or whose process is gone, is brought to
-    its end by whoever opens the index or writes to it next. Only one process may write at a time. In a filter, the
-    embedded Milvus takes 1 and true for equal.
+    A write takes effect in one step or not at all. A second collection, `<collection>_writes`, holds notes of
+    unfinished writes (see `MilvusJournal`). The next process that opens the index or writes to it settles a failed
+    write, and a write whose process is gone. One process writes at a time. In a filter, 1 and true are equal for the
+    embedded Milvus.
 
     Args:
         dim: width of the vectors.
-        uri: a local path ending in `.db`, which runs embedded and belongs to one process, or the address of
-            a server or cluster, `https://host:19530`. A token is read from the environment, MILVUS_TOKEN; it
-            goes unencrypted to this machine only.
-        collection: its name: letters, digits and underscores.
-        kind: Milvus's name of the vector's index: FLAT (the default), HNSW, IVF_FLAT, IVF_SQ8, and with a
-            server IVF_PQ and the others that it knows; of a collection that exists, its own.
-        build: parameters of the index when it is made, as Milvus names them.
-        search_parameters: parameters of a search, as Milvus names them.
-        timeout: seconds for which a server that does not answer is tried again.
-        fingerprint: of the model that made the vectors.
+        uri: a local path ending in `.db` for an embedded Milvus, which belongs to one process; or the address of a
+            server or cluster, such as `https://host:19530`. The environment variable MILVUS_TOKEN holds the token; it
+            is sent unencrypted to this machine only.
+        collection: name of the collection: letters, digits and underscores.
+        kind: Milvus's name of the index: FLAT, HNSW, IVF_FLAT, IVF_SQ8; with a server also IVF_PQ and others. None
+            takes the kind of the existing collection, or FLAT.
+        build: parameters of a new index, under Milvus's names.
+        search_parameters: parameters of a search, under Milvus's names.
+        timeout: seconds for which a call without an answer is repeated.
+        fingerprint: fingerprint of the model that made the vectors.
 
     Raises:
         ConnectionError: if Milvus does not answer, or refuses.
-        ValueError: if the collection is not one of these, or its width, kind or fingerprint is another.
+        ValueError: if the collection is not an index of d2svse, or its width, kind or fingerprint differs.
     """
 
     engine = "milvus"
-    _typed = True  # False while `load` makes one, whose address the folder gives
+    _typed = True  # False in `load`, where the folder gives the address
 
     def __init__(
         self,
@@ -105,12 +105,12 @@ class MilvusIndex(VectorIndex):
         vectors: np.ndarray,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Remove ids and add others, in one step; see `VectorIndex.replace`. `add` and `delete` come here too.
+        """Remove ids and add others in one step; see `VectorIndex.replace`. `add` and `delete` call this too.
 
         Raises:
             BlockingIOError: if another process is writing.
             ConnectionError: if Milvus does not answer.
-            ValueError: as `VectorIndex.replace`, and if an id or its metadata are longer than 65535 bytes.
+            ValueError: if an id or its metadata are longer than 65535 bytes; see also `VectorIndex.replace`.
         """
         with self._journal.writing() as self._call:
             try:
@@ -119,17 +119,17 @@ class MilvusIndex(VectorIndex):
                 self._call = None
 
     def recover(self, force: bool = False) -> None:
-        """Bring writes to their end that did not come to it; called when an index is opened and before a write.
+        """Settle unfinished writes whose process is gone; opening an index and writing call this too.
 
         Args:
-            force: those of other machines and of living processes too. Use it when a machine is gone.
+            force: also settle writes of other machines and of living processes. Use it if a machine is gone.
         """
         self._journal.recover(force)
 
     @property
     def ids(self) -> Sequence[str]:
-        """All ids, in no order."""
-        # Keys are evenly spread, so a prefix of them bounds a page; Milvus's own iterator is not in all of its forms.
+        """All ids, in any order."""
+        # Keys are hashes, so a prefix bounds the size of a page. Not every form of Milvus has an iterator.
         digits = 0
         while len(self) > ROWS_AT_A_TIME * 16**digits:
             digits += 1
@@ -151,18 +151,18 @@ class MilvusIndex(VectorIndex):
         return self._seen(self._count)
 
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
-        """Write to a folder where the collection is found; Milvus has the vectors already.
+        """Write the address of the collection to a folder; Milvus already has the vectors.
 
-        A local path is written relative to the folder if it lies in it.
+        A local path inside the folder is written relative to it.
 
         Args:
             folder: the folder.
-            compact: does nothing; Milvus clears up deleted vectors itself.
+            compact: has no effect; Milvus removes deleted vectors itself.
 
         Raises:
-            BlockingIOError: if another process is writing there.
+            BlockingIOError: if another process is writing to the folder.
             ConnectionError: if Milvus does not answer.
-            FileExistsError: if the folder holds something else.
+            FileExistsError: if the folder holds other files.
         """
         folder = Path(folder).absolute()
         uri = self.uri
@@ -171,7 +171,7 @@ class MilvusIndex(VectorIndex):
             path = Path(uri).absolute()
             uri = path.relative_to(folder).as_posix() if inside else str(path)
         if not inside:
-            storage.check_replaceable(folder)
+            storage.check_vector_folder(folder)
         with write_lock(folder):
             self._milvus.ask("flush", self.collection)
             options = {
@@ -187,7 +187,7 @@ class MilvusIndex(VectorIndex):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], fingerprint: str | None = None) -> MilvusIndex:
-        """Open the collection that `save` wrote of; see `VectorIndex.load`.
+        """Open the collection that a folder names; see `VectorIndex.load`.
 
         Raises:
             ConnectionError: if Milvus does not answer.
@@ -202,7 +202,7 @@ class MilvusIndex(VectorIndex):
             if "://" in uri:
                 if not (is_local(uri) or is_given(uri)):
                     raise ValueError(
-                        f"{path} names the Milvus server {uri}; to let it be asked, set {URI_VARIABLE}={uri} "
+                        f"{path} names the Milvus server {uri}; to allow it, set {URI_VARIABLE}={uri} "
                         f"beside {TOKEN_VARIABLE}"
                     )
             elif Path(uri).is_absolute():
@@ -217,7 +217,7 @@ class MilvusIndex(VectorIndex):
             try:
                 if outside and index._journal.about().get("key") != manifest.get("key"):
                     raise ValueError(
-                        f"{uri}: not the file that {path} was saved from; set {URI_VARIABLE}={uri} if it is to be used"
+                        f"{uri}: not the file that {path} was saved from; to use it, set {URI_VARIABLE}={uri}"
                     )
                 index.check_fingerprint(fingerprint)
             except ValueError:
@@ -228,11 +228,11 @@ class MilvusIndex(VectorIndex):
         return storage.open_whole(folder, opened)
 
     def __reduce__(self) -> Any:
-        """Refuse: a connection is of one process."""
-        raise TypeError("a Milvus index cannot be pickled; save it, and open it where it is needed with load_index")
+        """Refuse to pickle, because a connection belongs to one process."""
+        raise TypeError("a Milvus index cannot be pickled; save it, and open it with load_index in the other process")
 
     def close(self) -> None:
-        """Let go of the connection, and of a local file when no other index here has it open."""
+        """Close the connection; release a local file if no other index of this process uses it."""
         self._milvus.close()
 
     def _create(self, build: Mapping[str, Any]) -> None:
@@ -245,11 +245,11 @@ class MilvusIndex(VectorIndex):
         schema.add_field("vector", vector, dim=self.dim)
         about = {"dim": self.dim, "kind": self.kind, "fingerprint": self.fingerprint, "key": uuid.uuid4().hex}
         self._journal.create(about)
-        # The items come last: with them, the index is there.
+        # The collection of the items comes last, because its existence makes the index.
         self._milvus.make_collection(self.collection, schema, self.kind, build)
 
     def _attach(self, kind: str | None) -> str:
-        """Open the collection that is there, if it is one for these vectors, and tell its kind."""
+        """Open the existing collection, check that it fits these vectors, and return its kind."""
         if not self._milvus.ask("has_collection", self._journal.name):
             raise ValueError(f"{self.uri}: the collection {self.collection!r} is not an index of d2svse")
         for name in (self.collection, self._journal.name):
@@ -264,7 +264,7 @@ class MilvusIndex(VectorIndex):
         return about["kind"]
 
     def _seen(self, ask: Callable[[str], T]) -> T:
-        """What Milvus answers, given the filter that hides what does not count: before a write or after it."""
+        """Return an answer of Milvus from the state before or after each write, never from a part of it."""
         notes = self._journal.notes()
         while True:
             answer = ask(self._journal.hidden(notes, self._call))
@@ -280,7 +280,7 @@ class MilvusIndex(VectorIndex):
         return set(self._rows_of(ids, []))
 
     def _rows_of(self, ids: list[str], fields: list[str]) -> dict[str, dict[str, Any]]:
-        """Their keys, and other fields, of those ids that are there."""
+        """Return keys and other fields of the given ids that are in the index."""
         names = {key: name for name in ids for key in _keys(name)}
         every = list(names)
 
@@ -313,7 +313,7 @@ class MilvusIndex(VectorIndex):
             batch.append(row)
             size += vector.nbytes + 4 * len(shown) + len(str(described)) + 200
             if size >= BYTES_AT_A_TIME:
-                self._milvus.ask("upsert", self.collection, batch)  # repeated, it adds nothing twice
+                self._milvus.ask("upsert", self.collection, batch)  # a repeated call adds nothing twice
                 batch, size = [], 0
         if batch:
             self._milvus.ask("upsert", self.collection, batch)
@@ -334,7 +334,7 @@ class MilvusIndex(VectorIndex):
     def _search_in(self, expression: str, queries: np.ndarray, k: int) -> tuple[np.ndarray, list[list[str]]]:
         k = min(k, self._count(expression))
         if k > LARGEST_K:
-            raise ValueError(f"Milvus gives {LARGEST_K} answers at most, k is {k}")
+            raise ValueError(f"k must be at most {LARGEST_K} for Milvus, got {k}")
         scores, ids = np.empty((len(queries), k), dtype=np.float32), []
         for first in range(0, len(queries) if k else 0, QUERIES_AT_A_TIME):
             found = self._milvus.ask(
@@ -350,15 +350,15 @@ class MilvusIndex(VectorIndex):
             for query, hits in enumerate(found, start=first):
                 if len(hits) < k:
                     raise ValueError(
-                        f"Milvus's index {self.kind} found {len(hits)} of {k} answers; raise its search_parameters "
-                        f"{self.search_parameters}, or take FLAT"
+                        f"Milvus's index {self.kind} found {len(hits)} of {k} results; raise its search_parameters "
+                        f"{self.search_parameters}, or use FLAT"
                     )
                 scores[query] = [hit["distance"] for hit in hits]
                 ids.append([_given(hit["entity"]["name"]) for hit in hits])
         return scores, ids if k else [[] for _ in queries]
 
     def _widest(self, k: int) -> dict[str, Any]:
-        """The parameters of a search, wide enough for k."""
+        """Return the parameters of a search, with ef at least k."""
         parameters = dict(self.search_parameters)
         if "ef" in parameters:
             parameters["ef"] = max(parameters["ef"], k)
@@ -374,7 +374,7 @@ class MilvusIndex(VectorIndex):
 
 
 def _below(folder: Path, uri: str) -> Path:
-    """The local file inside a folder that its manifest names."""
+    """Return the path of the local file that the folder's `index.json` names."""
     path = folder.absolute()
     for name in Path(uri).parts:
         path = inside(path, name)
@@ -382,13 +382,13 @@ def _below(folder: Path, uri: str) -> Path:
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """Two primary keys, so that an item can lie beside the one that it replaces; they need no quotes in expressions."""
+    """Return two primary keys, so that an item can exist beside the one that it replaces; they need no escapes."""
     key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return key, key[:-1] + "+"
 
 
 def _unicode(value: Any) -> Any:
-    """Write texts that are not Unicode, such as names of files that are not UTF-8, as JSON behind a mark."""
+    """Return texts that are not valid Unicode as JSON with a prefix, such as file names that are not UTF-8."""
     if isinstance(value, dict):
         return {name: _unicode(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -399,7 +399,7 @@ def _unicode(value: Any) -> Any:
 
 
 def _given(value: Any) -> Any:
-    """Read what `_unicode` wrote."""
+    """Return the original of a value from `_unicode`."""
     if isinstance(value, dict):
         return {name: _given(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -413,5 +413,5 @@ def _all_of(*conditions: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value in an expression of Milvus."""
+    """Return a value for an expression of Milvus."""
     return json.dumps(_unicode(value), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What makes a write to Milvus take effect in one step: notes of the writes that are under way."""
+"""Notes of unfinished writes, by which a write to Milvus takes effect in one step."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ import psutil
 
 from d2svse.retrieval.vectors.milvus.connection import MilvusConnection, pymilvus
 
-KEYS_AT_A_TIME = 900  # of 64 characters; a note holds no more than 65 535 bytes
-LARGEST_K = 16384  # of Milvus
+KEYS_AT_A_TIME = 900  # keys have 64 characters, a note at most 65 535 bytes
+LARGEST_K = 16384  # limit of Milvus
 ABOUT, LAST = "about", "last"
 Notes = dict[str, dict[str, Any]]
-_UNFINISHED: set[str] = set()  # writes of this process that could not be brought to an end yet
+_UNFINISHED: set[str] = set()  # writes of this process that still need to be settled
 
 
 class MilvusJournal:
-    """The collection `<collection>_writes`.
+    """The notes of writes, in the collection `<collection>_writes`.
 
-    A write notes who it is, puts its items beside the others, under its name, and lists the keys of those
-    that they replace. Until its note says `done`, what it put there is hidden; from then on, what it
-    replaces is. So that one note is the step, and whoever comes next clears up what a write left that did not come
-    to its end: before the step it is undone, after it the rest is done.
+    A write leaves a note with its process, adds its items under its name, and lists the keys that it replaces. Until
+    the note says `done`, searches do not see the new items; from then on, they do not see the replaced ones. So this
+    note is the step. The next process clears the leftovers of a stopped write: it undoes a write before the step, and
+    completes one after it.
 
     Args:
         milvus: the connection.
-        collection: that of the items.
+        collection: name of the collection of the items.
 
     Attributes:
-        name: the collection of the notes.
+        name: name of the collection of the notes.
     """
 
     def __init__(self, milvus: MilvusConnection, collection: str) -> None:
         self._milvus, self._collection, self.name = milvus, collection, f"{collection}_writes"
 
     def create(self, about: Mapping[str, Any]) -> None:
-        """Make the collection, with a note about the index."""
+        """Create the collection, with a note about the index."""
         schema = self._milvus.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("key", pymilvus.DataType.VARCHAR, is_primary=True, max_length=64)
         schema.add_field("content", pymilvus.DataType.JSON)
-        schema.add_field("vector", pymilvus.DataType.FLOAT_VECTOR, dim=2)  # Milvus has no collection without one
+        schema.add_field("vector", pymilvus.DataType.FLOAT_VECTOR, dim=2)  # Milvus requires a vector field
         self._milvus.make_collection(self.name, schema, "FLAT", {})
         self._write({ABOUT: about})
 
     def about(self) -> dict[str, Any]:
-        """The note about the index."""
+        """Return the note about the index."""
         return self.notes()[ABOUT]
 
     def notes(self) -> Notes:
-        """All notes; the same twice only if no write began, took effect or ended meanwhile."""
+        """Return all notes; they are equal in two calls only if no write began, took effect or ended in between."""
         rows = self._milvus.ask(
             "query", self.name, filter='key != ""', output_fields=["key", "content"], limit=LARGEST_K
         )
         return {row["key"]: row["content"] for row in rows}
 
     def recover(self, force: bool = False) -> None:
-        """Bring writes to their end whose process is gone, or that failed here.
+        """Settle writes whose process is gone, and failed writes of this process.
 
         Args:
-            force: those of other machines and of living processes too.
+            force: also settle writes of other machines and of living processes.
         """
         notes = self.notes()
         for call in _writes(notes):
@@ -74,11 +74,11 @@ class MilvusJournal:
                 self._settle(call)
 
     def hidden(self, notes: Notes, own: str | None) -> str:
-        """The filter that hides what does not count; none, which is faster, where all does.
+        """Return the filter that hides new items of unfinished writes and replaced items; empty if there are none.
 
         Args:
-            notes: as they are.
-            own: the write that looks; it sees what it put there.
+            notes: the current notes.
+            own: the write that reads, which sees its own items; None for a reader.
         """
         writes = _writes(notes)
         staged = [call for call in writes if call != own and "done" not in notes[call]]
@@ -88,7 +88,7 @@ class MilvusJournal:
 
     @contextmanager
     def writing(self) -> Iterator[str]:
-        """Write as the only one, under the name that is given; all of it takes effect at the end, or nothing.
+        """Yield the name of a new write; all of it takes effect at the end of the block, or nothing.
 
         Raises:
             BlockingIOError: if another process is writing.
@@ -116,25 +116,25 @@ class MilvusJournal:
                 done = self._settle(call)
             except ConnectionError:
                 left = (
-                    "whether it took effect, all of it or nothing, shows when Milvus answers again"
+                    "whether the whole write took effect or nothing will show when Milvus answers again"
                     if stepped
-                    else "nothing was changed: what reached Milvus is hidden, and undone when it is next opened"
+                    else "nothing was changed: items that reached Milvus are hidden, and the next opening removes them"
                 )
                 raise ConnectionError(f"{error}; {left}") from None
             if not (done and isinstance(error, ConnectionError)):
                 raise
         else:
             _UNFINISHED.add(call)
-            with suppress(ConnectionError):  # it took effect; what it replaced is hidden, and cleared by the next
+            with suppress(ConnectionError):  # it took effect; the next process removes the hidden replaced items
                 self._settle(call)
 
     def replace(self, call: str, keys: Sequence[str]) -> None:
-        """Note the keys of the items that a write replaces or removes."""
+        """Add a note with the keys of the items that a write replaces or removes."""
         for page, first in enumerate(range(0, len(keys), KEYS_AT_A_TIME)):
             self._write({f"{call}/{page}": {"replaced": list(keys[first : first + KEYS_AT_A_TIME])}})
 
     def _settle(self, call: str) -> bool:
-        """Bring a write to its end, and tell whether it took effect."""
+        """Complete or undo a write, and return whether it took effect."""
         notes = self.notes()
         done = "done" in notes.get(call, {})
         if done:
