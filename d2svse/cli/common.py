@@ -87,7 +87,7 @@ def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None
     else:
         show_transfers()
     loaded: D2SVSE = D2SVSE.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
-    return loaded.to(chosen)
+    return loaded.to(chosen)  # type: ignore[arg-type]
 
 
 def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class ImageTextIndex:
             if self._model is None:
                 model = _remembered(self._settings, self.folder)
                 self._check_model(model, as_loaded=True)
-                self._model = model if self._device is None else model.to(self._device)
+                self._model = model if self._device is None else model.to(self._device)  # type: ignore[arg-type]
             return self._model
 
     def _check_model(self, model: D2SVSE, as_loaded: bool = False) -> None:
