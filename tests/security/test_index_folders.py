@@ -218,7 +218,7 @@ def test_a_model_of_the_hub_is_not_fetched_unasked(make_model, photos, tmp_path,
         asked.append((name, options.get("local_files_only")))
         raise FileNotFoundError("not in the cache")
 
-    monkeypatch.setattr("d2svse.hub.access.fetch_model", fetch)
+    monkeypatch.setattr("d2svse.models.modeling.fetch_model", fetch)
     edit(tmp_path / "i" / MANIFEST, model="mallory/model")
     with pytest.raises(FileNotFoundError, match=r"mallory/model of the Hub.*--model mallory/model"):
         ImageTextIndex.load(tmp_path / "i").search("a red circle")
