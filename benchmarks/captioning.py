@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "captioning"))
-from loopback import Loopback
-from tiny_llava import save_tiny_llava
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.endpoint import Loopback
+from support.llava import save_tiny_llava
 
 
 def write_pictures(folder: Path, count: int) -> Path:

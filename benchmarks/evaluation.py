@@ -60,7 +60,7 @@ from d2svse.retrieval.evaluation.metrics import (
 )
 from d2svse.retrieval.evaluation.protocols import find_protocol, right_answers, take_split
 from d2svse.retrieval.evaluation.ranking import ranking_metrics, rankings
-from d2svse.retrieval.evaluation.streaming import Scorer, stream_ranks
+from d2svse.retrieval.evaluation.scorer import Scorer, stream_ranks
 
 IMAGES, CAPTIONS_EACH, DIM = 5000, 5, 512
 CAPTIONS = IMAGES * CAPTIONS_EACH
@@ -193,7 +193,7 @@ def encode_per_caption(model: D2SVSE, dataset: ImageTextDataset) -> tuple[np.nda
 
 
 def measure_dataset(model_name: str, data: str) -> None:
-    """Time a whole evaluation, in turns: here, the reference, here; memory is kept as in the `d2svse eval` command."""
+    """Time a whole evaluation, in turns: here, the reference, here; with the threads of the `d2svse eval` command."""
     prepare_cpu()
     model, dataset = D2SVSE.from_pretrained(model_name), ImageTextDataset.from_manifest(data)
     few = ImageTextDataset(dataset.records[:BATCH])
@@ -204,7 +204,7 @@ def measure_dataset(model_name: str, data: str) -> None:
         return rank_metrics(*argsort_ranks(images @ texts.T, owner))
 
     def here() -> dict[str, float]:
-        return evaluate(model, dataset, batch_size=BATCH)
+        return evaluate(model, dataset, batch_size=BATCH).rank_metrics
 
     def plain() -> dict[str, float]:
         with mock.patch.object(onednn, "has_slow_blas", return_value=False):

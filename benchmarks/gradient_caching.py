@@ -22,9 +22,10 @@ import torch
 from transformers import BertConfig, ViTConfig
 
 from d2svse import D2SVSE, D2SVSEConfig
+from d2svse.data import Batch
 from d2svse.losses import InfoNCE
 from d2svse.training.gradcache import cached_backward
-from d2svse.training.tasks import PretrainTask, total_loss
+from d2svse.training.tasks import AlignTask, total_loss
 
 CHUNKS = 8
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -40,19 +41,20 @@ def make_model(image_size: int) -> D2SVSE:
     return D2SVSE(D2SVSEConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), embed_dim=256)).train()
 
 
-def make_batch(size: int, image_size: int) -> dict[str, torch.Tensor]:
-    """Random pictures and sentences."""
-    return {
-        "pixel_values": torch.randn(size, 3, image_size, image_size),
-        "input_ids": torch.randint(1000, 2000, (size, 32)),
-        "attention_mask": torch.ones(size, 32, dtype=torch.long),
-        "image_ids": torch.arange(size),
-    }
+def make_batch(size: int, image_size: int) -> Batch:
+    """Random images and texts."""
+    return Batch(
+        pixel_values=torch.randn(size, 3, image_size, image_size),
+        input_ids=torch.randint(1000, 2000, (size, 32)),
+        attention_mask=torch.ones(size, 32, dtype=torch.long),
+        image_ids=torch.arange(size),
+        valid=torch.ones(size, dtype=torch.bool),
+    )
 
 
-def step(model: D2SVSE, batch: dict[str, torch.Tensor], chunk_size: int) -> None:
+def step(model: D2SVSE, batch: Batch, chunk_size: int) -> None:
     """Forward and backward of a batch."""
-    task = PretrainTask(InfoNCE())
+    task = AlignTask(InfoNCE())
     if chunk_size:
         cached_backward(model, task, batch, chunk_size, lambda loss: loss.backward())
     else:
@@ -68,7 +70,7 @@ def peak_memory() -> float:
 def measure(size: int, chunk_size: int, image_size: int) -> dict[str, float]:
     """Rise of the peak and seconds of one step, after a small one that loads what is loaded once."""
     model, batch = make_model(image_size), make_batch(size, image_size)
-    step(model, {name: tensor[:2] for name, tensor in batch.items()}, 0)
+    step(model, batch[:2], 0)
     model.zero_grad()
     before, start = peak_memory(), time.perf_counter()
     step(model, batch, chunk_size)

@@ -1,10 +1,10 @@
-"""What a shortlist finds of what a similarity of tokens finds over all pairs, and in what time.
+"""What reranked candidates find of what a similarity of tokens finds over all pairs, and in what time.
 
     python benchmarks/rerank.py --model runs/omit/model --data flickr8k/dev.jsonl
 
 Every sentence searches the pictures, and every picture the sentences, both already encoded. "Found" is the share of
 the ten best over all pairs (float32 tokens) that the two-stage search (float16 tokens on the disk) gives among its
-ten; "in the shortlist" the share of them that the shortlist holds. Times are of all queries together, and of one after
+ten; "among candidates" the share of them that are candidates. Times are of all queries together, and of one after
 another.
 """
 
@@ -46,7 +46,7 @@ def share(best: list[list[str]], found: list[list[Hit]]) -> float:
 def compare(
     index: ImageTextIndex, queries: Features, items: Features, k: int, lengths: list[int], repeats: int
 ) -> list[str]:
-    """A row of the table for each length of the shortlist."""
+    """Return a row of the table for each number of candidates."""
     asked: Side = "text" if index.side == "image" else "image"
     sides = (items, queries) if index.side == "image" else (queries, items)
 
@@ -67,7 +67,7 @@ def compare(
         _, taken_single = timed(
             lambda length=length: [index.search_features({asked: query}, k, rerank=length) for query in single], repeats
         )
-        cells = [index.side, index.shortlist, length, f"{held:.2f}", f"{share(best, found):.2f}"]
+        cells = [index.side, index.candidates, length, f"{held:.2f}", f"{share(best, found):.2f}"]
         cells += [f"{exact_time:.2f}", f"{taken:.2f}", f"{exact_time / taken:.1f}"]
         cells += [f"{1000 * exact_single / len(single):.0f}", f"{1000 * taken_single / len(single):.0f}"]
         rows.append("| " + " | ".join(map(str, cells)) + f" | {exact_single / taken_single:.1f} |")
@@ -75,7 +75,7 @@ def compare(
 
 
 def main() -> None:
-    """Encode, index and compare, for each kind of shortlist vectors."""
+    """Encode, index and compare, for each kind of vectors that find candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True, help="a manifest")
@@ -98,15 +98,15 @@ def main() -> None:
     texts = model.encode_text(captions, output="features", show_progress_bar=True)
     print(f"{type(model.similarity_fn).__name__}, {len(images)} pictures of {images.real_tokens().shape[1]} tokens,")
     print(f"{len(texts)} sentences, {torch.get_num_threads()} threads\n")
-    columns = ["stored", "shortlist", "length", "in the shortlist, %", "found, %", "all pairs, s", "two stages, s"]
+    columns = ["stored", "candidates", "number", "among candidates, %", "found, %", "all pairs, s", "two stages, s"]
     columns += ["times faster", "one query: all pairs, ms", "two stages, ms", "times faster"]
     print(f"| {' | '.join(columns)} |\n|" + " --- |" * 2 + " ---: |" * (len(columns) - 2))
     for kind in ("mean", "pooled"):
         with tempfile.TemporaryDirectory() as folder:
-            index = ImageTextIndex.build(model, pictures, f"{folder}/i", shortlist=kind)
+            index = ImageTextIndex.build(model, pictures, f"{folder}/i", candidates=kind)
             for row in compare(index, texts, images, given.k, given.lengths, given.repeats):
                 print(row, flush=True)
-            index = ImageTextIndex.build(model, captions, f"{folder}/t", side="text", shortlist=kind)
+            index = ImageTextIndex.build(model, captions, f"{folder}/t", side="text", candidates=kind)
             for row in compare(index, images, texts, given.k, given.lengths, given.repeats):
                 print(row, flush=True)
 

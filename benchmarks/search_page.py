@@ -51,10 +51,10 @@ def main() -> None:
             _click(desktop, options.place)
             _shoot(desktop, options.output / f"search-page{suffix}.png")
             if options.picture:
-                desktop.locator("#d2-picture input[type=file]").set_input_files(options.picture)
+                desktop.locator("#d2-image input[type=file]").set_input_files(options.picture)
                 desktop.wait_for_timeout(2000)
                 _shoot(desktop, options.output / f"search-page-both{suffix}.png")
-                desktop.locator("#d2-sentence input").fill("")
+                desktop.locator("#d2-text input").fill("")
                 _search(desktop, "")
                 _click(desktop, 1)
                 _shoot(desktop, options.output / f"search-page-picture{suffix}.png")
@@ -72,13 +72,13 @@ def main() -> None:
 def _open(browser: Browser, port: int, size: tuple[int, int], scheme: str) -> Page:
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     page.goto(f"http://127.0.0.1:{port}/")
-    page.locator("#d2-sentence input").wait_for()
+    page.locator("#d2-text input").wait_for()
     page.wait_for_timeout(SETTLED)
     return page
 
 
 def _search(page: Page, query: str) -> None:
-    page.locator("#d2-sentence input").fill(query)
+    page.locator("#d2-text input").fill(query)
     start = time.perf_counter()
     page.locator("#d2-search").click()
     page.locator(".d2-card").first.wait_for()

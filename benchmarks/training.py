@@ -16,8 +16,11 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from transformers import AutoTokenizer, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse import D2SVSE, D2SVSEConfig, TrainingArguments
-from d2svse.data import read_manifest
+from d2svse.data import Batch, read_manifest
 from d2svse.data.augment import generator, keep_image_tokens
 from d2svse.losses import InfoNCE, build_distillation_loss
 from d2svse.models.decoder import ContextDecoder
@@ -63,21 +66,29 @@ class EveryPosition(ContextDecoder):
         return torch.cat([decoded[:, : self.num_before], decoded[:, decoded.shape[1] - self._num_after :]], dim=1)
 
 
-def straightforward(model: D2SVSE, teacher: nn.Module, task: DistillTask, rows: dict[str, Tensor]) -> Tensor:
+class Rows(NamedTuple):
+    """A batch, and the dense text that the straightforward step's teacher reads."""
+
+    batch: Batch
+    dense: Mapping[str, Tensor]
+
+
+def straightforward(model: D2SVSE, teacher: nn.Module, task: DistillTask, rows: Rows) -> Tensor:
     """The losses of a batch without any saving."""
-    kept = [tokens[mask] for tokens, mask in zip(rows["image_tokens"], rows["image_token_mask"], strict=True)]
+    batch = rows.batch
+    kept = [tokens[mask] for tokens, mask in zip(batch.image_tokens, batch.image_token_mask, strict=True)]
     padded = torch.zeros(len(kept), max(map(len, kept)), WIDTH)
     mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
     for row, tokens in enumerate(kept):
         padded[row, : len(tokens)], mask[row, : len(tokens)] = tokens.float(), True
     images = model.image_encoder.from_backbone_tokens(padded, mask)
-    texts = model.fuse(model.text_encoder(rows["input_ids"], rows["attention_mask"]))
+    texts = model.fuse(model.text_encoder(batch.input_ids, batch.attention_mask))
     with torch.no_grad():
-        target = teacher(rows["dense_ids"], rows["dense_mask"]).pooled
-    return total_loss(task.losses(model.similarity_fn, {**rows, "teacher_embeds": target}, images, texts))
+        target = teacher(**rows.dense).pooled
+    return total_loss(task.losses(model.similarity_fn, replace(batch, teacher_embeds=target), images, texts))
 
 
-def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int, size: int) -> list[dict[str, Tensor]]:
+def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int, size: int) -> list[Rows]:
     """Batches of real text and random image tokens, drawn once for both ways."""
     records, rng = read_manifest(manifest), torch.Generator().manual_seed(0)
     order = torch.randperm(len(records), generator=rng)[: count * size].view(count, size)
@@ -86,17 +97,15 @@ def make_batches(manifest: Path, processor: D2SVSEProcessor, count: int, size: i
         sparse = processor.pad(processor.tokenize([records[row].captions[row % 5] for row in rows]))
         dense = processor.pad(processor.tokenize([" ".join(records[row].captions) for row in rows]))
         masks = [keep_image_tokens(TOKENS, generator(0, 0, row, 3)) for row in rows]
-        batches.append(
-            {
-                "image_tokens": torch.randn(size, TOKENS, WIDTH, generator=rng).half(),
-                "image_token_mask": torch.stack([torch.from_numpy(mask) for mask in masks]),
-                "input_ids": sparse["input_ids"],
-                "attention_mask": sparse["attention_mask"],
-                "dense_ids": dense["input_ids"],
-                "dense_mask": dense["attention_mask"],
-                "image_ids": torch.tensor(rows),
-            }
+        batch = Batch(
+            image_tokens=torch.randn(size, TOKENS, WIDTH, generator=rng).half(),
+            image_token_mask=torch.stack([torch.from_numpy(mask) for mask in masks]),
+            input_ids=sparse["input_ids"],
+            attention_mask=sparse["attention_mask"],
+            image_ids=torch.tensor(rows),
+            valid=torch.ones(size, dtype=torch.bool),
         )
+        batches.append(Rows(batch, {name: dense[name] for name in ("input_ids", "attention_mask")}))
     return batches
 
 
@@ -127,15 +136,16 @@ def main() -> None:
     for encoder in (naive.image_encoder, naive.text_encoder, slow_teacher := copy.deepcopy(teacher)):
         encoder.pooling.__class__ = EveryRow  # the same weights, taken the long way
     naive.decoder.__class__ = EveryPosition
-    for batch in batches:  # what the cache holds; made once, before training
-        with torch.no_grad():
-            batch["teacher_embeds"] = teacher(batch["dense_ids"], batch["dense_mask"]).pooled
+    with torch.no_grad():  # what the cache holds; made once, before training
+        batches = [
+            rows._replace(batch=replace(rows.batch, teacher_embeds=teacher(**rows.dense).pooled)) for rows in batches
+        ]
 
-    def ours(batch: dict[str, Tensor]) -> Tensor:
-        return total_loss(task(model, batch))
+    def ours(rows: Rows) -> Tensor:
+        return total_loss(task(model, rows.batch))
 
-    def theirs(batch: dict[str, Tensor]) -> Tensor:
-        return straightforward(naive, slow_teacher, task, batch)
+    def theirs(rows: Rows) -> Tensor:
+        return straightforward(naive, slow_teacher, task, rows)
 
     times: dict[str, list[float]] = {"ours": [], "straightforward": []}
     worst = 0.0

@@ -48,7 +48,7 @@ def main() -> None:
             pair = look_at(model, record.image, caption)
             words = alignment_maps(model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)[0]
             values = words.panels[pair.words.select([word])[0]].values
-            axis.imshow(pair.picture)
+            axis.imshow(pair.image)
             axis.set_title(str(number))
             for place, colour in zip(np.argsort(-values, axis=None), COLOURS, strict=False):
                 axis.add_patch(frame(pair, int(place), colour))

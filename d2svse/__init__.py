@@ -1,7 +1,7 @@
 """d2svse: image-text retrieval trained in two stages, from dense captions to sparse ones.
 
-The public names below are loaded when they are first used, so that `import d2svse` and `d2svse --help` stay
-fast: neither torch nor transformers is imported before it is needed.
+The public names below are imported on first use. `import d2svse` and `d2svse --help` load neither torch nor
+transformers.
 """
 
 from typing import TYPE_CHECKING

@@ -1,18 +1,11 @@
-"""Settings for commands on the CPU: as many threads as the process may use, and memory that is kept between steps."""
+"""Choose as many threads as the process may use."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from pathlib import Path
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# glibc gives freed blocks above a threshold back to the system, and every step of training asks for them anew.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 2**30
-_keeping = False  # whether keep_memory has done so
-ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def usable_cores() -> int:
@@ -39,32 +32,9 @@ def choose_threads() -> None:
         torch.set_num_threads(max(1, usable_cores() // processes))
 
 
-def keep_memory() -> bool:
-    """Let glibc keep freed memory for the next step; False where that is not glibc, or the user has set it up.
-
-    Memory that one step needed stays with the process until it ends.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        return False
-    global _keeping
-    libc = ctypes.CDLL(None)
-    _keeping = bool(libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
-    return _keeping
-
-
-def give_back_memory() -> None:
-    """Give what is free back to the system, where `keep_memory` keeps it; for what comes once, such as a large image.
-
-    Each thread has a part of the memory for itself, so that what one has freed is of no use to another.
-    """
-    if _keeping:
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def prepare_cpu() -> None:
-    """Choose threads and allocator for a command, where no accelerator does the work."""
+    """Choose the threads for a command, where no accelerator does the work."""
     import torch
 
     if not torch.accelerator.is_available():
         choose_threads()
-        keep_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -46,7 +47,6 @@ TRAINING: dict[str, Any] = {
     "num_context_tokens": 8,
     "decoder_layers": 1,
     "augment_images": False,
-    "keep_pixels": True,
     "augment_words": False,
     "drop_image_tokens": False,
     "save_only_model": True,
@@ -170,6 +170,8 @@ def run_demo(
             **TRAINING,
         )
         trainer = Trainer(model, args, train, val)
+        samples = trainer.prepare()
+        samples.pixels = functools.cache(samples.pixels)  # type: ignore[method-assign]  # all scenes fit into memory
         trainer.train()
         return trainer.evaluate(test, metric_key_prefix="test")
 

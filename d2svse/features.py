@@ -1,4 +1,4 @@
-"""What an encoder gives and a similarity takes: pooled vectors, tokens, and which tokens are real."""
+"""The output of an encoder and the input of a similarity: pooled vectors, tokens and a mask of real tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """Embeddings of a batch of images or of sentences.
+    """Embeddings of a batch of images or of texts.
 
     Attributes:
-        pooled: one vector an item, `(batch, embed_dim)`.
-        tokens: its fragments (patches, words), `(batch, length, embed_dim)`, or None.
-        mask: which tokens are real, `(batch, length)` bool, or None when all are.
+        pooled: one vector per item, `(batch, embed_dim)`.
+        tokens: vectors of the parts of each item (patches, words), `(batch, length, embed_dim)`, or None.
+        mask: True where a token is real, `(batch, length)` bool; None if all tokens are real.
 
     Raises:
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not fit each other.
     """
 
     pooled: Tensor
@@ -36,7 +36,7 @@ class Features:
             or self.tokens.shape[2] != self.pooled.shape[1]
         ):
             expected = f"({len(self)}, length, {self.pooled.shape[1]})"
-            raise ValueError(f"tokens must be {expected} to go with pooled, got {tuple(self.tokens.shape)}")
+            raise ValueError(f"tokens must be {expected} to fit pooled, got {tuple(self.tokens.shape)}")
         if self.mask is not None:
             if self.tokens is None:
                 raise ValueError("a mask was given without tokens")
@@ -48,7 +48,7 @@ class Features:
         return self.pooled.shape[0]
 
     def __getitem__(self, rows: int | slice | Tensor | Sequence[int]) -> Features:
-        """Some of the items, in the order asked for; a single row comes as a batch of one."""
+        """Return the chosen items in the given order; one row becomes a batch of one."""
         index = rows if isinstance(rows, slice | Tensor) else torch.atleast_1d(torch.as_tensor(rows, dtype=torch.long))
         return Features(
             self.pooled[index],
@@ -57,7 +57,7 @@ class Features:
         )
 
     def to(self, target: torch.device | str | torch.dtype) -> Features:
-        """Move to a device, or convert the floating-point parts to a dtype."""
+        """Return the features on a device, or with the floating-point parts in a dtype."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(target)
@@ -67,13 +67,17 @@ class Features:
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
-        """Join batches in order; shorter token sequences are padded with zeros and masked out."""
+        """Join batches in order. Shorter token sequences are padded with zeros and masked.
+
+        Raises:
+            ValueError: if the list is empty, or only some parts have tokens.
+        """
         if not parts:
-            raise ValueError("nothing to join: an empty list of Features")
+            raise ValueError("cannot join an empty list of Features")
         pooled = torch.cat([part.pooled for part in parts])
         if any(part.tokens is None for part in parts):
             if not all(part.tokens is None for part in parts):
-                raise ValueError("some parts have tokens and some have not")
+                raise ValueError("some parts have tokens and some have none; encode all with the same output option")
             return Features(pooled)
         tokens = [part.tokens for part in parts if part.tokens is not None]
         longest = max(t.shape[1] for t in tokens)
@@ -87,7 +91,7 @@ class Features:
         return Features(pooled, padded, torch.cat(masks))
 
     def real_tokens(self) -> Tensor:
-        """The mask, made where there is none: `(batch, length)` bool.
+        """Return the mask, `(batch, length)` bool; all True where the features have none.
 
         Raises:
             ValueError: if there are no tokens.
@@ -100,5 +104,5 @@ class Features:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in float64."""
+    """Return the tensor in float32; a float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use (PEP 562), so that importing one module loads no other."""
+"""Import the public names of a package on first use (PEP 562), so that importing one module loads no other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def lazy_names(
     """Return `__getattr__` and `__dir__` for the `__init__.py` of a package.
 
     Args:
-        package: its `__name__`.
-        names: the public names by the module, relative to the package, that defines them.
+        package: `__name__` of the package.
+        names: public names by the module that defines them, relative to the package.
     """
     modules = {name: f"{package}.{module}" for module, group in names.items() for name in group}
 

@@ -1,4 +1,4 @@
-"""Progress bars with the rate and the remaining time, on a terminal only."""
+"""Progress bars with rate and remaining time, shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Item = TypeVar("Item")
 
 
 class RateColumn(ProgressColumn):
-    """How much is done a second.
+    """Column with the items finished per second.
 
     Args:
-        unit: what is counted.
+        unit: name of the counted items.
         size: units in one step of the bar.
     """
 
@@ -25,18 +25,18 @@ class RateColumn(ProgressColumn):
         self.unit, self.size = unit, size
 
     def render(self, task: Task) -> Text:
-        """Show the rate, once there is one."""
+        """Return the rate, or an empty text before the first step."""
         speed = task.finished_speed or task.speed
         return Text("" if not speed else f"{speed * self.size:.1f} {self.unit}/s")
 
 
 def make_progress(unit: str, size: int = 1, console: Console | None = None) -> Progress:
-    """A bar with count, rate, a note of the caller's (`note=`) and remaining time; gone when it ends.
+    """Return a bar with count, rate, a note of the caller (`note=`) and remaining time. It is erased at the end.
 
     Args:
-        unit: what the rate counts.
+        unit: name of the counted items.
         size: units in one step of the bar.
-        console: where to draw; standard error without it, so that output can be piped.
+        console: console to draw on; standard error by default, so that output can be piped.
     """
     return Progress(
         TextColumn("[bold]{task.description}"),
@@ -51,7 +51,7 @@ def make_progress(unit: str, size: int = 1, console: Console | None = None) -> P
 
 
 def progress_bar(items: Iterable[Item], description: str, total: int, unit: str, show: bool = True) -> Iterator[Item]:
-    """Go through `items` with a bar, where `show` is set and standard error is a terminal."""
+    """Yield `items`, with a bar if `show` is set and standard error is a terminal."""
     progress = make_progress(unit)
     if not (show and progress.console.is_terminal):
         yield from items

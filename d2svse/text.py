@@ -1,4 +1,4 @@
-"""Text that comes from elsewhere: checking what a tokenizer gets, and showing any name safely."""
+"""Check texts; show any name safely on a terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Control characters, separators of lines, marks that turn the direction of writing, and halves of characters.
+# Control characters, line separators, marks that change the writing direction, and lone surrogates.
 _HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def visible(text: str) -> str:
-    r"""Show a name or a text on one line of a terminal: control characters as `\x1b`, `\n`, `\u2028`."""
+    r"""Return a name or a text for one line of a terminal, with control characters as `\x1b`, `\n`, `\u2028`."""
 
     def escaped(match: re.Match[str]) -> str:
         code = ord(match[0])
@@ -24,14 +24,14 @@ def visible(text: str) -> str:
 
 
 def check_text(text: Any, where: str) -> str:
-    """Return a caption or a query that a tokenizer can take.
+    """Return the text if a tokenizer can read it.
 
     Args:
-        text: the text.
-        where: the file and line, or what it is, for the messages.
+        text: a caption or a query.
+        where: file and line, or a name of the text, for the messages.
 
     Raises:
-        ValueError: if it is no text, empty, or holds half a character (a lone surrogate).
+        ValueError: if it is not a string, is empty, or contains half a character (a lone surrogate).
     """
     if not isinstance(text, str) or not text.strip():
         what = "empty, expected a text" if isinstance(text, str) else "expected a text"
@@ -40,6 +40,6 @@ def check_text(text: Any, where: str) -> str:
     if half:
         raise ValueError(
             f"{where}: half a character ({half[0]!r} at position {half.start() + 1}), such as half an emoji; "
-            "mend or remove it"
+            "correct or remove it"
         )
     return text

@@ -165,7 +165,7 @@ keep(compose_gallery(rows, right=right), "answers.png")
 # by luck in K / n of all cases.
 
 # %%
-metrics = evaluate(model, test)
+metrics = evaluate(model, test).metrics
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
 print_recalls({"chance": chance, "this model": metrics}, f"{len(test)} test pictures, percent")

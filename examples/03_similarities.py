@@ -39,7 +39,7 @@ from transformers import ResNetConfig, logging
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.cli.common import print_recalls
 from d2svse.demo import TRAINING, build_model, draw_scenes
-from d2svse.retrieval import evaluate_protocol, score_dataset
+from d2svse.retrieval import evaluate
 from d2svse.training.arguments import PRESETS
 from d2svse.visualize import score_distributions
 
@@ -100,12 +100,14 @@ def keep(figure, name):
 models, metrics, intervals, results = {}, {}, {}, {}
 for name in SIMILARITIES:
     model, rate, batch_size = train_one(name)
-    evaluation = evaluate_protocol([(name, model)], test).result
+    evaluation = evaluate([(name, model)], test)
     start = perf_counter()
-    results[name] = score_dataset(model, test)
+    encode = {"output": model.similarity_fn.output, "convert_to_tensor": True}
+    images, texts = model.encode_image(test.images, **encode), model.encode_text(test.captions, **encode)
+    results[name] = model.similarity(images, texts), test.image_of_caption
     seconds = perf_counter() - start
-    models[name], metrics[name] = model, evaluation["metrics"]
-    low, high = evaluation["intervals"]["t2i_recall_at_10"]
+    models[name], metrics[name] = model, evaluation.metrics
+    low, high = evaluation.report()["intervals"]["t2i_recall_at_10"]
     times = f"{1000 * batch_size / rate:.0f} ms a step, {seconds:.1f} s to encode and score the test set"
     intervals[name] = f"T2I R@10 {100 * low:.0f} to {100 * high:.0f} %; {times}"
 
@@ -142,7 +144,7 @@ keep(score_distributions(results), "scores.png")
 # ## What can be searched at once
 #
 # A bilinear score *folds*: the matrix is multiplied into the sentence's vector once, and what is left is a plain
-# inner product, which any vector engine serves. OMIT does not fold; an index then takes a shortlist by one vector
+# inner product, which any vector engine serves. OMIT does not fold; an index then finds candidates by one vector
 # each, and scores only that exactly.
 
 # %%

@@ -205,7 +205,7 @@ models = {"InfoNCE": train_own("infonce"), "the sigmoid loss": train_own("sigmoi
 # %%
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-results = {"chance": chance} | {name: evaluate(model, test) for name, model in models.items()}
+results = {"chance": chance} | {name: evaluate(model, test).metrics for name, model in models.items()}
 print_recalls(results, f"whole-and-words on {len(test)} test pictures, percent")
 for name, model in models.items():
     print(f"{name}: the whole counts {100 * model.similarity_fn.share.sigmoid().item():.0f} %, the words the rest")

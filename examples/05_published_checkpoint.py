@@ -14,11 +14,11 @@
 # # 5. From a published checkpoint to an evaluation
 #
 # The published D2S-VSE code saves its models as `.pth` files. This library reads them, evaluates them as the
-# published code does, turns them into model folders, and writes them back.
+# published code does, converts them to model folders, and writes them back.
 #
-# No such file is at hand here, so the notebook makes one on the spot: it trains a small model of the published
-# architecture (a ViT and a BERT, the context decoder, cosine) and writes it in the published format. From there on
-# everything is as with a real file. If you have one, give its path instead of `published` below.
+# The notebook needs no download: it trains a small model of the published architecture (a ViT and a BERT, the
+# context decoder, cosine) and writes it in the published format. All further steps are the same as with a real file.
+# If you have one, give its path instead of `published` below.
 
 # %%
 import argparse
@@ -32,19 +32,19 @@ from d2svse.cli.common import print_recalls
 from d2svse.demo import TRAINING, build_model, draw_scenes
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.published import convert_published, load_published, write_published
-from d2svse.retrieval import PROTOCOLS, evaluate_protocol, score_dataset
+from d2svse.retrieval import PROTOCOLS, evaluate
 from d2svse.training.arguments import PRESETS
 
 logging.disable_progress_bar()  # of reading and writing weights
 
 # %% [markdown]
-# `DATA` is the one path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, as notebook 1 tells;
-# None draws scenes. The budget is the epochs of each stage.
+# `DATA` is the only path to change: a folder with `train.jsonl`, `val.jsonl` and `test.jsonl`, see notebook 1. None
+# draws scenes. The budget is the number of epochs of each stage.
 
 # %%
 DATA = None
 PRETRAIN_EPOCHS, DISTILL_EPOCHS = 1, 2
-OUTPUT = Path("d2svse-examples/published")  # all that is written lies here
+OUTPUT = Path("d2svse-examples/published")  # all output goes here
 
 # %%
 data = Path(DATA) if DATA else draw_scenes(OUTPUT / "scenes", num_train=800, num_test=100)
@@ -55,9 +55,9 @@ train, val, test = (
 # %% [markdown]
 # ## Make a checkpoint
 #
-# The published format knows ViT or Swin with BERT, attention heads that are 64 wide, pooling by GPO, a decoder with
-# its tokens behind the words and without positions, and cosine. It also fixes how a picture is prepared: bilinear to
-# a square without anti-aliasing, ImageNet's mean and deviation.
+# The published format has ViT or Swin with BERT, attention heads 64 wide, pooling by GPO, a decoder with its tokens
+# after the words and without positions, and cosine. Images are prepared in one way: bilinear resize to a square
+# without anti-aliasing, then ImageNet's mean and deviation.
 
 # %%
 if DATA is None:
@@ -85,14 +85,14 @@ write_published(OUTPUT / "trained", published)
 print(f"{published}: {published.stat().st_size / 1e6:.1f} MB")
 
 # %% [markdown]
-# The warnings are right. The teacher of stage 2 was not kept (nobody needs it to search). And this library's decoder
-# does not look at padded words, while the published one does: more on that below.
+# The two warnings are correct. The teacher of stage 2 was not kept, because search does not need it. This library's
+# decoder ignores padded words and the published one does not (see below).
 #
-# ## What is in such a file
+# ## Look into the file
 #
-# A dictionary: the tensors under `model`, the options of its training under `opt`. A `.pth` is a pickle, and a pickle
-# can run code when it is opened. `load_published` opens it so that nothing can be run: anything but tensors, plain
-# values and `argparse.Namespace` is refused, with its name. Look at one the same way:
+# The file holds a dictionary: the tensors under `model`, the options of the training under `opt`. A `.pth` file is a
+# pickle, and a pickle can run code when it is opened. `load_published` opens it safely: it refuses everything except
+# tensors, plain values and `argparse.Namespace`, and the error gives the name. The same in a few lines:
 
 
 # %%
@@ -110,14 +110,13 @@ for name in ("img_enc.image_encoder.fc.weight", "txt_enc.fc.weight", "prompt_lea
 # %% [markdown]
 # ## Load it
 #
-# The architecture comes from the shapes of the tensors, and from the options where no shape tells. The tokenizer is
-# not in the file: bert-base-uncased from the Hub, unless one is given.
+# The architecture comes from the shapes of the tensors, and from options for what shapes do not contain. The file has
+# no tokenizer: give one, or bert-base-uncased is loaded from the Hub.
 #
-# The paper and the published code differ in how a sentence is finished. By default the model does what the
-# **published evaluation** does: the decoder's output is L2-normalised before it is added, and the decoder sees padded
-# words. The **paper** adds the raw output (Eq. 3): `fusion="sum"`. `mask_padding=True` hides padding, so that a
-# sentence's vector does not depend on what else is in its batch. With both, the loaded model is the one that was
-# trained here.
+# The paper and the published code differ in the last step of a text's embedding. By default the model does the same
+# as the **published evaluation**: the decoder's output is L2-normalised before it is added, and the decoder sees
+# padded words. The **paper** adds the raw output (Eq. 3): `fusion="sum"`. `mask_padding=True` hides padding, so the
+# vector of a text does not depend on its batch. With both options, the loaded model equals the one trained here.
 
 # %%
 as_published = load_published(published, tokenizer=tokenizer).to(model.device)
@@ -126,8 +125,8 @@ as_trained = load_published(published, tokenizer=tokenizer, fusion="sum", mask_p
 # %% [markdown]
 # ## Convert it
 #
-# A conversion makes a model folder: safetensors, configuration, tokenizer, image processor. That loads fast, runs
-# nothing, and is what all other commands take. (`d2svse convert published FILE.pth FOLDER` does the same.)
+# A conversion makes a model folder: safetensors, configuration, tokenizer, image processor. The folder loads fast and
+# runs no code, and all other commands take it. (`d2svse convert published FILE.pth FOLDER` does the same.)
 
 # %%
 convert_published(published, OUTPUT / "converted", tokenizer=tokenizer)
@@ -136,16 +135,16 @@ converted = D2SVSE.from_pretrained(OUTPUT / "converted").to(model.device)
 # %% [markdown]
 # ## Evaluate
 #
-# A protocol says what the test set must be and how it is ranked; its name stands in the result, so that only like is
-# compared with like.
+# A protocol fixes the test set and how it is ranked. The result contains the name of the protocol, so that only
+# results of one protocol are compared.
 
 # %%
 for protocol in PROTOCOLS.values():
     print(f"{protocol.name:13} {protocol.about}")
 
 # %% [markdown]
-# A test set of one's own is `custom`. With Flickr30K's 1000 test images `"flickr30k-1k"` would check that they are
-# these.
+# The protocol of your own test set is `custom`. `"flickr30k-1k"` would check that the data are Flickr30K's 1000 test
+# images.
 
 # %%
 candidates = {
@@ -154,18 +153,24 @@ candidates = {
     "loaded, published way": as_published,
     "converted": converted,
 }
-evaluations = {name: evaluate_protocol([(name, one)], test, "custom").result for name, one in candidates.items()}
+evaluations = {name: evaluate(one, test) for name, one in candidates.items()}
 chance = {f"{side}_recall_at_{k}": k / len(test) for side in ("i2t", "t2i") for k in (1, 5, 10)}
 chance["rsum"] = sum(chance.values())
-table = {name: evaluation["metrics"] for name, evaluation in evaluations.items()}
-print_recalls({"chance": chance, **table}, f"protocol custom, {len(test)} test pictures, percent")
+table = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+print_recalls({"chance": chance, **table}, f"protocol custom, {len(test)} test images, percent")
 
 # %% [markdown]
-# Not only the table must agree, but every score: the loaded model in the paper's way with the one that was trained,
-# and the converted folder with the file.
+# Every score must agree, not only the table: the model loaded in the paper's way with the trained model, and the
+# converted folder with the file.
+
 
 # %%
-scores = {name: score_dataset(one, test)[0] for name, one in candidates.items()}
+def score_all(one):
+    images = one.encode_image(test.images, convert_to_tensor=True)
+    return one.similarity(images, one.encode_text(test.captions, convert_to_tensor=True))
+
+
+scores = {name: score_all(one) for name, one in candidates.items()}
 same = (scores["trained here"] - scores["loaded, paper's way"]).abs().max()
 converted_same = (scores["loaded, published way"] - scores["converted"]).abs().max()
 other = (scores["trained here"] - scores["loaded, published way"]).abs().max()
@@ -177,8 +182,8 @@ print(f"the paper's way and the published way: {other:.2f}")
 # %% [markdown]
 # ## And back
 #
-# A converted folder goes back to the published format bit by bit, what the published model holds and never uses
-# included.
+# A converted folder is written back to the published format bit by bit, including the tensors that the published
+# model never uses.
 
 # %%
 write_published(OUTPUT / "converted", OUTPUT / "back.pth")
@@ -188,13 +193,13 @@ assert all(torch.equal(back["model"][name], tensor) for name, tensor in content[
 print(len(back["model"]), "tensors, all equal")
 
 # %% [markdown]
-# What this shows and what not: the file, the folder and the model give the same scores, and the small ViT, trained
-# for 75 steps from random weights, ranks above chance and no better than that. The recalls of the paper are not
-# reproduced here; the published weights were not at hand when this was written.
+# The file, the folder and the model give the same scores. The small ViT was trained for 75 steps from random weights:
+# it ranks above chance, and no better than that. The notebook does not reproduce the recalls of the paper, because the
+# published weights were not available when it was written.
 #
 # ## Where to read on
 #
-# - [Published checkpoints and data](../docs/published.md): settings that no shape tells, keeping the teacher to train
-#   on, the published data folders.
+# - [Published checkpoints and data](../docs/published.md): settings that you can give, how to keep the teacher for
+#   further training, the published data folders.
 # - [Flickr30K and MS-COCO](../docs/guides/flickr30k-coco.md): training and evaluation as in the paper.
 # - [Evaluation](../docs/evaluation.md): what every number means, ties, intervals, ECCV Caption.

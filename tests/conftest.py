@@ -19,6 +19,7 @@ from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset, Trai
 from d2svse.cli.app import main
 from d2svse.data import write_scenes
 from d2svse.demo import build_tokenizer
+from support.shared import make_once
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -26,11 +27,24 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this process keep to it
 
 IMAGE_SIZE = 32
+pytest_plugins = ["support.fixtures"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first: pytest-xdist with --maxschedchunk 1 then has the quick ones to fill the end with."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked as slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests unless `--all` or a test's own name asks for them.
+
+    The longest come first, so that quick ones are left to fill the end with (pytest-xdist with `--maxschedchunk 1`).
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if not (config.getoption("--all") or any("::" in argument for argument in config.args)):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    long = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")]
+    items[:] = [*long, *(item for item in items if item not in long)]
 
 
 def pytest_collection_finish() -> None:
@@ -41,10 +55,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 training and 16 validation scenes of 32 × 32 pixels."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, "train", 48, size=IMAGE_SIZE)
-    write_scenes(folder, "val", 16, first=48, size=IMAGE_SIZE)
-    return folder
+
+    def draw(folder: Path) -> None:
+        write_scenes(folder, "train", 48, size=IMAGE_SIZE)
+        write_scenes(folder, "val", 16, first=48, size=IMAGE_SIZE)
+
+    return make_once(tmp_path_factory, "scenes", draw)
 
 
 @pytest.fixture(scope="session")
@@ -84,15 +100,18 @@ def processor(train_dataset: ImageTextDataset) -> D2SVSEProcessor:
 @pytest.fixture(scope="session")
 def backbones(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of tiny pretrained backbones without dropout, as a user would name them."""
-    folder, config = tmp_path_factory.mktemp("backbones"), tiny_config()
+    config = tiny_config()
     config.text_config.vocab_size = len(processor.tokenizer)
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
-    torch.manual_seed(0)
-    ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
-    BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
-    processor.image_processor.save_pretrained(folder / "vision")
-    processor.tokenizer.save_pretrained(folder / "text")
-    return folder
+
+    def save(folder: Path) -> None:
+        torch.manual_seed(0)
+        ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
+        BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
+        processor.image_processor.save_pretrained(folder / "vision")
+        processor.tokenizer.save_pretrained(folder / "text")
+
+    return make_once(tmp_path_factory, "backbones", save)
 
 
 @pytest.fixture

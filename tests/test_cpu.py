@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -28,27 +25,3 @@ def test_processes_share_the_cores_unless_told_otherwise(monkeypatch, processes,
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     cpu.choose_threads()
     assert chosen == ([] if expected is None else [expected])
-
-
-@pytest.mark.parametrize("name", cpu.ALLOCATOR_VARIABLES)
-def test_a_users_own_allocator_settings_are_left_alone(monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    assert not cpu.keep_memory()
-
-
-@pytest.mark.skipif(cpu.platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_freed_memory_stays_with_the_process():
-    script = """
-import sys, torch
-from d2svse.cpu import keep_memory
-assert sys.argv[1] == "plain" or keep_memory()
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-before = resident()
-block = torch.ones(32 * 2**20)  # 128 MB
-del block
-print(resident() - before > 100e6)
-"""
-    for choice, kept in (("plain", "False"), ("keep", "True")):
-        command = [sys.executable, "-c", script, choice]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == kept

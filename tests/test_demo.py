@@ -1,70 +1,46 @@
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
-from forks import forks
 
 from d2svse.data import read_manifest
 from d2svse.demo import build_model, draw_scenes, run_demo
+from support.fixtures import SMALL_DEMO
+from support.processes import Fork
 
 SPLITS = ("train", "val", "test")
 EVALUATE = """
 import json, sys
 from d2svse import D2SVSE, ImageTextDataset, evaluate
 model = D2SVSE.from_pretrained(sys.argv[1] + "/model")
-print(json.dumps(evaluate(model, ImageTextDataset.from_manifest(sys.argv[1] + "/scenes/test.jsonl"))))
+print(json.dumps(evaluate(model, ImageTextDataset.from_manifest(sys.argv[1] + "/scenes/test.jsonl")).rank_metrics))
 """
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder, lines = tmp_path_factory.mktemp("demo"), []
-    results = run_demo(
-        folder,
-        num_train=64,
-        num_test=12,
-        pretrain_epochs=1,
-        distill_epochs=1,
-        say=lines.append,
-        show_progress_bar=False,
-    )
-    return folder, results, "\n".join(lines)
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
 def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
-    folder, results, said = demo
-    assert list(results) == ["stage 1", "stage 2", "aligning alone"]
-    assert json.loads((folder / "results.json").read_text()) == results
+    said = (demo.parent / "said.txt").read_text()
+    assert list(results_of(demo)) == ["stage 1", "stage 2", "aligning alone"]
     for name in ("model/model.safetensors", "index/image_text_index.json", "gallery.png", "scenes/test.jsonl"):
-        assert (folder / name).is_file(), name
+        assert (demo / name).is_file(), name
     assert "InfoNCE" in said
     assert "ResNet" in said
     assert said.count("its own scene comes at place") == 3
 
 
 def test_a_fresh_process_gives_the_same_table(demo):
-    folder, results, _ = demo
-    with forks():
-        found = subprocess.run(
-            [sys.executable, "-c", EVALUATE, str(folder)], capture_output=True, text=True, check=True
-        )
-    fresh = json.loads(found.stdout.splitlines()[-1])
-    assert fresh == pytest.approx(results["stage 2"], abs=1e-6)
+    fresh = Fork(EVALUATE, demo)
+    assert fresh.wait() == 0, fresh.err()
+    assert json.loads(fresh.out().splitlines()[-1]) == pytest.approx(results_of(demo)["stage 2"], abs=1e-6)
 
 
-def test_the_demo_can_be_run_again_in_the_same_place(demo):
-    folder, results, _ = demo
-    again = run_demo(
-        folder,
-        num_train=64,
-        num_test=12,
-        pretrain_epochs=1,
-        distill_epochs=1,
-        say=lambda line: None,
-        show_progress_bar=False,
-    )
-    assert again == results
+def test_the_demo_can_be_run_again_in_the_same_place(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "demo")
+    again = run_demo(tmp_path / "demo", **SMALL_DEMO, say=lambda line: None, show_progress_bar=False)
+    assert again == results_of(demo)
 
 
 def test_no_scene_is_in_two_splits(tmp_path):

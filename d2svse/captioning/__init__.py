@@ -1,1 +1,1 @@
-"""Dense text for pictures: by a LLaVA of transformers or an OpenAI-compatible endpoint, and what it is like."""
+"""Caption images with dense captions: a LLaVA of transformers, an OpenAI-compatible endpoint, and reports."""

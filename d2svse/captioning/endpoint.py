@@ -1,4 +1,9 @@
-"""Captions by an OpenAI-compatible endpoint: vLLM, TGI and others."""
+"""Caption images by an OpenAI-compatible endpoint: vLLM, TGI and others.
+
+The requests are made here because `huggingface_hub.AsyncInferenceClient` cannot serve: it follows redirects to other
+hosts, sends the user's Hub token to any address, reads answers of any size, and refuses all addresses under
+`HF_HUB_OFFLINE`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 from PIL import Image
 
 from d2svse.captioning.pictures import Outcome, Picture, Sampling
@@ -22,14 +28,6 @@ from d2svse.captioning.text import find_fault
 from d2svse.files.data import decode_text, parse_json
 from d2svse.images import ImageError, load_image, orientation
 from d2svse.text import visible
-
-try:
-    import httpx2
-except ImportError:
-    raise ImportError(
-        "captions by an endpoint need httpx2, which comes with huggingface_hub 2 or with the extra [captioning]: "
-        'pip install "d2svse[captioning]"'
-    ) from None
 
 LONGEST_WAIT = 600.0
 LONGEST_BACKOFF = 60.0

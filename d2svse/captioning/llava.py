@@ -1,4 +1,4 @@
-"""Captions by any model of transformers that takes a picture and a text: LLaVA and its family."""
+"""Caption images with a transformers model that generates text from an image and a text, such as LLaVA."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from d2svse.hub.weights import check_finite, weight_files
 from d2svse.images import ImageError, load_image
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# What LLaVA-1.5 was trained with, for processors that bring no chat template.
+# The template of LLaVA-1.5's training, for processors without a chat template.
 PLAIN_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
 
 
 class SeededSampling(LogitsProcessor):
-    """Draws the next token of each row with that row's own random numbers.
+    """Samples the next token of each row with the row's own random numbers.
 
-    Greedy decoding then takes it: all other tokens get a score of minus infinity. So what is drawn
-    for a row depends on its seed and its scores, and not on the other rows of the batch. The token is
-    the one at which the cumulative probability, in the order of the vocabulary, passes a uniform number.
+    All other tokens get a score of minus infinity, so that greedy decoding takes the sampled token. So the token
+    depends only on the seed and the scores of its row, whatever the other rows of the batch are. It is the first
+    token, in the order of the vocabulary, whose cumulative probability exceeds a uniform random number.
 
     Args:
-        seeds: one a row.
-        temperature: above 0.
-        top_p: see `Sampling`.
-        prompt_length: tokens before the first that is drawn, padding included.
-        max_new_tokens: how many numbers each row needs.
+        seeds: one seed for each row.
+        temperature: temperature of sampling, above 0.
+        top_p: total probability of the tokens to sample from, see `Sampling`.
+        prompt_length: tokens before the first sampled token, padding included.
+        max_new_tokens: number of random numbers for each row.
     """
 
     def __init__(
@@ -61,28 +61,28 @@ class SeededSampling(LogitsProcessor):
         self.uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Leave one token of each row: `(n_rows, n_tokens)` to `(n_rows, n_tokens)` float32."""
-        dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # there is no float64 on mps
+        """Return scores that leave one token of each row: `(n_rows, n_tokens)` to `(n_rows, n_tokens)` float32."""
+        dtype = torch.float32 if scores.device.type == "mps" else torch.float64  # mps has no float64
         probabilities = self.warpers(input_ids, scores.float()).to(dtype).softmax(-1)
         cumulative = probabilities.cumsum(-1)
         uniform = torch.as_tensor(self.uniform[:, input_ids.shape[1] - self.prompt_length, None])
         threshold = uniform.to(cumulative) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, threshold, right=True)
-        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding may reach the very end
+        last = (probabilities > 0).cumsum(-1).argmax(-1, keepdim=True)  # rounding may otherwise reach a later token
         return torch.full_like(scores, -torch.inf, dtype=torch.float32).scatter(1, torch.minimum(drawn, last), 0.0)
 
 
 class LlavaCaptioner:
-    """Captions pictures in batches.
+    """Captions images in batches.
 
-    A text that is empty or says the same again and again is thrown away and drawn anew.
+    An empty or repetitive text is discarded, and another one is sampled.
 
     Args:
-        model: a model that generates from pictures and text.
-        processor: its processor.
-        sampling: how captions are drawn.
-        batch_size: pictures at a time.
-        tries: texts drawn for a picture before it counts as failed.
+        model: a model that generates text from images and text.
+        processor: the processor of the model.
+        sampling: settings of the captions.
+        batch_size: images captioned at a time.
+        tries: texts sampled for an image before it counts as failed.
 
     Raises:
         ValueError: if a number is not positive.
@@ -90,7 +90,7 @@ class LlavaCaptioner:
 
     def __init__(self, model: Any, processor: Any, sampling: Sampling, batch_size: int = 8, tries: int = 3) -> None:
         if batch_size < 1 or tries < 1:
-            raise ValueError(f"batch size and tries must be positive, got {batch_size} and {tries}")
+            raise ValueError(f"batch_size and tries must be positive, got {batch_size} and {tries}")
         self.model, self.processor, self.sampling = model, processor, sampling
         self.batch_size, self.tries = batch_size, tries if sampling.temperature > 0 else 1
         processor.tokenizer.padding_side = "left"
@@ -113,26 +113,26 @@ class LlavaCaptioner:
         batch_size: int = 8,
         tries: int = 3,
     ) -> LlavaCaptioner:
-        """Load a model and its processor (a Hub id or a folder).
+        """Load a model and its processor from the Hub or a folder.
 
         Args:
             name: Hub id or folder.
-            sampling: how captions are drawn.
-            revision: of a Hub id.
+            sampling: settings of the captions.
+            revision: revision of the model on the Hub.
             dtype: "bfloat16", "float16" or "float32".
-            device: such as "cuda:1" or "cpu"; the first accelerator, or else the CPU, without it.
-            batch_size: pictures at a time.
-            tries: texts drawn for a picture before it counts as failed.
+            device: device such as "cuda:1" or "cpu"; None for the first accelerator, or else the CPU.
+            batch_size: images captioned at a time.
+            tries: texts sampled for an image before it counts as failed.
 
         Raises:
-            OSError: if there is no such model, or it lacks a file.
-            ValueError: if it is none that generates from pictures and text, or the dtype or the device is unknown.
+            OSError: if the model does not exist or lacks a file.
+            ValueError: if the model does not generate text from images, or the dtype or the device is unknown.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such model folder")
-        place = _device(device)
+        target = _device(device)
         if Path(name).is_dir():
             check_contents(name, max_image_size=math.inf)
         safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -140,17 +140,17 @@ class LlavaCaptioner:
             config = AutoConfig.from_pretrained(name, **safe)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(
-                f"{name}: a {config.model_type} model, expected one that generates text from pictures, such as llava"
+                f"{name}: a {config.model_type} model; expected one that generates text from images, such as llava"
             )
         with loading(name):
             processor = AutoProcessor.from_pretrained(name, **safe)
             model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], **safe)
         check_finite(model, weight_files(Path(name), name) if Path(name).is_dir() else (), name)
-        return cls(model.to(place).eval(), processor, sampling, batch_size, tries)
+        return cls(model.to(target).eval(), processor, sampling, batch_size, tries)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the captions depend on."""
+        """The settings that the captions depend on."""
         made_by = {
             "made_by": "transformers",
             "model": self.model.name_or_path,
@@ -160,7 +160,7 @@ class LlavaCaptioner:
         return {**made_by, **asdict(self.sampling)}
 
     def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
-        """Caption all pictures; see `Captioner`."""
+        """Caption all images; see `Captioner`."""
         queue = deque((picture, picture.draw) for picture in pictures)
         while queue:
             batch = [queue.popleft() for _ in range(min(self.batch_size, len(queue)))]
@@ -187,7 +187,7 @@ class LlavaCaptioner:
 
     @torch.inference_mode()
     def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[tuple[str, str]]:
-        """The text of each picture, and "stop", or "length" where it was cut."""
+        """Return the text of each image with "stop", or with "length" if the text was cut."""
         inputs = self._inputs(images).to(self.model.device, self.model.dtype)
         length, sampling = inputs["input_ids"].shape[1], self.sampling
         processors = LogitsProcessorList()
@@ -227,7 +227,7 @@ def _device(name: str | os.PathLike[str] | None) -> torch.device:
     try:
         device = torch.device(os.fspath(name))
     except RuntimeError:
-        raise ValueError(f"device {name!r} is not known; give cpu, or such as cuda:0") from None
+        raise ValueError(f"unknown device {name!r}; expected a device such as cpu or cuda:0") from None
     if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
-        raise ValueError(f"device {name!r} is not there; {accelerator or 'cpu'} is")
+        raise ValueError(f"this machine has no device {name!r}; use {accelerator or 'cpu'}")
     return device

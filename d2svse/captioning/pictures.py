@@ -1,4 +1,4 @@
-"""Pictures to caption, what becomes of each, and the random numbers that each one has for itself."""
+"""The images to caption, the outcome of each, and its own random numbers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Protocol
 
 from d2svse.data.manifest import ManifestError
-from d2svse.data.readers import dense_folder, read_records, require_pictures
+from d2svse.data.readers import dense_folder, read_records, require_images
 from d2svse.images import StoredImage, find_images
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How captions are drawn; the defaults are those of D2S-VSE's dense captions.
+    """The settings of captions; the defaults are those of D2S-VSE's dense captions.
 
     Attributes:
-        prompt: what the model is asked.
-        temperature: 0 takes the likeliest word each time and draws nothing.
-        top_p: words are drawn from the likeliest ones that together have this probability.
-        max_new_tokens: longest caption, in tokens of the captioning model.
-        seed: seed of all draws.
+        prompt: the question to the model.
+        temperature: temperature of sampling; 0 takes the likeliest token each time.
+        top_p: total probability of the likeliest tokens to sample from.
+        max_new_tokens: length of the longest caption, in tokens of the captioning model.
+        seed: seed of the sampling.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -38,7 +38,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise ValueError("the prompt is empty")
+            raise ValueError("the prompt is empty; expected a question to the model")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -47,19 +47,19 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
 
     def picture_seed(self, content: bytes, draw: int) -> int:
-        """The seed of a picture, from the seed, what its file holds and how many texts were thrown away: 31 bits."""
+        """Return the seed of an image (31 bits), made of `seed`, the file content and the number of discarded texts."""
         key = f"{self.seed}:{draw}:".encode() + hashlib.sha256(content).digest()
         return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture to caption.
+    """An image to caption.
 
     Attributes:
-        name: what it is called in the output.
-        path: its file.
-        draw: how many texts for it were thrown away before.
+        name: name of the image in the output.
+        path: file of the image.
+        draw: number of texts that earlier runs discarded.
     """
 
     name: str
@@ -69,15 +69,15 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a picture: a text, or the reason why there is none.
+    """The caption of an image, or the reason why it has none.
 
     Attributes:
-        picture: which one.
+        picture: the image.
         text: the caption, or None.
-        seed: the seed that it was drawn with.
-        finish: "stop", or "length" where the caption was cut at the limit of tokens.
-        reason: why there is no caption.
-        draw: how many texts for it were thrown away by now.
+        seed: seed of the caption.
+        finish: "stop", or "length" if the caption was cut at the limit of tokens.
+        reason: the reason why there is no caption, or None.
+        draw: number of texts discarded so far.
     """
 
     picture: Picture
@@ -89,10 +89,10 @@ class Outcome:
 
 
 class Captioner(Protocol):
-    """Captions pictures; each outcome is handed over as soon as it is there, in any order."""
+    """Captions images and passes on each outcome as soon as it exists, in any order."""
 
     def run(self, pictures: Sequence[Picture], take: Callable[[Outcome], None]) -> None:
-        """Caption pictures. Some may be left without an outcome, where a budget is spent."""
+        """Caption images; call `take` for each outcome. An exhausted budget leaves images without an outcome."""
         ...
 
 
@@ -103,21 +103,20 @@ def find_pictures(
     image_folder: str | os.PathLike[str] | None = None,
     allow_missing: bool = False,
 ) -> list[Picture]:
-    """The pictures of a folder, or of any data layout that training reads.
+    """Return the images of a folder, or of any data layout that training reads.
 
-    Names are relative to the folder where training looks for the pictures of a dense JSONL (the
-    layout's own, or `image_folder`), and absolute where a picture does not lie below it.
+    Names are relative to the folder in which training looks for the images of a dense JSONL: the layout's own
+    folder, or `image_folder`. The name of an image outside of it is its absolute path.
 
     Args:
-        source: a folder of pictures, or what `read_records` takes; a folder is one of a layout
-            where `split` is given.
-        split: which split, where the layout has several.
-        image_folder: where relative image paths start.
-        allow_missing: take a layout's images that are not there too.
+        source: a folder of images, or a source of `read_records`; with `split`, a folder is read as a layout.
+        split: the split to read, for a layout with several.
+        image_folder: folder that relative image paths start from.
+        allow_missing: accept images of a layout whose file is missing.
 
     Raises:
-        FileNotFoundError: if there are no pictures.
-        ManifestError: if the layout cannot be read, or is one of shards.
+        FileNotFoundError: if there are no images.
+        ManifestError: if the layout cannot be read, or its images are in shards.
     """
     base = dense_folder(source, image_folder)
     if Path(source).is_dir() and split is None:
@@ -125,11 +124,11 @@ def find_pictures(
     else:
         records = read_records(source, split=split, image_folder=image_folder, allow_missing=allow_missing)
         if not allow_missing:
-            require_pictures(records, source)
+            require_images(records, source)
         paths = []
         for record in records:
             if isinstance(record.image, StoredImage):
-                raise ManifestError(f"{os.fspath(source)}: pictures in shards; caption them before they are packed")
+                raise ManifestError(f"{os.fspath(source)}: the images are in shards; caption them before packing them")
             paths.append(record.image)
     return [Picture(_name(path, base), path) for path in paths]
 
@@ -139,17 +138,17 @@ def _name(path: Path, base: Path) -> str:
 
 
 def take_shard(pictures: Sequence[Picture], shard: str) -> list[Picture]:
-    """Every n-th picture, the i-th of each n first; all shards together have each picture once.
+    """Return every n-th image, starting with the i-th; the n shards together contain each image once.
 
     Args:
-        pictures: the whole list, the same on every machine.
-        shard: "i/n", i from 1.
+        pictures: the whole list, equal on every machine.
+        shard: "i/n" with i from 1 to n.
 
     Raises:
-        ValueError: if it is not of that form.
+        ValueError: if `shard` does not have this form.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     number, count = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= number <= count:
-        raise ValueError(f"a shard is i/n with i from 1 to n, such as 1/4, got {shard!r}")
+        raise ValueError(f"a shard must be i/n with i from 1 to n, such as 1/4, got {shard!r}")
     return list(pictures[number - 1 :: count])

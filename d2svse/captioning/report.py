@@ -1,4 +1,4 @@
-"""What dense captions are like: lengths, what will be cut, what repeats, what is empty; and their short form."""
+"""Report on dense captions (lengths, truncated, repetitive and empty ones), and shorten them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ TOKENIZING_CHUNK = 10_000
 
 @dataclass(frozen=True, slots=True)
 class CaptionReport:
-    """Figures of a file of dense captions; lengths are of those that are not empty.
+    """Figures of a file of dense captions; lengths ignore empty captions.
 
     Attributes:
-        captions: how many lines there are.
-        words: `mean`, `min`, `p5`, `p50`, `p95`, `p99` and `max` of the words (what stands between spaces).
-        tokens: the same of the tokens of a text encoder, special tokens included; None without one.
+        captions: number of lines.
+        words: `mean`, `min`, `p5`, `p50`, `p95`, `p99` and `max` of the lengths in words (separated by spaces).
+        tokens: the figures of `words` for lengths in tokens of a text encoder, special tokens included; None without
+            an encoder.
         max_length: longest text that the encoder reads, in tokens, or None.
-        truncated: how many are longer than that, or None.
-        unfinished: how many the captioning model did not end itself, or None where the file does not say.
-        duplicates: how many are word for word what an earlier line says.
-        repeating: where a caption says the same again and again, and what.
-        empty: where captions are empty.
+        truncated: number of captions longer than `max_length`, or None.
+        unfinished: number of captions that were cut at the captioning model's limit, or None if the file does not
+            record it.
+        duplicates: number of captions equal to an earlier one.
+        repeating: repeated phrase of each repetitive caption, by image or line.
+        empty: images or lines of empty captions.
     """
 
     captions: int
@@ -50,12 +52,12 @@ class CaptionReport:
 def report_captions(
     path: str | os.PathLike[str], tokenizer: Any = None, max_length: int | None = None
 ) -> CaptionReport:
-    """Look at a dense JSONL, `{"image": ..., "dense": ...}` or `{"text": ...}` a line.
+    """Compute the figures of a dense JSONL with a row `{"image": ..., "dense": ...}` or `{"text": ...}` on each line.
 
     Args:
         path: the file.
-        tokenizer: of the text encoder; None leaves tokens out.
-        max_length: tokens that the encoder reads.
+        tokenizer: tokenizer of the text encoder; None leaves out the figures of tokens.
+        max_length: length of the longest text that the encoder reads, in tokens.
 
     Raises:
         ManifestError: if a line is not JSON or has no text, or all texts are empty.
@@ -73,7 +75,7 @@ def report_captions(
         if repeated is not None:
             repeating[name] = repeated
     if not texts:
-        raise ManifestError(f"{path}: no captions in it")
+        raise ManifestError(f"{path}: no captions; expected one on each line")
     lengths = None if tokenizer is None else list(_token_lengths(texts, tokenizer))
     known = lengths is not None and max_length is not None
     return CaptionReport(
@@ -90,10 +92,10 @@ def report_captions(
 
 
 def load_tokenizer(name: str) -> tuple[Any, int]:
-    """The tokenizer of a text encoder or of a model of ours (Hub id or folder), and the longest text that it reads.
+    """Load the tokenizer of a text encoder or a D2S-VSE model (Hub id or folder) and its limit in tokens.
 
     Raises:
-        OSError: if there is none.
+        OSError: if the model does not exist.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -114,7 +116,7 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
 
 
 def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[str], sentences: int) -> int:
-    """Write a dense JSONL again with the first sentences of each text, and return how many lines it has.
+    """Write a copy of a dense JSONL with the first sentences of each text; return the number of its lines.
 
     Raises:
         ManifestError: if a line is not JSON or has no text.
@@ -126,7 +128,7 @@ def shorten_captions(source: str | os.PathLike[str], output: str | os.PathLike[s
         short = {**row, field: first_sentences(row[field], sentences)}
         try:
             rows.append(to_json(short))
-        except ValueError as error:  # a NaN, which JSON has none of
+        except ValueError as error:  # such as a NaN, which JSON cannot hold
             raise ManifestError(f"{source}:{line}: {error}") from None
     write_text(output, "".join(row + "\n" for row in rows))
     return len(rows)

@@ -1,4 +1,4 @@
-"""Caption what has no caption yet."""
+"""Caption the images that have no caption yet."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-        made: captions of this run.
-        done: captions of these pictures, those of earlier runs included.
-        skipped: one for each broken picture that was left out, with its name.
-        failed: the reason, by name, for pictures that were tried and have no caption.
-        left: pictures that have no caption and were not skipped, the failed ones included.
-        failed_path: where the failed ones are listed.
+        made: number of captions that this run made.
+        done: number of images with a caption, from this run and earlier ones.
+        skipped: a message with the name of each broken image that was left out.
+        failed: reason for each image that was tried without success, by name.
+        left: number of images without a caption, except skipped ones.
+        failed_path: file with the list of failed images.
     """
 
     made: int
@@ -48,20 +48,20 @@ def caption_pictures(
     on_bad_image: OnBadImage = "error",
     show_progress_bar: bool = False,
 ) -> Summary:
-    """Caption the pictures that the output lacks, those that failed before last.
+    """Caption the images that the output lacks; images that failed earlier come last.
 
     Args:
-        captioner: what makes the captions.
-        pictures: all pictures.
+        captioner: the captioner.
+        pictures: all images.
         output: the dense JSONL, see `CaptionFile`.
-        settings: what the captions are made with.
-        notes: recorded beside the settings.
-        on_bad_image: at a broken picture, "error" to stop before anything is asked for, "skip" to leave it out.
-        show_progress_bar: show one on the terminal.
+        settings: the settings that the captions depend on.
+        notes: further facts that are recorded beside the settings.
+        on_bad_image: "error" to stop at a broken image before the first caption, "skip" to leave it out.
+        show_progress_bar: show a progress bar on the terminal.
 
     Raises:
-        ImageError: at the first broken picture with "error".
-        ValueError: if the output was made with other settings, or the captioner cannot go on.
+        ImageError: at the first broken image with "error".
+        ValueError: if the output was made with other settings, or the captioner cannot continue.
     """
     with CaptionFile(output, settings, notes) as file:
         before = sum(picture.name in file.done for picture in pictures)
@@ -74,7 +74,7 @@ def caption_pictures(
             except ImageError as error:
                 if on_bad_image != "skip" or not before:
                     raise
-                logger.warning("skipped: %s", error)  # all that is left to caption is broken, and that is no error
+                logger.warning("skipped: %s", error)  # every remaining image is broken; a second run must not fail
                 good, skipped = [], [str(path) for path in paths]
             missing = [missing[row] for row in good]
         missing.sort(key=lambda picture: picture.name in file.failed)

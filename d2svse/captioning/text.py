@@ -1,4 +1,4 @@
-"""What a caption is made of: sentences, and phrases that it says again and again."""
+"""Split captions into sentences, and find repeated phrases."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LOOP_WORDS = 6
 LONGEST_PHRASE = 40
 
 _END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s|$)|[。！？]+["'”’」』）]*|\n+""")
-# After these a full stop never ends a sentence ...
+# A full stop after these words never ends a sentence.
 _BEFORE_A_NAME = frozenset(
     "mr mrs ms dr prof st mt ft gen sgt capt lt col rev hon vs no nos fig approx e.g i.e cf ca al".split()
 )
-# ... after these, and after letters such as U.S., only where the next word is one that begins sentences.
+# A full stop after these words, or after letters such as U.S., ends a sentence only before one of `_BEGINNERS`.
 _MAYBE_LAST = frozenset("etc inc ltd co corp jr sr a.m p.m ave blvd dept ph.d".split())
 _BEGINNERS = frozenset(
     "the a an it its he she his her they their there this that these those we you i in on at to with some one two "
@@ -25,18 +25,17 @@ _BEGINNERS = frozenset(
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, without the space around them.
+    """Return the sentences of a text, without the space around them.
 
-    A sentence ends at `.`, `!` or `?` before a space, at their full-width forms, and at a line break; not
-    before a small letter, unless the text has no others.
-    The full stops of decimals, of titles and abbreviations ("Dr. Smith", "e.g. a cat"), of initials
-    ("J. Smith") and of the numbers of a list ("1. A man") end none.
+    A sentence ends at `.`, `!` or `?` before a space, at their full-width forms, and at a line break. It does not end
+    before a small letter, unless the whole text is in small letters. It does not end at the full stop of a decimal, a
+    title or abbreviation ("Dr. Smith", "e.g. a cat"), an initial ("J. Smith") or a number in a list ("1. A man").
     """
     return [text[start:end] for start, end in _spans(text)]
 
 
 def first_sentences(text: str, count: int) -> str:
-    """The first `count` sentences, as they stand in the text.
+    """Return the first `count` sentences, with the space between them.
 
     Raises:
         ValueError: if `count` is not positive.
@@ -69,7 +68,7 @@ def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _goes_on(before: str, sign: str, after: str) -> bool:
-    """Whether a full stop stands within a sentence."""
+    """Return whether the sentence continues after a sign."""
     if sign != "." or not after:
         return False
     words = before.split()
@@ -83,10 +82,10 @@ def _goes_on(before: str, sign: str, after: str) -> bool:
 
 
 def find_repetition(text: str) -> str | None:
-    """What a text says again and again, or None.
+    """Return a repeated sentence or phrase of a text, or None.
 
-    That is a sentence of at least three words that stands there three times, or a phrase of up to 40
-    words three times in a row, which makes six words or more.
+    A sentence counts if it has at least three words and occurs three times. A phrase of up to 40 words counts if it
+    occurs three times in a row, with at least six words in total.
     """
     sentences = Counter(tuple(_words(sentence)) for sentence in split_sentences(text))
     for sentence, count in sentences.items():
@@ -96,22 +95,22 @@ def find_repetition(text: str) -> str | None:
     for length in range(1, min(LONGEST_PHRASE, len(words) // COPIES) + 1):
         needed = max(COPIES * length, LOOP_WORDS) - length
         run = 0
-        for place in range(length, len(words)):
-            run = run + 1 if words[place] == words[place - length] else 0
+        for position in range(length, len(words)):
+            run = run + 1 if words[position] == words[position - length] else 0
             if run == needed:
-                first = place - run - length + 1
+                first = position - run - length + 1
                 return " ".join(words[first : first + length])
     return None
 
 
 def find_fault(text: str) -> str | None:
-    """Why a caption cannot be used, or None."""
+    """Return why a caption cannot be used, or None."""
     if not text.strip():
         return "an empty caption"
     if any("\ud800" <= sign <= "\udfff" for sign in text):
         return "a caption with half a character"
     repeated = find_repetition(text)
-    return None if repeated is None else f'a caption that says "{repeated[:80]}" again and again'
+    return None if repeated is None else f'a caption that repeats "{repeated[:80]}"'
 
 
 def _words(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command
 
 from d2svse.cli import (
+    average,
     caption,
     convert,
     data,
@@ -39,7 +40,7 @@ app = typer.Typer(
         "d2svse demo", "d2svse index build MODEL photos -o INDEX", 'd2svse search INDEX "a dog on a beach"'
     ),
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
@@ -52,6 +53,7 @@ app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.add_typer(caption.app, name="caption")
+app.command("average", epilog=average.EXAMPLES)(average.average)
 app.command("push", epilog=push.EXAMPLES)(push.push)
 app.add_typer(convert.app, name="convert")
 app.add_typer(data.app, name="data")

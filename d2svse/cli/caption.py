@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, prepare_process, print_table
+from d2svse import choices
+from d2svse.cli.common import OnBadImage, examples, prepare_process, print_table
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -17,21 +18,20 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "D2SVSE_API_KEY"
 
-app = typer.Typer(help="Dense captions for pictures.", no_args_is_help=True)
-Source = Annotated[str, typer.Argument(help="A folder of pictures, a manifest, or another layout of data.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The dense .jsonl; a run that was stopped goes on.")]
-Split = Annotated[str | None, typer.Option(help="Split, where the layout has several.")]
-ImageFolder = Annotated[Path | None, typer.Option(help="Where relative image paths start.")]
-Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
-Temperature = Annotated[float, typer.Option(help="Of the draws; 0 draws nothing.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest words of this probability.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest caption, in tokens.")]
-Seed = Annotated[int, typer.Option(help="Seed of all draws.")]
-Shard = Annotated[str, typer.Option(help="i/n: every n-th picture from the i-th, on one of n machines.")]
+app = typer.Typer(help="Make and check dense captions of images.", no_args_is_help=True)
+Source = Annotated[str, typer.Argument(help="A folder of images, a manifest, or another data layout.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The dense .jsonl to write; a stopped run continues it.")]
+Split = Annotated[str | None, typer.Option(help="Split, for a layout with several.")]
+ImageFolder = Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")]
+Prompt = Annotated[str, typer.Option(help="Question to the model.")]
+Temperature = Annotated[float, typer.Option(help="Temperature of sampling; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total probability.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens of the longest caption.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+Shard = Annotated[str, typer.Option(help="i/n: caption every n-th image from the i-th, on one of n machines.")]
 Sentences = Annotated[
     int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
 ]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
 
 
 @app.command(
@@ -55,15 +55,15 @@ def local(
     shard: Shard = "1/1",
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
+    dtype: Annotated[choices.CaptionerDtype, typer.Option(help="Type of the weights.")] = "bfloat16",
     device: Annotated[
-        str | None, typer.Option(help="Such as cuda:1.", show_default="an accelerator, or the CPU")
+        str | None, typer.Option(help="Device, such as cuda:1.", show_default="an accelerator, or the CPU")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
-    tries: Annotated[int, typer.Option(help="Texts drawn before a picture counts as failed.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Images captioned at a time.")] = 8,
+    tries: Annotated[int, typer.Option(help="Texts sampled before an image counts as failed.")] = 3,
 ) -> None:
-    """Caption pictures with a model on this machine."""
+    """Caption images with a model on this machine."""
     prepare_process()
     import torch
     import transformers
@@ -83,9 +83,9 @@ def local(
     "endpoint", epilog=examples("d2svse caption endpoint http://gpu:8000/v1 photos --model llava -o out.jsonl")
 )
 def endpoint(
-    url: Annotated[str, typer.Argument(help="The API's base, such as http://localhost:8000/v1.")],
+    url: Annotated[str, typer.Argument(help="Base URL of the API, such as http://localhost:8000/v1.")],
     source: Source,
-    model: Annotated[str, typer.Option(help="The model's name there.")],
+    model: Annotated[str, typer.Option(help="Name of the model at the endpoint.")],
     output: Output,
     split: Split = None,
     image_folder: ImageFolder = None,
@@ -97,20 +97,22 @@ def endpoint(
     shard: Shard = "1/1",
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
-    concurrency: Annotated[int, typer.Option(help="Most requests under way.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds for a whole answer.")] = 120.0,
-    tries: Annotated[int, typer.Option(help="Requests for a picture before it counts as failed.")] = 5,
-    max_requests: Annotated[int | None, typer.Option(help="Most requests of this run, all tries counted.")] = None,
-    backoff: Annotated[float, typer.Option(help="Seconds before a second try; doubles each time.")] = 1.0,
-    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = KEY_VARIABLE,
+    concurrency: Annotated[int, typer.Option(help="Largest number of open requests.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a whole answer.")] = 120.0,
+    tries: Annotated[int, typer.Option(help="Requests for an image before it counts as failed.")] = 5,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Largest number of requests of this run, repeated ones included.")
+    ] = None,
+    backoff: Annotated[float, typer.Option(help="Seconds before the second try; they double with each try.")] = 1.0,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = KEY_VARIABLE,
 ) -> None:
-    """Caption pictures with an OpenAI-compatible endpoint, such as one of vLLM or TGI."""
+    """Caption images with an OpenAI-compatible endpoint, such as one of vLLM or TGI."""
     from d2svse.captioning.endpoint import EndpointCaptioner
     from d2svse.captioning.pictures import Sampling
 
     key = os.environ.get(api_key_env, "").strip() or None
     if key is None and api_key_env != KEY_VARIABLE:
-        raise ValueError(f"--api-key-env {api_key_env}: there is no such variable in the environment, or it is empty")
+        raise ValueError(f"--api-key-env {api_key_env}: the environment variable is not set, or it is empty")
     limits: dict[str, Any] = {"timeout": timeout, "tries": tries, "max_requests": max_requests, "backoff": backoff}
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
     pictures = _pictures(source, split, image_folder, shard, on_bad_image)
@@ -120,7 +122,7 @@ def endpoint(
 
 
 def _pictures(
-    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: str
+    source: str, split: str | None, image_folder: Path | None, shard: str, on_bad_image: choices.OnBadImage
 ) -> list[Picture]:
     from d2svse.captioning.pictures import find_pictures, take_shard
 
@@ -135,20 +137,19 @@ def _run(
     notes: dict[str, Any],
     output: Path,
     sentences: int | None,
-    on_bad_image: str,
+    on_bad_image: choices.OnBadImage,
 ) -> None:
-    """Caption what is missing, say how it ended, and exit with 1 if pictures are left."""
+    """Caption the images without a caption, print a summary, and exit with 1 if images are left."""
     from d2svse.captioning.report import shorten_captions
     from d2svse.captioning.running import caption_pictures
     from d2svse.version import __version__
 
-    choice: Any = on_bad_image
     notes = {"d2svse": __version__, **notes}
-    options: dict[str, Any] = {"notes": notes, "on_bad_image": choice, "show_progress_bar": True}
+    options: dict[str, Any] = {"notes": notes, "on_bad_image": on_bad_image, "show_progress_bar": True}
     summary = caption_pictures(captioner, pictures, output, settings, **options)
     skipped = f", {len(summary.skipped)} broken ones skipped" if summary.skipped else ""
     typer.echo(
-        f"{visible(str(output))}: {summary.done} of {len(pictures)} pictures have a caption, "
+        f"{visible(str(output))}: {summary.done} of {len(pictures)} images have a caption, "
         f"{summary.made} of them new{skipped}"
     )
     if sentences is not None and summary.done:
@@ -160,9 +161,7 @@ def _run(
         if summary.failed:
             name, reason = next(iter(summary.failed.items()))
             failed = f", {len(summary.failed)} of them failed, listed in {summary.failed_path} ({name}: {reason})"
-        message = (
-            f"d2svse: {summary.left} pictures are left without a caption{failed}; the same command tries them again"
-        )
+        message = f"d2svse: {summary.left} images have no caption yet{failed}; run the same command to try them again"
         typer.echo(visible(" ".join(message.split())), err=True)
         raise typer.Exit(1)
 
@@ -171,13 +170,13 @@ def _run(
 def shorten(
     file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl to write.")],
-    sentences: Annotated[int, typer.Option(min=1, help="How many sentences to keep.")],
+    sentences: Annotated[int, typer.Option(min=1, help="Sentences to keep.")],
 ) -> None:
     """Keep the first sentences of each caption."""
     from d2svse.captioning.report import shorten_captions
 
     if output.exists():
-        raise FileExistsError(f"{output}: is there already; give another name")
+        raise FileExistsError(f"{output}: already exists; give another name")
     count = shorten_captions(file, output, sentences)
     typer.echo(f"{visible(str(output))}: {count} captions of at most {sentences} sentences")
 
@@ -191,15 +190,17 @@ def shorten(
 )
 def report(
     file: Annotated[Path, typer.Argument(help="A dense .jsonl.")],
-    text: Annotated[str | None, typer.Option(help="Text encoder or model: Hub id or folder.")] = None,
+    text: Annotated[str | None, typer.Option(help="Hub id or folder of a text encoder or model.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens that are read.", show_default="the encoder's limit")
+        int | None, typer.Option(help="Tokens that the encoder reads.", show_default="the encoder's limit")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Lengths in words and tokens, what will be truncated, and repeated and empty captions."""
+    """Report lengths in words and tokens, and truncated, repeated and empty captions."""
     if max_length is not None and (text is None or max_length < 1):
-        raise ValueError("--max-length takes a positive number of tokens, and the encoder that counts them (--text)")
+        raise ValueError(
+            "--max-length takes a positive number of tokens, and needs an encoder that counts them (--text)"
+        )
     from dataclasses import asdict
 
     from d2svse.captioning.report import load_tokenizer, report_captions
@@ -223,10 +224,10 @@ def report(
         share = 100 * found.truncated / (found.captions - len(found.empty))
         typer.echo(f"longer than {found.max_length} tokens, so truncated: {found.truncated} ({share:.1f} %)")
     if found.unfinished is not None:
-        typer.echo(f"not ended by the captioning model: {found.unfinished}")
-    typer.echo(f"word for word as an earlier one: {found.duplicates}")
+        typer.echo(f"cut at the captioning model's limit: {found.unfinished}")
+    typer.echo(f"equal to an earlier caption: {found.duplicates}")
     first = [f'{name} ("{phrase[:60]}")' for name, phrase in list(found.repeating.items())[:5]]
-    typer.echo(f"says the same again and again: {len(found.repeating)}{_listed(first)}")
+    typer.echo(f"repeating themselves: {len(found.repeating)}{_listed(first)}")
     typer.echo(f"empty: {len(found.empty)}{_listed(found.empty[:5])}")
 
 

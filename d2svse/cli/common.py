@@ -6,12 +6,21 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2svse import choices
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from d2svse.models import D2SVSE
+
+
+OnBadImage = Annotated[
+    choices.OnBadImage, typer.Option(help="Stop at an image that cannot be read, or list it, leave it out and go on.")
+]
 
 
 def examples(*commands: str) -> str:
@@ -20,7 +29,7 @@ def examples(*commands: str) -> str:
 
 
 def prepare_process() -> None:
-    """Set up the CPU, and let transformers and huggingface_hub show errors only, and no bars beside ours.
+    """Choose the CPU threads; let transformers and huggingface_hub show errors only, and no bars beside ours.
 
     huggingface_hub keeps to HF_HUB_VERBOSITY and HF_DEBUG where they are set.
     """
@@ -47,11 +56,12 @@ def show_transfers() -> None:
 def load_model(name: str) -> D2SVSE:
     """Load a model for use, with its processor."""
     prepare_process()
-    from d2svse.hub.folder import check_model_folder
+    from d2svse.hub.folder import check_model_folder, holds_another_model
     from d2svse.models import D2SVSE
 
     if Path(name).is_dir():
-        check_model_folder(name, processor=True)
+        if not holds_another_model(Path(name)):
+            check_model_folder(name, processor=True)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such model folder")
     else:
@@ -72,17 +82,16 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
     return result
 
 
-def readable_images(source: Path, on_bad_image: str) -> list[Path]:
+def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path]:
     """The pictures of a folder or a manifest, each decoded once before anything is computed from them."""
     from d2svse.data import ImageTextDataset
     from d2svse.images import find_images, select_readable
 
-    choice: Any = on_bad_image
     if source.is_file():
-        dataset = ImageTextDataset.from_manifest(source, on_bad_image=choice, show_progress_bar=True)
+        dataset = ImageTextDataset.from_manifest(source, on_bad_image=on_bad_image, show_progress_bar=True)
         return [Path(path) for path in dataset.images]
     found = find_images(source)
-    return [found[row] for row in select_readable(found, choice, show_progress_bar=True)[0]]
+    return [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:

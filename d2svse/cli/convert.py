@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from d2svse.choices import Fusion, Placement
 from d2svse.cli.common import examples, parse_assignments, prepare_process
 
 app = typer.Typer(help="Published D2S-VSE checkpoints (.pth) to model folders, and back.", no_args_is_help=True)
@@ -23,8 +24,12 @@ def published(
     keep_teacher: Annotated[
         bool, typer.Option("--keep-teacher", help="Keep the frozen dense text encoder, to train on.")
     ] = False,
-    fusion: Annotated[str, typer.Option(help="published, or sum as in the paper (Eq. 3).")] = "published",
-    token_placement: Annotated[str, typer.Option(help="postfix, or surround as in the paper.")] = "postfix",
+    fusion: Annotated[
+        Fusion, typer.Option(help="As in the published evaluation, or the sum of the paper (Eq. 3).")
+    ] = "published",
+    token_placement: Annotated[
+        Placement, typer.Option(help="Where learnable tokens stand; surround as in the paper.")
+    ] = "postfix",
     mask_padding: Annotated[bool, typer.Option("--mask-padding", help="Hide padded words from the decoder.")] = False,
     antialias: Annotated[bool, typer.Option("--antialias", help="Resize pictures with anti-aliasing.")] = False,
     set_: Annotated[

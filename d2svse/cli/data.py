@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from d2svse.cli.common import examples
+from d2svse.choices import DataFormat
+from d2svse.cli.common import OnBadImage, examples
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
 
-app = typer.Typer(help="Data layouts.", no_args_is_help=True)
+app = typer.Typer(help="Convert, extend and pack data sets.", no_args_is_help=True)
 
 
 @app.command(
@@ -26,27 +27,30 @@ def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data.")],
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
-    format: Annotated[str, typer.Option(help="auto, published, karpathy, coco, table, datasets or manifest.")] = "auto",
+    format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
     image_folder: Annotated[
-        Path | None, typer.Option(help="The pictures.", show_default="the layout's usual place")
+        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="long or short200 of the published layout, auto, field, concat or a JSONL file.")
+        str | None,
+        typer.Option(
+            help="Dense captions: auto, field, concat or a JSONL file; for the published layout also long or short200."
+        ),
     ] = None,
     image_column: Annotated[
         str | None,
-        typer.Option(help="Column of the images of a table, a manifest or a datasets dataset.", show_default="image"),
+        typer.Option(help="Column of the images in a table, a manifest or a datasets dataset.", show_default="image"),
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Column of its captions.", show_default="caption; captions of a manifest")
+        str | None, typer.Option(help="Column of the captions.", show_default="caption; captions of a manifest")
     ] = None,
     without_pictures: Annotated[
-        bool, typer.Option("--without-pictures", help="Do not ask that the pictures are there.")
+        bool, typer.Option("--without-pictures", help="Skip the check that the image files exist.")
     ] = False,
 ) -> None:
-    """Write any layout as a manifest."""
+    """Convert any layout to a manifest."""
     from d2svse.data.manifest import write_manifest
-    from d2svse.data.readers import read_records, require_pictures
+    from d2svse.data.readers import read_records, require_images
 
     records = read_records(
         source,
@@ -59,7 +63,7 @@ def convert(
         allow_missing=without_pictures,
     )
     if not without_pictures:
-        require_pictures(records, source)
+        require_images(records, source)
     write_manifest(output, records)
     captions = sum(len(record.captions) for record in records)
     texts = sum(record.dense is not None for record in records)
@@ -71,63 +75,61 @@ def dense(
     manifest: Annotated[str, typer.Argument(help="A manifest, or any layout that `convert` reads.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The manifest (.jsonl) to write.")],
     from_: Annotated[
-        str, typer.Option("--from", help="concat, auto, or a JSONL with {image, dense} a line or {text} by line.")
+        str,
+        typer.Option(
+            "--from", help="concat, auto, or a JSONL file with rows {image, dense}, or one row {text} for each image."
+        ),
     ],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
     image_folder: Annotated[
         Path | None,
-        typer.Option(help="Where relative image paths start, of both.", show_default="the layout's usual place"),
+        typer.Option(
+            help="Folder that relative image paths of both files start from.", show_default="the layout's usual folder"
+        ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Write images without dense text too, without it.")
+        bool, typer.Option("--allow-missing", help="Also write the images that have no dense caption.")
     ] = False,
 ) -> None:
-    """Give the images of a manifest their dense text."""
+    """Add dense captions to the images of a manifest."""
     from dataclasses import replace
 
     from d2svse.data.manifest import ManifestError, dense_texts, write_manifest
-    from d2svse.data.readers import dense_folder, read_records, require_pictures
+    from d2svse.data.readers import dense_folder, read_records, require_images
 
     if output.exists():
-        raise FileExistsError(f"{output}: is there already; give another name")
+        raise FileExistsError(f"{output}: already exists; give another name")
     records = read_records(manifest, split=split, image_folder=image_folder)
-    require_pictures(records, manifest)
+    require_images(records, manifest)
     texts = dense_texts(records, from_, dense_folder(manifest, image_folder))
     missing = [str(record.image) for record, text in zip(records, texts, strict=True) if text is None]
     if missing:
         named = ", ".join(map(visible, missing[:NAMED_IMAGES])) + (", …" if len(missing) > NAMED_IMAGES else "")
-        found = f"{len(missing)} of {len(records)} images have no dense text from {from_}: {named}"
+        found = f"{len(missing)} of {len(records)} images have no dense caption in {from_}: {named}"
         if not allow_missing:
-            raise ManifestError(f"{found}; caption them, or write them without it (--allow-missing)")
+            raise ManifestError(f"{found}; caption them, or write them without one (--allow-missing)")
         typer.echo(found, err=True)
     write_manifest(output, [replace(record, dense=text) for record, text in zip(records, texts, strict=True)])
-    typer.echo(f"{visible(str(output))}: {len(records)} images, {len(records) - len(missing)} with dense text")
+    typer.echo(f"{visible(str(output))}: {len(records)} images, {len(records) - len(missing)} with a dense caption")
 
 
 @app.command("shard", epilog=examples("d2svse data shard train.jsonl shards/train"))
 def shard(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards and their index, shards.jsonl.")],
-    split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="The pictures.", show_default="the layout's usual place")
+        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
     ] = None,
-    dense: Annotated[str | None, typer.Option(help="Where dense text comes from, as of `train`.")] = None,
-    images_per_shard: Annotated[int, typer.Option(help="Images in a shard.")] = 1000,
-    on_bad_image: Annotated[
-        str, typer.Option(help="error, or skip to count, list and leave out broken and missing images.")
-    ] = "error",
+    dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
+    images_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
+    on_bad_image: OnBadImage = "error",
 ) -> None:
-    """Pack pictures and texts into WebDataset tar shards, to train from a disk or a web server."""
-    from typing import get_args
-
+    """Pack images and captions into WebDataset tar shards, to train from a disk or a web server."""
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format, refuse_links
     from d2svse.data.shards import write_shards
-    from d2svse.images import OnBadImage
 
-    if on_bad_image not in get_args(OnBadImage):
-        raise ValueError(f"--on-bad-image takes {' or '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     format = detect_format(source)
     dataset = ImageTextDataset.from_source(
         source,
@@ -135,7 +137,7 @@ def shard(
         split=split,
         image_folder=image_folder,
         dense=dense,
-        on_bad_image="skip" if on_bad_image == "skip" else None,  # what is packed is decoded anyway
+        on_bad_image="skip" if on_bad_image == "skip" else None,  # write_shards decodes every image anyway
         show_progress_bar=True,
     )
     refuse_links(dataset.records, source, format, image_folder)
@@ -152,11 +154,11 @@ def index_shards(
     shards: Annotated[list[str], typer.Argument(help="Tar files, or their URLs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The index to write.")] = Path("shards.jsonl"),
 ) -> None:
-    """Write the index of WebDataset shards that other tools made, by reading through them once."""
+    """Write the index of WebDataset shards that other tools made; this reads each shard once."""
     from d2svse.data.shards import index_shards as write_index
     from d2svse.data.shards import is_url
 
     outside = [name for name in shards if not is_url(name) and Path(name).resolve().parent != output.resolve().parent]
     if outside:
-        raise ValueError(f"{outside[0]}: local shards and their index must lie in one folder, {output.parent}")
+        raise ValueError(f"{outside[0]}: local shards must lie in the folder of the index, {output.parent}")
     typer.echo(visible(str(write_index(shards, output))))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import examples, load_model, readable_images
+from d2svse.cli.common import OnBadImage, examples, load_model, readable_images
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -19,16 +19,18 @@ EXAMPLES = examples(
 
 def encode(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .npy file; what its rows are goes beside it.")],
-    images: Annotated[Path | None, typer.Option(help="A folder of pictures.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="A text file, one sentence a line.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .npy file; OUTPUT.rows.txt names the item of each row.")
+    ],
+    images: Annotated[Path | None, typer.Option(help="A folder of images.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="A text file, one text on each line.")] = None,
     batch_size: Annotated[int, typer.Option(help="Items encoded at a time.")] = 64,
-    on_bad_image: Annotated[str, typer.Option(help="error, or skip to count, list and leave out.")] = "error",
+    on_bad_image: OnBadImage = "error",
 ) -> None:
-    """Encode pictures or sentences to L2-normalised float32 vectors.
+    """Encode images or texts to L2-normalised float32 embeddings.
 
-    Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the picture or the sentence of each row, one a line.
-    A name with a control character, or not in UTF-8, stands there as a JSON string; so does one that begins with ".
+    Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the path or the text of each row, one on each line.
+    A line is a JSON string if it would contain a control character, bytes outside of UTF-8, or a " at its start.
     """
     if output.suffix != ".npy":
         raise ValueError(f"--output takes a name that ends in .npy, got {output}")
@@ -57,5 +59,5 @@ def encode(
 
 
 def _row(name: str) -> str:
-    """A name on one line: as it is, or as JSON where it would not be one line or would look like JSON."""
+    """Return a name as one line: literally, or as a JSON string if it has control characters or begins with a quote."""
     return to_json(name) if visible(name) != name or name.startswith('"') else name

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from d2svse.choices import Candidates, Captions, DataFormat, OnBadImage, ProtocolName
 from d2svse.cli.common import examples, load_model, parse_assignments, print_recalls, print_table
 
 if TYPE_CHECKING:
@@ -31,18 +32,20 @@ def evaluate(
         ),
     ],
     protocol: Annotated[
-        str,
-        typer.Option(help="custom, flickr30k-1k, coco-5k, coco-1k, cxc or eccv-caption.", rich_help_panel=_DATA),
+        ProtocolName,
+        typer.Option(help="Which images and captions the data must be, and what counts.", rich_help_panel=_DATA),
     ] = "custom",
     split: Annotated[
         str | None, typer.Option(help="Split, where the data have several.", rich_help_panel=_DATA)
     ] = None,
-    format: Annotated[str, typer.Option(help="Layout of the data: auto, or its name.", rich_help_panel=_DATA)] = "auto",
+    format: Annotated[
+        Literal["auto", DataFormat], typer.Option(help="Layout of the data.", rich_help_panel=_DATA)
+    ] = "auto",
     image_folder: Annotated[
         Path | None, typer.Option(help="Where relative image paths start.", rich_help_panel=_DATA)
     ] = None,
     captions: Annotated[
-        str, typer.Option(help="sparse, or dense for one dense caption an image.", rich_help_panel=_DATA)
+        Captions, typer.Option(help="Sparse captions, or one dense caption an image.", rich_help_panel=_DATA)
     ] = "sparse",
     dense: Annotated[
         str | None,
@@ -61,11 +64,12 @@ def evaluate(
         ),
     ] = None,
     on_bad_image: Annotated[
-        str, typer.Option(help="error, or skip to count, list and leave out.", rich_help_panel=_DATA)
+        OnBadImage,
+        typer.Option(
+            help="Stop at an image that cannot be read, or list it, leave it out and go on.", rich_help_panel=_DATA
+        ),
     ] = "error",
-    batch_size: Annotated[
-        int, typer.Option(help="Images and sentences encoded at a time.", rich_help_panel=_DATA)
-    ] = 128,
+    batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.", rich_help_panel=_DATA)] = 128,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Folder to keep embeddings in: what is there is not encoded again.", rich_help_panel=_DATA),
@@ -92,12 +96,14 @@ def evaluate(
     rerank_k: Annotated[
         int | None,
         typer.Option(
-            help="Rank only so many by a similarity of tokens, those of the best cosine.", rich_help_panel=_SCORES
+            help="Rank only so many candidates, those of the best cosine, by a similarity of tokens.",
+            rich_help_panel=_SCORES,
         ),
     ] = None,
-    shortlist: Annotated[
-        str, typer.Option(help="Make the shortlist by mean or pooled vectors.", rich_help_panel=_SCORES)
+    candidates: Annotated[
+        Candidates, typer.Option(help="Find candidates by these vectors.", rich_help_panel=_SCORES)
     ] = "mean",
+    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
@@ -113,8 +119,6 @@ def evaluate(
     ] = 5,
 ) -> None:
     """Rank captions for every image and images for every caption; print R@K and more."""
-    if captions not in ("sparse", "dense"):
-        raise ValueError(f"--captions takes sparse or dense, got {captions!r}")
     if dense is not None and captions != "dense":
         raise ValueError("--dense says where dense text comes from; it needs --captions dense")
     names = [*model, *(ensemble or [])]
@@ -125,10 +129,8 @@ def evaluate(
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
     from d2svse.files.replace import write_json, write_json_lines
-    from d2svse.retrieval.evaluation.protocols import find_protocol
-    from d2svse.retrieval.evaluation.report import evaluate_protocol
+    from d2svse.retrieval import evaluate as evaluate_models
 
-    find_protocol(protocol)
     loaded = [(name, load_model(name)) for name in names]
     dataset = ImageTextDataset.from_source(
         data,
@@ -136,27 +138,27 @@ def evaluate(
         split=split,
         image_folder=image_folder,
         dense=dense or "auto" if captions == "dense" else None,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         show_progress_bar=True,
     )
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
-    evaluation = evaluate_protocol(
+    evaluation = evaluate_models(
         loaded,
         dataset,
-        protocol,
+        protocol=protocol,
         similarity=_similarity(loaded[0][1], similarity, similarity_arg),
-        captions=captions,  # type: ignore[arg-type]
+        captions=captions,
         folds=folds,
-        rerank_k=rerank_k,
-        shortlist=shortlist,  # type: ignore[arg-type]
+        rerank=rerank_k,
+        candidates=shortlist or candidates,  # type: ignore[arg-type]
         annotations=annotations,
         wrong=wrong if per_query else 0,
         batch_size=batch_size,
         embeddings=embeddings,
         show_progress_bar=True,
     )
-    result = evaluation.result | {"split": split}
+    result = evaluation.report() | {"split": split}
     _print(result)
     if output is not None:
         write_json(output, result)
@@ -165,15 +167,13 @@ def evaluate(
 
 
 def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
-    """The similarity asked for; arguments alone are for the model's own."""
+    """Return the similarity asked for; arguments alone are for the model's own."""
     if name is None and not assignments:
         return None
-    from d2svse.similarity.base import similarity_options
-
     arguments = parse_assignments(assignments or [], "--similarity-arg")
     if name is not None:
         return {"name": name, **arguments}
-    return similarity_options(model.config.similarity) | arguments
+    return model.config.similarity | arguments
 
 
 def _print(result: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def _print(result: Mapping[str, Any]) -> None:
         label = f"mean of {len(names)}"
         described.append(f"{result['scores']}: {', '.join(names)}")
     if result["rerank_k"] is not None:
-        label = f"shortlist of {result['rerank_k']}"
+        label = f"{result['rerank_k']} candidates"
         described.append(f"{names[0]}, {result['candidates']}")
     rows = {label: metrics} if "folds" not in result or result["protocol"] == "custom" else {}
     rows |= {f"fold {number}": part for number, part in enumerate(folds, start=1)}

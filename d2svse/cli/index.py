@@ -9,25 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import examples, load_model, parse_assignments, prepare_process, whole_lines
+from d2svse.choices import Candidates, Engine, Side
+from d2svse.cli.common import OnBadImage, examples, load_model, parse_assignments, prepare_process, whole_lines
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval import ImageTextIndex
 
-app = typer.Typer(help="Indexes of pictures or sentences, to search in.", no_args_is_help=True)
+app = typer.Typer(help="Build and change indexes of images or texts.", no_args_is_help=True)
 Index = Annotated[Path, typer.Argument(help="Folder of the index.")]
 BatchSize = Annotated[int, typer.Option(help="Items encoded at a time.")]
-OnBadImage = Annotated[str, typer.Option(help="error, or skip to list, leave out and go on.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="The model, if it is not where it was when the index was built, or is to be fetched."),
+    typer.Option(help="Hub id or folder of the model, if it has moved since the build, or must be downloaded."),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(help="Leave out images and folders of such a name or path, such as '*.gif' or raw.")
+    list[str] | None,
+    typer.Option(help="Leave out images and folders with this name or path, such as '*.gif' or raw; repeatable."),
 ]
-FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Look into folders that links lead to.")]
+FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Follow links to folders.")]
 
 
 @app.command(
@@ -40,36 +41,40 @@ FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Look into fol
 )
 def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    source: Annotated[Path, typer.Argument(help="A folder of pictures, a manifest, or with --side text a text file.")],
+    source: Annotated[Path, typer.Argument(help="A folder of images, a manifest, or with --side text a text file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    side: Annotated[str, typer.Option(help="image, or text to find sentences by pictures.")] = "image",
-    engine: Annotated[str, typer.Option(help="exact, faiss or milvus.")] = "exact",
+    side: Annotated[Side, typer.Option(help="What to index.")] = "image",
+    engine: Annotated[Engine, typer.Option(help="The backend that searches the vectors.")] = "exact",
     engine_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of the engine, such as dtype=float16 or kind=hnsw.")
+        list[str] | None, typer.Option(help="KEY=VALUE of the backend, such as dtype=float16 or kind=hnsw.")
     ] = None,
-    shortlist: Annotated[
-        str, typer.Option(help="Where the similarity compares tokens, find what it ranks by mean or pooled vectors.")
+    candidates: Annotated[
+        Candidates, typer.Option(help="Where the similarity compares tokens, find candidates by these vectors.")
     ] = "mean",
-    draft: Annotated[bool, typer.Option("--draft", help="Decode large JPEG files at a part of their size.")] = False,
+    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Decode large JPEG files at a reduced size, which is faster.")
+    ] = False,
     exclude: Exclude = None,
     follow_links: FollowLinks = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an index of another model or source too.")
+        bool, typer.Option("--overwrite", help="Also replace an index of another model or source.")
     ] = False,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
 ) -> None:
-    """Encode pictures or sentences into an index; a call that was killed goes on where it was."""
+    """Encode images or texts into an index; a stopped build continues."""
     from d2svse.retrieval import ImageTextIndex
 
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
-    options |= {"side": side, "engine": engine, "shortlist": shortlist, "draft": draft, "batch_size": batch_size}
+    options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size}
+    options |= {"candidates": shortlist or candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(
         load_model(model),
         source,
         output,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         show_progress_bar=True,
         **options,
     )
@@ -80,9 +85,10 @@ def build(
 @app.command("add", epilog=examples("d2svse index add INDEX photos"))
 def add(
     index: Index,
-    source: Annotated[Path, typer.Argument(help="As of build; of a folder, what is gone is dropped.")],
+    source: Annotated[Path, typer.Argument(help="A folder of images, a manifest, or a text file, as for build.")],
     prune: Annotated[
-        bool, typer.Option("--prune", help="Drop more than a tenth of the index, or all below a folder, if it is gone.")
+        bool,
+        typer.Option("--prune", help="Also drop more than a tenth of the index, or all images below a folder."),
     ] = False,
     exclude: Exclude = None,
     follow_links: FollowLinks = False,
@@ -90,12 +96,12 @@ def add(
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
 ) -> None:
-    """Add what is new, encode again what has changed, and drop what is gone from a folder."""
+    """Add new items, encode changed ones again, and drop images that are missing from a folder."""
     opened = open_index(index, model)
     changes = opened.add(
         source,
         batch_size=batch_size,
-        on_bad_image=on_bad_image,  # type: ignore[arg-type]
+        on_bad_image=on_bad_image,
         prune=prune,
         exclude=exclude or (),
         follow_links=follow_links,
@@ -109,9 +115,9 @@ def add(
 @app.command("remove", epilog=examples("d2svse index remove INDEX photos/a.jpg photos/b.jpg"))
 def remove(
     index: Index,
-    ids: Annotated[list[str], typer.Argument(help="Paths of pictures, or sentences.")],
+    ids: Annotated[list[str], typer.Argument(help="Paths of images, or texts.")],
 ) -> None:
-    """Remove pictures or sentences."""
+    """Remove images or texts."""
     opened = open_index(index)
     opened.remove(ids)
     typer.echo(f"{_shown(index)}: {len(ids)} removed; {_count(opened)}")
@@ -133,7 +139,7 @@ def compact(index: Index) -> None:
     ),
 )
 def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print what an index is: count, engine, width, model, fingerprint and bytes."""
+    """Print the count, backend, width, model, fingerprint and size of an index."""
     found = open_index(index).info()
     if as_json:
         typer.echo(to_json(found))
@@ -144,13 +150,13 @@ def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Pri
 @app.command("tune", epilog=examples("d2svse index tune INDEX --data val.jsonl"))
 def tune(
     index: Index,
-    data: Annotated[Path, typer.Option(help="A manifest: its captions (or pictures) are the queries.")],
-    k: Annotated[int, typer.Option("--k", "-k", help="Answers that count.")] = 10,
-    max_queries: Annotated[int, typer.Option(help="So many of the queries, evenly spaced.")] = 1000,
+    data: Annotated[Path, typer.Option(help="A manifest; its captions (or images) are the queries.")],
+    k: Annotated[int, typer.Option("--k", "-k", help="Results that count for each query.")] = 10,
+    max_queries: Annotated[int, typer.Option(help="Queries to use, evenly spaced.")] = 1000,
     model: Model = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one setting a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each setting.")] = False,
 ) -> None:
-    """Try engines and compression on the vectors of an index: recall against exact search, speed and size."""
+    """Compare backends and compression on the vectors of an index: recall against exact search, speed and size."""
     if k < 1 or max_queries < 1:
         raise ValueError(f"--k and --max-queries must be positive, got {k} and {max_queries}")
     from dataclasses import asdict
@@ -179,7 +185,7 @@ def tune(
 
 
 def open_index(folder: Path, model: str | None = None) -> ImageTextIndex:
-    """Open an index, with another model than the one that it remembers if there is one."""
+    """Open an index with the given model, or with the model that built it."""
     prepare_process()
     from d2svse.retrieval import ImageTextIndex
 
@@ -191,7 +197,7 @@ def _shown(path: Path) -> str:
 
 
 def _count(index: ImageTextIndex) -> str:
-    return f"{len(index)} {'pictures' if index.side == 'image' else 'sentences'}"
+    return f"{len(index)} {'images' if index.side == 'image' else 'texts'}"
 
 
 def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
@@ -199,4 +205,4 @@ def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
 
     if skipped:
         listed, first = _shown(folder / SKIPPED), visible(skipped[0][1])
-        typer.echo(f"skipped {len(skipped)} pictures, listed in {listed}; the first: {first}", err=True)
+        typer.echo(f"skipped {len(skipped)} images, listed in {listed}; the first: {first}", err=True)

@@ -27,32 +27,33 @@ EXAMPLES = examples(
 
 def search(
     index: Annotated[Path, typer.Argument(help="Folder of an index.")],
-    queries: Annotated[list[str] | None, typer.Argument(help="Sentences to search for.")] = None,
+    queries: Annotated[list[str] | None, typer.Argument(help="Texts to search for.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Search by a picture; with sentences too, each with its own picture.")
+        list[Path] | None,
+        typer.Option(help="Image to search by; with texts, give one image for each text. Repeatable."),
     ] = None,
-    weight: Annotated[float, typer.Option(help="Weight of the sentence beside the picture, 0 to 1.")] = 0.5,
-    k: Annotated[int, typer.Option("--k", "-k", help="Answers to each query.")] = 5,
+    weight: Annotated[float, typer.Option(help="Weight of the text against the image, 0 to 1.")] = 0.5,
+    k: Annotated[int, typer.Option("--k", "-k", help="Results for each query.")] = 5,
     rerank: Annotated[
         int | None,
         typer.Option(
-            help="Shortlist to score exactly, where the similarity compares tokens; 0: none.", show_default="100"
+            help="Candidates to rank again, where the similarity compares tokens; 0: none.", show_default="100"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one query a line.")] = False,
-    gallery: Annotated[Path | None, typer.Option(help="Show the answers in this .png or .html file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each query.")] = False,
+    gallery: Annotated[Path | None, typer.Option(help="Write the results to this .png or .html file.")] = None,
     model: Model = None,
 ) -> None:
-    """Find the pictures (or sentences) that fit a sentence, a picture, or both."""
+    """Find the images (or texts) that fit a text, an image, or both."""
     if not queries and not image:
-        raise ValueError("give sentences, pictures with --image, or both")
+        raise ValueError("give texts, images with --image, or both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
     for number, text in enumerate(queries or [], start=1):
         check_text(text, f"query {number}")
     opened = open_index(index, model)
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
-        raise ValueError(f"--gallery {gallery}: the answers are sentences; take a name that ends in .html")
+        raise ValueError(f"--gallery {gallery}: the results are texts; give a name that ends in .html")
     pictures = None if not image else list(image)
     answers = opened.search(queries or None, pictures, k, weight=weight, rerank=rerank)
     sentences: Sequence[str | None] = queries or [None] * len(answers)

@@ -26,27 +26,27 @@ EXAMPLES = examples(
 def serve(
     index: Annotated[Path, typer.Argument(help="Folder of an index.")],
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 admits other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 7860,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-host",
-            help="Name by which browsers ask for the page, beside localhost and --host; repeat it for more.",
+            help="Host name of the page besides localhost and --host; repeatable.",
         ),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Make a public link too: all goes through servers of Gradio's makers.")
+        bool, typer.Option("--share", help="Also open a public link; all data then passes through Gradio's servers.")
     ] = False,
 ) -> None:
-    """Serve a page to search an index with a browser, and to see why an answer scores as it does.
+    """Serve a page to search an index with a browser, and to see why a result has its score.
 
-    It listens to this machine alone, and sends nothing out.
+    By default the page is open to this machine only, and it sends no data elsewhere.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks the page itself whether it is up
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page at start; a proxy would not find it
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
-    _check_address(host, port)  # before what takes longer
+    _check_address(host, port)  # fail before the slow imports
     with _exit_on_signals(), TemporaryDirectory(prefix="d2svse-serve-", ignore_cleanup_errors=True) as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         from d2svse.serving.guard import Hosts
@@ -58,7 +58,7 @@ def serve(
             public = page.launch(host, port, share=share, allowed_hosts=allowed_host or ())
             typer.echo(f"search page: {page.blocks.local_url} (Ctrl+C stops it)")
             if share:
-                said = f"public: {public}" if public else "no public link: Gradio's servers gave none"
+                said = f"public: {public}" if public else "no public link: Gradio's servers did not open one"
                 typer.echo(said, err=not public)
             page.blocks.block_thread()
         finally:
@@ -67,13 +67,13 @@ def serve(
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP ordinary exits, so that what was uploaded is removed."""
+    """Turn SIGTERM and SIGHUP into ordinary exits, so that the uploads are removed."""
 
     def leave(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one must not end the removal
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not stop the removal
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -89,7 +89,7 @@ def _check_address(host: str, port: int) -> None:
     """Check that a port is free.
 
     Raises:
-        OSError: if it is in use, or there is no such address here.
+        OSError: if the port is in use, or this machine does not have the address.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -98,4 +98,4 @@ def _check_address(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         why = error.strerror or str(error)
-        raise OSError(f"cannot listen at {host}, port {port} ({why}): take another --port or --host") from None
+        raise OSError(f"cannot listen at {host}, port {port} ({why}): give another --port or --host") from None

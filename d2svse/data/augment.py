@@ -1,6 +1,6 @@
-"""Augmentation of pictures, words and image tokens, each a pure function of (seed, epoch, index).
+"""Augment images, words and image tokens; each augmentation is a pure function of (seed, epoch, index).
 
-The shares are those of the published D2S-VSE training.
+The probabilities are those of the published D2S-VSE training code.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from PIL import Image
 
 SMALLEST_CROP = 0.6
 WORD_PROBABILITY = 0.2
-MASK_SHARE, REPLACE_SHARE = 0.5, 0.1  # of the words that are touched; the rest are dropped
+MASK_SHARE, REPLACE_SHARE = 0.5, 0.1  # shares of the changed words; the rest are dropped
 TOKEN_DROP_RATE = 0.2
 
-# One stream of random numbers for each purpose, so that using one never shifts another.
+# Each purpose has its own stream of random numbers, so that one augmentation never shifts another.
 CAPTION, IMAGE, WORDS, IMAGE_TOKENS = range(4)
 
 
 def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one sample, for one purpose."""
+    """Return the random number generator of one sample for one purpose."""
     return np.random.default_rng([seed, epoch, index, purpose])
 
 
 def augment_image(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Cut out a part whose two sides are one random share, 0.6 to 1, of the picture's; mirror half of the time."""
+    """Crop both sides of an image to one random share, 0.6 to 1; mirror it with probability 0.5."""
     width, height = image.size
     share = rng.uniform(SMALLEST_CROP, 1)
     w, h = max(1, round(width * share)), max(1, round(height * share))
@@ -44,22 +44,25 @@ def augment_words(
 ) -> list[int]:
     """Mask, replace or drop whole words.
 
-    With probability 0.2 a word is touched, all its pieces alike: half of the time it is masked
-    (dropped, where the tokenizer has no mask token), in 10 % each piece is replaced by a random
-    word piece, in 40 % it is dropped. Special tokens stay, and so does the last word left.
+    A word changes with probability 0.2, with all its tokens. Half of the changed words are masked
+    (dropped, if the tokenizer has no mask token), 10 % get a random id for each token, 40 % are dropped.
+    Special tokens stay. At least one word stays.
 
     Args:
-        ids: token ids of a sentence.
+        ids: token ids of a text.
         word_ids: the word of each token, None for special tokens.
-        rng: source of randomness.
+        rng: the random number generator.
         mask_token_id: id of the mask token, or None.
-        replacements: `(n,)` ids to replace with.
+        replacements: `(n,)` token ids to draw replacements from.
+
+    Returns:
+        The new token ids.
     """
     words = sorted({word for word in word_ids if word is not None})
     touched = rng.random(len(words)) < WORD_PROBABILITY
     choice = rng.random(len(words))
     fate = {}
-    mask = 0 if mask_token_id is None else mask_token_id  # unused where there is none: "mask" becomes "drop"
+    mask = 0 if mask_token_id is None else mask_token_id  # the 0 is never used: without a mask token, words are dropped
     for word, hit, share in zip(words, touched, choice, strict=True):
         if hit:
             fate[word] = "mask" if share < MASK_SHARE else "replace" if share < MASK_SHARE + REPLACE_SHARE else "drop"
@@ -82,9 +85,9 @@ def augment_words(
 
 
 def keep_image_tokens(length: int, rng: np.random.Generator) -> np.ndarray:
-    """Which image tokens stay: `(length,)` bool, at least one True.
+    """Return which image tokens stay: `(length,)` bool, at least one True.
 
-    u is drawn from U(0, 1); where u > 0.2 every token is dropped with probability 0.2 · u.
+    The function draws u from U(0, 1). If u > 0.2, it drops each token with probability 0.2 · u.
     """
     u = rng.random()
     drawn = rng.random(length)

@@ -1,45 +1,109 @@
-"""From samples to a batch, padded to its own longest sentence."""
+"""From samples to a batch, padded to its own longest text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Collator:
-    """Stack samples of `TrainingSamples`; sentences are padded to the longest of the batch.
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One image with one of its texts.
 
-    Args:
-        pad_token_id: the id that pads.
+    Attributes:
+        input_ids: token ids of the text, a list.
+        image_id: the row of the image in its dataset.
+        valid: False for a sample that only keeps a process busy, see `EpochBatches`.
+        pixel_values: `(channels, height, width)`.
+        image_tokens: `(n_image_tokens, hidden_size)` of the vision backbone, in place of pixels.
+        image_token_mask: `(n_image_tokens,)` bool, which of the backbone's tokens to keep.
+        teacher_embeds: `(embed_dim,)` dense embedding to distil from.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    input_ids: list[int]
+    image_id: int
+    valid: bool = True
+    pixel_values: Tensor | None = None
+    image_tokens: Tensor | None = None
+    image_token_mask: Tensor | None = None
+    teacher_embeds: Tensor | None = None
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Make a batch.
 
-        Returns:
-            `pixel_values (batch, channels, height, width)`, or `image_tokens`, `input_ids` and `attention_mask`
-            `(batch, length)` int64, `image_ids (batch,)` int64, and what else the samples have. Samples
-            that do not count are last, and have neither `image_ids` nor `teacher_embeds`.
-        """
-        counted = sum(sample.get("counted", True) for sample in samples)
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        input_ids = torch.full((len(samples), int(lengths.max())), self.pad_token_id)
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Pairs of images and texts: what the collator gives and a task takes. Every tensor has n rows.
+
+    Attributes:
+        input_ids: `(n, length)` int64.
+        attention_mask: `(n, length)` int64, 1 where a token is real.
+        image_ids: `(n,)` int64, the row of each image in its dataset.
+        valid: `(n,)` bool, always on the CPU: which rows are pairs to learn from. The others only keep a process
+            busy where the last batch of an epoch has fewer pairs than there are processes.
+        pixel_values: `(n, channels, height, width)`.
+        image_tokens: `(n, n_image_tokens, hidden_size)` of the vision backbone, in place of pixels.
+        image_token_mask: `(n, n_image_tokens)` bool, which of the backbone's tokens to keep.
+        teacher_embeds: `(n, embed_dim)` dense embeddings to distil from.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_ids: Tensor
+    valid: Tensor
+    pixel_values: Tensor | None = None
+    image_tokens: Tensor | None = None
+    image_token_mask: Tensor | None = None
+    teacher_embeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        """Return some of the rows, as a batch."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """Cut the batch into batches of at most `size` rows."""
+        return (self[first : first + size] for first in range(0, len(self), size))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Move the tensors to a device, but for `valid`, which only the CPU asks for."""
+        return replace(self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking)), valid=self.valid)
+
+    def pin_memory(self) -> Batch:
+        """Copy the tensors to pinned memory; `DataLoader(pin_memory=True)` calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(tensor) for name, tensor in parts.items() if tensor is not None})
+
+
+class Collator:
+    """Stack samples of `TrainingSamples` into a batch.
+
+    Args:
+        pad_token_id: the id that pads shorter texts.
+        length: tokens to pad every text to; the longest text of the batch without it.
+    """
+
+    def __init__(self, pad_token_id: int, length: int | None = None) -> None:
+        self.pad_token_id, self.length = pad_token_id, length
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Make a batch of samples that have the same parts."""
+        lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+        input_ids = torch.full((len(samples), self.length or int(lengths.max())), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
-            row[: len(sample["input_ids"])] = torch.tensor(sample["input_ids"])
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "image_ids": torch.tensor([sample["image_ids"] for sample in samples]),
-        }
-        for name in ("pixel_values", "image_tokens", "image_token_mask", "teacher_embeds"):
-            if name in samples[0]:
-                batch[name] = torch.stack([sample[name] for sample in samples])
-        for name in batch.keys() & {"image_ids", "teacher_embeds"}:
-            batch[name] = batch[name][:counted]
-        return batch
+            row[: len(sample.input_ids)] = torch.tensor(sample.input_ids)
+        parts = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]
+        return Batch(
+            input_ids=input_ids,
+            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            image_ids=torch.tensor([sample.image_id for sample in samples]),
+            valid=torch.tensor([sample.valid for sample in samples]),
+            **{name: torch.stack([getattr(sample, name) for sample in samples]) for name in parts},
+        )

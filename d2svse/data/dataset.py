@@ -1,4 +1,4 @@
-"""Images with their captions: what evaluation reads and training draws from."""
+"""A data set of images with captions, for evaluation and training."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from d2svse.data.manifest import DenseSource, Record, check_pictures
-from d2svse.data.readers import read_records, require_pictures
+from d2svse.data.manifest import DenseSource, Record, check_images
+from d2svse.data.readers import read_records, require_images
 from d2svse.images import OnBadImage, StoredImage
 
 
 class ImageTextDataset:
-    """Images, each with any number of sparse captions and perhaps a dense one.
+    """Images, each with sparse captions and an optional dense caption.
 
     Args:
-        records: one an image.
-        source: where they come from, for messages.
+        records: one record for each image.
+        source: the source of the records, for messages.
 
     Attributes:
-        skipped: a message for every bad picture that was left out.
+        skipped: a message for each bad image that was left out.
 
     Raises:
         ValueError: if there are no records.
@@ -44,7 +44,7 @@ class ImageTextDataset:
         on_bad_image: OnBadImage | None = None,
         show_progress_bar: bool = False,
     ) -> ImageTextDataset:
-        """Read a manifest; arguments and errors as in `from_source`."""
+        """Read a manifest; see `from_source` for the arguments and errors."""
         return cls.from_source(
             path,
             "manifest",
@@ -66,19 +66,19 @@ class ImageTextDataset:
         on_bad_image: OnBadImage | None = None,
         show_progress_bar: bool = False,
     ) -> ImageTextDataset:
-        """Read a manifest or any other layout that `read_records` knows.
+        """Read a manifest or any other layout that `read_records` reads.
 
         Args:
             source: file, folder or Hub id.
-            format: the layout; "auto" looks.
-            split: which split, where there are several.
-            image_folder: where relative image paths start; the layout's usual place without it.
-            dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
-                published layout; None leaves it as it is.
-            on_bad_image: decode every picture first, and stop at a bad or missing one ("error") or leave it
-                out and list it in `skipped` ("skip"); None looks only whether they are there.
-                Pictures behind http are not fetched for this; a bad one stops what reads it.
-            show_progress_bar: show one on the terminal for that.
+            format: the layout; "auto" detects it.
+            split: the split to read, for a layout with several.
+            image_folder: folder that relative image paths start from; None for the layout's usual folder.
+            dense: source of the dense captions, see `join_dense`; for the published layout also "long" or
+                "short200". None keeps those of the layout.
+            on_bad_image: "error" decodes every image first and stops at a bad or missing one. "skip"
+                leaves bad images out and lists them in `skipped`. None only checks that the files exist.
+                Images behind http are not checked; reading a bad one raises later.
+            show_progress_bar: show the progress of this check on the terminal.
 
         Raises:
             ManifestError: if the source cannot be used; the message names file and line.
@@ -86,11 +86,11 @@ class ImageTextDataset:
         skips = on_bad_image == "skip"
         records = read_records(source, format, split=split, image_folder=image_folder, dense=dense, allow_missing=skips)
         if not skips:
-            require_pictures(records, source)
+            require_images(records, source)
         remote = any(isinstance(record.image, StoredImage) and record.image.remote for record in records)
         if on_bad_image is None or remote:
             return cls(records, source)
-        records, skipped = check_pictures(records, source, on_bad_image, show_progress_bar)
+        records, skipped = check_images(records, source, on_bad_image, show_progress_bar)
         dataset = cls(records, source)
         dataset.skipped = skipped
         return dataset
@@ -100,17 +100,17 @@ class ImageTextDataset:
 
     @property
     def images(self) -> list[Path | StoredImage]:
-        """The path of each image (or the picture in a shard), `n_images` of them."""
+        """The path of each image, or the image in a shard; `n_images` of them."""
         return [record.image for record in self.records]
 
     @property
     def captions(self) -> list[str]:
-        """All sparse captions, image by image, `n_captions` of them."""
+        """All sparse captions, image by image; `n_captions` of them."""
         return [caption for record in self.records for caption in record.captions]
 
     @property
     def image_of_caption(self) -> np.ndarray:
-        """The row of the image that each caption belongs to, `(n_captions,)` int64."""
+        """The row of each caption's image, `(n_captions,)` int64."""
         counts = [len(record.captions) for record in self.records]
         return np.repeat(np.arange(len(self.records)), counts)
 

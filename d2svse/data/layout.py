@@ -1,4 +1,4 @@
-"""Pieces that the readers of layouts share: text files, captions, ids and image folders."""
+"""Helpers that the readers of layouts share: text files, captions, ids and image folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ManifestError: if it is missing or no JSON.
+        ManifestError: if the file is missing or is not JSON.
     """
     try:
         return data.read_json(path)
@@ -37,7 +37,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines, without blank ones at the end; a line ends at a newline and at no other sign.
+    """Read the stripped lines of a text file, without blank lines at the end; only a newline ends a line.
 
     Raises:
         ManifestError: if the file is missing or in another encoding.
@@ -48,19 +48,19 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def as_sentence(value: Any, where: str) -> str:
-    """A caption in one line.
+def as_one_line(value: Any, where: str) -> str:
+    """Return a caption as one line, with single spaces.
 
     Raises:
-        ManifestError: if it is no text, is empty, or holds half a character.
+        ManifestError: if the value is not a text, is empty, or holds half a character.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise ManifestError(f"{where}: an empty caption")
+        raise ManifestError(f"{where}: an empty caption; expected a text")
     return " ".join(as_caption(value, where).split())
 
 
 def as_id(value: Any) -> str | None:
-    """An id as text, so that 7, 7.0 and "7" are one; None for what is no id."""
+    """Return an id as text, so that 7, 7.0 and "7" are equal; None if the value is not an id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -69,7 +69,7 @@ def as_id(value: Any) -> str | None:
 
 
 def find_image_folder(beside: Path, given: str | os.PathLike[str] | None) -> Path:
-    """The folder given, or the usual one beside the files."""
+    """Return the given folder of images, or the usual one in `beside`."""
     if given is not None:
         return Path(given)
     return next((beside / name for name in IMAGE_FOLDERS if (beside / name).is_dir()), beside)

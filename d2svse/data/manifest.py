@@ -1,4 +1,4 @@
-"""The native format: one JSON object a line, {"image": ..., "captions": [...], "dense"?: ...}."""
+"""The native format: one JSON object on each line, {"image": ..., "captions": [...], "dense"?: ...}."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ DenseSource = Literal["auto", "field", "concat"]
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used; the message names the file and the line and what was expected."""
+    """A manifest cannot be used; the message names the file, the line and what was expected."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(visible(str(message)))  # names and values in it come from files of any origin
+        super().__init__(visible(str(message)))  # the message quotes names and values from untrusted files
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An image and its text.
+    """An image and its captions.
 
     Attributes:
-        image: path of the picture, or a picture in a shard.
+        image: path of the image, or an image in a shard.
         captions: its sparse captions, at least one; a single string is one caption.
         dense: its dense caption, or None.
-        line: line of the manifest, from 1; 0 where the source has no lines.
+        line: line of the manifest, from 1; 0 for a source without lines.
 
     Raises:
-        ValueError: if a caption is no text, is empty, or holds half a character.
+        ValueError: if a caption is not a text, is empty, or holds half a character.
     """
 
     image: Path | StoredImage
@@ -52,7 +52,7 @@ class Record:
             object.__setattr__(self, "image", Path(self.image))
 
     def where(self, source: str | os.PathLike[str]) -> str:
-        """The source, and the line if there is one, for messages."""
+        """Return the source and the line, if there is one, for messages."""
         return f"{os.fspath(source)}:{self.line}" if self.line else os.fspath(source)
 
 
@@ -67,15 +67,15 @@ def read_manifest(
     """Read and check a manifest.
 
     Args:
-        path: the JSONL file; empty lines are passed over.
-        image_folder: where relative image paths start; the manifest's own folder without it.
-        allow_missing: take images that are not there too; whoever reads them finds out.
+        path: the JSONL file; empty lines are ignored.
+        image_folder: folder that relative image paths start from; None for the manifest's own folder.
+        allow_missing: accept rows whose image file is missing.
         image_column: the field with the path of the image.
         caption_column: the field with the captions, a list or a single one.
 
     Raises:
-        ManifestError: if a line is not JSON, lacks a field, has an empty caption or an empty list
-            of them, or names a picture that is not there or that an earlier line names.
+        ManifestError: if a line is not JSON, lacks a field, has no caption or an empty one, or names an
+            image that is missing or that an earlier line names.
     """
     path = Path(path)
     folder = Path(image_folder) if image_folder is not None else path.parent
@@ -89,23 +89,23 @@ def read_manifest(
         captions, dense = record_texts(row, where, caption_column)
         file = folder / image
         if not allow_missing and not os.path.isfile(file):
-            raise ManifestError(f"{where}: the picture {file} is not there; paths are relative to {folder}")
+            raise ManifestError(f"{where}: the image {file} does not exist; paths are relative to {folder}")
         if file in lines:
-            raise ManifestError(f"{where}: {image} stands in line {lines[file]} already; join its captions in one line")
+            raise ManifestError(f"{where}: {image} is already in line {lines[file]}; join its captions in one line")
         lines[file] = line
         records.append(Record(file, captions, dense, line))
     if not records:
-        raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
+        raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
     return records
 
 
 def record_texts(
     row: dict[str, Any], where: str, caption_column: str = "captions"
 ) -> tuple[tuple[str, ...], str | None]:
-    """The captions and the dense text of a row.
+    """Return the captions and the dense caption of a row.
 
     Raises:
-        ManifestError: if there is no caption, or one that is no sentence.
+        ManifestError: if there is no caption, or one is not a text.
     """
     dense = row.get("dense")
     captions = as_captions(row.get(caption_column), where, caption_column)
@@ -115,25 +115,25 @@ def record_texts(
 
 
 def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, ...]:
-    """A list of captions, or a single one, as a tuple.
+    """Return a list of captions, or a single caption, as a tuple.
 
     Raises:
-        ManifestError: if there is no caption, or one that is no sentence.
+        ManifestError: if there is no caption, or one is not a text.
     """
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list | tuple) or not captions:
-        raise ManifestError(f'{where}: expected "{column}" with at least one sentence, got {value!r:.80}')
+        raise ManifestError(f'{where}: expected "{column}" with at least one text, got {value!r:.80}')
     for caption in captions:
         if not isinstance(caption, str) or not caption.strip():
-            raise ManifestError(f"{where}: expected every caption to be a sentence, got {caption!r:.80}")
+            raise ManifestError(f"{where}: expected every caption to be a text, got {caption!r:.80}")
     return tuple(as_caption(caption, where) for caption in captions)
 
 
 def as_caption(value: Any, where: str) -> str:
-    """A text that a tokenizer can take.
+    """Return a value that is checked to be a text for a tokenizer.
 
     Raises:
-        ManifestError: if it is no text, is empty, or holds half a character.
+        ManifestError: if the value is not a text, is empty, or holds half a character.
     """
     try:
         return check_text(value, where)
@@ -142,12 +142,14 @@ def as_caption(value: Any, where: str) -> str:
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write records as a manifest, with image paths relative to it where they lie below its folder."""
+    """Write records as a manifest; paths of images below its folder are relative, others absolute."""
     path = Path(path)
 
     def row(record: Record) -> dict[str, Any]:
         if isinstance(record.image, StoredImage):
-            raise ManifestError(f"{record.image}: a picture in a shard has no path for a manifest; use its own index")
+            raise ManifestError(
+                f"{record.image}: an image in a shard has no path for a manifest; use the shards' index"
+            )
         inside = record.image.is_relative_to(path.parent)
         image = record.image.relative_to(path.parent) if inside else record.image.resolve()
         found: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
@@ -157,10 +159,10 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line of a file that is not empty.
+    """Read the line number and the object of each non-empty line of a JSONL file.
 
     Raises:
-        ManifestError: if the file is missing or not text, or a line is not a JSON object.
+        ManifestError: if the file is missing or is not text, or a line is not a JSON object.
     """
     try:
         yield from read_rows(path)
@@ -169,7 +171,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
 
 
 def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the object of each line that is not empty.
+    """Parse the line number and the object of each non-empty line.
 
     Raises:
         ManifestError: if a line is not a JSON object.
@@ -180,31 +182,31 @@ def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> It
         raise ManifestError(error) from None
 
 
-def check_pictures(
+def check_images(
     records: Sequence[Record],
     manifest: str | os.PathLike[str],
     on_bad_image: OnBadImage = "error",
     show_progress_bar: bool = False,
 ) -> tuple[list[Record], list[str]]:
-    """Decode every picture once, before anything is computed from them.
+    """Check that every image can be decoded, before any computation starts.
 
     Args:
-        records: what `read_manifest` gave.
-        manifest: the file, for the messages.
-        on_bad_image: "error" to stop at the first bad picture, "skip" to leave bad ones out.
-        show_progress_bar: show one on the terminal.
+        records: the records of a manifest.
+        manifest: the file of the records, for messages.
+        on_bad_image: "error" to stop at the first bad image, "skip" to leave bad ones out.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        The records with good pictures, and a message for each that was left out.
+        The records with good images, and a message for each record that was left out.
 
     Raises:
-        ManifestError: at the first bad picture with "error", or if none is good.
+        ManifestError: at the first bad image with "error", or if none is good.
     """
-    places = [record.where(manifest) for record in records]
+    lines = [record.where(manifest) for record in records]
     paths = [record.image for record in records]
     try:
         good, skipped = select_readable(
-            paths, on_bad_image, places, f"Checking {Path(manifest).name}", show_progress_bar
+            paths, on_bad_image, lines, f"Checking {Path(manifest).name}", show_progress_bar
         )
     except ImageError as error:
         raise ManifestError(str(error)) from None
@@ -217,27 +219,31 @@ def join_dense(
     base: str | os.PathLike[str] = ".",
     manifest: str | os.PathLike[str] = "records",
 ) -> list[Record]:
-    """Give every record its dense text.
+    """Return the records with a dense caption each.
+
+    The sources of dense captions are:
+
+    - "field": the manifest's own field, which every row must have.
+    - "concat": the image's sparse captions, joined.
+    - "auto": the field, or the joined captions for a row without it.
+    - The path of a JSONL file with rows `{"image": ..., "dense": ...}`, or with one row `{"text": ...}` for
+      each image, in the order of the records.
 
     Args:
-        records: what `read_manifest` gave.
-        source: "field" takes the manifest's own field and wants it in every row; "concat" joins
-            an image's captions; "auto" takes the field where there is one and joins the captions
-            where there is none; anything else is the path of a JSONL file with rows
-            `{"image": ..., "dense": ...}`, or `{"text": ...}` with one line an image in the
-            order of the records.
+        records: the records of a manifest.
+        source: one of the sources above.
         base: folder that the image paths of a JSONL file are relative to.
-        manifest: where the records come from, for the messages.
+        manifest: the source of the records, for messages.
 
     Raises:
-        ManifestError: if a record is left without dense text.
+        ManifestError: if a record has no dense caption in the source.
     """
     texts = dense_texts(records, source, base)
     result = []
     for record, text in zip(records, texts, strict=True):
         if text is None:
             raise ManifestError(
-                f"{record.where(manifest)}: {record.image} has no dense text from {os.fspath(source)!r}"
+                f"{record.where(manifest)}: {record.image} has no dense caption in {os.fspath(source)!r}"
             )
         result.append(Record(record.image, record.captions, text, record.line))
     return result
@@ -246,7 +252,7 @@ def join_dense(
 def dense_texts(
     records: Sequence[Record], source: DenseSource | str | os.PathLike[str], base: str | os.PathLike[str] = "."
 ) -> list[str | None]:
-    """The dense text of each record, or None; arguments as of `join_dense`."""
+    """Return the dense caption of each record, None for a record without one; see `join_dense`."""
     joined = [" ".join(caption.strip() for caption in record.captions) for record in records]
     if source == "concat":
         return list(joined)
@@ -264,7 +270,7 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
     rows = list(read_json_lines(path))
     if not all("image" in row for _, row in rows):
         if len(rows) != len(records):
-            raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one each")
+            raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one for each")
         return [_text_of(path, line, row) for line, row in rows]
     texts: dict[str, str] = {}
     for line, row in rows:
@@ -277,7 +283,7 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
 def _real_path(path: str | os.PathLike[str]) -> str:
     try:
         return os.path.realpath(path)
-    except ValueError:  # a name that no file can have
+    except ValueError:  # not a valid file name
         return os.fspath(path)
 
 

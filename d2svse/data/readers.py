@@ -1,4 +1,4 @@
-"""Readers of the field's data layouts, each to the records that a manifest gives."""
+"""Read the usual data layouts of image-text retrieval as the records of a manifest."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from d2svse.data.layout import as_id, as_sentence, find_image_folder, read_json, read_lines
+from d2svse.choices import DataFormat
+from d2svse.data.layout import as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
     Record,
@@ -23,9 +24,9 @@ from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files.replace import written_aside
 from d2svse.images import StoredImage
 
-FORMATS = ("manifest", "published", "karpathy", "coco", "table", "datasets", "shards")
+FORMATS = get_args(DataFormat)
 FORMATS_WITH_COLUMNS = ("manifest", "table", "datasets")
-FORMATS_OF_RELATIVE_NAMES = ("published", "karpathy", "coco")  # what these name lies in the folder of images
+FORMATS_OF_RELATIVE_NAMES = ("published", "karpathy", "coco")  # these name files in the folder of images
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
 
 
@@ -44,37 +45,38 @@ def read_records(
 
     Args:
         source: a manifest; a folder of the published layout; Karpathy's or COCO's JSON; a table
-            of images and captions, or the folder that holds it; a `datasets` folder or Hub id; the
+            of images and captions, or its folder; a `datasets` folder or Hub id; the
             index of WebDataset shards, `shards.jsonl`, its folder or its URL.
-        format: "manifest", "published", "karpathy", "coco", "table", "datasets" or "shards"; "auto" looks.
-        split: which split, where the layout has several; "train+restval" joins Karpathy's.
-        image_folder: where relative image paths start; by default the layout's usual place.
-        dense: where dense text comes from, see `join_dense`, or "long" or "short200" of the
-            published layout; None leaves what the layout has, of the published one the long text.
-        image_column: column of the images of a table or a `datasets` dataset, or field of a manifest;
-            the layout's usual one without it.
-        caption_column: the same of the captions.
-        allow_missing: take a manifest's images that are not there too; other readers do not look.
+        format: "manifest", "published", "karpathy", "coco", "table", "datasets" or "shards"; "auto" detects it.
+        split: the split to read, for a layout with several; "train+restval" joins two of Karpathy's.
+        image_folder: folder that relative image paths start from; None for the layout's usual folder.
+        dense: source of the dense captions, see `join_dense`; for the published layout also "long" or
+            "short200". None keeps those of the layout ("long" for the published one).
+        image_column: column of the images in a table or a `datasets` dataset, or field of a manifest;
+            None for the layout's usual one.
+        caption_column: column or field of the captions; None for the layout's usual one.
+        allow_missing: accept rows of a manifest whose image file is missing; other layouts are not checked.
 
     Raises:
-        ManifestError: if the files do not hold what the layout should; the message names the
-            file and, where counts do not match, gives both.
+        ManifestError: if the files do not fit the layout; the message names the file.
         ValueError: if the format is unknown or the layout needs a split.
     """
     if format == "auto":
         format = detect_format(source)
     if format not in FORMATS:
-        raise ValueError(f"unknown data format {format!r}; known are auto, {', '.join(FORMATS)}")
+        raise ValueError(f"unknown data format {format!r}; expected auto, {', '.join(FORMATS)}")
     has_splits = format in ("published", "karpathy")
     if has_splits and split is None:
         known = _published_splits(Path(source)) if format == "published" else []
         listed = f": {', '.join(known)}" if known else ""
-        raise ValueError(f"{os.fspath(source)}: a {format} layout holds several splits; say which (--split){listed}")
+        raise ValueError(f"{os.fspath(source)}: a {format} layout has several splits; name one (--split){listed}")
     if not has_splits and format != "datasets" and split is not None:
-        raise ValueError(f"{os.fspath(source)}: a {format} source has no splits, yet {split!r} was asked for")
+        raise ValueError(f"{os.fspath(source)}: a {format} source has no splits; leave out the split {split!r}")
     published_dense = str(dense) if dense in DENSE_SUFFIXES else None
     if published_dense and format != "published":
-        raise ValueError(f"{os.fspath(source)}: dense text {dense!r} is of the published layout, and this is {format}")
+        raise ValueError(
+            f"{os.fspath(source)}: only the published layout has the dense captions {dense!r}, not {format}"
+        )
     given = {"image_column": image_column, "caption_column": caption_column}
     columns = {name: column for name, column in given.items() if column is not None}
     if columns and format not in FORMATS_WITH_COLUMNS:
@@ -98,7 +100,7 @@ def read_records(
     seen: set[Path | StoredImage] = set()
     for record in records:
         if record.image in seen:
-            raise ManifestError(f"{record.where(source)}: {record.image} stands there twice, as two images")
+            raise ManifestError(f"{record.where(source)}: {record.image} belongs to two images; expected one")
         seen.add(record.image)
     if dense is None or published_dense:
         return records
@@ -106,13 +108,13 @@ def read_records(
 
 
 def detect_format(source: str | os.PathLike[str]) -> str:
-    """Which layout a file or folder has.
+    """Return the layout of a file or folder.
 
     Raises:
-        ManifestError: if it is not there or none that is known.
+        ManifestError: if it does not exist or its layout is unknown.
     """
     if is_url(source) or Path(source).name == INDEX_FILE or (Path(source) / INDEX_FILE).is_file():
-        return "shards"  # nothing else is read over http
+        return "shards"  # the only layout that is read over http
     path = Path(source)
     if path.is_dir():
         if any(path.glob("*_ids.txt")):
@@ -122,7 +124,7 @@ def detect_format(source: str | os.PathLike[str]) -> str:
         if find_table(path) is not None:
             return "table"
         looked = f"*_ids.txt (published), dataset_info.json (datasets), {', '.join(TABLE_NAMES)} (table)"
-        raise ManifestError(f"{path}: no data layout that is known; looked for {looked}")
+        raise ManifestError(f"{path}: unknown data layout; looked for {looked}")
     if not path.is_file():
         raise ManifestError(f"{path}: no such file or folder")
     suffix = path.suffix.lower()
@@ -147,12 +149,22 @@ def read_published(
     image_folder: str | os.PathLike[str] | None = None,
     dense: str | None = None,
 ) -> list[Record]:
-    """Read the layout of the published code (D2S-VSE, and VSE++ and its kin before it).
+    """Read the layout of the published code (D2S-VSE, and before it VSE++ and others).
 
-    `{split}_caps.txt` holds a caption a line; `{split}_ids.txt` the id of its image for every
-    caption, or an id for every image, each of which then has equally many captions in a row;
-    `id_mapping.json` the picture of each id; `{dataset}_{split}.jsonl` and its `_short200` form a
-    dense caption a line, line k for the k-th image.
+    The folder holds these files:
+
+    - `{split}_caps.txt`: one caption on each line.
+    - `{split}_ids.txt`: the id of each caption's image; or one id for each image, if all images have
+      equally many captions in a row.
+    - `id_mapping.json`: the file name of each id's image.
+    - `{dataset}_{split}.jsonl` and `{dataset}_{split}_short200.jsonl`: the dense caption of the k-th image
+      on line k.
+
+    Args:
+        folder: the folder of these files.
+        split: the split to read.
+        image_folder: folder of the images; None for the usual one in `folder`.
+        dense: "long" or "short200" for these dense captions, which must exist; None for "long", if it exists.
 
     Raises:
         ManifestError: if a file is missing or counts do not match.
@@ -170,28 +182,28 @@ def read_published(
     elif ids and len(captions) % len(ids) == 0:
         if len(set(ids)) < len(ids):
             raise ManifestError(
-                f"{folder}: {len(ids)} ids of images in {split}_ids.txt, {len(set(ids))} of them different"
+                f"{folder}: {split}_ids.txt has {len(ids)} ids but {len(set(ids))} different ones; expected each once"
             )
         owners = [image for image in ids for _ in range(len(captions) // len(ids))]
     else:
         raise ManifestError(
             f"{folder}: {len(captions)} captions in {split}_caps.txt and {len(ids)} ids in {split}_ids.txt; "
-            "expected an id for every caption, or for every image with equally many captions each"
+            "expected an id for each caption, or for each image with equally many captions"
         )
     grouped: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
     for line, (image, caption) in enumerate(zip(owners, captions, strict=True), start=1):
         if not caption:
-            raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption")
+            raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption; expected a text")
         if not isinstance(names, dict) or not isinstance(names.get(image), str):
-            raise ManifestError(f"{folder}: id {image} of {split}_ids.txt is not in id_mapping.json with a file name")
+            raise ManifestError(f"{folder}: id_mapping.json has no file name for the id {image} of {split}_ids.txt")
         grouped.setdefault(image, []).append(as_caption(caption, f"{folder / f'{split}_caps.txt'}:{line}"))
         lines.setdefault(image, line)
     texts = _published_dense(folder, split, len(grouped), dense)
-    pictures = find_image_folder(folder, image_folder)
+    root = find_image_folder(folder, image_folder)
     return [
-        Record(pictures / names[image], tuple(sentences), text, lines[image])
-        for (image, sentences), text in zip(grouped.items(), texts, strict=True)
+        Record(root / names[image], tuple(own), text, lines[image])
+        for (image, own), text in zip(grouped.items(), texts, strict=True)
     ]
 
 
@@ -203,13 +215,13 @@ def read_karpathy(
     Args:
         path: the file.
         split: "train", "val", "test" or "restval", or several joined by "+".
-        image_folder: where the pictures are; the usual place beside the file without it.
+        image_folder: folder of the images; None for the usual one beside the file.
 
     Raises:
-        ManifestError: if the file does not hold what it should, or has no such split.
+        ManifestError: if the file does not fit the layout or lacks the split.
     """
     path, wanted = Path(path), set(split.split("+"))
-    pictures = find_image_folder(path.parent, image_folder)
+    root = find_image_folder(path.parent, image_folder)
     records: list[Record] = []
     seen: set[str] = set()
     for row, image in enumerate(_items(path, "images"), start=1):
@@ -223,18 +235,20 @@ def read_karpathy(
         part_of_path = image.get("filepath", "")
         well_formed = isinstance(name, str) and name and isinstance(part_of_path, str) and isinstance(sentences, list)
         if not well_formed or not sentences or not all(isinstance(sentence, dict) for sentence in sentences):
-            raise ManifestError(f'{where}: expected "filename" and "sentences" with objects')
+            raise ManifestError(f'{where}: expected "filename" with a name and "sentences" with a list of objects')
         expected = image.get("sentids", sentences)
         if not isinstance(expected, list):
             raise ManifestError(f'{where} ({name}): expected "sentids" with a list, got {expected!r:.80}')
         if len(expected) != len(sentences):
-            raise ManifestError(f"{where} ({name}): {len(sentences)} sentences and {len(expected)} sentids")
-        captions = tuple(as_sentence(sentence.get("raw"), f"{where} ({name})") for sentence in sentences)
-        records.append(Record(pictures / part_of_path / name, captions))
+            raise ManifestError(
+                f"{where} ({name}): {len(sentences)} sentences and {len(expected)} sentids; expected equally many"
+            )
+        captions = tuple(as_one_line(sentence.get("raw"), f"{where} ({name})") for sentence in sentences)
+        records.append(Record(root / part_of_path / name, captions))
     missing = wanted - seen
     if missing:
         raise ManifestError(
-            f"{path}: no split {', '.join(sorted(missing))}; it has {', '.join(sorted(seen)) or 'none'}"
+            f"{path}: no split {', '.join(sorted(missing))}; the splits are {', '.join(sorted(seen)) or 'none'}"
         )
     return records
 
@@ -243,10 +257,10 @@ def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[s
     """Read COCO's `captions_*.json`.
 
     Raises:
-        ManifestError: if a caption has no image or an image no caption.
+        ManifestError: if a caption has no image or an image has no caption.
     """
     path = Path(path)
-    pictures = find_image_folder(path.parent, image_folder)
+    root = find_image_folder(path.parent, image_folder)
     names: dict[str, str] = {}
     for row, image in enumerate(_items(path, "images"), start=1):
         key, name = as_id(image.get("id")), image.get("file_name")
@@ -257,16 +271,15 @@ def read_coco(path: str | os.PathLike[str], *, image_folder: str | os.PathLike[s
     for row, annotation in enumerate(_items(path, "annotations"), start=1):
         owner = as_id(annotation.get("image_id"))
         if owner is None or owner not in captions:
-            told = annotation.get("image_id")
-            raise ManifestError(f"{path}: annotation {row} is of image {told!r:.80}, which is not among the images")
-        captions[owner].append(as_sentence(annotation.get("caption"), f"{path}: annotation {row}"))
-    bare = [image for image, sentences in captions.items() if not sentences]
+            found = annotation.get("image_id")
+            raise ManifestError(f"{path}: annotation {row} is of image {found!r:.80}, which is not in the images")
+        captions[owner].append(as_one_line(annotation.get("caption"), f"{path}: annotation {row}"))
+    bare = [image for image, own in captions.items() if not own]
     if bare:
         raise ManifestError(
-            f"{path}: {len(names)} images and captions for {len(names) - len(bare)} of them; "
-            f"the first without is {names[bare[0]]}"
+            f"{path}: {len(bare)} of {len(names)} images have no caption; the first is {names[bare[0]]}"
         )
-    return [Record(pictures / names[image], tuple(sentences)) for image, sentences in captions.items()]
+    return [Record(root / names[image], tuple(own)) for image, own in captions.items()]
 
 
 def read_datasets(
@@ -277,43 +290,43 @@ def read_datasets(
     caption_column: str = "caption",
     image_folder: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
-    """Read a Hugging Face `datasets` dataset: a row an image, or a row a pair; rows of one picture are joined.
+    """Read a Hugging Face `datasets` dataset; a row is an image or a pair, and rows of one image are joined.
 
-    Pictures that the dataset holds itself, and not as paths, are written once to `image_folder`,
-    under a name made from their content.
+    Images that the dataset stores as bytes are written once to `image_folder`, under the hash of their
+    content.
 
     Args:
         source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
-        split: the split, where the dataset has several.
-        image_column: a column of images.
-        caption_column: a column of a caption, or of a list of captions.
-        image_folder: where to write pictures that are held as bytes.
+        split: the split to read, for a dataset with several.
+        image_column: the column of images.
+        caption_column: the column of captions, one or a list in each row.
+        image_folder: folder to write the images to that are stored as bytes.
 
     Raises:
         ImportError: if `datasets` is not installed.
-        ManifestError: if a column is missing or a caption empty.
-        ValueError: if pictures must be written and there is no folder for them.
+        ManifestError: if a column is missing or a caption is empty.
+        ValueError: if images must be written and `image_folder` is None.
     """
     try:
         import datasets
     except ImportError:
-        raise ImportError('reading a datasets dataset needs the extra [data]: pip install "d2svse[data]"') from None
+        raise ImportError('reading a datasets dataset needs the extra [data]: run pip install "d2svse[data]"') from None
     if isinstance(source, str):
         where = source
         saved = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         try:
             source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, **_no_foreign_code())
-        except Exception as error:  # whatever it raises for a broken folder
+        except Exception as error:  # datasets raises errors of many kinds for a broken folder
             raise ManifestError(f"{where}: datasets cannot read it ({type(error).__name__}: {error})") from error
     else:
         where = type(source).__name__
     if isinstance(source, dict):
         if split not in source:
-            raise ManifestError(f"{where}: no split {split!r}; it has {', '.join(source)}; say which (--split)")
+            raise ManifestError(f"{where}: no split {split!r}; the splits are {', '.join(source)}; name one (--split)")
         source = source[split]
     for column in (image_column, caption_column):
         if column not in source.column_names:
-            raise ManifestError(f"{where}: no column {column!r}; it has {', '.join(source.column_names)}")
+            raise ManifestError(f"{where}: no column {column!r}; the columns are {', '.join(source.column_names)}")
     try:
         source = source.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -323,43 +336,43 @@ def read_datasets(
         held = item[caption_column]
         at = f"{where}: row {row}"
         if held is None or held == "" or held == []:
-            raise ManifestError(f"{at} has an empty caption")
-        captions = [as_sentence(caption, at) for caption in as_captions(held, at, caption_column)]
+            raise ManifestError(f"{at}: an empty caption; expected a text")
+        captions = [as_one_line(caption, at) for caption in as_captions(held, at, caption_column)]
         image = item[image_column] or {"bytes": None, "path": None}
         if image["bytes"] is None and image["path"]:
-            picture = Path(image["path"])
+            path = Path(image["path"])
         else:
-            picture = _write_picture(image["bytes"], row, image_folder, where)
-        captions_of.setdefault(picture, []).extend(captions)
-    return [Record(picture, tuple(captions)) for picture, captions in captions_of.items()]
+            path = _write_image(image["bytes"], row, image_folder, where)
+        captions_of.setdefault(path, []).extend(captions)
+    return [Record(path, tuple(captions)) for path, captions in captions_of.items()]
 
 
 def _no_foreign_code() -> dict[str, bool]:
-    """The option by which `datasets` before 4 runs no code of a data set; later ones never do, and have no such."""
+    """Return the option that keeps `datasets` before version 4 from running a data set's code; later ones have none."""
     import datasets
 
     return {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
 
 
 def dense_folder(source: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None) -> Path:
-    """What the image paths of a dense JSONL are relative to: the pictures' folder, or the source's own."""
+    """Return the folder that image paths of a dense JSONL start from: `image_folder`, or the source's own."""
     if image_folder is not None:
         return Path(image_folder)
     return Path(source) if Path(source).is_dir() else Path(source).parent
 
 
-def require_pictures(records: Sequence[Record], source: str | os.PathLike[str]) -> None:
-    """Check that every picture is there.
+def require_images(records: Sequence[Record], source: str | os.PathLike[str]) -> None:
+    """Check that every image file exists.
 
     Raises:
-        ManifestError: naming the first that is not, and how many are not.
+        ManifestError: if one is missing; the message counts the missing images and names the first.
     """
     paths = [record.image for record in records if not isinstance(record.image, StoredImage)]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ManifestError(
-            f"{os.fspath(source)}: {len(missing)} of {len(records)} pictures are not there, the first is {missing[0]}; "
-            "give the folder that holds them with image_folder (--image-folder)"
+            f"{os.fspath(source)}: {len(missing)} of {len(records)} images are missing, the first is {missing[0]}; "
+            "name their folder with image_folder (--image-folder)"
         )
 
 
@@ -371,11 +384,11 @@ def refuse_links(
 ) -> None:
     """Check that no image leaves the data set's folder by a link, before images are packed.
 
-    The folder is `image_folder`, or else the source's own. A manifest and a table may name images elsewhere
-    openly; other layouts name what lies in the folder.
+    The folder is `image_folder`, or the source's own. Only a manifest and a table may name images outside of it,
+    by a path.
 
     Raises:
-        ManifestError: naming the first that does.
+        ManifestError: if an image leaves the folder; the message names the first.
     """
     base = dense_folder(source, image_folder)
     real_base = Path(os.path.realpath(base))
@@ -388,7 +401,7 @@ def refuse_links(
         if not Path(os.path.realpath(record.image)).is_relative_to(real_base):
             raise ManifestError(
                 f"{record.where(source)}: {record.image} leaves the folder {base}, by a link or by its name; "
-                "copy the image there, or name the folder that holds the images (--image-folder)"
+                "copy the image there, or name the folder of the images (--image-folder)"
             )
 
 
@@ -396,22 +409,26 @@ def _published_splits(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix("_caps.txt") for path in folder.glob("*_caps.txt"))
 
 
-def _write_picture(content: bytes | None, row: int, folder: str | os.PathLike[str] | None, where: str) -> Path:
+def _write_image(content: bytes | None, row: int, folder: str | os.PathLike[str] | None, where: str) -> Path:
     if not content:
-        raise ManifestError(f"{where}: row {row} has no picture")
+        raise ManifestError(f"{where}: row {row} has no image")
     if folder is None:
-        raise ValueError(f"{where}: its pictures are not files; give image_folder (--image-folder) to write them to")
+        raise ValueError(
+            f"{where}: its images are not files; name a folder for them with image_folder (--image-folder)"
+        )
     suffix = ".png" if content.startswith(b"\x89PNG") else ".jpg"
-    picture = Path(folder) / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"  # one name, one content
-    if not picture.is_file():
-        with written_aside(picture) as aside:
+    image = Path(folder) / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"  # one name, one content
+    if not image.is_file():
+        with written_aside(image) as aside:
             aside.write_bytes(content)
-    return picture
+    return image
 
 
 def _published_dense(folder: Path, split: str, count: int, dense: str | None) -> list[str | None]:
     if dense is not None and dense not in DENSE_SUFFIXES:
-        raise ValueError(f"dense text of the published layout is {' or '.join(DENSE_SUFFIXES)}, not {dense!r}")
+        raise ValueError(
+            f"the dense captions of a published layout must be {' or '.join(DENSE_SUFFIXES)}, got {dense!r}"
+        )
     suffix = DENSE_SUFFIXES[dense or "long"]
     files = sorted(folder.glob(f"*_{split}{suffix}.jsonl"))
     if len(files) > 1:
@@ -422,7 +439,7 @@ def _published_dense(folder: Path, split: str, count: int, dense: str | None) ->
         return [None] * count
     rows = list(read_json_lines(files[0]))
     if len(rows) != count:
-        raise ManifestError(f"{files[0]}: {len(rows)} dense captions for {count} images; expected a line for each")
+        raise ManifestError(f"{files[0]}: {len(rows)} dense captions for {count} images; expected one for each")
     texts: list[str | None] = []
     for line, row in rows:
         text = row.get("text")

@@ -1,4 +1,4 @@
-"""Training samples: one image and one sentence, drawn and augmented by (seed, epoch, index) alone."""
+"""Training samples: one image and one text, drawn and augmented by (seed, epoch, index) alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from d2svse.data import augment
+from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.images import ImageError, load_image
 
@@ -39,21 +40,21 @@ class SampleProcessor(Protocol):
 class Draw:
     """A sample asked for: which row, in which epoch.
 
-    `counted` is False for a sample that only keeps a process busy, because the last batch of an
-    epoch has fewer samples than there are processes.
+    `valid` is False for a sample that only keeps a process busy, see `EpochBatches`.
     """
 
     epoch: int
     index: int
-    counted: bool = True
+    valid: bool = True
 
 
 class EpochBatches(Sampler[list[Draw]]):
     """The batches of one process: shuffled rows of an epoch, from the seed and the epoch alone.
 
     The batches of all processes together are those of a single process with the sum of their sizes;
-    an uneven last one is split evenly. The epoch travels with every index, so samples do not
-    depend on which process or worker makes them.
+    an uneven last one is split evenly. A process that it leaves without a row draws one that is not
+    `valid`: the model's collectives wait for all processes. The epoch travels with every index, so samples
+    do not depend on which process or worker makes them.
 
     Args:
         length: rows an epoch.
@@ -91,7 +92,7 @@ class EpochBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         for batch in self.whole_batches():
             own = np.array_split(batch, self.world_size)[self.rank]
-            yield [Draw(self.epoch, int(row)) for row in own] or [Draw(self.epoch, int(batch[0]), counted=False)]
+            yield [Draw(self.epoch, int(row)) for row in own] or [Draw(self.epoch, int(batch[0]), valid=False)]
 
     def whole_batches(self) -> Iterator[np.ndarray]:
         """The batches of all processes together."""
@@ -114,28 +115,27 @@ class EpochBatches(Sampler[list[Draw]]):
             yield rng.permutation(rows[order][turn == number])
 
 
-class TrainingSamples(Dataset[dict[str, Any]]):
+class TrainingSamples(Dataset[Sample]):
     """The rows of a dataset as training samples.
 
     Args:
         dataset: images and captions.
-        processor: prepares pictures and sentences.
+        processor: prepares images and texts.
         text: train on "sparse" captions or on "dense" ones.
         captions_per_epoch: "one" draws one sparse caption of each image an epoch, "all" goes
             through all of them; dense text is one an image either way.
         seed: seed of all draws.
-        augment_images: crop and mirror pictures.
+        augment_images: crop and mirror images.
         augment_words: mask, replace and drop words.
         num_image_tokens: tokens of the vision backbone, to drop some of; None drops none.
-        max_length: longest sentence in tokens; the processor's limit without it.
+        max_length: longest text in tokens; the processor's limit without it.
         teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
         image_tokens: the vision backbone's tokens of each image, by row, to give instead of pixels;
-            pictures are then neither read nor augmented.
-        keep_pixels: read and prepare each picture once, and keep its pixels in memory.
+            images are then neither read nor augmented.
         num_embeddings: how many token ids the text backbone knows; as many as the tokenizer without it.
 
     Raises:
-        ValueError: if dense text is asked for and an image has none, or if pictures are to be augmented and kept.
+        ValueError: if dense text is asked for and an image has none.
     """
 
     def __init__(
@@ -152,16 +152,12 @@ class TrainingSamples(Dataset[dict[str, Any]]):
         max_length: int | None = None,
         teacher_embeddings: Tensor | None = None,
         image_tokens: SupportsRows | None = None,
-        keep_pixels: bool = False,
         num_embeddings: int | None = None,
     ) -> None:
-        if keep_pixels and augment_images:
-            raise ValueError("keep_pixels keeps pictures as they are: set augment_images to False too")
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
         self.image_tokens = image_tokens
-        self.kept_pixels: dict[int, Tensor] | None = {} if keep_pixels else None
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -176,66 +172,64 @@ class TrainingSamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset) if self.image_of_row is None else len(self.image_of_row)
 
-    def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
+    def __getitem__(self, draw: Draw | int) -> Sample:
         """Make a sample; a plain index asks for epoch 0.
 
-        Returns:
-            `pixel_values (channels, height, width)` or `image_tokens (length, hidden_size)`,
-            `input_ids` (a list), `image_ids` (a row) and, as
-            asked for, `image_token_mask (length,)` bool and `teacher_embeds (embed_dim,)`;
-            `counted` is False for a draw that does not count.
+        Raises:
+            ImageError: if the image cannot be read; the message names the manifest's line.
+        """
+        draw = draw if isinstance(draw, Draw) else Draw(0, draw)
+        row = draw.index if self.image_of_row is None else int(self.image_of_row[draw.index])
+        pixels = mask = None
+        if self.image_tokens is None:
+            pixels = self.pixels(row, self._generator(draw, augment.IMAGE) if self.augment_images else None)
+        if self.num_image_tokens is not None:
+            rng = self._generator(draw, augment.IMAGE_TOKENS)
+            mask = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
+        return Sample(
+            input_ids=self._token_ids(self._text(draw, row), draw),
+            image_id=row,
+            valid=draw.valid,
+            pixel_values=pixels,
+            image_tokens=None if self.image_tokens is None else self.image_tokens[row],
+            image_token_mask=mask,
+            teacher_embeds=None if self.teacher_embeddings is None else self.teacher_embeddings[row],
+        )
+
+    def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
+        """Read and prepare an image, cropped and mirrored as `rng` draws: `(channels, height, width)` float32.
+
+        Args:
+            row: the row of the image in the dataset.
+            rng: None leaves the image as it is.
 
         Raises:
-            ImageError: if the picture cannot be read; the message names the manifest's line.
+            ImageError: if the image cannot be read; the message names the manifest's line.
         """
-        epoch, index = (draw.epoch, draw.index) if isinstance(draw, Draw) else (0, draw)
-        row = index if self.image_of_row is None else int(self.image_of_row[index])
-        sample: dict[str, Any] = {
-            "input_ids": self._token_ids(self._sentence(epoch, index, row), epoch, index),
-            "image_ids": row,
-        }
-        if self.image_tokens is None:
-            sample["pixel_values"] = self._pixels(epoch, index, row)
-        else:
-            sample["image_tokens"] = self.image_tokens[row]
-        if self.num_image_tokens is not None:
-            rng = augment.generator(self.seed, epoch, index, augment.IMAGE_TOKENS)
-            sample["image_token_mask"] = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
-        if self.teacher_embeddings is not None:
-            sample["teacher_embeds"] = self.teacher_embeddings[row]
-        if isinstance(draw, Draw) and not draw.counted:
-            sample["counted"] = False
-        return sample
-
-    def _sentence(self, epoch: int, index: int, row: int) -> str:
-        if self.dense_captions is not None:
-            return self.dense_captions[row]
-        captions = self.dataset.records[row].captions
-        if self.image_of_row is not None:
-            return captions[index - int(self.first_caption[row])]
-        return captions[augment.generator(self.seed, epoch, index, augment.CAPTION).integers(len(captions))]
-
-    def _pixels(self, epoch: int, index: int, row: int) -> Tensor:
-        if self.kept_pixels is None:
-            return self._prepare(epoch, index, row)
-        if row not in self.kept_pixels:
-            self.kept_pixels[row] = self._prepare(epoch, index, row)
-        return self.kept_pixels[row]
-
-    def _prepare(self, epoch: int, index: int, row: int) -> Tensor:
         record = self.dataset.records[row]
         try:
             image = load_image(record.image)
         except ImageError as error:
             raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
-        if self.augment_images:
-            image = augment.augment_image(image, augment.generator(self.seed, epoch, index, augment.IMAGE))
+        if rng is not None:
+            image = augment.augment_image(image, rng)
         return self.processor.pixel_values([image])[0]
 
-    def _token_ids(self, sentence: str, epoch: int, index: int) -> list[int]:
-        encoded = self.processor.tokenizer(sentence, truncation=True, max_length=self.max_length)
+    def _generator(self, draw: Draw, purpose: int) -> np.random.Generator:
+        return augment.generator(self.seed, draw.epoch, draw.index, purpose)
+
+    def _text(self, draw: Draw, row: int) -> str:
+        if self.dense_captions is not None:
+            return self.dense_captions[row]
+        captions = self.dataset.records[row].captions
+        if self.image_of_row is not None:
+            return captions[draw.index - int(self.first_caption[row])]
+        return captions[self._generator(draw, augment.CAPTION).integers(len(captions))]
+
+    def _token_ids(self, text: str, draw: Draw) -> list[int]:
+        encoded = self.processor.tokenizer(text, truncation=True, max_length=self.max_length)
         if not self.augment_words:
             return encoded["input_ids"]
-        rng = augment.generator(self.seed, epoch, index, augment.WORDS)
         words = self.processor.word_ids(encoded)
+        rng = self._generator(draw, augment.WORDS)
         return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)

@@ -1,7 +1,7 @@
-"""Small synthetic scenes: coloured shapes at places and sizes, with dense and sparse captions.
+"""Draw small synthetic scenes: coloured shapes of two sizes on a grid, with dense and sparse captions.
 
-They train a model from nothing within minutes and need no download; every scene is a pure
-function of the seed and its number.
+A model trains on scenes from scratch within minutes, without a download. Each scene is a pure function of
+the seed and its number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLORS = {
 }
 BACKGROUNDS = {"grey": (150, 150, 150), "pink": (246, 178, 196), "teal": (64, 140, 140), "brown": (122, 84, 58)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.085, "large": 0.15}  # half the width, as a share of the picture's
+SIZES = {"small": 0.085, "large": 0.15}  # half the width, as a share of the image's width
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 NUMBERS = ("no", "one", "two", "three", "four")
 OVERSAMPLING = 3
@@ -46,7 +46,7 @@ class Item:
 
     @property
     def place(self) -> str:
-        """Where it stands, such as "top left" or "middle"."""
+        """The name of its cell, such as "top left" or "middle"."""
         if self.row == 1 and self.column == 1:
             return "middle"
         return f"{ROWS[self.row]} {COLUMNS[self.column]}"
@@ -62,7 +62,7 @@ class Scene:
     number: int
 
     def draw(self, size: int = 96) -> Image.Image:
-        """Draw it as an RGB picture of `size` × `size` pixels."""
+        """Draw the scene as an RGB image of `size` × `size` pixels."""
         rng = np.random.default_rng([self.seed, self.number, 1])
         side = size * OVERSAMPLING
         canvas = Image.new("RGB", (side, side), BACKGROUNDS[self.background])
@@ -75,7 +75,7 @@ class Scene:
 
     @property
     def dense_caption(self) -> str:
-        """Everything there is to tell."""
+        """A caption of the background and every shape."""
         count = NUMBERS[len(self.items)]
         sentences = [f"The picture shows {count} shapes on a {self.background} background."]
         sentences += [
@@ -86,14 +86,14 @@ class Scene:
 
     @property
     def sparse_captions(self) -> tuple[str, ...]:
-        """Five captions that each tell a part."""
+        """Five captions, each of one or two shapes."""
         rng = np.random.default_rng([self.seed, self.number, 2])
         pairs = [[self.items[i] for i in rng.choice(len(self.items), 2, replace=False)] for _ in range(5)]
         captions = [self.tell(a, b)[form] for form, (a, b) in enumerate(pairs)]
         return tuple(captions[i] for i in rng.permutation(len(captions)))
 
     def tell(self, a: Item, b: Item) -> tuple[str, ...]:
-        """What each of the five forms of a sparse caption says of two shapes; the fourth tells of `a` alone."""
+        """Return the five forms of a sparse caption of two shapes; the fourth form mentions only `a`."""
         background = f"on {_a(self.background)} background"
         return (
             f"{_a(a.color)} {a.shape} and {_a(b.color)} {b.shape} {background}",
@@ -105,7 +105,7 @@ class Scene:
 
 
 def make_scene(seed: int, number: int) -> Scene:
-    """The scene of this number."""
+    """Return the scene of a seed and a number."""
     rng = np.random.default_rng([seed, number])
     cells = rng.choice(9, rng.integers(2, 5), replace=False)
     items = tuple(
@@ -127,12 +127,12 @@ def write_scenes(
     """Draw scenes into `folder/name/` and write the manifest `folder/name.jsonl`.
 
     Args:
-        folder: where to write.
+        folder: folder to write to.
         name: name of the split.
-        count: how many scenes.
-        seed: seed of the world.
+        count: number of scenes.
+        seed: seed of all scenes.
         first: number of the first scene; splits with different numbers share no scene.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
 
     Returns:
         The path of the manifest.
@@ -182,4 +182,4 @@ def _draw_shape(pen: ImageDraw.ImageDraw, item: Item, x: float, y: float, radius
             points = [(x + r * math.cos(t), y + r * math.sin(t)) for r, t in zip(reach, angles, strict=True)]
             pen.polygon(points, fill=fill)
         case _:
-            raise ValueError(f"unknown shape {item.shape!r}; known are {', '.join(SHAPES)}")
+            raise ValueError(f"unknown shape {item.shape!r}; expected one of {', '.join(SHAPES)}")

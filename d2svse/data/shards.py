@@ -1,11 +1,10 @@
-"""WebDataset tar shards: pictures and texts in large files, local or behind http, read sample by sample.
+"""Write, index and read WebDataset tar shards: images and captions in large files, local or behind http.
 
-`shards.jsonl` beside the shards says where each picture lies:
+The index `shards.jsonl` beside the shards gives the position of each image:
 `{"shard": "shard-000000.tar", "image": "000000000.jpg", "offset": 512, "size": 4711, "captions": [..], "dense": ".."}`.
-With it a sample is one read of a few kilobytes (an http range request), so that training from shards
-draws the same samples in the same order as from a manifest, whatever the number of processes and
-workers, and resumes as it does. The tar files are WebDataset's own layout, `KEY.jpg` with `KEY.json`,
-and other tools read them too.
+With the index, a sample is one read of a few kilobytes (an http range request). So training from shards draws
+the same samples in the same order as from a manifest, with any number of processes and workers. It resumes in
+the same way. The tar files have WebDataset's own layout, `KEY.jpg` with `KEY.json`; other tools read them too.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Answer = TypeVar("Answer")
 INDEX_FILE = "shards.jsonl"
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds
-# What an index, a tar file or a server of unknown origin may make this process hold.
+# Limits on what an index, a tar file or a server of unknown origin can load into memory.
 MAX_INDEX_BYTES = 2**30
 MAX_IMAGE_BYTES = 2**29
 MAX_TEXT_BYTES = 2**22
@@ -49,19 +48,19 @@ MAX_HEADER_BYTES = 2**20
 MAX_MEMBERS = 2_000_000
 MAX_REDIRECTS = 5
 NAMED_PROBLEMS = 10
-PACKED_AT_ONCE = 32  # images that are read and checked in threads before they are written
+PACKED_AT_ONCE = 32  # images that threads read and check before they are written
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardImage(StoredImage):
-    """A picture in a tar shard.
+    """An image in a tar shard.
 
     Attributes:
         shard: path or URL of the tar file.
-        member: name of the picture in it.
-        offset: where its bytes begin.
-        size: how many there are.
+        member: name of the image in the tar file.
+        offset: first byte of the image in the tar file.
+        size: bytes of the image.
     """
 
     shard: str
@@ -82,19 +81,19 @@ class ShardImage(StoredImage):
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Its size and where it begins, in bytes, and when a local shard was last changed."""
+        """Size and offset of the image in bytes, and the modification time of a local shard."""
         return self.size, self.offset, 0 if self.remote else Path(self.shard).stat().st_mtime_ns
 
     @property
     def remote(self) -> bool:
-        """Whether it is fetched by http."""
+        """Whether the image is fetched by http."""
         return is_url(self.shard)
 
     def read_bytes(self) -> bytes:
-        """Read the picture's bytes.
+        """Read the image's bytes.
 
         Raises:
-            OSError: if the shard cannot be read, or is shorter than its index says.
+            OSError: if the shard cannot be read, or is shorter than the index says.
         """
         if is_url(self.shard):
             content = _fetch_range(self.shard, self.offset, self.size)
@@ -104,12 +103,14 @@ class ShardImage(StoredImage):
                 file.seek(min(self.offset, end))
                 content = file.read(max(0, min(self.size, end - self.offset)))
         if len(content) != self.size:
-            raise OSError(f"{len(content)} of {self.size} bytes are there; is {INDEX_FILE} that of these shards?")
+            raise OSError(
+                f"{len(content)} of {self.size} bytes are there; check that {INDEX_FILE} belongs to this shard"
+            )
         return content
 
 
 def is_url(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is fetched by http."""
+    """Return whether a source is fetched by http."""
     return str(source).startswith(("http://", "https://"))
 
 
@@ -119,24 +120,24 @@ def write_shards(
     images_per_shard: int = 1000,
     show_progress_bar: bool = False,
 ) -> Path:
-    """Pack records into tar shards and write their index; the files of pictures are copied as they are.
+    """Pack records into tar shards and write their index; image files are copied byte by byte.
 
-    Each is decoded first, so that nothing but images is packed. A run that was stopped goes on with the
-    first shard that is not there yet.
+    Each image is decoded first, to make sure that only images are packed. A stopped run continues with
+    the first missing shard.
 
     Args:
-        records: images and texts.
-        folder: where to write.
-        images_per_shard: images in a shard.
-        show_progress_bar: show one on the terminal.
+        records: images and captions.
+        folder: folder to write to.
+        images_per_shard: images in each shard.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        The index.
+        The path of the index.
 
     Raises:
-        ValueError: if `images_per_shard` is not positive, or pictures lie in shards of that folder.
-        ImageError: if a picture cannot be decoded.
-        OSError: if a picture cannot be read.
+        ValueError: if `images_per_shard` is not positive, or records come from shards in `folder`.
+        ImageError: if an image cannot be decoded.
+        OSError: if an image cannot be read.
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard must be positive, got {images_per_shard}")
@@ -148,7 +149,7 @@ def write_shards(
             and not image.remote
             and Path(image.shard).resolve().parent == folder.resolve()
         ):
-            raise ValueError(f"{image}: shards cannot be written over those that they are made from")
+            raise ValueError(f"{image}: the records come from shards in {folder}; write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(records), images_per_shard)
@@ -156,7 +157,7 @@ def write_shards(
         part = {f"{row:09d}": records[row] for row in range(first, min(first + images_per_shard, len(records)))}
         path = folder / f"shard-{number:06d}.tar"
         if not _holds(path, part):
-            (folder / INDEX_FILE).unlink(missing_ok=True)  # it would point into what is replaced
+            (folder / INDEX_FILE).unlink(missing_ok=True)  # it would point into the replaced shard
             with written_aside(path) as aside:
                 _write_shard(aside, part)
         found, problems = _scan_shard(path)
@@ -168,18 +169,18 @@ def write_shards(
 
 
 def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of the index for one tar shard, local or behind http, by reading through it.
+    """Read through one tar shard, local or behind http, and return its rows of the index.
 
-    Texts come from `KEY.json` (`captions`, a list, or `caption`, and `dense`) or else from the lines of
-    `KEY.txt`. Members may stand in any order. A sample that cannot be used (without image, without caption,
-    with a text in another encoding, with a link for a file) is left out; a warning counts and lists these.
+    Captions come from `KEY.json` (`captions`, a list, or `caption`, and `dense`) or from the lines of
+    `KEY.txt`. Members may have any order. Unusable samples are left out: those without an image or a caption,
+    with a text in another encoding, or with a link for a file. A warning counts and lists them.
 
     Raises:
-        ManifestError: if it is no tar file, is compressed, damaged or cut short, or has no sample that can be used.
+        ManifestError: if the file is not a tar file, is compressed, damaged or cut short, or has no usable sample.
     """
     rows, problems = _scan_shard(source)
     if not rows:
-        raise ManifestError(f"{_shard_name(source)}: {problems[0] if problems else 'no samples in it'}")
+        raise ManifestError(f"{_shard_name(source)}: {problems[0] if problems else 'no samples; expected images'}")
     if problems:
         listed = [*problems[:NAMED_PROBLEMS], *(["…"] if len(problems) > NAMED_PROBLEMS else [])]
         found = f"{_shard_name(source)}: left out {len(problems)} of {len(rows) + len(problems)} samples:"
@@ -192,7 +193,7 @@ def _shard_name(source: str | os.PathLike[str]) -> str:
 
 
 def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of the index, and why other samples have none."""
+    """Return the rows of the index, and the problems of the samples without a row."""
     images: dict[str, dict[str, Any]] = {}
     texts: dict[str, dict[str, dict[str, Any]]] = {}  # by key and suffix
     problems: dict[str, str] = {}
@@ -207,7 +208,7 @@ def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], l
                 earlier = images if is_image else {k for k, held in texts.items() if suffix in held}
                 problem = _misfit(member, MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES)
                 if problem is None and key in earlier:
-                    problem = "is there twice, or beside another image of that name"
+                    problem = "has the same name as another member, or as another image"
                 if problem is not None:
                     problems.setdefault(key, f"{member.name} {problem}")
                 elif is_image:
@@ -229,7 +230,7 @@ def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], l
             continue
         if key not in images:
             suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-            problems[key] = f"{key} has captions but no picture; expected {key} with one of {suffixes}"
+            problems[key] = f"{key} has captions but no image; expected {key} with one of {suffixes}"
         elif not text.get("captions"):
             problems[key] = f"{images[key]['image']} has no captions; expected {key}.json or {key}.txt"
         else:
@@ -238,9 +239,9 @@ def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], l
 
 
 def _misfit(member: tarfile.TarInfo, most: int) -> str | None:
-    """Why a member cannot be read as a file by its place in the shard, or None."""
+    """Return why a member cannot be read as a file by its offset in the shard, or None."""
     if not member.isreg() or member.issparse():
-        kind = "a folder" if member.isdir() else "a link" if member.issym() or member.islnk() else "no plain file"
+        kind = "a folder" if member.isdir() else "a link" if member.issym() or member.islnk() else "not a plain file"
         return f"is {kind}, expected a file"
     if not member.size:
         return "is empty"
@@ -250,14 +251,14 @@ def _misfit(member: tarfile.TarInfo, most: int) -> str | None:
 def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """Read the index of shards.
 
-    An index names shards in its own folder (or below it), and one from a server names that server alone. An index
-    file that is given itself, and not found in a folder, may name addresses too; a warning tells them.
+    An index may name shards in or below its own folder; an index from a server may name shards of that server.
+    Only an index file that is given by its own path may also name URLs; a warning lists their hosts.
 
     Args:
         source: `shards.jsonl`, its folder, or its URL.
 
     Raises:
-        ManifestError: if it cannot be read or a line is not as `write_shards` writes it.
+        ManifestError: if the index cannot be read, or a line does not have the form that `write_shards` writes.
     """
     if is_url(source):
         path = url_of_index(str(source))
@@ -274,7 +275,7 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
     records = []
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for line, row in parse_json_lines(lines, path):
         where = f"{path}:{line}"
         shard, image, offset, size = (row.get(name) for name in ("shard", "image", "offset", "size"))
@@ -286,60 +287,60 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
             raise ManifestError(f'{where}: expected "offset" and "size" in bytes, got {offset!r:.80} and {size!r:.80}')
         if size > MAX_IMAGE_BYTES:
             raise ManifestError(f"{where}: an image of {size} bytes; at most {MAX_IMAGE_BYTES} are read")
-        if shard not in places:
-            places[shard] = _place_of_shard(path, shard, where)
+        if shard not in paths:
+            paths[shard] = _locate_shard(path, shard, where)
         captions, dense = record_texts(row, where)
-        records.append(Record(ShardImage(places[shard], image, offset, size), captions, dense, line))
+        records.append(Record(ShardImage(paths[shard], image, offset, size), captions, dense, line))
     if not records:
-        raise ManifestError(f"{path}: no rows in it; expected one JSON object a line")
-    hosts = sorted({urlsplit(place).netloc for place in places.values() if is_url(place)})
+        raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
+    hosts = sorted({urlsplit(shard_path).netloc for shard_path in paths.values() if is_url(shard_path)})
     if hosts and not is_url(source):
         if Path(source).is_dir():
             raise ManifestError(
-                f"{path}: names images on {', '.join(hosts)}, and a folder names only what is in it; "
-                f"give {INDEX_FILE} itself to fetch them"
+                f"{path}: names images on {', '.join(hosts)}; give the path of {INDEX_FILE} instead of its folder "
+                "to fetch them"
             )
         logger.warning("%s: its images are fetched from %s", visible(path), visible(", ".join(hosts)))
     return records
 
 
-def _place_of_shard(index: str, shard: str, where: str) -> str:
-    """Path or URL of a shard that an index names.
+def _locate_shard(index: str, shard: str, where: str) -> str:
+    """Return the path or URL of a shard that an index names.
 
     Raises:
-        ManifestError: if an index may not name it.
+        ManifestError: if the index may not name it.
     """
-    outside = f"{where}: the shard {shard} lies outside the folder of the index, which names what is in it alone"
+    outside = f"{where}: the shard {shard} lies outside the folder of the index; expected a shard in that folder"
     if is_url(index):
         folder = urlsplit(urljoin(index, "."))
         try:
-            place = urljoin(index, shard)
-            parts = urlsplit(place)
+            url = urljoin(index, shard)
+            parts = urlsplit(url)
         except ValueError:
             raise ManifestError(outside) from None
         same_server = (parts.scheme, parts.netloc) == (folder.scheme, folder.netloc)
         path = unquote(parts.path)
         if not same_server or not parts.path.startswith(folder.path) or ".." in path.replace("\\", "/").split("/"):
             raise ManifestError(outside)
-        return place
+        return url
     if is_url(shard):
         try:
             parts = urlsplit(shard)
         except ValueError:
-            raise ManifestError(f"{where}: {shard} is no address") from None
+            raise ManifestError(f"{where}: {shard} is not a URL") from None
         if not parts.hostname or parts.username or parts.password:
-            raise ManifestError(f"{where}: {shard} is no address of a shard")
+            raise ManifestError(f"{where}: {shard} is not the URL of a shard; expected a host and no password")
         return shard
     folder_path = Path(index).parent
     path = str(folder_path / shard)
     try:
         inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder_path))
-    except ValueError:  # a name that no file can have
+    except ValueError:  # not a valid file name
         inside = False
     if not inside or os.path.isabs(shard):
-        raise ManifestError(f"{outside}; copy it there")
+        raise ManifestError(outside)
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ManifestError(f"{where}: {path} is no file")
+        raise ManifestError(f"{where}: {path} is not a file; expected a tar file")
     return path
 
 
@@ -368,6 +369,8 @@ class _Redirects(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+# fsspec's http filesystem cannot serve: it needs aiohttp, tries nothing again, follows redirects to any address, and
+# reads the whole file where a server ignores `Range`.
 _OPENER = build_opener(_Redirects)
 
 
@@ -438,14 +441,14 @@ def _write_shard(path: Path, records: dict[str, Record]) -> None:
         for first in range(0, len(items), PACKED_AT_ONCE):
             for members in pool.map(_checked_members, items[first : first + PACKED_AT_ONCE]):
                 for name, content in members:
-                    member = tarfile.TarInfo(name)  # without owner and time: the same records give the same bytes
+                    member = tarfile.TarInfo(name)  # without owner and time, so that equal records give equal bytes
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
 
 @dataclass(frozen=True, slots=True)
 class _Content(StoredImage):
-    """The bytes of an image that were read already."""
+    """An image whose bytes are already in memory."""
 
     image: Path | StoredImage
     content: bytes
@@ -466,13 +469,13 @@ class _Content(StoredImage):
 
 
 def _checked_members(item: tuple[str, Record]) -> list[tuple[str, bytes]]:
-    """The members of a sample, its image decoded: what else a name or a link leads to is not packed."""
+    """Return the members of a sample; decode its image first, so that a link to another kind of file is refused."""
     key, record = item
     members = list(_members(key, record))
     try:
         load_image(_Content(record.image, members[0][1]))
     except ImageError as error:
-        raise ImageError(f"{error}; mend it, or leave such images out with --on-bad-image skip") from None
+        raise ImageError(f"{error}; repair it, or leave such images out with --on-bad-image skip") from None
     return members
 
 
@@ -483,24 +486,24 @@ def _members(key: str, record: Record) -> Iterator[tuple[str, bytes]]:
     if not isinstance(record.image, StoredImage) and not record.image.is_file():
         raise ImageError(f"{record.image}: no such image")
     if not isinstance(record.image, StoredImage) and record.image.stat().st_size > MAX_IMAGE_BYTES:
-        raise ImageError(f"{record.image}: an image of more than {MAX_IMAGE_BYTES} bytes")
+        raise ImageError(f"{record.image}: too large; expected at most {MAX_IMAGE_BYTES} bytes")
     content = record.image.read_bytes()
     yield key + _image_suffix(record.image, content), content
     yield f"{key}.json", to_json(texts).encode()
 
 
 def _image_suffix(image: Path | StoredImage, content: bytes) -> str:
-    """The suffix of its name, or one by its content where that is none of a picture."""
+    """Return the suffix of the name if it is an image's, or else a suffix that fits the content."""
     if has_image_suffix(image.name):
         return os.path.splitext(image.name)[1].lower()
     kind = image_format(io.BytesIO(content))
     if kind is None:
-        raise ImageError(f"{os.fspath(image)}: not a picture in a format that is read here")
+        raise ImageError(f"{os.fspath(image)}: not an image in a supported format")
     return f".{kind.lower()}"
 
 
 def _holds(path: Path, records: dict[str, Record]) -> bool:
-    """Whether a shard of an earlier run has just these records."""
+    """Return whether a shard of an earlier run has exactly these records."""
     if not path.is_file():
         return False
     try:
@@ -516,10 +519,10 @@ def _holds(path: Path, records: dict[str, Record]) -> bool:
 
 
 def _texts(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> dict[str, Any]:
-    """The captions and the dense text of a member, those of them that it has.
+    """Read the captions and the dense caption of a member; a missing one has no key.
 
     Raises:
-        ValueError: if it cannot be read; the message names the member.
+        ValueError: if the member cannot be read; the message names it.
     """
     file = tar.extractfile(member)
     content = decode_text(file.read() if file else b"", member.name)
@@ -537,7 +540,7 @@ def _texts(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> dict[s
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is checked: `tarfile` takes a broken one for the end, and goes back by a negative size."""
+    """A member with a checked header: `tarfile` would take a broken header for the end and follow negative sizes."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -549,12 +552,12 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut short: {error}") from None
         is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
         if member.size < 0 or (not is_file and member.size > MAX_HEADER_BYTES):
-            raise tarfile.ReadError(f"a header with a size of {member.size} bytes")
+            raise tarfile.ReadError(f"a header has the size {member.size} bytes; it is damaged")
         return member
 
 
 def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, none of them kept."""
+    """Yield the members of a tar file without keeping them in memory."""
     last = -1
     for number in range(MAX_MEMBERS + 1):
         member = tar.next()
@@ -563,7 +566,7 @@ def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if number == MAX_MEMBERS:
             raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
         if member.size < 0 or member.offset <= last:
-            raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+            raise tarfile.ReadError(f"{member.name} has the size {member.size} bytes; the header is damaged")
         last = member.offset
         yield member
         tar.members.clear()  # type: ignore[attr-defined]
@@ -571,14 +574,16 @@ def _members_of(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 @contextmanager
 def _open_tar(source: str | os.PathLike[str]) -> Iterator[tarfile.TarFile]:
-    """A tar file that is not compressed, whose members' places are those of the file."""
+    """Open an uncompressed tar file, in which the offset of a member is an offset in the file."""
     remote = is_url(source)
     with _open_stream(str(source)) if remote else open(source, "rb") as file:
         start = file.peek(8)
         for mark, kind in COMPRESSED.items():
             if start.startswith(mark):
                 name = _shard_name(source)
-                raise ManifestError(f"{name}: compressed with {kind}, so images have no place in it; unpack it first")
+                raise ManifestError(
+                    f"{name}: compressed with {kind}, so its images have no offset; decompress it first"
+                )
         with tarfile.open(fileobj=file, mode="r|" if remote else "r:", tarinfo=_Member) as tar:
             yield tar
 
@@ -594,8 +599,11 @@ def index_shards(sources: Iterable[str | os.PathLike[str]], output: str | os.Pat
         sources: tar files beside the index, or URLs.
         output: the index to write, named `shards.jsonl`.
 
+    Returns:
+        The path of the index.
+
     Raises:
-        ManifestError: as `index_shard`.
+        ManifestError: if a shard is damaged, compressed or without a usable sample; see `index_shard`.
     """
     write_json_lines(output, [row for source in dict.fromkeys(sources) for row in index_shard(source)])
     return Path(output)

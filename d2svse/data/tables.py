@@ -1,4 +1,4 @@
-"""Tables of images and captions: CSV with any usual separator, and lists in JSON."""
+"""Read tables of images and captions: CSV with any usual separator, and lists in JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from d2svse.data.layout import as_sentence, find_image_folder, read_json, read_lines, read_text
+from d2svse.data.layout import as_one_line, find_image_folder, read_json, read_lines, read_text
 from d2svse.data.manifest import ManifestError, Record, as_captions
 from d2svse.images import has_image_suffix
 
@@ -18,7 +18,7 @@ IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "im
 CAPTION_COLUMNS = ("caption", "captions", "comment", "sentence", "raw", "text")
 SEPARATORS = ("\t", "|", ";", ",")
 SAMPLED_LINES = 20
-_TOKEN_LINE = re.compile(r"[^\t]*#\d+\s*\t")  # of Flickr8k's and Flickr30K's token files
+_TOKEN_LINE = re.compile(r"[^\t]*#\d+\s*\t")  # the start of a line in Flickr8k's and Flickr30K's token files
 
 
 def read_table(
@@ -30,17 +30,17 @@ def read_table(
 ) -> list[Record]:
     """Read lines of an image and a caption: `image,caption`, `image|number|caption`, or `image#number<tab>caption`.
 
-    The separator (a comma, a semicolon, a tab or `|`) is found by looking. A `.json` file holds a list of
-    `{"image": ..., "caption": ...}`, where the caption may be a list.
+    The separator (a comma, a semicolon, a tab or `|`) is detected. A `.json` file holds a list of
+    `{"image": ..., "caption": ...}`; the caption may be a list.
 
     Args:
-        path: the file, or the folder that holds it under one of its usual names.
-        image_folder: where the pictures are; the usual place beside the file without it.
-        image_column: the column of the images; one of the usual names without it.
-        caption_column: the column of the captions; one of the usual names without it.
+        path: the file, or a folder with a file of a usual name.
+        image_folder: folder of the images; None for the usual one beside the file.
+        image_column: the column of the images; None for the usual names.
+        caption_column: the column of the captions; None for the usual names.
 
     Raises:
-        ManifestError: if a line is not of that form.
+        ManifestError: if a line does not have this form.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,7 +48,7 @@ def read_table(
         if table is None:
             raise ManifestError(f"{path}: no table of captions; looked for {', '.join(TABLE_NAMES)}")
         path = table
-    pictures = find_image_folder(path.parent, image_folder)
+    root = find_image_folder(path.parent, image_folder)
     read = _list_rows if path.suffix.lower() == ".json" else _table_rows
     grouped: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
@@ -56,19 +56,19 @@ def read_table(
         grouped.setdefault(name, []).extend(captions)
         lines.setdefault(name, line)
     if not grouped:
-        raise ManifestError(f"{path}: no rows in it")
-    return [Record(pictures / name, tuple(captions), None, lines[name]) for name, captions in grouped.items()]
+        raise ManifestError(f"{path}: no rows; expected an image and a caption on each line")
+    return [Record(root / name, tuple(captions), None, lines[name]) for name, captions in grouped.items()]
 
 
 def find_table(folder: Path) -> Path | None:
-    """The table in a folder, under one of its usual names."""
+    """Return the table in a folder that has a usual name, or None."""
     return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
 
 
 def _list_rows(
     path: Path, image_column: str | None, caption_column: str | None
 ) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """Image and captions of each row of a list in JSON; a list has no lines, so these are 0."""
+    """Read line, image and captions of each row of a JSON list; the line is 0, because a list has no lines."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise ManifestError(f"{path}: expected a list of objects with an image and a caption")
@@ -82,22 +82,22 @@ def _list_rows(
         if not isinstance(name, str) or not name.strip():
             raise ManifestError(f'{where}: expected "{image}" with the path of an image, got {name!r:.80}')
         captions = as_captions(row[caption], where, caption)
-        yield 0, name.strip(), tuple(as_sentence(text, where) for text in captions)
+        yield 0, name.strip(), tuple(as_one_line(text, where) for text in captions)
 
 
 def _table_rows(
     path: Path, image_column: str | None, caption_column: str | None
 ) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """Line number, image and caption of each row of a table, its header left out."""
+    """Read line number, image and caption of each row of a table below its header."""
     for line, name, caption in _cells(path, image_column, caption_column):
         if not name or not caption:
             raise ManifestError(f"{path}:{line}: expected an image and a caption, got {name!r} and {caption!r}")
-        yield line, name, (as_sentence(caption, f"{path}:{line}"),)
+        yield line, name, (as_one_line(caption, f"{path}:{line}"),)
 
 
 def _cells(path: Path, image_column: str | None, caption_column: str | None) -> Iterator[tuple[int, str, str]]:
     lines = read_lines(path)
-    above = next((row for row, line in enumerate(lines) if line), 0)  # blank lines before the first
+    above = next((row for row, line in enumerate(lines) if line), 0)  # the number of blank lines at the top
     first = lines[above] if lines else ""
     named = image_column is not None or caption_column is not None
     if not named and _TOKEN_LINE.match(first):
@@ -127,10 +127,10 @@ def _cells(path: Path, image_column: str | None, caption_column: str | None) -> 
 
 
 def _sniff(lines: Sequence[str], image_column: str | None) -> tuple[str, bool]:
-    """The separator, and whether the first line is a header.
+    """Detect the separator, and whether the first line is a header.
 
-    A header is one that has a column of images. Without one, the separator is what leaves names of
-    images before it in most lines.
+    A header has a column of images. Without a header, the separator is the sign that most often follows the
+    name of an image.
     """
     sample = [line for line in lines[:SAMPLED_LINES] if line]
     first = sample[0] if sample else ""
@@ -161,29 +161,31 @@ def _unquote(cell: str) -> str:
 
 
 def _column(columns: Sequence[str], given: str | None, known: Sequence[str], where: str, what: str) -> str:
-    """The column that is meant, as it is spelled there.
+    """Return the name of the wanted column, as the table spells it.
 
     Raises:
-        ManifestError: if there is none; the message lists those that there are.
+        ManifestError: if the table lacks the column; the message lists the columns that it has.
     """
     wanted = known if given is None else (given.strip().lower(),)
     found = next((column for column in columns if column.lower() in wanted), None)
     if found is None:
         looked = f"looked for {', '.join(known)}" if given is None else f"there is no {given!r}"
         option = "--image-column" if what == "images" else "--caption-column"
-        raise ManifestError(f"{where}: no column of {what}; {looked}; it has {', '.join(columns)}; name it ({option})")
+        raise ManifestError(
+            f"{where}: no column of {what}; {looked}; the columns are {', '.join(columns)}; name one ({option})"
+        )
     return found
 
 
 def _plain_rows(lines: list[str], separator: str, skipped: int, width: int) -> Iterator[tuple[int, list[str]]]:
-    """Rows without quoting; the last column takes the rest of the line."""
+    """Split unquoted rows; the last column takes the rest of the line."""
     for line, text in enumerate(lines[skipped:], start=skipped + 1):
         if text:
             yield line, text.split(separator, width - 1)
 
 
 def _quoted_rows(path: Path, separator: str, skipped: int, width: int) -> Iterator[tuple[int, list[str]]]:
-    """CSV rows; where a last column has separators and no quotes it takes the rest of the line."""
+    """Read CSV rows; an unquoted last column may contain separators and takes the rest of the line."""
     physical: list[str] = []
 
     def remembered() -> Iterator[str]:
@@ -204,4 +206,4 @@ def _quoted_rows(path: Path, separator: str, skipped: int, width: int) -> Iterat
                 row = text.rstrip("\r\n").split(separator, width - 1)
             yield start + 1, row
     except csv.Error as error:
-        raise ManifestError(f"{path}:{done + 1}: not CSV ({error})") from None
+        raise ManifestError(f"{path}:{done + 1}: the row is not valid CSV ({error})") from None

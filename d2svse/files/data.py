@@ -26,17 +26,17 @@ def decode_text(data: bytes, name: str) -> str:
 
     Args:
         data: the bytes.
-        name: where they come from, for the messages.
+        name: source of the bytes, for the messages.
 
     Raises:
-        ValueError: if they are in another encoding; the message says which, or where it is noticed.
+        ValueError: if they are not UTF-8. The message names the other encoding, or the line of the first bad byte.
     """
     for mark, encoding in _WIDE.items():
         if data.startswith(mark):
             raise ValueError(f"{name}: {encoding} text; save it as UTF-8")
     head = data[:400]
     if len(head) > 3 and 3 * head.count(0) > len(head):
-        raise ValueError(f"{name}: UTF-16 or UTF-32 without a mark, or no text at all; save it as UTF-8")
+        raise ValueError(f"{name}: UTF-16 or UTF-32 without a byte-order mark, or not text; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -50,9 +50,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Read a UTF-8 text file, with or without a byte-order mark.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        IsADirectoryError: if it is a folder.
-        ValueError: if it is in another encoding; the message names the file.
+        FileNotFoundError: if the file does not exist.
+        IsADirectoryError: if the path is a folder.
+        ValueError: if the file is not UTF-8; the message names the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,7 +64,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""Split at `\n` and `\r\n` alone; U+2028, form feeds and their like stay inside a line."""
+    r"""Split at `\n` and `\r\n` only; other separators such as U+2028 stay inside a line."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
@@ -77,14 +77,14 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Read JSON.
+    """Parse JSON.
 
     Args:
         text: the JSON.
-        name: where it comes from, for the messages.
+        name: source of the text, for the messages.
 
     Raises:
-        ValueError: if it is not JSON, or nested deeper than `MAX_JSON_DEPTH`.
+        ValueError: if the text is not JSON, or is nested deeper than `MAX_JSON_DEPTH`.
     """
     try:
         data = json.loads(text)
@@ -107,21 +107,21 @@ def _check_depth(data: Any, left: int) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; see `read_text` and `parse_json` for what it raises."""
+    """Read a JSON file; see `read_text` and `parse_json` for the errors."""
     return parse_json(read_text(path), os.fspath(path))
 
 
 def to_json(data: Any, **options: Any) -> str:
-    """Write JSON that any UTF-8 file and terminal can hold.
+    """Return data as JSON that any UTF-8 file and terminal can hold.
 
-    Halves of characters (names that are not UTF-8), control characters and further separators of lines are escaped.
+    Lone surrogates (from file names that are not UTF-8), control characters and line separators are escaped.
 
     Args:
-        data: what to write; NaN is refused.
+        data: values that JSON can hold.
         **options: arguments of `json.dumps`.
 
     Raises:
-        ValueError: if the data hold a NaN or an infinity.
+        ValueError: if the data contain NaN or infinity.
     """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, **options)
     return _RAW_IN_JSON.sub(lambda half: f"\\u{ord(half[0]):04x}", text)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub and model folders: fetching, checking and pushing, with model cards."""
+"""The Hugging Face Hub and model folders: fetch, check, push, and write model cards."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The model card, and the entries of `.eval_results`: what is known of a model, and nothing else."""
+"""Write the model card and the entries of `.eval_results` from the known facts of a model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ METRICS = {
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What only the owner of a model can say; what is not said is left out of the card.
+    """Facts that only the owner of a model knows; the card omits those that are not given.
 
     Attributes:
         license: the Hub's name of a licence, such as "apache-2.0".
-        languages: codes of the languages of the captions, such as "en".
+        languages: language codes of the captions, such as "en".
         datasets: Hub ids of the training data.
-        eval_datasets: Hub id of the data that a protocol's results are of, by the protocol's name.
+        eval_datasets: Hub id of the evaluated data set by protocol name.
         tags: further tags.
     """
 
@@ -53,17 +53,17 @@ class CardFacts:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Metrics of a model, or of an earlier stage of it.
+    """Metrics of a model, or of one of its earlier stages.
 
     Attributes:
         data: name of the data.
-        protocol: which images and captions these are, a name of `PROTOCOLS`.
-        images: how many.
-        captions: how many.
-        metrics: as of `retrieval_metrics`, fractions.
-        stage: the last stage of training that was over.
-        own: whether it is of the model itself.
-        scores: how pairs were scored, where it is not with the model's own similarity over all.
+        protocol: name of the protocol that selects images and captions, in `PROTOCOLS`.
+        images: number of images.
+        captions: number of captions.
+        metrics: output of `retrieval_metrics`, as fractions.
+        stage: last finished stage of training.
+        own: True for the model itself, False for an earlier stage.
+        scores: how pairs were scored; empty for the model's similarity over all pairs.
     """
 
     data: str
@@ -77,14 +77,14 @@ class Result:
 
 
 def results_of_run(run_card: Mapping[str, Any]) -> list[Result]:
-    """The results of each stage that a run card tells of; the last is that of the model.
+    """Return the results of each stage in a run card; the last one belongs to the model.
 
     Raises:
-        ValueError: if it is no run card.
+        ValueError: if the data are not a run card.
     """
     for name, kind in RUN_CARD_KEYS.items():
         if name not in run_card or not isinstance(run_card[name], kind):
-            raise ValueError(f"not a run card as training writes it: {name!r} is missing or of another kind")
+            raise ValueError(f"not a run card as training writes it: {name!r} is missing or has another type")
     try:
         stages, data = run_card["metrics"], run_card["data"]
         part = "test" if "test" in data else "val"
@@ -106,14 +106,14 @@ def results_of_run(run_card: Mapping[str, Any]) -> list[Result]:
 
 
 def result_of_evaluation(path: str | os.PathLike[str], fingerprint: str) -> Result:
-    """What `d2svse eval --output` wrote.
+    """Read a result that `d2svse eval --output` wrote.
 
     Args:
         path: the JSON file.
-        fingerprint: of the model that the result must be of.
+        fingerprint: fingerprint of the evaluated model.
 
     Raises:
-        ValueError: if it is no such file, or of another model or several.
+        ValueError: if the file has another content, or the result of another model or of several models.
     """
     try:
         result = read_json(path)
@@ -122,7 +122,7 @@ def result_of_evaluation(path: str | os.PathLike[str], fingerprint: str) -> Resu
     try:
         models, split = result["models"], result["split"]
         if len(models) != 1 or models[0]["revision"]["fingerprint"] != fingerprint:
-            raise ValueError(f"{os.fspath(path)}: the result of another model; evaluate the one that is pushed")
+            raise ValueError(f"{os.fspath(path)}: the result of another model; evaluate the pushed model")
         similarity = models[0]["similarity"]["name"]
         return Result(
             f"{publishable(result['data'])}" + (f" ({split})" if split else ""),
@@ -146,18 +146,15 @@ def model_card(
     results: Sequence[Result] = (),
     facts: CardFacts | None = None,
 ) -> str:
-    """Write a model card, Markdown with the metadata that the Hub reads.
+    """Return a model card as Markdown, with the metadata that the Hub reads.
 
     Args:
         repo_id: name of the repository.
-        config: `config.json` of the model.
-        processor: `processor_config.json`.
-        run_card: what training wrote, if it is there.
-        results: all results; those of the model itself stand in the metadata too.
-        facts: what the owner says.
-
-    Raises:
-        ValueError: if the run card is none.
+        config: content of the model's `config.json`.
+        processor: content of `processor_config.json`.
+        run_card: run card of the training, if there is one.
+        results: all results; those of the model itself go into the metadata too.
+        facts: facts from the owner.
     """
     facts = facts or CardFacts()
     run: Mapping[str, Any] = publishable(run_card or {})
@@ -165,8 +162,8 @@ def model_card(
         f"---\n{_metadata(repo_id, config, run, results, facts).to_yaml()}\n---",
         CARD_MARK,
         f"# {repo_id.rpartition('/')[2]}",
-        "Finds pictures by sentences, and sentences by pictures. A model of d2svse, which trains in two stages: on "
-        "dense captions, and on sparse ones distilled towards the dense (D2S-VSE, ICCV 2025).",
+        "Finds images by text, and texts by image. A model of d2svse, which trains in two stages: on dense captions, "
+        "then on sparse captions with distillation from the dense ones (D2S-VSE, ICCV 2025).",
         _architecture(config, run),
         _results(results),
         _usage(repo_id),
@@ -177,19 +174,19 @@ def model_card(
 
 
 def eval_results(results: Iterable[Result], facts: CardFacts) -> dict[str, str]:
-    """Files of `.eval_results`, by path: of each protocol whose data have a Hub id, the model's own metrics.
+    """Return the files of `.eval_results` by path: the model's own metrics for each protocol with a Hub id.
 
-    Without such an id there is none, for an entry must name a data set of the Hub.
+    Protocols without an id get no file, because an entry must name a data set of the Hub.
 
     Raises:
-        ValueError: if an id is given for a protocol that no result is of.
+        ValueError: if an id is given for a protocol without a result.
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     own = [result for result in results if result.own]
     for protocol in facts.eval_datasets:
         if not any(result.protocol == protocol for result in own):
             known = ", ".join(sorted({result.protocol for result in own})) or "none"
-            raise ValueError(f"no result of the protocol {protocol!r}; there are results of: {known}")
+            raise ValueError(f"no result for the protocol {protocol!r}; there are results for: {known}")
     for result in own:
         if result.protocol in facts.eval_datasets:
             notes = f"protocol {result.protocol}, {result.data}, {result.images} images, {result.captions} captions"
@@ -277,12 +274,12 @@ def _results(results: Sequence[Result]) -> str:
         for result in results
     ]  # fmt: skip
     titles = ("data", "protocol", "after", "scores", "images", "captions", *METRICS.values())
-    kept = [place for place in range(len(titles)) if any(row[place] for row in rows)]
-    table = _table([titles[place] for place in kept], [[row[place] for place in kept] for row in rows])
+    kept = [column for column in range(len(titles)) if any(row[column] for row in rows)]
+    table = _table([titles[column] for column in kept], [[row[column] for column in kept] for row in rows])
     return (
-        "## Results\n\nIn percent. I2T finds captions for a picture, T2I the picture of a caption. R@K is the share of "
-        "queries with a right answer among the first K, which the field calls recall; rSum is the sum of the six. "
-        f"The protocol `custom` ranks all images and captions of the data named.\n\n{table}"
+        "## Results\n\nIn percent. I2T finds captions for an image, T2I the image of a caption. R@K is the share of "
+        "queries with a correct result among the first K, which the field calls recall. rSum is the sum of the six "
+        f"values. The protocol `custom` ranks all images and captions of the data.\n\n{table}"
     )
 
 
@@ -297,7 +294,7 @@ def _usage(repo_id: str) -> str:
         "scores = model.similarity(images, texts)  # (2, 1), higher is closer\n"
         "```\n\n"
         "```bash\n"
-        f"d2svse index build {repo_id} PICTURES -o INDEX\n"
+        f"d2svse index build {repo_id} IMAGES -o INDEX\n"
         'd2svse search INDEX "a dog on a beach"\n'
         "```"
     )
@@ -317,35 +314,35 @@ def _training(run: Mapping[str, Any]) -> str:
         f"## Training\n\n```bash\n{_commands(run)}\n```\n\n"
         + _table(("part", "data", "images", "captions", "SHA-256"), rows)
         + f"\n\nSeed {run['seed']}, {hardware['processes']} process(es), {machine}; d2svse {run['d2svse']}, "
-        f"{versions}. `run.json` has all of it."
+        f"{versions}. `run.json` has the full record."
     )
 
 
 def _commands(run: Mapping[str, Any]) -> str:
-    """The command of each stage, where a recipe tells it; else the one that was run."""
+    """Return the command of each stage of the recipe; without a recipe, the command that was run."""
     recipe = run["configuration"]
     if "stages" not in recipe:
         name, *arguments = run["command"]
         return shlex.join(["d2svse" if name in ("d2svse", "__main__.py") else name, *map(str, arguments)])
     lines = []
-    for place in range(len(recipe["stages"])):
+    for stage in range(len(recipe["stages"])):
         command = ["d2svse", "train", "--config", "recipe.yaml", "--train", recipe["train"], "--val", recipe["val"]]
-        command += ["--stages", ",".join(recipe["stages"][: place + 1]), "-o", "runs/again"]
-        lines.append(shlex.join(command + ["--resume"] * (place > 0)))
+        command += ["--stages", ",".join(recipe["stages"][: stage + 1]), "-o", "runs/again"]
+        lines.append(shlex.join(command + ["--resume"] * (stage > 0)))
     return "\n".join(lines)
 
 
 def _limits(processor: Mapping[str, Any], run: Mapping[str, Any], results: Sequence[Result]) -> str:
-    limits = ["Scores rank pairs; they are no probabilities, and no score says that nothing fits."]
+    limits = ["Scores rank pairs. They are not probabilities, and no score means that nothing matches."]
     if processor.get("max_length"):
-        limits.append(f"Of a sentence the first {processor['max_length']} tokens are read.")
+        limits.append(f"Only the first {processor['max_length']} tokens of a text are read.")
     if run:
         limits.append(
-            f"It was trained on {run['data']['train']['images']} images and the words of their captions; what these do "
-            "not show or say it has not learned, and what is wrong or one-sided in them it may have learned."
+            f"The model was trained on {run['data']['train']['images']} images and their captions. It knows only what "
+            "these show and say, and it may have learned their errors and biases."
         )
         if "val" in run["data"] and "test" not in run["data"]:
-            limits.append("The weights were chosen by the validation set, so its results are on the high side.")
+            limits.append("The weights were chosen on the validation set, so its results are too high.")
     if not results:
         limits.append("No results are known.")
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)

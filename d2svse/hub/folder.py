@@ -1,4 +1,4 @@
-"""What a folder of a saved model must hold, and what it may name: nothing outside of itself."""
+"""Check a model folder: it has the files that it needs, and refers to nothing outside itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROCESSOR_FILES = (PROCESSOR_FILE, "tokenizer_config.json")
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 SHARDS_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-# Files of configurations that transformers reads; config.4.0.0.json and its like stand in for config.json.
+# Configurations that transformers reads; it may take a file such as config.4.0.0.json instead of config.json.
 CONFIGURATIONS = ("config*.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
 ADAPTER_FILE = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
-MAX_CONFIGURATION = 64 * 2**20
-MAX_IMAGE_SIZE = 4096
-# Keys by which a configuration names files beside itself, and those by which it names other models.
+MAX_CONFIGURATION = 64 * 2**20  # bytes
+MAX_IMAGE_SIZE = 4096  # pixels
+# Keys of a configuration that name files beside it, and keys that name other models.
 FILE_KEYS = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
 MODEL_KEYS = (
     "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
@@ -36,16 +36,16 @@ SIZE_KEYS = ("size", "crop_size", "image_size", "pad_size", "max_image_size")
 
 
 def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, name: str | None = None) -> None:
-    """Check that a folder holds what a saved model needs, and names nothing outside of itself.
+    """Check that a folder has the files of a saved model, and refers to nothing outside itself.
 
     Args:
         folder: the local folder.
-        processor: the processor is needed too.
-        name: what to call it in messages; its path without it.
+        processor: True if the processor is required too.
+        name: name of the model in messages; by default the path.
 
     Raises:
-        FileNotFoundError: naming the first file that is missing and what it is.
-        ValueError: if a file is broken, or names or links to something outside of the folder.
+        FileNotFoundError: if a file is missing; the message names the first one.
+        ValueError: if a file is broken, or names or links to something outside the folder.
     """
     folder = Path(folder)
     recover_folder(folder)
@@ -58,11 +58,11 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, 
     if (folder / SHARDS_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         for shard in shard_names(folder / SHARDS_FILE, name):
             if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{name}: {shard} is missing, a part of the weights that {SHARDS_FILE} lists")
+                raise FileNotFoundError(f"{name}: {shard} is missing, a weight file that {SHARDS_FILE} lists")
     elif not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"{name}: model.safetensors is missing; expected a folder written by save_pretrained")
     if processor or any((folder / file).is_file() for file in PROCESSOR_FILES):
-        if reads_no_sentences(folder):
+        if _has_no_tokenizer(folder):
             return
         for file in PROCESSOR_FILES:
             if not (folder / file).is_file():
@@ -70,24 +70,32 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, 
         check_vocabulary(folder)
 
 
+def holds_another_model(folder: Path) -> bool:
+    """Return whether a folder's config.json is that of another model than this library's."""
+    try:
+        return bool(read_json(folder / "config.json")["model_type"] != "d2svse")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_contents(
     folder: str | os.PathLike[str], name: str | None = None, max_image_size: float = MAX_IMAGE_SIZE
 ) -> None:
-    """Check that a folder of unknown origin names only things inside itself, and that its configurations can be read.
+    """Check that a folder of unknown origin refers only to itself, and that its configurations can be read.
 
     Args:
         folder: a local folder of a model, a backbone or a tokenizer.
-        name: what to call it in messages; its path without it.
-        max_image_size: longest side in pixels that it may ask images to be resized to.
+        name: name of the model in messages; by default the path.
+        max_image_size: largest image size in pixels that a configuration may have.
 
     Raises:
-        ValueError: if a link leaves the folder, a configuration is no JSON object, it names a file, a model
-            or code elsewhere, or an adapter lies beside the weights; the message names the file.
+        ValueError: if a link leaves the folder; if a configuration is not a JSON object, or names a file, a model or
+            code elsewhere; or if there is an adapter beside the weights. The message names the file.
     """
     folder = Path(folder)
     name = name or str(folder)
     check_links(folder, name)
-    if (folder / ADAPTER_FILE).exists():  # transformers would load it unasked, whatever its ranks and weights
+    if (folder / ADAPTER_FILE).exists():  # transformers would load it without being asked and without a check
         raise ValueError(f"{name}: {ADAPTER_FILE} is refused, as its weights are not checked; merge the adapter first")
     for path in sorted({path for kind in CONFIGURATIONS for path in folder.glob(kind) if path.is_file()}):
         if path.stat().st_size > MAX_CONFIGURATION:
@@ -103,36 +111,40 @@ def check_contents(
 
 
 def check_links(folder: Path, name: str) -> None:
-    """Check that no link in a folder leaves it; those of the Hub's cache lead to the files of the same repository.
+    """Check that all links of a folder stay inside it, or in the Hub's cache inside the same repository.
 
     Raises:
-        ValueError: naming the first link.
+        ValueError: if a link leaves the folder; the message names the first one.
     """
     real = Path(os.path.realpath(folder))
     repositories = [parent.parent.parent for parent in (real, *real.parents) if _is_snapshot(parent)]
-    roots = [real, *(place / "blobs" for repository in repositories for place in (repository, repository.parent))]
+    roots = [real, *(parent / "blobs" for repository in repositories for parent in (repository, repository.parent))]
     for path in sorted((*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"))):
         if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
-            raise ValueError(f"{name}: {path.name} is a link to outside of the folder; put the file itself there")
+            raise ValueError(f"{name}: {path.name} is a link to outside the folder; replace it by the file itself")
 
 
 def check_subfolder(folder: Path, subfolder: str, name: str) -> Path:
-    """Return a folder within a model's folder.
+    """Return the path of a subfolder of a model folder.
 
     Raises:
-        ValueError: if it lies outside.
+        ValueError: if it lies outside the folder.
     """
     inner = folder / subfolder
     if not Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{name}: the subfolder {subfolder!r} lies outside of it")
+        raise ValueError(f"{name}: the subfolder {subfolder!r} lies outside the folder")
     return inner
 
 
 def shard_names(path: Path, name: str) -> list[str]:
-    """Return the files that a list of shards names, each beside the list.
+    """Return the names of the weight files in a list such as `model.safetensors.index.json`.
+
+    Args:
+        path: the list.
+        name: name of the model in messages.
 
     Raises:
-        ValueError: if the list is broken or names a file elsewhere.
+        ValueError: if the list is broken or names a file in another folder.
     """
     content = read_json(path)
     try:
@@ -146,32 +158,32 @@ def shard_names(path: Path, name: str) -> list[str]:
 
 
 def check_vocabulary(folder: str | os.PathLike[str]) -> None:
-    """Check that a folder holds a tokenizer's vocabulary; transformers makes an empty one without it.
+    """Check that a folder has the vocabulary of a tokenizer; transformers would make an empty one instead.
 
     Raises:
-        FileNotFoundError: naming the folder and the files looked for.
+        FileNotFoundError: if it is missing; the message names the folder and the possible files.
     """
     if not any(any(Path(folder).glob(name)) for name in VOCABULARY_FILES):
         raise FileNotFoundError(
-            f"{os.fspath(folder)}: the tokenizer's vocabulary is missing; looked for {', '.join(VOCABULARY_FILES)}"
+            f"{os.fspath(folder)}: the tokenizer's vocabulary is missing; expected one of {', '.join(VOCABULARY_FILES)}"
         )
 
 
-def reads_no_sentences(folder: str | os.PathLike[str]) -> bool:
-    """Whether a local folder holds a processor that was saved without a tokenizer."""
-    file = Path(folder) / PROCESSOR_FILE
+def _has_no_tokenizer(folder: Path) -> bool:
+    """Return whether the processor of a local folder was saved without a tokenizer."""
+    file = folder / PROCESSOR_FILE
     return file.is_file() and bool(read_json(file).get(WITHOUT_TOKENIZER))
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn transformers' errors of a model that wants to run its own code into one sentence.
+    """Turn transformers' errors about a model with its own code into one sentence.
 
     Args:
         name: the folder or Hub id.
 
     Raises:
-        ValueError: if the model needs code of its own, or has JSON that is nested too deep.
+        ValueError: if the model needs its own code, or has JSON that is nested too deep.
     """
     try:
         yield
@@ -181,7 +193,8 @@ def loading(name: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
-            f"{name}: the model needs code of its own (auto_map), which is never run; use one that transformers has"
+            f"{name}: the model needs its own code (auto_map), which is never run; use a model that transformers "
+            "includes"
         ) from None
 
 
@@ -189,14 +202,14 @@ def _check_names(value: Any, path: Path, max_image_size: float, key: str = "") -
     if isinstance(value, dict):
         for inner, item in value.items():
             if inner in REFUSED_KEYS and item:
-                raise ValueError(f"{path}: {inner} is refused, as it takes code, weights or files from elsewhere")
+                raise ValueError(f"{path}: {inner} is refused, as it loads code, weights or files from elsewhere")
             _check_names(item, path, max_image_size, key if key in SIZE_KEYS else inner)
     elif isinstance(value, list):
         for item in value:
             _check_names(item, path, max_image_size, key)
     elif isinstance(value, str):
         if (key in FILE_KEYS and not _is_file_name(value)) or (key in MODEL_KEYS and set(value) & set("/\\:")):
-            raise ValueError(f"{path}: {key} names {value!r:.100}, which lies outside of the folder")
+            raise ValueError(f"{path}: {key} names {value!r:.100}, which lies outside the folder")
     elif key in SIZE_KEYS and isinstance(value, int | float) and value > max_image_size:
         raise ValueError(f"{path}: {key} is {value}; expected at most {max_image_size} pixels")
 

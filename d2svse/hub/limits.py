@@ -1,4 +1,4 @@
-"""The largest numbers that a configuration of unknown origin may hold."""
+"""The largest numbers allowed in a configuration of unknown origin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# The largest whole numbers that a configuration may hold, by the end of the name; transformers makes lists of some.
+# The largest whole numbers by the end of the field's name. Transformers makes lists as long as some of them.
 LIMITS = (
     (re.compile(r"(^|_)(layers?|depths?|blocks|stages|experts)$"), 1000),
     (re.compile(r"^(r|rank|num_tokens)$"), 4096),
@@ -15,19 +15,19 @@ LIMITS = (
     (re.compile(r"_labels$"), 2**20),
     (re.compile(""), 2**27),
 )
-MAX_PATTERN = 200
+MAX_PATTERN = 200  # characters
 
 
 def check_limits(values: Any, where: str = "configuration", name: str = "") -> None:
-    """Check that no number of a configuration asks for more layers, tokens or memory than a model can have.
+    """Check that the numbers of a configuration are within the limits for layers, tokens and memory.
 
     Args:
-        values: the configuration, or a part of it.
+        values: the configuration or a part of it.
         where: the file, for the messages.
-        name: the part's name.
+        name: name of the part.
 
     Raises:
-        ValueError: naming the first number that is too large.
+        ValueError: if a number is too large; the message names the first one.
     """
     if isinstance(values, PreTrainedConfig):
         values = {key: value for key, value in vars(values).items() if not key.startswith("_")}
@@ -46,9 +46,9 @@ def check_limits(values: Any, where: str = "configuration", name: str = "") -> N
                 f"{where}: {name} is {values if abs(values) < 10**15 else 'huge'}; at most {limit} is allowed"
             )
     elif name == "target_modules" and isinstance(values, str) and (len(values) > MAX_PATTERN or _is_slow(values)):
-        raise ValueError(f"{where}: target_modules is a pattern that could take for ever; give names of layers")
+        raise ValueError(f"{where}: target_modules is a pattern that could run for ever; give layer names instead")
 
 
 def _is_slow(pattern: str) -> bool:
-    """Whether a regular expression has a repeated group, or more than three repetitions."""
+    """Return whether a regular expression has a repeated group, or more than three repetitions."""
     return bool(re.search(r"\)\s*[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3

@@ -1,4 +1,4 @@
-"""Remove folders, users, hosts, keys and passwords from values that are published."""
+"""Remove folders, users, hosts, keys and passwords from values before they are published."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from huggingface_hub import get_token
 
 NAME_KEYS = ("_name_or_path", "name_or_path")
 TOKEN_MARK, HOST_MARK, HOME_MARK = "<token>", "<host>", "<home>"
-# Keys of services by their first letters, however few letters follow where a text was cut.
+# Keys of services by their first letters; a truncated key has few letters after them.
 _TOKEN = re.compile(
     r"\bhf_[A-Za-z0-9_]*|\b(?:sk|pk|rk)-[\w-]{8,}|\b(?:gh[pousr]|glpat|github_pat|xox[abprs]|npm|pypi)[_-][\w-]{8,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{8,}|\bAIza[\w-]{16,}|\beyJ[\w-]{8,}\.[\w.-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)|(?<=Bearer )[^\s'\"]+"
 )
-# Names of what holds a secret, as in WANDB_API_KEY=… or --hub-token …; pad_token and its like are words.
+# Names of secrets, as in WANDB_API_KEY=… or --hub-token …. Names such as pad_token belong to plain words.
 _SECRET_NAME = re.compile(
     r"(?i)secret|passw|passphrase|credential|(?:api|access|private)[_-]?key|(?:^|[_-])(?:token|key|auth|pwd|pat)$"
 )
 _WORD_NAME = re.compile(r"(?i)(?:pad|bos|eos|cls|sep|unk|mask|image|special|extra)_token$")
 _ASSIGNED = re.compile(r"([\w-]+)([\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;]+)")
-_WHOLE_KEY = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])")  # of wandb; a git revision looks the same
+_WHOLE_KEY = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])")  # a key of wandb; a git revision looks the same
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
-# An absolute path, or one from the home folder, up to what cannot stand in one that is not quoted; no URL.
+# An absolute path or one from the home folder, up to the first character that an unquoted path cannot contain.
+# URLs do not match.
 _PATH = re.compile(r"(?<![\w/.\\~])(?!(?<=:)//)(?:~[\w.-]*|[A-Za-z]:(?=[\\/]))?[\\/][^\s'\"=,;|:]+")
 _FILE_URL = re.compile(r"(?i)\bfile://[^\s'\",;|]*")
 _OPTION = re.compile(r"^(-[A-Za-z]|-{0,2}[\w.-]+=)(.+)$", re.DOTALL)
-# Fields that hold such a number and no key.
+# Fields with a hash that looks like a key.
 _REVISIONS = ("git_revision", "sha256", "revision", "commit", "_commit_hash", "fingerprint")
-# The texts among the options of a published checkpoint that say what was trained; others name machines and folders.
+# Options of a published checkpoint whose texts describe the training; other texts name machines and folders.
 _OPTION_TEXTS = (
     "dataset",
     "data_name",
@@ -48,13 +49,13 @@ _MACHINE = re.compile(r"(?i)host|user|addr|port|url|pid|uid|job|node|mail|ip$|ph
 
 
 def publishable(value: Any, key: str = "") -> Any:
-    """Return data as JSON writes them, absolute paths cut to the last name; keys, users and hosts are taken out.
+    """Return data with absolute paths cut to the last name, and without keys, users and hosts.
 
     Relative paths stay as they are.
 
     Args:
-        value: the data.
-        key: the name under which they stand.
+        value: the data, as in JSON.
+        key: name of the field that holds the data.
     """
     if isinstance(value, Mapping):
         return {publishable(name): publishable(item, str(name)) for name, item in value.items()}
@@ -70,7 +71,11 @@ def publishable(value: Any, key: str = "") -> Any:
 
 
 def publishable_names(value: Any) -> Any:
-    """The same for a configuration: only folders that something was loaded from, and keys; words stay as they are."""
+    """Return a configuration without keys, and with absolute paths cut to the last name. Other texts stay.
+
+    Args:
+        value: the configuration or a part of it, as in JSON.
+    """
     if isinstance(value, dict):
         return {
             name: publishable(item) if name in NAME_KEYS else publishable_names(item) for name, item in value.items()
@@ -85,9 +90,9 @@ def publishable_names(value: Any) -> Any:
 
 
 def publishable_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what may be published of a converted checkpoint's `published.json`.
+    """Return the part of a converted checkpoint's `published.json` that may be published.
 
-    Of its options it keeps numbers and the texts that say what was trained. Paths, hosts, users and keys go.
+    Numbers stay, and texts that describe the training. Paths, hosts, users and keys are removed.
     """
     kept: dict[str, Any] = {
         "names": [str(name) for name in record.get("names") or []],
@@ -100,7 +105,7 @@ def publishable_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an option of this name holds a key or a password."""
+    """Return whether an option of this name holds a key or a password."""
     return bool(_SECRET_NAME.search(name)) and not _WORD_NAME.search(name)
 
 
@@ -119,7 +124,7 @@ def _publishable_text(text: str, key: str = "") -> str:
     option = _OPTION.match(text)
     if option and "\n" not in text and _is_absolute(option[2]):
         return option[1] + _last_name(option[2])
-    if _is_absolute(text) and "\n" not in text:  # with its blanks, if it has any
+    if _is_absolute(text) and "\n" not in text:  # the whole text is one path, even with spaces
         return _last_name(text)
     text = _FILE_URL.sub(lambda match: _last_name(match[0]), text)
     text = _PATH.sub(lambda match: _last_name(match[0]), text)
@@ -130,7 +135,7 @@ def _without_secrets(text: str, key: str) -> str:
     token = get_token()
     if token:
         text = text.replace(token, TOKEN_MARK)
-        for length in range(min(len(token), len(text)) - 1, 7, -1):  # the start of it, where a text was cut
+        for length in range(min(len(token), len(text)) - 1, 7, -1):  # a truncated text ends with the start of the token
             if text.endswith(token[:length]):
                 text = text[:-length] + TOKEN_MARK
                 break
@@ -142,7 +147,7 @@ def _without_secrets(text: str, key: str) -> str:
 
 def _without_host(text: str) -> str:
     host = socket.gethostname()
-    if not re.search(r"[\d.-]", host):  # a plain word may mean something else
+    if not re.search(r"[\d.-]", host):  # a host named by a plain word would match ordinary text
         return text
     return re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", HOST_MARK, text)
 
@@ -155,6 +160,6 @@ def _is_absolute(text: str) -> bool:
 
 def _last_name(path: str) -> str:
     named = PureWindowsPath(path.replace("\\", "/"))
-    if named.parent.name.lower() in ("home", "users"):  # whose last name is that of a user
+    if named.parent.name.lower() in ("home", "users"):  # the last name is a user's
         return HOME_MARK
     return named.name or path

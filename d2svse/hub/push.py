@@ -1,4 +1,4 @@
-"""Pushing a folder of a saved model to the Hub, with a model card, in one commit."""
+"""Push a model folder to the Hub, with a model card, in one commit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECIPE_FILE = "recipe.yaml"
 SHIM_FILE = f"{SHIM}.py"
 CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", PROCESSOR_FILE)
 WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
-# All that is pushed, by what it is read as before; whatever else lies in the folder stays there.
+# The files that are pushed, by the kind that each is checked as. Other files in the folder are not pushed.
 JSON_FILES = (
     *CONFIGURATIONS, "generation_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
     "vocab.json", *SENTENCE_TRANSFORMERS_FILES,
@@ -45,19 +45,19 @@ JSON_FILES = (
 TEXT_FILES = ("vocab.txt", "merges.txt", "chat_template.jinja", f"{TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*")
 TOKENIZER_MODELS = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "spm.model")
 TENSOR_FILES = (UNUSED_FILE, TEACHER_FILE)
-MAX_TEXT = 2**27
+MAX_TEXT = 2**27  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What was pushed.
+    """Result of a push.
 
     Attributes:
         repo_id: the repository, with its owner.
-        commit: the commit.
-        url: where it is to be seen.
-        left_out: files of the folder that were not pushed, as they are none of a model's.
-        card_kept: the repository has a model card that was not written by a push, and keeps it.
+        commit: id of the commit.
+        url: address of the commit or the pull request.
+        left_out: files of the folder that were not pushed, because they do not belong to a model.
+        card_kept: True if the repository keeps its model card, because no push wrote it.
     """
 
     repo_id: str
@@ -68,16 +68,19 @@ class Pushed:
 
 
 def make_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-    """Make a repository for a model if there is none; its name with the owner.
+    """Create a repository for a model if it does not exist.
 
     Args:
-        repo_id: ORG/NAME, or NAME for one of one's own.
-        private: whether only those who are allowed may see it; None for the owner's default.
-        token: an access token; without it that of the environment or of `hf auth login`.
+        repo_id: ORG/NAME, or NAME for the account of the token.
+        private: True for a private repository, False for a public one, None for the owner's default.
+        token: access token; by default the one of the environment or of `hf auth login`.
+
+    Returns:
+        The name of the repository with its owner.
 
     Raises:
-        ValueError: if the name is not allowed, or the repository is there and not as private as asked for.
-        OSError: if the Hub cannot be reached or refuses; the message says why.
+        ValueError: if the name is not allowed, or an existing repository does not match `private`.
+        OSError: if the Hub cannot be reached or denies access; the message gives the reason.
     """
     check_repo_name(repo_id)
     api = HfApi(token=token)
@@ -86,7 +89,7 @@ def make_repository(repo_id: str, *, private: bool | None = None, token: str | b
         if private is None or api.model_info(repo_id).private == private:
             return repo_id
     kind = "public" if private else "private"
-    raise ValueError(f"{repo_id} is there and {kind}, which a push does not change; do so in its settings on the Hub")
+    raise ValueError(f"{repo_id} exists and is {kind}, which a push does not change; use its settings on the Hub")
 
 
 def push_folder(
@@ -103,31 +106,33 @@ def push_folder(
     commit_message: str = "Upload model",
     create_pr: bool = False,
 ) -> Pushed:
-    """Push what `save_pretrained` or a training run wrote; a repository is made if there is none.
+    """Push a folder that `save_pretrained` or a training run wrote. The repository is created if needed.
 
-    Only files of a model are pushed, each read as what it should be before. A `README.md` in the folder is
-    pushed as it is. Without one the model card is written from the run card, but one on the Hub that was not
-    written so is kept. From the run card, the recipe, the configurations and the options of a published
-    checkpoint the folders and keys of this machine are cut. Weights on the Hub that the model no longer has
-    are deleted.
+    Only files of a model are pushed, and each is checked to be what its name says. A `README.md` in
+    the folder is pushed unchanged. Without one, the model card is written from the run card; a card
+    on the Hub that no push wrote is kept. Folders and keys of this machine are removed from the run
+    card, the recipe, the configurations and the options of a published checkpoint. Weights on the
+    Hub that the model no longer has are deleted.
 
     Args:
-        folder: the model with its processor.
-        repo_id: ORG/NAME, or NAME for one of one's own.
-        facts: what the model card shall say that no file tells.
+        folder: the model folder, with the processor.
+        repo_id: ORG/NAME, or NAME for the account of the token.
+        facts: facts for the model card that no file contains.
         results: JSON files of `d2svse eval --output`, for the model card.
-        fingerprint: that of the model, which the results must be of; see `d2svse.models.model_fingerprint`.
-        run_card: what training wrote; `run.json` of the folder without it.
-        private: as of `make_repository`.
-        token: the same.
-        revision: a branch, made if there is none; "main" without it.
-        commit_message: the commit's title.
-        create_pr: open a pull request instead.
+        fingerprint: fingerprint of the model that `results` must belong to, see
+            `d2svse.models.model_fingerprint`.
+        run_card: run card of the training; by default `run.json` of the folder.
+        private: True for a private repository, False for a public one, None for the owner's default.
+        token: access token; by default the one of the environment or of `hf auth login`.
+        revision: branch, created if it does not exist; "main" by default.
+        commit_message: title of the commit.
+        create_pr: open a pull request instead of a commit to the branch.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file of the model; the message names it.
-        ValueError: if the name is not allowed, a file is not what it should be, or a link leaves the folder.
-        OSError: if the Hub cannot be reached or refuses; the message says why.
+        FileNotFoundError: if a file of the model is missing; the message names it.
+        ValueError: if the name is not allowed, a file has another content than its name says, or a link leaves the
+            folder.
+        OSError: if the Hub cannot be reached or denies access; the message gives the reason.
     """
     folder = Path(folder)
     check_repo_name(repo_id)
@@ -137,7 +142,7 @@ def push_folder(
         run_card = read_json(files[RUN_CARD_FILE])
     facts = facts or CardFacts()
     if results and fingerprint is None:
-        raise ValueError("results need the model's fingerprint, see d2svse.models.model_fingerprint")
+        raise ValueError("results need the model's fingerprint; give fingerprint=model_fingerprint(model)")
     known = [] if run_card is None else results_of_run(run_card)
     known += [result_of_evaluation(path, str(fingerprint)) for path in results]
     contents: dict[str, Path | bytes] = {name: _content(name, path) for name, path in files.items()}
@@ -172,7 +177,7 @@ def push_folder(
 
 
 def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The files to push by their names, and those left out."""
+    """Return the files to push by name, and the names of those left out."""
     weights = {path.name for path in weight_files(folder, str(folder))}
     if weights != {WEIGHTS_FILE}:
         weights.add(SHARDS_FILE)
@@ -193,7 +198,7 @@ def _fits(name: str, kind: str) -> bool:
 
 
 def _content(name: str, path: Path) -> Path | bytes:
-    """Return the bytes to push of a file, once it has been read as the kind that its name says.
+    """Check that a file is what its name says, and return the content to push.
 
     Raises:
         ValueError: if it is something else.

@@ -1,4 +1,4 @@
-"""The files of a saved model, and a folder of them that is as before or as after a kill."""
+"""The file names of a saved model, and the folder kinds that keep it whole after a kill."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from d2svse.files.data import read_json
 from d2svse.files.folder import FolderKind
 
-SHIM = "modeling_d2svse"  # a Python file, which transformers copies and runs with trust_remote_code=True
+SHIM = "modeling_d2svse"  # a Python file that transformers copies and runs with trust_remote_code=True
 SHIM_CODE = "from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor\n"
 SENTENCE_TRANSFORMERS_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-# What stands beside a converted checkpoint: its options, the tensors that are never used, and the teacher.
+# Files beside a converted checkpoint: its options, the tensors that are never used, and the teacher.
 PUBLISHED_FILE = "published.json"
 UNUSED_FILE = "published.safetensors"
 TEACHER_FILE = "teacher.safetensors"
@@ -35,10 +35,10 @@ MODEL_NAMES = (CONFIG_FILE, *WEIGHTS, *PROCESSOR_NAMES, *SENTENCE_TRANSFORMERS_F
 
 
 def saved_kind(variant: str | None = None) -> FolderKind:
-    """Return what `save_pretrained` does to a folder: it takes the place of its own names, and of older weights.
+    """Return the folder kind of `save_pretrained`: it replaces files of its own names, and older weights.
 
     Args:
-        variant: weights of another name, beside which all others stay.
+        variant: suffix of the weight files; with a suffix, older weights stay.
     """
     stale = () if variant else WEIGHTS
     return FolderKind("save_pretrained", CONFIG_FILE, lambda folder: named_files(folder, stale), overwrites=True)
@@ -49,8 +49,8 @@ def model_kind(name: str, proofs: Iterable[str], further: Iterable[str] = ()) ->
 
     Args:
         name: the command.
-        proofs: files of the command's own, by which a folder that an earlier version wrote is known.
-        further: patterns of names that the command writes beside a model.
+        proofs: files that only this command writes; they identify a folder of an earlier version.
+        further: name patterns of files that the command writes beside a model.
     """
     proofs, further = tuple(proofs), tuple(further)
 
@@ -63,7 +63,7 @@ def model_kind(name: str, proofs: Iterable[str], further: Iterable[str] = ()) ->
 
 
 def named_files(folder: Path, patterns: Iterable[str]) -> set[str]:
-    """Return the names of the files in a folder that fit one of the patterns."""
+    """Return the names of the files in a folder that match one of the patterns."""
     patterns = tuple(patterns)
     return {
         path.name

@@ -1,4 +1,4 @@
-"""Weights in files: how many there are before a model is made, and whether all of them are finite."""
+"""Check weight files: their size before a model is built, and that all numbers are finite."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from d2svse.hub.folder import SHARDS_FILE, WEIGHTS_FILE, check_contents, shard_names
 
-# Modules that a model may have for each of its tensors, and beside them. Those of transformers have two at most.
+# Largest number of modules: per tensor, plus a constant. Models of transformers have at most two per tensor.
 MODULES_PER_TENSOR, FURTHER_MODULES = 8, 2000
-# What a model may be larger than its files, so that the tensors that they lack can be named.
+# Numbers that a model may have beyond its files, so that a message can name the missing tensors.
 FURTHER_NUMBERS = 2**24
 BACKBONE_FILES = (WEIGHTS_FILE, SHARDS_FILE)
-MAX_PICKLE = 2**25
+MAX_PICKLE = 2**25  # bytes
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the files of a model's weights, in order: safetensors, or torch's where there are none.
+    """Return the weight files of a model in order: safetensors, or files of torch if there are none.
 
     Raises:
-        ValueError: if the list of shards is broken.
+        ValueError: if the list of the weight files is broken.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -39,12 +39,15 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def local_files(name: str) -> Path:
-    """Return the folder of a backbone's files, checked: its own, or that of the Hub's cache.
+    """Return the checked folder of a backbone's files: a local folder, or one in the Hub's cache.
+
+    Args:
+        name: folder or Hub id.
 
     Raises:
-        FileNotFoundError: if a local folder lacks config.json.
+        FileNotFoundError: if a local folder has no config.json.
         OSError: if the Hub has no such model, or cannot be reached.
-        ValueError: if the folder names something outside of itself, or has a compressed checkpoint.
+        ValueError: if the folder refers to a file outside itself, or has a compressed checkpoint.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -62,32 +65,32 @@ def local_files(name: str) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Check that a file of `torch.save` unpacks to no more than it is large, before it is read.
+    """Check that the parts of a `torch.save` file are not larger than the file, before it is read.
 
     Raises:
-        ValueError: if its parts are compressed, overlap, or hold a pickle that is too large.
+        ValueError: if the parts are compressed or overlap, or a pickle is too large.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # of the old format, or broken
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # in the old format, or broken
         return
     size = sum(part.file_size for part in parts)
     if size > path.stat().st_size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise ValueError(
-            f"{path}: refused: its parts are compressed or overlap ({size:,} bytes); torch.save does neither"
+            f"{path}: refused: its parts are compressed or overlap ({size:,} bytes); save it again with torch.save"
         )
     pickles = sum(part.file_size for part in parts if part.filename.endswith(".pkl"))
     if pickles > MAX_PICKLE:
-        raise ValueError(f"{path}: refused: its pickle has {pickles:,} bytes; at most {MAX_PICKLE:,} are read")
+        raise ValueError(f"{path}: refused: its pickle has {pickles:,} bytes; at most {MAX_PICKLE:,} are allowed")
 
 
 def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str) -> None:
-    """Check that a configuration describes no larger a model than the files hold, before memory is taken for it.
+    """Check that the model of a configuration is not larger than its weight files, before memory is allocated.
 
     Args:
-        build: makes the model; it is called on the meta device.
-        files: the files of the weights.
+        build: function that builds the model; it is called on the meta device.
+        files: the weight files.
         name: the folder or Hub id, for the messages.
 
     Raises:
@@ -99,49 +102,49 @@ def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str)
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if asked > 2 * held + FURTHER_NUMBERS:
         raise ValueError(
-            f"{name}: config.json describes a model of {asked:,} numbers, and its weights are {held:,}; "
+            f"{name}: config.json describes a model of {asked:,} numbers, but the weight files have {held:,}; "
             "they do not belong together"
         )
 
 
 def build_on_meta(build: Callable[[], nn.Module], max_modules: int, name: str) -> nn.Module:
-    """Build a model without memory for its weights.
+    """Build a model on the meta device, without memory for its weights.
 
     Args:
-        build: makes the model.
-        max_modules: how many modules it may have.
+        build: function that builds the model.
+        max_modules: largest number of modules.
         name: the folder or Hub id, for the messages.
 
     Raises:
-        ValueError: if it has more, or if no such model can be built.
-        ImportError: if it needs a package that is missing.
+        ValueError: if the model has more modules, or cannot be built.
+        ImportError: if the model needs a package that is missing.
     """
     count = 0
 
-    def see(*_: object) -> None:
+    def count_module(*_: object) -> None:
         nonlocal count
         count += 1
         if count > max_modules:
             raise ValueError("it has far more layers than its weights")
 
-    hook = register_module_module_registration_hook(see)
+    hook = register_module_module_registration_hook(count_module)
     try:
         with torch.device("meta"):
             return build()
     except ImportError:
         raise
-    except Exception as error:  # of any kind that torch and transformers raise for numbers that do not go together
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{name}: no such model can be built ({told})") from None
+    except Exception as error:  # torch and transformers raise many kinds of error for values that do not fit
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{name}: the model of config.json cannot be built ({reason})") from None
     finally:
         hook.remove()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file, whose numbers must all be finite.
+    """Read a safetensors file and check that all numbers are finite.
 
     Raises:
-        ValueError: if the file is broken, or a tensor holds a NaN or an infinity; the message names it.
+        ValueError: if the file is broken, or a tensor holds NaN or infinity; the message names the tensor.
     """
     try:
         tensors = load_file(path)
@@ -154,10 +157,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_tensors(path: Path) -> None:
-    """Check that a file is one of safetensors, by its header.
+    """Check by its header that a file is a safetensors file.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if the header is broken.
     """
     _shapes(path, str(path.parent))
 
@@ -167,11 +170,11 @@ def check_finite(model: nn.Module, files: Sequence[Path], name: str) -> None:
 
     Args:
         model: the model.
-        files: the files that it was loaded from.
+        files: the files that the model was loaded from.
         name: the folder or Hub id, for the messages.
 
     Raises:
-        ValueError: if one is not; the message names the tensor and its file.
+        ValueError: if a weight is not finite; the message names the tensor and its file.
     """
     state = model.state_dict()
     broken = next((key for key, tensor in state.items() if not is_finite(tensor)), None)
@@ -183,19 +186,19 @@ def check_finite(model: nn.Module, files: Sequence[Path], name: str) -> None:
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():
                 if not is_finite(tensors.get_tensor(key)):
-                    raise ValueError(f"{name}: {key} in {file.name} holds a NaN or an infinity; take other weights")
+                    raise ValueError(f"{name}: {key} in {file.name} holds a NaN or an infinity; use other weights")
     dtype = str(state[broken].dtype).removeprefix("torch.")
-    raise ValueError(f"{name}: {broken} holds a NaN or an infinity in {dtype}; take other weights or float32")
+    raise ValueError(f"{name}: {broken} holds a NaN or an infinity in {dtype}; use float32 or other weights")
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither a NaN nor an infinity; one without values counts as finite."""
+    """Return whether all numbers of a tensor are finite; a tensor on the meta device counts as finite."""
     return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _shapes(file: Path, name: str) -> list[list[int]]:
     if file.suffix != ".safetensors":
-        return [[file.stat().st_size]]  # more numbers than bytes it cannot hold
+        return [[file.stat().st_size]]  # a file has at most one number per byte
     try:
         with safe_open(file, "pt") as tensors:
             return [tensors.get_slice(key).get_shape() for key in tensors.keys()]

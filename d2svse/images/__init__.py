@@ -1,4 +1,4 @@
-"""Reading images, and finding them in folders."""
+"""Read images, and find them in folders."""
 
 from d2svse.images.folders import find_images
 from d2svse.images.reading import (

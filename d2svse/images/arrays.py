@@ -1,4 +1,4 @@
-"""Pillow images of arrays and tensors."""
+"""Convert arrays and tensors to Pillow images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 CHANNELS = (1, 3, 4)
-TOLERANCE = 0.01  # by which filters may leave 0 to 1
-DEEP = ("uint16", "int32")  # grey images of one channel, which are scaled to 8 bits as files of that kind are
+TOLERANCE = 0.01  # filters may exceed the range 0 to 1 by this much
+DEEP = ("uint16", "int32")  # grey images that are scaled to 8 bits, as files of that kind are
 
 
 def array_image(source: Any) -> Image.Image:
@@ -17,11 +17,11 @@ def array_image(source: Any) -> Image.Image:
 
     Args:
         source: an array `(height, width)` or `(height, width, channels)`, or a tensor `(height, width)` or
-            `(channels, height, width)`, of 1, 3 or 4 channels (2 in an array: grey and transparency); uint8,
-            bool, or float from 0 to 1.
+            `(channels, height, width)`. It has 1, 3 or 4 channels; an array may have 2 (grey and transparency).
+            The type is uint8, bool, or float from 0 to 1.
 
     Raises:
-        ValueError: if its shape, type or values are others; the message says what was expected.
+        ValueError: if the shape, type or values differ; the message says what was expected.
     """
     is_tensor = not isinstance(source, np.ndarray)
     kind, order = ("tensor", "(channels, height, width)") if is_tensor else ("array", "(height, width, channels)")
@@ -32,7 +32,7 @@ def array_image(source: Any) -> Image.Image:
         own, other = (shape[0], shape[2]) if is_tensor else (shape[2], shape[0])
         if own not in CHANNELS and not (own == 2 and not is_tensor):
             turn = "tensor.permute(2, 0, 1)" if is_tensor else "array.transpose(1, 2, 0)"
-            hint = f"; its channels come {'last' if is_tensor else 'first'}: give {turn}" if other in CHANNELS else ""
+            hint = f"; its channels are {'last' if is_tensor else 'first'}: give {turn}" if other in CHANNELS else ""
             raise ValueError(f"{_a(kind)} of shape {shape}, expected {order} with 1, 3 or 4 channels{hint}")
     array: np.ndarray = _to_numpy(source) if is_tensor else source
     if is_tensor and array.ndim == 3:
@@ -58,7 +58,7 @@ def _to_bytes(array: np.ndarray, kind: str) -> np.ndarray:
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN too
         raise ValueError(
             f"{_a(kind)} of float from {low:.4g} to {high:.4g}, expected 0 to 1; "
-            "give it before it is normalised, or as uint8"
+            "give it without normalisation, or as uint8"
         )
     return (array.clip(0, 1) * 255).round().astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Finding the images below a folder: what is left out, what cannot be read, and links that lead elsewhere."""
+"""Find the images below a folder, and report skipped folders, unreadable folders and links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2svse.text import visible
 
 logger = logging.getLogger(__name__)
 
-# Folders of bins, thumbnails and snapshots, in lower case; those that begin with a dot are left out anyway.
+# Bin, thumbnail and snapshot folders in lower case. Names that begin with a dot are skipped in any case.
 LEFT_OUT = frozenset(
     {
         "$recycle.bin",
@@ -39,12 +39,12 @@ class FoundImages:
     """The images below a folder.
 
     Attributes:
-        paths: images that are read here, sorted.
-        roots: the folder, and folders that links lead to, where they were followed.
-        other_formats: images in a format that is not read here.
-        left_out: images in hidden, bin and thumbnail folders, with the place that was left out for each.
-        excluded: how many images the patterns left out; a folder that one names counts as one.
-        unread: places that could not be read, with the reason; what was in them is not known to be gone.
+        paths: images in a supported format, sorted.
+        roots: the folder, and the targets of links that were followed.
+        other_formats: images in an unsupported format.
+        left_out: skipped hidden files, and hidden, bin and thumbnail folders, with the number of images in each.
+        excluded: number of images skipped by a pattern; a skipped folder counts as one.
+        unread: paths that could not be read, with the reason. Images in them may still exist.
         links: links to folders that were not followed.
     """
 
@@ -57,50 +57,50 @@ class FoundImages:
     links: list[Path] = field(default_factory=list)
 
     def unknown(self, path: Path) -> bool:
-        """Whether a path lies in a place that was not looked into, so that it may well be there."""
-        places = (self.unread, self.left_out, self.links)
-        return any(part in known for part in (path, *path.parents) for known in places)
+        """Return whether a path is in a folder that was not searched, so that it may still exist."""
+        unsearched = (self.unread, self.left_out, self.links)
+        return any(part in known for part in (path, *path.parents) for known in unsearched)
 
     def tell(self, folder: Path) -> None:
-        """Log what was passed over, a line for each reason."""
+        """Log what was skipped, one warning for each reason."""
         if self.other_formats:
             count = len(self.other_formats) + len(self.paths)
             logger.warning(
-                f"{_shown(folder)}: passed over {len(self.other_formats)} of {count} pictures, in a format that is not "
-                f"read here, such as {_below(self.other_formats[0], folder)}; convert them, to JPEG for example"
+                f"{_shown(folder)}: skipped {len(self.other_formats)} of {count} images in an unsupported format, such "
+                f"as {_below(self.other_formats[0], folder)}; convert them, for example to JPEG"
             )
-        places = [place for place, images in self.left_out.items() if images]
-        if places:
+        skipped = [path for path, images in self.left_out.items() if images]
+        if skipped:
             logger.warning(
-                f"{_shown(folder)}: left out {sum(self.left_out.values())} images that are hidden, or in bins and "
-                f"thumbnail folders, such as {_below(places[0], folder)}; name such a folder itself to take it"
+                f"{_shown(folder)}: skipped {sum(self.left_out.values())} images that are hidden or in bin and "
+                f"thumbnail folders, such as {_below(skipped[0], folder)}; name such a folder itself to include it"
             )
         if self.excluded:
-            logger.warning(f"{_shown(folder)}: left out {self.excluded} images and folders by pattern")
+            logger.warning(f"{_shown(folder)}: skipped {self.excluded} images and folders by pattern")
         if self.links:
             logger.warning(
                 f"{_shown(folder)}: did not follow {len(self.links)} links to folders, such as "
                 f"{_below(self.links[0], folder)}; --follow-links (follow_links=True) does"
             )
-        for place, reason in self.unread.items():
-            logger.warning(f"{_shown(place)}: cannot be read ({reason}); what is in it was left as it is")
+        for path, reason in self.unread.items():
+            logger.warning(f"{_shown(path)}: cannot be read ({reason}); images in it were skipped, not removed")
 
 
 def walk_images(
     folder: str | os.PathLike[str], *, exclude: Sequence[str] = (), follow_links: bool = False
 ) -> FoundImages:
-    """Look for images below a folder by their suffix.
+    """Find images below a folder by their suffix.
 
-    Hidden files and folders, bins and thumbnail folders are left out and counted. `._` files, which macOS
-    puts beside images, are not counted.
+    Hidden files and folders, bins and thumbnail folders are skipped and counted. `._` files, which macOS
+    writes beside images, are not counted.
 
     Args:
-        folder: the folder; it may be a hidden one or a link itself.
-        exclude: patterns such as `*.gif`, `raw` or `2019/*`, of names or of paths from the folder.
-        follow_links: look into folders that links lead to. Each folder is looked into once, so loops end.
+        folder: the folder; it may be hidden or a link.
+        exclude: patterns such as `*.gif`, `raw` or `2019/*` for names, or for paths relative to the folder.
+        follow_links: search the folders that links lead to. Each folder is searched once, so loops end.
 
     Raises:
-        FileNotFoundError: if the folder is missing.
+        FileNotFoundError: if the folder does not exist.
         OSError: if it cannot be read.
         ValueError: if a pattern is empty.
     """
@@ -112,7 +112,7 @@ def walk_images(
         raise ValueError("an empty pattern in exclude; give a name or a path such as '*.gif' or '2019/*'")
     found = FoundImages()
     seen: set[str] = set()
-    links: list[tuple[Path, str]] = []  # looked into after the folders, so that an image keeps its own path
+    links: list[tuple[Path, str]] = []  # searched after the folders, so that an image keeps its own path
 
     def excluded(path: Path, start: Path) -> bool:
         inside = path.relative_to(start).as_posix()
@@ -125,20 +125,21 @@ def walk_images(
         found.roots.append(top)
         waiting = [top]
         while waiting:
-            place = waiting.pop()
-            real = os.path.realpath(place)
+            current = waiting.pop()
+            real = os.path.realpath(current)
             if real in seen:
                 continue
             seen.add(real)
             try:
-                entries = _entries(place)
+                entries = _entries(current)
             except OSError as error:
-                if place == folder:
-                    raise type(error)(error.errno, f"cannot be read ({error.strerror or error})", str(place)) from None
-                found.unread[place] = error.strerror or str(error)
+                if current == folder:
+                    message = f"cannot be read ({error.strerror or error})"
+                    raise type(error)(error.errno, message, str(current)) from None
+                found.unread[current] = error.strerror or str(error)
                 continue
             for entry in entries:
-                path = place / entry.name
+                path = current / entry.name
                 if patterns and excluded(path, top):
                     found.excluded += _suffix(path.name) or entry.is_dir()
                     continue
@@ -146,7 +147,7 @@ def walk_images(
                     is_folder, is_link = entry.is_dir(), entry.is_symlink()
                     is_file = not is_folder and entry.is_file()
                     if is_link and not is_folder and not is_file and _suffix(path.name):
-                        path.stat()  # says why: a broken link
+                        path.stat()  # raises the reason, such as a broken link
                 except OSError as error:
                     if _suffix(path.name) or not path.suffix:
                         found.unread[path] = error.strerror or str(error)
@@ -181,26 +182,27 @@ def walk_images(
 def find_images(
     folder: str | os.PathLike[str], *, exclude: Sequence[str] = (), follow_links: bool = False
 ) -> list[Path]:
-    """Return the images below a folder, sorted; what was passed over is counted in a warning, see `walk_images`.
+    """Return the images below a folder, sorted. A warning gives the number of skipped images, see `walk_images`.
 
     Args:
-        folder: see `walk_images`.
-        exclude: see `walk_images`.
-        follow_links: see `walk_images`.
+        folder: the folder; it may be hidden or a link.
+        exclude: patterns such as `*.gif`, `raw` or `2019/*` for names, or for paths relative to the folder.
+        follow_links: search the folders that links lead to.
 
     Raises:
-        FileNotFoundError: if the folder is missing or holds no image.
+        FileNotFoundError: if the folder does not exist or has no image.
         OSError: if it cannot be read.
+        ValueError: if a pattern is empty.
     """
     found = walk_images(folder, exclude=exclude, follow_links=follow_links)
     found.tell(Path(folder))
     if not found.paths:
-        raise FileNotFoundError(f"{folder}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise FileNotFoundError(f"{folder}: no image in it; expected files with {', '.join(sorted(IMAGE_SUFFIXES))}")
     return found.paths
 
 
 def canonical_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute path of an image, links in its folder resolved; its own name stays, link or not."""
+    """Return the absolute path of an image, with links in its folder resolved; a link at the end stays."""
     parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
     return os.path.join(os.path.realpath(parent), name)
 
@@ -223,7 +225,7 @@ def _suffix(name: str) -> bool:
 
 
 def _count(folder: Path) -> int:
-    """How many images lie below a folder that is left out; what cannot be read counts nothing."""
+    """Return the number of images below a skipped folder; folders that cannot be read count as empty."""
     return sum(
         _suffix(name) and not name.startswith("._")
         for _, _, names in os.walk(folder, followlinks=False)
@@ -242,16 +244,16 @@ def _below(path: Path, folder: Path) -> str:
 def one_of_each(
     names: Sequence[str], state: Callable[[str], object], known: Sequence[tuple[str, object]] = ()
 ) -> dict[str, str]:
-    """Find names that are other spellings of one image: links to it, or another case where case does not count.
+    """Find names of one image: links to it, or another case on a file system that ignores case.
 
     Args:
         names: canonical paths, each once.
-        state: what changes with an image (its size and time), None where it is not there; only names of
-            one state are compared.
-        known: names that come first, with their states.
+        state: returns values that change with an image (its size and time), None for a missing one. Only
+            names of equal state are compared.
+        known: names that are preferred, with their states.
 
     Returns:
-        For each name that is another spelling, the one that stands for it: of `known`, or the first that is no link.
+        For each further name of an image, the name to keep: one of `known`, or the first that is not a link.
     """
     by_state: dict[object, list[str]] = {}
     for name in sorted(names, key=os.path.islink):
@@ -280,7 +282,7 @@ def _hashable(state: object) -> object:
 
 
 def _identity(name: str) -> tuple[str, int, int] | None:
-    """Return a key that all spellings of one file share, and two hard links do not."""
+    """Return a key that all names of one file share; two hard links have different keys."""
     try:
         real = os.path.realpath(name)
         status = os.stat(real)

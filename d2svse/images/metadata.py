@@ -1,4 +1,4 @@
-"""Image files without their metadata, for decoders that cannot take what a camera or a program has written there."""
+"""Remove metadata from image files, for decoders that fail on the metadata of a camera or a program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PNG_EXIF = b"eXIf"
 JPEG_EXIF = b"Exif\0\0"
 APP0, APP1, APP14, APP15, COMMENT, START_OF_SCAN = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA
 WEBP_METADATA = (b"EXIF", b"XMP ", b"ICCP")
-# Tags that say how pixels are stored, and the orientation.
+# Tags that describe how pixels are stored, and the orientation.
 # fmt: off
 TIFF_KEPT = frozenset({
     254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 297, 317, 320, 321, 322, 323, 324,
@@ -23,16 +23,16 @@ TIFF_STARTS = (b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08")
 
 
 def without_metadata(kind: str, data: bytes) -> tuple[bytes, bytes] | None:
-    """Return an image file without texts, profiles and EXIF, and the EXIF block that was in it.
+    """Return an image file without texts, profiles and EXIF, and its EXIF block.
 
-    What says how pixels are stored stays as it is, so that pixels are decoded to the same values.
+    Data that describe how pixels are stored stay, so pixels are decoded to the same values.
 
     Args:
-        kind: the format, as Pillow names it.
-        data: the file.
+        kind: Pillow's name of the format.
+        data: content of the file.
 
     Returns:
-        None where there are no metadata, or the format is one without.
+        The new content and the EXIF block; None if the file or the format has no metadata.
     """
     strip = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "TIFF": _tiff, "AVIF": _avif}.get(kind)
     if strip is None:
@@ -63,13 +63,13 @@ def _jpeg(data: bytes) -> tuple[bytes, bytes]:
         start, marker, length = struct.unpack_from(">BBH", data, at)
         if start != 0xFF or marker == START_OF_SCAN:
             break
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # fill byte
             at += 1
             continue
         content = data[at + 4 : at + 2 + length]
         if marker == APP1 and content.startswith(JPEG_EXIF):
             exif = exif or content
-        if not (APP0 < marker <= APP15 or marker == COMMENT) or marker == APP14:  # that tells how colours are stored
+        if not (APP0 < marker <= APP15 or marker == COMMENT) or marker == APP14:  # APP14 tells how colours are stored
             parts.append(data[at : at + 2 + length])
         at += 2 + length
     return b"".join([*parts, data[at:]]), exif
@@ -90,7 +90,7 @@ def _webp(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _tiff(data: bytes) -> tuple[bytes, bytes]:
-    """The file with the tags that are no part of the pixels under a number that nobody reads."""
+    """Return the file with all tags that do not describe pixels under an unknown number."""
     order = "<" if data[:2] == b"II" else ">"
     if struct.unpack_from(order + "H", data, 2)[0] == 43:  # BigTIFF
         (first,) = struct.unpack_from(order + "Q", data, 8)
@@ -104,13 +104,13 @@ def _tiff(data: bytes) -> tuple[bytes, bytes]:
     for entry in entries:
         if struct.unpack_from(order + "H", data, entry)[0] not in TIFF_KEPT:
             struct.pack_into(order + "H", stripped, entry, UNKNOWN_TAG)
-            # one byte in the entry itself, so that nothing is read from elsewhere
+            # Type "byte" and count 1: the value is in the entry itself, so nothing is read from elsewhere.
             struct.pack_into(order + ("HQ" if len(entries) and entries.step == 20 else "HI"), stripped, entry + 2, 1, 1)
     return bytes(stripped), b""
 
 
 def _avif(data: bytes) -> tuple[bytes, bytes]:
-    """The file with an empty EXIF block; its orientation is told by the format itself."""
+    """Return the file with an empty EXIF block; AVIF stores the orientation outside of EXIF."""
     for start in TIFF_STARTS:
         at = data.find(start)
         if 0 <= at <= len(data) - len(EMPTY_TIFF):

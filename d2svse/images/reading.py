@@ -1,4 +1,4 @@
-"""Reading images: the formats that people keep photos in, to upright 8-bit RGB, with errors that name the file."""
+"""Read images of common formats as upright 8-bit RGB, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from PIL import (
@@ -33,7 +33,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from d2svse.cpu import give_back_memory, usable_cores
+from d2svse.choices import OnBadImage
+from d2svse.cpu import usable_cores
 from d2svse.images.arrays import array_image
 from d2svse.images.metadata import without_metadata
 from d2svse.progress import progress_bar
@@ -46,29 +47,27 @@ ImageSource: TypeAlias = (
     "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor | bytes | bytearray | memoryview | BinaryIO"
 )
 Result = TypeVar("Result")
-Finish: TypeAlias = Callable[[Image.Image, int], Result]  # gets a decoded image and its orientation
+Finish: TypeAlias = Callable[[Image.Image, int], Result]  # takes a decoded image and its orientation
 logger = logging.getLogger(__name__)
 
-OnBadImage = Literal["error", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})  # Pillow reads these in some builds or by a plugin
+PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})  # Pillow reads these in some builds, or by a plugin
 OTHER_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"})
-JPEG_QUALITY = 85  # of the small copies in pages
+JPEG_QUALITY = 85  # quality of the small copies in pages
 
-# Pillow knows some thirty more: PostScript runs a program, and the others are rarely tested. MPO is read as JPEG.
+# Pillow has some thirty more formats: PostScript runs a program, and the others are rarely tested. MPO is read as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-PLUGIN_FORMATS = ("HEIF", "JXL")  # where a program has registered them
+PLUGIN_FORMATS = ("HEIF", "JXL")  # used if a program has registered them
 MAX_PIXELS = 120_000_000
 MAX_PIXELS_VARIABLE = "D2SVSE_MAX_IMAGE_PIXELS"
-MAX_ASPECT = 200  # what resizes the shorter side to 224 pixels makes 10 million pixels of such an image
-BYTES_PER_PIXEL = 8  # Pillow's four for the decoded image, and four for its RGB copy
-GREEDY = dict.fromkeys(("WEBP", "AVIF", "HEIF", "JXL"), 16)  # their libraries keep two more copies
-PROGRESSIVE = 10  # all coefficients of a progressive JPEG file are kept until the end
-STRIP_PIXELS = 1 << 20  # converted at a time
-ROOM_PER_CORE = 16_000_000
-LARGE_PIXELS = 4_000_000  # whose memory goes back to the system at once
+MAX_ASPECT = 200  # with its shorter side resized to 224 pixels such an image has 10 million pixels
+BYTES_PER_PIXEL = 8  # four for Pillow's decoded image, and four for its RGB copy
+GREEDY = dict.fromkeys(("WEBP", "AVIF", "HEIF", "JXL"), 16)  # bytes per pixel: their libraries keep two more copies
+PROGRESSIVE = 10  # bytes per pixel: all coefficients of a progressive JPEG file are kept until the end
+STRIP_PIXELS = 1 << 20  # pixels converted at a time
+ROOM_PER_CORE = 16_000_000  # pixels
 MESSAGE_LENGTH = 200
-# What a decoder raises for metadata that it cannot take; a fault in the pixels is an OSError or a RuntimeError.
+# Errors of decoders for unreadable metadata. Broken pixels raise OSError or RuntimeError.
 METADATA_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -91,26 +90,26 @@ TRANSPOSED = {
 
 
 class StoredImage(os.PathLike[str]):
-    """A picture that is no file of its own; `os.fspath` gives its name, for messages and as an id."""
+    """An image that is not a file of its own; `os.fspath` gives its name, for messages and as an id."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The last part of its name."""
+        """Last part of the image's name."""
 
     @property
     @abstractmethod
     def place(self) -> tuple[int, ...]:
-        """Numbers that change when the picture does, its size in bytes first."""
+        """Numbers that change when the image changes; the first is its size in bytes."""
 
     @property
     def remote(self) -> bool:
-        """Whether reading it goes over a network."""
+        """True if the image is read over a network."""
         return False
 
     @abstractmethod
     def read_bytes(self) -> bytes:
-        """The encoded picture.
+        """Return the encoded image.
 
         Raises:
             OSError: if it cannot be read.
@@ -118,14 +117,14 @@ class StoredImage(os.PathLike[str]):
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names it and says why."""
+    """An image cannot be read. The message names it and gives the reason."""
 
 
 class PixelRoom:
-    """Room for the pixels that all threads of a process decode at a time; one image always fits.
+    """Limit of the pixels that all threads of a process decode at a time. A single image always fits.
 
     Args:
-        capacity: pixels.
+        capacity: largest number of pixels.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -133,21 +132,19 @@ class PixelRoom:
 
     @contextmanager
     def take(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room for so many pixels, and keep it for the block."""
+        """Wait for room for a number of pixels, and keep the room during the block."""
         with self.freed:
             self.freed.wait_for(lambda: not self.taken or self.taken + pixels <= self.capacity)
             self.taken += pixels
         try:
             yield
         finally:
-            if pixels >= LARGE_PIXELS:
-                give_back_memory()
             with self.freed:
                 self.taken -= pixels
                 self.freed.notify_all()
 
     def forget(self) -> None:
-        """Be empty: in a forked process the threads that took room are gone."""
+        """Reset to empty: a forked process lacks the threads that took room."""
         self.taken, self.freed = 0, threading.Condition()
 
 
@@ -159,24 +156,24 @@ if hasattr(os, "register_at_fork"):
 def load_image(source: ImageSource, at_least: int | None = None, max_pixels: int | None = None) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit and float grey are scaled
-    to 8 bits, grey, palette and CMYK are converted. Of an animation the first frame is taken.
-    Metadata that cannot be read never refuse an image whose pixels can.
+    EXIF rotation is applied and transparency is blended with white. Grey images of 16 bits or floats
+    are scaled to 8 bits; grey, palette and CMYK are converted. An animation gives its first frame.
+    Unreadable metadata are ignored if the pixels can be read.
 
     Args:
         source: a path, the bytes of an image file, a file opened for reading bytes, a Pillow image, an array
             `(height, width)` or `(height, width, channels)`, or a tensor `(height, width)` or
             `(channels, height, width)`. Arrays and tensors are uint8, bool, or float from 0 to 1.
-        at_least: decode a JPEG file at a half, a quarter or an eighth of its size (draft mode) where
-            both sides stay at least so many pixels; None decodes at full size.
-        max_pixels: the largest image that is decoded. None takes the environment variable
-            `D2SVSE_MAX_IMAGE_PIXELS`, or 120 million without it. Formats that take more memory
-            (WebP, AVIF, HEIF) have half of it.
+        at_least: shortest side in pixels in draft mode, which decodes a JPEG file at a half, a quarter or
+            an eighth of its size; None decodes at full size.
+        max_pixels: largest image in pixels. None takes the environment variable
+            `D2SVSE_MAX_IMAGE_PIXELS`, by default 120 million. Formats that need more memory (WebP, AVIF,
+            HEIF) have half this limit.
 
     Raises:
-        ImageError: if the file is missing, no regular file, in another format, broken, or too large
-            to decode; the message names it.
-        ValueError: if the limit of pixels is no positive number.
+        ImageError: if the file is missing, is not a regular file, has an unsupported format, is broken, or is
+            too large to decode; the message names it.
+        ValueError: if the pixel limit is not a positive number.
     """
     limit = pixel_limit(max_pixels)
     with ExitStack() as room:
@@ -184,18 +181,18 @@ def load_image(source: ImageSource, at_least: int | None = None, max_pixels: int
 
 
 def use_image(source: ImageSource, use: Callable[[Image.Image], Result], at_least: int | None = None) -> Result:
-    """Read an image as `load_image` does, and return what `use` makes of it.
+    """Read an image as `load_image` does, and return the result of `use`.
 
-    The threads of a process read and use only so many pixels at a time, so `use` must not read
-    another image. It must not change the image either, which is no copy of what was given or decoded.
+    The number of pixels that all threads read and use at a time is limited, so `use` must not read
+    another image. It must not change the image, which may be the source itself.
 
     Args:
-        source: the image.
-        use: gets the RGB image.
-        at_least: see `load_image`.
+        source: the image, see `load_image`.
+        use: function of the RGB image.
+        at_least: shortest side in pixels in draft mode, see `load_image`.
 
     Raises:
-        ImageError: as `load_image`.
+        ImageError: if the image cannot be read, see `load_image`.
     """
     limit = pixel_limit()
     with ExitStack() as room:
@@ -203,14 +200,14 @@ def use_image(source: ImageSource, use: Callable[[Image.Image], Result], at_leas
 
 
 def pixel_limit(max_pixels: int | None = None) -> int:
-    """Return the pixels of the largest image that is decoded; see `load_image`.
+    """Return the size in pixels of the largest image that is decoded; see `load_image`.
 
     Raises:
-        ValueError: if it is no positive number.
+        ValueError: if `max_pixels` or the environment variable is not a positive number.
     """
     given: Any = os.environ.get(MAX_PIXELS_VARIABLE) if max_pixels is None else max_pixels
     if given is None or given == "":
-        pillow = Image.MAX_IMAGE_PIXELS  # which a program may have lowered; twice of it is an error for Pillow
+        pillow = Image.MAX_IMAGE_PIXELS  # a program may have lowered it; Pillow raises an error above twice this value
         return MAX_PIXELS if pillow is None else min(MAX_PIXELS, 2 * pillow)
     try:
         limit = int(given)
@@ -223,26 +220,26 @@ def pixel_limit(max_pixels: int | None = None) -> int:
 
 
 def image_list(images: Any) -> list[Any]:
-    """Return a list of images, of one image or of many; an array or tensor of four dimensions is many.
+    """Return one or many images as a list. An array or tensor of four dimensions is a list of images.
 
     Raises:
-        ImageError: if it is neither.
+        ImageError: if the argument is neither an image nor a list.
     """
     if isinstance(images, str | os.PathLike | Image.Image | bytes | bytearray | memoryview) or hasattr(images, "read"):
         return [images]
     if _is_tensor(images) or (isinstance(images, np.ndarray) and images.dtype.kind not in "OSU"):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
-        raise ImageError(_not_taken(images))
+        raise ImageError(_unsupported(images))
     return list(images)
 
 
 def _is_tensor(source: Any) -> bool:
-    torch: Any = sys.modules.get("torch")  # where it was never imported there are no tensors
+    torch: Any = sys.modules.get("torch")  # without an import of torch there are no tensors
     return torch is not None and isinstance(source, torch.Tensor)
 
 
-def _not_taken(source: Any) -> str:
+def _unsupported(source: Any) -> str:
     return (
         f"<{type(source).__name__}>: expected an image: a path, bytes, a file object, a Pillow image, an array "
         "(height, width, channels) or a tensor (channels, height, width)"
@@ -250,7 +247,7 @@ def _not_taken(source: Any) -> str:
 
 
 def _name(source: Any) -> str:
-    """Return a short name of an image for messages, on one line."""
+    """Return a short name of an image for messages on one line."""
     if isinstance(source, str | os.PathLike):
         name = visible(os.fsdecode(source))
     elif isinstance(source, bytes | bytearray | memoryview):
@@ -267,29 +264,29 @@ def _read(source: Any, room: ExitStack, at_least: int | None, limit: int, finish
         if isinstance(source, np.ndarray) or _is_tensor(source):
             return _from_memory(array_image(source), room, finish)
         if isinstance(source, Image.Image):
-            if isinstance(source, ImageFile.ImageFile) and source.tile:  # it is not decoded yet
+            if isinstance(source, ImageFile.ImageFile) and source.tile:  # not decoded yet
                 _check_size(source.format or "", source, limit)
             return _from_memory(source, room, finish)
         with _open_source(source, BYTES_PER_PIXEL * limit) as file:
             return _from_file(file, room, at_least, limit, finish)
     except FileNotFoundError:
-        message = "no such picture"
+        message = "no such image"
     except IsADirectoryError:
-        message = "a folder, expected a picture"
+        message = "a folder, expected an image"
     except _Refused as error:
         message = str(error)
     except Image.DecompressionBombError as error:
         message = f"too large to decode safely ({_short(error)})"
     except MemoryError:
-        message = "broken picture, or too large (there is not enough memory to decode it)"
-    except Exception as error:  # decoders raise whatever they like
-        message = f"broken picture ({_short(error)})"
-    # Out here the error has no context, which would keep the pixels for as long as the error is kept.
+        message = "broken image, or too large (there is not enough memory to decode it)"
+    except Exception as error:  # decoders raise errors of any kind
+        message = f"broken image ({_short(error)})"
+    # Outside of `except` the error has no context, which would keep the pixels in memory with the error.
     raise ImageError(f"{name}: {message}")
 
 
 class _Refused(Exception):
-    """An image that is not decoded; the message says why, without its name."""
+    """An image is not decoded. The message gives the reason without the image's name."""
 
 
 def _short(error: Exception) -> str:
@@ -298,7 +295,7 @@ def _short(error: Exception) -> str:
 
 
 def _open_source(source: Any, max_bytes: int) -> BinaryIO:
-    """Open what holds an encoded image; of paths only regular files, since a pipe or a device may block for ever."""
+    """Open an encoded image. A path must be a regular file, because a pipe or a device may block for ever."""
     too_long = f"too large to decode safely: the file has more than {max_bytes:,} bytes; {_option(max_bytes)}"
     if isinstance(source, StoredImage):
         source = source.read_bytes()
@@ -320,9 +317,9 @@ def _open_source(source: Any, max_bytes: int) -> BinaryIO:
             source.seek(0)
         source = source.read(max_bytes + 1)
         if not isinstance(source, bytes):
-            raise _Refused(f"reading gave {type(source).__name__}, expected bytes; open the file with mode 'rb'")
+            raise _Refused(f"the file returned {type(source).__name__}, expected bytes; open it with mode 'rb'")
     elif not isinstance(source, bytes | bytearray | memoryview):
-        raise _Refused(_not_taken(source).partition(": ")[2])
+        raise _Refused(_unsupported(source).partition(": ")[2])
     if len(source) > max_bytes:
         raise _Refused(too_long)
     return BytesIO(source)
@@ -337,11 +334,11 @@ def _check_regular(status: os.stat_result) -> None:
 
 def _option(needed_bytes: float) -> str:
     pixels = math.ceil(needed_bytes / BYTES_PER_PIXEL) + 1
-    return f"to read it nevertheless, set {MAX_PIXELS_VARIABLE}={pixels} (or max_pixels of load_image)"
+    return f"to read it anyway, set {MAX_PIXELS_VARIABLE}={pixels} (or max_pixels of load_image)"
 
 
 def image_format(file: BinaryIO) -> str | None:
-    """Return the format of an encoded image by its first bytes, or None if it is none that is read here."""
+    """Return the format of an encoded image by its first bytes; None for an unsupported format."""
     file.seek(0)
     prefix = file.read(16)
     file.seek(0)
@@ -350,7 +347,7 @@ def image_format(file: BinaryIO) -> str | None:
         try:
             if accept is not None and accept(prefix) is True:
                 return name
-        except (IndexError, TypeError, SyntaxError, struct.error):  # fewer bytes than it looks at
+        except (IndexError, TypeError, SyntaxError, struct.error):  # the file is too short
             continue
     return None
 
@@ -358,7 +355,7 @@ def image_format(file: BinaryIO) -> str | None:
 def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int, finish: Finish[Result]) -> Result:
     kind = image_format(file)
     if kind is None:
-        raise _Refused(f"not a picture in a format that is read here ({', '.join(FORMATS)}); convert it, to JPEG")
+        raise _Refused(f"not an image in a supported format ({', '.join(FORMATS)}); convert it, for example to JPEG")
     try:
         return _decode(kind, file, room, at_least, limit, finish)
     except METADATA_ERRORS:
@@ -384,10 +381,10 @@ def _decode(
     finish: Finish[Result],
     exif: bytes | None = None,
 ) -> Result:
-    # Not by Image.open, whose limit of pixels is one for the whole program.
+    # Not by Image.open: its pixel limit applies to the whole program.
     with Image.OPEN[kind][0](file, "") as image:
         if at_least is not None:
-            image.draft(None, (at_least, at_least))  # does nothing to other formats
+            image.draft(None, (at_least, at_least))  # changes nothing in other formats
         _check_size(kind, image, limit)
         return _from_memory(image, room, finish, exif)
 
@@ -408,7 +405,7 @@ def _check_size(kind: str, image: Image.Image, limit: int) -> None:
 
 
 def _tiff_buffer(image: TiffImagePlugin.TiffImageFile) -> int:
-    """Bytes of a strip or a tile, which libtiff unpacks as a whole."""
+    """Return the bytes of a strip or a tile, which libtiff unpacks as a whole."""
     tags: Any = image.tag_v2
     bits = sum(value for value in tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,)) if isinstance(value, int))
     width, height = image.size
@@ -421,7 +418,7 @@ def _tiff_buffer(image: TiffImagePlugin.TiffImageFile) -> int:
 def _from_memory(image: Image.Image, room: ExitStack, finish: Finish[Result], exif: bytes | None = None) -> Result:
     width, height = image.size
     if not width or not height:
-        raise _Refused(f"an empty picture of {width} × {height} pixels")
+        raise _Refused(f"an empty image of {width} × {height} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise _Refused(f"{width} × {height} pixels: one side is over {MAX_ASPECT} times the other; crop the image")
     room.enter_context(ROOM.take(width * height))
@@ -430,11 +427,11 @@ def _from_memory(image: Image.Image, room: ExitStack, finish: Finish[Result], ex
 
 
 def orientation(image: Image.Image, exif: bytes | None = None) -> int:
-    """Return the EXIF orientation of an image, from 1 to 8; 1 where there is none that can be read.
+    """Return the EXIF orientation of an image, from 1 to 8; 1 if it is missing or unreadable.
 
     Args:
         image: the image.
-        exif: an EXIF block to take instead of the image's own.
+        exif: an EXIF block to use instead of the image's own.
     """
     try:
         tags = image.getexif()
@@ -443,7 +440,7 @@ def orientation(image: Image.Image, exif: bytes | None = None) -> int:
             tags.load(exif)
         found = tags.get(ExifTags.Base.Orientation, 1)
         return found if found in TRANSPOSED else 1
-    except Exception:  # no fault of EXIF refuses pixels
+    except Exception:  # broken EXIF data must not refuse an image
         return 1
 
 
@@ -455,7 +452,7 @@ def _rgb_image(image: Image.Image, turned: int) -> Image.Image:
         rgb = Image.new("RGB", image.size)
         for top, strip in _strips(image):
             rgb.paste(convert(strip), (0, top))
-    rgb.info = {}  # EXIF would turn the image once more where it is read again
+    rgb.info = {}  # EXIF would rotate the image again when it is read again
     return rgb.transpose(TRANSPOSED[turned]) if turned in TRANSPOSED else rgb
 
 
@@ -464,7 +461,7 @@ def _rgb_uncopied(image: Image.Image, turned: int) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The image in strips of whole rows, each with its first row; what is made of a strip takes little memory."""
+    """Yield the image in strips of whole rows, each with its first row, so that a conversion takes little memory."""
     width, height = image.size
     rows = max(1, STRIP_PIXELS // width)
     if rows >= height:
@@ -489,7 +486,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key, default=0) > 255:  # of 16 bits, where Pillow has read the pixels to 8
+    if isinstance(key, tuple) and max(key, default=0) > 255:  # a 16-bit colour, but Pillow reads pixels of 8 bits
         image.info["transparency"] = tuple(value >> 8 for value in key)
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -497,7 +494,10 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Scale 16-bit, 32-bit and float grey to 8 bits by the largest finite value; NaN is black, what is clear white."""
+    """Return a function that scales 16-bit, 32-bit and float grey to 8 bits by the largest finite value.
+
+    NaN becomes black, and the transparent value white.
+    """
     highest = 0.0
     for _, strip in _strips(image):
         values = np.asarray(strip, dtype=np.float64)
@@ -516,16 +516,16 @@ def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     return scale
 
 
-def picture_state(picture: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Numbers that change when a picture does: size and time of a file, size and place of a stored one."""
-    if isinstance(picture, StoredImage):
-        return picture.place
-    status = Path(picture).stat()
+def picture_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return numbers that change when an image changes: its size, and the time of a file or the `place` of another."""
+    if isinstance(image, StoredImage):
+        return image.place
+    status = Path(image).stat()
     return status.st_size, status.st_mtime_ns
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a file of that name is, by its suffix, a picture that Pillow reads here."""
+    """Return whether the suffix of a file name is one of a supported image format."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return True
@@ -534,7 +534,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:
-    """Decode every picture, in threads; yield None for a good one and the error for a bad one, in order."""
+    """Decode every image in threads, and yield in order None for a good image or the error of a bad one."""
 
     def check(path: str | os.PathLike[str]) -> str | None:
         try:
@@ -550,52 +550,52 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
 def select_readable(
     paths: Sequence[str | os.PathLike[str]],
     on_bad_image: OnBadImage = "error",
-    places: Sequence[str] | None = None,
-    title: str = "Checking pictures",
+    sources: Sequence[str] | None = None,
+    title: str = "Checking images",
     show_progress_bar: bool = False,
 ) -> tuple[list[int], list[str]]:
-    """Decode every picture once, before anything is computed from them.
+    """Decode every image once, and return the good rows and the messages of the bad ones.
 
     Args:
-        paths: the pictures.
-        on_bad_image: "error" to stop at the first bad picture, "skip" to leave bad ones out.
-        places: where each picture is named, for the messages.
-        title: words before the progress bar.
-        show_progress_bar: show one on the terminal.
+        paths: the images.
+        on_bad_image: "error" to stop at the first bad image, "skip" to skip bad images.
+        sources: file and line that name each image, for the messages.
+        title: title of the progress bar.
+        show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        The positions of the good pictures, and a message for each that was left out; these are
-        counted and listed in a warning as well.
+        The rows of the good images in `paths`, and a message for each skipped image. A warning lists
+        the messages too.
 
     Raises:
-        ImageError: at the first bad picture with "error", or if none is good.
-        ValueError: if `on_bad_image` is neither.
+        ImageError: at the first bad image with "error", or if no image is good.
+        ValueError: if `on_bad_image` is neither "error" nor "skip".
     """
     if on_bad_image not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     good, bad = [], []
-    for row, error in enumerate(progress_bar(check_images(paths), title, len(paths), "pictures", show_progress_bar)):
+    for row, error in enumerate(progress_bar(check_images(paths), title, len(paths), "images", show_progress_bar)):
         if error is None:
             good.append(row)
             continue
-        message = f"{places[row]}: {error}" if places else error
+        message = f"{sources[row]}: {error}" if sources else error
         if on_bad_image == "error":
-            raise ImageError(f"{message}; mend it, or leave such pictures out with --on-bad-image skip")
+            raise ImageError(f"{message}; repair the image, or skip bad images with --on-bad-image skip")
         bad.append(message)
     if not good:
-        raise ImageError(f"none of the {len(paths)} pictures can be read; the first: {bad[0]}")
+        raise ImageError(f"none of the {len(paths)} images can be read; the first: {bad[0]}")
     if bad:
-        logger.warning("\n  ".join([f"skipped {len(bad)} of {len(paths)} pictures:", *bad]))
+        logger.warning("\n  ".join([f"skipped {len(bad)} of {len(paths)} images:", *bad]))
     return good, bad
 
 
-def jpeg_bytes(picture: Image.Image) -> bytes:
-    """A picture as JPEG."""
+def jpeg_bytes(image: Image.Image) -> bytes:
+    """Return an image as JPEG."""
     data = BytesIO()
-    picture.save(data, format="JPEG", quality=JPEG_QUALITY)
+    image.save(data, format="JPEG", quality=JPEG_QUALITY)
     return data.getvalue()
 
 
 def jpeg_uri(jpeg: bytes) -> str:
-    """A JPEG as an address that holds it, for a page."""
+    """Return a JPEG as a data URI for a web page."""
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"

@@ -1,1 +1,1 @@
-"""Other libraries that a model is used from; each module needs the extra of its name."""
+"""Use a model from other libraries. Each module needs the extra of its name."""

@@ -1,4 +1,4 @@
-"""MTEB: the model for its image-text tasks, and tasks from one's own data (the extra `[mteb]`)."""
+"""Evaluate a model on MTEB's image-text tasks, or on your own data as an MTEB task (the extra `[mteb]`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
 except ImportError as error:
-    raise ImportError(f"MTEB is not there ({error}): pip install 'd2svse[mteb]'") from None
+    raise ImportError(f"MTEB is missing ({error}): pip install 'd2svse[mteb]'") from None
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
@@ -30,16 +30,17 @@ SPLIT = "test"
 
 
 class MTEBModel(AbsEncoder):
-    """A model as MTEB's tasks call it: `mteb.evaluate(MTEBModel(model), task)`.
+    """A model for MTEB's tasks: `mteb.evaluate(MTEBModel(model), task)`.
 
-    Vectors are those of `D2SVSE.image_vectors` and `text_vectors`, compared by inner product: the
-    model's own similarity where it folds (cosine, GSSF); of one that compares tokens the cosine of
-    the pooled vectors. MTEB's prompts are left out, as the model is trained without any.
+    Vectors are those of `D2SVSE.image_vectors` and `text_vectors`, compared by inner product. For a
+    bilinear similarity (cosine, GSSF) this is the model's own score. For a similarity that compares
+    tokens it is the cosine of the pooled vectors. MTEB's prompts are ignored, because the model is
+    trained without prompts.
 
     Args:
         model: the model, with its processor.
-        name: what the results are filed under, ORGANISATION/NAME.
-        revision: the same, of the weights.
+        name: name of the model in the results, ORGANISATION/NAME.
+        revision: revision of the weights in the results.
     """
 
     def __init__(self, model: D2SVSE, name: str = "d2svse/local", revision: str = "local") -> None:
@@ -67,25 +68,25 @@ class MTEBModel(AbsEncoder):
 
     @torch.no_grad()
     def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **kwargs: Any) -> Tensor:
-        """Encode the pictures or the sentences of a task.
+        """Encode the images or the texts of a task.
 
         Args:
-            inputs: batches with "image" or "text".
-            task_metadata: the task's.
-            hf_split: the split.
-            hf_subset: the subset.
-            **kwargs: MTEB's further settings, of which none is used: batches come from `inputs`.
+            inputs: batches with either "image" or "text".
+            task_metadata: metadata of the task, for the error message.
+            hf_split: ignored; name of the split.
+            hf_subset: ignored; name of the subset.
+            **kwargs: ignored; further settings of MTEB.
 
         Returns:
             `(n, embed_dim)` float32 on the CPU.
 
         Raises:
-            ValueError: if an item is a picture with a sentence, for which the model has no embedding.
+            ValueError: if an item has both an image and a text, or neither.
         """
         parts = []
         for batch in inputs:
             if ("image" in batch) == ("text" in batch):
-                raise ValueError(f"{task_metadata.name}: an item must be a picture or a sentence, got {sorted(batch)}")
+                raise ValueError(f"{task_metadata.name}: an item must be an image or a text, got {sorted(batch)}")
             if "image" in batch:
                 found = self.model.encode_image(batch["image"], batch_size=len(batch["image"]), convert_to_tensor=True)
             else:
@@ -95,17 +96,17 @@ class MTEBModel(AbsEncoder):
 
 
 class LocalRetrieval(AbsTaskRetrieval):
-    """Retrieval over one's own images and captions, as an MTEB task.
+    """Retrieval over your own images and captions, as an MTEB task.
 
-    MTEB's `hit_rate_at_k` is what is called recall at k here and in the field.
+    MTEB's `hit_rate_at_k` is the recall at k of this package and of the literature.
 
     Args:
-        dataset: the images, as files, and their captions.
-        direction: "t2i" to find the image of each caption, "i2t" any caption of each image.
-        name: what the results are filed under.
+        dataset: images that are files, with their captions.
+        direction: "t2i" to find the image of each caption, "i2t" to find a caption of each image.
+        name: name of the task in the results.
 
     Raises:
-        ValueError: if a picture is not a file of its own, or the direction is unknown.
+        ValueError: if an image is not a file of its own, or the direction is unknown.
     """
 
     def __init__(self, dataset: ImageTextDataset, direction: Direction, name: str = "LocalRetrieval") -> None:
@@ -113,7 +114,7 @@ class LocalRetrieval(AbsTaskRetrieval):
             raise ValueError(f"direction must be 't2i' or 'i2t', got {direction!r}")
         stored = [image for image in dataset.images if isinstance(image, StoredImage)]
         if stored:
-            raise ValueError(f"{stored[0]}: MTEB reads pictures that are files; use a manifest of them")
+            raise ValueError(f"{stored[0]}: MTEB reads images that are files; use a manifest of image files")
         self.metadata = TaskMetadata(
             dataset={"path": dataset.source, "revision": __version__},
             name=f"{name}-{direction}",

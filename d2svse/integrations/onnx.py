@@ -1,4 +1,4 @@
-"""Both encoders as graphs that run without this library: `torch.export`, and ONNX (the extra `[onnx]`)."""
+"""Export both encoders as graphs that run without this library: `torch.export`, and ONNX (the extra `[onnx]`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GRAPHS = (f"{IMAGE_ENCODER}.onnx", f"{TEXT_ENCODER}.onnx")
 
 
 def _exported_earlier(folder: Path) -> set[str] | None:
-    """Return the names of a folder without a list, if all are an export's."""
+    """Return the file names of a folder that an earlier version exported; None for any other folder."""
     names = {path.name for path in folder.iterdir() if not is_own(path.name)}
     known = named_files(folder, (*GRAPHS, *PROCESSOR_NAMES))
     return known if GRAPHS[0] in names and names == known else None
@@ -43,7 +43,7 @@ EXPORTED = FolderKind("d2svse export", GRAPHS[0], _exported_earlier)
 
 
 class ImageGraph(nn.Module):
-    """`pixel_values (batch, channels, height, width)` to embeddings and tokens.
+    """Image encoder: `pixel_values (batch, channels, height, width)` to embeddings and tokens.
 
     Args:
         model: the model.
@@ -54,16 +54,16 @@ class ImageGraph(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Give what `D2SVSE.image_vectors` gives, and the tokens `(batch, length, embed_dim)`, in float32."""
+        """Return the vectors of `D2SVSE.image_vectors` and the tokens `(batch, length, embed_dim)`, in float32."""
         return _outputs(self.model, "image", self.model.image_encoder(pixel_values))
 
 
 class TextGraph(nn.Module):
-    """`input_ids` and `attention_mask`, both `(batch, length)` int64, to embeddings and words.
+    """Text encoder: `input_ids` and `attention_mask`, both `(batch, length)` int64, to embeddings and words.
 
     Args:
         model: the model.
-        dense: leave out the context decoder, as for dense captions.
+        dense: skip the context decoder, as for dense captions.
     """
 
     def __init__(self, model: D2SVSE, dense: bool = False) -> None:
@@ -71,21 +71,21 @@ class TextGraph(nn.Module):
         self.model, self.dense = model, dense
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Give what `D2SVSE.text_vectors` gives, and the words `(batch, length, embed_dim)`, in float32."""
+        """Return the vectors of `D2SVSE.text_vectors` and the words `(batch, length, embed_dim)`, in float32."""
         features = self.model.text_encoder(input_ids, attention_mask)
         return _outputs(self.model, "text", features if self.dense else self.model.fuse(features))
 
 
 class TabledPooling(nn.Module):
-    """What a `GeneralizedPooling` does, with its coefficients in a table.
+    """A `GeneralizedPooling` with its coefficients in a table.
 
-    They depend on the number of real tokens alone, so that the graph needs no recurrent network
-    over lengths that it does not know.
+    The coefficients depend on the number of real tokens alone, so a table replaces the recurrent
+    network, which a graph cannot run over an unknown length.
 
     Args:
         pooling: the pooling.
-        lengths: numbers of real tokens to be ready for: all from 1 up where there is a mask, and
-            the last of them where there is none.
+        lengths: numbers of real tokens in the table. It starts at 1 if `forward` gets a mask;
+            without a mask `forward` uses the last one.
     """
 
     table: Tensor
@@ -95,7 +95,15 @@ class TabledPooling(nn.Module):
         self.register_buffer("table", pooling.coefficients(list(lengths)).detach().float())
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool `(batch, length, dim)` to `(batch, dim)` float32; `mask` `(batch, length)` bool marks real tokens."""
+        """Pool the tokens of each row.
+
+        Args:
+            tokens: `(batch, length, dim)`.
+            mask: True where a token is real, `(batch, length)` bool; None if all tokens are real.
+
+        Returns:
+            `(batch, dim)` float32.
+        """
         values = tokens.transpose(1, 2).float()
         if mask is None:
             return values.sort(dim=-1, descending=True).values @ self.table[-1]
@@ -109,26 +117,26 @@ class TabledPooling(nn.Module):
 def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedProgram]:
     """Trace both encoders with `torch.export`.
 
-    Any number of pictures or sentences, sentences of any length up to the processor's limit,
-    pictures of the size that the processor makes. The programs hold the model's own weights.
+    The batch size is free, and so is the length of texts up to the processor's limit. Images have
+    the size that the processor makes. The programs share the weights of the model.
 
     Args:
         model: the model, with its processor.
-        dense: the sentences are dense captions: leave out the context decoder.
+        dense: the texts are dense captions: skip the context decoder.
 
     Returns:
-        "image_encoder" of `pixel_values` and "text_encoder" of `input_ids` and `attention_mask`;
-        each gives two outputs, embeddings `(batch, embed_dim)` and tokens
+        "image_encoder", which takes `pixel_values`, and "text_encoder", which takes `input_ids` and
+        `attention_mask`. Each returns embeddings `(batch, embed_dim)` and tokens
         `(batch, length, embed_dim)`. Embeddings are those of `image_vectors` and `text_vectors`:
-        L2-normalised, and folded where the similarity folds.
+        L2-normalised, and multiplied by the metric of a bilinear similarity.
 
     Raises:
         ValueError: if the model has no processor.
     """
     if model.processor is None:
-        raise ValueError("the model has no processor, which tells the size of pictures; set model.processor")
+        raise ValueError("the model has no processor, which decides the size of images; set model.processor")
     pixels = model.processor.pixel_values([Image.new("RGB", (64, 64))]).to(model.device, model.dtype)
-    longest = _longest_sentence(model)
+    longest = _longest_text(model)
     ids = torch.ones(2, min(8, longest), dtype=torch.long, device=model.device)
     sizes = {"batch": Dim.DYNAMIC, "length": Dim.DYNAMIC(max=longest)}
     graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
@@ -146,18 +154,18 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
 def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = False) -> None:
     """Write `image_encoder.onnx`, `text_encoder.onnx` and the processor to a folder.
 
-    Files that this function wrote to the folder earlier are replaced, others stay.
-    Inputs and outputs are named as in `export_programs`.
+    Files of an earlier export are replaced, other files stay. See `export_programs` for the names of
+    inputs and outputs.
 
     Args:
         model: the model, with its processor.
         folder: the folder to write.
-        dense: the sentences are dense captions: leave out the context decoder.
+        dense: the texts are dense captions: skip the context decoder.
 
     Raises:
         ImportError: if a package of the extra `[onnx]` is missing.
         ValueError: if the model has no processor.
-        FileExistsError: if another wrote the folder.
+        FileExistsError: if the folder exists and no export wrote it.
     """
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
@@ -175,7 +183,7 @@ def _outputs(model: D2SVSE, side: Any, features: Any) -> tuple[Tensor, Tensor]:
     return model.similarity_fn.pooled_vectors(side, features.pooled), features.tokens.float()
 
 
-def _longest_sentence(model: D2SVSE) -> int:
+def _longest_text(model: D2SVSE) -> int:
     assert model.processor is not None
     longest, decoder = model.processor.max_length, model.decoder
     if not isinstance(decoder, ContextDecoder) or decoder.position_embeddings is None:
@@ -185,7 +193,7 @@ def _longest_sentence(model: D2SVSE) -> int:
 
 @contextmanager
 def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[None]:
-    """Eval mode, poolings that can be traced, and attention as plain operations; all back as it was at the end."""
+    """Prepare a model for tracing inside the block: eval mode, tables for poolings, and plain attention."""
     training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
     image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]

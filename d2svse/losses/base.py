@@ -1,18 +1,22 @@
-"""What every loss is: the shape checks, the same-image mask and the float32 island."""
+"""What every loss is: the shape checks, the same-image mask, the float32 island; and how one is found by its name."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from d2svse.registry import Class, Registry
 
 
 class RankingLoss(nn.Module, ABC):
     """A loss over the scores of a batch of matching image-text pairs.
 
-    Row i and column i of the scores belong to the same pair. Off the diagonal, two pairs that
-    share an image id match as well: they are never negatives.
+    Row i and column i of the scores belong to the same pair. Off the diagonal, pairs that share an image id match
+    too: they are never negatives.
     """
 
     def forward(self, scores: Tensor, image_ids: Tensor | None = None) -> Tensor:
@@ -38,6 +42,34 @@ class RankingLoss(nn.Module, ABC):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loss how many epochs are complete, for losses that follow a schedule."""
+
+
+class ScaledLoss(RankingLoss):
+    """A ranking loss over `score · exp(log_scale)`, with a scale (and a bias) that can be the model's own.
+
+    Args:
+        log_scale: its start.
+        learned: make the scalars parameters.
+
+    Attributes:
+        log_scale: a scalar tensor.
+        bias: a scalar tensor that is added, or None.
+    """
+
+    log_scale: Tensor
+    bias: Tensor | None = None
+
+    def __init__(self, log_scale: float, learned: bool) -> None:
+        super().__init__()
+        self.learn_temperature = learned
+        self.add_scalar("log_scale", log_scale)
+
+    def add_scalar(self, name: str, value: float) -> None:
+        """Add a scalar tensor, as a parameter if scalars are learned, else as a buffer."""
+        if self.learn_temperature:
+            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
+        else:
+            self.register_buffer(name, torch.tensor(value))
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -74,8 +106,8 @@ class ScoreDistillationLoss(nn.Module, ABC):
         """Compute the loss outside autocast, in float32 (or float64 for float64 input).
 
         Args:
-            student: scores of images with sparse sentences, `(n, n)`.
-            teacher: scores of the same images with dense sentences, `(n, n)`, detached here.
+            student: scores of images with sparse texts, `(n, n)`.
+            teacher: scores of the same images with dense texts, `(n, n)`, detached here.
             image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
 
         Returns:
@@ -103,7 +135,7 @@ def _scalar(loss: nn.Module, value: Tensor) -> Tensor:
 
 
 def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:
-    """Which pairs are no match, `(n, n)` bool."""
+    """Return which pairs do not match, `(n, n)` bool."""
     n = scores.shape[0]
     if scores.shape != (n, n):
         raise ValueError(f"scores must be square, got {tuple(scores.shape)}")
@@ -112,3 +144,59 @@ def _negatives(scores: Tensor, image_ids: Tensor | None) -> Tensor:
     if image_ids.shape != (n,):
         raise ValueError(f"image_ids must be ({n},), got {tuple(image_ids.shape)}")
     return image_ids[:, None] != image_ids[None, :]
+
+
+RANKING: Registry[RankingLoss] = Registry("loss", "d2svse.losses", example="infonce")
+DISTILLATION: Registry[DistillationLoss | ScoreDistillationLoss] = Registry(
+    "distillation loss", "d2svse.distillation_losses", example="cosine"
+)
+
+
+def register_loss(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a ranking loss under `name`.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    return RANKING.register(name)
+
+
+def register_distillation_loss(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a distillation loss, of embeddings or of scores, under `name`.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    return DISTILLATION.register(name)
+
+
+def loss_names() -> list[str]:
+    """Return all names that `build_loss` knows, those of installed packages included."""
+    return RANKING.names()
+
+
+def distillation_loss_names() -> list[str]:
+    """Return all names that `build_distillation_loss` knows, those of installed packages included."""
+    return DISTILLATION.names()
+
+
+def build_loss(configuration: str | Mapping[str, Any]) -> RankingLoss:
+    """Make a ranking loss from a name, or from `{"name": ..., **constructor_arguments}`.
+
+    Names come from `register_loss` and from the entry-point group `d2svse.losses`.
+
+    Raises:
+        ValueError: if the name is unknown or an argument does not fit.
+    """
+    return RANKING.build(configuration, lambda cls, arguments: cls(**arguments))
+
+
+def build_distillation_loss(configuration: str | Mapping[str, Any]) -> DistillationLoss | ScoreDistillationLoss:
+    """Make a distillation loss from a name, or from `{"name": ..., **constructor_arguments}`.
+
+    Names come from `register_distillation_loss` and from the entry-point group `d2svse.distillation_losses`.
+
+    Raises:
+        ValueError: if the name is unknown or an argument does not fit.
+    """
+    return DISTILLATION.build(configuration, lambda cls, arguments: cls(**arguments))

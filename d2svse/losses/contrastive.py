@@ -6,22 +6,23 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import ScaledLoss, register_loss
 
 MAX_LOGIT_SCALE = 100.0
 
 
-class InfoNCE(RankingLoss):
+@register_loss("infonce")
+class InfoNCE(ScaledLoss):
     """Symmetric cross-entropy over the rows and the columns of scores / temperature (CLIP).
 
-    Every other image of the batch is a negative, so it learns from all of them at once and does
-    not collapse at small budgets as the hardest-negative hinge can. Pairs of the same image are
-    left out of each other's denominators.
+    Every other image of the batch is a negative, so the loss learns from all of them at once. At small budgets the
+    hardest-negative hinge can collapse; this loss does not. Pairs of the same image are left out of each other's
+    denominators.
 
     Args:
-        temperature: softmax temperature; the start of it if learned.
+        temperature: softmax temperature; its start if it is learned.
         learn_temperature: learn the logarithm of 1 / temperature, which is kept below 100.
 
     Attributes:
@@ -31,20 +32,12 @@ class InfoNCE(RankingLoss):
         ValueError: if the temperature is below 0.01.
     """
 
-    log_scale: Tensor
-
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False) -> None:
-        super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if temperature < 1 / MAX_LOGIT_SCALE:
             raise ValueError(f"temperature must be at least {1 / MAX_LOGIT_SCALE}, got {temperature}")
-        log_scale = torch.tensor(-math.log(temperature))
-        self.learn_temperature = learn_temperature
-        if learn_temperature:
-            self.log_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_scale", log_scale)
+        super().__init__(-math.log(temperature), learn_temperature)
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
         scale = self.log_scale.to(scores.dtype).exp().clamp(max=MAX_LOGIT_SCALE)

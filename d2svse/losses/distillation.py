@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss
+from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss, register_distillation_loss
 
 
+@register_distillation_loss("cosine")
 class CosineDistillation(DistillationLoss):
-    """Mean of 1 − cosine; only the direction is taught. The best of the paper's Table 4."""
+    """Mean of 1 − cosine, which teaches only the direction. The best in the paper's Table 4."""
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+@register_distillation_loss("l1")
 class L1Distillation(DistillationLoss):
     """Mean absolute difference over all entries of the embeddings as they are (not normalised)."""
 
@@ -23,6 +25,7 @@ class L1Distillation(DistillationLoss):
         return F.l1_loss(student, teacher)
 
 
+@register_distillation_loss("l2")
 class L2Distillation(DistillationLoss):
     """Mean squared difference over all entries of the embeddings as they are (not normalised)."""
 
@@ -30,12 +33,13 @@ class L2Distillation(DistillationLoss):
         return F.mse_loss(student, teacher)
 
 
+@register_distillation_loss("kl")
 class KLDistillation(ScoreDistillationLoss):
     """KL divergence from the teacher's softmax over the batch to the student's, both directions (GSSF).
 
-    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. Both kinds of
-    scores come from the model's own similarity, so that a GSSF metric calibrates the teacher's as
-    well. Pairs of the same image, but for the pair itself, are left out of both distributions.
+    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. The model's own similarity
+    gives both kinds of scores, so a GSSF metric calibrates the teacher's too. Other pairs of the same image are left
+    out of both distributions.
 
     Args:
         temperature: τ.

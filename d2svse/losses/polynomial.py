@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import RankingLoss, register_loss
 
 
+@register_loss("max-polynomial")
 class MaxPolynomial(RankingLoss):
     """[Σ_p a_p s_ii^p]₊ + [Σ_q b_q n_i^q]₊ with the hardest negative n_i, in both directions, over n.
 
@@ -20,7 +21,7 @@ class MaxPolynomial(RankingLoss):
     Args:
         positive: coefficients a_0, a_1, … of the positive score; the published values by default.
         negative: coefficients b_0, b_1, … of the hardest negative score.
-        margin: see above; 0.2.
+        margin: see above.
 
     Raises:
         ValueError: if a polynomial has no coefficient or the margin is negative.
@@ -52,7 +53,7 @@ class MaxPolynomial(RankingLoss):
 
 
 def polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Σ_k c_k x^k, elementwise."""
+    """Return Σ_k c_k x^k, elementwise."""
     total = torch.zeros_like(x)
     for coefficient in reversed(coefficients):
         total = total * x + coefficient

@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.losses.base import RankingLoss, register_loss
 
 
+@register_loss("cmpm")
 class CMPM(RankingLoss):
     """KL divergence from the softmax of the scores to the matching distribution, in both directions.
 
     p_ij = softmax_j(s_ij / τ) is compared with q_ij = y_ij / Σ_k y_ik, where y marks the pairs of
-    the same image: mean over i of Σ_j p_ij log(p_ij / (q_ij + ε)) (Zhang and Lu, "Deep
-    Cross-Modal Projection Learning", ECCV 2018, Eq. 1 to 5). Pairs that share an image are
-    matches here and not only left out of the negatives.
+    the same image. The loss is the mean over i of Σ_j p_ij log(p_ij / (q_ij + ε)) (Zhang and Lu, "Deep
+    Cross-Modal Projection Learning", ECCV 2018, Eq. 1 to 5). Pairs that share an image count as matches.
 
-    In the paper the scores are scalar projections of one side on the other's unit vectors; here
-    they are whatever the similarity gives, at a temperature.
+    In the paper the scores are scalar projections of one side on the other's unit vectors. Here they come from any
+    similarity, at a temperature.
 
     Args:
         temperature: τ.

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from d2svse.losses.base import RankingLoss
+from d2svse.choices import Mining
+from d2svse.losses.base import RankingLoss, register_loss
 
-Mining = Literal["sum", "hardest", "schedule"]
 
-
+@register_loss("hinge")
 class TripletLoss(RankingLoss):
     """Hinge loss with a margin, in both directions, summed over the batch.
 
     With "sum" every negative counts: Σ_i Σ_j [margin − s_ii + s_ij]₊ + [margin − s_ii + s_ji]₊.
-    With "hardest" only the closest negative of each row and of each column does (VSE++). With
+    With "hardest" only the closest negative of each row and of each column counts (VSE++). With
     "schedule" the sum is used for the first `warmup_epochs` epochs and the hardest after, as
-    D2S-VSE trains. At initialisation the hardest-negative form sits near 2 · n · margin and
+    D2S-VSE trains. At initialisation the hardest-negative form is near 2 · n · margin and
     can collapse there; the schedule, a larger batch or InfoNCE help.
 
     Args:
@@ -43,7 +43,7 @@ class TripletLoss(RankingLoss):
 
     @property
     def hardest_only(self) -> bool:
-        """Whether only the hardest negative counts now."""
+        """Return whether only the hardest negative counts now."""
         return self.mining == "hardest" or (self.mining == "schedule" and self.epoch >= self.warmup_epochs)
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102

@@ -1,4 +1,4 @@
-"""The model, its configuration and its processor."""
+"""The model with its configuration and processor."""
 
 from typing import TYPE_CHECKING
 
@@ -7,6 +7,7 @@ from d2svse.lazy import lazy_names
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "averaging": ["average_models", "interpolate"],
         "configuration": ["D2SVSEConfig"],
         "decoder": ["ContextDecoder"],
         "encoders": ["ImageEncoder", "TextEncoder"],
@@ -19,6 +20,8 @@ __getattr__, __dir__ = lazy_names(
 )
 
 if TYPE_CHECKING:
+    from d2svse.models.averaging import average_models as average_models
+    from d2svse.models.averaging import interpolate as interpolate
     from d2svse.models.configuration import D2SVSEConfig as D2SVSEConfig
     from d2svse.models.decoder import ContextDecoder as ContextDecoder
     from d2svse.models.encoders import ImageEncoder as ImageEncoder

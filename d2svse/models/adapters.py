@@ -1,4 +1,4 @@
-"""LoRA on a backbone, through peft: small matrices are trained beside the frozen weights (Hu et al. 2022)."""
+"""LoRA on a backbone, by peft: small matrices are trained beside the frozen weights (Hu et al. 2022)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-MARK = "lora_"  # in the names of the matrices that peft adds
+MARK = "lora_"  # part of the names of the matrices that peft adds
 
 
 def add_lora(
@@ -17,18 +17,20 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
 ) -> None:
-    """Put LoRA matrices beside the linear layers of a backbone, which start without effect, and freeze the rest.
+    """Add LoRA matrices to the linear layers of a backbone and freeze its weights.
+
+    The new matrices leave the outputs unchanged until they are trained.
 
     Args:
         backbone: a transformers model, changed in place.
-        rank: width of the matrices.
-        alpha: their product is scaled by alpha / rank; twice the rank without it.
-        dropout: of what goes into them.
-        target_modules: ends of the names of the layers, such as "query"; or all linear ones.
+        rank: inner width of the matrices.
+        alpha: numerator of the scale alpha / rank; 2 · rank by default.
+        dropout: dropout probability on the input of the matrices.
+        target_modules: endings of layer names, such as "query"; "all-linear" for all linear layers.
 
     Raises:
         ImportError: if peft is missing.
-        ValueError: if no layer has such a name.
+        ValueError: if no layer name matches `target_modules`.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -43,7 +45,7 @@ def add_lora(
 
 
 def merge_lora(backbone: nn.Module) -> None:
-    """Add the product of each pair of matrices to the weight beside it, and leave a plain backbone.
+    """Add the LoRA matrices of a backbone to its weights and remove them.
 
     Raises:
         ValueError: if a merged weight is not finite.

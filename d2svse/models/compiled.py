@@ -1,4 +1,4 @@
-"""Parts of a model that `torch.compile` has wrapped."""
+"""Handle the parts of a model that `torch.compile` has wrapped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 WRAPPED = "_orig_mod"
-COMPILED = f"{WRAPPED}."  # what torch.compile puts into the names of the tensors of a part
+COMPILED = f"{WRAPPED}."  # torch.compile adds this to the tensor names of a part
 
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Put the plain parts in place of the compiled ones meanwhile: transformers finds names by the tree of modules."""
+    """Replace compiled parts by the plain ones inside the block; transformers reads names from the module tree."""
     wrapped = [
         (parent, name, child)
         for parent in list(model.modules())

@@ -1,22 +1,23 @@
-"""Everything that decides a model's architecture."""
+"""The configuration of a model: everything that decides its architecture."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from d2svse.choices import Fusion, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
-POOLING_NAMES = ("gpo", "mean", "max", "cls")
+POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
-FUSIONS = ("sum", "published")
+FUSIONS = get_args(Fusion)
 
 
 @strict
@@ -25,29 +26,37 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
 
     Args:
         vision_config: configuration (or its dictionary, with `model_type`) of any transformers
-            vision backbone that yields a sequence or a grid of tokens; ViT-B/16 by default.
-        text_config: the same for any transformers text backbone; BERT-base by default.
-        embed_dim: width of the joint space, 512 in the published checkpoints.
-        image_pooling: "gpo", "mean", "max" or "cls".
-        text_pooling: the same for sentences.
+            vision backbone with a sequence or a grid of tokens; ViT-B/16 by default.
+        text_config: configuration (or its dictionary, with `model_type`) of any transformers text
+            backbone; BERT-base by default.
+        embed_dim: width of the joint space; 512 in the published checkpoints.
+        image_pooling: pooling of image tokens: "gpo", "mean", "max" or "cls"; "native" for the pooling and
+            projection of `dual_encoder`.
+        text_pooling: pooling of text tokens: "gpo", "mean", "max", "cls" or "native".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
-        context_decoder: arguments of `build_context_decoder`, for the sparse branch of stage 2, or
-            None for a model without it (stage 1).
-        fusion: "sum" adds the decoder's output to the pooled sentence (Eq. 3); "published" does
-            so in training, and in eval mode adds it L2-normalised, as the published evaluation.
-        context_residual: False takes the decoder's output alone, without the pooled sentence.
-        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name alone, which is kept
-            and saved in that form too; cosine without it.
-        lora: arguments of `add_lora` by side, "vision" and "text", for backbones with LoRA matrices.
-        logit_scale_init_value: log(1 / temperature) by which scores become logits.
+        context_decoder: arguments of `build_context_decoder` for the sparse branch of stage 2;
+            None for a model of stage 1.
+        fusion: "sum" adds the decoder's output to the pooled text (Eq. 3). "published" adds it
+            L2-normalised in eval mode, as the published evaluation does, and as "sum" in training.
+        context_gate: multiply the decoder's output by a learned number that starts at zero, so that a new decoder
+            changes no embedding.
+        context_residual: False uses the decoder's output alone, without the pooled text.
+        similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name
+            alone, which is stored and saved as `{"name": ...}`; cosine by default.
+        dual_encoder: configuration of the dual encoder of transformers (CLIP, SigLIP, ...) that the model was made
+            from, with its `model_type` and without its towers; both poolings are "native" then.
+        lora: arguments of `add_lora` by side ("vision", "text"), for backbones with LoRA matrices.
+        logit_scale_init_value: initial log(1 / temperature) of the factor from scores to logits.
+        logit_bias_init_value: number added to the logits, as in SigLIP; None adds none.
+        max_logit_scale: largest factor from scores to logits; None for no limit.
 
     Raises:
-        ValueError: if a pooling, projection or fusion is unknown, the width is not positive, or the similarity is
-            neither a name nor a dictionary with one.
+        ValueError: if a pooling, projection or fusion is unknown, `embed_dim` is not positive, or the similarity is
+            neither a name nor a dictionary with a name.
     """
 
     model_type = "d2svse"
-    attribute_map = {"projection_dim": "embed_dim"}  # noqa: RUF012 - the name that CLIP gave it, for other libraries
+    attribute_map = {"projection_dim": "embed_dim"}  # noqa: RUF012 - CLIP's name, which other libraries read
     sub_configs_defaults = {  # noqa: RUF012 - read as a class attribute by transformers
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
@@ -61,10 +70,14 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     text_projection: str = "linear"
     context_decoder: dict[str, Any] | None = None
     fusion: str = "sum"
+    context_gate: bool = False
     context_residual: bool = True
     similarity: dict[str, Any] | str | None = None
+    dual_encoder: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
+    logit_bias_init_value: float | int | None = None
+    max_logit_scale: float | int | None = 100.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         for kind, name, known in (
@@ -78,7 +91,12 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for side in self.lora or {}:
             if side not in ("vision", "text"):
                 raise ValueError(f"unknown side {side!r} for LoRA; known are vision, text")
-        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "lora")
+        if self.context_gate and not self.context_residual:
+            raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
+        native = {self.image_pooling, self.text_pooling}
+        if "native" in native and (native != {"native"} or self.dual_encoder is None):
+            raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
+        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder", "lora")
         check_limits({name: getattr(self, name) for name in own})
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
@@ -88,7 +106,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         super().__setattr__(name, similarity_options(value) if name == "similarity" else value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save `config.json`, and the file by which it is loaded without d2svse imported."""
+        """Save `config.json` and the file by which transformers finds the classes without an import of d2svse."""
         self.auto_map = dict(MODEL_MAP)
         os.makedirs(save_directory, exist_ok=True)
         write_shim(save_directory)
@@ -96,15 +114,15 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
 
     @classmethod
     def check_names(cls, options: Iterable[str]) -> None:
-        """Refuse names that are no field of this configuration; transformers itself lets them pass.
+        """Check that all names are fields of this configuration; transformers accepts any name.
 
         Raises:
-            ValueError: naming the first that is unknown.
+            ValueError: if a name is unknown; the message gives the first one.
         """
         own = [name for name in cls.__annotations__ if name not in ("vision_config", "text_config")]
         for name in options:
             if name not in own:
-                raise ValueError(f"unknown model option {name!r}; known are {', '.join(own)}")
+                raise ValueError(unknown("model option", name, own))
 
 
 AutoConfig.register("d2svse", D2SVSEConfig, exist_ok=True)

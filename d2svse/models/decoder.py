@@ -1,42 +1,41 @@
-"""The context decoder: learnable tokens that supply what a sparse sentence leaves out."""
+"""The context decoder: learnable tokens that supply the content that a sparse caption omits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import Placement
 from d2svse.features import at_least_float32
 from d2svse.models.pooling import POOLINGS
 
-Placement = Literal["prefix", "postfix", "surround"]
-
 
 class ContextDecoder(nn.Module):
-    """Learnable tokens around the words of a sentence, read out after a few transformer layers.
+    """Run transformer layers over the words of a text and learnable tokens, and pool the tokens.
 
     Computes mean(Decoder([words, tokens])) over the outputs at the learnable tokens, the second
-    term of D2S-VSE's Eq. 3; the caller adds the pooled sentence. Layers are pre-norm with GELU
-    and a feed-forward width of 4 · embed_dim; a layer norm closes the stack.
+    term of D2S-VSE's Eq. 3; the caller adds the pooled text. Layers are pre-norm with GELU and a
+    feed-forward width of 4 · embed_dim. A layer norm follows the last layer.
 
     Args:
         embed_dim: width of words and tokens.
-        num_tokens: learnable tokens, 100 in the paper.
-        num_layers: 4 in the paper.
-        num_heads: 4 in the paper.
-        placement: tokens before the words, after them, or half on each side ("surround", the
-            paper's best).
-        positions: add a learned position embedding; the sentence's own length decides where the
-            tokens behind it stand, so padding changes nothing.
-        max_positions: longest sentence plus tokens that the position embedding covers.
+        num_tokens: number of learnable tokens; 100 in the paper.
+        num_layers: number of transformer layers; 4 in the paper.
+        num_heads: attention heads per layer; 4 in the paper.
+        placement: "prefix" puts the tokens before the words, "postfix" after them, "surround"
+            half on each side (the paper's best).
+        positions: add a learned position embedding. Positions of the tokens after the words
+            depend on the unpadded length of the text, so padding does not change the result.
+        max_positions: largest number of words plus tokens for the position embedding.
         mask_padding: hide padded words from the attention. The published code does not.
-        pooling: "mean" over the outputs at the tokens, as the paper does, or "gpo", "max".
+        pooling: pooling of the outputs at the tokens: "mean" as in the paper, "gpo" or "max".
 
     Raises:
-        ValueError: if `placement` or `pooling` is unknown, or the heads do not divide `embed_dim`.
+        ValueError: if `placement` or `pooling` is unknown, or `num_heads` does not divide `embed_dim`.
     """
 
     def __init__(
@@ -58,7 +57,10 @@ class ContextDecoder(nn.Module):
         if pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {pooling!r}; known are {', '.join(POOLINGS)}")
         if min(num_tokens, num_layers, num_heads) < 1:
-            raise ValueError(f"the decoder needs tokens, layers and heads, got {num_tokens}, {num_layers}, {num_heads}")
+            raise ValueError(
+                "num_tokens, num_layers and num_heads of the decoder must be at least 1, got "
+                f"{num_tokens}, {num_layers}, {num_heads}"
+            )
         if embed_dim % num_heads:
             raise ValueError(f"the decoder's {num_heads} heads do not divide the width {embed_dim}")
         self.num_before, self.mask_padding = before[placement], mask_padding
@@ -72,17 +74,17 @@ class ContextDecoder(nn.Module):
         self.pooling = POOLINGS[pooling]()
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Decode a batch of sentences.
+        """Return the pooled outputs at the learnable tokens for a batch of texts.
 
         Args:
             words: projected word features, `(batch, length, embed_dim)`.
-            mask: which words are real, `(batch, length)` bool, or None when all are.
+            mask: True where a word is real, `(batch, length)` bool; None if all words are real.
 
         Returns:
-            `(batch, embed_dim)`: the pooled outputs at the learnable tokens.
+            `(batch, embed_dim)` float32, or float64 for float64 words.
 
         Raises:
-            ValueError: if a sentence is too long for the position embedding.
+            ValueError: if a text is too long for the position embedding.
         """
         batch, length, _ = words.shape
         tokens = self.tokens.to(words.dtype).expand(batch, -1, -1)
@@ -94,7 +96,7 @@ class ContextDecoder(nn.Module):
         if self.position_embeddings is not None:
             if sequence.shape[1] > self.position_embeddings.num_embeddings:
                 limit = self.position_embeddings.num_embeddings - len(self.tokens)
-                raise ValueError(f"a sentence of {length} tokens is longer than the decoder's {limit}; truncate it")
+                raise ValueError(f"a text of {length} tokens is longer than the decoder's {limit}; truncate it")
             sequence = sequence + self.position_embeddings((real.cumsum(1) - 1).clamp(min=0))
         hidden = ~real if self.mask_padding else None
         *layers, last = cast(Iterable[nn.TransformerEncoderLayer], self.layers.layers)
@@ -104,14 +106,14 @@ class ContextDecoder(nn.Module):
         return self.pooling(self.layers.norm(self._at_tokens(last, sequence, hidden)))
 
     def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
-        """What a layer gives at the learnable tokens; of the last one nothing else is asked."""
+        """Run the last layer for the learnable tokens only."""
 
-        def of_tokens(values: Tensor) -> Tensor:
+        def at_tokens(values: Tensor) -> Tensor:
             return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self._num_after :]], dim=1)
 
         normed = layer.norm1(sequence)
-        attended, _ = layer.self_attn(of_tokens(normed), normed, normed, key_padding_mask=hidden, need_weights=False)
-        tokens = of_tokens(sequence) + attended
+        attended, _ = layer.self_attn(at_tokens(normed), normed, normed, key_padding_mask=hidden, need_weights=False)
+        tokens = at_tokens(sequence) + attended
         inner: Tensor = layer.linear2(layer.activation(layer.linear1(layer.norm2(tokens))))
         return tokens + inner
 
@@ -121,38 +123,41 @@ class ContextDecoder(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Learnable tokens that attend to the words once: the published code without its decoder.
+    """Let learnable tokens attend to the words once, as the published code does without its decoder.
 
     Computes mean(tokens + Attention(tokens, words, words)).
 
     Args:
         embed_dim: width of words and tokens.
-        num_tokens: learnable tokens.
-        num_heads: attention heads.
+        num_tokens: number of learnable tokens.
+        num_heads: number of attention heads.
         mask_padding: hide padded words from the attention. The published code does not.
 
     Raises:
-        ValueError: if the heads do not divide `embed_dim`.
+        ValueError: if `num_tokens` or `num_heads` is below 1, or `num_heads` does not divide `embed_dim`.
     """
 
     def __init__(self, embed_dim: int, num_tokens: int = 100, num_heads: int = 8, mask_padding: bool = True) -> None:
         super().__init__()
         if min(num_tokens, num_heads) < 1 or embed_dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide the width {embed_dim}, or there are no tokens")
+            raise ValueError(
+                f"the context attention needs tokens, and heads that divide the width {embed_dim}; "
+                f"got {num_tokens} tokens and {num_heads} heads"
+            )
         self.mask_padding = mask_padding
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
         nn.init.normal_(self.tokens, std=0.02)
         self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend to a batch of sentences.
+        """Return the mean over the learnable tokens for a batch of texts.
 
         Args:
             words: projected word features, `(batch, length, embed_dim)`.
-            mask: which words are real, `(batch, length)` bool, or None when all are.
+            mask: True where a word is real, `(batch, length)` bool; None if all words are real.
 
         Returns:
-            `(batch, embed_dim)`: the mean over the learnable tokens.
+            `(batch, embed_dim)` float32, or float64 for float64 words.
         """
         tokens = self.tokens.to(words.dtype).expand(words.shape[0], -1, -1)
         hidden = ~mask if mask is not None and self.mask_padding else None
@@ -161,15 +166,15 @@ class ContextAttention(nn.Module):
 
 
 def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> nn.Module:
-    """Make the sparse branch that a configuration describes.
+    """Build the sparse branch that a configuration describes.
 
     Args:
         embed_dim: width of the joint space.
         kind: "decoder" for `ContextDecoder`, "attention" for `ContextAttention`.
-        **arguments: its further constructor arguments.
+        **arguments: further constructor arguments of that class.
 
     Raises:
-        ValueError: if the kind or an argument is unknown or does not fit.
+        ValueError: if the kind or an argument is unknown, or a value is not allowed.
     """
     kinds: dict[str, type[nn.Module]] = {"decoder": ContextDecoder, "attention": ContextAttention}
     if kind not in kinds:

@@ -1,4 +1,4 @@
-"""A transformers backbone, a projection into the joint space and a pooling, for each side."""
+"""Image and text encoders: a transformers backbone, a projection into the joint space and a pooling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+from d2svse.models.dual_encoders import Tower, pool_each
 from d2svse.models.pooling import POOLINGS, ClsPooling
 
 logger = logging.getLogger(__name__)
@@ -22,25 +23,38 @@ UNUSED_WEIGHTS = ("pooler", "mask_token", "position_ids", "relative_position_ind
 
 
 class ImageEncoder(nn.Module):
-    """Pixels to `Features`: backbone, linear projection of every token, pooling.
+    """Encode pixels as `Features`: backbone, linear projection of every token, pooling.
 
     Args:
         config: configuration of a vision backbone.
         embed_dim: width of the joint space.
-        pooling: name of the pooling.
-        backbone: a loaded backbone; a random one is made from `config` without it.
+        pooling: a name in `POOLINGS`.
+        backbone: a loaded backbone; by default one with random weights, made from `config`.
+        tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling` and
+            `backbone` have no effect with it.
 
     Raises:
-        ValueError: if "cls" pooling is asked of a backbone without a class token.
+        ValueError: if `pooling` is "cls" and the backbone has no class token.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, embed_dim: int, pooling: str = "gpo", backbone: PreTrainedModel | None = None
+        self,
+        config: PreTrainedConfig,
+        embed_dim: int,
+        pooling: str = "gpo",
+        backbone: PreTrainedModel | None = None,
+        tower: Tower | None = None,
     ) -> None:
         super().__init__()
+        self.native_pool = None if tower is None else tower.pool
+        self.projection: Any
+        if tower is not None:
+            self.backbone, self.projection = tower.backbone, tower.projection
+            self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+            return
         self.backbone = make_backbone(config) if backbone is None else backbone
         if config.model_type == MASKED_AUTOENCODER:
-            self.backbone.config.mask_ratio = 0.0  # it would drop most patches, others at every call
+            self.backbone.config.mask_ratio = 0.0  # otherwise each call drops other patches, most of them
         class_tokens = ("cls_token", "class_embedding")
         if pooling == "cls" and not any(name.endswith(class_tokens) for name, _ in self.backbone.named_parameters()):
             raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
@@ -52,36 +66,64 @@ class ImageEncoder(nn.Module):
         """Encode images.
 
         Args:
-            pixel_values: `(batch, channels, height, width)`; position embeddings are interpolated
-                where the size is not the backbone's own.
-            token_mask: which of the backbone's tokens to keep, `(batch, length)` bool (token
-                dropping in training), or None for all.
+            pixel_values: `(batch, channels, height, width)`. Position embeddings are interpolated
+                if the size differs from the backbone's.
+            token_mask: True for tokens of the backbone to keep, `(batch, length)` bool (token
+                dropping in training); None keeps all.
 
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the mask.
 
         Raises:
-            ValueError: if the mask does not fit the number of tokens.
+            ValueError: if the shape of the mask differs from that of the tokens.
         """
         return self.from_backbone_tokens(self.backbone_tokens(pixel_values), token_mask)
 
     def from_backbone_tokens(self, hidden: Tensor, token_mask: Tensor | None = None) -> Features:
-        """What comes after the backbone: `hidden` as of `backbone_tokens`, the rest as of `forward`."""
-        tokens = self.projection(hidden.to(self.projection.weight.dtype))
+        """Project and pool the tokens of the backbone.
+
+        Args:
+            hidden: output of `backbone_tokens`, `(batch, length, hidden_size)`.
+            token_mask: see `forward`.
+
+        Returns:
+            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the mask.
+
+        Raises:
+            ValueError: if the shape of the mask differs from that of the tokens.
+        """
+        if self.native_pool is None:
+            tokens = self.projection(hidden.to(self.projection.weight.dtype))
+        else:
+            hidden = hidden.to(self.backbone.dtype)
+            tokens = self.projection(pool_each(self.native_pool, self.backbone, hidden))
         if token_mask is not None and token_mask.shape != tokens.shape[:2]:
             raise ValueError(f"token_mask must be {tuple(tokens.shape[:2])}, got {tuple(token_mask.shape)}")
-        return Features(self.pooling(tokens, token_mask), tokens, token_mask)
+        if self.native_pool is None:
+            pooled = self.pooling(tokens, token_mask)
+        else:
+            pooled = self.projection(self.native_pool(self.backbone, hidden, None))
+        return Features(pooled, tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
-        """The backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened."""
+        """Return the backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+        """
         hidden = self.backbone_output(pixel_values).last_hidden_state
         return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
 
     def backbone_output(self, pixel_values: Tensor, **arguments: Any) -> Any:
-        """What the backbone gives; `arguments` are further ones of its `forward`."""
+        """Return the output of the backbone.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            **arguments: further arguments of the backbone's `forward`.
+        """
         if self._interpolates and list(pixel_values.shape[-2:]) != image_size(self.backbone.config):
             arguments["interpolate_pos_encoding"] = True
-        if self.backbone.config.model_type == MASKED_AUTOENCODER:  # which sorts its patches by this noise
+        if self.backbone.config.model_type == MASKED_AUTOENCODER:  # it sorts its patches by this noise
             patch = image_size(self.backbone.config, "patch_size")
             count = (pixel_values.shape[-2] // patch[0]) * (pixel_values.shape[-1] // patch[1])
             arguments["noise"] = torch.arange(count, device=pixel_values.device).expand(len(pixel_values), -1)
@@ -89,21 +131,21 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def count_tokens(self, height: int, width: int) -> int:
-        """How many tokens the backbone gives for an image of this size, special tokens included."""
+        """Return the number of tokens, special ones included, for an image of `height` × `width` pixels."""
         channels, training = getattr(self.backbone.config, "num_channels", 3), self.backbone.training
-        self.backbone.eval()  # a batch norm would learn from the empty picture
-        tokens = self.backbone_tokens(self.projection.weight.new_zeros(1, channels, height, width))
+        self.backbone.eval()  # otherwise a batch norm would learn from the empty image
+        tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
         self.backbone.train(training)
         return tokens.shape[1]
 
 
 class ResidualMLP(nn.Module):
-    """What the published model adds to the projection of its words: linear, batch norm, ReLU, linear.
+    """MLP that the published model adds to the projection of words: linear, batch norm, ReLU, linear.
 
     In training the batch norm counts every position, padding included, as the published code does.
 
     Args:
-        input_dim: width of the backbone's words.
+        input_dim: width of the backbone's tokens.
         embed_dim: width of the joint space; the hidden layer is half as wide.
     """
 
@@ -120,7 +162,7 @@ class ResidualMLP(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids to `Features`: backbone, projection of every word, pooling, layer norm.
+    """Encode token ids as `Features`: backbone, projection of every word, pooling, layer norm.
 
     The layer norm acts on the pooled vector, as in the published model. Special tokens such as
     [CLS] and [SEP] count as words.
@@ -128,9 +170,11 @@ class TextEncoder(nn.Module):
     Args:
         config: configuration of a text backbone.
         embed_dim: width of the joint space.
-        pooling: name of the pooling.
-        projection: "linear", or "residual_mlp" to add a `ResidualMLP` to it.
-        backbone: a loaded backbone; a random one is made from `config` without it.
+        pooling: a name in `POOLINGS`.
+        projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
+        backbone: a loaded backbone; by default one with random weights, made from `config`.
+        tower: the text side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
+            `projection` and `backbone` have no effect with it.
     """
 
     def __init__(
@@ -140,40 +184,64 @@ class TextEncoder(nn.Module):
         pooling: str = "gpo",
         projection: str = "linear",
         backbone: PreTrainedModel | None = None,
+        tower: Tower | None = None,
     ) -> None:
         super().__init__()
+        self.native_pool = None if tower is None else tower.pool
+        self.projection: Any
+        self.fixed_length = tower is not None and tower.fixed_length
+        self.mlp: ResidualMLP | None = None
+        if tower is not None:
+            self.backbone, self.projection = tower.backbone, tower.projection
+            return
         self.backbone = make_backbone(config) if backbone is None else backbone
         self.projection = nn.Linear(token_width(config), embed_dim)
-        self.mlp = ResidualMLP(token_width(config), embed_dim) if projection == "residual_mlp" else None
+        if projection == "residual_mlp":
+            self.mlp = ResidualMLP(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
         self.layer_norm = nn.LayerNorm(embed_dim)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Features:
-        """Encode sentences.
+        """Encode texts.
 
         Args:
             input_ids: `(batch, length)` int64.
-            attention_mask: `(batch, length)`, non-zero where a token is real, or None for all.
+            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
 
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
         """
         mask = None if attention_mask is None else attention_mask.bool()
-        return self.pool(self.words(input_ids, attention_mask), mask)
+        if self.native_pool is None:
+            return self.pool(self.words(input_ids, attention_mask), mask)
+        seen = None if self.fixed_length else attention_mask
+        hidden = self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
+        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids))
+        return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The projected words of sentences, `(batch, length, embed_dim)`, not yet pooled."""
+        """Return the projected words of texts, `(batch, length, embed_dim)`, before pooling.
+
+        Args:
+            input_ids: `(batch, length)` int64.
+            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
+        """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         words = self.projection(hidden)
         return words if self.mlp is None else words + self.mlp(hidden)
 
     def pool(self, words: Tensor, mask: Tensor | None = None) -> Features:
-        """Pool words `(batch, length, embed_dim)`, of which `mask` `(batch, length)` bool marks the real ones."""
+        """Pool words and apply the layer norm.
+
+        Args:
+            words: `(batch, length, embed_dim)`.
+            mask: True where a word is real, `(batch, length)` bool; None if all words are real.
+        """
         return Features(self.layer_norm(self.pooling(words, mask).to(self.layer_norm.weight.dtype)), words, mask)
 
 
 def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A backbone with random weights, without the pooling head that nothing here uses.
+    """Return a backbone with random weights and without a pooling head, which is never used.
 
     Raises:
         ValueError: if transformers has no base model for the configuration.
@@ -183,15 +251,15 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_backbone(name: str, part: str) -> PreTrainedModel:
-    """Load a pretrained backbone from the Hub or a folder, in float32; code that it brings is never run.
+    """Load a pretrained backbone from the Hub or a folder, in float32. Code in the folder is never run.
 
     Args:
-        name: model id or folder; of a two-sided model such as CLIP the fitting side is taken.
+        name: Hub id or folder. A two-sided model such as CLIP gives the side that `part` names.
         part: "vision_config" or "text_config".
 
     Raises:
-        ValueError: if weights are missing, of another shape, or not finite (the backbone would start from random
-            ones); if it needs code of its own, names something outside of its folder, or is larger than its weights.
+        ValueError: if weights are missing, have another shape, or are not finite; if the model needs its own code,
+            refers to a file outside its folder, or is larger than its weights.
     """
     folder = local_files(name)
     with loading(name):
@@ -205,35 +273,37 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one sentence
+            ignore_mismatched_sizes=True,  # reported below in one sentence
             trust_remote_code=False,
             **_no_pooler(model_class),
         )
     odd = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     if odd:
-        raise ValueError(f"{name}: the weight {min(odd)} is of another shape than config.json says ({len(odd)} such)")
+        raise ValueError(
+            f"{name}: the shape of the weight {min(odd)} differs from config.json ({len(odd)} weights differ)"
+        )
     missing = [key for key in info["missing_keys"] if not any(part in key for part in UNUSED_WEIGHTS)]
     if missing:
         count, found = sum(1 for _ in backbone.parameters()), sorted(info["unexpected_keys"])
-        instead = f"; the file holds {found[0]} and the like" if found else ""
+        instead = f"; the file holds {found[0]} and others instead" if found else ""
         raise ValueError(
             f"{name}: {len(missing)} of the {config.model_type} backbone's {count} weights are missing, such as "
-            f"{min(missing)}{instead}; they would be random"
+            f"{min(missing)}{instead}; they would be random, so use other weights"
         )
     if config.model_type == MASKED_AUTOENCODER:
-        logger.warning("%s masks random patches: that is turned off, and all are encoded in order", name)
+        logger.warning("%s masks random patches; masking is turned off and all patches are encoded in order", name)
     check_finite(backbone, files, name)
     return backbone
 
 
 @torch.no_grad()
 def check_class_token(encoder: TextEncoder) -> None:
-    """Check that "cls" pooling tells texts apart: a backbone that reads from left to right has seen nothing by then.
+    """Check that "cls" pooling can distinguish texts; in a left-to-right backbone the first token sees no other.
 
     Raises:
-        ValueError: if the first token is the same for texts that begin alike.
+        ValueError: if texts with the same first token id have the same first token.
     """
-    if not isinstance(encoder.pooling, ClsPooling):
+    if encoder.native_pool is not None or not isinstance(encoder.pooling, ClsPooling):
         return
     backbone = encoder.backbone
     size, training = embedding_count(backbone) or 10, backbone.training
@@ -248,7 +318,7 @@ def check_class_token(encoder: TextEncoder) -> None:
 
 
 def embedding_count(backbone: PreTrainedModel) -> int | None:
-    """How many token ids a text backbone has embeddings for; None where it looks none up by id."""
+    """Return the number of token ids with an embedding in a text backbone; None if it has no embedding table."""
     try:
         embeddings: Any = backbone.get_input_embeddings()
     except NotImplementedError:
@@ -258,27 +328,29 @@ def embedding_count(backbone: PreTrainedModel) -> int | None:
 
 
 def token_width(config: PreTrainedConfig) -> int:
-    """Width of a backbone's tokens: `hidden_size`, or the last stage's of a convolutional one.
+    """Return the width of a backbone's tokens: `hidden_size`, or the last of `hidden_sizes` (one per stage).
 
     Raises:
-        ValueError: if the configuration tells neither.
+        ValueError: if the configuration has neither.
     """
     stages = getattr(config, "hidden_sizes", None)
     width = stages[-1] if stages else getattr(config, "hidden_size", None)
     if not isinstance(width, int):
-        raise ValueError(f"a {config.model_type} configuration tells no hidden_size: it is no backbone of tokens")
+        raise ValueError(
+            f"a {config.model_type} configuration has no hidden_size; expected a backbone with a sequence of tokens"
+        )
     return width
 
 
 def image_size(config: PreTrainedConfig, name: str = "image_size") -> list[int]:
-    """The `[height, width]` a vision backbone was made for, `[0, 0]` where it has no such size."""
+    """Return the `[height, width]` in a vision configuration, in pixels; `[0, 0]` if it has no such field."""
     size = getattr(config, name, None) or 0
     return [size, size] if isinstance(size, int) else list(size)
 
 
 def _backbone_class(config: PreTrainedConfig) -> Any:
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"a {config.model_type} model has an encoder and a decoder; name one that encodes alone")
+        raise ValueError(f"a {config.model_type} model has an encoder and a decoder; use a model with an encoder only")
     try:
         return MODEL_MAPPING[type(config)]
     except KeyError:

@@ -1,4 +1,4 @@
-"""Encoding lists of pictures and sentences, batch by batch."""
+"""Encode lists of images and texts, batch by batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from d2svse.progress import progress_bar
 Output = Literal["pooled", "features"]
 Embeddings = np.ndarray | Tensor | Features
 
-# How many threads encode with a model now, and the training mode that it had before the first of them.
+# Number of threads that encode with a model now, and its training mode before the first thread started.
 _ENCODING: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 _MODES = threading.Lock()
 
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; the training mode comes back when the last thread of several is done."""
+    """Run the block in eval mode without gradients. The last of several threads restores the training mode."""
     with _MODES:
         others, training = _ENCODING.get(model, (0, model.training))
         _ENCODING[model] = (others + 1, training)
@@ -47,21 +47,27 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 def distinct(items: Sequence[Any]) -> tuple[list[Any], list[int] | None]:
-    """Paths and sentences without repetition, and the place of each item among them (None: no item is repeated)."""
+    """Return the items without repetition, and the row of each item among them.
+
+    Args:
+        items: paths, texts or images in memory. Two images in memory are equal only if they are one object.
+
+    Returns:
+        The distinct items, and for each item its row in them; None instead of the rows if no item is repeated.
+    """
     first: dict[Any, int] = {}
-    # pictures in memory are told apart by being another object
     keys = [os.fspath(item) if isinstance(item, str | os.PathLike) else id(item) for item in items]
-    places = [first.setdefault(key, len(first)) for key in keys]
+    rows = [first.setdefault(key, len(first)) for key in keys]
     if len(first) == len(items):
         return list(items), None
     once: list[Any] = [None] * len(first)
-    for item, place in zip(items, places, strict=True):
-        once[place] = item
-    return once, places
+    for item, row in zip(items, rows, strict=True):
+        once[row] = item
+    return once, rows
 
 
 def as_output(features: Features, output: Output) -> Features:
-    """The pooled vectors L2-normalised, and the tokens if they are asked for, in float32."""
+    """Return the pooled vectors L2-normalised, with the tokens if `output` is "features", in float32."""
     pooled = F.normalize(features.pooled.float(), dim=-1)
     if output == "pooled" or features.tokens is None:
         return Features(pooled)
@@ -71,18 +77,33 @@ def as_output(features: Features, output: Output) -> Features:
 def with_progress(
     batches: Iterator[tuple[list[int], Features]], count: int, batch_size: int, what: str, show: bool
 ) -> list[tuple[list[int], Features]]:
-    """Collect the batches, with a progress bar if asked for."""
+    """Return the batches as a list, with a progress bar if `show` is set.
+
+    Args:
+        batches: rows and features of each batch.
+        count: number of items in all batches.
+        batch_size: items per batch.
+        what: name of the items, for the bar.
+        show: show the bar on a terminal.
+    """
     return list(progress_bar(batches, f"Encoding {what}", -(-count // max(1, batch_size)), "batches", show))
 
 
 def join_batches(
-    parts: list[tuple[list[int], Features]], places: list[int] | None, output: Output, convert_to_tensor: bool
+    parts: list[tuple[list[int], Features]], repeated: list[int] | None, output: Output, convert_to_tensor: bool
 ) -> Any:
-    """Join the batches in the order of what was encoded, and repeat what came more than once."""
+    """Join batches in the order of the items, and repeat the embeddings of repeated items.
+
+    Args:
+        parts: rows and features of each batch.
+        repeated: for each item its row among the distinct ones, see `distinct`; None if no item is repeated.
+        output: "pooled" or "features".
+        convert_to_tensor: return a tensor instead of a NumPy array.
+    """
     joined = Features.cat([features for _, features in parts])
     order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-    if places is not None:
-        order = order[torch.tensor(places)]
+    if repeated is not None:
+        order = order[torch.tensor(repeated)]
     joined = joined[order.to(joined.pooled.device)]
     if output == "features":
         return joined
@@ -90,7 +111,7 @@ def join_batches(
 
 
 def as_features(embeddings: Embeddings, device: torch.device) -> Features:
-    """Return embeddings of any kind as `Features` on a device; one vector counts as a batch of one."""
+    """Return embeddings of any kind as `Features` on a device; one vector becomes a batch of one."""
     if isinstance(embeddings, Features):
         return embeddings.to(device)
     return Features(torch.atleast_2d(torch.as_tensor(embeddings)).to(device))

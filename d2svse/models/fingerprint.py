@@ -1,4 +1,4 @@
-"""A name for everything that decides a model's embeddings."""
+"""The fingerprint of a model: a hash of everything that decides its embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2svse.files.replace import write_text
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
-# What tells where a part came from or how it is run, but not what it computes.
+# Fields that tell the origin of a part or how it is run; they do not change what it computes.
 UNRELATED = frozenset(
     {
         "_attn_implementation",
@@ -36,18 +36,18 @@ UNRELATED = frozenset(
         "transformers_version",
     }
 )
-TOKENIZER_STATE = ("truncation", "padding")  # of the last call
-CHUNK = 1 << 26
+TOKENIZER_STATE = ("truncation", "padding")  # a tokenizer keeps those of its last call
+CHUNK = 1 << 26  # numbers hashed at a time
 NOTED_FROM = 1 << 26  # bytes of weights; fewer are hashed in less than 0.2 seconds
 
 
 def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = False) -> str:
-    """SHA-256 over weights, configuration, similarity and processor: two models with one fingerprint encode alike.
+    """Return the SHA-256 of weights, configuration, similarity and processor.
 
-    Weights count by name, dtype, shape and bytes; of the configuration what differs from the
-    defaults. It does not depend on the folder or the device that the model was loaded from or to,
-    and is the same in every process. The similarity counts, because its weights are folded into
-    what an index stores.
+    Two models with one fingerprint give the same embeddings. Weights are hashed by name, dtype,
+    shape and bytes; of the configuration, the values that differ from the defaults. The
+    fingerprint is the same for every folder, device and process. The similarity is included
+    because its weights are folded into the vectors of an index.
 
     With `as_loaded`, the weights of a model from a folder are hashed once. The result is kept below `HF_HOME`, in
     `d2svse/fingerprints`, where no downloaded folder can bring one. It counts while path, size, time and header
@@ -55,8 +55,8 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = 
 
     Args:
         model: the model, with its processor.
-        bare_name: as an earlier version did it for a model that was configured by the name of its similarity alone.
-        as_loaded: the weights are as `from_pretrained` loaded them. Only who loaded the model can say so.
+        bare_name: hash a similarity without options as its name alone, as an earlier version did.
+        as_loaded: the weights are as `from_pretrained` loaded them. Only the caller that loaded the model can know.
 
     Returns:
         64 hexadecimal digits.
@@ -65,7 +65,7 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = 
         ValueError: if the model has no processor.
     """
     if model.processor is None:
-        raise ValueError("the model has no processor, which decides its embeddings too; set model.processor")
+        raise ValueError("the model has no processor, which is part of its fingerprint; set model.processor")
     config = _configuration(model.config)
     if bare_name and config.get("similarity", {}).keys() == {"name"}:
         config["similarity"] = config["similarity"]["name"]
@@ -76,8 +76,10 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = 
         "tokenizer": _tokenizer(model.processor.tokenizer),
         "max_length": model.processor.max_length,
     }
+    # Included only where they are set, so that models without them keep their fingerprints.
+    parts |= {name: value for name in ("fixed_length", "prompt") if (value := getattr(model.processor, name))}
     about = json.dumps(parts, sort_keys=True, default=str)
-    # torch.compile puts its own name into those of the weights, and computes the same.
+    # torch.compile adds its own prefix to the names of the weights.
     weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
     note = _note_of(model, weights, about) if as_loaded else None
     if note is not None:
@@ -127,7 +129,7 @@ def file_state(path: Path) -> list[Any]:
 
 
 def _configuration(config: Any) -> dict[str, Any]:
-    """What differs from the defaults, of both backbones too: a field that is new in transformers changes nothing."""
+    """Return the values that differ from the defaults, so that a new field in transformers changes nothing."""
     values = config.to_diff_dict()
     for name in ("vision_config", "text_config"):
         values[name] = {**getattr(config, name).to_diff_dict(), "model_type": getattr(config, name).model_type}
@@ -149,7 +151,7 @@ def _tokenizer(tokenizer: Any) -> Any:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one that runs in Python
+    if backend is None:  # the tokenizer runs in Python
         return [type(tokenizer).__name__, tokenizer.get_vocab(), _related(dict(tokenizer.init_kwargs))]
     settings = {name: value for name, value in json.loads(backend.to_str()).items() if name not in TOKENIZER_STATE}
     return [settings, tokenizer.padding_side, tokenizer.truncation_side]

@@ -1,4 +1,4 @@
-"""The published preprocessing of pictures: bilinear, on float32, without anti-aliasing."""
+"""The published preprocessing of images: bilinear, in float32, without anti-aliasing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 
-# What transformers does before it resizes an image; a processor of its own ways in one of them gets the image itself.
+# Methods of transformers that run before an image is resized. A processor that overrides one takes the slow path.
 STEPS = (
     "__call__",
     "preprocess",
@@ -32,15 +32,16 @@ STEPS = (
 
 
 class D2SVSEImageProcessorPil(PilBackend):
-    """Whole picture to a square, then ImageNet's mean and deviation, as the published code feeds its network.
+    """Resize the whole image to a square and normalise it by ImageNet's mean and deviation, as the published code.
 
-    The picture is resized by bilinear interpolation in float32 at half-pixel centres, each output
-    pixel from four input pixels, so that a picture that shrinks is not smoothed. It is then
-    divided by 255 and normalised.
+    Resizing is bilinear interpolation in float32 at half-pixel centres. Each output pixel comes
+    from four input pixels, so a reduced image is not smoothed. Values are then divided by 255 and
+    normalised.
 
     Args:
         antialias: resize with Pillow's anti-aliasing bilinear filter instead.
-        **kwargs: as in every transformers image processor; `size` is `{"height", "width"}`.
+        **kwargs: arguments of every transformers image processor; `size` is
+            `{"height": pixels, "width": pixels}`.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - read as a class attribute by transformers
@@ -59,10 +60,19 @@ class D2SVSEImageProcessorPil(PilBackend):
         self.antialias = antialias
 
     def resize(self, image: np.ndarray | Image.Image, size: Any, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
-        """Resize a `(channels, height, width)` image, or one of Pillow, to `size.height` × `size.width`."""
+        """Resize an image to `size.height` × `size.width` pixels.
+
+        Args:
+            image: an array `(channels, height, width)` or an RGB Pillow image.
+            size: the target size.
+            **kwargs: further arguments of the anti-aliasing resize.
+
+        Returns:
+            `(channels, height, width)`; float32 unless `antialias` is set.
+        """
         if self.antialias:
             return super().resize(image, size, **kwargs)  # type: ignore[arg-type]
-        # All channels at once, since torch rounds otherwise for one or two.
+        # All channels at once: torch rounds differently for one or two.
         if isinstance(image, Image.Image):
             pixels = np.empty((3, image.height, image.width), dtype=np.float32)
             for plane, name in zip(pixels, "RGB", strict=True):
@@ -76,18 +86,18 @@ class D2SVSEImageProcessorPil(PilBackend):
 
 
 def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Any:
-    """Prepare one RGB image: the `pixel_values` of any image processor, `(1, channels, height, width)`.
+    """Return the `pixel_values` of one RGB image, `(1, channels, height, width)`.
 
     Args:
-        processor: the image processor.
+        processor: any image processor of transformers.
         kwargs: further arguments of the processor.
-        image: the image, which is left as it is.
+        image: the image; it is not changed.
     """
     if not _resizes_first(processor, kwargs):
         return processor([image], **kwargs)["pixel_values"]
-    # transformers makes three copies at full size before it lets Pillow resize the image: an array, an array of
-    # bytes and a Pillow image again. A copy of the processor hands the image over as it is.
-    picture, own = image, type(processor).resize
+    # transformers makes three copies at full size before Pillow resizes the image: an array, an array of bytes and
+    # a Pillow image again. A copy of the processor gets the image without these copies.
+    source, own = image, type(processor).resize
 
     def resize(*, image: np.ndarray, size: SizeDict, **options: Any) -> np.ndarray:
         if size.shortest_edge and not size.longest_edge:
@@ -96,17 +106,17 @@ def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) ->
             )
             size = SizeDict(height=height, width=width)
         if size.height and size.width:
-            return own(processor, picture, size, **options)
-        return own(processor, np.moveaxis(np.array(picture), -1, 0), size, **options)
+            return own(processor, source, size, **options)
+        return own(processor, np.moveaxis(np.array(source), -1, 0), size, **options)
 
-    handing_over = copy.copy(processor)
-    handing_over.resize = resize  # which does not know the copy: a cycle would keep the image in memory
+    direct = copy.copy(processor)
+    direct.resize = resize  # it does not refer to the copy: a cycle would keep the image in memory
     shape = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))  # takes no memory
-    return handing_over([shape], **kwargs)["pixel_values"]
+    return direct([shape], **kwargs)["pixel_values"]
 
 
 def _resizes_first(processor: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a processor does with an image, before anything else, what transformers' resizing by Pillow does."""
+    """Return whether a processor's first step is a resize that takes a Pillow image directly."""
     kind: Any = type(processor)
     return (
         issubclass(kind, PilBackend)

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from d2svse.cpu import usable_cores
 from d2svse.features import Features
+from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
 from d2svse.hub.access import fetch_model
 from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
@@ -30,11 +31,22 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
-from d2svse.losses.contrastive import MAX_LOGIT_SCALE, InfoNCE
 from d2svse.models.adapters import MARK, add_lora, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
+from d2svse.models.dual_encoders import (
+    Tower,
+    check_kind,
+    describe,
+    embed_dim_of,
+    load_dual_encoder,
+    load_dual_processor,
+    logit_scale_of,
+    make_dual_encoder,
+    stretch_positions,
+    towers_of,
+)
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
 from d2svse.models.encoding import (
     Embeddings,
@@ -55,24 +67,22 @@ logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
-GROUP_TOKENS = 256  # a smaller group of sentences costs more than it saves in padding
+GROUP_TOKENS = 256  # a smaller group of texts costs more time than it saves in padding
 
 
 @dataclass
 class D2SVSEOutput(ModelOutput):
-    """What `D2SVSE.forward` gives.
+    """Output of `D2SVSE.forward`.
 
     Attributes:
-        loss: InfoNCE at the model's logit scale, if `return_loss`.
         logits_per_image: scores × logit scale, `(n_images, n_texts)`, if both sides are given.
-        logits_per_text: its transpose.
+        logits_per_text: transpose of `logits_per_image`, `(n_texts, n_images)`.
         image_embeds: pooled image vectors, `(n_images, embed_dim)`, not normalised.
-        text_embeds: pooled sentence vectors (fused, with the decoder), `(n_texts, embed_dim)`.
-        image_features: the same with tokens and mask.
-        text_features: the same with words and mask.
+        text_embeds: pooled text vectors, `(n_texts, embed_dim)`, not normalised; with a decoder, after fusion.
+        image_features: pooled image vectors with tokens and mask.
+        text_features: pooled text vectors with words and mask.
     """
 
-    loss: Tensor | None = None
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     image_embeds: Tensor | None = None
@@ -84,19 +94,22 @@ class D2SVSEOutput(ModelOutput):
 class D2SVSE(Shimmed, PreTrainedModel):
     """An image-text model with a joint space, trained in two stages (D2S-VSE, ICCV 2025).
 
-    Without `config.context_decoder` a sentence's embedding is its pooled text (stage 1, and the dense
-    branch); with it the decoder's output is added (stage 2, Eq. 3).
+    Without `config.context_decoder` the embedding of a text is its pooled words (stage 1, and the
+    dense branch). With a decoder, the decoder's output is added (stage 2, Eq. 3).
 
     Args:
         config: the architecture; the weights are random.
-        vision_backbone: a loaded backbone for the image side, instead of a random one.
-        text_backbone: the same for the text side.
+        vision_backbone: a loaded backbone for the image side; by default one with random weights.
+        text_backbone: a loaded backbone for the text side; by default one with random weights.
+        dual_encoder: a loaded dual encoder, whose towers are used; by default one with random weights, where the
+            configuration names a dual encoder.
 
     Attributes:
-        processor: prepares pictures and sentences; saved and loaded with the model.
-        weight_files: the state of the files that the weights were loaded from; none of a model made in memory.
+        processor: the `D2SVSEProcessor` that prepares images and texts, saved and loaded with the
+            model; None until one is set.
+        weight_files: state of the files that the weights were loaded from; empty for a model made in memory.
         similarity_fn: the `Similarity` module.
-        logit_scale: log(1 / temperature) by which scores become logits.
+        logit_scale: log(1 / temperature), a scalar parameter; its exponential scales scores to logits.
     """
 
     config_class = D2SVSEConfig
@@ -111,21 +124,32 @@ class D2SVSE(Shimmed, PreTrainedModel):
         config: D2SVSEConfig,
         vision_backbone: PreTrainedModel | None = None,
         text_backbone: PreTrainedModel | None = None,
+        dual_encoder: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
         vision_config: Any = config.vision_config
         text_config: Any = config.text_config
-        self.image_encoder = ImageEncoder(vision_config, config.embed_dim, config.image_pooling, vision_backbone)
+        image_tower: Tower | None = None
+        text_tower: Tower | None = None
+        if config.dual_encoder is not None:
+            dual = dual_encoder or make_dual_encoder(config.dual_encoder, vision_config, text_config)
+            image_tower, text_tower = towers_of(dual)
+        self.image_encoder = ImageEncoder(
+            vision_config, config.embed_dim, config.image_pooling, vision_backbone, image_tower
+        )
         self.text_encoder = TextEncoder(
-            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone
+            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone, text_tower
         )
         self.decoder = (
             build_context_decoder(config.embed_dim, **config.context_decoder)
             if config.context_decoder is not None
             else None
         )
+        self.context_gate = nn.Parameter(torch.zeros(())) if self.decoder is not None and config.context_gate else None
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[list[Any]] = []
         self.post_init()
@@ -141,17 +165,17 @@ class D2SVSE(Shimmed, PreTrainedModel):
         max_length: int | None = None,
         **options: Any,
     ) -> D2SVSE:
-        """Join two pretrained backbones; projections, poolings and decoder start random.
+        """Join two pretrained backbones; projections, poolings and decoder get random weights.
 
         Args:
-            vision: Hub id or folder of a vision backbone (of CLIP the vision side is taken).
-            text: Hub id or folder of a text backbone.
-            max_length: longest sentence in tokens; the backbone's limit without it.
+            vision: Hub id or folder of a vision backbone, or of a two-sided model such as CLIP.
+            text: Hub id or folder of a text backbone, or of a two-sided model such as CLIP.
+            max_length: longest text in tokens; the backbone's limit by default.
             **options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
 
         Raises:
-            ValueError: if an option is none of those fields.
-            FileNotFoundError: if the text folder lacks its vocabulary.
+            ValueError: if an option is not a field of `D2SVSEConfig`.
+            FileNotFoundError: if the text folder has no vocabulary.
         """
         D2SVSEConfig.check_names(options)
         vision, text = os.fspath(vision), os.fspath(text)
@@ -170,25 +194,107 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model and its processor from the Hub or a folder; arguments as in transformers.
+    def from_dual_encoder(
+        cls,
+        dual_encoder: str | os.PathLike[str] | PreTrainedModel,
+        *,
+        processor: Any = None,
+        max_positions: int | None = None,
+        **options: Any,
+    ) -> D2SVSE:
+        """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
 
-        From the Hub all files are of one commit, which `config._commit_hash` tells.
+        Embeddings, scores and logits are those of the original. `from_pretrained` calls this for a Hub id or a folder
+        of such a model.
+
+        Args:
+            dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
+            processor: the model's own processor; that of the folder without it.
+            max_positions: longest text in tokens, more than the text side was trained for, see `stretch_positions`.
+            **options: further fields of `D2SVSEConfig`, such as `similarity` or `context_decoder`.
 
         Raises:
-            FileNotFoundError: if a file of the model is missing, or there is no such repository or
-                revision; the message names it.
-            OSError: if the Hub cannot be reached or refuses, of a kind that says which.
-            ValueError: if the weights are broken, not finite or fewer than the configuration describes, or the
-                folder names something outside of itself.
+            ValueError: if it is no dual encoder that is known, or an option is no field that is free.
+            OSError: if the folder lacks a file.
+        """
+        D2SVSEConfig.check_names(options)
+        if not isinstance(dual_encoder, PreTrainedModel):
+            loaded = load_dual_encoder(dual_encoder)
+            processor = processor or load_dual_processor(dual_encoder)
+            dual_encoder = loaded
+        check_kind(dual_encoder.config.model_type)
+        dual_config: Any = dual_encoder.config
+        if max_positions is not None:
+            stretch_positions(dual_encoder, max_positions)
+        scale, bias = logit_scale_of(dual_encoder)
+        config = D2SVSEConfig(
+            **{
+                "vision_config": dual_config.vision_config.to_dict(),
+                "text_config": dual_config.text_config.to_dict(),
+                "dual_encoder": describe(dual_config),
+                "embed_dim": embed_dim_of(dual_config),
+                "image_pooling": "native",
+                "text_pooling": "native",
+                "logit_scale_init_value": scale,
+                "logit_bias_init_value": bias,
+                "max_logit_scale": None,
+                "context_gate": True,
+                **options,
+            }
+        )
+        for parameter in dual_encoder.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = cls(config, dual_encoder=dual_encoder)
+        if processor is not None:
+            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model and its processor from the Hub or a folder.
+
+        Dual encoders of transformers, such as CLIP and SigLIP, are taken over, see `from_dual_encoder`; further
+        arguments are then fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
+        `config._commit_hash`.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            *args: further arguments of `from_pretrained` of transformers.
+            **kwargs: further arguments of `from_pretrained` of transformers.
+
+        Raises:
+            FileNotFoundError: if a file of the model, the repository or the revision does not exist;
+                the message names it.
+            OSError: if the Hub cannot be reached (ConnectionError) or denies access (PermissionError).
+            ValueError: if it is another kind of model, weights are broken, missing or not finite, or the folder refers
+                to a file outside itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
         folder, subfolder = Path(name), kwargs.get("subfolder", "")
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
+
+        def check(config: dict[str, Any]) -> bool:
+            model_type = str(config.get("model_type", D2SVSEConfig.model_type))
+            if model_type == D2SVSEConfig.model_type:
+                return False
+            check_kind(model_type, name)
+            return True
+
         recover_folder(folder)
         if not folder.is_dir():
-            folder = fetch_model(name, subfolder=subfolder, **hub_options)
+            folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
+        if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
+            options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
+            dtype = options.pop("dtype", None)
+            files = weight_files(inner, name)
+            states = [file_state(file) for file in files if file.suffix == ".safetensors"]  # before they are read
+            adopted = cls.from_dual_encoder(inner, **options)
+            adopted.weight_files = states
+            adopted.name_or_path = adopted.config.name_or_path = name
+            if not Path(name).is_dir():
+                adopted.config._commit_hash = folder.name
+            return adopted if dtype is None else adopted.to(dtype)
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -215,27 +321,31 @@ class D2SVSE(Shimmed, PreTrainedModel):
             with loading(name):
                 model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder, trust_remote_code=False)
         else:
-            logger.warning("%s holds no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
+            logger.warning("%s has no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save weights (safetensors), configuration, processor and what other libraries load it by.
+        """Save weights (safetensors), configuration, processor, and files for other libraries.
 
-        Arguments are those of transformers. With `push_to_hub` the folder is then pushed to
-        `repo_id`, by default one of the folder's name; see `d2svse.hub.push_folder` for `private`,
-        `token`, `revision`, `commit_message` and `create_pr`.
+        Other files in the folder stay. After a kill the folder holds the earlier model or this one.
 
-        Other files of the folder stay. After a kill the folder holds the earlier model or this one.
+        Args:
+            save_directory: the folder.
+            *args: further arguments of `save_pretrained` of transformers.
+            push_to_hub: push the folder afterwards. `repo_id` names the repository, by default as
+                the folder; see `d2svse.hub.push_folder` for `private`, `token`, `revision`,
+                `commit_message` and `create_pr`.
+            **kwargs: further arguments of `save_pretrained` of transformers.
 
         Raises:
-            NotADirectoryError: if there is a file of that name.
-            OSError: if it cannot be written; the message names the folder.
+            NotADirectoryError: if `save_directory` is a file.
+            OSError: if the folder cannot be written; the message names it.
         """
         hub_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if push_to_hub and name in kwargs}
-        if kwargs.get("state_dict"):  # as of a Trainer, which may have taken it from a wrapped model
+        if kwargs.get("state_dict"):  # a Trainer may take it from a compiled model
             kwargs["state_dict"] = {name.replace(COMPILED, ""): t for name, t in kwargs["state_dict"].items()}
         main = args[0] if args else kwargs.get("is_main_process", True)
-        if not main or kwargs.get("distributed_checkpoint"):  # all processes write to the one folder
+        if not main or kwargs.get("distributed_checkpoint"):  # all processes write to one folder
             with uncompiled(self):
                 super().save_pretrained(save_directory, *args, **kwargs)
             return
@@ -254,17 +364,17 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Push weights, configuration, processor and a model card to the Hub, in one commit.
 
         Args:
-            repo_id: name of the repository; it is made if there is none.
-            max_shard_size: largest file of weights, such as "5GB".
-            **options: as of `d2svse.hub.push_folder`: `private`, `token`, `revision`, `commit_message`,
-                `create_pr`, `facts` and `results`; `run_card`, what the model card tells of training.
+            repo_id: name of the repository; created if it does not exist.
+            max_shard_size: largest weight file, such as "5GB".
+            **options: options of `d2svse.hub.push_folder`: `private`, `token`, `revision`, `commit_message`,
+                `create_pr`, `facts`, `results` and `run_card`.
 
         Returns:
-            What was pushed where, a `d2svse.hub.Pushed`.
+            The repository, commit and address, see `d2svse.hub.Pushed`.
 
         Raises:
             ValueError: if the name is not allowed, or the model has no processor.
-            OSError: if the Hub cannot be reached or refuses; the message says why.
+            OSError: if the Hub cannot be reached or denies access; the message gives the reason.
         """
         if self.processor is None:
             raise ValueError("the model has no processor; set model.processor before it is pushed")
@@ -275,26 +385,43 @@ class D2SVSE(Shimmed, PreTrainedModel):
             return push_folder(folder, repo_id, **options)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors by name; parts that `torch.compile` has wrapped keep the names that they had before."""
+        """Return the tensors by name; parts wrapped by `torch.compile` keep their plain names."""
         state = super().state_dict(*args, **kwargs)
         if any(COMPILED in name for name in state):
-            for name in list(state):  # in place, and in the same order
+            for name in list(state):  # in place, so that the order stays
                 state[name.replace(COMPILED, "")] = state.pop(name)
         return state
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load tensors by the names that `state_dict` gives them, into compiled parts as well."""
+        """Load tensors by the names that `state_dict` returns, also into compiled parts."""
         compiled = {name.replace(COMPILED, ""): name for name in super().state_dict()}
         state = {compiled.get(name.replace(COMPILED, ""), name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state, *args, **kwargs)
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """Encode images: `pooler_output (batch, embed_dim)`, `last_hidden_state` the projected tokens."""
+        """Encode prepared images, under transformers' names.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+
+        Returns:
+            `pooler_output (batch, embed_dim)`, and the projected tokens as
+            `last_hidden_state (batch, length, embed_dim)`.
+        """
         features = self.image_encoder(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """Encode sentences: `pooler_output (batch, embed_dim)`, fused with a decoder, `last_hidden_state` the words."""
+        """Encode tokenized texts, under transformers' names.
+
+        Args:
+            input_ids: `(batch, length)` int64.
+            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
+
+        Returns:
+            `pooler_output (batch, embed_dim)`, with the decoder's output added if there is a decoder, and the
+            projected words as `last_hidden_state (batch, length, embed_dim)`.
+        """
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
@@ -305,7 +432,6 @@ class D2SVSE(Shimmed, PreTrainedModel):
         attention_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
-        return_loss: bool = False,
         return_logits: bool = True,
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
@@ -319,16 +445,15 @@ class D2SVSE(Shimmed, PreTrainedModel):
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
             image_tokens: `(n_images, n_image_tokens, hidden_size)` what the vision backbone gave
                 earlier, instead of `pixel_values`.
-            return_loss: also compute InfoNCE; image i must match text i.
-            return_logits: score all pairs; training tasks leave it out and score by themselves.
+            return_logits: score all pairs, as transformers' zero-shot pipeline expects; training tasks leave
+                it out and score the features.
             text_groups: encode sentences in up to so many groups of like length, so that less padding is
                 computed; the result is the same.
             token_type_ids: taken because BERT's tokenizers give them; all zero, as a sentence has
                 no second part.
 
         Raises:
-            ValueError: if neither side is given, an image twice, a loss is asked of one side, or a
-                sentence has a second part.
+            ValueError: if neither side is given, an image twice, or a text has a second part.
         """
         if token_type_ids is not None and token_type_ids.any():
             raise ValueError("token_type_ids mark a second sentence; give one sentence a row")
@@ -348,18 +473,21 @@ class D2SVSE(Shimmed, PreTrainedModel):
             image_features=images,
             text_features=texts,
         )
-        if images is not None and texts is not None and (return_logits or return_loss):
-            logits = self.similarity_fn(images, texts) * self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+        if images is not None and texts is not None and return_logits:
+            scale = self.logit_scale.float().exp()
+            if self.config.max_logit_scale is not None:
+                scale = scale.clamp(max=self.config.max_logit_scale)
+            logits = self.similarity_fn(images, texts) * scale
+            if self.logit_bias is not None:
+                logits = logits + self.logit_bias.float()
             output.logits_per_image, output.logits_per_text = logits, logits.T
-            if return_loss:
-                output.loss = InfoNCE(temperature=1.0)(logits)
-        elif return_loss:
-            raise ValueError("a loss needs both pixel_values and input_ids")
         return output
 
     def _encode_sentences(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
-        padding_counts = self.text_encoder.mlp is not None or (
-            self.decoder is not None and not self.decoder.mask_padding
+        padding_counts = (
+            self.text_encoder.mlp is not None
+            or self.text_encoder.native_pool is not None
+            or (self.decoder is not None and not self.decoder.mask_padding)
         )
         groups = min(groups, input_ids.numel() // GROUP_TOKENS, len(input_ids) // 2)
         if groups < 2 or attention_mask is None or padding_counts:
@@ -380,12 +508,19 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return self.fuse(texts, torch.cat(contexts) if contexts else None)[order.argsort()]
 
     def fuse(self, texts: Features, context: Tensor | None = None) -> Features:
-        """Add the decoder's output `(batch, embed_dim)`, made here if not given, to pooled text (D2S-VSE, Eq. 3)."""
+        """Add the decoder's output to the pooled texts (D2S-VSE, Eq. 3).
+
+        Args:
+            texts: output of the text encoder; returned unchanged if the model has no decoder.
+            context: output of the decoder for `texts`, `(batch, embed_dim)`; computed here by default.
+        """
         if self.decoder is None:
             return texts
         context = self.decoder(texts.tokens, texts.mask) if context is None else context
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
+        if self.context_gate is not None:
+            context = context * self.context_gate
         pooled = texts.pooled + context if self.config.context_residual else context
         return Features(pooled, texts.tokens, texts.mask)
 
@@ -400,25 +535,25 @@ class D2SVSE(Shimmed, PreTrainedModel):
         output: Output = "pooled",
         draft: bool = False,
     ) -> Any:
-        """Encode pictures; one that is named more than once is read and encoded once.
+        """Encode images. An image that is given more than once is read and encoded once.
 
         Args:
-            images: an image or a list of them, each as `load_image` takes it: a path, bytes, a file object, a
-                Pillow image, an array or a tensor. An array or tensor of four dimensions is a list.
-            batch_size: pictures encoded at a time; it does not change the result (to 1e-5).
-            show_progress_bar: show one on the terminal.
+            images: an image or a list of images. An image is anything that `load_image` reads: a path, bytes,
+                a file object, a Pillow image, an array or a tensor. An array or tensor of four dimensions is a list.
+            batch_size: images encoded at a time; it changes the result by at most 1e-5.
+            show_progress_bar: show a progress bar on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
-            device: move the model there first.
+            device: device that the model is moved to first; None leaves it where it is.
             output: "pooled" for the vectors alone, "features" for `Features` with the tokens.
-            draft: decode large JPEG files at a half, a quarter or an eighth of their size where
-                both sides stay at least twice what the model takes. It is faster and changes the
-                embeddings a little (see docs/indexing.md).
+            draft: decode large JPEG files at a half, a quarter or an eighth of their size, if both
+                sides stay at least twice the model's input size. This is faster and changes the
+                embeddings slightly (see docs/indexing.md).
 
         Returns:
-            `(n_images, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
+            `(n_images, embed_dim)` float32, L2-normalised, in the order of `images`; or `Features`.
 
         Raises:
-            ImageError: if a picture cannot be read.
+            ImageError: if an image cannot be read.
             ValueError: if the list is empty or the model has no processor.
         """
         once, rows = distinct(image_list(images))
@@ -436,19 +571,22 @@ class D2SVSE(Shimmed, PreTrainedModel):
         draft: bool = False,
         on_bad_image: Callable[[int, ImageError], None] | None = None,
     ) -> Iterator[tuple[list[int], Features]]:
-        """Encode pictures and give each batch as it is done: the rows of `images` in it, and what they gave.
+        """Encode images and yield each batch when it is done: its rows in `images`, and their features.
 
         Args:
-            images: a list of what `load_image` takes.
-            batch_size: pictures encoded at a time.
-            device: move the model there first.
-            output: "pooled", or "features" to have the tokens as well.
-            draft: see `encode_image`.
-            on_bad_image: called with the row of a picture that cannot be read, which is then left
-                out; without it such a picture is an error.
+            images: a list of images, see `encode_image`.
+            batch_size: images encoded at a time.
+            device: device that the model is moved to first; None leaves it where it is.
+            output: "pooled" for the vectors alone, "features" for the tokens too.
+            draft: decode large JPEG files at reduced size, see `encode_image`.
+            on_bad_image: called with the row and the error of an image that cannot be read, which
+                is then skipped; None raises the error.
+
+        Yields:
+            Row numbers and `Features` on the model's device, pooled vectors L2-normalised, float32.
 
         Raises:
-            ImageError: if a picture cannot be read.
+            ImageError: if an image cannot be read.
             ValueError: if the list is empty or the model has no processor.
         """
         processor = self._require_processor(images, batch_size, output)
@@ -465,7 +603,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
         readers = ThreadPoolExecutor(usable_cores())
         try:
-            # The next batch is read and prepared while the model works on this one.
+            # Read and prepare the next batch while the model encodes this one.
             starts = range(0, len(images), batch_size)
             following: dict[int, Future[Tensor | ImageError]] = {}
             for start in [*starts, None]:
@@ -503,33 +641,34 @@ class D2SVSE(Shimmed, PreTrainedModel):
         max_length: int | None = None,
         on_report: Callable[[TextReport], None] = TextReport.warn,
     ) -> Any:
-        """Encode sentences, each once, in batches of like length, given back in the order they came.
+        """Encode texts in batches of similar length. A text that is given more than once is encoded once.
 
         A context decoder that does not mask padding (imported checkpoints) makes an embedding
-        depend on the longest sentence of its batch. Batches are then taken in the order given,
-        as the published evaluation takes them, 128 at a time, repeated sentences included.
+        depend on the longest text of its batch. Batches then follow the order of `texts`, repeated
+        texts included, 128 at a time, as in the published evaluation.
 
         Args:
             texts: a text, or several in a list, an array, a pandas Series or an iterator.
-            batch_size: sentences encoded at a time; but for such a decoder it does not change
-                the result (to 1e-5).
-            show_progress_bar: show one on the terminal.
+            batch_size: texts encoded at a time. It changes the result by at most 1e-5, except for
+                a decoder that does not mask padding.
+            show_progress_bar: show a progress bar on the terminal.
             convert_to_tensor: return tensors on the model's device instead of NumPy arrays.
-            device: move the model there first.
+            device: device that the model is moved to first; None leaves it where it is.
             output: "pooled" for the vectors alone, "features" for `Features` with the words.
-            dense: the sentences are dense captions: leave out the context decoder.
-            max_length: cut longer sentences, in tokens; the processor's limit without it.
-            on_report: called with the report on unknown words and cut texts; without it each fault is one warning.
+            dense: the texts are dense captions: skip the context decoder.
+            max_length: longest text in tokens, longer ones are truncated; the processor's limit by default.
+            on_report: called with the report on unknown words and truncated texts; by default it logs one warning
+                for each kind of fault.
 
         Returns:
-            `(n_texts, embed_dim)` float32, L2-normalised, in the order given; or `Features`.
+            `(n_texts, embed_dim)` float32, L2-normalised, in the order of `texts`; or `Features`.
 
         Raises:
-            ValueError: if it is not a list of texts or empty, or a text is empty, not a string or holds half a
-                character (the message gives its position), or the model has no processor.
+            ValueError: if `texts` is not a list of texts, is empty, or has a text that is empty, not a string or
+                contains half a character (the message gives its position); or if the model has no processor.
         """
-        sentences = as_texts(texts)
-        once, rows = (sentences, None) if self.text_depends_on_batch(dense) else distinct(sentences)
+        listed = as_texts(texts)
+        once, rows = (listed, None) if self.text_depends_on_batch(dense) else distinct(listed)
         options: dict[str, Any] = {"batch_size": batch_size, "device": device, "output": output, "dense": dense}
         batches = self.text_batches(
             once,
@@ -537,7 +676,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             on_report=on_report if rows is None else lambda report: on_report(report[rows]),
             **options,
         )
-        parts = with_progress(batches, len(once), batch_size, "sentences", show_progress_bar)
+        parts = with_progress(batches, len(once), batch_size, "texts", show_progress_bar)
         return join_batches(parts, rows, output, convert_to_tensor)
 
     def text_batches(
@@ -551,9 +690,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
         max_length: int | None = None,
         on_report: Callable[[TextReport], None] = TextReport.warn,
     ) -> Iterator[tuple[list[int], Features]]:
-        """Encode sentences and give each batch as it is done: the rows of `texts` in it, and what they gave.
+        """Encode texts and yield each batch when it is done: its rows in `texts`, and their features.
 
-        Arguments and errors are those of `encode_text`; batches are of like length.
+        Batches have texts of similar length; see `encode_text` for the arguments and errors.
+
+        Yields:
+            Row numbers and `Features` on the model's device, pooled vectors L2-normalised, float32.
         """
         processor = self._require_processor(texts, batch_size, output)
         model: Any = self
@@ -572,7 +714,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
             yield rows, features
 
     def text_depends_on_batch(self, dense: bool) -> bool:
-        """Whether the context decoder sees padding, so that a sentence's batch has to be the given one."""
+        """Return whether the context decoder sees padding, so that an embedding depends on its batch.
+
+        Args:
+            dense: the texts are dense captions, which skip the decoder.
+        """
         return not dense and self.decoder is not None and not self.decoder.mask_padding
 
     @torch.no_grad()
@@ -580,27 +726,38 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Score all pairs with the similarity that the model was trained with.
 
         Args:
-            images: what `encode_image` gave (or one row of it), `(n_images, embed_dim)`.
-            texts: what `encode_text` gave, `(n_texts, embed_dim)`; `Features` where the
+            images: output of `encode_image` or one row of it, `(n_images, embed_dim)`; `Features` if
+                the similarity compares tokens.
+            texts: output of `encode_text` or one row of it, `(n_texts, embed_dim)`; `Features` if the
                 similarity compares tokens.
 
         Returns:
-            `(n_images, n_texts)` float32, higher is closer; a NumPy array if both sides are.
+            `(n_images, n_texts)` float32, higher is closer; a NumPy array if both sides are arrays.
         """
         scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 
     def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Encode prepared images to what other libraries compare, `(batch, embed_dim)` float32.
+        """Return the vectors of prepared images for other libraries, `(batch, embed_dim)` float32.
 
-        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). Of any
-        other one both are the pooled vectors, L2-normalised.
+        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). For any
+        other similarity both are the pooled vectors, L2-normalised.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
         """
         return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values.to(self.dtype)).pooled)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Encode tokenized texts to what other libraries compare; see `image_vectors`."""
+        """Return the vectors of tokenized texts for other libraries, `(batch, embed_dim)` float32.
+
+        See `image_vectors` for how they compare.
+
+        Args:
+            input_ids: `(batch, length)` int64.
+            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
+        """
         texts = self.fuse(self.text_encoder(input_ids, attention_mask))
         return self.similarity_fn.pooled_vectors("text", texts.pooled)
 
@@ -613,32 +770,40 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         if self.processor is None:
             raise ValueError(
-                "the model has no processor to prepare pictures and sentences; load it from a folder that holds "
+                "the model has no processor to prepare images and texts; load it from a folder with "
                 "processor_config.json and the tokenizer, or set model.processor = D2SVSEProcessor(...)"
             )
         return self.processor
 
     def add_decoder(self, **arguments: Any) -> nn.Module:
-        """Give a stage-1 model the context decoder of stage 2, with fresh weights.
+        """Add the context decoder of stage 2 to a stage-1 model, with random weights.
 
         Args:
             **arguments: arguments of `build_context_decoder`.
 
+        Returns:
+            The decoder.
+
         Raises:
-            ValueError: if the model has a decoder already.
+            ValueError: if the model already has a decoder.
         """
         if self.decoder is not None:
             raise ValueError("the model has a context decoder already")
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)
+        if self.config.context_gate:
+            self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
         self.config.context_decoder = arguments
         return self.decoder
 
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
-        """Freeze a backbone (True), free it (False) or leave it (None); a frozen one stays in eval mode.
+        """Freeze or unfreeze the backbones. A frozen backbone stays in eval mode.
 
-        Of one with LoRA only the added matrices are freed.
+        Args:
+            vision: True freezes the vision backbone, False unfreezes it, None leaves it as it is.
+                In a backbone with LoRA only the added matrices are unfrozen.
+            text: freezes the text backbone in the same way.
         """
         for side, frozen in (("vision", vision), ("text", text)):
             if frozen is not None:
@@ -648,15 +813,15 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.train(self.training)
 
     def add_lora(self, side: Literal["vision", "text"], **arguments: Any) -> None:
-        """Put LoRA matrices beside a backbone's layers and freeze the rest of it; saved with the model.
+        """Add LoRA matrices to the layers of a backbone and freeze its weights. They are saved with the model.
 
         Args:
-            side: which backbone.
+            side: the backbone, "vision" or "text".
             **arguments: arguments of `d2svse.models.adapters.add_lora`.
 
         Raises:
             ImportError: if peft is missing.
-            ValueError: if the backbone has LoRA already, or no layer of the names asked for.
+            ValueError: if the backbone already has LoRA, or no layer name matches.
         """
         present = self.config.lora or {}
         if side in present:
@@ -665,7 +830,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.config.lora = {**present, side: arguments}
 
     def merge_lora(self) -> None:
-        """Add all LoRA matrices to the weights beside them: a plain model with the same outputs."""
+        """Add all LoRA matrices to the weights and remove them; the outputs stay the same."""
         for side in self.config.lora or {}:
             merge_lora(self._backbone(side))
         self.config.lora = None
@@ -675,7 +840,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return encoder.backbone
 
     def train(self, mode: bool = True) -> D2SVSE:
-        """Set the training mode, of all but frozen backbones."""
+        """Set the training mode; frozen backbones stay in eval mode."""
         super().train(mode)
         for backbone in (self.image_encoder.backbone, self.text_encoder.backbone):
             if not any(parameter.requires_grad for parameter in backbone.parameters()):
@@ -685,7 +850,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ImageEncoder | TextEncoder):
+        if isinstance(module, ImageEncoder | TextEncoder) and module.native_pool is None:
             init.xavier_uniform_(module.projection.weight)
         elif isinstance(module, nn.GRU):
             bound = module.hidden_size**-0.5
@@ -697,6 +862,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
+            if module.context_gate is not None:
+                init.zeros_(module.context_gate)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
+
+
+def _as_dictionary(content: Any) -> dict[str, Any]:
+    return content if isinstance(content, dict) else {}
 
 
 def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
@@ -704,7 +877,7 @@ def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
         return D2SVSEConfig.from_pretrained(folder)
     except ImportError:
         raise
-    except Exception as error:  # transformers and huggingface_hub raise many kinds for values of the wrong type
+    except Exception as error:  # transformers and huggingface_hub raise many kinds of error for wrong types
         raise ValueError(f"{name}: config.json: {' '.join(str(error).split())[:300]}") from None
 
 

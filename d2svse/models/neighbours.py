@@ -1,4 +1,4 @@
-"""What a saved model leaves in its folder for the libraries that load it beside this one."""
+"""Files in a model folder by which other libraries load the model."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ PROCESSOR_MAP = {"AutoProcessor": f"{SHIM}.D2SVSEProcessor"}
 
 
 class Shimmed:
-    """A class that transformers' Auto classes find through the file that is saved beside it."""
+    """A class that transformers' Auto classes find by a Python file in the model folder."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: transformers would save the class's source file, where a line that imports it does."""
+        """Do nothing: transformers would save the source file of the class, but the written import line is enough."""
 
 
 def write_shim(folder: str | os.PathLike[str]) -> None:
-    """Write the line by which transformers finds the classes where nobody has imported d2svse."""
+    """Write the Python file by which transformers finds the classes without an import of d2svse."""
     write_text(Path(folder) / f"{SHIM}.py", SHIM_CODE)
 
 
 def write_sentence_transformers(folder: str | os.PathLike[str], similarity: Similarity) -> None:
-    """Write what `SentenceTransformer(folder)` reads, version 5.4 and later.
+    """Write the files that `SentenceTransformer(folder)` reads, version 5.4 and later.
 
-    Its own module loads the model and calls `image_vectors` and `text_vectors`. Vectors of a
-    similarity that folds are compared by inner product, others by cosine.
+    A module of sentence-transformers loads the model and calls `image_vectors` and
+    `text_vectors`. Vectors are compared by `similarity.vector_score`: by inner product for a
+    similarity that folds into vectors, otherwise by cosine.
     """
     names = dict(zip(("modules", "module", "model"), SENTENCE_TRANSFORMERS_FILES, strict=True))
     module = "sentence_transformers.base.modules.transformer.Transformer"

@@ -1,4 +1,4 @@
-"""From tokens to one vector: generalized pooling (GPO), mean, max, cls."""
+"""Pool tokens to one vector: generalized pooling (GPO), mean, max, cls."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class GeneralizedPooling(nn.Module):
     """Generalized pooling operator (Chen et al., "Learning the Best Pooling Strategy", CVPR 2021).
 
     Every dimension is sorted over the tokens, largest first, and the sorted values are averaged
-    with coefficients that a small bidirectional GRU makes from the positions in that order. Mean,
-    max and k-max pooling are special cases. The coefficients depend on the length alone, so they
-    are made once for each distinct length of a batch and, without gradient, kept until the
-    weights or the training mode change.
+    with learned coefficients. A small bidirectional GRU computes the coefficients from the
+    positions in the sorted order. Mean, max and k-max pooling are special cases. Coefficients
+    depend on the length alone: they are computed once for each distinct length of a batch.
+    Without gradient they are kept until the weights or the training mode change.
 
     Args:
         position_dim: width of the sinusoidal position encoding.
@@ -33,11 +33,18 @@ class GeneralizedPooling(nn.Module):
         self.position_dim, self.hidden_dim = position_dim, hidden_dim
         self.gru = nn.GRU(position_dim, hidden_dim, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(hidden_dim, 1, bias=False)
-        # The state of the weights and what it gives, in one attribute: threads replace it as a whole.
+        # State of the weights and their coefficients by length, in one attribute: threads replace it as a whole.
         self._kept: tuple[tuple[object, ...], dict[int, Tensor]] = ((), {})
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool `(batch, length, dim)` to `(batch, dim)`; `mask` `(batch, length)` bool marks real tokens.
+        """Pool the tokens of each row.
+
+        Args:
+            tokens: `(batch, length, dim)`.
+            mask: True where a token is real, `(batch, length)` bool; None if all tokens are real.
+
+        Returns:
+            `(batch, dim)` float32, or float64 for float64 tokens.
 
         Raises:
             ValueError: if a row has no real token.
@@ -51,7 +58,7 @@ class GeneralizedPooling(nn.Module):
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
             if lengths[0] == 0:
-                raise ValueError("cannot pool a row of which every token is masked")
+                raise ValueError("cannot pool a row whose tokens are all masked")
             values = values.masked_fill(~mask[:, None, :], -torch.inf)
             values = sort_descending(values)[..., : lengths[-1]]
             real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
@@ -59,14 +66,18 @@ class GeneralizedPooling(nn.Module):
             return (values @ self.coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
-        """Set the training mode, and forget the coefficients that were kept."""
+        """Set the training mode and drop the kept coefficients."""
         self._kept = ((), {})
         return super().train(mode)
 
     def coefficients(self, lengths: list[int]) -> Tensor:
-        """Coefficients of some lengths in ascending order, zero beyond each: `(len(lengths), max(lengths))`."""
+        """Return the pooling coefficients of each length, `(len(lengths), max(lengths))`, zero after each length.
+
+        Args:
+            lengths: numbers of tokens in ascending order.
+        """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            self._kept = ((), {})  # fused optimizers change weights without raising their version
+            self._kept = ((), {})  # fused optimizers change weights without a new version number
             return self._compute(lengths)
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         kept_for, kept = self._kept
@@ -94,7 +105,7 @@ class MeanPooling(nn.Module):
     """Mean over the real tokens."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         tokens = at_least_float32(tokens)
         if mask is None:
             return tokens.mean(1)
@@ -105,16 +116,16 @@ class MaxPooling(nn.Module):
     """Maximum over the real tokens."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         tokens = at_least_float32(tokens)
         return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
 
 
 class ClsPooling(nn.Module):
-    """The first token, whether or not token dropping masked it."""
+    """The first token, even where token dropping masks it."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Pool `(batch, length, dim)` to `(batch, dim)`."""
+        """Return the first token of `(batch, length, dim)` as `(batch, dim)`; `mask` is ignored."""
         return at_least_float32(tokens[:, 0])
 
 
@@ -129,8 +140,8 @@ POOLINGS: dict[str, type[nn.Module]] = {
 def sort_descending(values: Tensor) -> Tensor:
     """Sort the last dimension, largest first, with gradient.
 
-    On the CPU the order comes from NumPy's vectorised argsort, faster than `torch.sort` on the
-    short rows of token features (see docs/benchmarks.md).
+    On the CPU the order comes from NumPy's vectorised argsort, which is faster than `torch.sort`
+    for the short rows of token features (see docs/benchmarks.md).
     """
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         order = np.argsort(-values.detach().numpy(), axis=-1)
@@ -139,7 +150,10 @@ def sort_descending(values: Tensor) -> Tensor:
 
 
 def sinusoidal_positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """Sine in the even and cosine in the odd columns, frequencies from 1 to 1/10000: `(length, dim)`."""
+    """Return a position encoding, `(length, dim)` float32: sine in even and cosine in odd columns.
+
+    Frequencies go from 1 to 1/10000.
+    """
     position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
     frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
     return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)[:, :dim]

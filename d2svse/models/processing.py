@@ -1,4 +1,4 @@
-"""Pictures and sentences to tensors; saved beside the weights."""
+"""The processor: prepare images and texts as tensors. It is saved with the model."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from transformers import (
 from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabulary
 from d2svse.images import ImageSource, image_list, use_image
 from d2svse.models.configuration import D2SVSEConfig
+from d2svse.models.dual_encoders import KINDS
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
 from d2svse.text import check_text, visible
@@ -35,13 +36,13 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 TOKENIZING_CHUNK = 10_000
-QUOTED = 60  # characters of a text in a message
+QUOTED = 60  # longest quote of a text in a message, in characters
 
 _TOKENIZING = threading.RLock()
 
 
 def _renew_lock() -> None:
-    """Make the lock anew: a forked process has none of the threads that may have held it."""
+    """Replace the lock: a forked process lacks the thread that may hold it."""
     global _TOKENIZING
     _TOKENIZING = threading.RLock()
 
@@ -52,14 +53,14 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TextReport:
-    """The parts of some texts that do not reach the model.
+    """Report on the parts of texts that the model does not see.
 
     Attributes:
-        texts: the texts.
-        lengths: their tokens before they are cut, special ones included, `(n,)`.
-        unknown: their tokens that the tokenizer does not know, `(n,)`.
-        wordless: which of them have no word that it knows, `(n,)` bool.
-        limit: tokens after which they are cut.
+        texts: the n texts.
+        lengths: tokens of each text before truncation, special ones included, `(n,)` int64.
+        unknown: tokens of each text that the tokenizer does not know, `(n,)` int64.
+        wordless: True for texts without any known word, `(n,)` bool.
+        limit: longest text in tokens; longer ones are truncated.
     """
 
     texts: Sequence[str]
@@ -72,14 +73,14 @@ class TextReport:
         return len(self.texts)
 
     def __getitem__(self, rows: Sequence[int]) -> TextReport:
-        """The report on some of the texts."""
+        """Return the report on the texts of the given rows."""
         rows = list(rows)
         texts = [self.texts[row] for row in rows]
         return TextReport(texts, self.lengths[rows], self.unknown[rows], self.wordless[rows], self.limit)
 
     @classmethod
     def join(cls, reports: Sequence[TextReport]) -> TextReport:
-        """One report of several, of the same limit."""
+        """Join reports that have the same limit."""
         return cls(
             [text for report in reports for text in report.texts],
             np.concatenate([report.lengths for report in reports]),
@@ -90,70 +91,83 @@ class TextReport:
 
     @property
     def cut(self) -> np.ndarray:
-        """Which texts are cut, `(n,)` bool."""
+        """True for texts that are truncated, `(n,)` bool."""
         return self.lengths > self.limit
 
     def notes(self) -> list[str]:
-        """One sentence for each fault that some texts have; nothing where all is well."""
+        """Return one message for each kind of fault; an empty list if there is none."""
         notes, count = [], len(self)
         if self.wordless.any():
             notes.append(
-                "The tokenizer knows no word of the text: every such text gets much the same embedding and answers."
+                "The tokenizer knows no word of the text: all such texts get nearly the same embedding and results."
                 if count == 1
-                else f"The tokenizer knows no word of {self._which(self.wordless)}: all such texts get much the same "
-                "embedding and answers."
+                else f"The tokenizer knows no word of {self._which(self.wordless)}: all such texts get nearly the "
+                "same embedding and results."
             )
         partly = (self.unknown > 0) & ~self.wordless
         if partly.any():
             found, total = int(self.unknown[partly].sum()), int(self.lengths[partly].sum())
             where = "of the text" if count == 1 else f"in {self._which(partly)}"
             notes.append(
-                f"The tokenizer does not know {found} of the {total} tokens {where}: the model cannot tell such words "
-                "apart."
+                f"The tokenizer does not know {found} of the {total} tokens {where}: the model cannot distinguish "
+                "unknown words."
             )
         if self.cut.any():
             notes.append(
-                f"The text was truncated to {self.limit} tokens: it has {self.lengths[0]}, and what comes after does "
-                "not count."
+                f"The text was truncated to {self.limit} tokens: it has {self.lengths[0]}, and the rest is ignored."
                 if count == 1
                 else f"{self._which(self.cut)} were truncated to {self.limit} tokens: the longest has "
-                f"{self.lengths.max()}, and what comes after does not count."
+                f"{self.lengths.max()}, and the rest is ignored."
             )
         return notes
 
     def warn(self) -> None:
-        """Log the notes, one warning for each."""
+        """Log one warning for each note."""
         for note in self.notes():
             logger.warning("%s", note)
 
     def _which(self, chosen: np.ndarray) -> str:
-        """How many texts, and the first of them."""
+        """Return the number of chosen texts with a quote of the first."""
         text = self.texts[int(chosen.argmax())]
         quoted = visible(text if len(text) <= QUOTED else text[:QUOTED] + "…")
         return f"{chosen.sum()} of {len(self)} texts (first: {quoted!r})"
 
 
 class D2SVSEProcessor(Shimmed, ProcessorMixin):
-    """An image processor and a tokenizer in one.
+    """An image processor and a tokenizer in one object.
 
     Args:
         image_processor: any transformers image processor.
-        tokenizer: any transformers tokenizer. Without it pictures can be prepared, sentences not.
-        max_length: longest sentence in tokens, special tokens included; longer ones are cut.
-            None takes the tokenizer's own limit, or 512 where it has none.
+        tokenizer: any transformers tokenizer; None for a processor of images only.
+        max_length: longest text in tokens, special tokens included; longer ones are truncated.
+            None takes the limit of the tokenizer, at most 512.
+        fixed_length: pad every text to `max_length`, as SigLIP's text side was trained.
+        prompt: a template such as "a photo of {}", into which every text is put; None leaves texts unchanged.
+
+    Raises:
+        ValueError: if the template has no `{}`, or several.
     """
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, max_length: int | None = None, **kwargs: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        fixed_length: bool = False,
+        prompt: str | None = None,
+        **kwargs: Any,
     ) -> None:
         kwargs.pop(WITHOUT_TOKENIZER, None)
-        if tokenizer is None:  # ProcessorMixin itself knows no processor that lacks a part
+        if tokenizer is None:  # ProcessorMixin requires both parts
             self.image_processor, self.tokenizer, self.chat_template = image_processor, None, None
         else:
             complete_tokenizer(tokenizer)
             super().__init__(image_processor, tokenizer, **kwargs)
-        limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 where a tokenizer knows of no limit
+        limit = getattr(tokenizer, "model_max_length", DEFAULT_MAX_LENGTH)  # 1e30 if a tokenizer has no limit
         self.max_length: int = min(max_length or min(limit, DEFAULT_MAX_LENGTH), limit)
+        if prompt is not None and prompt.count("{}") != 1:
+            raise ValueError(f"prompt must have {{}} once, where the text goes, got {prompt!r}")
+        self.fixed_length, self.prompt = fixed_length, prompt
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "tokenizer" and value is not None:
@@ -162,22 +176,43 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, vision: str, text: str, max_length: int | None = None) -> D2SVSEProcessor:
-        """Take the image processor and the tokenizer of two pretrained backbones (Hub ids or folders).
+        """Join the image processor and the tokenizer of two pretrained backbones.
+
+        Args:
+            vision: Hub id or folder of the vision backbone.
+            text: Hub id or folder of the text backbone.
+            max_length: longest text in tokens; the limit of tokenizer and backbone by default.
 
         Raises:
-            FileNotFoundError: if the text folder lacks its vocabulary.
+            FileNotFoundError: if the text folder has no vocabulary.
         """
         if Path(text).is_dir():
             check_vocabulary(text)
-        safe = {"trust_remote_code": False}  # never asks, never runs what a folder brings
+        safe = {"trust_remote_code": False}  # no prompt, and code in a folder is never run
         tokenizer = AutoTokenizer.from_pretrained(text, **safe)
         if max_length is None:
             max_length = min(tokenizer.model_max_length, longest_sentence(AutoConfig.from_pretrained(text, **safe)))
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
+    def from_dual_encoder(cls, processor: Any, config: Any, max_length: int | None = None) -> D2SVSEProcessor:
+        """Take over the processor of a dual encoder.
+
+        Args:
+            processor: anything with `image_processor` and `tokenizer`, such as a `CLIPProcessor`.
+            config: configuration of the dual encoder.
+            max_length: longest text in tokens, where it is more than the tokenizer's own limit.
+        """
+        tokenizer = processor.tokenizer
+        if max_length is not None:
+            tokenizer.model_max_length = max_length
+        longest = min(tokenizer.model_max_length, longest_sentence(config.text_config))
+        fixed = KINDS[config.model_type].fixed_length
+        return cls(processor.image_processor, tokenizer, max_length=longest, fixed_length=fixed)
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load the parts, with the Pillow image processor: another backend would resize differently."""
+        """Load the parts, with the Pillow image processor because another backend resizes differently."""
         kwargs["trust_remote_code"] = False
         kept = {name: value for name, value in kwargs.items() if name != "processor_dict"}
         image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kept)
@@ -189,9 +224,9 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return parts
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Save the parts and `processor_config.json`, and the file by which it is loaded without d2svse imported.
+        """Save the parts, `processor_config.json` and the file by which transformers finds the class.
 
-        Arguments are those of transformers.
+        See `ProcessorMixin.save_pretrained` of transformers for the arguments.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         write_shim(save_directory)
@@ -201,7 +236,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return [str(Path(save_directory) / PROCESSOR_FILE)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; says also if there is no tokenizer."""
+        """Return the settings as transformers does, with a mark if there is no tokenizer."""
         values = {**super().to_dict(), "auto_map": dict(PROCESSOR_MAP)}
         if self.tokenizer is None:
             values.pop("tokenizer", None)
@@ -224,29 +259,30 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         common_kwargs: Mapping[str, Any] | None = None,
         **image_options: Any,
     ) -> BatchFeature:
-        """Prepare a batch.
+        """Prepare a batch of images, of texts, or of both.
 
         Args:
-            images: what `encode_image` takes, or a list of it.
-            text: a text or a list of them.
-            padding: as tokenizers take it; True pads to the longest.
-            truncation: cut what is longer than `max_length`.
-            max_length: longest sentence in tokens; the processor's own without it.
-            return_tensors: "pt", "np" or None for lists.
+            images: an image or a list of images, see `D2SVSE.encode_image`.
+            text: a text or a list of texts.
+            padding: padding option of the tokenizer; True pads to the longest text.
+            truncation: truncate texts longer than `max_length`.
+            max_length: longest text in tokens; the limit of the processor by default.
+            return_tensors: "pt" for tensors, "np" for arrays, None for lists.
             text_kwargs: further options of the tokenizer.
             images_kwargs: further options of the image processor.
-            audio_kwargs: there is no sound to use them for; other libraries give them to every processor.
-            videos_kwargs: the same.
-            common_kwargs: options of both, such as `return_tensors`.
-            **image_options: further options of the image processor, as in `images_kwargs`.
+            audio_kwargs: ignored; other libraries give this argument to every processor.
+            videos_kwargs: ignored; other libraries give this argument to every processor.
+            common_kwargs: options of both parts, such as `return_tensors`.
+            **image_options: further options of the image processor, see `images_kwargs`.
 
         Returns:
-            `pixel_values (n_images, channels, height, width)`, `input_ids` and `attention_mask`
-            `(n_texts, length)`, as far as asked for.
+            `pixel_values (n_images, channels, height, width)` float32 if there are images;
+            `input_ids` and `attention_mask` `(n_texts, length)` int64 if there are texts.
 
         Raises:
-            ImageError: if a picture cannot be read.
-            ValueError: if a text is empty, not a string or holds half a character, or nothing is given.
+            ImageError: if an image cannot be read.
+            ValueError: if a text is empty, not a string or contains half a character, or if there are neither images
+                nor texts.
         """
         common = {"return_tensors": return_tensors, **(common_kwargs or {})}
         data: dict[str, Any] = {}
@@ -256,47 +292,58 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             texts = as_texts(text)
             options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
             options["max_length"] = self._limit(options["max_length"])
-            data |= self.tokenizer(texts, **common, **options)
+            if self.fixed_length and options["padding"]:
+                options |= {"padding": "max_length", "max_length": self.max_length}
+            texts = self._prompted(texts)
+            data |= self.tokenizer(texts, return_attention_mask=True, **common, **options)
             limit = options["max_length"]
-            if options["truncation"] and max(map(len, data["input_ids"])) >= limit:  # some may be cut
+            if options["truncation"] and max(map(len, data["input_ids"])) >= limit:  # some may be truncated
                 self.report(texts, limit).warn()
         if not data:
             raise ValueError("give images, text or both")
         return BatchFeature({name: data[name] for name in self.model_input_names if name in data})
 
     def pixel_values(self, images: ImageSource | Sequence[ImageSource], **kwargs: Any) -> Any:
-        """Read and prepare pictures: `(n_images, channels, height, width)` float32.
+        """Read and prepare images.
+
+        Args:
+            images: an image or a list of images, see `D2SVSE.encode_image`.
+            **kwargs: options of the image processor.
+
+        Returns:
+            `(n_images, channels, height, width)` float32.
 
         Raises:
-            ImageError: if a picture cannot be read.
+            ImageError: if an image cannot be read.
+            ValueError: if the list is empty, or the prepared images differ in shape.
         """
         sources = image_list(images)
         if not sources:
             raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
-        # One after the other, so that only one is in memory at full size.
+        # One image at a time, so that only one is in memory at full size.
         prepare = partial(prepare_image, self.image_processor, kwargs)
         prepared = [use_image(source, prepare) for source in sources]
         return prepared[0] if len(prepared) == 1 else _stack(prepared)
 
     def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
-        """Read and prepare one image: `(channels, height, width)` float32; for readers in threads.
+        """Read and prepare one image: `(channels, height, width)` float32. Threads may call it together.
 
         Args:
-            source: the image.
-            at_least: see `load_image`.
+            source: the image, see `load_image`.
+            at_least: shortest side in draft mode in pixels, see `load_image`.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if the image cannot be read.
         """
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
         return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)[0]
 
     def draft_size(self) -> int | None:
-        """Pixels that both sides of a picture keep in draft mode: twice the larger side that it is resized to.
+        """Return the shortest side of an image in draft mode: twice the larger side of its target size, in pixels.
 
-        Resizing halves it at least from there, so that its own filter still does the work. None where
-        pictures are not resized.
+        The resize then still reduces the image by two or more, so its filter decides the result.
+        Returns None if images are not resized.
         """
         processor = self.image_processor
         sides = [value for value in dict(processor.size or {}).values() if value]
@@ -308,17 +355,17 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         max_length: int | None = None,
         on_report: Callable[[TextReport], None] | None = None,
     ) -> list[list[int]]:
-        """Token ids of each text, cut to `max_length` (the processor's own without it), not padded.
+        """Return the token ids of each text, truncated and not padded.
 
         Args:
             texts: the texts.
-            max_length: longest text in tokens.
-            on_report: called with the report on the texts; without it none is made.
+            max_length: longest text in tokens; the limit of the processor by default.
+            on_report: called with the report on the texts; None makes no report.
 
         Raises:
-            ValueError: if a text is empty, not a string or holds half a character; the message gives its position.
+            ValueError: if a text is empty, not a string or contains half a character; the message gives its position.
         """
-        texts, limit = as_texts(texts), self._limit(max_length)
+        texts, limit = self._prompted(as_texts(texts)), self._limit(max_length)
         if on_report is None:
             return [ids for chunk in _chunks(texts) for ids in self._token_ids(chunk, limit)]
         reports, ids = [], []
@@ -333,16 +380,16 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return ids
 
     def report(self, texts: str | Iterable[str], max_length: int | None = None) -> TextReport:
-        """Find out what of some texts does not reach the model: unknown words, and what is cut.
+        """Return a report on the parts of texts that the model does not see: unknown words and truncated ends.
 
         Args:
             texts: a text or several.
-            max_length: longest text in tokens; the processor's own without it.
+            max_length: longest text in tokens; the limit of the processor by default.
 
         Raises:
-            ValueError: as `tokenize`, or if there is no text.
+            ValueError: if there is no text, or a text is empty, not a string or contains half a character.
         """
-        listed, limit = as_texts(texts), self._limit(max_length)
+        listed, limit = self._prompted(as_texts(texts)), self._limit(max_length)
         if not listed:
             raise ValueError("no texts: an empty list")
         return TextReport.join([self._read(chunk, limit)[1] for chunk in _chunks(listed)])
@@ -351,7 +398,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return self.tokenizer(texts, truncation=True, max_length=limit)["input_ids"] if texts else []
 
     def _read(self, texts: list[str], limit: int) -> tuple[list[list[int]], TextReport]:
-        """The ids of whole texts, and the report on them."""
+        """Return the untruncated token ids of texts and the report on them."""
         encoded = self.tokenizer(texts, return_special_tokens_mask=True, verbose=False)
         ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
         unknown_id, unknown, wordless = self.tokenizer.unk_token_id, [], []
@@ -364,36 +411,39 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return ids, TextReport(texts, lengths, np.array(unknown), np.array(wordless, dtype=bool), limit)
 
     def _has_word(self, ids: list[int]) -> bool:
-        """Whether some tokens are more than punctuation."""
+        """Return whether any token has a letter or a digit."""
         return any(character.isalnum() for token in self.tokenizer.convert_ids_to_tokens(ids) for character in token)
 
     def _limit(self, max_length: int | None) -> int:
-        """The limit that is asked for, at most the processor's own.
+        """Return the smaller of `max_length` and the limit of the processor, in tokens.
 
         Raises:
-            ValueError: if no word has room.
+            ValueError: if there is no tokenizer, or the limit leaves no room for a word.
         """
         if self.tokenizer is None:
             raise ValueError(
-                "the model came without a tokenizer and cannot read sentences; give it one with model.processor = "
+                "the model has no tokenizer and cannot encode texts; set model.processor = "
                 "D2SVSEProcessor(model.processor.image_processor, AutoTokenizer.from_pretrained(FOLDER_OR_ID)), "
                 "or convert the checkpoint again with tokenizer=FOLDER_OR_ID (--tokenizer)"
             )
         if max_length is None:
             return self.max_length
         limit = min(max_length, self.max_length)
-        own = self.tokenizer.num_special_tokens_to_add()
-        if limit <= own:
-            raise ValueError(f"max_length {limit} leaves no room for a word: {own} tokens mark the ends of a text")
+        special = self.tokenizer.num_special_tokens_to_add()
+        if limit <= special:
+            raise ValueError(
+                f"max_length {limit} leaves no room for a word; expected more than the {special} special tokens of a "
+                "text"
+            )
         return limit
 
     def word_ids(self, encoded: BatchEncoding) -> Sequence[int | None]:
-        """Return the word of each token of one text, None for special tokens.
+        """Return the number of the word that each token of one text belongs to; None for special tokens.
 
-        Tokenizers that run in Python do not tell: each of their tokens counts as a word.
+        Tokenizers that run in Python do not know it: each of their tokens counts as a word.
 
         Args:
-            encoded: what the tokenizer gave for the text.
+            encoded: output of the tokenizer for the text.
         """
         if getattr(self.tokenizer, "is_fast", False):
             return encoded.word_ids()
@@ -401,24 +451,32 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         return [None if token in special else position for position, token in enumerate(encoded["input_ids"])]
 
     def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
-        """`input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest sentence."""
-        return self.tokenizer.pad({"input_ids": [list(row) for row in ids]}, padding=True, return_tensors="pt")
+        """Return `input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest text.
+
+        With `fixed_length` all are padded to `max_length`.
+        """
+        options = {"padding": "max_length", "max_length": self.max_length} if self.fixed_length else {"padding": True}
+        rows = {"input_ids": [list(row) for row in ids]}
+        return self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt", **options)
+
+    def _prompted(self, texts: list[str]) -> list[str]:
+        return texts if self.prompt is None else [self.prompt.replace("{}", text) for text in texts]
 
     @property
     def model_input_names(self) -> list[str]:
-        """The names of the tensors that the model takes."""
+        """Names of the tensors that the model takes."""
         return ["pixel_values", "input_ids", "attention_mask"]
 
 
 def as_texts(texts: Any) -> list[str]:
-    """List texts that a tokenizer can take.
+    """Return a list of texts that a tokenizer can read.
 
     Args:
-        texts: a text, or any sequence or iterator of them: a list, a NumPy array, a pandas Series, a generator.
+        texts: a text, or a sequence or iterator of texts: a list, a NumPy array, a pandas Series, a generator.
 
     Raises:
-        ValueError: if it is something else, or a text is empty, not a string or holds half a character. The message
-            gives its position in the list, from 0.
+        ValueError: if it is something else, or a text is empty, not a string or contains half a character. The
+            message gives its position in the list, from 0.
     """
     if isinstance(texts, str):
         return [check_text(texts, "the text")]
@@ -432,9 +490,9 @@ def as_texts(texts: Any) -> list[str]:
 
 
 def complete_tokenizer(tokenizer: Any) -> None:
-    """Give a tokenizer a padding token, on the right; GPT-2 and its kin come without one.
+    """Set a padding token, and padding on the right; tokenizers such as GPT-2's have no padding token.
 
-    What pads is masked, so any token serves. On the right, a text has the same positions in every batch.
+    Padding is masked, so any token will do. With padding on the right a text has the same positions in every batch.
 
     Raises:
         ValueError: if the tokenizer has no special token to pad with.
@@ -445,21 +503,21 @@ def complete_tokenizer(tokenizer: Any) -> None:
             if token is not None:
                 tokenizer.pad_token = token
                 logger.warning(
-                    "%s has no padding token: texts are padded with its %s %r, and masked there",
+                    "%s has no padding token: texts are padded with its %s %r, which is masked",
                     type(tokenizer).__name__,
                     name,
                     str(token),
                 )
                 break
         else:
-            raise ValueError(f"{type(tokenizer).__name__} has no padding token; set its pad_token to a token it knows")
+            raise ValueError(f"{type(tokenizer).__name__} has no padding token; set its pad_token to a known token")
     if getattr(tokenizer, "padding_side", "right") != "right":
         tokenizer.padding_side = "right"
 
 
 def share_among_threads(tokenizer: Any) -> None:
-    """Let one thread at a time encode with a tokenizer: its limit and padding are set before each call, for all."""
-    if hasattr(type(tokenizer), "_encode_plus"):  # by which all of transformers' tokenizers encode
+    """Let one thread at a time encode with a tokenizer, as each call sets its shared limit and padding."""
+    if hasattr(type(tokenizer), "_encode_plus"):  # all tokenizers of transformers encode by this method
         tokenizer._encode_plus = partial(_encode_alone, tokenizer)
 
 
@@ -473,21 +531,22 @@ def _chunks(texts: list[str]) -> list[list[str]]:
 
 
 def _stack(prepared: list[Any]) -> Any:
-    """The prepared batches of one image as one batch, of the kind that they are."""
+    """Join prepared batches of one image to one batch of the same type."""
     if len({np.shape(pixels) for pixels in prepared}) > 1:
         shapes = " and ".join(str(shape[1:]) for shape in sorted({np.shape(pixels) for pixels in prepared})[:2])
-        raise ValueError(f"the image processor gives images of different shapes, {shapes}; set a fixed size or a crop")
+        raise ValueError(f"the image processor returns images of different shapes, {shapes}; set a fixed size or crop")
     if isinstance(prepared[0], Tensor):
         return torch.cat(prepared)
     return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
 def longest_sentence(config: Any) -> int:
-    """Tokens that a text backbone has positions for."""
+    """Return the number of tokens that a text backbone has positions for."""
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
-    # RoBERTa and its kin count positions from behind the padding id.
-    return positions - config.pad_token_id - 1 if "roberta" in config.model_type else positions
+    # RoBERTa and its variants count positions from the padding id + 1.
+    counts_from_padding = "roberta" in config.model_type or config.model_type == "altclip_text_model"
+    return positions - config.pad_token_id - 1 if counts_from_padding else positions
 
 
 AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Published D2S-VSE checkpoints (`.pth`): reading, converting and writing them."""
+"""Read, convert and write published D2S-VSE checkpoints (`.pth`)."""
 
 from typing import TYPE_CHECKING
 

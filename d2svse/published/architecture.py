@@ -1,4 +1,4 @@
-"""What a published checkpoint's options and shapes tell of its architecture."""
+"""Infer the architecture of a published checkpoint from its options and tensor shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from d2svse.hub.folder import MAX_IMAGE_SIZE
 from d2svse.models import D2SVSEConfig
 from d2svse.models.decoder import Placement
 
-HEAD_WIDTH = 64  # of ViT and BERT in all published sizes; no shape tells it
+HEAD_WIDTH = 64  # of ViT and BERT in all published sizes; tensor shapes do not contain it
 DECODER_HEADS, ATTENTION_HEADS = 4, 8
 SETTINGS = ("img_res", "no_res_embed", "decoder_heads", "fusion", "token_placement", "mask_padding")
 
@@ -27,7 +27,7 @@ class Architecture:
 
     Attributes:
         config: the configuration.
-        image_size: side of the square that pictures are resized to, in pixels.
+        image_size: side of the square that images are resized to, in pixels.
     """
 
     config: D2SVSEConfig
@@ -37,19 +37,19 @@ class Architecture:
 def infer_architecture(
     weights: Mapping[str, Tensor], opt: Mapping[str, Any], source: Path, given: Mapping[str, Any] | None = None
 ) -> Architecture:
-    """Work out the architecture from the shapes, and from the options where no shape tells.
+    """Infer the architecture from tensor shapes, and from options for what shapes do not contain.
 
     Args:
         weights: tensors by their published names.
-        opt: the checkpoint's options; `img_res` and `no_res_embed` are read, the rest the shapes
-            tell.
-        source: the file, for messages.
-        given: what wins over both: any of `SETTINGS`, and `vision.FIELD` or `text.FIELD` for any field of
-            the backbones' configurations (as `vision__FIELD`, too, which is a Python name).
+        opt: options of the checkpoint; only `img_res` and `no_res_embed` are used.
+        source: the file, for the messages.
+        given: values that override shapes and options: any of `SETTINGS`, and `vision.FIELD` or
+            `text.FIELD` for any field of the backbones' configurations. `vision__FIELD` and
+            `text__FIELD` are the same as Python names.
 
     Raises:
-        ValueError: if a tensor that tells something is missing or of another rank, or a given
-            name is unknown.
+        ValueError: if a needed tensor is missing or has another number of dimensions, a given name is unknown, or
+            the values do not fit each other.
     """
     shapes = _Shapes(weights, source)
     values: dict[str, Any] = dict.fromkeys(SETTINGS) | {n: opt[n] for n in ("img_res", "no_res_embed") if n in opt}
@@ -88,13 +88,13 @@ def infer_architecture(
 
 
 def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
-    """Check values of options, and that those are there which no shape tells."""
+    """Check the values of options, and that the ones which shapes do not contain are given."""
     has_decoder = "prompt_learner.prompt_tokens" in shapes
     swin = "img_enc.visual_encoder.embeddings.cls_token" not in shapes
     for name, needed in (("img_res", swin), ("no_res_embed", has_decoder)):
         if needed and values[name] is None:
             raise ValueError(
-                f"{shapes.source}: its options lack {name}, which no shape tells; give it (--set {name}=…)"
+                f"{shapes.source}: the options lack {name}, which cannot be inferred; give it (--set {name}=…)"
             )
     for name in ("img_res", "decoder_heads"):
         value = values[name]
@@ -111,22 +111,24 @@ def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
 
 
 class _Shapes:
+    """Shapes of a checkpoint's tensors by name, checked when they are read."""
+
     def __init__(self, weights: Mapping[str, Tensor], source: Path) -> None:
         self.weights, self.source = weights, source
 
     def __call__(self, name: str, rank: int) -> tuple[int, ...]:
         if name not in self.weights:
-            raise ValueError(f"{self.source}: not a whole D2S-VSE checkpoint: {name} is missing")
+            raise ValueError(f"{self.source}: not a complete D2S-VSE checkpoint: {name} is missing")
         shape = tuple(self.weights[name].shape)
         if len(shape) != rank:
-            raise ValueError(f"{self.source}: {name} is {list(shape)} and should have {rank} dimensions")
+            raise ValueError(f"{self.source}: {name} has the shape {list(shape)}, expected {rank} dimensions")
         return shape
 
     def __contains__(self, name: str) -> bool:
         return name in self.weights
 
     def count(self, prefix: str) -> int:
-        """How many numbered parts there are behind a prefix."""
+        """Return the number of numbered parts after a prefix."""
         pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
         return len({match[1] for match in map(pattern.match, self.weights) if match})
 

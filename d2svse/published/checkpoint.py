@@ -1,4 +1,4 @@
-"""Reading a published checkpoint file safely."""
+"""Read a published checkpoint file safely."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from d2svse.published.unpickling import plain, stand_ins
 WHOLE_NUMBERS = re.compile(r"\.(num_batches_tracked|position_ids|token_type_ids|relative_position_index)$")
 
 
-# What wrappers put into the names: DataParallel and DDP, torch.compile, FSDP, activation checkpoints.
+# Name parts added by wrappers: DataParallel and DDP, torch.compile, FSDP, activation checkpoints.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-MAX_READ = 2**26
-FURTHER_CLASSES = (  # that torch itself allows; the last two are names of Python 2, by which its protocol goes
+MAX_READ = 2**26  # bytes
+FURTHER_CLASSES = (  # allowed by torch; the last two are names of Python 2, which the pickle protocol uses
     "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.complex",
     "builtins.long", "builtins.unicode",
 )  # fmt: skip
-# Which would take as much memory as the file asks for.
+# Classes that take as much memory as the file asks for.
 GREEDY = ("builtins.bytearray", "torch.Tensor", "torch.storage.UntypedStorage", "torch.storage.TypedStorage")
 
 
 @dataclass
 class Checkpoint:
-    """What a published file holds.
+    """Content of a published file.
 
     Attributes:
         path: the file.
-        weights: tensors by their published names, in the file's order, without `module.`.
-        opt: the options that the model was trained with.
-        rest: the further entries, such as `epoch` and `best_rsum`.
+        weights: tensors by their published names without `module.`, in the order of the file.
+        opt: options of the training.
+        rest: further entries, such as `epoch` and `best_rsum`.
     """
 
     path: Path
@@ -51,13 +51,14 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a published file; its options may hold plain values, paths and NumPy's numbers, and nothing in it is run.
+    """Read a published file. Code in the file is never run.
 
-    Names of tensors lose what DataParallel, DDP and `torch.compile` put into them.
+    Options may hold plain values, paths and NumPy's numbers. Name parts that DataParallel, DDP and
+    `torch.compile` add to tensors are removed.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is broken, holds anything else, or is no D2S-VSE checkpoint.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is broken, holds other values, or is not a D2S-VSE checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     check_archive(path)
     greedy = next((name for name in classes_in(path) if name in GREEDY), None)
     if greedy:
-        raise ValueError(f"{path}: refused, nothing in it was run: it asks for {greedy}, which takes any memory")
+        raise ValueError(f"{path}: refused, nothing in it was run: it asks for {greedy}, which can take all memory")
     try:
         with torch.serialization.safe_globals(stand_ins()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
@@ -76,10 +77,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: refused, nothing in it was run: it asks for {names[0]}; a checkpoint may hold tensors, "
                 "plain values, argparse.Namespace, paths and NumPy's numbers"
             ) from None
-        told = str(error).strip()  # of the unpickler torch tells how to trust a file, which is no advice here
-        detail = type(error).__name__ if not told or "eights only" in told else told.splitlines()[0][:200]
+        reason = str(error).strip()  # torch's advice on how to trust a file is left out
+        detail = type(error).__name__ if not reason or "eights only" in reason else reason.splitlines()[0][:200]
         raise ValueError(
-            f"{path}: broken or cut short, or not written by torch.save with its usual pickle protocol ({detail})"
+            f"{path}: broken or cut short, or not written by torch.save with its default pickle protocol ({detail})"
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
@@ -97,23 +98,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         return Checkpoint(path, weights, plain(options), {**rest, **_plain_numbers(rest)})
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: its options are nested too deep, or are too many") from None
+        raise ValueError(f"{path}: the options are nested too deep, or there are too many") from None
 
 
 def _named_tensors(path: Path, model: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors by their names, without `module.`, each looked at."""
+    """Return the checked tensors by their names without `module.`."""
     weights: dict[str, Tensor] = {}
     for key, tensor in model.items():
         name = _WRAPPERS.sub("", str(key))
         problem = None
         if name in weights:
-            problem = "stands there twice, with and without module. or _orig_mod."
-        elif isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta and _is_blown(tensor):
-            problem = f"should hold its {tensor.numel():,} numbers, and repeats fewer"
+            problem = "is there twice, with and without module. or _orig_mod."
         elif not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            problem = f"should be a tensor with values, is {getattr(tensor, 'layout', type(tensor).__name__)}"
+            problem = f"is {getattr(tensor, 'layout', type(tensor).__name__)}, expected a tensor with values"
+        elif _is_expanded(tensor):
+            problem = f"repeats its stored numbers; expected {tensor.numel():,} stored numbers"
         elif not tensor.is_floating_point() and not WHOLE_NUMBERS.search(name):
-            problem = f"should hold floating-point numbers, holds {tensor.dtype}"
+            problem = f"holds {tensor.dtype}, expected floating-point numbers"
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             problem = "holds a NaN or an infinity"
         if problem:
@@ -123,10 +124,10 @@ def _named_tensors(path: Path, model: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def classes_in(path: Path) -> list[str]:
-    """The classes and functions that a file's pickles ask for, found without running them."""
-    if zipfile.is_zipfile(path):
+    """Return the names of classes and functions in the pickles of a file, without running them."""
+    if zipfile.is_zipfile(path):  # `check_archive` has limited the size of its pickles
         with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]  # bounded before
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
     else:
         with path.open("rb") as file:
             pickles = [file.read(MAX_READ)]
@@ -136,7 +137,7 @@ def classes_in(path: Path) -> list[str]:
         strings, last = ["", ""], None
         memo: dict[Any, Any] = {}
         try:
-            while stream.tell() < len(data):  # an old file is several pickles in a row
+            while stream.tell() < len(data):  # an old file has several pickles in a row
                 for opcode, argument, _ in pickletools.genops(stream):
                     if opcode.name == "GLOBAL":
                         names.append(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
@@ -150,22 +151,22 @@ def classes_in(path: Path) -> list[str]:
                         last = memo.get(argument) if "GET" in opcode.name else argument
                         if isinstance(last, str):
                             strings.append(last)
-        except ValueError:  # no pickle, or what follows them
+        except ValueError:  # not a pickle, or data after the pickles
             pass
     return names
 
 
 def _is_allowed(name: str) -> bool:
-    """Whether a checkpoint may ask for it: parts of tensors, and harmless classes."""
+    """Return whether a checkpoint may use this class: parts of tensors, and harmless classes."""
     known = {*FURTHER_CLASSES, *(known for _, known in stand_ins())}
     return name in known or name.startswith("torch.")
 
 
-def _is_blown(tensor: Tensor) -> bool:
-    """Whether a tensor has more numbers than its storage, as one that was expanded."""
+def _is_expanded(tensor: Tensor) -> bool:
+    """Return whether a tensor has more numbers than its storage."""
     return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def _plain_numbers(rest: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The further entries that are plain values; states of optimizers and their like stay as they are."""
+    """Return the further entries as plain values, without dictionaries and tensors such as optimizer states."""
     return {name: plain(value) for name, value in rest.items() if not isinstance(value, dict | Tensor)}

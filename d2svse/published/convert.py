@@ -1,8 +1,8 @@
-"""The published D2S-VSE checkpoints (`.pth`): load, convert, write back.
+"""Load and convert published D2S-VSE checkpoints (`.pth`), and write them back.
 
 A checkpoint is `{"model": state_dict, "opt": argparse.Namespace, "epoch", "best_rsum", "Eiters"}`.
-Tensors that the published model holds and never uses (poolers, a second batch norm, a mask token)
-are kept beside a converted model, so that it can be written back bit by bit.
+The published model holds tensors that it never uses (poolers, a second batch norm, a mask token).
+A conversion keeps them in a file of their own, so that the model can be written back bit by bit.
 """
 
 from __future__ import annotations
@@ -65,29 +65,28 @@ def load_published(
     antialias: bool = False,
     **given: Any,
 ) -> D2SVSE:
-    """Load a published checkpoint, of stage 1 or stage 2, for use.
+    """Load a published checkpoint of stage 1 or stage 2.
 
-    By default the model does what the published evaluation does; `fusion="sum"`,
-    `token_placement="surround"`, `mask_padding=True` and `antialias=True` give the paper's
-    formula and placement, independence of padding, and an anti-aliased resize, one by one. (The
-    published decoder has no position embedding, so that the placement changes nothing but in
-    further training.)
+    By default the model computes what the published evaluation computes. Four options change
+    this: `fusion="sum"` and `token_placement="surround"` follow the paper, `mask_padding=True`
+    makes embeddings independent of padding, `antialias=True` resizes with anti-aliasing. The
+    published decoder has no position embedding, so the placement matters in further training only.
 
     Args:
         path: the `.pth` file.
-        tokenizer: a tokenizer, or the folder or Hub id of one; bert-base-uncased from the Hub
-            without it, False for none. If it cannot be had, a warning says so and the model
-            encodes pictures alone.
-        fusion: see `D2SVSEConfig`.
-        token_placement: see `ContextDecoder`.
-        mask_padding: see `ContextDecoder`.
-        antialias: see `D2SVSEImageProcessorPil`.
-        **given: what the file does not tell or tells wrongly, see `infer_architecture`.
+        tokenizer: a tokenizer, or the folder or Hub id of one; False for none. By default
+            bert-base-uncased from the Hub. If it cannot be loaded, a warning is logged and the
+            model encodes images only.
+        fusion: "published" or "sum", see `D2SVSEConfig`.
+        token_placement: "prefix", "postfix" or "surround", see `ContextDecoder`.
+        mask_padding: hide padded words from the decoder.
+        antialias: resize images with anti-aliasing, see `D2SVSEImageProcessorPil`.
+        **given: values that the file lacks or has wrong, see `infer_architecture`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a D2S-VSE checkpoint or a tensor is missing, unknown or of
-            another shape; the message names it.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a D2S-VSE checkpoint, or a tensor is missing, unknown or of another shape; the
+            message names it.
     """
     options = {"fusion": fusion, "token_placement": token_placement, "mask_padding": mask_padding}
     return _load(read_checkpoint(path), tokenizer, antialias, {**options, **given})
@@ -96,22 +95,28 @@ def load_published(
 def _load(checkpoint: Checkpoint, tokenizer: Any, antialias: bool, given: Mapping[str, Any]) -> D2SVSE:
     architecture = infer_architecture(checkpoint.weights, checkpoint.opt, checkpoint.path, given)
     _check_fit(checkpoint, architecture)
-    # Cloned, since the tensors are a map of the file, and in some files one stands for several names.
+    # Cloned, because the tensors map the file, and in some files several names share one tensor.
     state = {to_ours(name): tensor.clone() for name, tensor in checkpoint.weights.items() if is_used(name)}
     config = architecture.config
     state["logit_scale"] = torch.tensor(float(config.logit_scale_init_value))
     load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     model, info = load(D2SVSE, None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"{checkpoint.path}: transformers could not place {info}")
+        raise ValueError(f"{checkpoint.path}: transformers could not load all tensors: {info}")
     size = {"height": architecture.image_size, "width": architecture.image_size}
     image_processor = D2SVSEImageProcessorPil(antialias=antialias, size=size)
     found = _find_tokenizer(tokenizer)
     text: Any = config.text_config
     if found is not None and len(found) > text.vocab_size:
-        raise ValueError(f"the tokenizer has {len(found)} words and the checkpoint {text.vocab_size}: it is another")
+        raise ValueError(
+            f"the tokenizer has {len(found)} words and the checkpoint {text.vocab_size}; use the checkpoint's tokenizer"
+        )
     if found is not None and len(found) < text.vocab_size:
-        logger.warning("the tokenizer has %d words and the checkpoint %d: is it another?", len(found), text.vocab_size)
+        logger.warning(
+            "the tokenizer has %d words and the checkpoint %d; check that it is the checkpoint's tokenizer",
+            len(found),
+            text.vocab_size,
+        )
     model.processor = D2SVSEProcessor(image_processor, found, max_length=text.max_position_embeddings)
     return model.eval()
 
@@ -129,22 +134,23 @@ def convert_published(
 
     Args:
         path: the `.pth` file.
-        output: the folder. Files that a conversion wrote there earlier are replaced, others stay.
-        keep_teacher: keep the frozen dense text encoder of a stage-2 checkpoint as well, to go on
-            training or to write the checkpoint back whole.
-        tokenizer: see `load_published`.
-        antialias: see `load_published`.
-        **given: see `load_published`.
+        output: the folder. Files of an earlier conversion are replaced, other files stay.
+        keep_teacher: keep the frozen dense text encoder of a stage-2 checkpoint too. It is needed
+            to continue training, and to write the checkpoint back in full.
+        tokenizer: the tokenizer or its name, see `load_published`.
+        antialias: resize images with anti-aliasing.
+        **given: further options and values, see `load_published`.
 
     Returns:
         The model.
 
     Raises:
         FileExistsError: if `output` is a folder that no conversion wrote.
-        ValueError: as `load_published`.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is inside `output`, is not a D2S-VSE checkpoint, or a tensor does not fit.
     """
     if Path(path).resolve().is_relative_to(Path(output).resolve()):
-        raise ValueError(f"{path} lies in the folder to write, {output}; give another folder")
+        raise ValueError(f"{path} is inside the output folder {output}; give another folder")
     check_folder(output, CONVERTED)
     checkpoint = read_checkpoint(path)
     model = _load(checkpoint, tokenizer, antialias, given)
@@ -158,7 +164,7 @@ def convert_published(
         record[name] = {key: value for key, value in values.items() if isinstance(key, str) and _is_plain(value)}
         if len(record[name]) < len(values):
             dropped = ", ".join(str(key) for key in values if key not in record[name])
-            logger.warning("%s: %s holds more than plain values; not kept: %s", path, name, dropped)
+            logger.warning("%s: %s has values that are not plain; not kept: %s", path, name, dropped)
     with written_folder(output, CONVERTED) as aside:
         model.save_pretrained(aside)
         save_file({name: tensor.clone().contiguous() for name, tensor in unused.items()}, aside / UNUSED_FILE)
@@ -171,17 +177,17 @@ def convert_published(
 def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Write a model folder as a checkpoint that the published code loads.
 
-    A folder that `convert_published` made is written back bit by bit, in the same order; if its
-    teacher was not kept, the teacher is left out, with a warning. Another model must be one that
-    the published code can express; tensors that it never uses are then filled with neutral values.
+    A folder from `convert_published` is written back bit by bit, in the same order. If the
+    conversion did not keep the teacher, the file has no teacher and a warning is logged. Any other
+    model must have an architecture of the published code; unused tensors get neutral values.
 
     Args:
         folder: the model folder.
         output: the `.pth` file.
 
     Raises:
-        FileNotFoundError: if the folder is no model folder.
-        ValueError: if the published code has no such model.
+        FileNotFoundError: if the folder is not a model folder.
+        ValueError: if the published code does not have the model's architecture.
     """
     folder = Path(folder)
     model = D2SVSE.from_pretrained(folder)
@@ -197,14 +203,15 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
         teacher = read_tensors(folder / TEACHER_FILE)
         weights |= {teacher_published_name(name): tensor for name, tensor in teacher.items()}
     elif model.decoder is not None:
-        logger.warning("%s keeps no teacher: the checkpoint lacks long_txt_enc.…, which is of use in training", folder)
-    order = {name: place for place, name in enumerate(record.get("names", []))}
+        logger.warning("%s has no teacher: the checkpoint lacks long_txt_enc.…, which training needs", folder)
+    order = {name: position for position, name in enumerate(record.get("names", []))}
     state = {name: weights[name] for name in sorted(weights, key=lambda name: order.get(name, len(order)))}
     known = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}
     for name, dtype in record.get("dtypes", {}).items():
         if name not in state or dtype not in known:
             raise ValueError(
-                f"{folder / PUBLISHED_FILE}: dtypes names {name!r:.100} as {dtype!r:.20}; convert it again"
+                f"{folder / PUBLISHED_FILE}: dtypes gives {dtype!r:.20} for {name!r:.100}, which does not fit; convert "
+                "the checkpoint again"
             )
         state[name] = state[name].to(known[dtype])
     own = _options_of(model)
@@ -216,28 +223,30 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
 
 
 def _check_fit(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Compare names and shapes, both ways.
+    """Check that names and shapes of the checkpoint are those of the model.
 
     Raises:
-        ValueError: naming what is missing, unknown or of another shape.
+        ValueError: if a tensor is missing, unknown or of another shape; the message names it.
     """
     try:
         with torch.device("meta"):
             model = D2SVSE(architecture.config)
-    except Exception as error:  # of any kind that transformers raises for numbers that do not go together
-        raise ValueError(f"{checkpoint.path}: no such model can be built ({error})") from None
+    except Exception as error:  # transformers raises many kinds of error for values that do not fit
+        raise ValueError(f"{checkpoint.path}: the model of these settings cannot be built ({error})") from None
     expected = published_shapes(model, teacher=any(name.startswith(TEACHER_PREFIX) for name in checkpoint.weights))
     found = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected and not OPTIONAL.search(name)]
     problems += [
-        f"{name} is {list(found[name])} and should be {list(shape)}"
+        f"{name} has the shape {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{checkpoint.path}: does not fit the model it describes: {'; '.join(problems[:5])}{more}")
+        raise ValueError(
+            f"{checkpoint.path}: the tensors do not fit the model of its options: {'; '.join(problems[:5])}{more}"
+        )
 
 
 def _check_expressible(model: D2SVSE, folder: Path) -> None:
@@ -250,7 +259,7 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
     heads = decoder.get("num_heads", ATTENTION_HEADS if attends else DECODER_HEADS)
     problem = None
     if not known:
-        problem = f"it knows ViT or Swin with BERT, not {vision.model_type} with {text.model_type}"
+        problem = f"it has ViT or Swin with BERT, not {vision.model_type} with {text.model_type}"
     elif any(side.num_attention_heads != max(1, side.hidden_size // HEAD_WIDTH) for side in sides):
         problem = f"its attention heads are {HEAD_WIDTH} wide"
     elif (config.image_pooling, config.text_pooling) != ("gpo", "gpo"):
@@ -258,7 +267,7 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
     elif (config.similarity or {}).get("name") != "cosine":
         problem = f"it compares by cosine, not by {config.similarity}"
     elif decoder and not placed:
-        problem = "its decoder has postfix tokens without positions (--preset published trains such a one)"
+        problem = "its decoder has postfix tokens without positions (--preset published trains one)"
     elif decoder and heads != (ATTENTION_HEADS if attends else DECODER_HEADS):
         problem = f"its decoder has {DECODER_HEADS} heads, or {ATTENTION_HEADS} in cross-attention, not {heads}"
     elif decoder.get("pooling", "mean") not in ("mean", "gpo"):
@@ -266,13 +275,13 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
     if problem:
         raise ValueError(f"{folder}: the published code has no such model: {problem}")
     if model.processor is not None and getattr(model.processor.image_processor, "antialias", True):
-        logger.warning("%s was trained on pictures prepared in another way than the published code does it", folder)
+        logger.warning("%s was trained on images that were not prepared as in the published code", folder)
     if decoder and model.decoder is not None and model.decoder.mask_padding:
-        logger.warning("%s masks padding; the published code will not, and its embeddings will differ a little", folder)
+        logger.warning("%s masks padding; the published code does not, so its embeddings differ slightly", folder)
 
 
 def _options_of(model: D2SVSE) -> dict[str, Any]:
-    """The published options that a model's configuration tells."""
+    """Return the published options that follow from a model's configuration."""
     config = model.config
     vision: Any = config.vision_config
     decoder = config.context_decoder
@@ -312,15 +321,15 @@ def _find_tokenizer(tokenizer: Any) -> Any:
         return AutoTokenizer.from_pretrained(PUBLISHED_TOKENIZER, local_files_only=offline, trust_remote_code=False)
     except (OSError, ValueError):
         logger.warning(
-            "the tokenizer %s is neither in the cache nor to be had from the Hub: the model encodes pictures, "
-            "but no sentences, until it is given one (tokenizer=FOLDER_OR_ID, --tokenizer)",
+            "the tokenizer %s is not in the cache and cannot be fetched from the Hub: the model encodes images "
+            "only; give it a tokenizer to encode texts (tokenizer=FOLDER_OR_ID, --tokenizer)",
             PUBLISHED_TOKENIZER,
         )
         return None
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once: without a network its client tries for a minute."""
+    """Return whether the Hub answers one request; without a network its client would try for a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 

@@ -1,8 +1,7 @@
-"""The names of a published checkpoint's tensors, and those of ours.
+"""Translate between the tensor names of published checkpoints and of this package.
 
-A checkpoint's tensors carry the names of the published code around those of transformers 4;
-`RENAMED` is the published part of the translation, the other part is what transformers itself does
-on loading and saving.
+Published names contain names of transformers 4. `RENAMED` translates the part of the published
+code; transformers translates its own part when it loads and saves.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def published_shapes(model: D2SVSE, teacher: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model's published checkpoint.
+    """Return the name and shape of every tensor in the published checkpoint of a model.
 
     Args:
         model: the model; it may be on the meta device.
-        teacher: with the frozen dense text encoder of stage 2.
+        teacher: include the frozen dense text encoder of stage 2.
     """
     shapes = {to_published(n): tuple(t.shape) for n, t in saved_state(model).items() if n != "logit_scale"}
     shapes |= _unused_shapes(shapes)
@@ -61,7 +60,7 @@ def published_shapes(model: D2SVSE, teacher: bool = False) -> dict[str, tuple[in
 
 
 def to_ours(name: str) -> str:
-    """Our name, around those of transformers 4, of a published tensor."""
+    """Return the name in this package, as transformers 4 would save it, of a published tensor."""
     for published, ours in RENAMED:
         if name.startswith(published):
             name = ours + name[len(published) :]
@@ -73,7 +72,7 @@ def to_ours(name: str) -> str:
 
 
 def to_published(name: str) -> str:
-    """The published name of a tensor that `saved_state` names."""
+    """Return the published name of a tensor in `saved_state`."""
     if name.startswith("decoder.layers.layers."):
         for published, ours in RENAMED_IN_BLOCK:
             name = name.replace(ours, published)
@@ -84,7 +83,7 @@ def to_published(name: str) -> str:
 
 
 def is_used(name: str) -> bool:
-    """Whether the published model computes anything of inference with this tensor."""
+    """Return whether the published model uses this tensor for inference."""
     unused = (".pooler.", "txt_enc.mlp.bns.1.")
     return not (
         name.startswith(TEACHER_PREFIX)
@@ -95,28 +94,28 @@ def is_used(name: str) -> bool:
 
 
 def is_teacher_weight(name: str) -> bool:
-    """Whether the teacher computes anything with this published tensor."""
+    """Return whether the teacher uses this published tensor."""
     return name.startswith(TEACHER_PREFIX) and is_used(name.removeprefix("long_"))
 
 
 def teacher_name(name: str) -> str:
-    """The name within a `TextEncoder` of one of the teacher's published tensors."""
+    """Return the name in a `TextEncoder` of a published tensor of the teacher."""
     return to_ours(name.removeprefix("long_")).removeprefix("text_encoder.")
 
 
 def teacher_published_name(name: str) -> str:
-    """The opposite of `teacher_name`."""
+    """Return the published name of a teacher's tensor; the inverse of `teacher_name`."""
     return "long_" + to_published(f"text_encoder.{name}")
 
 
 def saved_state(model: D2SVSE) -> dict[str, Tensor]:
-    """The model's tensors under the names that `save_pretrained` writes, those of transformers 4."""
+    """Return the model's tensors under the names that `save_pretrained` writes, those of transformers 4."""
     with uncompiled(model):
         return revert_weight_conversion(model, model.state_dict())
 
 
 def _unused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the published model holds beside these and never uses."""
+    """Return names and shapes of the further tensors that the published model holds and never uses."""
     embed_dim, width = shapes["txt_enc.fc.weight"]
     unused: dict[str, tuple[int, ...]] = {f"txt_enc.mlp.bns.1.{part}": (embed_dim,) for part in _BATCH_NORM}
     unused["txt_enc.mlp.bns.1.num_batches_tracked"] = ()
@@ -131,11 +130,11 @@ def _unused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 
 
 def neutral_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors for what the published model holds and never uses, and for a text side without its MLP."""
+    """Return neutral tensors that the published model needs: unused ones, and an MLP for a text side without one."""
     embed_dim, width = weights["txt_enc.fc.weight"].shape
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     added: dict[str, tuple[int, ...]] = {}
-    if "txt_enc.mlp.layers.0.weight" not in weights:  # its output is then zero
+    if "txt_enc.mlp.layers.0.weight" not in weights:  # an MLP with zero output
         half = embed_dim // 2
         added = {"txt_enc.mlp.layers.0.weight": (half, width), "txt_enc.mlp.layers.0.bias": (half,)}
         added |= {"txt_enc.mlp.layers.1.weight": (embed_dim, half), "txt_enc.mlp.layers.1.bias": (embed_dim,)}

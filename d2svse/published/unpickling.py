@@ -1,4 +1,4 @@
-"""Stand-ins for harmless classes that a checkpoint's options may hold; none of their own code is run."""
+"""Stand-ins for harmless classes in a checkpoint's options, so that the code of these classes is never run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 MAX_VALUES, MAX_DEPTH = 100_000, 20
-_NUMBER = re.compile(r"[<>=|]?(?:[biufd?]|[iuf]\d{1,2}|b1)$")  # NumPy's names of numbers, as in its pickles
+_NUMBER = re.compile(r"[<>=|]?(?:[biufd?]|[iuf]\d{1,2}|b1)$")  # names of number types in NumPy's pickles
 
 
 class _DType:
-    """A NumPy data type: the name of a number."""
+    """A NumPy data type, as the name of a number type."""
 
     def __init__(self, name: Any = "", *_: Any) -> None:
         self.name = str(name)
@@ -45,7 +45,7 @@ class _Array:
         _, shape, dtype, _, data = state
         numbers = dtype.numbers(data)
         if len(numbers) > MAX_VALUES or math.prod(shape) != len(numbers):
-            raise ValueError("a NumPy array of another size than its data, or a large one")
+            raise ValueError("a NumPy array that is too large, or whose size differs from its data")
         self.values = numbers.reshape(shape).tolist()
 
 
@@ -59,12 +59,13 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return dtype.numbers(data)[0].item()
 
 
-def _dictionary(*_: Any) -> OrderedDict[Any, Any]:  # of what makes its missing values nothing is kept
+def _dictionary(*_: Any) -> OrderedDict[Any, Any]:
+    """Return a dictionary for a defaultdict, without its factory of missing values."""
     return OrderedDict()
 
 
 def _values(*values: Any) -> list[Any]:
-    """The arguments of a range or a slice, which is not made: it could be endless."""
+    """Return the arguments of a range or a slice instead of the object, which could be endless."""
     return list(values)
 
 
@@ -73,7 +74,7 @@ def _members(values: Any = ()) -> list[Any]:
 
 
 def _kind(*_: Any) -> None:
-    """A stand-in for a built-in type that a defaultdict names."""
+    """Stand in for a built-in type that a defaultdict names."""
 
 
 def _path(kind: type[PurePath]) -> Any:
@@ -87,7 +88,7 @@ _POSIX, _WINDOWS = _path(PurePosixPath), _path(PureWindowsPath)
 
 
 def stand_ins() -> list[Any]:
-    """Return what `torch.serialization.safe_globals` takes: the classes, each by the name that a pickle calls it."""
+    """Return the argument of `torch.serialization.safe_globals`: stand-ins with their names in a pickle."""
     named: list[tuple[Any, str]] = [(argparse.Namespace, "argparse.Namespace")]
     named += [(argparse.Namespace, "types.SimpleNamespace")]
     named += [(_kind, f"builtins.{name}") for name in ("list", "dict", "tuple", "int", "float", "str", "bool")]
@@ -103,7 +104,7 @@ def stand_ins() -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return an option as plain values: numbers, texts, lists and dictionaries; what is none of them becomes None.
+    """Return an option as plain values: numbers, texts, lists and dictionaries.
 
     Raises:
         ValueError: if it is nested too deep or holds too many values.

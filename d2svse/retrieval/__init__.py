@@ -8,20 +8,18 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "embeddings.store": ["EmbeddingStore", "encode_images", "encode_texts"],
-        "evaluation.evaluator": ["evaluate", "score_dataset"],
+        "evaluation.evaluate": ["evaluate"],
         "evaluation.metrics": [
             "RightAnswers",
             "caption_answers",
-            "fold_metrics",
             "mean_metrics",
             "ranks",
-            "recall_at_k",
             "retrieval_metrics",
         ],
         "evaluation.protocols": ["PROTOCOLS"],
         "evaluation.ranking": ["Ranking", "bootstrap_intervals", "ranking_metrics", "rankings"],
-        "evaluation.report": ["Evaluation", "evaluate_protocol"],
-        "evaluation.streaming": ["Scorer", "stream_rankings", "stream_ranks"],
+        "evaluation.report": ["Evaluation"],
+        "evaluation.scorer": ["Scorer", "stream_rankings", "stream_ranks"],
         "search.contents": ["Changes"],
         "search.gallery": ["compose_gallery", "draw_gallery", "write_gallery_page"],
         "search.hits": ["Hit", "Hits"],
@@ -35,14 +33,11 @@ if TYPE_CHECKING:
     from d2svse.retrieval.embeddings.store import EmbeddingStore as EmbeddingStore
     from d2svse.retrieval.embeddings.store import encode_images as encode_images
     from d2svse.retrieval.embeddings.store import encode_texts as encode_texts
-    from d2svse.retrieval.evaluation.evaluator import evaluate as evaluate
-    from d2svse.retrieval.evaluation.evaluator import score_dataset as score_dataset
+    from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate
     from d2svse.retrieval.evaluation.metrics import RightAnswers as RightAnswers
     from d2svse.retrieval.evaluation.metrics import caption_answers as caption_answers
-    from d2svse.retrieval.evaluation.metrics import fold_metrics as fold_metrics
     from d2svse.retrieval.evaluation.metrics import mean_metrics as mean_metrics
     from d2svse.retrieval.evaluation.metrics import ranks as ranks
-    from d2svse.retrieval.evaluation.metrics import recall_at_k as recall_at_k
     from d2svse.retrieval.evaluation.metrics import retrieval_metrics as retrieval_metrics
     from d2svse.retrieval.evaluation.protocols import PROTOCOLS as PROTOCOLS
     from d2svse.retrieval.evaluation.ranking import Ranking as Ranking
@@ -50,10 +45,9 @@ if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.ranking import ranking_metrics as ranking_metrics
     from d2svse.retrieval.evaluation.ranking import rankings as rankings
     from d2svse.retrieval.evaluation.report import Evaluation as Evaluation
-    from d2svse.retrieval.evaluation.report import evaluate_protocol as evaluate_protocol
-    from d2svse.retrieval.evaluation.streaming import Scorer as Scorer
-    from d2svse.retrieval.evaluation.streaming import stream_rankings as stream_rankings
-    from d2svse.retrieval.evaluation.streaming import stream_ranks as stream_ranks
+    from d2svse.retrieval.evaluation.scorer import Scorer as Scorer
+    from d2svse.retrieval.evaluation.scorer import stream_rankings as stream_rankings
+    from d2svse.retrieval.evaluation.scorer import stream_ranks as stream_ranks
     from d2svse.retrieval.search.contents import Changes as Changes
     from d2svse.retrieval.search.gallery import compose_gallery as compose_gallery
     from d2svse.retrieval.search.gallery import draw_gallery as draw_gallery

@@ -1,1 +1,1 @@
-"""The search page of `d2svse serve`: what it asks, what it shows, and the Gradio page (the extra `[demo]`)."""
+"""The search page of `d2svse serve`: queries, HTML and the Gradio application (the extra `[demo]`)."""

@@ -1,4 +1,4 @@
-"""What the search page asks an index: a checked query, its ranked answers, and why one scores as it does."""
+"""Search an index for the page: check a query, rank the hits, and explain the score of a hit."""
 
 from __future__ import annotations
 
@@ -9,81 +9,82 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2svse.images import ImageError
-from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit, Side
+from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit
 from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.maps import DrawnSet, draw_sets
+from d2svse.similarity.base import Side
 from d2svse.text import check_text
 
 MOST_ANSWERS = 5000
-MOST_CHARACTERS = 10_000  # of a sentence
+MOST_CHARACTERS = 10_000  # characters of the longest text
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was asked and what was found.
+    """A query and its hits.
 
     Attributes:
-        hits: best first.
-        sentence: the sentence of the query, or None.
-        picture: the file of the query's picture, or one that is stored elsewhere, or None.
-        weight: of the sentence where both were asked for.
-        reranked: so many of the first hits are scored by the similarity of tokens, the rest by vectors.
-        score: what the scores of the first hits are.
-        score_after: what those of the rest are.
-        notes: what the reader has to know.
+        hits: the hits, best first.
+        text: the text of the query, or None.
+        image: the image of the query (a path or a stored image), or None.
+        weight: the weight of the text in a query of text and image.
+        reranked: number of first hits that the similarity of tokens scores; vectors score the rest.
+        score: name of the score of the first hits.
+        score_after: name of the score of the other hits.
+        notes: notes for the user.
     """
 
     hits: Sequence[Hit]
-    sentence: str | None
-    picture: str | os.PathLike[str] | None
+    text: str | None
+    image: str | os.PathLike[str] | None
     weight: float
     reranked: int
     score: str
     score_after: str
     notes: tuple[str, ...] = ()
 
-    def score_name(self, place: int) -> str:
-        """What the score of the hit at a place is."""
-        return self.score if place < (self.reranked or len(self.hits)) else self.score_after
+    def score_name(self, position: int) -> str:
+        """Return the name of the score of the hit at a position."""
+        return self.score if position < (self.reranked or len(self.hits)) else self.score_after
 
     @property
     def all_scores(self) -> str:
-        """What the scores are, of all hits."""
+        """The names of the scores of all hits."""
         names = self.score
         if 0 < self.reranked < len(self.hits):
             names = f"{self.score} for the first {self.reranked}, then {self.score_after}"
-        both = self.sentence is not None and self.picture is not None
-        return f"{names}; of sentence and picture, added up by weight" if both else names
+        both = self.text is not None and self.image is not None
+        return f"{names}; the weighted sum for text and image" if both else names
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a hit scores as it does, as far as it can be shown.
+    """The explanation of a hit's score.
 
     Attributes:
         hit: the hit.
-        place: its place among the answers, from 0.
-        score: what its score is.
-        sets: the maps over the picture.
-        notes: what the maps do not show, or why there are none.
+        position: position of the hit in the ranking, from 0.
+        score: name of its score.
+        sets: the maps over the image.
+        notes: notes on what the maps leave out, or why there are none.
     """
 
     hit: Hit
-    place: int
+    position: int
     score: str
     sets: tuple[DrawnSet, ...]
     notes: tuple[str, ...]
 
 
 class Searcher:
-    """Asks an index, one query at a time: encoding switches the model to evaluation, so calls do not overlap.
+    """Searches an index with one query at a time, because encoding changes the model's training mode.
 
     Args:
-        index: the index. Its model is loaded here.
+        index: the index; the constructor loads its model.
 
     Raises:
-        FileNotFoundError: if the model is not there any more.
-        ValueError: if the index is empty or the model is another.
+        FileNotFoundError: if the folder of the model is missing.
+        ValueError: if the index is empty, or another model built it.
     """
 
     def __init__(self, index: ImageTextIndex) -> None:
@@ -96,126 +97,123 @@ class Searcher:
 
     @property
     def side(self) -> Side:
-        """What is stored, "image" or "text"."""
+        """The kind of the stored items, "image" or "text"."""
         return self.index.side
 
     @property
     def things(self) -> str:
-        """What is found, in words."""
-        return "pictures" if self.side == "image" else "sentences"
+        """The plural of the stored items, for messages."""
+        return "images" if self.side == "image" else "texts"
 
     @property
     def can_rerank(self) -> bool:
-        """Whether the index has tokens to rank a shortlist by."""
-        return self.index.shortlist is not None
+        """Return whether the index has tokens to rerank by."""
+        return self.index.candidates is not None
 
     def shown_name(self, name: str) -> str:
-        """An id as a page shows it: of a picture without the folder that all pictures lie below."""
+        """Return an id as a page shows it: the path of an image relative to the folder of all images."""
         return os.path.relpath(name, self._root) if self._root else name
 
     def ask(
         self,
-        sentence: str | None = None,
-        picture: str | os.PathLike[str] | None = None,
+        text: str | None = None,
+        image: str | os.PathLike[str] | None = None,
         weight: float = 0.5,
         rerank: bool = True,
     ) -> Answer:
-        """Find the best answers, at most `MOST_ANSWERS`.
+        """Find the best hits, at most `MOST_ANSWERS`.
 
         Args:
-            sentence: a sentence; None or blank is none.
-            picture: the path of a picture, or one that is stored elsewhere, or None.
-            weight: of the sentence where there is a picture too.
-            rerank: score the first `DEFAULT_RERANK` by the similarity of tokens where it can be done.
+            text: a text; None or blank for none.
+            image: an image (a path or a stored image), or None.
+            weight: weight of the text in a query of text and image, 0 to 1.
+            rerank: score the first `DEFAULT_RERANK` hits by the similarity of tokens, if the index has tokens.
 
         Raises:
-            ImageError: if the picture cannot be read; the message names the file without its folder.
-            ValueError: if there is neither, if the sentence is too long or holds half a character, or as
+            ImageError: if the image cannot be read; the message names the file without its folder.
+            ValueError: if there is no query, or the text is too long or holds half a character; see also
                 `ImageTextIndex.search`.
         """
-        sentence = (sentence or "").strip() or None
-        if sentence is None and picture is None:
-            raise ValueError("Nothing to search for: type a sentence, or drop a picture.")
-        if sentence is not None and len(check_text(sentence, "The sentence")) > MOST_CHARACTERS:
-            raise ValueError(f"The sentence has {len(sentence)} characters; shorten it to {MOST_CHARACTERS}.")
+        text = (text or "").strip() or None
+        if text is None and image is None:
+            raise ValueError("Nothing to search for: type a text, or drop an image.")
+        if text is not None and len(check_text(text, "The text")) > MOST_CHARACTERS:
+            raise ValueError(f"The text has {len(text)} characters; shorten it to {MOST_CHARACTERS}.")
         if not 0 <= weight <= 1:
-            raise ValueError(f"The weight of the sentence is from 0 to 1, got {weight}.")
+            raise ValueError(f"The weight of the text must be from 0 to 1, got {weight}.")
         count = min(len(self.index), MOST_ANSWERS)
-        across = sentence is not None if self.side == "image" else picture is not None
+        across = text is not None if self.side == "image" else image is not None
         depth = min(DEFAULT_RERANK, count) if rerank and across and self.can_rerank else 0
         with self._lock:
-            # What the reader has to know of the query; the page shows it above the answers.
-            notes = [] if sentence is None else self.index.query_notes(sentence)
+            notes = [] if text is None else self.index.query_notes(text)  # the page shows them above the hits
             try:
                 queries = self.index.encode_queries(
-                    None if sentence is None else [sentence],
-                    None if picture is None else [picture],
-                    lambda report: None,  # the notes tell it
+                    None if text is None else [text],
+                    None if image is None else [image],
+                    lambda report: None,  # the notes contain the report
                 )
             except ImageError as error:
-                assert picture is not None
-                raise ImageError(str(error).replace(os.fspath(picture), Path(picture).name)) from None
+                assert image is not None
+                raise ImageError(str(error).replace(os.fspath(image), Path(image).name)) from None
             hits = self.index.search_features(queries, count, weight=weight, rerank=0)[0]
             if depth:
                 best = self.index.search_features(queries, depth, weight=weight, rerank=depth)[0]
                 known = {hit.id for hit in best}
                 hits = [*best, *(hit for hit in hits if hit.id not in known)]
         if rerank and self.can_rerank and not across:
-            like = "pictures with pictures" if self.side == "image" else "sentences with sentences"
-            notes.append(f"Not ranked again: {like} are compared by their vectors.")
+            like = "images with images" if self.side == "image" else "texts with texts"
+            notes.append(f"Not re-ranked: {like} are compared by their vectors.")
         if count < len(self.index):
-            notes.append(f"The best {count} of {len(self.index)} {self.things}.")
+            notes.append(f"The best {count} of {len(self.index)} {self.things} are shown.")
         vectors = "inner product of vectors" if self.can_rerank or not across else self.similarity
         score = self.similarity if depth else vectors
-        return Answer(hits, sentence, picture, weight, depth, score, vectors, tuple(notes))
+        return Answer(hits, text, image, weight, depth, score, vectors, tuple(notes))
 
-    def explain(self, answer: Answer | None, place: int) -> Reason:
-        """Show why a hit scores as it does.
+    def explain(self, answer: Answer | None, position: int) -> Reason:
+        """Explain the score of a hit.
 
-        A map needs a sentence and a picture: of an index of pictures the query's sentence, of an index of
-        sentences the query's picture.
+        A map needs a text and an image. So an index of images needs a query with a text, and an index of
+        texts needs a query with an image.
 
         Args:
-            answer: what `ask` gave.
-            place: the hit's place in it, from 0.
+            answer: the answer of `ask`.
+            position: position of the hit in the answer, from 0.
 
         Raises:
-            ValueError: if there is no such place.
+            ValueError: if the answer has no hit at the position.
         """
-        if answer is None or not 0 <= place < len(answer.hits):
-            raise ValueError(f"There is no answer {place + 1}: search again.")
-        hit, notes = answer.hits[place], []
-        sentence, picture = (answer.sentence, hit.id) if self.side == "image" else (hit.id, answer.picture)
+        if answer is None or not 0 <= position < len(answer.hits):
+            raise ValueError(f"There is no answer {position + 1}: search again.")
+        hit, notes = answer.hits[position], []
+        text, image = (answer.text, hit.id) if self.side == "image" else (hit.id, answer.image)
         sets: tuple[DrawnSet, ...] = ()
-        if sentence is None:
-            notes.append(
-                "The query is a picture: it has no words whose places could be shown. Compared are the vectors."
-            )
-        elif picture is None:
-            notes.append("Both are sentences: there is no picture to show places on. Compared are the vectors.")
+        if text is None:
+            notes.append("No map: the query is an image and has no words. The score compares vectors.")
+        elif image is None:
+            notes.append("No map: both are texts, so there is no image to draw on. The score compares vectors.")
         else:
             try:
                 with self._lock:
-                    sets, score, told = draw_sets(self.model, picture, sentence)
-                if (answer.sentence and answer.picture) or answer.score_name(place) != self.similarity:
-                    notes.append(f"{self.similarity} of this picture and sentence: {score:.4f}.")
+                    sets, score, told = draw_sets(self.model, image, text)
+                if (answer.text and answer.image) or answer.score_name(position) != self.similarity:
+                    notes.append(f"{self.similarity} of this image and text: {score:.4f}.")
                 notes += told
             except ImportError as error:
                 notes.append(f"No map: {error}")
             except (ValueError, OSError) as error:
-                notes.append(f"No map: {str(error).replace(os.fspath(picture), self._short(picture))}")
-            if answer.sentence is not None and answer.picture is not None:
-                share = f"{answer.weight:.2f} of the sentence's and {1 - answer.weight:.2f} of the picture's"
-                notes.append(f"The score adds up {share}; the maps are of picture and sentence alone.")
-        return Reason(hit, place, answer.score_name(place), sets, tuple(notes))
+                notes.append(f"No map: {str(error).replace(os.fspath(image), self._short(image))}")
+            if answer.text is not None and answer.image is not None:
+                share = f"{answer.weight:.2f} of the text's and {1 - answer.weight:.2f} of the image's score"
+                notes.append(f"The score is the sum of {share}; the maps compare the image with the text only.")
+        return Reason(hit, position, answer.score_name(position), sets, tuple(notes))
 
-    def _short(self, picture: str | os.PathLike[str]) -> str:
-        return self.shown_name(os.fspath(picture)) if self.side == "image" else Path(picture).name
+    def _short(self, image: str | os.PathLike[str]) -> str:
+        return self.shown_name(os.fspath(image)) if self.side == "image" else Path(image).name
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """The folder below which all paths lie; empty where there is none."""
+    """Return the folder that contains all paths, or an empty string."""
     try:
         return os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
-    except ValueError:  # absolute and relative ones
+    except ValueError:  # a mix of absolute and relative paths
         return ""

@@ -1,4 +1,4 @@
-"""What a server lets through: hosts it is known by, pages of its own, the routes a page needs, bounded bodies."""
+"""Filter requests: allow only known hosts, the page's own origin, the routes that it needs, and bounded bodies."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 
-from d2svse.serving.pictures import FOLDER
+from d2svse.serving.images import FOLDER
 from d2svse.serving.uploads import MOST_BYTES, Uploads
 
-MOST_BODY = 2**20  # bytes of a request that uploads nothing
-MOST_UPLOADING = 8  # uploads at the same time
+MOST_BODY = 2**20  # bytes of a request without an upload
+MOST_UPLOADING = 8  # simultaneous uploads
 UPLOAD_SECONDS = 300
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _WILDCARDS = ("", "0.0.0.0", "::")
 _FILE, _UPLOAD, _PROGRESS = "/gradio_api/file=", "/gradio_api/upload", "/gradio_api/upload_progress"
-# The routes of Gradio that the page and its Python client need. Others serve files, fetch addresses or start programs.
+# The routes of Gradio that the page and its Python client need. Other routes serve files, fetch URLs or start programs.
 _READ = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/.+"
     rf"|/{FOLDER}/(small|large)/[0-9a-f]+\.jpg"
@@ -44,17 +44,17 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Hosts:
-    """The names by which a browser may ask for the page.
+    """The host names under which a browser may request the page.
 
-    These are the loopback names, the address that the server listens at, and the names that were given. A server that
-    listens at all addresses (0.0.0.0) is known by any IP address too: a rebound name is never one.
+    These are the loopback names, the address that the server listens at, and the given names. A server that listens
+    at all addresses (0.0.0.0) also allows every IP address. This is safe, because DNS rebinding needs a name.
 
     Args:
         bound: the address that the server listens at.
-        named: more names, without scheme and port.
+        named: further names, without scheme and port.
 
     Raises:
-        ValueError: if a name is no host name.
+        ValueError: if a name is not a host name.
     """
 
     def __init__(self, bound: str, named: Sequence[str] = ()) -> None:
@@ -68,7 +68,7 @@ class Hosts:
         self._bound, self._any_address = _plain(bound), bound in _WILDCARDS
 
     def allow(self, host: str) -> bool:
-        """Whether a `Host` header, with or without a port, names this server."""
+        """Return whether a `Host` header, with or without a port, names this server."""
         found = _HOST.fullmatch(host)
         if found is None:
             return False
@@ -82,7 +82,7 @@ class Hosts:
         return address.is_loopback or self._any_address
 
     def own(self, origin: str, hosts: Sequence[str]) -> bool:
-        """Whether an `Origin` header is that of this page: at the same host and port, or at a given name."""
+        """Return whether an `Origin` header belongs to this page: same host and port, or a given name."""
         try:
             parts = urlsplit(origin)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -100,12 +100,12 @@ class Hosts:
 
 
 def _plain(name: str) -> str:
-    """A host name to compare: lower case, without the brackets of an IPv6 address and the dot of the root."""
+    """Normalise a host name: lower case, without the brackets of an IPv6 address and the final dot."""
     return name.lower().strip("[]").removesuffix(".")
 
 
 async def _drain(receive: Receive) -> None:
-    """Read what is still sent, as far as is decent: a client that is cut off while it sends sees no answer."""
+    """Read the rest of a body up to a limit, because a client that is cut off while it sends sees no response."""
     left = 2 * MOST_BYTES
     try:
         while left > 0:
@@ -118,12 +118,12 @@ async def _drain(receive: Receive) -> None:
 
 
 class Guard:
-    """Stands before an application, and answers what it does not let through with a 4xx or 503.
+    """Middleware that refuses requests with a 4xx or 503 status before they reach the application.
 
     Args:
         app: the application.
-        hosts: the names of this server.
-        uploads: where uploads go.
+        hosts: the host names of this server.
+        uploads: the folder of uploads.
     """
 
     def __init__(self, app: Application, hosts: Hosts, uploads: Uploads) -> None:
@@ -131,7 +131,7 @@ class Guard:
         self._uploading = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on."""
+        """Refuse a request, or pass it to the application."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":  # a page of Gradio needs no other protocol
@@ -152,11 +152,11 @@ class Guard:
         await self._app(scope, receive, send_protected)
 
     def _check_sender(self, scope: Scope, headers: Headers) -> Response | None:
-        """Refuse a host that is not this server, and what the page of another site sends."""
+        """Refuse a wrong host name, and requests from pages of other sites."""
         hosts = headers.getlist("host")
         forwarded = [part.strip() for value in headers.getlist("x-forwarded-host") for part in value.split(",")]
         if len(hosts) != 1 or not all(map(self._hosts.allow, [*hosts, *forwarded])):
-            return PlainTextResponse("This server does not go by that host name; see --allowed-host.", 421)
+            return PlainTextResponse("This server does not have that host name; see --allowed-host.", 421)
         origins = headers.getlist("origin")
         if all(self._hosts.own(origin, [*hosts, *forwarded]) for origin in origins):
             if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
@@ -173,7 +173,7 @@ class Guard:
             known = _READ.fullmatch(path) is not None and ".." not in path.split("/")
             if path.startswith(_FILE):
                 known = known and self._uploads.holds(path.removeprefix(_FILE))
-            if known and path == _PROGRESS:  # Gradio would keep a record of each name that is asked for
+            if known and path == _PROGRESS:  # Gradio would store a record for each requested name
                 return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
             return None if known else PlainTextResponse("Not found", 404)
         if scope["method"] != "POST" or _WRITE.fullmatch(path) is None:
@@ -200,7 +200,7 @@ class Guard:
         try:
             await run_in_threadpool(self._uploads.make_room, self._uploading * (MOST_BYTES + MOST_BODY))
             async with asyncio.timeout(UPLOAD_SECONDS):
-                # Without its query: Gradio would keep the progress of each upload that nobody asks for.
+                # Without the query string, Gradio does not store the progress of the upload.
                 await self._app({**scope, "query_string": b""}, receive, send_noted)
         except TimeoutError:
             if not started:

@@ -1,6 +1,6 @@
-"""The parts of the search page as HTML; all that comes from outside is escaped.
+"""Write the parts of the search page as HTML; every text and name from outside is escaped.
 
-No part holds a character that UTF-8 cannot: one file name would end the answer, and the page would wait for ever.
+No part contains a character that UTF-8 cannot encode. A single one would break the response, and the page would hang.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Literal
 
 from d2svse.images import ImageError, jpeg_uri
 from d2svse.serving.asking import Answer, Reason, Searcher
+from d2svse.serving.images import FOLDER, LARGE, SMALL, ShownImages, is_there, small_copy
 from d2svse.serving.maps import DrawnPanel, DrawnSet
-from d2svse.serving.pictures import FOLDER, LARGE, SMALL, Pictures, is_there, small_copy
 from d2svse.text import visible
 
 PAGE = 12
 
 
 def _escape(text: str) -> str:
-    """A text or a name as HTML, with control characters and bytes that are not UTF-8 made visible."""
+    """Return a text or a name as HTML, with control characters and bytes outside of UTF-8 made visible."""
     return html.escape(visible(text))
 
 
-def picture_address(pictures: Pictures, path: str, size: int = SMALL) -> str:
-    """Where a browser reads a small copy of a picture, from the page's own address."""
-    return f"{FOLDER}/{'large' if size == LARGE else 'small'}/{pictures.name_of(path)}.jpg"
+def image_address(images: ShownImages, path: str, size: int = SMALL) -> str:
+    """Return the URL of a small copy of an image, relative to the page."""
+    return f"{FOLDER}/{'large' if size == LARGE else 'small'}/{images.name_of(path)}.jpg"
 
 
 def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "note") -> str:
-    """A message or several, one a line; nothing of none."""
+    """Return one or several messages, one on each line; an empty string without a message."""
     lines = [text] if isinstance(text, str) else list(text)
     if not lines:
         return ""
@@ -41,72 +41,72 @@ def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "no
 
 
 def page_start(count: int, first: int) -> int:
-    """The first place of a page; a place that lies before or behind all answers gives the nearest page."""
+    """Return the first position of the page that contains `first`; clip `first` to the existing answers."""
     return max(0, min(first, count - 1)) // PAGE * PAGE
 
 
 def show_range(answer: Answer | None, first: int, things: str) -> str:
-    """Which answers a page shows, such as "13 to 24 of 1000 pictures"."""
+    """Return the range of a page, such as "13 to 24 of 1000 images"."""
     if answer is None:
         return ""
     last = min(first + PAGE, len(answer.hits))
     return f'<p class="d2-range">{first + 1} to {last} of {len(answer.hits)} {things}</p>'
 
 
-def show_hits(answer: Answer | None, first: int, searcher: Searcher, pictures: Pictures) -> str:
-    """The hits of a page: cards of pictures, or lines of sentences; each a button that tells its place."""
+def show_hits(answer: Answer | None, first: int, searcher: Searcher, images: ShownImages) -> str:
+    """Return the hits of a page: cards of images, or lines of texts; each is a button with its position."""
     if answer is None:
         return ""
     cards = []
-    for place in range(first, min(first + PAGE, len(answer.hits))):
-        hit = answer.hits[place]
-        score = f'<span class="d2-score" title="{_escape(answer.score_name(place))}">{hit.score:.4f}</span>'
-        rank = f'<span class="d2-rank">{place + 1}</span>'
+    for position in range(first, min(first + PAGE, len(answer.hits))):
+        hit = answer.hits[position]
+        score = f'<span class="d2-score" title="{_escape(answer.score_name(position))}">{hit.score:.4f}</span>'
+        rank = f'<span class="d2-rank">{position + 1}</span>'
         if searcher.side == "text":
-            inside = f'{rank}<span class="d2-sentence">{_escape(hit.id)}</span>{score}'
+            inside = f'{rank}<span class="d2-text">{_escape(hit.id)}</span>{score}'
         else:
             name = _escape(Path(hit.id).name)
-            inside = f'{_frame(hit.id, name, pictures)}<span class="d2-caption">{rank}'
+            inside = f'{_frame(hit.id, name, images)}<span class="d2-caption">{rank}'
             inside += f'<span class="d2-name">{name}</span>{score}</span>'
-        cards.append(f'<button type="button" class="d2-card" data-place="{place}">{inside}</button>')
+        cards.append(f'<button type="button" class="d2-card" data-position="{position}">{inside}</button>')
     scores = _escape(answer.all_scores)
-    kind = "d2-pictures" if searcher.side == "image" else "d2-sentences"
+    kind = "d2-images" if searcher.side == "image" else "d2-texts"
     return f'<p class="d2-scores">Scores: {scores}</p><div class="{kind}">{"".join(cards)}</div>'
 
 
-def show_reason(answer: Answer, reason: Reason, searcher: Searcher, pictures: Pictures) -> str:
-    """A hit at large, its score, and the maps."""
+def show_reason(answer: Answer, reason: Reason, searcher: Searcher, images: ShownImages) -> str:
+    """Return a large view of a hit, with its score and its maps."""
     hit = reason.hit
-    asked = hit.id if searcher.side == "text" else answer.sentence
+    asked = hit.id if searcher.side == "text" else answer.text
     facts = "" if asked is None else f'<p class="d2-asked">{_escape(asked)}</p>'
     if searcher.side == "image":
         facts += f'<p class="d2-path">{_escape(searcher.shown_name(hit.id))}</p>'
-    count = f"<b>{reason.place + 1}</b> of {len(answer.hits)}"
+    count = f"<b>{reason.position + 1}</b> of {len(answer.hits)}"
     facts += f'<p class="d2-facts">{count} · {_escape(reason.score)} <b>{hit.score:.4f}</b></p>'
     facts += "".join(f'<p class="d2-remark">{_escape(note)}</p>' for note in reason.notes)
-    large = _large_pictures(answer, hit.id, searcher, pictures)
-    two = " d2-two" if searcher.side == "image" and answer.picture is not None else ""
+    large = _large_images(answer, hit.id, searcher, images)
+    two = " d2-two" if searcher.side == "image" and answer.image is not None else ""
     maps = "".join(map(_maps, reason.sets))
     return f'<div class="d2-reason"><div class="d2-top{two}">{large}<div>{facts}</div></div>{maps}</div>'
 
 
-def _frame(path: str, name: str, pictures: Pictures, size: int = SMALL) -> str:
+def _frame(path: str, name: str, images: ShownImages, size: int = SMALL) -> str:
     if not is_there(path):
         return '<span class="d2-frame d2-missing">missing: no longer on the disk</span>'
-    address = picture_address(pictures, path, size)
+    address = image_address(images, path, size)
     return f'<span class="d2-frame"><img src="{address}" alt="{name}" loading="lazy" decoding="async"></span>'
 
 
-def _large_pictures(answer: Answer, name: str, searcher: Searcher, pictures: Pictures) -> str:
+def _large_images(answer: Answer, name: str, searcher: Searcher, images: ShownImages) -> str:
     shown = []
     if searcher.side == "image":
-        shown.append(_frame(name, _escape(Path(name).name), pictures, LARGE))
-    if answer.picture is not None:
+        shown.append(_frame(name, _escape(Path(name).name), images, LARGE))
+    if answer.image is not None:
         try:
-            address = jpeg_uri(small_copy(answer.picture, SMALL if searcher.side == "image" else LARGE))
-            shown.append(f'<span class="d2-frame"><img src="{address}" alt="the picture of the query"></span>')
+            address = jpeg_uri(small_copy(answer.image, SMALL if searcher.side == "image" else LARGE))
+            shown.append(f'<span class="d2-frame"><img src="{address}" alt="the image of the query"></span>')
         except ImageError:
-            shown.append('<span class="d2-frame d2-missing">the picture of the query is gone</span>')
+            shown.append('<span class="d2-frame d2-missing">the image of the query is gone</span>')
     return f'<div class="d2-large">{"".join(shown)}</div>'
 
 
@@ -129,9 +129,9 @@ def _panel(panel: DrawnPanel) -> str:
 
 
 def heading(searcher: Searcher) -> str:
-    """What is searched, in words."""
+    """Return the heading of the page: what it searches."""
     name = _escape(os.path.basename(os.path.abspath(searcher.index.folder)))
     what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {_escape(searcher.similarity)}"
     if not searcher.can_rerank:
-        what += ", which lies in their vectors: there is nothing to rank again"
+        what += "; the vectors give these scores, so nothing is re-ranked"
     return f'<header class="d2-head"><h1>Search {searcher.things}</h1><p>{what}</p></header>'

@@ -1,4 +1,4 @@
-"""Alignment maps as small pictures, which a page lays out as wide as the screen is."""
+"""Draw alignment maps as small images, which the page arranges to the width of the screen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRAME = "#00e5ff"
 
 @dataclass(frozen=True, slots=True)
 class DrawnPanel:
-    """A map: the word, what the map cannot show, and the picture with the heat over it as JPEG."""
+    """A map: its word, a note, and the image with the heat over it as JPEG."""
 
     title: str
     note: str
@@ -36,13 +36,13 @@ class DrawnSet:
     """Maps that share a scale.
 
     Attributes:
-        title: what they show.
-        unit: what a value is.
+        title: the title of the set.
+        unit: the meaning of a value, such as "share of the word's mass".
         low: the value of the coldest colour, as text.
-        high: that of the hottest.
-        colours: from the coldest to the hottest, as `#rrggbb`.
+        high: the value of the hottest colour, as text.
+        colours: colours from the coldest to the hottest, as `#rrggbb`.
         panels: the maps.
-        remarks: what holds for all of them.
+        remarks: notes about the whole set.
     """
 
     title: str
@@ -54,26 +54,26 @@ class DrawnSet:
     remarks: tuple[str, ...]
 
 
-def draw_sets(model: D2SVSE, picture: ImageSource, sentence: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
-    """Draw the maps of `d2svse.visualize.explain` as single small pictures.
+def draw_sets(model: D2SVSE, image: ImageSource, text: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
+    """Draw the maps of `d2svse.visualize.explain` as single small images.
 
     Returns:
-        The sets of maps, the model's score of the two, and what the reader has to know.
+        The sets of maps, the model's score of the image and the text, and notes for the user.
 
     Raises:
-        ImageError: if the picture cannot be read.
-        ImportError: without matplotlib; the message names the extra.
-        ValueError: as `alignment_maps` and `look_at`.
+        ImageError: if the image cannot be read.
+        ImportError: if matplotlib is not installed; the message names the extra.
+        ValueError: if there are no maps for the model; see `alignment_maps` and `look_at`.
     """
     from d2svse.visualize import alignment_maps, look_at
 
-    pair = look_at(model, picture, sentence)
+    pair = look_at(model, image, text)
     sets = alignment_maps(model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)
     with torch.no_grad():
         score = model.similarity_fn(pair.images, pair.texts).item()
     notes = []
     if pair.words.cut:
-        notes.append("The sentence is longer than the model reads: its end has no maps.")
+        notes.append("The text is longer than the model reads: its end has no maps.")
     longest = max(len(one.panels) for one in sets)
     if longest > MOST_PANELS:
         notes.append(f"The first {MOST_PANELS} of {longest} words are drawn.")
@@ -88,10 +88,10 @@ def _draw_set(pair: Pair, one: MapSet) -> DrawnSet:
 
     scale = scale_of(one)
     ends = [f"{100 * end:.3g} %" if one.shares else f"{end:.3g}" for end in (scale.vmin or 0.0, scale.vmax or 0.0)]
-    small = pair.picture.copy()
+    small = pair.image.copy()
     small.thumbnail((PANEL, PANEL))
     faded = Image.blend(ImageOps.grayscale(small).convert("RGB"), Image.new("RGB", small.size, "white"), 0.25)
-    ratio = small.width / pair.picture.width, small.height / pair.picture.height
+    ratio = small.width / pair.image.width, small.height / pair.image.height
     left, top, right, bottom = (round(edge * ratio[side % 2]) for side, edge in enumerate(pair.box))
     panels = [
         DrawnPanel(panel.title, panel.note, jpeg_bytes(_lay_over(faded, panel, scale, (left, top, right, bottom))))
@@ -101,8 +101,8 @@ def _draw_set(pair: Pair, one: MapSet) -> DrawnSet:
     return DrawnSet(one.title, one.unit, ends[0], ends[1], stops, tuple(panels), one.remarks)
 
 
-def _lay_over(picture: Image.Image, panel: Panel, scale: Normalize, box: tuple[int, int, int, int]) -> Image.Image:
-    """The heat of a map over a part of a picture."""
+def _lay_over(image: Image.Image, panel: Panel, scale: Normalize, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return an image with the heat of a map over the part in `box`."""
     from matplotlib import colormaps
 
     from d2svse.visualize.maps import COLOURS, opacity_of
@@ -112,7 +112,7 @@ def _lay_over(picture: Image.Image, panel: Panel, scale: Normalize, box: tuple[i
     colours[..., 3] = opacity_of(panel.values, scale)
     size = max(1, right - left), max(1, bottom - top)
     heat = Image.fromarray((255 * colours).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    shown = picture.copy()
+    shown = image.copy()
     shown.paste(heat, (left, top), heat)
     pen, (rows, columns) = ImageDraw.Draw(shown), panel.values.shape
     for row, column in panel.framed:

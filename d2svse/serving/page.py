@@ -1,4 +1,4 @@
-"""The search page as a Gradio application, and serving it."""
+"""Build and serve the search page as a Gradio application."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError(f"gradio is not there ({error}): pip install 'd2svse[demo]'") from None
+    raise ImportError(f"gradio is not installed ({error}): run pip install 'd2svse[demo]'") from None
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -25,21 +25,21 @@ from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.asking import Answer, Searcher
 from d2svse.serving.guard import Guard, Hosts
 from d2svse.serving.html import PAGE, heading, page_start, show_hits, show_message, show_range, show_reason
-from d2svse.serving.pictures import FOLDER, LARGE, SMALL, Pictures
+from d2svse.serving.images import FOLDER, LARGE, SMALL, ShownImages
 from d2svse.serving.uploads import HOURS_KEPT, MOST_BYTES, Upload, Uploads
 
 RERANKED, VECTORS = "re-ranked", "vectors only"
 HERE = Path(__file__).parent
-MOST_SESSIONS = 200  # whose answers are kept; those that were not used for longest go first
-MOST_UNREAD, MOST_UNREAD_OF_ONE, SECONDS_UNREAD = 256, 32, 300  # answers that nobody has fetched yet
+MOST_SESSIONS = 200  # sessions whose answers are kept; the least recently used is dropped first
+MOST_UNREAD, MOST_UNREAD_OF_ONE, SECONDS_UNREAD = 256, 32, 300  # limits of answers that nobody has fetched yet
 
-# A picture that is being read is faded out, so that none stands under another's name.
-WATCH_PICTURES = """
+# An image is invisible while it loads, so that no image appears under the name of another.
+WATCH_IMAGES = """
 const fail = (image) => {
   image.style.display = 'none';
   image.parentElement.dataset.why = 'cannot be read any more';
 };
-const watchPictures = () => {
+const watchImages = () => {
   for (const image of element.querySelectorAll('.d2-frame img')) {
     image.onload = () => { image.style.opacity = 1; };
     image.onerror = () => fail(image);
@@ -49,24 +49,24 @@ const watchPictures = () => {
 };
 """
 ON_CARDS = (
-    WATCH_PICTURES
+    WATCH_IMAGES
     + """
 element.addEventListener('click', (event) => {
-  const card = event.target.closest('[data-place]');
-  if (card) trigger('select', {place: Number(card.dataset.place)});
+  const card = event.target.closest('[data-position]');
+  if (card) trigger('select', {position: Number(card.dataset.position)});
 });
 watch('value', () => {
-  watchPictures();
+  watchImages();
   const top = element.getBoundingClientRect().top;
   if (top < 0) window.scrollTo({top: window.scrollY + top - 80});
 });
 """
 )
 ON_REASON = (
-    WATCH_PICTURES
+    WATCH_IMAGES
     + """
 watch('value', () => {
-  watchPictures();
+  watchImages();
   const top = element.getBoundingClientRect().top;
   if (props.value && (top < 0 || top > window.innerHeight * 0.7)) window.scrollTo({top: window.scrollY + top - 60});
 });
@@ -75,12 +75,12 @@ watch('value', () => {
 
 
 def _bound_queue(queue: Any) -> None:
-    """Bound the answers that wait to be fetched, in all and of one session; of an event take its place alone.
+    """Limit the answers that wait to be fetched, in total and for each session; keep only the position of an event.
 
-    Gradio keeps each answer until it is fetched. Those that nobody has fetched for some minutes are forgotten.
+    Gradio keeps each answer until a browser fetches it. Answers that wait for some minutes are dropped.
     """
     push = queue.push
-    joined: dict[str, float] = {}  # when a session asked last
+    joined: dict[str, float] = {}  # time of each session's last request
 
     def forget(now: float) -> None:
         for session, events in list(queue.pending_event_ids_session.items()):
@@ -92,8 +92,8 @@ def _bound_queue(queue: Any) -> None:
             del joined[session]
 
     async def push_bounded(body: Any, request: Any, username: str | None) -> Any:
-        place = body.event_data.get("place") if isinstance(body.event_data, dict) else None
-        body.event_data = {"place": place} if isinstance(place, int | float) else None
+        position = body.event_data.get("position") if isinstance(body.event_data, dict) else None
+        body.event_data = {"position": position} if isinstance(position, int | float) else None
         forget(time.monotonic())
         waiting = queue.pending_event_ids_session
         own = len(waiting.get(body.session_hash, ()))
@@ -107,21 +107,21 @@ def _bound_queue(queue: Any) -> None:
 
 
 class SearchPage:
-    """The page of an index; what a user has asked is kept in the user's own session.
+    """The search page of an index; each user's answers stay in the user's own session.
 
     Args:
-        index: the index. Its model is loaded here.
+        index: the index; the constructor loads its model.
 
     Attributes:
         blocks: the Gradio application.
 
     Raises:
-        FileNotFoundError: if the model is not there any more.
-        ValueError: if the index is empty or the model is another.
+        FileNotFoundError: if the folder of the model is missing.
+        ValueError: if the index is empty, or another model built it.
     """
 
     def __init__(self, index: ImageTextIndex) -> None:
-        self.searcher, self.pictures, self.uploads = Searcher(index), Pictures(), Uploads()
+        self.searcher, self.images, self.uploads = Searcher(index), ShownImages(), Uploads()
         self.blocks = gr.Blocks(title=f"Search {self.searcher.things}", analytics_enabled=False, fill_width=True)
         with self.blocks:
             self._build()
@@ -136,26 +136,26 @@ class SearchPage:
         share: bool = False,
         allowed_hosts: Sequence[str] = (),
     ) -> str | None:
-        """Start to serve, and come back.
+        """Start the server and return.
 
         Args:
             host: the address to listen at.
-            port: a free port; without it the first free one from 7860 on.
-            share: ask Gradio's servers for a public address too.
-            allowed_hosts: names by which browsers may ask for the page, beside localhost and `host`; see `Hosts`.
+            port: a free port; None for the first free one from 7860 on.
+            share: also open a public link through Gradio's servers.
+            allowed_hosts: host names of the page besides localhost and `host`; see `Hosts`.
 
         Returns:
-            The public address, None without one.
+            The public URL, or None.
 
         Raises:
-            ValueError: if one of `allowed_hosts` is no host name.
+            ValueError: if a name in `allowed_hosts` is not a host name.
         """
         hosts = Hosts(host, allowed_hosts)
-        route = Route(f"/{FOLDER}/{{size}}/{{name}}.jpg", self._picture)
+        route = Route(f"/{FOLDER}/{{size}}/{{name}}.jpg", self._image)
 
         @asynccontextmanager
         async def guarded(app: Any) -> AsyncIterator[None]:
-            # Middleware that is given in app_kwargs stands behind Gradio's own, which answers other sites already.
+            # Middleware in app_kwargs would run behind Gradio's own, which already answers requests of other sites.
             app.middleware_stack = Guard(app.middleware_stack, hosts, self.uploads)
             app.uploaded_file_dir = self.uploads.folder
             cleaning = asyncio.create_task(self._remove_old_uploads())
@@ -169,7 +169,7 @@ class SearchPage:
             inline=False,
             quiet=True,
             prevent_thread_lock=True,
-            show_error=False,  # of an error that is not foreseen the server's terminal tells
+            show_error=False,  # the server's terminal shows unexpected errors
             footer_links=[],
             run_history=False,
             max_file_size=MOST_BYTES,
@@ -187,22 +187,22 @@ class SearchPage:
         return public
 
     def close(self) -> None:
-        """Stop to serve, and remove what was uploaded."""
+        """Stop the server and remove the uploads."""
         self.blocks.close(verbose=False)
         self.uploads.close()
 
     def _guard_inputs(self) -> None:
-        """Let Gradio see no file that a request names, and keep no copy of what a session was shown.
+        """Keep files that a request names away from Gradio, and keep no copy of a session's answers.
 
-        Gradio opens or fetches what a request names in any input, before a component sees it. So the image is taken
-        out of the inputs, checked, and put in again behind Gradio.
+        Gradio opens or fetches files that any input names, before a component sees them. So this method takes the image
+        out of the inputs, checks it, and puts it back behind Gradio.
         """
         preprocess, postprocess = self.blocks.preprocess_data, self.blocks.postprocess_data
 
         async def take(fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> list[Any]:
             values, uploads = list(inputs), {}
             for row, (block, value) in enumerate(zip(fn.inputs, inputs, strict=False)):  # Gradio checks the count
-                if block._id == self._query_picture._id:
+                if block._id == self._query_image._id:
                     try:
                         values[row], uploads[row] = None, self.uploads.claim(value)
                     except FileNotFoundError as error:
@@ -217,7 +217,7 @@ class SearchPage:
         async def give(fn: Any, predictions: Any, state: Any) -> list[Any]:
             given = await postprocess(fn, predictions, state)
             if state is not None:
-                state.config_values.clear()  # for links to a session, which this page does not offer
+                state.config_values.clear()  # Gradio keeps these for links to a session, which this page lacks
             return given
 
         self.blocks.preprocess_data, self.blocks.postprocess_data = take, give
@@ -226,7 +226,7 @@ class SearchPage:
         while True:
             await asyncio.sleep(3600)
             await run_in_threadpool(self.uploads.make_room)
-            self.blocks.upload_file_set.clear()  # Gradio's list of their names
+            self.blocks.upload_file_set.clear()  # Gradio's list of the uploads' names
 
     def _build(self) -> None:
         searcher = self.searcher
@@ -235,15 +235,15 @@ class SearchPage:
         with gr.Row(elem_id="d2-query"):
             with gr.Column(scale=4, min_width=280, elem_id="d2-words"):
                 with gr.Row(elem_id="d2-line"):
-                    sentence = gr.Textbox(
-                        placeholder="Describe what you look for",
+                    text = gr.Textbox(
+                        placeholder="Describe what you are looking for",
                         show_label=False,
                         container=False,
                         scale=5,
                         min_width=160,
                         autofocus=True,
                         max_lines=1,
-                        elem_id="d2-sentence",
+                        elem_id="d2-text",
                     )
                     button = gr.Button("Search", variant="primary", scale=0, min_width=96, elem_id="d2-search")
                 with gr.Row(elem_id="d2-options"):
@@ -254,12 +254,12 @@ class SearchPage:
                     )  # fmt: skip
                     weight = gr.Slider(
                         0, 1, 0.5, step=0.05,
-                        label="Weight of the sentence",
+                        label="Weight of the text",
                         visible=False, min_width=200, elem_id="d2-weight",
                     )  # fmt: skip
-            picture = self._query_picture = gr.Image(
+            image = self._query_image = gr.Image(
                 type="filepath", image_mode=None, sources=["upload"], show_label=False, buttons=[],
-                height=96, scale=1, min_width=200, placeholder="or drop a picture", elem_id="d2-picture",
+                height=96, scale=1, min_width=200, placeholder="or drop an image", elem_id="d2-image",
             )  # fmt: skip
         message = gr.HTML("", apply_default_css=False, elem_id="d2-message")
         with gr.Row(elem_id="d2-answers"):
@@ -278,7 +278,7 @@ class SearchPage:
             count = len(new.hits) if new is not None else 0
             return {
                 first: start,
-                hits: show_hits(new, start, searcher, self.pictures),
+                hits: show_hits(new, start, searcher, self.images),
                 shown: show_range(new, start, searcher.things),
                 pager: gr.update(visible=there),
                 previous: gr.update(interactive=start > 0),
@@ -289,7 +289,7 @@ class SearchPage:
             try:
                 new = searcher.ask(words, file, share, rerank=how == RERANKED)
             except ImageError as error:
-                return {message: show_message(f"{error}. Take it away, or drop another.", "error")}
+                return {message: show_message(f"{error}. Remove it, or drop another image.", "error")}
             except (ValueError, OSError) as error:
                 return {message: show_message(str(error), "error")}
             return {
@@ -299,33 +299,33 @@ class SearchPage:
 
         def turn(new: Answer | None, start: int) -> dict[Any, Any]:
             if new is None:
-                return {message: show_message("Nothing to turn over: search first.", "error")}
+                return {message: show_message("There are no results yet: search first.", "error")}
             return page(new, page_start(len(new.hits), start))
 
         def explain(new: Answer | None, event: gr.EventData) -> dict[Any, Any]:
             try:
-                place = int(event._data["place"])
-            except (ValueError, TypeError, OverflowError):  # nothing that the page sends
-                place = -1
+                position = int(event._data["position"])
+            except (ValueError, TypeError, OverflowError):  # a value that the page itself never sends
+                position = -1
             try:
-                found = searcher.explain(new, place)
+                found = searcher.explain(new, position)
             except ValueError as error:
                 return {message: show_message(str(error), "error")}
             assert new is not None
-            return {reason: show_reason(new, found, searcher, self.pictures), why: gr.update(visible=True)}
+            return {reason: show_reason(new, found, searcher, self.images), why: gr.update(visible=True)}
 
         paging: Sequence[Any] = [first, hits, shown, pager, previous, following, message]
         asked: dict[str, Any] = {
             "fn": search,
-            "inputs": [sentence, picture, weight, ranking],
+            "inputs": [text, image, weight, ranking],
             "outputs": [answer, why, reason, *paging],
             "show_progress": "minimal",
             "show_progress_on": hits,
         }
-        gr.on([button.click, sentence.submit, picture.upload], **asked, api_name="search")
+        gr.on([button.click, text.submit, image.upload], **asked, api_name="search")
         gr.on([ranking.input, weight.release], **asked, api_visibility="private")
-        picture.change(
-            lambda file: gr.update(visible=file is not None), picture, weight, show_progress="hidden",
+        image.change(
+            lambda file: gr.update(visible=file is not None), image, weight, show_progress="hidden",
             concurrency_limit=None, api_visibility="private",
         )  # fmt: skip
         quick: dict[str, Any] = {"inputs": [answer, first], "outputs": paging, "show_progress": "hidden"}
@@ -341,12 +341,12 @@ class SearchPage:
             api_visibility="private",
         )  # fmt: skip
 
-    def _picture(self, request: Request) -> Response:
+    def _image(self, request: Request) -> Response:
         sizes = {"small": SMALL, "large": LARGE}
         try:
-            data = self.pictures.read(request.path_params["name"], sizes[request.path_params["size"]])
+            data = self.images.read(request.path_params["name"], sizes[request.path_params["size"]])
         except KeyError:
-            return PlainTextResponse("no such picture", 404)
+            return PlainTextResponse("no such image", 404)
         except ImageError:
-            return PlainTextResponse("the picture cannot be read any more", 404)
+            return PlainTextResponse("the image can no longer be read", 404)
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})

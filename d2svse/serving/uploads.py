@@ -1,4 +1,4 @@
-"""The images that were dropped on the page: one private folder of bounded size, and no other file."""
+"""Keep the images that users upload in one private folder of bounded size, and open no other file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, BinaryIO
 
 from d2svse.images import StoredImage
 
-MOST_BYTES = 64 * 2**20  # of one upload
-MOST_BYTES_KEPT = 2**30  # of all uploads
+MOST_BYTES = 64 * 2**20  # bytes of one upload
+MOST_BYTES_KEPT = 2**30  # bytes of all uploads
 MOST_FILES_KEPT = 1000
 HOURS_KEPT = 12
-NOT_UPLOADED = "This image was not uploaded here, or it is gone: drop it again; nothing is fetched from elsewhere."
-# A pipe must not block, and a link that replaces the file must not be followed.
+NOT_UPLOADED = "This image was not uploaded here, or it is gone: drop it again. The page fetches no other images."
+# Do not wait for a pipe, and do not follow a link that has replaced the file.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Uploads:
-    """A private folder for uploads; it is removed by `close`, and when the object or the process ends.
+    """A private folder of uploads; `close` removes it, and so does the end of the object or the process.
 
     Attributes:
-        folder: its path, without symbolic links.
+        folder: path of the folder, without symbolic links.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Uploads:
             path: an absolute path.
 
         Raises:
-            FileNotFoundError: for all but a regular file below the folder, always with the same message.
+            FileNotFoundError: for everything but a regular file below the folder, always with the same message.
         """
         with suppress(OSError, ValueError):
             real = os.path.realpath(path)
@@ -58,7 +58,7 @@ class Uploads:
         raise FileNotFoundError(NOT_UPLOADED)
 
     def holds(self, path: str) -> bool:
-        """Whether a path is that of an upload."""
+        """Return whether a path belongs to an upload."""
         try:
             self.open(path).close()
         except FileNotFoundError:
@@ -66,13 +66,13 @@ class Uploads:
         return True
 
     def claim(self, value: Any) -> Upload | None:
-        """Return the upload that a request names; None where it names none.
+        """Return the upload that a request names, or None if it names none.
 
         Args:
-            value: what a browser sends, `{"path": ...}` or None.
+            value: the value from the browser, `{"path": ...}` or None.
 
         Raises:
-            FileNotFoundError: if it names anything but an upload, always with the same message.
+            FileNotFoundError: if the value names anything but an upload, always with the same message.
         """
         if value is None:
             return None
@@ -82,10 +82,10 @@ class Uploads:
         return Upload(self, path)
 
     def make_room(self, incoming: int = 0) -> None:
-        """Remove the oldest uploads until so many bytes more are within the bounds, and all that are too old.
+        """Remove uploads that are too old, and the oldest ones until the incoming bytes fit in the limits.
 
         Args:
-            incoming: bytes that will be written.
+            incoming: bytes that will be written next.
         """
         files = sorted((path for path in Path(self.folder).rglob("*") if not path.is_dir()), key=_time_of)
         sizes = [path.lstat().st_size if path.is_symlink() or path.exists() else 0 for path in files]
@@ -95,12 +95,12 @@ class Uploads:
                 break
             with suppress(OSError):
                 path.unlink()
-                path.parent.rmdir()  # fails where more is in it
+                path.parent.rmdir()  # fails if the folder contains other files
             total, count = total - size, count - 1
 
 
 class Upload(StoredImage):
-    """An uploaded image; each reading opens and checks the file anew. Messages name it without its folder."""
+    """An uploaded image; each read opens and checks the file again. Messages name it without its folder."""
 
     def __init__(self, uploads: Uploads, path: str) -> None:
         self._uploads, self._path = uploads, path
@@ -110,12 +110,12 @@ class Upload(StoredImage):
 
     @property
     def name(self) -> str:
-        """The name of the file that was uploaded."""
+        """The name of the uploaded file."""
         return os.path.basename(self._path)
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Size and time of the file."""
+        """Size in bytes and modification time in nanoseconds of the file."""
         with self._uploads.open(self._path) as file:
             status = os.fstat(file.fileno())
         return status.st_size, status.st_mtime_ns
@@ -124,7 +124,7 @@ class Upload(StoredImage):
         """Read the file.
 
         Raises:
-            FileNotFoundError: if it is gone.
+            FileNotFoundError: if the file is gone.
         """
         with self._uploads.open(self._path) as file:
             return file.read(MOST_BYTES)
@@ -133,5 +133,5 @@ class Upload(StoredImage):
 def _time_of(path: Path) -> float:
     try:
         return path.lstat().st_mtime
-    except OSError:  # removed meanwhile
+    except OSError:  # the file was removed in the meantime
         return 0.0

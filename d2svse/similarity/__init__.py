@@ -1,4 +1,4 @@
-"""Similarities between images and sentences, each usable on its own."""
+"""Similarities between images and texts, each usable on its own."""
 
 from d2svse.similarity.attention import CrossAttentionI2T, CrossAttentionT2I
 from d2svse.similarity.base import Similarity, build_similarity, register_similarity, similarity_names

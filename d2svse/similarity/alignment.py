@@ -1,7 +1,6 @@
-"""What an image's tokens and a text's words have to do with each other, as a similarity sees it.
+"""Alignments: how an image's tokens and a text's words belong together, as a similarity sees it.
 
-A similarity gives one of these for one image and one text (`Similarity.alignment`); who draws them asks for no
-similarity by name.
+`Similarity.alignment` returns one of these for one image and one text. What draws them needs no similarity's name.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class TokenScores(Alignment):
 
 @dataclass(frozen=True, eq=False)
 class BestPartners(TokenScores):
-    """The score of each image token and word, of which the best partners count.
+    """The score of each image token and word; only the best partners count.
 
     Attributes:
-        direction: whose best partners: "t2i" each word's image token, "i2t" each image token's word, or "both".
+        direction: "t2i" for each word's best image token, "i2t" for each image token's best word, or "both".
     """
 
     direction: Literal["i2t", "t2i", "both"]
@@ -52,12 +51,12 @@ class BestPartners(TokenScores):
 
 @dataclass(frozen=True, eq=False)
 class Attention(Alignment):
-    """How much the one side attends to the other.
+    """How much one side attends to the other.
 
     Attributes:
-        weights: `(n_patches, n_words)`; with "t2i" each word's sum to 1 over the image tokens, with "i2t" each
-            image token's over the words.
-        direction: who attends: "t2i" the words, "i2t" the image tokens.
+        weights: `(n_patches, n_words)`. With "t2i" the weights of each word sum to 1 over the image tokens, with
+            "i2t" those of each image token over the words.
+        direction: "t2i" if the words attend, "i2t" if the image tokens do.
         relevance: how well each word fits what it attends to, `(n_words,)`; None with "i2t".
     """
 

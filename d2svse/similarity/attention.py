@@ -1,4 +1,4 @@
-"""Stacked cross attention (SCAN): each fragment against what it attends to on the other side."""
+"""Stacked cross attention (SCAN): compare each fragment with what it attends to on the other side."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ Pooling = Literal["mean", "lse"]
 class CrossAttention(FragmentSimilarity):
     """Stacked cross attention (Lee et al., ECCV 2018).
 
-    The products of a query fragment q with the context fragments c_k pass a leaky ReLU (slope
-    0.1) and are L2-normalised over the queries; a softmax over the context, sharpened by
-    `smoothing`, weighs it, and the query is compared with the weighted context Σ a_k c_k by the
-    same metric. The scores of all queries are pooled by their mean, or by
-    log Σ exp(λ r) / λ.
+    The products of a query fragment q with the context fragments c_k pass a leaky ReLU (slope 0.1) and are
+    L2-normalised over the queries. A softmax over the context, sharpened by `smoothing`, gives the weights a_k.
+    The same metric compares the query with the weighted context Σ a_k c_k. The scores of all queries are pooled by
+    their mean, or by log Σ exp(λ r) / λ.
 
-    The comparison needs no weighted context: its numerator is Σ a_k (q · c_k), and the squared
-    norm of the context is aᵀ(C Cᵀ)a, from products that are shared by all sentences (or images).
+    The weighted context is never made. The numerator of the comparison is Σ a_k (q · c_k), and the squared norm of the
+    context is aᵀ(C Cᵀ)a, from products that all texts (or images) share.
 
     Args:
         smoothing: inverse temperature of the attention.
@@ -53,7 +52,7 @@ class CrossAttention(FragmentSimilarity):
         self.smoothing, self.pooling, self.lse_scale = smoothing, pooling, lse_scale
 
     def attention(self, products: Tensor, query_mask: Tensor, context_mask: Tensor) -> Tensor:
-        """How much every query fragment attends to each of the context: it sums to 1 over the real context.
+        """Return how much every query fragment attends to each context fragment; it sums to 1 over the real ones.
 
         Args:
             products: `(n_contexts, n_queries, length_queries, length_contexts)`.
@@ -61,7 +60,7 @@ class CrossAttention(FragmentSimilarity):
             context_mask: `(n_contexts, length_contexts)` bool.
 
         Returns:
-            The shape of `products`; 0 for masked context, and all 0 where there is no other.
+            The shape of `products`; 0 for masked context.
         """
         sharp = F.leaky_relu(products, 0.1).masked_fill(~query_mask[None, :, :, None], 0)
         sharp = sharp / (sharp.square().sum(2, keepdim=True) + _EPSILON**2).sqrt()
@@ -86,7 +85,7 @@ class CrossAttention(FragmentSimilarity):
         gram = context @ context.transpose(1, 2)
         spread = (attention.flatten(1, 2) @ gram).view_as(attention)
         squared_norm = (spread * attention).sum(-1)
-        return numerator / (squared_norm.clamp(min=0) + _SMALLEST_NORM**2).sqrt()  # rounding may leave it below 0
+        return numerator / (squared_norm.clamp(min=0) + _SMALLEST_NORM**2).sqrt()  # rounding can make it negative
 
     def pool(self, relevance: Tensor, mask: Tensor) -> Tensor:
         """Pool `(n_contexts, n_queries, length_queries)` over the real queries: `(n_contexts, n_queries)`."""

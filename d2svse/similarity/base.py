@@ -1,4 +1,4 @@
-"""What every similarity is, and the table of their names."""
+"""The base class of similarities, and the table of their names."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import Candidates, Side
 from d2svse.features import Features
+from d2svse.registry import Class, Registry
 from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
-
-Side = Literal["image", "text"]
-Candidates = Literal["mean", "pooled"]
-
-ENTRY_POINT_GROUP = "d2svse.similarities"
-_TABLE: dict[str, type[Similarity]] = {}
 
 
 class Similarity(nn.Module, ABC):
-    """A score for every pair of an image and a sentence.
+    """A score for every pair of an image and a text.
 
-    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. All that
-    follows from its kind are methods: what an index stores, how candidates are scored, what a map shows.
+    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. Methods tell
+    everything that follows from its kind: what an index stores, how candidates are scored, what a map shows.
 
     Attributes:
         requires: "pooled" if the pooled vectors suffice, "tokens" if the tokens are needed.
@@ -67,7 +62,7 @@ class Similarity(nn.Module, ABC):
 
         Args:
             images: features of `n_images` images.
-            texts: features of `n_texts` sentences, of the same `embed_dim`.
+            texts: features of `n_texts` texts, of the same `embed_dim`.
 
         Returns:
             `(n_images, n_texts)` float32 (float64 for float64 input); higher is closer.
@@ -91,17 +86,17 @@ class Similarity(nn.Module, ABC):
 
     @property
     def foldable(self) -> bool:
-        """Whether `fold` is available."""
+        """Return whether `fold` is available."""
         return type(self).fold is not Similarity.fold
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether features need tokens beside their pooled vectors."""
+        """Return whether features need tokens beside their pooled vectors."""
         return self.requires == "tokens"
 
     @property
     def output(self) -> Literal["pooled", "features"]:
-        """The `output` to ask of `encode_image` and `encode_text`."""
+        """Return the `output` to ask of `encode_image` and `encode_text`."""
         return "features" if self.needs_tokens else "pooled"
 
     def compared(self, features: Features) -> Features:
@@ -115,8 +110,8 @@ class Similarity(nn.Module, ABC):
             wanted: "mean" or "pooled", see `vectors`.
 
         Returns:
-            None where inner products of `vectors` are the scores and need no second stage; "pooled" where
-            there are no tokens to take the mean of; else what was wanted.
+            None where inner products of `vectors` are the scores, which need no second stage; "pooled" where there
+            are no tokens for a mean; else what was wanted.
         """
         return None if self.foldable else wanted if self.needs_tokens else "pooled"
 
@@ -127,9 +122,9 @@ class Similarity(nn.Module, ABC):
         Args:
             side: which side the features are of.
             features: `n` of them, with tokens for "mean".
-            candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors,
-                "mean" for the mean of the L2-normalised tokens, to which matching all tokens alike comes
-                down. Both are L2-normalised.
+            candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors;
+                "mean" for the mean of the L2-normalised tokens, whose inner product is the score of matching all
+                tokens alike. Both are L2-normalised.
 
         Returns:
             `(n, dim)` float32.
@@ -152,12 +147,12 @@ class Similarity(nn.Module, ABC):
 
     @property
     def vector_score(self) -> Literal["cosine", "dot"]:
-        """How another library compares its `vectors`: by inner product where that is the score, else by cosine."""
+        """Return how another library compares its `vectors`: "dot" if inner products are the scores, else "cosine"."""
         return "dot" if self.foldable else "cosine"
 
     @torch.no_grad()
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
-        """Prepare both sides once; the function returned scores some images with some texts, `(rows, columns)`."""
+        """Prepare both sides once; return a function that scores some images with some texts, `(rows, columns)`."""
         if not self.foldable:
             return torch.no_grad()(lambda rows, columns: self(images[rows], texts[columns]))
         left, right = self.fold("image", images.pooled), self.fold("text", texts.pooled)
@@ -190,10 +185,10 @@ class Similarity(nn.Module, ABC):
 
     @torch.no_grad()
     def alignment(self, images: Features, texts: Features) -> Alignment:
-        """Tell what one image's tokens and one text's words have to do with each other.
+        """Return how one image's tokens and one text's words belong together.
 
-        Without a method of its own a similarity of pooled vectors scores each image token in the place of the
-        whole image, and one of tokens each image token alone with each word alone.
+        By default a similarity of pooled vectors scores each image token as if it were the whole image. One of tokens
+        scores each image token alone with each word alone.
 
         Args:
             images: features of one image, with tokens `(1, n_patches, embed_dim)`.
@@ -238,32 +233,25 @@ class Similarity(nn.Module, ABC):
                     )
 
 
-SimilarityClass = TypeVar("SimilarityClass", bound=type[Similarity])
+REGISTRY: Registry[Similarity] = Registry("similarity", "d2svse.similarities", example="omit")
 
 
-def register_similarity(name: str) -> Callable[[SimilarityClass], SimilarityClass]:
-    """Class decorator that adds a similarity to the table under `name`.
+def register_similarity(name: str) -> Callable[[Class], Class]:
+    """Return a class decorator that adds a similarity under `name`.
 
     Raises:
         ValueError: if the name is taken by another class.
     """
-
-    def add(cls: SimilarityClass) -> SimilarityClass:
-        if _TABLE.get(name, cls) is not cls:
-            raise ValueError(f"the similarity name {name!r} is taken by {_TABLE[name].__qualname__}")
-        _TABLE[name] = cls
-        return cls
-
-    return add
+    return REGISTRY.register(name)
 
 
 def similarity_names() -> list[str]:
-    """All names that `build_similarity` knows, those of installed packages included."""
-    return sorted({*_TABLE, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+    """Return all names that `build_similarity` knows, those of installed packages included."""
+    return REGISTRY.names()
 
 
 def similarity_options(configuration: Any) -> dict[str, Any]:
-    """The one form of what names a similarity: `{"name": ..., **constructor_arguments}`.
+    """Return the one form of what names a similarity: `{"name": ..., **constructor_arguments}`.
 
     Args:
         configuration: the name, or the name and the arguments; nothing (None, an empty one) is cosine.
@@ -271,14 +259,7 @@ def similarity_options(configuration: Any) -> dict[str, Any]:
     Raises:
         ValueError: if it is something else.
     """
-    if isinstance(configuration, str):
-        configuration = {"name": configuration}
-    options = configuration or {"name": "cosine"}
-    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        raise ValueError(
-            f'similarity must be a name such as "omit", or {{"name": "omit"}} with its arguments, got {options!r:.80}'
-        )
-    return dict(options)
+    return REGISTRY.options(configuration or "cosine")
 
 
 def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = None) -> Similarity:
@@ -293,19 +274,4 @@ def build_similarity(configuration: str | Mapping[str, Any], dim: int | None = N
     Raises:
         ValueError: if the name is unknown or an argument does not fit.
     """
-    arguments = similarity_options(configuration)
-    name = arguments.pop("name")
-    if name not in _TABLE:
-        for point in entry_points(group=ENTRY_POINT_GROUP):
-            if point.name == name:
-                register_similarity(point.name)(point.load())
-                break
-        else:
-            raise ValueError(
-                f"unknown similarity {name!r}; known are {', '.join(similarity_names())}; one of your own is known "
-                f"once its module is imported, to commands by an entry point of the group {ENTRY_POINT_GROUP}"
-            )
-    try:
-        return _TABLE[name].from_config(arguments, dim)
-    except TypeError as error:
-        raise ValueError(f"similarity {name!r}: {error}") from error
+    return REGISTRY.build(similarity_options(configuration), lambda cls, arguments: cls.from_config(arguments, dim))

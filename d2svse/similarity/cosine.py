@@ -17,7 +17,7 @@ class Cosine(Similarity):
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         return F.normalize(images.pooled, dim=-1) @ F.normalize(texts.pooled, dim=-1).T
 
-    vector_score = "cosine"  # of normalised vectors it is the inner product
+    vector_score = "cosine"  # the inner product of normalised vectors
 
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """L2-normalise: the inner product of normalised vectors is the cosine."""

@@ -1,4 +1,4 @@
-"""GSSF on the pooled vectors: a learnable metric in place of cosine."""
+"""GSSF on the pooled vectors: a learnable metric instead of cosine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from d2svse.similarity.metric import Metric, Structure
 class GSSF(Similarity):
     """xᵀ(W ⊙ U)y on L2-normalised pooled vectors (GSSF), W the identity at the start. It folds.
 
-    A diagonal W weighs dimensions, a block-diagonal one lets neighbouring dimensions mix; a dense
-    one has dim² weights and, in the paper, gains less than either.
+    A diagonal W weighs dimensions. A block-diagonal W mixes neighbouring dimensions. A dense W has dim² weights and
+    gains less than either in the paper.
 
     Args:
         structure: "diagonal", "block-diagonal" or "dense".

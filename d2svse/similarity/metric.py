@@ -1,4 +1,4 @@
-"""The metric that vectors are compared by: cosine, or GSSF's learnable one."""
+"""The metric that compares vectors: cosine, or GSSF's learnable one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Metric(nn.Module):
         """Make a metric from its structure, or from `{"structure": ..., **constructor_arguments}`.
 
         Args:
-            configuration: the structure, the structure and the arguments, or a metric, which is given back.
+            configuration: the structure, the structure and the arguments, or a metric, which is returned.
             dim: width of the vectors, where the configuration names none.
             **defaults: arguments that the configuration may replace.
 
@@ -93,7 +93,7 @@ class Metric(nn.Module):
             return
         if self.weight.ndim == 1:
             nn.init.ones_(self.weight)
-        elif not getattr(self.weight, "_is_hf_initialized", False):  # of which views of the blocks know nothing
+        elif not getattr(self.weight, "_is_hf_initialized", False):  # views of the blocks lack this mark
             with torch.no_grad():
                 self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
@@ -104,13 +104,13 @@ class Metric(nn.Module):
     def right(self, y: Tensor) -> Tensor:
         """L2-normalise the text side and take it through W: `(..., dim)` to (W ⊙ U)ŷ, `(..., dim)`.
 
-        The inner product of `left` with the result is the score. W stands on this side, so that
-        stored image vectors serve a search by picture as well.
+        The inner product of `left` with the result is the score. W is on this side, so that
+        stored image vectors serve a search by image as well.
         """
         return self.apply_weight(F.normalize(y, dim=-1))
 
     def apply_weight(self, y: Tensor) -> Tensor:
-        """Take normalised vectors of the text side through W: `(..., dim)`; cosine gives them back."""
+        """Take normalised vectors of the text side through W: `(..., dim)`; cosine returns them unchanged."""
         if self.weight is None:
             return y
         weight = F.dropout(self.weight, self.dropout, self.training).to(y.dtype)
@@ -123,11 +123,11 @@ class Metric(nn.Module):
         return torch.bmm(split, weight.mT).transpose(0, 1).reshape(y.shape)
 
     def weights(self) -> Tensor | None:
-        """The learned structure, detached: `(dim,)` or `(num_blocks, b, b)`; None for cosine."""
+        """Return the learned structure, detached: `(dim,)` or `(num_blocks, b, b)`; None for cosine."""
         return None if self.weight is None else self.weight.detach()
 
     def penalty(self) -> Tensor | None:
-        """The L2 penalty on W, a scalar, or None where there is none."""
+        """Return the L2 penalty on W, a scalar, or None where there is none."""
         if self.weight is None or not self.weight_penalty:
             return None
         return self.weight_penalty * self.weight.square().sum()

@@ -1,16 +1,15 @@
 """Sinkhorn scores of all pairs by matrix scaling.
 
-The log domain is safe for every λ and slow: each half-iteration takes the exponential of every
+The log domain is safe for every λ but slow: each half-iteration takes the exponential of every
 fragment pair. Scaling takes it once, K = exp(c / λ), and then alternates
 
     f = a / (K g),   g = b / (Kᵀ f)
 
-so that the plan is diag(f) K diag(g). Against exp((c − 1) / λ) K is scaled by a number, which f takes
-up, and cosines lie in the middle of the floating-point range instead of its lower half. It is exact as
-long as neither an entry of K nor a sum K g or Kᵀ f leaves that range (a small entry counts too, where f
-is large); where one does, `scaled_scores` says so, and the caller turns to the log domain. The backward pass goes
-through the iterations; what it collects for K is a sum of outer products of vectors, so that nothing
-of the size of K is made but K and its gradient.
+The plan is diag(f) K diag(g). K differs from exp((c − 1) / λ) by a factor that f absorbs: cosines then lie in
+the middle of the floating-point range instead of its lower half. The result is exact as long as no entry of K
+and no sum K g or Kᵀ f leaves that range (a small entry counts too, where f is large). Otherwise
+`scaled_scores` says so, and the caller turns to the log domain. The backward pass goes through the iterations.
+What it collects for K is a sum of outer products of vectors, so only K and its gradient have the size of K.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-MARGIN = 1e4  # how far from the smallest normal and the largest number everything has to stay
+MARGIN = 1e4  # the distance, as a factor, to keep from the smallest normal and the largest number
 
 
 def scaled_scores(
@@ -40,7 +39,7 @@ def scaled_scores(
         row_weights: `(n_images, n_texts, n_patches)` marginals, 0 where masked.
         column_weights: `(n_images, n_texts, n_words)` marginals, 0 where masked.
         regularization: λ.
-        iterations: rows and then columns, so often.
+        iterations: how often rows and then columns are scaled.
         scoring_rows: which patches score, `(n_patches,)` bool; all without it.
         scoring_columns: which words score, `(n_words,)` bool; all without it.
 
@@ -66,7 +65,7 @@ class _ScaledScores(torch.autograd.Function):
         scoring_columns: Tensor | None,
     ) -> tuple[Tensor, bool]:
         pairs = a.shape[:2]
-        product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), and contiguous
+        product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), contiguous
         a, b = a.flatten(0, 1), b.flatten(0, 1)
         kernel = product.div(regularization).exp_()
         if not _in_range(kernel, a, b):
@@ -121,7 +120,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
 
 
 def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether no entry between real fragments is infinite, or so small that the scaling could need what it has lost."""
+    """Return whether every entry between real fragments is finite, and large enough for the scaling to be exact."""
     if _within(*kernel.aminmax()):
         return True
     masked = (a <= 0).unsqueeze(2) | (b <= 0).unsqueeze(1)
@@ -136,7 +135,7 @@ def _within(smallest: Tensor, largest: Tensor) -> bool:
 def _solve(
     kernel: Tensor, turned: Tensor, a: Tensor, b: Tensor, iterations: int
 ) -> tuple[list[Tensor], list[Tensor], bool]:
-    """All f and g, the first g before any iteration, and whether they are exact; `turned` is the transposed kernel."""
+    """Return all f and g (the first g is the start) and whether they are exact; `turned` is the transposed kernel."""
     masked_rows, masked_columns = a <= 0, b <= 0
     fs: list[Tensor] = []
     gs = [(~masked_columns).to(b.dtype)]
@@ -153,7 +152,7 @@ def _solve(
 
 
 def _vectors_times(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """A row vector times a matrix, for each pair; matrix times column is several times slower on the CPU."""
+    """Multiply a row vector by a matrix, for each pair; matrix times column is several times slower on the CPU."""
     return torch.bmm(vectors.unsqueeze(1), matrices).squeeze(1)
 
 

@@ -1,4 +1,4 @@
-"""All-pairs work on fragments, a tile at a time under a memory budget."""
+"""Scores of all pairs of fragments, a tile at a time under a memory budget."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from d2svse.similarity.base import Side, Similarity
 from d2svse.similarity.metric import Metric
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
-CACHED_ELEMENTS = 2**19  # of a tensor of a tile on the CPU: larger ones leave the cache between two operations
+CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the cache between two operations
 NUM_BLOCKS = 4  # of a block-diagonal metric of fragments, the paper's "ratio"
 SMALLEST_NORM = 1e-12
-IMAGES_TOGETHER = 16  # that are stored: their tokens stay in the CPU's cache
+IMAGES_TOGETHER = 16  # stored images, whose tokens stay in the CPU's cache
 QUERIES_TOGETHER = 64
-LIKE_LENGTH = 0.75  # the shortest sentence of a tile has at least this share of the words of the longest
+LIKE_LENGTH = 0.75  # the shortest text of a tile has at least this share of the words of the longest
 
 
 class Fragments(NamedTuple):
@@ -47,7 +47,7 @@ class Fragments(NamedTuple):
     mask: Tensor
 
     def cut(self, rows: slice | Tensor, length: int | None = None) -> Fragments:
-        """Some of the rows, and no more than the first fragments of each."""
+        """Take some of the rows, and of each no more than the first `length` fragments."""
         vectors, norms, mask = (t[rows, :length] for t in (self.vectors, self.norms, self.mask))
         mapped = vectors if self.mapped is self.vectors else self.mapped[rows, :length]
         return Fragments(vectors, norms, self.pooled[rows], mapped, mask)
@@ -66,15 +66,14 @@ class FragmentOptions(TypedDict, total=False):
 class FragmentSimilarity(Similarity):
     """A score from the fragments (patches, words) of both sides.
 
-    A subclass writes `score_tile`. Sentences of like length are taken together and cut to the
-    longest of them, so that padding is hardly computed; images and sentences are taken a tile at a
-    time, so that the products of all fragment pairs of a tile, and what is made from them, stay
-    within `max_memory` (and on the CPU in its cache). The backward pass computes each tile anew and
-    keeps nothing of the forward pass but the fragments. The tile size does not change the scores.
+    A subclass writes `score_tile`. A tile is some images and some texts. Texts of like length are taken together and
+    cut to the longest of them, so that little padding is computed. The products of all fragment pairs of a tile, and
+    what is made from them, stay within `max_memory` (and on the CPU in its cache). The backward pass computes each tile
+    anew and keeps only the fragments of the forward pass. The tile size does not change the scores.
 
     A configuration names the metric: `{"name": "omit", "metric": "diagonal"}`, or with its arguments
     `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`. A block-diagonal metric has 4 blocks
-    where none are named, as the paper takes for fragments.
+    by default, as in the paper for fragments.
 
     Args:
         metric: how two fragments are compared; cosine without it.
@@ -110,11 +109,11 @@ class FragmentSimilarity(Similarity):
 
     @abstractmethod
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:
-        """Score all pairs of a tile; it is called again in the backward pass and must do the same then.
+        """Score all pairs of a tile. The backward pass calls it again and must get the same scores.
 
         Args:
             images: the tile's images.
-            texts: the tile's sentences.
+            texts: the tile's texts.
             products: the metric of every two fragments, `(n_images, n_patches, n_texts, n_words)`;
                 of padded fragments too.
 
@@ -134,7 +133,7 @@ class FragmentSimilarity(Similarity):
         return left, right._replace(mapped=self.metric.apply_weight(right.vectors))
 
     def tiles(self, images: Fragments, texts: Fragments) -> Iterator[tuple[Tensor, int, list[slice]]]:
-        """Cut the work: sentences, the length to cut them to, and the slices of images to take with them."""
+        """Cut the work into texts, the length to cut them to, and the slices of images to score them with."""
         n_images, n_patches = images.mask.shape
         elements = self._elements(images)
         words = elements // max(1, min(n_images * n_patches, math.isqrt(elements)))
@@ -146,7 +145,7 @@ class FragmentSimilarity(Similarity):
             yield torch.tensor(index, device=texts.mask.device), width, slices
 
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
-        """Score all pairs at once: a tile by itself is dear."""
+        """Score all pairs at once, because single tiles are expensive."""
         scores = self(images, texts)
         return lambda rows, columns: scores[rows, columns]
 
@@ -188,12 +187,12 @@ class FragmentSimilarity(Similarity):
     def score_some(
         self, blocks: Iterable[tuple[Features, Sequence[Sequence[int]]]], texts: Features
     ) -> Iterator[list[Tensor]]:
-        """Score each image with some of the texts, without gradient; the texts are made ready once.
+        """Score each image with some of the texts, without gradient. The texts are made ready once.
 
         Args:
-            blocks: images a few at a time, so that they may be read meanwhile, and for each of them
-                the rows of the texts to score.
-            texts: features of sentences.
+            blocks: a few images at a time, so that they can be read meanwhile, and for each of them the rows of the
+                texts to score.
+            texts: features of texts.
 
         Yields:
             For each image of a block its scores `(len(rows),)`, as `forward` gives them.
@@ -221,7 +220,7 @@ class FragmentSimilarity(Similarity):
         for row, rows in enumerate(chosen):
             image, own = images.cut(slice(row, row + 1)), images.vectors.new_zeros(len(rows))
             for group in like_lengths([lengths[i] for i in rows], words):
-                index = [rows[place] for place in group]
+                index = [rows[position] for position in group]
                 tile = texts.cut(torch.tensor(index, device=own.device), lengths[index[0]])
                 own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
             scores.append(own)
@@ -244,7 +243,7 @@ class FragmentSimilarity(Similarity):
             return products.masked_fill(~(left.mask[0][:, None] & right.mask[0]), float("-inf"))
 
     def _elements(self, images: Fragments) -> int:
-        """How many elements a tensor of a tile may have."""
+        """Return how many elements a tile's tensor may have."""
         elements = max(1, self.max_memory // (images.vectors.element_size() * self.copies))
         return min(elements, CACHED_ELEMENTS) if images.mask.device.type == "cpu" else elements
 
@@ -263,7 +262,7 @@ def _fragments(features: Features) -> Fragments:
 
 
 class _Normalized(torch.autograd.Function):
-    """L2-normalised vectors and their norms; unlike `F.normalize` it does not keep what it was given."""
+    """Return L2-normalised vectors and their norms; unlike `F.normalize`, keep no input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,13 +283,13 @@ class _Normalized(torch.autograd.Function):
 
 
 def _lengths(texts: Fragments) -> list[int]:
-    """The number of words up to the last real one, at least 1."""
+    """Return the number of words of each text up to the last real one, at least 1."""
     positions = torch.arange(1, texts.mask.shape[1] + 1, device=texts.mask.device)
     return F.pad(texts.mask * positions, (1, 0), value=1).amax(-1).tolist()
 
 
 def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
-    """Group sentences, the longest first, so that a group is of like length and of about so many words."""
+    """Yield groups of texts of like length, the longest first, of at most about so many words."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group:
@@ -304,7 +303,7 @@ def like_lengths(lengths: Sequence[int], words: int) -> Iterator[list[int]]:
 
 
 class _TiledScores(torch.autograd.Function):
-    """Scores of all pairs, tile by tile, and their gradient by computing every tile anew."""
+    """Score all pairs tile by tile; compute every tile anew for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, similarity: FragmentSimilarity, names: list[str], *tensors: Tensor) -> Tensor:
@@ -326,12 +325,12 @@ class _TiledScores(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-    """The gradient with respect to both sides and the parameters; None where there is none."""
+    """Return the gradients of both sides and of the parameters; None where there is none."""
     similarity, tensors, needed = ctx.similarity, ctx.saved_tensors, ctx.needs_input_grad[2:]
-    if not upstream.numel():  # a process without images still has to take part in reducing gradients
+    if not upstream.numel():  # a process without images still takes part in the reduction of gradients
         return [torch.zeros_like(t) if wanted else None for t, wanted in zip(tensors, needed, strict=True)]
     images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
-    # copies, so that neither hooks of the parameters run here nor what was swapped for them is missed
+    # copies: no hook of the parameters runs here, and swapped parameters are respected
     trained = [p.detach().requires_grad_(w) for p, w in zip(tensors[2 * SIDE :], needed[2 * SIDE :], strict=True)]
     swapped = {f"similarity.{name}": parameter for name, parameter in zip(ctx.names, trained, strict=True)}
     module = _Tile(similarity)
@@ -344,7 +343,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
 
     def collect(k: int, rows: slice | Tensor, gradient: Tensor) -> None:
         whole = gradients[k]
-        if whole is None:  # only now: what no tile uses takes no memory
+        if whole is None:  # made late: what no tile uses takes no memory
             whole = gradients[k] = torch.zeros_like(tensors[k])
         part = whole[:, : gradient.shape[1]]
         part[rows] += gradient

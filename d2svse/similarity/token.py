@@ -1,4 +1,4 @@
-"""Token alignment: every fragment takes its best partner, and the partners are summed up."""
+"""Token alignment: find the best partner of every fragment, and sum the partners' scores."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Direction = Literal["i2t", "t2i", "both"]
 
 
 class MaxAlignment(FragmentSimilarity):
-    """The best partner of every fragment, summed up over the fragments of one side, or of either.
+    """The score of every fragment's best partner, summed over the fragments of one side, or of either.
 
-    "t2i" asks for every word which patch fits best, "i2t" for every patch which word; "both" is
-    the mean of the two scores. A side whose fragments are all masked scores 0.
+    "t2i" takes the best patch of every word, "i2t" the best word of every patch; "both" is the mean of the two scores.
+    A side whose fragments are all masked scores 0.
 
     Args:
         direction: "i2t", "t2i" or "both".
         **options: see `FragmentSimilarity`.
 
     Raises:
-        ValueError: if the direction is none of the three.
+        ValueError: if the direction is another.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MaxAlignment(FragmentSimilarity):
         return summed.masked_fill(~real.any(-1), 0)
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:
-        """Sum up the partners.
+        """Sum the partners' scores.
 
         Args:
             best: score of each fragment's best partner, `(n_images, n_texts, length)`, 0 where not real.
@@ -96,7 +96,7 @@ class MaxSum(MaxAlignment):
 class MaxSoftmax(MaxAlignment):
     """Best partners weighted by a softmax of learned fragment weights (WTI of DRL).
 
-    The weights are linear in the normalised fragment and start at zero, that is as a mean.
+    The weights are linear in the normalised fragment and start at zero, which is the mean.
 
     Args:
         dim: width of the fragments; a model gives its `embed_dim`.

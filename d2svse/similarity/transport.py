@@ -1,4 +1,4 @@
-"""Entropic optimal transport between the fragments of an image and of a sentence (OMIT)."""
+"""Entropic optimal transport between the fragments of an image and of a text (OMIT)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2svse.similarity.base import register_similarity
 from d2svse.similarity.scaling import scaled_scores
 from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity, like_lengths
 
-SMALLEST_SCALED = 0.01  # below it kernels underflow so often that the log domain is taken at once
+SMALLEST_SCALED = 0.01  # below this, kernels underflow so often that the log domain is used at once
 Marginals = Literal["uniform", "norm", "similarity"]
 
 
@@ -28,11 +28,11 @@ class TransportOutput:
 
     Attributes:
         log_kernel: −cost / λ, −inf where masked, `(..., n, m)`.
-        row_potential: log of what each row is scaled by, `(..., n)`.
-        column_potential: the same of each column, `(..., m)`.
+        row_potential: log of each row's factor, `(..., n)`.
+        column_potential: log of each column's factor, `(..., m)`.
         iterations: how many were run.
         marginal_error: largest absolute difference of a row sum of the plan to its weight,
-            `(...)`; the columns are met by the last step.
+            `(...)`; the last step meets the columns.
         converged: whether all errors are within the tolerance, if one was given.
         regularization: λ.
         scoring: which pairs of a row and a column count in `scores`, `(n, m)` bool; None for all.
@@ -49,14 +49,14 @@ class TransportOutput:
 
     @property
     def scores(self) -> Tensor:
-        """Σ plan × (1 − cost), made on demand: `(...)`; with the cost 1 − cosine, Σ plan × cosine."""
+        """Compute Σ plan × (1 − cost), `(...)`; with the cost 1 − cosine, Σ plan × cosine."""
         plan = self.plan if self.scoring is None else self.plan * self.scoring
         masked = self.log_kernel.isneginf()
         return (plan * (1 + self.regularization * self.log_kernel.masked_fill(masked, 0))).sum((-2, -1))
 
     @property
     def plan(self) -> Tensor:
-        """The transport plan, made on demand: `(..., n, m)`, 0 where masked."""
+        """Compute the transport plan, `(..., n, m)`, 0 where masked."""
         return (self.log_kernel + self.row_potential[..., None] + self.column_potential[..., None, :]).exp()
 
 
@@ -73,8 +73,8 @@ def sinkhorn(
 ) -> TransportOutput:
     """Solve entropic transport problems by Sinkhorn's iterations in the log domain.
 
-    An iteration scales the rows to their weights and then the columns (Cuturi 2013). It is finite
-    for every regularisation, down to 1e-3 and below, and differentiable through the iterations.
+    An iteration scales the rows to their weights and then the columns (Cuturi 2013). The result is finite for every
+    regularisation, down to 1e-3 and below, and differentiable through the iterations.
 
     Args:
         cost: `(..., n, m)` float.
@@ -133,7 +133,7 @@ def _log_sum(values: Tensor, real: Tensor) -> Tensor:
 
 
 def _scale(potential: Tensor, sums: Tensor, log_weights: Tensor, floor: float) -> Tensor:
-    """The potential that takes sums (without it, in the log) to their weights."""
+    """Return the potential that scales sums (given without it, in the log) to their weights."""
     if floor == -math.inf:
         return log_weights - sums
     return potential + log_weights - _log_add(sums + potential, floor)
@@ -146,9 +146,8 @@ def _log_add(values: Tensor, floor: float) -> Tensor:
 class Transport(FragmentSimilarity):
     """Σ plan × cosine over the real fragments, the plan of least cost 1 − cosine (with entropy).
 
-    With `partial` the two global (pooled) vectors join as one more fragment each: the bins, which
-    absorb what matches nothing on the other side, so that it need not be matched (OMIT, partial
-    matching). Pairs with a bin do not score.
+    With `partial` each global (pooled) vector joins its side as one more fragment, the bin. A bin absorbs what matches
+    nothing on the other side (OMIT, partial matching). Pairs with a bin do not score.
 
     Args:
         partial: add the bins.
@@ -156,7 +155,7 @@ class Transport(FragmentSimilarity):
         num_iterations: Sinkhorn iterations.
         marginals: weight of the fragments: "uniform", "norm" (of the fragments as they come), or
             "similarity" (positive part of the cosine to the other side's global vector). A bin
-            weighs as much as the mean fragment; where all weights are 0 they are taken as equal.
+            weighs as much as the mean fragment. If all weights are 0, they count as equal.
         epsilon: see `sinkhorn`.
         **options: see `FragmentSimilarity`.
 
@@ -182,7 +181,7 @@ class Transport(FragmentSimilarity):
         self.marginals, self.epsilon = marginals, epsilon
 
     def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
-        """As of every similarity of fragments; with `partial` the first of each side is its bin."""
+        """Make the fragments of both sides ready; with `partial` the first of each side is its bin."""
         if not self.partial:
             return super().fragments(images, texts)
         return super().fragments(_with_bin(images), _with_bin(texts))
@@ -212,8 +211,8 @@ class Transport(FragmentSimilarity):
     def score_chosen(
         self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """As of every similarity of fragments; the pairs of all images are solved together, like lengths at a time."""
-        if self.marginals == "similarity":  # weights that belong to a pair
+        """Score each image with some of the texts; pairs of like length are solved together, over all images."""
+        if self.marginals == "similarity":  # each pair has weights of its own
             return super().score_chosen(images, texts, lengths, chosen)
         device, (n_patches, n_words) = images.mask.device, (images.mask.shape[1], texts.mask.shape[1])
         counts, of_text = [len(rows) for rows in chosen], [text for rows in chosen for text in rows]
@@ -237,8 +236,8 @@ class Transport(FragmentSimilarity):
         scores = product.new_zeros(len(of_pair))
         for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
             pairs, width = torch.tensor(group, device=device), of_pair[group[0]]
-            places = torch.arange(width, device=device) + start[pairs, None]
-            tile = product[places.minimum(end[pairs, None] - 1)].mT.contiguous()
+            positions = torch.arange(width, device=device) + start[pairs, None]
+            tile = product[positions.minimum(end[pairs, None] - 1)].mT.contiguous()
             weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
             scores[pairs] = self._scores(tile[:, :, None], *weights)[:, 0]
         return list(scores.split(counts))
@@ -253,7 +252,7 @@ class Transport(FragmentSimilarity):
         return self._solve(products, a, b).scores
 
     def _scoring(self, weights: Tensor) -> Tensor | None:
-        """Which fragments of a side score, `(length,)`: all but the bin, which is the first."""
+        """Return which fragments of a side score, `(length,)`: all but the bin, which is the first."""
         return torch.arange(weights.shape[-1], device=weights.device) > 0 if self.partial else None
 
     def _solve(self, products: Tensor, a: Tensor, b: Tensor) -> TransportOutput:
@@ -269,7 +268,7 @@ class Transport(FragmentSimilarity):
         )
 
     def _marginals(self, images: Fragments, texts: Fragments) -> tuple[Tensor, Tensor]:
-        """Weights `(n_images, n_texts, n_patches)` and `(n_images, n_texts, n_words)`."""
+        """Return weights `(n_images, n_texts, n_patches)` and `(n_images, n_texts, n_words)`."""
         pairs = (len(images.mask), len(texts.mask))
         rows = images.mask[:, None].expand(*pairs, -1)
         columns = texts.mask[None].expand(*pairs, -1)
@@ -282,11 +281,11 @@ class Transport(FragmentSimilarity):
         return self._marginal(row_weights, rows), self._marginal(column_weights, columns)
 
     def _weights(self, side: Fragments) -> Tensor:
-        """Weights that a side has by itself, `(n, length)`."""
+        """Return the weights that a side has by itself, `(n, length)`."""
         return side.norms if self.marginals == "norm" else side.mask.to(side.vectors.dtype)
 
     def _marginal(self, weights: Tensor, real: Tensor) -> Tensor:
-        """Weights that sum to 1 over the real fragments; a bin, the first, weighs as the mean of the others."""
+        """Return weights that sum to 1 over the real fragments; the bin (the first) weighs as their mean."""
         weights = weights.masked_fill(~real, 0)
         if self.partial:
             others = weights[..., 1:]
@@ -298,7 +297,7 @@ class Transport(FragmentSimilarity):
 
 
 def _with_bin(features: Features) -> Features:
-    """The pooled vector as one more fragment, the first."""
+    """Put the pooled vector before the tokens as one more fragment."""
     assert features.tokens is not None
     tokens = torch.cat([features.pooled[:, None], features.tokens], dim=1)
     return Features(features.pooled, tokens, F.pad(features.real_tokens(), (1, 0), value=True))

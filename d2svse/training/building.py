@@ -1,8 +1,9 @@
-"""What a trainer is made of: task, samples, parameter groups, temperature."""
+"""The steps of `Trainer.prepare`, and the checks before it: task, samples, parameter groups, temperature."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,28 +13,50 @@ import torch
 from torch import Tensor, nn
 
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.losses import InfoNCE, RankingLoss, build_distillation_loss
+from d2svse.losses import RankingLoss, ScaledLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import MARK
 from d2svse.models.encoders import embedding_count
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
-from d2svse.training.tasks import DistillTask, PretrainTask
+from d2svse.training.tasks import AlignTask, DistillTask
+from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+_LAYER = re.compile(r"\.backbone\..*?(?:layers?|blocks?)\.(\d+)\.")
+
 
 def data_seed(args: TrainingArguments) -> int:
-    """The seed of sample order, draws and augmentation."""
+    """Return the seed of sample order, draws and augmentation."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def make_task(args: TrainingArguments, loss: RankingLoss) -> PretrainTask:
-    """The task of a stage."""
+def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | None) -> None:
+    """Check that the model, its similarity, the loss and the teacher fit the stage.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if args.stage == "distill" and teacher is None and model.decoder is not None:
+        raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
+    if args.stage == "pretrain" and model.decoder is not None:
+        raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
+    tied = (loss.log_scale, loss.bias) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
+    known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
+    if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):
+        raise ValueError(f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved")
+    if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
+        name = type(model.similarity_fn).__name__
+        raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
+
+
+def make_task(args: TrainingArguments, loss: RankingLoss) -> AlignTask:
+    """Return the task of a stage."""
     if args.stage == "distill":
         return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
-    return PretrainTask(loss, args.text_groups)
+    return AlignTask(loss, args.text_groups)
 
 
 def make_samples(
@@ -43,27 +66,26 @@ def make_samples(
     teacher_embeddings: Tensor | None = None,
     image_tokens: ImageTokens | None = None,
 ) -> TrainingSamples:
-    """The training samples of a stage."""
+    """Return the training samples of a stage."""
     processor: Any = model.processor
     dense = args.stage == "pretrain"
     samples = TrainingSamples(
         dataset,
         processor,
         text="dense" if dense else "sparse",
-        captions_per_epoch=args.captions_per_epoch,  # type: ignore[arg-type]
+        captions_per_epoch=args.captions_per_epoch,
         seed=data_seed(args),
         augment_images=args.augment_images,
         augment_words=args.augment_words,
         max_length=args.dense_max_length if dense else args.max_length,
         teacher_embeddings=teacher_embeddings,
         image_tokens=image_tokens,
-        keep_pixels=args.keep_pixels,
         num_embeddings=embedding_count(model.text_encoder.backbone),
     )
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = image_tokens.shape[1]
     elif args.drop_image_tokens:
-        height, width = samples[0]["pixel_values"].shape[-2:]
+        height, width = samples.pixels(0).shape[-2:]
         samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
     return samples
 
@@ -165,39 +187,80 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: backbones or not, weight decay or not.
+    """Return the trainable parameters in groups: by learning rate, and with weight decay or without.
 
-    LoRA matrices count as new weights, not as the backbone's. What is no backbone's comes first: its is
-    the learning rate that the log shows.
+    LoRA matrices count as new weights, not as the backbone's. New weights come first, because the log shows the
+    learning rate of the first group.
 
     Args:
         model: the model.
-        args: `learning_rate`, `backbone_lr_scale` and `weight_decay` are used.
+        args: `learning_rate`, `backbone_lr_scale`, `layer_decay` and `weight_decay` are used.
         decayed: names of the parameters that weight decay acts on.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    # Without the temperature and gains.
+    matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
+    kept = args.decayed(matrices)
+    below = layers_below_the_top([name for name, _ in model.named_parameters()])
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name in decayed and parameter.ndim > 1  # neither the temperature nor gains
-            groups.setdefault((".backbone." in name and MARK not in name, decays), []).append(parameter)
+            backbone = ".backbone." in name and MARK not in name
+            depth = below[name] if backbone and args.layer_decay != 1 else 0
+            groups.setdefault((backbone, depth, name in kept), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": args.learning_rate * (args.backbone_lr_scale if backbone else 1.0),
+            "lr": args.learning_rate * (args.backbone_lr_scale * args.layer_decay**depth if backbone else 1.0),
             "weight_decay": args.weight_decay if decay else 0.0,
         }
-        for (backbone, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
+        for (backbone, depth, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
 
 
-def tie_temperature(model: D2SVSE, loss: RankingLoss) -> None:
-    """Make the model's logit scale the loss's; shared if it is learned, so that the model trains and saves it."""
+def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
+    """Return how many layers of its backbone stand above each parameter; 0 outside of the layers, but for embeddings.
+
+    Args:
+        names: of all parameters, such as `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
+    """
+    found = {name: _LAYER.search(name) for name in names}
+    counts: dict[str, int] = {}
+    for name, match in found.items():
+        if match:
+            side = name.partition(".backbone.")[0]
+            counts[side] = max(counts.get(side, 0), int(match[1]) + 1)
+    below = {}
+    for name, match in found.items():
+        count = counts.get(name.partition(".backbone.")[0], 0)
+        below[name] = count - 1 - int(match[1]) if match else count if "embed" in name else 0
+    return below
+
+
+@torch.no_grad()
+def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) -> None:
+    """Make the scale (and the bias) of model and loss the same; shared if they are learned, so that they are saved.
+
+    Args:
+        model: the model; it gets a `logit_bias` where the loss has a bias.
+        loss: the ranking loss.
+        from_model: the model's values are the start, not the loss's.
+    """
     model.logit_scale.requires_grad_(False)
-    if isinstance(loss, InfoNCE):
-        with torch.no_grad():
-            model.logit_scale.copy_(loss.log_scale)
-        if loss.learn_temperature:
-            loss.log_scale = model.logit_scale.requires_grad_(True)
+    if model.logit_bias is not None:
+        model.logit_bias.requires_grad_(False)
+    if not isinstance(loss, ScaledLoss):
+        return
+    if loss.bias is not None and model.logit_bias is None:
+        model.config.logit_bias_init_value = float(loss.bias)
+        model.logit_bias = nn.Parameter(loss.bias.detach().clone().to(model.logit_scale), requires_grad=False)
+    for own, of_model in ((loss.log_scale, model.logit_scale), (loss.bias, model.logit_bias)):
+        if own is not None and of_model is not None:
+            source, target = (of_model, own) if from_model else (own, of_model)
+            target.copy_(source)
+    if loss.learn_temperature:
+        loss.log_scale = model.logit_scale.requires_grad_(True)
+        if loss.bias is not None and model.logit_bias is not None:
+            loss.bias = model.logit_bias.requires_grad_(True)
 
 
 def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_length: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: the loss schedule, and stopping on a signal."""
+"""Callbacks of the training loop: the loss schedule, the best checkpoint by its name, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -25,13 +25,22 @@ ONE_PRESS = 2.0  # seconds within which one Ctrl-C can come twice: from the term
 
 
 class LossScheduleCallback(TrainerCallback):
-    """Tells the loss how many epochs are complete."""
+    """Tell the loss how many epochs are complete."""
 
     def __init__(self, loss: RankingLoss) -> None:
         self.loss = loss
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+class FindBestCallback(TrainerCallback):
+    """Look for the best checkpoint of a resumed run in its output folder, which may have been moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
 
 
 class StopOnSignalCallback(TrainerCallback):

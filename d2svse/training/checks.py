@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import math
 import os
@@ -13,6 +12,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments as TransformersTrainingArguments
+
+from d2svse.choices import unknown
 
 _EVALUATION = "evaluation encodes every image and text once and ranks them, without transformers' evaluation loop"
 _LOADER = "training reads its batches by a loader of its own, in the order of the seed and the epoch"
@@ -57,28 +58,11 @@ WITHOUT_EFFECT = {
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 _LAYERWISE_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
-# The least and the greatest value of numbers; None where there is no bound.
-RANGES: dict[str, tuple[float, float | None]] = {
-    "num_train_epochs": (0, None),
-    "per_device_train_batch_size": (1, 10**6),
+Range = tuple[float, float | None]  # the least and the greatest value of a number; None where there is no bound
+INHERITED_RANGES: dict[str, Range] = {
     "per_device_eval_batch_size": (1, 10**6),
     "gradient_accumulation_steps": (1, 10**6),
-    "learning_rate": (0, None),
     "weight_decay": (0, None),
-    "backbone_lr_scale": (0, None),
-    "lr_gamma": (0, None),
-    "warmup_loss_epochs": (0, None),
-    "distill_weight": (0, None),
-    "num_context_tokens": (1, 10_000),
-    "decoder_layers": (1, 100),
-    "decoder_heads": (1, 1000),
-    "lora_rank": (1, 4096),
-    "lora_dropout": (0, 1),
-    "chunk_size": (0, None),
-    "text_groups": (1, None),
-    "max_length": (1, None),
-    "dense_max_length": (1, None),
-    "dataloader_num_workers": (0, 1024),
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
@@ -110,8 +94,12 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str 
             raise ValueError(f"{where}{name} must be {_words(hints[name])}, got {got}")
 
 
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Check that numbers are finite and within `RANGES`.
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Check that numbers are finite and within their ranges.
+
+    Args:
+        values: the options.
+        ranges: the ranges of some of them, by name.
 
     Raises:
         ValueError: naming the first that is not.
@@ -121,7 +109,7 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             continue
         if not math.isfinite(value) and name != "max_grad_norm":  # where infinity clips nothing
             raise ValueError(f"{name} must be a finite number, got {value}")
-        least, most = RANGES.get(name, (-math.inf, None))
+        least, most = ranges.get(name, (-math.inf, None))
         if value < least or (most is not None and value > most):
             bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:.12g}"
             raise ValueError(f"{name} must be {bound}, got {value}")
@@ -150,7 +138,7 @@ def check_inherited(values: Mapping[str, Any]) -> None:
     for name in _ACCELERATOR:
         if given.get(name, usual.get(name, False)) != usual.get(name, False):
             raise ValueError(f"{name} of accelerator_config has no effect here: {_LOADER}; leave it out")
-    if str(_plain(values.get("hub_strategy"))) in ("checkpoint", "all_checkpoints"):
+    if str(_plain(values.get("hub_strategy"))) != "end":
         raise ValueError("hub_strategy has no effect here: the model is pushed once, at the end; leave it out")
     optimizer = str(_plain(values.get("optim", "")))
     if optimizer.startswith(_LAYERWISE_OPTIMIZERS):
@@ -163,13 +151,10 @@ def check_metric(name: str | None, known: Iterable[str]) -> None:
     Raises:
         ValueError: naming those that it gives.
     """
-    known = sorted(known)
     plain = str(name).removeprefix("eval_")
-    if name is None or plain in known:
-        return
-    close = difflib.get_close_matches(plain, known, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(f"metric_for_best_model: no metric {plain!r}; {meant}evaluation gives {', '.join(known)}")
+    listed = f"evaluation gives {', '.join(known := sorted(known))}"
+    if name is not None and plain not in known:
+        raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known, listed)}")
 
 
 def inherited_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,8 +172,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
-    if origin is Literal:  # which of them is checked by name
-        return isinstance(value, str) or any(value is part for part in get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in get_args(hint))
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:
@@ -210,8 +195,10 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_words, [part for part in parts if part is not NoneType])))
     if origin is list or hint is list:
         inner = (*get_args(hint), None)[0]
+        if get_origin(inner) is Literal:
+            return f"a list of {', '.join(map(str, get_args(inner)))}"
         return f"a list{' of whole numbers' if inner is int else ' of texts' if inner is str else ''}"
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
     if origin is Literal:
-        return "a text"
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
     return words.get(hint, "a mapping" if origin is dict or hint is dict else getattr(hint, "__name__", str(hint)))

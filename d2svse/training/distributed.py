@@ -1,17 +1,17 @@
 """Gathering across processes, so that a loss sees the whole batch.
 
-Every process scores its own images with the sentences of all, and the rows of scores are gathered:
-the matrix is the one that a single process with the whole batch would have, and so is the loss, on
-every process alike. The gradient of a gathered tensor is summed over the processes. As each of them
-computes the same loss, every gradient is then as many times too large as there are processes, which
-the mean that DistributedDataParallel takes over them makes good; parameters that act on the gathered
-scores alone (a temperature) get the same gradient everywhere, which the mean leaves as it is.
+Every process scores its own images with the texts of all, and the rows of scores are gathered. The
+matrix is the one that a single process with the whole batch has, and every process computes the same loss.
+The gradient of a gathered tensor is the sum over the processes: too large by the number of processes. The
+mean that DistributedDataParallel takes makes that good. Parameters that act on the gathered scores alone
+(a temperature) have the same gradient everywhere, and the mean leaves it as it is.
 
-All functions give back what they are given in a single process.
+In a single process there is nothing to join: the functions then return the valid rows of their input.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from d2svse.features import Features
 
+logger = logging.getLogger(__name__)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BUCKET_BYTES = 64 * 2**20
 
 
@@ -60,23 +63,28 @@ def lost_another(error: BaseException) -> bool:
     )
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
+def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
     """Join the rows of all processes, in the order of their ranks, with gradient.
 
     Args:
         tensor: `(n, ...)`; n may differ between processes, the other sizes may not.
+        valid: `(n,)` bool on the CPU, the rows to join, as of a `Batch`; None for all.
 
     Returns:
-        `(Σ n, ...)`, the same on every process.
+        `(Σ valid, ...)`, the same on every process.
     """
+    if valid is not None and not valid.all():
+        tensor = tensor[valid]
     if world_size() == 1:
         return tensor
     gathered: Tensor = _GatherRows.apply(tensor)
     return gathered
 
 
-def gather_features(features: Features) -> Features:
-    """Join the features of all processes; tokens are padded to the longest of any."""
+def gather_features(features: Features, valid: Tensor | None = None) -> Features:
+    """Join the valid features of all processes, see `gather_rows`; tokens are padded to the longest of any."""
+    if valid is not None and not valid.all():
+        features = features[valid]
     if world_size() == 1:
         return features
     if features.tokens is None:
@@ -112,6 +120,32 @@ class _GatherRows(torch.autograd.Function):
         total = total.clone() if total is upstream else total
         dist.all_reduce(total)
         return total[ctx.rows]
+
+
+def share_batch_norm(model: nn.Module, device: torch.device) -> list[nn.Module]:
+    """Make batch norm the same in all processes.
+
+    On an accelerator it takes the statistics of all processes together (torch's `SyncBatchNorm`), with those of
+    rows that are not `valid`. torch has no such layer for the CPU: there the layers keep the running statistics
+    that they have, and a warning says so.
+
+    Returns:
+        The layers to keep in eval mode while training; empty on an accelerator.
+    """
+    if device.type != "cpu":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return []
+    before = model.training
+    modules = model.train().modules()
+    layers: list[nn.Module] = [module for module in modules if isinstance(module, BATCH_NORMS) and module.training]
+    model.train(before)
+    if layers and is_main_process():
+        logger.warning(
+            "batch norm keeps its running statistics (layers: %d): several processes on the CPU cannot share those of "
+            "a batch; train such a model in one process, or on GPUs, to learn them",
+            len(layers),
+        )
+    return layers
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -12,20 +12,21 @@ both passes. Batch norm sees chunks, as it does with gradient accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2svse.data import Batch
 from d2svse.features import Features
-from d2svse.training.tasks import PretrainTask, similarity_of, total_loss
+from d2svse.training.tasks import AlignTask, similarity_of, total_loss
 
 
 def cached_backward(
     model: nn.Module,
-    task: PretrainTask,
-    batch: dict[str, Tensor],
+    task: AlignTask,
+    batch: Batch,
     chunk_size: int,
     backward: Callable[[Tensor], Any],
 ) -> dict[str, Tensor]:
@@ -34,14 +35,14 @@ def cached_backward(
     Args:
         model: a `D2SVSE`, wrapped or not; gradients must not be reduced across processes meanwhile.
         task: what is minimised.
-        batch: what `Collator` gives.
+        batch: the pairs of this process.
         chunk_size: pairs that are encoded at a time.
         backward: takes the loss and starts the backward pass, with the scaling of mixed precision.
 
     Returns:
         What the task gives, detached.
     """
-    chunks = list(split_batch(batch, chunk_size))
+    chunks = list(batch.chunks(chunk_size))
     seeds = [int(seed) for seed in torch.randint(2**62, (len(chunks),))]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     encoded = []
@@ -52,15 +53,14 @@ def cached_backward(
         for buffer, before in buffers:  # a batch norm must not count the batch twice
             buffer.copy_(before)
     whole = [Features.cat(parts) for parts in zip(*encoded, strict=True)]
-    sizes = [len(images) for images, _ in encoded]
     leaves = [_leaves(side) for side in whole]
     del encoded, whole
     parts = task.losses(similarity_of(model), batch, *leaves)
     backward(total_loss(parts))
     first = 0
-    for chunk, seed, size in zip(chunks, seeds, sizes, strict=True):
+    for chunk, seed in zip(chunks, seeds, strict=True):
         torch.manual_seed(seed)
-        rows = slice(first, first + size)
+        rows = slice(first, first + len(chunk))
         reached: list[tuple[Tensor, Tensor]] = []
         for part, side in zip(task.encode(model, chunk), leaves, strict=True):
             for output, leaf in ((part.pooled, side.pooled), (part.tokens, side.tokens)):
@@ -69,14 +69,8 @@ def cached_backward(
                     reached.append((output, leaf.grad[rows, :width]))
         outputs, upstream = zip(*reached, strict=True)
         torch.autograd.backward(outputs, upstream)
-        first += size
+        first += len(chunk)
     return {name: value.detach() for name, value in parts.items()}
-
-
-def split_batch(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Cut a batch into chunks; those without a counted sample (see `Collator`) have empty ids."""
-    for first in range(0, len(batch["input_ids"]), size):
-        yield {name: tensor[first : first + size] for name, tensor in batch.items()}
 
 
 def _leaves(features: Features) -> Features:

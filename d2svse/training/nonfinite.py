@@ -6,17 +6,18 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from d2svse.choices import OnNonfinite
+from d2svse.data import Batch
 from d2svse.files.replace import write_json
 from d2svse.training.distributed import gather_rows, is_main_process
 
 logger = logging.getLogger(__name__)
 
-OnNonfinite = Literal["error", "skip"]
 REPORT_FILE = "nonfinite.json"
 
 
@@ -40,19 +41,19 @@ class NonFiniteGuard:
     def __init__(self, action: OnNonfinite, folder: Path, pictures: Sequence[Any]) -> None:
         self.action, self.folder, self.pictures, self.skipped = action, folder, pictures, 0
         self._losses: list[dict[str, Tensor]] = []
-        self._image_ids: list[Tensor] = []
+        self._images: list[tuple[Tensor, Tensor]] = []  # ids, and which are valid
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, model: nn.Module) -> None:
         """Start a step."""
-        self._losses, self._image_ids = [], []
+        self._losses, self._images = [], []
         if self.action == "skip":  # a batch norm may have taken in what is not finite
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def see(self, losses: dict[str, Tensor], image_ids: Tensor) -> None:
-        """Note the losses and the images of a batch of this step."""
+    def see(self, losses: dict[str, Tensor], batch: Batch) -> None:
+        """Note the losses of a batch of this step."""
         self._losses.append({name: value.detach() for name, value in losses.items() if name.endswith("_loss")})
-        self._image_ids.append(image_ids)
+        self._images.append((batch.image_ids, batch.valid))
 
     def passes(self, model: nn.Module, gradient_norm: Tensor | float | None, step: int) -> bool:
         """Whether the weights may be changed by this step; if not, gradients are dropped.
@@ -86,7 +87,8 @@ class NonFiniteGuard:
         return False
 
     def _report(self, model: nn.Module, gradient_norm: Tensor | float | None, step: int) -> None:
-        rows = gather_rows(torch.cat(self._image_ids)).tolist()
+        ids, valid = (torch.cat(parts) for parts in zip(*self._images, strict=True))
+        rows = gather_rows(ids, valid).tolist()
         if not is_main_process():
             return
         report = {

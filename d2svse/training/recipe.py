@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 from transformers import set_seed
 
+from d2svse.choices import unknown
 from d2svse.data import ImageTextDataset
 from d2svse.files.data import read_json, read_text
 from d2svse.files.folder import check_folder, written_folder
@@ -27,81 +28,43 @@ from d2svse.files.yaml import parse_yaml
 from d2svse.hub import make_repository, push_folder
 from d2svse.hub.folder import check_model_folder
 from d2svse.hub.saving import model_kind
-from d2svse.images import OnBadImage
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
-from d2svse.training.arguments import PRESETS, TrainingArguments
+from d2svse.similarity.base import similarity_options
+from d2svse.training.arguments import TrainingArguments
 from d2svse.training.building import set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, world_size
+from d2svse.training.options import PRESETS, STAGES, DataOptions, RunOptions, StartOptions
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
 
-STAGES = ("pretrain", "distill", "align")
 START_FILE = "start.json"
 TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 
-@dataclass
-class Recipe:
+@dataclass(kw_only=True)
+class Recipe(DataOptions, StartOptions, RunOptions):
     """Everything a training run needs; the keys of a `--config` YAML file are these names.
 
+    Those that are not listed here are in `d2svse.training.options`, and docs/training.md lists all.
+
     Attributes:
-        train: manifest of the training set, or any other layout that `read_records` knows.
-        val: the same for the validation set.
-        train_split: split of the training set, where the layout has several.
-        val_split: split of the validation set.
-        output: folder for checkpoints, models, configuration and results.
-        vision: Hub id or folder of the vision backbone.
-        text: Hub id or folder of the text backbone.
-        model: Hub id or folder of a model to start from, instead of backbones.
-        teacher: Hub id or folder of another stage-1 model for stage "distill" to learn from. A run from a model
-            of stage 2 needs it, unless its teacher lies beside that, as conversion may leave it.
-        stages: the stages in order: "pretrain", "distill", "align".
-        preset: "paper", "published" or "recommended".
-        dense: where dense text comes from: "auto", "field", "concat", a JSONL file, or "long" or
-            "short200" of the published layout.
-        image_folder: where relative image paths start; the manifest's folder without it.
-        on_bad_image: "error" or "skip".
         model_options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
         training: fields of `TrainingArguments` for all stages.
         pretrain: fields of `TrainingArguments` for that stage alone.
         distill: the same.
         align: the same.
-        seed: the one seed that all randomness flows from.
-        push_to_hub: ORG/NAME of a repository to push the model to at the end, made if there is none.
-        hub_private: whether only those who are allowed may see it; None for the owner's default.
-        resume: go on where a run with this output stopped.
-        show_progress_bar: show bars on the terminal.
     """
 
-    train: str
-    val: str
-    output: str
-    vision: str | None = None
-    text: str | None = None
-    train_split: str | None = None
-    val_split: str | None = None
-    model: str | None = None
-    teacher: str | None = None
-    stages: list[str] = field(default_factory=lambda: ["pretrain", "distill"])
-    preset: str = "recommended"
-    dense: str = "auto"
-    image_folder: str | None = None
-    on_bad_image: OnBadImage = "error"
     model_options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     pretrain: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     align: dict[str, Any] = field(default_factory=dict)
-    seed: int = 42
-    push_to_hub: str | None = None
-    hub_private: bool | None = None
-    resume: bool = False
-    show_progress_bar: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):
@@ -116,13 +79,8 @@ class Recipe:
             for name in getattr(self, section):
                 if not isinstance(name, str):
                     raise ValueError(f"{section}: expected names of options, got {name!r}")
-        unknown = [stage for stage in self.stages if stage not in STAGES]
-        if unknown or not self.stages:
-            raise ValueError(f"unknown stage {', '.join(unknown) or '(none)'}; known are {', '.join(STAGES)}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}; known are {', '.join(PRESETS)}")
-        if self.on_bad_image not in get_args(OnBadImage):
-            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}")
+        if not self.stages:
+            raise ValueError(f"stages is empty; give some of {', '.join(STAGES)}")
         if self.model is None and (self.vision is None or self.text is None):
             raise ValueError(
                 "give a model to start from, or both a vision and a text backbone: --model, or --vision and --text"
@@ -137,16 +95,18 @@ class Recipe:
         own = {name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")}  # not transformers'
         hints = get_type_hints(type("Own", (), own)) | {"similarity": str | dict | None}
         check_types(self.model_options, hints, "model_options: ")
-        known = {item.name for item in dataclasses.fields(TrainingArguments)}
+        if "similarity" in self.model_options:
+            self.model_options["similarity"] = similarity_options(self.model_options["similarity"])
+        known = [item.name for item in dataclasses.fields(TrainingArguments)]
         for section in ("training", *STAGES):
-            for name in sorted(HUB_ARGUMENTS.intersection(getattr(self, section))):  # a token would stand in the recipe
-                raise ValueError(
-                    f"{name} is no option of {section}: push with push_to_hub: ORG/NAME of the recipe, with the "
-                    "token of HF_TOKEN or of hf auth login"
-                )
-            wrong = sorted(set(getattr(self, section)) - known)
-            if wrong:
-                raise ValueError(f"unknown option {wrong[0]!r} in {section}; see d2svse.TrainingArguments")
+            for name in getattr(self, section):
+                if name in HUB_ARGUMENTS:  # a token would stand in the recipe
+                    raise ValueError(
+                        f"{name} is no option of {section}: push with push_to_hub: ORG/NAME of the recipe, with the "
+                        "token of HF_TOKEN or of hf auth login"
+                    )
+                if name not in known:
+                    raise ValueError(unknown(f"option of {section}", name, known, "docs/training.md lists them"))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "configuration") -> Recipe:
@@ -155,10 +115,10 @@ class Recipe:
         Raises:
             ValueError: if a name is unknown or one that is needed is missing.
         """
-        known = {item.name for item in dataclasses.fields(cls)}
+        known = sorted(item.name for item in dataclasses.fields(cls))
         for name in values:
             if name not in known:
-                raise ValueError(f"{os.fspath(source)}: unknown option {name!r}; known are {', '.join(sorted(known))}")
+                raise ValueError(f"{os.fspath(source)}: {unknown('option', name, known)}")
         for name in ("train", "val", "output"):
             if values.get(name) is None:
                 raise ValueError(
@@ -222,6 +182,36 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
+def merge(
+    values: Mapping[str, Any],
+    given: Mapping[str, Mapping[str, Any]],
+    similarity_arguments: Mapping[str, Any],
+    source: str | os.PathLike[str],
+) -> dict[str, Any]:
+    """Return the values of a recipe with those over them that a command line gives.
+
+    Args:
+        values: of a file.
+        given: names and values by section; those of "" are of the recipe itself.
+        similarity_arguments: further arguments of the similarity.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: if a section of the file is no mapping.
+    """
+    result = {**values, **given.get("", {})}
+    for section in given:
+        own = result.get(section) or {}
+        if section and not isinstance(own, dict):
+            raise ValueError(f"{os.fspath(source)}: {section} must be a mapping, got {own!r:.80}")
+        if section:
+            result[section] = {**own, **given[section]}
+    if similarity_arguments:
+        options = result.setdefault("model_options", {})
+        options["similarity"] = {**similarity_options(options.get("similarity")), **similarity_arguments}
+    return result
+
+
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models; every process of a distributed run calls it.
 
@@ -241,7 +231,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             be written, such as on a full disk; the message names the file.
         ValueError: if an option does not fit, or another run writes to the same output.
     """
-    stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
+    stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     for arguments in stage_arguments.values():
         arguments.check_metric()
         if arguments.per_device_train_batch_size * world_size() < 2:
@@ -298,7 +288,7 @@ def _train_stages(
     eval_dataset: ImageTextDataset,
 ) -> dict[str, dict[str, float]]:
     output, main = Path(recipe.output), is_main_process()
-    stage_arguments = {stage: recipe.arguments(stage) for stage in recipe.stages}
+    stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     configuration = recipe.effective_configuration()
     results = _finished(recipe) if recipe.resume else {}
     _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
@@ -420,7 +410,9 @@ def _check_unchanged(recipe: Recipe) -> None:
     path = Path(recipe.output) / "recipe.yaml"
     if not path.exists():
         return
-    before, now = read_recipe(path), parse_yaml(recipe.effective_configuration())
+    before, now = (
+        parse_yaml(one.effective_configuration()) for one in (Recipe.from_mapping(read_recipe(path), path), recipe)
+    )
     for name, value in now.items():
         if name not in ("stages", "output", "show_progress_bar") and before.get(name) != value:
             raise ValueError(

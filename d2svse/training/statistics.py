@@ -1,4 +1,4 @@
-"""What is logged of a batch beside its losses, and the warning when a model collapses."""
+"""Statistics of a batch for the log, and the warning when a model collapses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from d2svse.losses import RankingLoss
 logger = logging.getLogger(__name__)
 
 NEAR = 0.01  # how near, relatively, a loss is to that of a collapsed model
-VANISHED = 0.02  # a spread of the embeddings below which all are the same
+VANISHED = 0.02  # below this spread all embeddings are the same
 PATIENCE = 3  # logs in a row
 
 
@@ -25,21 +25,21 @@ PATIENCE = 3  # logs in a row
 def batch_statistics(
     loss: RankingLoss, scores: Tensor, image_ids: Tensor, images: Features, texts: Features
 ) -> dict[str, Tensor]:
-    """Statistics of a batch, all 0-dimensional and without gradient.
+    """Return statistics of a batch by name, all 0-dimensional and without gradient.
 
     Args:
         loss: the ranking loss; its `margin` (0 without one) decides which triplets are active.
         scores: `(n, n)` of the whole batch.
         image_ids: `(n,)`.
-        images: `n` of them.
-        texts: `n` of them.
+        images: features of n images.
+        texts: features of their n texts.
 
     Returns:
-        `positive_score` and `hardest_negative_score` (of each image), their means; `active_share`, the
-        share of negatives that come within the margin of their positive, in both directions;
-        `negatives`, how many an image has, as a mean; `embedding_std`, see `spread`;
-        `loss_if_collapsed`, the ranking loss if all scores were the same. What needs a negative is
-        left out where there is none.
+        `positive_score`, the mean score of an image and its text; `hardest_negative_score`, the mean over the
+        images of their highest negative; `active_share`, the share of negatives within the margin of their
+        positive, in both directions; `negatives`, the mean number of negatives of an image; `embedding_std`, see
+        `spread`; `loss_if_collapsed`, the ranking loss if all scores were the same. A batch without
+        negatives has neither `hardest_negative_score` nor `active_share`.
     """
     same = image_ids[:, None] == image_ids[None, :]
     positives = scores.diagonal()
@@ -60,16 +60,16 @@ def batch_statistics(
 
 
 def spread(pooled: Tensor) -> Tensor:
-    """How far L2-normalised vectors `(n, dim)` are spread: 0 if all are the same, about 1 if they are random."""
+    """Return how far vectors `(n, dim)` spread, once L2-normalised: 0 if all are the same, about 1 if random."""
     normalised = F.normalize(pooled.float(), dim=-1)
     return (normalised - normalised.mean(0)).square().sum(-1).mean().sqrt()
 
 
 class CollapseCallback(TrainerCallback):
-    """Warns once when all pictures or sentences seem to get the same embedding.
+    """Warn once when all images or texts seem to get the same embedding.
 
-    Every model starts near the loss of a collapsed one; it is a fault only after the first epoch,
-    while embeddings without any spread are one at any time.
+    Embeddings without spread are a fault at any time. The loss of a collapsed model is one only after the
+    first epoch, since every model starts near it.
     """
 
     def __init__(self) -> None:

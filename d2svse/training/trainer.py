@@ -1,4 +1,4 @@
-"""The trainer of both stages, on transformers' own."""
+"""The trainer of all stages, on transformers' own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,18 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-from d2svse.data import Collator, EpochBatches, ImageTextDataset
+from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.files.replace import write_faults
+from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
-from d2svse.retrieval.evaluation.evaluator import evaluate
+from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.batchnorm import synchronise_batch_norm
 from d2svse.training.building import (
     adapt,
     check_negatives,
+    check_stage,
     check_tokens,
     data_seed,
     make_samples,
@@ -41,7 +45,7 @@ from d2svse.training.building import (
     warn_of_truncation,
 )
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
-from d2svse.training.callbacks import LossScheduleCallback, StopOnSignalCallback
+from d2svse.training.callbacks import FindBestCallback, LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     last_whole_checkpoint,
@@ -49,11 +53,11 @@ from d2svse.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from d2svse.training.distributed import Processes, average_gradients, world_size
+from d2svse.training.distributed import Processes, average_gradients, share_batch_norm, world_size
 from d2svse.training.gradcache import cached_backward
-from d2svse.training.hub import HubMixin
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
+from d2svse.training.run_card import run_card
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
@@ -64,11 +68,12 @@ logger = logging.getLogger(__name__)
 TEACHER_CACHE = "teacher_embeddings"
 
 
-class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_to_hub takes other options
+class Trainer(TransformersTrainer):
     """Train a `D2SVSE` model through one stage.
 
-    For stage 2 give it the stage-1 model: its text encoder is copied and frozen as the teacher,
-    and the context decoder is added to the model.
+    The constructor checks and keeps what it is given. `prepare`, with which `train` begins, makes the model and
+    the samples ready. For stage 2 give it the stage-1 model: `prepare` copies and freezes its text encoder as the
+    teacher, and adds the context decoder to the model.
 
     Args:
         model: the model, with its processor.
@@ -80,12 +85,19 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         teacher: the dense text encoder of stage 2; made from the model without it.
         callbacks: further transformers callbacks.
 
+    Attributes:
+        task: computes the losses of a batch.
+        samples: the training samples; None before `prepare`.
+
     Raises:
-        ValueError: if the model has no processor, dense text is missing, or a stage-2 model is
-            trained on without a teacher.
+        ValueError: if the model has no processor, or the model, the loss and the arguments do not fit the stage.
     """
 
     args: TrainingArguments
+    train_dataset: ImageTextDataset
+    eval_dataset: ImageTextDataset | None
+    data_collator: Collator  # type: ignore[assignment]
+    hub_model_id: Any
 
     def __init__(
         self,
@@ -100,59 +112,33 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
     ) -> None:
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
-        if eval_dataset is not None and type(self).evaluate is Trainer.evaluate:
-            args.check_metric()
-        check_class_token(model.text_encoder)
-        check_tokens(model, args, train_dataset, *([eval_dataset] if eval_dataset else []))
+        loss = loss or args.build_loss()
+        check_stage(model, args, loss, teacher)
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
-        set_seed(args.seed)
-        teacher_embeddings = None
-        if args.stage == "distill":
-            if teacher is None and model.decoder is not None:
-                raise ValueError("the model is of stage 2 already: start from the stage-1 model, or give a teacher")
-            teacher = teacher or Teacher(model, args.dense_max_length, args.device)
-            file = Path(str(args.output_dir)) / TEACHER_CACHE
-            texts, batch_size = train_dataset.dense_captions, args.per_device_eval_batch_size
-            teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, batch_size, not args.disable_tqdm)
-            warn_of_truncation(texts, teacher.processor, teacher.max_length)
-            if model.decoder is None:
-                model.add_decoder(**args.decoder_arguments())
-        if args.stage == "pretrain" and model.decoder is not None:
-            raise ValueError("the model is of stage 2 already; stage 1 trains one without the context decoder")
-        model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
-        adapt(model, args)
-        loss = loss or args.build_loss()
-        tie_temperature(model, loss)
-        if any(parameter is not model.logit_scale for parameter in loss.parameters()):
-            raise ValueError(
-                f"{type(loss).__name__} has parameters of its own, which would be neither trained nor saved"
-            )
+        elif type(self).evaluate is Trainer.evaluate:
+            args.check_metric()
         self.task = make_task(args, loss)
-        if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
-            name = type(model.similarity_fn).__name__
-            raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
-        image_tokens = None
-        if args.cache_image_tokens:
-            model.to(args.device)  # type: ignore[arg-type]
-            folder, batch_size = Path(args.cache_image_tokens), args.per_device_eval_batch_size
-            image_tokens = cached_image_tokens(model, train_dataset, folder, batch_size, not args.disable_tqdm)
-        if world_size() > 1 and not args.chunk_size:  # chunks are encoded at different times
-            synchronise_batch_norm(model, args.device)
-        samples = make_samples(model, args, train_dataset, teacher_embeddings, image_tokens)
-        if samples.dense_captions is not None:
-            warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
-        else:
-            model.processor.report(train_dataset.captions, samples.max_length).warn()
-        stop = StopOnSignalCallback()
+        self.teacher = teacher
+        self.samples: TrainingSamples | None = None
+        self._stop = StopOnSignalCallback()
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(model.processor.tokenizer.pad_token_id),
-            train_dataset=samples,
+            data_collator=Collator(  # type: ignore[arg-type]
+                model.processor.tokenizer.pad_token_id,
+                model.processor.max_length if model.processor.fixed_length else None,
+            ),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[LossScheduleCallback(loss), stop, CollapseCallback(), *(callbacks or [])],
+            callbacks=[
+                LossScheduleCallback(loss),
+                FindBestCallback(),
+                self._stop,
+                CollapseCallback(),
+                *(callbacks or []),
+            ],
         )
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
@@ -163,24 +149,79 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
-        check_negatives(samples, self._batches())
-        self._stop = stop
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
+        self._still: list[nn.Module] = []  # layers that stay in eval mode
         self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
-        self._datasets = {"train": train_dataset, **({"val": eval_dataset} if eval_dataset else {})}
+
+    def prepare(self) -> TrainingSamples:
+        """Make the model and the samples ready for the stage; `train` begins with it.
+
+        In this order: check that the model can read all texts; embed dense text by the teacher and add the context
+        decoder (stage 2); freeze backbones and add LoRA; tie the temperature; encode the images of a frozen backbone;
+        make the samples and check their batches; freeze what several processes cannot train. A second call
+        changes nothing.
+
+        Returns:
+            The training samples.
+
+        Raises:
+            ValueError: if a caption has a token without embedding, dense text is missing, the model has other LoRA
+                matrices or no such attention, or no batch has negatives.
+            ImageError: if an image cannot be read.
+        """
+        if self.samples is not None:
+            return self.samples
+        model: Any = self.model
+        args, dataset, shown = self.args, self.train_dataset, not self.args.disable_tqdm
+        set_seed(args.seed)
+        check_class_token(model.text_encoder)
+        check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
+
+        teacher_embeddings = None
+        if args.stage == "distill":
+            teacher = self.teacher or Teacher(model, args.dense_max_length, args.device)
+            texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
+            teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, args.per_device_eval_batch_size, shown)
+            warn_of_truncation(texts, teacher.processor, teacher.max_length)
+            self.teacher = None  # its embeddings are all that is needed
+            if model.decoder is None:
+                model.add_decoder(**args.decoder_arguments())
+
+        model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
+        adapt(model, args)
+        tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
+
+        image_tokens = None
+        if args.cache_image_tokens:
+            model.to(args.device)
+            folder = Path(args.cache_image_tokens)
+            image_tokens = cached_image_tokens(model, dataset, folder, args.per_device_eval_batch_size, shown)
+        samples = make_samples(model, args, dataset, teacher_embeddings, image_tokens)
+        if samples.dense_captions is not None:
+            warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
+        else:
+            model.processor.report(dataset.captions, samples.max_length).warn()
+        self.samples = samples
+        check_negatives(samples, self.batches())
+
         if world_size() > 1:
+            if not args.chunk_size:  # chunks are encoded at different times
+                self._still = share_batch_norm(model, args.device)
             batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
-            freeze_unused(model, self.task, self._prepare_inputs(batch))
+            freeze_unused(model, self.task, batch.to(model.device))
+        return samples
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; True resumes from the newest whole checkpoint in `output_dir`, if there is one."""
+        self.prepare()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
+        self.lr_scheduler = None  # a second run has a schedule of its own
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         except pickle.UnpicklingError:  # of torch.load, which reads plain values alone
@@ -200,20 +241,59 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             self.push_to_hub()
         return result
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        position = super()._init_training_state(*args, **kwargs)
-        if self.state.best_global_step:  # by its name, for the output may have been moved
-            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-        return position
+    # ---- Batches and losses -----------------------------------------------------------------------------------------
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from its last checkpoint
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def batches(self) -> EpochBatches:
+        """Return the draws of this process, batch by batch.
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        Raises:
+            ValueError: if there is none.
+        """
+        samples, args = self.prepare(), self.args
+        batches = EpochBatches(
+            len(samples),
+            args.train_batch_size,
+            data_seed(args),
+            rank=args.process_index,
+            world_size=args.world_size,
+            drop_last=args.dataloader_drop_last,
+            image_of_row=samples.image_of_row if args.unique_images else None,
+        )
+        if not len(batches):
+            raise ValueError(f"no batch: {len(samples)} rows do not fill one, and dataloader_drop_last leaves it out")
+        return batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of this process: `EpochBatches` shares them out, in place of accelerate."""
+        args = self.args
+        workers: dict[str, Any] = {}
+        if args.dataloader_num_workers:
+            workers = {
+                "persistent_workers": args.dataloader_persistent_workers,
+                "prefetch_factor": args.dataloader_prefetch_factor,
+                "multiprocessing_context": args.dataloader_multiprocessing_context,
+            }
+        return _EpochLoader(
+            self.prepare(),
+            batch_sampler=self.batches(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            worker_init_fn=_leave_group,
+            **workers,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """Return the next batches; they hold no labels to count."""
+        return list(islice(epoch_iterator, num_batches)), None
+
+    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
+        """Return 0: transformers' estimate is for language models, and would count every pixel as a token."""
+        return 0
+
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Run a batch forward and backward, in chunks if `chunk_size` says so.
 
         Dropout is drawn from the seed, the step and the rank alone, so that a resumed run draws the same.
@@ -224,13 +304,13 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
         else:
             self._guard.begin(model)
         self._micro_step = (step, batch)
-        self._pairs += len(inputs["image_ids"]) * self.args.world_size
+        self._pairs += int(inputs.valid.sum()) * self.args.world_size
         stream = [self.args.seed, step, batch, self.args.process_index]
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
+        inputs = inputs.to(self.args.device)
         if not self.args.chunk_size:
-            return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
         model.train()
-        inputs = self._prepare_inputs(inputs)
         share = 1 / self.current_gradient_accumulation_steps
 
         def backward(loss: Tensor) -> None:
@@ -242,12 +322,14 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             average_gradients(model.parameters())
         return self._count(parts, inputs).detach() * share
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Sum what the task names `*_loss`; keep all its scalars for the log."""
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the sum of what the task names `*_loss`; keep all its scalars for the log."""
+        for layer in self._still:
+            layer.eval()
         return self._count(self.task(model, inputs), inputs)
 
-    def _count(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
-        self._guard.see(parts, inputs["image_ids"])
+    def _count(self, parts: dict[str, Tensor], batch: Batch) -> Tensor:
+        self._guard.see(parts, batch)
         for name, value in parts.items():
             total, count = self._sums.get(name, (0, 0))
             value = value.detach().float()
@@ -255,12 +337,26 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             self._sums[name] = (total + torch.where(finite, value, 0), count + finite.int())
         return total_loss(parts)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called between clipping and the optimizer's step, which must not see what is not finite."""
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = self.accelerator.scaler is not None  # which leaves out steps that overflow, and lowers the scale
-        passes = self._guard.passes(model, None if scaled else grad_norm, self.state.global_step + 1)
-        return grad_norm if passes else None
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of `args.optim`, with a learning rate of their own for the backbones."""
+        if self.optimizer is None:
+            model = model or self.model
+            assert model is not None
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
+            groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
+        if self.lr_scheduler is None and self.args.lr_milestones:
+            steps_per_epoch = math.ceil(len(self.batches()) / self.args.gradient_accumulation_steps)
+            milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
+            stepped: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(stepped, milestones, self.args.lr_gamma)  # type: ignore[assignment]
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- Log and evaluation -----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the task's scalars since the last time."""
@@ -287,98 +383,118 @@ class Trainer(HubMixin, TransformersTrainer):  # type: ignore[misc]  # its push_
             max_length=self.args.max_length,
             show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
             processes=Processes(self.args.device) if world_size() > 1 else None,
-        )
+            folds=1,
+            fingerprint=False,
+        ).rank_metrics
         self._since += time.perf_counter() - start  # which is no time of training
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of `args.optim`, with a learning rate of their own for the backbones."""
-        if self.optimizer is None:
-            model = model or self.model
-            assert model is not None
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
-            groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
+    # ---- Hub --------------------------------------------------------------------------------------------------------
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Make the schedule: steps at `lr_milestones`, or what `lr_scheduler_type` names."""
-        if self.lr_scheduler is None and self.args.lr_milestones:
-            steps_per_epoch = math.ceil(len(self._batches()) / self.args.gradient_accumulation_steps)
-            milestones = [round(epoch * steps_per_epoch) for epoch in self.args.lr_milestones]
-            stepped: Any = optimizer or self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(stepped, milestones, self.args.lr_gamma)  # type: ignore[assignment]
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository that the model shall be pushed to; transformers calls it before training."""
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = make_repository(name, private=private, token=token or self.args.hub_token)
+
+    def push_to_hub(  # type: ignore[override]  # other options than transformers has
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        facts: CardFacts | None = None,
+    ) -> Pushed | None:
+        """Push the model as it is, with its processor and a model card; training does so at its end.
+
+        Args:
+            commit_message: the commit's title.
+            token: instead of `args.hub_token`, or of the environment's.
+            revision: instead of `args.hub_revision`.
+            private: instead of `args.hub_private_repo`.
+            facts: what the model card shall say that nothing here tells.
+
+        Returns:
+            What was pushed where; None in all processes but the first.
+        """
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        datasets: dict[str, Any] = {"train": self.train_dataset}
+        if self.eval_dataset is not None:
+            datasets["val"] = self.eval_dataset
+        return model.push_to_hub(
+            self.hub_model_id,
+            run_card=run_card({"seed": self.args.seed}, datasets, self._measured(), sys.argv),
+            facts=facts,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+        )
+
+    def _measured(self) -> dict[str, dict[str, float]]:
+        """Return the validation metrics of the weights that the model has now, if known, by the stage's name."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        step = best or self.state.global_step
+        logs = [row for row in self.state.log_history if row["step"] == step and "eval_rsum" in row]
+        kept = {name.removeprefix("eval_"): value for row in logs for name, value in row.items() if "eval_" in name}
+        return {self.args.stage: kept} if kept else {}
+
+    # ---- Private methods of transformers' Trainer: there is no public hook for what each of these does --------------
+    # tests/training/test_overrides.py fails when transformers renames one, changes its arguments or stops calling it.
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that ended within an epoch, and is resumed from its last checkpoint, would train to the epoch's end.
+        # Callbacks can stop an epoch after its first step only.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The optimizer must not see a gradient that is not finite. on_pre_optimizer_step, which comes next, is not
+        # told the norm; under FSDP and DeepSpeed nobody else can compute it.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.accelerator.scaler is not None  # which leaves out steps that overflow, and lowers the scale
+        passes = self._guard.passes(model, None if scaled else grad_norm, self.state.global_step + 1)
+        return grad_norm if passes else None
 
     def _load_best_model(self) -> None:
+        # transformers loads by the names in the file, and passes over those of older versions; see _load_weights.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self._load_weights(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # As _load_best_model.
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_weights(resume_from_checkpoint)
 
     def _load_weights(self, folder: str) -> None:
-        """Load a checkpoint's weights, all of them.
+        """Load all weights of a checkpoint.
 
-        Some backbones are saved under the names of older transformers versions; only
-        `from_pretrained` translates those, while transformers' Trainer passes over them.
+        Some backbones are saved under the names of older transformers versions. Only `from_pretrained` translates
+        those, and refuses weights that are missing or not finite.
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         model.load_state_dict(D2SVSE.from_pretrained(folder).state_dict())
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches of this process; accelerate is not asked to share them out, `EpochBatches` does."""
-        args, samples = self.args, self.train_dataset
-        workers: dict[str, Any] = {}
-        if args.dataloader_num_workers:
-            workers = {
-                "persistent_workers": args.dataloader_persistent_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
-                "multiprocessing_context": args.dataloader_multiprocessing_context,
-            }
-        return _EpochLoader(
-            samples,  # type: ignore[arg-type]
-            batch_sampler=self._batches(),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
-            worker_init_fn=_leave_group,
-            **workers,
-        )
-
-    def _batches(self) -> EpochBatches:
-        samples: Any = self.train_dataset
-        batches = EpochBatches(
-            len(samples),
-            self.args.train_batch_size,
-            data_seed(self.args),
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            drop_last=self.args.dataloader_drop_last,
-            image_of_row=samples.image_of_row if self.args.unique_images else None,
-        )
-        if not len(batches):
-            raise ValueError(f"no batch: {len(samples)} rows do not fill one, and dataloader_drop_last leaves it out")
-        return batches
-
     def _get_output_dir(self, trial: Any) -> str:
+        # Where _save_checkpoint writes: aside, while it does.
         return self._run_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, seal it with the sums of its files, and rename it.
-
-        Raises:
-            OSError: if it cannot be written; the message names it. Earlier checkpoints stay.
-        """
+        # A checkpoint is written aside, sealed with the sums of its files, and renamed; on_save comes too late, after
+        # transformers has written in place and removed older checkpoints. An OSError names the checkpoint.
         run_dir, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         aside = run_dir / f"{ASIDE_PREFIX}{name}"
         try:

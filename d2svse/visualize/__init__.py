@@ -1,15 +1,15 @@
-"""What a model sees: figures of alignments, metrics, scores, answers and runs (the extra `[visualize]`).
+"""Draw alignments, metrics, scores, search results and training runs (the extra `[visualize]`).
 
-Every function gives a `matplotlib.figure.Figure`, to be saved by `figure.savefig` or shown by a
-notebook, after `%matplotlib inline`; none needs a display or touches pyplot.
+The drawing functions return a `matplotlib.figure.Figure`. Save it with `figure.savefig`, or show it in a
+notebook after `%matplotlib inline`. They need no display and do not use pyplot.
 """
 
 from __future__ import annotations
 
 try:
-    import matplotlib  # noqa: F401 - only to hear whether it is there
+    import matplotlib  # noqa: F401 - only to check that it is installed
 except ImportError as error:
-    raise ImportError(f"matplotlib is not there ({error}): pip install 'd2svse[visualize]'") from None
+    raise ImportError(f"matplotlib is not installed ({error}): run pip install 'd2svse[visualize]'") from None
 
 from d2svse.visualize.alignment import MapSet, Panel, alignment_maps
 from d2svse.visualize.context import context_neighbours, nearest_dense

@@ -1,8 +1,8 @@
-"""The numbers that alignment maps show: what each word has to do with each patch, by the model's similarity.
+"""Compute the values of alignment maps: how the model's similarity relates each word to each patch.
 
-Values of the pieces of a word are joined: shares are summed up or averaged, scores are taken at
-their largest. Tokens that lie nowhere on the picture (class, register tokens) are told in the
-notes and not drawn. Everything is computed as the similarity does it, without gradient.
+A word of several tokens has one value: the sum or the mean of shares, or the largest score.
+Class and register tokens have no position on the image; the notes give their values in words.
+The similarity itself computes the values, without gradients.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from d2svse.visualize.words import Words
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One map over the picture.
+    """One map over the image.
 
     Attributes:
         title: the word.
-        values: `(rows, columns)` float64, NaN where nothing is to be drawn.
-        note: what the map cannot show, such as the share of a bin.
-        framed: row and column of patches to frame.
+        values: `(rows, columns)` float64; NaN patches are left clear.
+        note: a value that the map cannot show, such as the share of a bin.
+        framed: row and column of each patch to frame.
     """
 
     title: str
@@ -42,11 +42,11 @@ class MapSet:
     """Maps that share a scale.
 
     Attributes:
-        title: what they show.
-        unit: what a value is.
+        title: the title of the set.
+        unit: the meaning of a value, such as "share of the word's mass".
         panels: the maps.
-        remarks: what holds for all of them.
-        shares: the values are shares, from 0 to at most 1.
+        remarks: notes about the whole set.
+        shares: whether the values are shares from 0 to 1; False for scores.
     """
 
     title: str
@@ -59,36 +59,44 @@ class MapSet:
 def alignment_maps(
     similarity: Similarity, images: Features, texts: Features, grid: PatchGrid, words: Words
 ) -> list[MapSet]:
-    """Make the maps of one picture and one sentence.
+    """Compute the maps of one image and one text.
 
-    - Transport (`omit`, `movers`; OMIT's partial transport): a panel a word, the share of the word's
-      mass that comes from each patch; with bins a second set with the share of each patch that
-      goes to the sentence's bin.
-    - SCAN (Lee et al., ECCV 2018): for `scan-t2i` how much each word attends to each patch, for
+    The maps depend on the similarity:
+
+    - Transport (`omit`, `movers`; OMIT's partial transport): one panel for each word, with the share
+      of the word's mass that comes from each patch. With bins, a second set shows the share of each
+      patch that goes to the text's bin.
+    - SCAN (Lee et al., ECCV 2018): `scan-t2i` shows how much each word attends to each patch,
       `scan-i2t` how much each patch attends to each word.
-    - Max alignment (FILIP and its kin): for "t2i" the score of each patch for each word, the patch
-      that the word takes framed; for "i2t" the score of the patches that take the word.
-    - Any other similarity of tokens: the score of each patch alone with each word alone.
-    - A similarity of pooled vectors has no alignment: one panel with the score that each
-      projected patch alone, in the place of the whole picture, has with the sentence.
+    - Max alignment (FILIP and similar ones): "t2i" shows the score of each patch for each word and frames
+      the word's best patch; "i2t" shows the scores of the patches whose best word it is.
+    - Any other similarity of tokens: the score of each single patch with each single word.
+    - A similarity of pooled embeddings has no alignment: one panel shows the score of each projected
+      patch with the text, as if the patch were the whole image.
 
     Args:
-        similarity: any of these.
-        images: features of one picture, tokens `(1, n_patches, embed_dim)`.
-        texts: features of one sentence, tokens `(1, length, embed_dim)`; padded ones are left out.
-        grid: how the image tokens lie.
-        words: the words of the sentence and their places among the tokens.
+        similarity: any of these similarities.
+        images: features of one image, tokens `(1, n_patches, embed_dim)`.
+        texts: features of one text, tokens `(1, length, embed_dim)`; padding is ignored.
+        grid: the positions of the image tokens on the image.
+        words: the words of the text and the positions of their tokens.
+
+    Returns:
+        The sets of maps, each with a scale of its own.
 
     Raises:
-        ValueError: if there is more than one picture or sentence, or the tokens do not fit the grid or
+        ValueError: if there is more than one image or text, or the tokens do not fit the grid or
             the words.
     """
     if len(images) != 1 or len(texts) != 1:
-        raise ValueError(f"maps are of one picture and one sentence, got {len(images)} and {len(texts)}")
-    places = sorted([place for pieces in words.pieces for place in pieces] + [place for _, place in words.special])
-    if texts.real_tokens()[0].nonzero()[:, 0].tolist() != places:
-        raise ValueError(f"the words are at the places {places} of the tokens, which are not the sentence's real ones")
-    grid.split(np.zeros(images.real_tokens().shape[1]))  # to hear of a misfit
+        raise ValueError(f"maps need one image and one text, got {len(images)} and {len(texts)}")
+    positions = sorted(
+        [position for pieces in words.pieces for position in pieces] + [position for _, position in words.special]
+    )
+    real = texts.real_tokens()[0].nonzero()[:, 0].tolist()
+    if real != positions:
+        raise ValueError(f"the words have tokens at the positions {positions}, but the text has tokens at {real}")
+    grid.split(np.zeros(images.real_tokens().shape[1]))  # raises if the tokens do not fit the grid
     found = similarity.alignment(images, texts)
     if isinstance(found, TransportPlan):
         return _transport(found, grid, words)
@@ -101,7 +109,7 @@ def alignment_maps(
     if isinstance(found, PatchScores):
         return _patch_scores(found, type(similarity).__name__, grid)
     raise ValueError(
-        f"there are no maps for the {type(found).__name__} of {type(similarity).__name__}: known are the kinds in "
+        f"{type(similarity).__name__}.alignment returned a {type(found).__name__}; expected a class of "
         "d2svse.similarity.alignment"
     )
 
@@ -111,27 +119,26 @@ def _transport(found: TransportPlan, grid: PatchGrid, words: Words) -> list[MapS
     first = 1 if found.bins else 0
     panels = []
     for text, pieces in zip(words.texts, words.pieces, strict=True):
-        mass = plan[:, [first + place for place in pieces]].sum(1)
+        mass = plan[:, [first + piece for piece in pieces]].sum(1)
         share = _share(mass, mass.sum())
         special, patches = grid.split(share[first:])
         notes = [f"bin {_percent(share[0])}"] if first else []
         panels.append(Panel(text, patches, _joined(notes + _nowhere(special))))
-    remarks = _special_words(plan[first:, first:].sum(0), words, "the picture's matched mass")
+    remarks = _special_words(plan[first:, first:].sum(0), words, "the image's matched mass")
     unit = "share of the word's mass"
     if not first:
         return [MapSet("Transport plan: the patches that each word is matched with", unit, tuple(panels), remarks)]
     to_bin, from_bin = plan[1:, 0].sum() / plan[1:].sum(), plan[0, 1:].sum() / plan[:, 1:].sum()
     remarks = (
-        f"the picture's bin takes {_percent(from_bin)} of the sentence, the sentence's bin {_percent(to_bin)} "
-        "of the picture",
+        f"the image's bin takes {_percent(from_bin)} of the text, the text's bin {_percent(to_bin)} of the image",
         *remarks,
     )
     special, patches = grid.split(_share(plan[1:, 0], plan[1:].sum(1)))
     notes = [f"class token {_percent(special[0])}"] if len(special) else []
-    unmatched = Panel("the sentence's bin", patches, _joined(notes))
+    unmatched = Panel("the text's bin", patches, _joined(notes))
     return [
         MapSet("Transport plan: the patches that each word is matched with", unit, tuple(panels), remarks),
-        MapSet("What the sentence does not tell", "share of the patch's mass", (unmatched,)),
+        MapSet("What the text leaves out", "share of the patch's mass", (unmatched,)),
     ]
 
 
@@ -165,10 +172,12 @@ def _best_partners(found: BestPartners, grid: PatchGrid, words: Words) -> list[M
         panels = []
         for text, pieces in zip(words.texts, words.pieces, strict=True):
             _, patches = grid.split(scores[:, list(pieces)].max(1))
-            places = sorted({int(taken[piece]) for piece in pieces})
-            framed = tuple(divmod(place - grid.special, grid.columns) for place in places if place >= grid.special)
+            best_patches = sorted({int(taken[piece]) for piece in pieces})
+            framed = tuple(
+                divmod(patch - grid.special, grid.columns) for patch in best_patches if patch >= grid.special
+            )
             notes = [f"{scores[taken[piece], piece]:.2f}" for piece in pieces]
-            notes = [", ".join(notes)] + (["takes the class token"] if len(framed) < len(places) else [])
+            notes = [", ".join(notes)] + (["takes the class token"] if len(framed) < len(best_patches) else [])
             panels.append(Panel(text, np.where(np.isneginf(patches), np.nan, patches), _joined(notes), framed))
         title = "Max alignment: the patch that each word takes is framed"
         sets.append(MapSet(title, "score of patch and word", tuple(panels), shares=False))
@@ -203,9 +212,9 @@ def _token_scores(found: TokenScores, kind: str, grid: PatchGrid, words: Words) 
 def _patch_scores(found: PatchScores, kind: str, grid: PatchGrid) -> list[MapSet]:
     special, patches = grid.split(_array(found.scores))
     notes = [f"class token {special[0]:.2f}"] if len(special) else []
-    title = f"{kind} of each projected patch alone with the whole sentence (pooled vectors have no alignment)"
-    panel = Panel("the whole sentence", patches, _joined(notes))
-    return [MapSet(title, "score of patch and sentence", (panel,), shares=False)]
+    title = f"{kind} of each projected patch alone with the whole text (pooled vectors have no alignment)"
+    panel = Panel("the whole text", patches, _joined(notes))
+    return [MapSet(title, "score of patch and text", (panel,), shares=False)]
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -214,12 +223,12 @@ def _array(values: Tensor) -> np.ndarray:
 
 
 def _share(mass: np.ndarray, total: np.ndarray | float) -> np.ndarray:
-    """Parts of a total; all 0 where there is nothing to part."""
+    """Return each mass as a share of the total; 0 where the total is 0."""
     return np.divide(mass, total, out=np.zeros_like(mass), where=np.asarray(total) > 0)
 
 
 def _nowhere(special: np.ndarray) -> list[str]:
-    """What the tokens that lie nowhere on the picture take together."""
+    """Return a note with the sum of the shares of the special image tokens."""
     if not len(special):
         return []
     name = "class token" if len(special) == 1 else f"{len(special)} special tokens"
@@ -227,11 +236,11 @@ def _nowhere(special: np.ndarray) -> list[str]:
 
 
 def _special_words(mass: np.ndarray, words: Words, of_what: str) -> tuple[str, ...]:
-    """What goes to [CLS], [SEP] and the like, of which there is no map."""
+    """Return a remark with the share of [CLS], [SEP] and other special tokens, which have no map."""
     if not words.special:
         return ()
     names = " and ".join(dict.fromkeys(name for name, _ in words.special))
-    share = _share(mass[[place for _, place in words.special]].astype(float), float(mass.sum())).sum()
+    share = _share(mass[[position for _, position in words.special]].astype(float), float(mass.sum())).sum()
     return (f"{names} take {_percent(share)} of {of_what}",)
 
 

@@ -1,4 +1,4 @@
-"""What the context decoder's tokens add to a sparse sentence: the dense sentences that it comes near."""
+"""Show what the context decoder adds to a sparse caption: its nearest dense captions before and after."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LINE_HEIGHT, GAP = 0.137, 0.05  # inches
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The nearest dense sentences of some sparse ones, at one side of the fusion.
+    """The nearest dense captions of sparse captions, before or after the fusion.
 
     Attributes:
-        rows: `(n, k)` int64 rows of the dense sentences, nearest first.
-        cosines: `(n, k)` float32.
-        ranks: `(n,)` int64 rank of each one's own dense sentence, from 1, ties counted against it;
-            None where it is not told.
+        rows: `(n, k)` int64 rows of the dense captions, nearest first.
+        cosines: `(n, k)` float32 cosines of these rows.
+        ranks: `(n,)` int64 rank of each sparse caption's own dense caption, from 1, with ties counted
+            against it; None if the own captions are not given.
     """
 
     rows: np.ndarray
@@ -35,30 +35,32 @@ class Nearest:
 def nearest_dense(
     model: D2SVSE, sentences: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
 ) -> tuple[Nearest, Nearest]:
-    """Find the nearest dense sentences before and after the decoder's output is added (D2S-VSE, Eq. 3).
+    """Find the nearest dense captions before and after the decoder's output is added (D2S-VSE, Eq. 3).
 
-    Dense sentences are encoded without the decoder, as the teacher of stage 2 sees them; the cosine
-    of the pooled vectors is compared.
+    The model encodes dense captions without the decoder, as the teacher of stage 2 does. Nearness is
+    the cosine of pooled embeddings.
 
     Args:
         model: a model with a context decoder.
-        sentences: n sparse sentences.
-        dense: m dense ones.
-        own: for each sparse sentence the row of the dense one that belongs to it.
-        k: how many.
+        sentences: n sparse captions.
+        dense: m dense captions.
+        own: for each sparse caption, the row of its dense caption.
+        k: dense captions to find for each sparse caption.
 
     Returns:
-        Before the fusion, and after it.
+        The nearest captions before the fusion, and those after it.
 
     Raises:
         ValueError: if the model has no decoder, or `own` or `k` does not fit.
     """
     if model.decoder is None:
-        raise ValueError("the model has no context decoder: a stage-1 model adds nothing to a sentence")
+        raise ValueError("the model has no context decoder; use a stage-2 model")
     if not 1 <= k <= len(dense):
-        raise ValueError(f"k must be from 1 to the {len(dense)} dense sentences, got {k}")
+        raise ValueError(f"k must be from 1 to {len(dense)}, the number of dense captions, got {k}")
     if own is not None and (len(own) != len(sentences) or min(own) < 0 or max(own) >= len(dense)):
-        raise ValueError(f"own must give each of the {len(sentences)} sentences a row of the {len(dense)} dense ones")
+        raise ValueError(
+            f"own must give one of the {len(dense)} rows of dense to each of the {len(sentences)} sentences"
+        )
     around = model.encode_text(dense, dense=True)
     before, after = (model.encode_text(sentences, dense=without) for without in (True, False))
     return _nearest(before @ around.T, own, k), _nearest(after @ around.T, own, k)
@@ -76,10 +78,10 @@ def _nearest(cosines: np.ndarray, own: Sequence[int] | None, k: int) -> Nearest:
 def context_neighbours(
     model: D2SVSE, sentences: Sequence[str], dense: Sequence[str], own: Sequence[int] | None = None, k: int = 3
 ) -> Figure:
-    """Draw `nearest_dense`: beside each sentence what it is near without and with the decoder's tokens.
+    """Draw the result of `nearest_dense`: the nearest dense captions without and with the decoder's tokens.
 
-    The sentence's own dense sentence is green, others are grey. Arguments and errors are those of
-    `nearest_dense`.
+    A sparse caption's own dense caption is green, others are grey. See `nearest_dense` for the arguments
+    and errors.
     """
     sides = nearest_dense(model, sentences, dense, own, k)
     lines = [
@@ -99,7 +101,7 @@ def context_neighbours(
         axis.text(0, 0, va="top", fontsize=MEDIUM, weight="bold", **plain("\n".join(heads[n])))
         for x, name, side, column in zip((0, 0.5), ("without", "with"), sides, lines[n], strict=True):
             top = 1.3 * LINE_HEIGHT * len(heads[n]) + GAP
-            rank = "" if side.ranks is None else f": its own dense sentence is at {side.ranks[n]} of {len(dense)}"
+            rank = "" if side.ranks is None else f": its own dense caption has rank {side.ranks[n]} of {len(dense)}"
             axis.text(x, top, va="top", fontsize=SMALL, style="italic", **plain(f"{name} the decoder's tokens{rank}"))
             top += LINE_HEIGHT + GAP
             for row, cosine, parts in zip(side.rows[n], side.cosines[n], column, strict=True):

@@ -1,4 +1,4 @@
-"""What all figures share."""
+"""Sizes, colours and file output of all figures."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ RIGHT, WRONG = "#1a8a3a", "#555555"  # colours of right and wrong answers
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A white figure of so many inches that lays out its parts by itself."""
+    """Return a white figure of the given size in inches, with constrained layout."""
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def plain(text: str) -> dict[str, Any]:
-    """Arguments of a text to be shown as it is: a `$` in a caption is no formula."""
+    """Return the arguments that draw a text literally: a `$` in a caption starts no formula."""
     return {"s": text, "parse_math": False}
 
 
 def check_figure_path(path: str | os.PathLike[str]) -> None:
-    """Check that a figure can be written under a name.
+    """Check that matplotlib can write the format of a file name.
 
     Raises:
-        ValueError: if matplotlib knows no format of that suffix.
+        ValueError: if matplotlib has no format for the suffix.
     """
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.lower().removeprefix(".") not in known:
@@ -38,10 +38,10 @@ def check_figure_path(path: str | os.PathLike[str]) -> None:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure aside, in the format of the name's suffix, and rename it.
+    """Write a figure in the format of the name's suffix: to a temporary name first, which is then renamed.
 
     Raises:
-        ValueError: as `check_figure_path`.
+        ValueError: if matplotlib has no format for the suffix.
     """
     check_figure_path(path)
     with written_aside(path) as aside:

@@ -1,4 +1,4 @@
-"""Retrieved pictures and sentences, the right ones marked."""
+"""Draw retrieved images and captions, with the right ones marked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2svse.text import visible
 from d2svse.visualize.figures import DPI, MEDIUM, RIGHT, WRONG, new_figure, plain
 
 Direction = Literal["t2i", "i2t"]
-LINE = 70  # characters of a sentence
+LINE = 70  # characters of a caption
 
 
 def retrieval_gallery(
@@ -31,27 +31,27 @@ def retrieval_gallery(
     direction: Direction = "t2i",
     k: int = 5,
 ) -> Figure:
-    """Draw the first answers of some queries, the right ones framed (pictures) or green (sentences).
+    """Draw the first results of some queries; right images are framed, right captions are green.
 
-    As in the result figures of GSSF and OMIT (Fig. 8 and 9). Beside a query stands the rank of its
-    best right answer, which ties count against.
+    The layout follows the result figures of GSSF and OMIT (Fig. 8 and 9). Each query shows the rank of
+    its best right result; ties count against it.
 
     Args:
-        images: the paths of all pictures.
-        captions: all sentences.
+        images: the paths of all images.
+        captions: all captions.
         scores: `(n_images, n_captions)`, higher is closer.
-        image_of_caption: `(n_captions,)` the row of each caption's image.
-        queries: rows of the captions ("t2i") or of the pictures ("i2t") to show.
-        direction: "t2i" for pictures to sentences, "i2t" for sentences to pictures.
-        k: answers to each.
+        image_of_caption: `(n_captions,)` row of each caption's image.
+        queries: rows of the captions ("t2i") or of the images ("i2t") to show.
+        direction: "t2i" to find images for captions, "i2t" to find captions for images.
+        k: results for each query.
 
     Raises:
-        ImageError: if a picture cannot be read.
+        ImageError: if an image cannot be read.
         ValueError: if the shapes do not fit, a score is NaN, or a query is none of the rows.
     """
     matrix, owner = torch.as_tensor(scores).detach().cpu(), torch.as_tensor(image_of_caption).cpu().numpy()
     if matrix.shape != (len(images), len(captions)) or len(owner) != len(captions):
-        raise ValueError(f"scores {tuple(matrix.shape)} do not fit {len(images)} pictures, {len(captions)} sentences")
+        raise ValueError(f"scores {tuple(matrix.shape)} do not fit {len(images)} images and {len(captions)} captions")
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
     asked = len(captions) if direction == "t2i" else len(images)
@@ -66,14 +66,14 @@ def retrieval_gallery(
             else (matrix[query], owner == query)
         )
         best = first_answers(line.numpy(), right, k)
-        found.append((best, {place for place, row in enumerate(best) if right[row]}))
+        found.append((best, {position for position, row in enumerate(best) if right[row]}))
     if direction == "i2t":
-        return _sentences(images, captions, queries, found, of_images)
+        return _captions(images, captions, queries, found, of_images)
     rows = [
         (f"{captions[query]} [{_rank(of_captions[query])}]", [images[row] for row in best])
         for query, (best, _) in zip(queries, found, strict=True)
     ]
-    canvas = compose_gallery(rows, right=[places for _, places in found])
+    canvas = compose_gallery(rows, right=[positions for _, positions in found])
     figure = Figure(figsize=(canvas.width / DPI, canvas.height / DPI), dpi=DPI)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.imshow(canvas, interpolation="nearest")
@@ -82,11 +82,11 @@ def retrieval_gallery(
 
 
 def first_answers(line: np.ndarray, right: np.ndarray, k: int) -> list[int]:
-    """The rows of the k highest scores, best first; of a tie the right answer comes last."""
+    """Return the rows of the k highest scores, best first; in a tie, the right one comes last."""
     return [int(row) for row in np.lexsort((right, -line))[:k]]
 
 
-def _sentences(
+def _captions(
     images: Sequence[str | os.PathLike[str]],
     captions: Sequence[str],
     queries: Sequence[int],
@@ -105,9 +105,9 @@ def _sentences(
         beside.set_xlim(0, 1)
         beside.set_ylim(height, 0)
         top = (height - 0.21 * sum(map(len, lines))) / 2
-        for place, parts in enumerate(lines):
-            colour, mark = (RIGHT, "✓") if place in right else (WRONG, " ")
-            beside.text(0, top, va="top", fontsize=MEDIUM, color=colour, **plain(f"{place + 1}{mark}"))
+        for position, parts in enumerate(lines):
+            colour, mark = (RIGHT, "✓") if position in right else (WRONG, " ")
+            beside.text(0, top, va="top", fontsize=MEDIUM, color=colour, **plain(f"{position + 1}{mark}"))
             beside.text(0.06, top, va="top", fontsize=MEDIUM, color=colour, **plain("\n".join(parts)))
             top += 0.21 * len(parts)
     return figure

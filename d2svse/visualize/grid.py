@@ -1,4 +1,4 @@
-"""Where on the picture an image token lies: the backbone's grid, and the part of the picture that it covers."""
+"""Find the position of each image token on the image: the backbone's grid and the part that it covers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from d2svse.models.processing import D2SVSEProcessor
 
 SINGLE_TOKENS = ("cls_token", "class_embedding", "distillation_token")
 PROBE_SIDE, LONGEST_PROBE = 256, 4096
-STRAIGHT = 0.02  # how far a coordinate may lie from a straight line, as a share of the picture
+STRAIGHT = 0.02  # largest distance of a coordinate from a straight line, as a share of the image
 
 
 class PatchGrid(NamedTuple):
-    """How the tokens of an image lie: `special` of them first, then a grid, row by row.
+    """The order of an image's tokens: `special` ones first, then a grid of patches, row by row.
 
     Attributes:
         rows: rows of patches.
         columns: columns of patches.
-        special: tokens before them that lie nowhere (class, distillation, register tokens).
+        special: leading tokens without a position on the image (class, distillation, register tokens).
     """
 
     rows: int
@@ -30,10 +30,10 @@ class PatchGrid(NamedTuple):
     special: int = 0
 
     def split(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Split one value a token, `(n_tokens,)`, into `(special,)` and `(rows, columns)`.
+        """Split the values of the tokens, `(n_tokens,)`, into `(special,)` and `(rows, columns)`.
 
         Raises:
-            ValueError: if there are not as many tokens as the grid has.
+            ValueError: if the number of values differs from the grid's number of tokens.
         """
         expected = self.special + self.rows * self.columns
         if values.shape != (expected,):
@@ -43,19 +43,21 @@ class PatchGrid(NamedTuple):
 
 @torch.no_grad()
 def patch_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
-    """Find how a backbone's tokens lie on the picture.
+    """Return the grid of a backbone's tokens.
 
-    It is known where the backbone gives a map (ResNet, ConvNeXt), where it tells the shape of its
-    last stage (Swin), and where square patches of the configuration's `patch_size` and the
-    special tokens among the parameters add up to the number of tokens (ViT, DeiT, CLIP, SigLIP,
-    DINOv2 with registers or without).
+    Three kinds of backbone are supported:
+
+    - It returns a map (ResNet, ConvNeXt).
+    - It returns the shape of its last stage (Swin).
+    - Patches of `config.patch_size` and the special tokens among the parameters add up to the number
+      of tokens (ViT, DeiT, CLIP, SigLIP, DINOv2 with or without registers).
 
     Args:
         encoder: a model's `image_encoder`.
-        pixel_values: a prepared picture, `(1, channels, height, width)`.
+        pixel_values: a prepared image, `(1, channels, height, width)`.
 
     Raises:
-        ValueError: if the backbone is of another kind; nothing is guessed.
+        ValueError: if the backbone is of another kind.
     """
     backbone, training = encoder.backbone, encoder.backbone.training
     backbone.eval()
@@ -76,8 +78,8 @@ def patch_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
         if special + rows * columns == n_tokens:
             return PatchGrid(rows, columns, special)
     raise ValueError(
-        f"it is not known where the {n_tokens} tokens of a {backbone.config.model_type} backbone lie on the picture: "
-        "it gives no map, and its patch_size and special tokens do not add up to them"
+        f"cannot place the {n_tokens} tokens of a {backbone.config.model_type} backbone on the image: it returns no "
+        "map, and its patches and special tokens do not add up to that number"
     )
 
 
@@ -97,45 +99,45 @@ def _patch_size(config: Any) -> tuple[int, int] | None:
 
 
 def seen_box(processor: D2SVSEProcessor, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of a picture that reaches the model, whatever its image processor crops or squeezes.
+    """Return the part of an image that reaches the model after its processor crops and resizes it.
 
-    It is measured: a picture whose colours tell the place goes through the image processor, and so
-    do a black and a white one, which undo the normalisation.
+    The function measures it: it sends an image whose colours encode the coordinates through the processor.
+    A black and a white image go the same way, to undo the normalisation.
 
     Args:
         processor: a model's processor.
-        size: width and height of the picture in pixels.
+        size: width and height of the image in pixels.
 
     Returns:
-        Left, top, right and bottom in pixels of the picture.
+        Left, top, right and bottom in pixels of the image.
 
     Raises:
-        ValueError: if the processor does more to the picture than crop and resize it.
+        ValueError: if the processor pads the image, or does more than crop and resize it.
     """
     width, height = size
     scale = 1.0
-    if getattr(processor.image_processor, "do_resize", False):  # then the shape counts, not the size
+    if getattr(processor.image_processor, "do_resize", False):  # then only the aspect ratio matters: measure it small
         scale = min(PROBE_SIDE / min(size), LONGEST_PROBE / max(size))
     shape = (max(1, round(height * scale)), max(1, round(width * scale)))
-    place = np.zeros((*shape, 3), dtype=np.uint8)
-    place[..., 0] = np.round(255 * (np.arange(shape[1]) + 0.5) / shape[1])
-    place[..., 1] = np.round(255 * (np.arange(shape[0]) + 0.5) / shape[0])[:, None]
-    black, white = np.zeros_like(place), np.full_like(place, 255)
-    seen, low, high = (processor.pixel_values([picture])[0].numpy() for picture in (place, black, white))
+    coordinates = np.zeros((*shape, 3), dtype=np.uint8)
+    coordinates[..., 0] = np.round(255 * (np.arange(shape[1]) + 0.5) / shape[1])
+    coordinates[..., 1] = np.round(255 * (np.arange(shape[0]) + 0.5) / shape[0])[:, None]
+    black, white = np.zeros_like(coordinates), np.full_like(coordinates, 255)
+    seen, low, high = (processor.pixel_values([image])[0].numpy() for image in (coordinates, black, white))
     if (high - low).min() <= 0.1 * (high - low).max():
-        raise ValueError("the image processor pads pictures: it is not known where on the picture the tokens lie")
+        raise ValueError("cannot place the tokens on the image: the image processor pads images")
     share = (seen - low) / (high - low)
     (left, right), (top, bottom) = _ends(share[0].mean(0)), _ends(share[1].mean(1))
     return left * width, top * height, right * width, bottom * height
 
 
-def _ends(places: np.ndarray) -> tuple[float, float]:
-    """Where the first pixel begins and the last ends, by a line through the places of the inner pixels."""
-    pixels = np.arange(len(places))
-    margin = len(places) // 10
-    inner = slice(margin, len(places) - margin)
-    slope, start = np.polyfit(pixels[inner], places[inner], 1) if len(places) > 1 else (0.0, 0.0)
-    if slope <= 0 or np.abs(slope * pixels + start - places)[inner].max() > STRAIGHT:
-        raise ValueError("the image processor does more than crop and resize: where the tokens lie is not known")
-    first, last = start - slope / 2, start + slope * (len(places) - 0.5)
+def _ends(coordinates: np.ndarray) -> tuple[float, float]:
+    """Return where the first pixel begins and the last ends, from a line fitted to the inner pixels."""
+    pixels = np.arange(len(coordinates))
+    margin = len(coordinates) // 10
+    inner = slice(margin, len(coordinates) - margin)
+    slope, start = np.polyfit(pixels[inner], coordinates[inner], 1) if len(coordinates) > 1 else (0.0, 0.0)
+    if slope <= 0 or np.abs(slope * pixels + start - coordinates)[inner].max() > STRAIGHT:
+        raise ValueError("cannot place the tokens on the image: the image processor does more than crop and resize")
+    first, last = start - slope / 2, start + slope * (len(coordinates) - 0.5)
     return float(np.clip(first, 0, 1)), float(np.clip(last, 0, 1))

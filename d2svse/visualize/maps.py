@@ -1,4 +1,4 @@
-"""Alignment maps: heat over the picture for each word."""
+"""Draw alignment maps: a heat map over the image for each word."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2svse.visualize.pair import look_at
 
 COLUMNS = 5
 PANEL = 2.3  # inches
-LONGEST_SIDE = 480  # pixels of a drawn picture
+LONGEST_SIDE = 480  # pixels of a drawn image
 COLOURS = "inferno"
 FAINTEST, STRONGEST = 0.1, 0.8  # opacity of the heat
 
@@ -37,22 +37,21 @@ def explain(
     similarity: Similarity | None = None,
     words: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw why a picture and a sentence score as they do: a heat map over the picture for each word.
+    """Draw why an image and a text score as they do: a heat map over the image for each word.
 
-    What is drawn depends on the similarity, see `alignment_maps`: OMIT's transport plan and the
-    share of its bins, SCAN's attention, the partners of max alignment, or of a similarity of pooled
-    vectors the score of each patch alone.
+    The maps depend on the similarity: OMIT's transport plan and its bins, SCAN's attention, the best
+    partners of max alignment, or the score of each patch for pooled embeddings. See `alignment_maps`.
 
     Args:
         model: a model with its processor.
         image: a path, a Pillow image or an array.
-        sentence: the sentence.
-        similarity: look with another one than the model's own, such as `CrossAttentionI2T()`.
-        words: draw the maps of these words only.
+        sentence: the text.
+        similarity: a similarity to use instead of the model's own, such as `CrossAttentionI2T()`.
+        words: the words whose maps are drawn; all words if None.
 
     Raises:
-        ImageError: if the picture cannot be read.
-        ValueError: if a word is not in the sentence, and as `look_at` and `alignment_maps`.
+        ImageError: if the image cannot be read.
+        ValueError: if a word is not in the text; see also `look_at` and `alignment_maps`.
     """
     pair = look_at(model, image, sentence)
     chosen = None if words is None else pair.words.select(list(words))
@@ -63,35 +62,35 @@ def explain(
     with torch.no_grad():
         score = similarity(pair.images, pair.texts).item()
     cut = " (cut: longer than the model reads)" if pair.words.cut else ""
-    return draw_maps(pair.picture, sets, pair.box, f"{sentence}{cut}\n{type(similarity).__name__}: {score:.3f}")
+    return draw_maps(pair.image, sets, pair.box, f"{sentence}{cut}\n{type(similarity).__name__}: {score:.3f}")
 
 
 def draw_maps(
-    picture: Image.Image,
+    image: Image.Image,
     sets: Sequence[MapSet],
     box: tuple[float, float, float, float] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draw sets of maps over a picture, each with its own scale.
+    """Draw sets of maps over an image, each set with its own scale.
 
     Args:
-        picture: the picture, RGB.
-        sets: what `alignment_maps` gives.
-        box: left, top, right and bottom of the part that the maps cover, in pixels; all without it.
-        title: words above.
+        image: the image, RGB.
+        sets: the maps that `alignment_maps` returns.
+        box: left, top, right and bottom of the part that the maps cover, in pixels; the whole image if None.
+        title: a title above the figure.
 
     Raises:
         ValueError: if there is nothing to draw.
     """
     if not any(one.panels for one in sets):
         raise ValueError("nothing to draw: no maps")
-    box = box or (0, 0, *picture.size)
+    box = box or (0, 0, *image.size)
     columns = min(COLUMNS, max(len(one.panels) for one in sets) + 1)
-    counts = [len(one.panels) + (place == 0) for place, one in enumerate(sets)]  # the picture itself comes first
+    counts = [len(one.panels) + (number == 0) for number, one in enumerate(sets)]  # the image itself comes first
     rows = [-(-count // columns) for count in counts]
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    high = PANEL * min(1.6, max(0.5, picture.height / picture.width)) + 0.45  # a title and a note
+    high = PANEL * min(1.6, max(0.5, image.height / image.width)) + 0.45  # a title and a note
     heights = [high * count + 0.3 + 0.2 * len(one.remarks) for count, one in zip(rows, sets, strict=True)]
     width = max(columns * PANEL + 0.8, 6.0)
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(width * 11))]
@@ -99,20 +98,20 @@ def draw_maps(
     if lines:
         figure.suptitle("\n".join(lines), fontsize=MEDIUM + 1, parse_math=False)
     parts = figure.subfigures(len(sets), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for place, (part, one) in enumerate(zip(parts, sets, strict=True)):
-        axes = part.subplots(rows[place], columns, squeeze=False).ravel()
+    for number, (part, one) in enumerate(zip(parts, sets, strict=True)):
+        axes = part.subplots(rows[number], columns, squeeze=False).ravel()
         for axis in axes:
             axis.axis("off")
-        if place == 0:
-            axes[0].imshow(small, extent=(0, picture.width, picture.height, 0))
-            axes[0].set_title("the picture", fontsize=MEDIUM)
+        if number == 0:
+            axes[0].imshow(small, extent=(0, image.width, image.height, 0))
+            axes[0].set_title("the image", fontsize=MEDIUM)
             axes = axes[1:]
-        _draw_set(part, axes, one, picture, small, box, int(width * 14))
+        _draw_set(part, axes, one, image, small, box, int(width * 14))
     return figure
 
 
 def scale_of(one: MapSet) -> Normalize:
-    """The scale that the maps of a set share: shares start at 0, scores at the lowest."""
+    """Return the colour scale of a set of maps: from 0 for shares, from the lowest value for scores."""
     values = np.concatenate([panel.values.ravel() for panel in one.panels])
     values = values[np.isfinite(values)]
     low, high = (0.0, 1.0) if not len(values) else (0.0 if one.shares else values.min(), values.max())
@@ -120,7 +119,7 @@ def scale_of(one: MapSet) -> Normalize:
 
 
 def opacity_of(values: np.ndarray, scale: Normalize) -> np.ndarray:
-    """How much of the heat's colour is laid over the picture, `(rows, columns)` from 0 to 1; NaN is left clear."""
+    """Return the opacity of the heat over each patch, `(rows, columns)` from 0 to 1; 0 for NaN."""
     shown = np.nan_to_num(np.asarray(scale(np.nan_to_num(values, nan=scale.vmin or 0.0))))
     return np.where(np.isnan(values), 0, FAINTEST + (STRONGEST - FAINTEST) * shown)
 
@@ -129,7 +128,7 @@ def _draw_set(
     part: SubFigure,
     axes: Sequence[Axes],
     one: MapSet,
-    picture: Image.Image,
+    image: Image.Image,
     small: Image.Image,
     box: tuple[float, float, float, float],
     characters: int,
@@ -137,10 +136,10 @@ def _draw_set(
     grey = ImageOps.grayscale(small)
     scale = scale_of(one)
     for axis, panel in zip(axes, one.panels, strict=False):
-        axis.imshow(grey, cmap="gray", vmin=-80, vmax=255, extent=(0, picture.width, picture.height, 0))
+        axis.imshow(grey, cmap="gray", vmin=-80, vmax=255, extent=(0, image.width, image.height, 0))
         _draw_panel(axis, panel, scale, box)
-        axis.set_xlim(0, picture.width)
-        axis.set_ylim(picture.height, 0)
+        axis.set_xlim(0, image.width)
+        axis.set_ylim(image.height, 0)
     part.suptitle(textwrap.fill(one.title, int(characters * 0.8)), fontsize=MEDIUM)
     beside = list(axes) if len(axes) >= COLUMNS and len(one.panels) >= COLUMNS else list(axes[: len(one.panels)])
     bar = part.colorbar(ScalarMappable(scale, COLOURS), ax=beside, fraction=0.03, aspect=25, pad=0.01)
@@ -174,5 +173,5 @@ def _draw_panel(axis: Axes, panel: Panel, scale: Normalize, box: tuple[float, fl
 
 
 def _only(one: MapSet, chosen: Sequence[int], n_words: int) -> MapSet:
-    """The maps of some words; a set whose panels are no words stays as it is."""
-    return one if len(one.panels) != n_words else replace(one, panels=tuple(one.panels[place] for place in chosen))
+    """Return a set with the panels of some words only; return a set without word panels unchanged."""
+    return one if len(one.panels) != n_words else replace(one, panels=tuple(one.panels[number] for number in chosen))

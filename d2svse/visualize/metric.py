@@ -1,4 +1,4 @@
-"""What GSSF has learned: the blocks of W and how its weights are distributed."""
+"""Draw what a GSSF metric has learned: the blocks of W and the distribution of its weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ BINS = 80
 
 
 def metric_weights(metric: Metric | Similarity) -> Figure:
-    """Draw a GSSF metric: its blocks side by side (the paper's Fig. 4), what they learned, and a histogram.
+    """Draw a GSSF metric: its blocks (the paper's Fig. 4), their difference from the identity, and a histogram.
 
-    Weights on the diagonal start at 1 and say how much a dimension counts; the others start at 0
-    and say how much two dimensions of a block mix. A diagonal metric is drawn as a line.
+    A weight on the diagonal starts at 1 and tells how much its dimension counts. Another weight starts at
+    0 and tells how much two dimensions of a block mix. A diagonal metric is drawn as a line.
 
     Args:
-        metric: a `Metric`, or a similarity that has one (GSSF, or one of fragments with a metric).
+        metric: a `Metric`, or a similarity that has one.
 
     Raises:
-        ValueError: if there are no weights, as of cosine.
+        ValueError: if the metric has no learned weights, such as cosine.
     """
     found = getattr(metric, "metric", metric)
     weights = found.weights() if isinstance(found, Metric) else None
     if weights is None:
-        raise ValueError(f"{type(metric).__name__} has no learned weights: its metric is cosine or none of GSSF's")
+        raise ValueError(f"{type(metric).__name__} has no learned weights; use a similarity with a GSSF metric")
     values = weights.float().cpu().numpy()
     if values.ndim == 1:
         figure = new_figure(10, 4)
@@ -46,7 +46,7 @@ def metric_weights(metric: Metric | Similarity) -> Figure:
         blocks, size, _ = values.shape
         name = f"{blocks} block{'s' if blocks > 1 else ''} of {size} × {size}"
         _draw_blocks(left, values, name)
-        _draw_blocks(middle, values - np.eye(size, dtype=values.dtype), "what was learned: less the identity")
+        _draw_blocks(middle, values - np.eye(size, dtype=values.dtype), "difference from the identity")
         on = np.eye(size, dtype=bool)
         diagonal, others = values[:, on].ravel(), values[:, ~on].ravel()
     edges = np.histogram_bin_edges(values, BINS)
@@ -74,14 +74,14 @@ def _draw_blocks(axis: Axes, blocks: np.ndarray, title: str) -> None:
 
 
 def montage(blocks: np.ndarray) -> np.ndarray:
-    """Lay blocks `(n, b, b)` in rows, as many a row as a column about, with a gap of NaN between them."""
+    """Return blocks `(n, b, b)` as one roughly square matrix, with gaps of NaN between them."""
     n, size, _ = blocks.shape
     columns = math.ceil(math.sqrt(n))
     rows = -(-n // columns)
     gap = max(1, size // 16) if n > 1 else 0
     step = size + gap
     canvas = np.full((rows * step - gap, columns * step - gap), np.nan, dtype=np.float32)
-    for place, block in enumerate(blocks):
-        top, left = (place // columns) * step, (place % columns) * step
+    for number, block in enumerate(blocks):
+        top, left = (number // columns) * step, (number % columns) * step
         canvas[top : top + size, left : left + size] = block
     return canvas

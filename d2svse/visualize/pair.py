@@ -1,4 +1,4 @@
-"""A picture and a sentence as the model sees them."""
+"""An image and a text as the model sees them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from d2svse.visualize.words import Words, split_words
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A picture and a sentence, encoded, and where their tokens lie.
+    """An image and a text with their features and the positions of their tokens.
 
     Attributes:
-        picture: upright RGB.
-        box: left, top, right and bottom of the part that the model sees, in pixels of the picture.
-        grid: how the image tokens lie in that part.
-        images: features of the one picture, tokens `(1, n_patches, embed_dim)`.
-        sentence: the sentence.
-        words: its words and their tokens.
-        texts: features of the one sentence, tokens `(1, n_tokens, embed_dim)`.
+        image: the image, upright and RGB.
+        box: left, top, right and bottom of the part that the model sees, in pixels of the image.
+        grid: the grid of the image tokens in that part.
+        images: features of the image, tokens `(1, n_patches, embed_dim)`.
+        sentence: the text.
+        words: the words of the text and their tokens.
+        texts: features of the text, tokens `(1, n_tokens, embed_dim)`.
     """
 
-    picture: Image.Image
+    image: Image.Image
     box: tuple[float, float, float, float]
     grid: PatchGrid
     images: Features
@@ -37,26 +37,26 @@ class Pair:
 
 
 def look_at(model: D2SVSE, image: ImageSource, sentence: str) -> Pair:
-    """Encode a picture and a sentence, and find where the tokens lie on the picture and in the sentence.
+    """Encode an image and a text, and find the positions of their tokens.
 
     Args:
         model: a model with its processor.
         image: a path, a Pillow image or an array.
-        sentence: a sentence, which the context decoder fuses if there is one.
+        sentence: a text; a model with a context decoder adds its context.
 
     Raises:
-        ImageError: if the picture cannot be read.
-        ValueError: if the sentence is empty, the model has no processor, or the tokens' places are
-            not known; see `patch_grid`, `seen_box` and `split_words`.
+        ImageError: if the image cannot be read.
+        ValueError: if the text is empty, the model has no processor, or the positions of the tokens
+            are unknown; see `patch_grid`, `seen_box` and `split_words`.
     """
-    picture = load_image(image)
-    images = model.encode_image([picture], output="features")
+    loaded = load_image(image)
+    images = model.encode_image([loaded], output="features")
     texts = model.encode_text([sentence], output="features")
-    assert model.processor is not None  # encoding has asked for it
-    pixel_values = model.processor.pixel_values([picture]).to(model.device, model.dtype)
+    assert model.processor is not None  # encode_image raises without one
+    pixel_values = model.processor.pixel_values([loaded]).to(model.device, model.dtype)
     return Pair(
-        picture,
-        seen_box(model.processor, picture.size),
+        loaded,
+        seen_box(model.processor, loaded.size),
         patch_grid(model.image_encoder, pixel_values),
         images,
         sentence,

@@ -1,4 +1,4 @@
-"""How far the scores of right pairs stand from those of wrong ones."""
+"""Draw how well scores separate right pairs from wrong pairs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COLUMNS = 3
 
 
 def score_distributions(results: Mapping[str, Scored]) -> Figure:
-    """Draw the scores of right and of wrong pairs, a panel for each similarity or model (GSSF's Fig. 5).
+    """Draw the scores of right and wrong pairs, one panel for each similarity or model (GSSF's Fig. 5).
 
-    Each panel tells how often a right pair scores higher than a wrong one, over all such two pairs;
-    a tie counts against the model. The scales differ, as those of the similarities do.
+    Each panel gives the share of (right pair, wrong pair) combinations in which the right pair scores
+    higher; a tie counts against the model. Each panel has its own scale.
 
     Args:
-        results: by name, the scores `(n_images, n_captions)` and `image_of_caption (n_captions,)`, the
-            row of each caption's image.
+        results: for each name, the scores `(n_images, n_captions)` and `image_of_caption (n_captions,)`,
+            the row of each caption's image.
 
     Raises:
         ValueError: if nothing is given, a score is not finite, or the shapes do not fit.
@@ -55,10 +55,10 @@ def score_distributions(results: Mapping[str, Scored]) -> Figure:
 def split_scores(
     scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, name: str = "scores"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of right and of wrong pairs, `(n_captions,)` and `(n_images · n_captions - n_captions,)`.
+    """Return the scores of right and of wrong pairs, `(n_captions,)` and `(n_images · n_captions - n_captions,)`.
 
     Raises:
-        ValueError: as `score_distributions`.
+        ValueError: if a score is not finite, the shapes do not fit, or there is no wrong pair.
     """
     matrix = torch.as_tensor(scores).detach().cpu().float().numpy()
     owner = torch.as_tensor(image_of_caption).cpu().numpy()
@@ -67,7 +67,7 @@ def split_scores(
     if not np.isfinite(matrix).all():
         image, caption = np.argwhere(~np.isfinite(matrix))[0]
         raise ValueError(f"{name}: the score of image {image} and caption {caption} is {matrix[image, caption]}")
-    caption_answers(owner, len(matrix))  # to hear of a row that is no image's
+    caption_answers(owner, len(matrix))  # raises if a row is out of range
     of_pair = np.arange(len(matrix))[:, None] == owner
     if of_pair.all():
         raise ValueError(f"{name}: there are no wrong pairs")
@@ -75,5 +75,5 @@ def split_scores(
 
 
 def share_above(right: np.ndarray, wrong: np.ndarray) -> float:
-    """The share of all two, one of each, in which the right one is higher, 0 to 1 (area under the ROC curve)."""
+    """Return the share of (right, wrong) combinations with a higher right score, 0 to 1 (area under the ROC curve)."""
     return float(np.searchsorted(np.sort(wrong), right, side="left").mean() / len(wrong))

@@ -1,4 +1,4 @@
-"""The course of a run, from what it leaves in its folder."""
+"""Draw the losses, scores and recalls of a training run from the logs in its folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LOG, STATE, CHECKPOINTS = "log.jsonl", "trainer_state.json", "checkpoints"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STAGES = ("pretrain", "distill", "align")
 RECALLS = {f"eval_{side}_recall_at_{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
-MEAN_LOSS = "train_loss"  # of the whole run, in its last row
+MEAN_LOSS = "train_loss"  # the mean of the whole run, logged in its last row
 SCORES = {"positive_score": "right pairs", "hardest_negative_score": "hardest wrong pairs"}
 
 Log = list[dict[str, Any]]
 
 
 def training_curves(folder: str | os.PathLike[str]) -> Figure:
-    """Draw the losses, the scores of the batches and the recalls of every stage of a run.
+    """Draw the losses, the batch scores and the recalls of every stage of a run.
 
     Args:
-        folder: see `read_logs`.
+        folder: the folder of a run of `d2svse train` or `d2svse demo`, of a stage, or of a checkpoint.
 
     Raises:
         FileNotFoundError: if there is no log in the folder.
@@ -38,7 +38,7 @@ def training_curves(folder: str | os.PathLike[str]) -> Figure:
     rows = figure.subplots(len(logs), 3, squeeze=False)
     for (losses, scores, recalls), (stage, log) in zip(rows, logs.items(), strict=True):
         names = sorted({name for row in log for name in row if name.endswith("_loss") or name == "loss"} - {MEAN_LOSS})
-        single = len(names) == 2 and "loss" in names  # the sum of one loss is that loss
+        single = len(names) == 2 and "loss" in names  # then "loss", the sum, repeats the only loss
         shown = {name: name.replace("_", " ") for name in names if not (single and name == "loss")}
         _curves(losses, log, shown, f"{stage}: losses")
         _curves(scores, log, SCORES, f"{stage}: mean scores in a batch")
@@ -62,16 +62,16 @@ def _curves(axis: Axes, log: Log, names: dict[str, str], title: str, factor: flo
 
 
 def read_logs(folder: str | os.PathLike[str]) -> dict[str, Log]:
-    """Read what a run logged, by its stages in order.
+    """Read the logs of a run, stage by stage in training order.
 
-    Of a stage that is done the run's `log.jsonl` is read, of another the `trainer_state.json` of its
+    A finished stage is read from its `log.jsonl`, an unfinished one from the `trainer_state.json` of its
     newest checkpoint.
 
     Args:
-        folder: of a run of `d2svse train` or `d2svse demo`, of a stage, or of a checkpoint.
+        folder: the folder of a run of `d2svse train` or `d2svse demo`, of a stage, or of a checkpoint.
 
     Returns:
-        For each stage its rows, as transformers' `log_history`: "epoch", "step", and what was logged.
+        The rows of each stage, as in transformers' `log_history`: "epoch", "step" and the logged values.
 
     Raises:
         FileNotFoundError: if there is no log in the folder.
@@ -89,15 +89,15 @@ def read_logs(folder: str | os.PathLike[str]) -> dict[str, Log]:
     files = {stage: max(found)[1] for stage, found in states.items()}
     files |= {path.parent.resolve(): path for path in folder.rglob(LOG)}
     if not files:
-        raise FileNotFoundError(f"{folder}: no {LOG} and no checkpoint-*/{STATE} in it; expected the folder of a run")
+        raise FileNotFoundError(f"{folder}: no {LOG} and no checkpoint-*/{STATE} found; expected the folder of a run")
 
-    def place(stage: Path) -> tuple[int, str]:
+    def order(stage: Path) -> tuple[int, str]:
         return (STAGES.index(stage.name) if stage.name in STAGES else len(STAGES), str(stage))
 
     names = {stage: stage.name for stage in files}
     if len(set(names.values())) < len(files):
         names = {stage: str(stage.relative_to(folder.resolve())) for stage in files}
-    return {names[stage]: _rows(files[stage]) for stage in sorted(files, key=place)}
+    return {names[stage]: _rows(files[stage]) for stage in sorted(files, key=order)}
 
 
 def _rows(path: Path) -> Log:
@@ -106,7 +106,7 @@ def _rows(path: Path) -> Log:
         rows = [json.loads(line) for line in text.splitlines()] if path.name == LOG else json.loads(text)["log_history"]
         rows = [dict(row) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a broken log ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: the log is broken ({type(error).__name__}: {error})") from None
     if not any("epoch" in row for row in rows):
-        raise ValueError(f"{path}: nothing was logged yet")
+        raise ValueError(f"{path}: the log is empty; wait until the run has logged a step")
     return [row for row in rows if "epoch" in row]

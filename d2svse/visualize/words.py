@@ -1,4 +1,4 @@
-"""The words of a sentence and the tokens that they are cut into."""
+"""The words of a text and the tokens of each word."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from d2svse.models.processing import D2SVSEProcessor
 
 @dataclass(frozen=True)
 class Words:
-    """A sentence as the model reads it.
+    """A text as the model reads it.
 
     Attributes:
-        texts: the words and punctuation marks, as they stand in the sentence.
-        pieces: the places of each one's tokens among all tokens.
-        special: name and place of each special token, such as [CLS]; it counts as a word in a
-            similarity but stands for none.
-        cut: whether the sentence was longer than the model reads.
+        texts: the words and punctuation marks, as written.
+        pieces: for each word, the positions of its tokens.
+        special: name and position of each special token, such as [CLS]. A similarity treats it like a word.
+        cut: whether the text is longer than the model reads.
     """
 
     texts: tuple[str, ...]
@@ -28,45 +27,45 @@ class Words:
         return len(self.texts)
 
     def select(self, words: list[str]) -> list[int]:
-        """The places of some words, in their order in the sentence; letter case does not matter.
+        """Return the positions of some words in `texts`, in ascending order, whatever their letter case.
 
         Raises:
-            ValueError: if one is not in the sentence.
+            ValueError: if a word is not in the text.
         """
         present = [text.casefold() for text in self.texts]
         for word in words:
             if word.casefold() not in present:
-                raise ValueError(f"{word!r} is none of the sentence's words: {', '.join(self.texts)}")
+                raise ValueError(f"{word!r} is not a word of the text; its words are: {', '.join(self.texts)}")
         wanted = {word.casefold() for word in words}
-        return [place for place, text in enumerate(present) if text in wanted]
+        return [position for position, text in enumerate(present) if text in wanted]
 
 
 def split_words(processor: D2SVSEProcessor, sentence: str) -> Words:
-    """Cut a sentence into tokens, as the model does, and tell which of them make up which word.
+    """Split a text into tokens, as the model does, and return the tokens of each word.
 
     Raises:
-        ValueError: if the sentence is empty, or the tokenizer does not tell its words.
+        ValueError: if the text is empty, or the tokenizer does not report words.
     """
     n_tokens = len(processor.tokenize([sentence])[0])
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} does not tell which tokens make up a word; use the fast form of the tokenizer"
+            f"{type(tokenizer).__name__} does not report the tokens of each word; use the fast form of the tokenizer"
         )
     encoded = tokenizer(sentence, truncation=True, max_length=processor.max_length, return_offsets_mapping=True)
     assert len(encoded["input_ids"]) == n_tokens
     names, spans = encoded.tokens(), encoded["offset_mapping"]
     words: dict[int, list[int]] = {}
     special = []
-    for place, word in enumerate(encoded.word_ids()):
+    for position, word in enumerate(encoded.word_ids()):
         if word is None:
-            special.append((names[place], place))
+            special.append((names[position], position))
         else:
-            words.setdefault(word, []).append(place)
-    texts = [sentence[spans[places[0]][0] : spans[places[-1]][1]].strip() for places in words.values()]
+            words.setdefault(word, []).append(position)
+    texts = [sentence[spans[pieces[0]][0] : spans[pieces[-1]][1]].strip() for pieces in words.values()]
     return Words(
-        tuple(text or names[places[0]] for text, places in zip(texts, words.values(), strict=True)),
-        tuple(tuple(places) for places in words.values()),
+        tuple(text or names[pieces[0]] for text, pieces in zip(texts, words.values(), strict=True)),
+        tuple(tuple(pieces) for pieces in words.values()),
         tuple(special),
         bool(encoded.encodings[0].overflowing),
     )

@@ -3,13 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
-from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from d2svse.captioning.llava import PLAIN_TEMPLATE, LlavaCaptioner, SeededSampling
 from d2svse.captioning.pictures import Sampling, find_pictures, take_shard
 from d2svse.images import load_image
+from support.images import write_images
+from support.llava import save_tiny_llava
 
 DRAWN = Sampling(temperature=1.0, max_new_tokens=12)
 
@@ -155,12 +155,12 @@ def test_a_picture_that_breaks_later_is_an_outcome_and_the_rest_go_on(llava, pho
     pictures = find_pictures(photos)
     (photos / "001.png").write_bytes(b"no")
     outcomes = captions(load(llava, batch_size=2), pictures)
-    assert "001.png: not a picture" in outcomes["001.png"].reason
+    assert "001.png: not an image" in outcomes["001.png"].reason
     assert sum(outcome.text is not None for outcome in outcomes.values()) == 5
 
 
 def test_a_caption_says_whether_it_was_cut(llava, tmp_path):
-    pictures = find_pictures(write_pictures(tmp_path / "many", 30))
+    pictures = find_pictures(write_images(tmp_path / "many", 30))
     short = captions(load(llava, batch_size=30), pictures)
     longer = captions(load(llava, replace(DRAWN, max_new_tokens=60), batch_size=30), pictures)
     compared = {name for name in short if short[name].draw == longer[name].draw == 0}
@@ -191,7 +191,7 @@ def test_bfloat16_captions_on_the_cpu(llava, photos):
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
-        ({"device": "warp"}, "device 'warp' is not known"),
+        ({"device": "warp"}, "unknown device 'warp'"),
         ({"batch_size": 0}, "must be positive, got 0 and 3"),
         ({"tries": 0}, "must be positive, got 8 and 0"),
     ],
@@ -204,12 +204,12 @@ def test_wrong_options_are_named(llava, options, message):
 def test_a_device_that_is_not_there_is_named(llava):
     if torch.accelerator.is_available():
         pytest.skip("needs a machine without an accelerator")
-    with pytest.raises(ValueError, match="device 'cuda' is not there; cpu is"):
+    with pytest.raises(ValueError, match="this machine has no device 'cuda'; use cpu"):
         load(llava, device="cuda")
 
 
 def test_what_is_no_captioning_model_is_named(backbones, tmp_path):
-    with pytest.raises(ValueError, match="a bert model, expected one that generates text from pictures"):
+    with pytest.raises(ValueError, match="a bert model; expected one that generates text from images"):
         load(backbones / "text")
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         load(tmp_path / "none")

@@ -1,16 +1,16 @@
 import json
 import os
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from forks import forks
 
 from d2svse.captioning.output import CaptionFile
 from d2svse.captioning.pictures import Outcome, Picture
 from d2svse.data import ManifestError
 from d2svse.files.log import mend_last_line
+from support.processes import Fork
 
 SETTINGS = {"model": "m", "seed": 0, "temperature": 0.2}
 
@@ -104,19 +104,20 @@ def test_a_line_that_is_not_ours_is_named(tmp_path, line, message):
 def test_two_writers_on_one_file(tmp_path):
     path = tmp_path / "dense.jsonl"
     code = (
-        "import sys; from d2svse.captioning.output import CaptionFile\n"
-        f"with CaptionFile({str(path)!r}, {SETTINGS!r}):\n    print(1, flush=True); sys.stdin.read()"
+        "import time; from d2svse.captioning.output import CaptionFile\n"
+        f"with CaptionFile({str(path)!r}, {SETTINGS!r}):\n    print(1); time.sleep(600)"
     )
-    with forks():
-        running = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with running as other:
-        assert other.stdout.readline() == b"1\n"
-        with (
-            pytest.raises(BlockingIOError, match=r"dense\.jsonl: another process is writing to it"),
-            CaptionFile(path, SETTINGS),
-        ):
-            pass
-        other.kill()
+    other = Fork(code)
+    while "1" not in other.out():
+        assert other.poll() is None, other.err()
+        time.sleep(0.01)
+    with (
+        pytest.raises(BlockingIOError, match=r"dense\.jsonl: another process is writing to it"),
+        CaptionFile(path, SETTINGS),
+    ):
+        pass
+    other.send_signal(signal.SIGKILL)
+    assert other.wait() == -signal.SIGKILL
     write(path, "a.png")
 
 

@@ -2,11 +2,11 @@ import json
 import shutil
 
 import pytest
-from conftest import write_pictures
 
 from d2svse import ImageTextDataset
 from d2svse.captioning.pictures import Sampling, find_pictures, take_shard
 from d2svse.data import ManifestError
+from support.images import write_images
 
 
 def write_dense(path, pictures):
@@ -15,7 +15,7 @@ def write_dense(path, pictures):
 
 
 def test_names_are_those_that_training_looks_for(tmp_path):
-    photos = write_pictures(tmp_path / "data" / "photos", 4)
+    photos = write_images(tmp_path / "data" / "photos", 4)
     manifest = tmp_path / "data" / "train.jsonl"
     outside = shutil.copy(photos / "003.png", tmp_path / "outside.png")
     rows = [{"image": f"photos/00{row}.png", "captions": ["x"]} for row in range(3)]
@@ -35,17 +35,17 @@ def test_names_are_those_that_training_looks_for(tmp_path):
 
 
 def test_other_layouts_and_their_splits(tmp_path):
-    photos = write_pictures(tmp_path / "images", 2)
+    photos = write_images(tmp_path / "images", 2)
     images = [
         {"filename": p.name, "split": s, "sentences": [{"raw": "x"}]}
         for p, s in zip(sorted(photos.iterdir()), ("train", "val"), strict=True)
     ]
     (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
     assert [p.name for p in find_pictures(tmp_path / "dataset.json", split="val")] == ["images/001.png"]
-    with pytest.raises(FileNotFoundError, match="no picture in it"):
-        find_pictures(write_pictures(tmp_path / "empty", 0))
+    with pytest.raises(FileNotFoundError, match="no image in it"):
+        find_pictures(write_images(tmp_path / "empty", 0))
     (photos / "001.png").unlink()
-    with pytest.raises(ManifestError, match="1 of 1 pictures are not there"):
+    with pytest.raises(ManifestError, match="1 of 1 images are missing"):
         find_pictures(tmp_path / "dataset.json", split="val")
 
 

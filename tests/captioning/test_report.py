@@ -44,8 +44,8 @@ def test_the_published_layout_is_told_by_lines_and_tokens_are_optional(tmp_path)
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], r"dense\.jsonl: no captions in it"),
-        ([{"text": " "}], r"dense\.jsonl: no captions in it"),
+        ([], r"dense\.jsonl: no captions"),
+        ([{"text": " "}], r"dense\.jsonl: no captions"),
         ([{"text": "x"}, {"image": "a.png"}], r'dense\.jsonl:2: expected "dense" \(or "text"\) with a text, got None'),
         ([{"dense": 3}], r"dense\.jsonl:1: .* got 3"),
     ],

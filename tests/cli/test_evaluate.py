@@ -56,11 +56,16 @@ def test_an_ensemble_may_be_given_in_any_order(saved, scenes, tmp_path, run):
     assert (code, "give --ensemble" in err) == (2, True)
 
 
-def test_a_shortlist_and_another_similarity_are_labelled(saved, scenes, tmp_path, run):
+def test_reranking_and_another_similarity_are_labelled(saved, scenes, tmp_path, run):
     data = ("--data", scenes / "val.jsonl")
     found, out = result(run, tmp_path, saved["tokens"], *data, "--rerank-k", 5)
     assert found["rerank_k"] == 5
+    assert "5 candidates" in out
     assert "shortlist of 5 by cosine" in out
+    earlier, _ = result(run, tmp_path, saved["tokens"], *data, "--rerank-k", 5, "--shortlist", "pooled")
+    again, _ = result(run, tmp_path, saved["tokens"], *data, "--rerank-k", 5, "--candidates", "pooled")
+    assert earlier["metrics"] == again["metrics"]
+    assert earlier["candidates"] == again["candidates"] == "shortlist of 5 by cosine of the pooled vectors"
     assert "–" in out
     assert "rsum" not in found["metrics"]
     found, _ = result(run, tmp_path, saved["tokens"], *data, "--similarity-arg", "direction=i2t")
@@ -83,11 +88,11 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
     data = ("--data", scenes / "val.jsonl")
     for arguments, message in (
         ((tmp_path / "broken", *data), "image_encoder.projection.weight in model.safetensors holds a NaN"),
-        ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png is not there"),
+        ((saved["one"], "--data", tmp_path / "gone.jsonl"), "gone.png does not exist"),
         ((saved["one"], *data, "--protocol", "coco-5k"), "not the split of the protocol coco-5k: 16 images"),
-        ((saved["one"], *data, "--protocol", "coco"), "unknown protocol 'coco'"),
-        ((saved["one"], *data, "--rerank-k", 5), "it needs no shortlist"),
-        ((saved["tokens"], *data, "--rerank-k", 0), "a shortlist of 0 does not fit"),
+        ((saved["one"], *data, "--protocol", "coco"), "'coco' is not one of 'custom', 'flickr30k-1k'"),
+        ((saved["one"], *data, "--rerank-k", 5), "it needs no reranking"),
+        ((saved["tokens"], *data, "--rerank-k", 0), "0 candidates do not fit"),
         ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
         ((saved["one"], *data, "--wrong", -1), "--wrong -1"),

@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import pytest
-from forks import forks
 from PIL import Image
+
+from support.processes import Fork
 
 SENTENCE = "a red circle and a blue star"
 
@@ -40,21 +38,22 @@ def test_a_map_is_written(folder, val_dataset, run):
 def test_user_errors_are_one_line(folder, val_dataset, run):
     pytest.importorskip("matplotlib", reason="d2svse explain needs matplotlib (d2svse[visualize])")
     picture, model, out = val_dataset.images[0], folder / "model", folder / "map.png"
-    one_line_error(run("explain", folder / "none.jpg", SENTENCE, "--model", model, "--out", out), "no such picture")
+    one_line_error(run("explain", folder / "none.jpg", SENTENCE, "--model", model, "--out", out), "no such image")
     (folder / "text.jpg").write_text("no picture")
-    one_line_error(run("explain", folder / "text.jpg", SENTENCE, "--model", model, "--out", out), "not a picture")
+    one_line_error(run("explain", folder / "text.jpg", SENTENCE, "--model", model, "--out", out), "not an image")
     one_line_error(run("explain", picture, " ", "--model", model, "--out", out), "empty")
     one_line_error(run("explain", picture, SENTENCE, "--model", folder / "m", "--out", out), "no such model folder")
     one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", folder / "m.doc"), "ends in one of")
-    one_line_error(run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is none")
+    one_line_error(
+        run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is not a word"
+    )
     assert not out.exists()
 
 
 def test_without_matplotlib_the_extra_is_named(folder, val_dataset):
     code = "import sys; sys.modules['matplotlib'] = None; from d2svse.cli.app import main; main(sys.argv[1:])"
     command = ["explain", val_dataset.images[0], SENTENCE, "--model", folder / "model", "--out", folder / "map.png"]
-    with forks():
-        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'd2svse[visualize]'" in done.stderr
-    assert done.stderr.count("\n") == 1
+    without = Fork(code, *command)
+    assert without.wait() == 2
+    assert "pip install 'd2svse[visualize]'" in without.err()
+    assert without.err().count("\n") == 1

@@ -54,7 +54,7 @@ def test_the_page_is_served(index, port, run, monkeypatch):
     code, out, err = run("serve", index, "--port", port)
     assert (code, err) == (0, "")
     assert out == f"search page: http://127.0.0.1:{port}/ (Ctrl+C stops it)\n"
-    assert "16 pictures in index, compared by cosine" in read[0]
+    assert "16 images in index, compared by cosine" in read[0]
 
 
 def test_user_errors_are_one_line(index, port, run, tmp_path):

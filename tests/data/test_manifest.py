@@ -5,7 +5,7 @@ from PIL import Image
 
 from d2svse import ImageTextDataset
 from d2svse.data import ManifestError, Record, join_dense, read_manifest, write_manifest
-from d2svse.data.manifest import check_pictures
+from d2svse.data.manifest import check_images
 
 
 @pytest.fixture
@@ -46,11 +46,11 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
         ("[1, 2]", "expected a JSON object, got list"),
         ({"captions": ["x"]}, 'expected "image"'),
         ({"image": "a.jpg"}, 'expected "captions"'),
-        ({"image": "a.jpg", "captions": []}, "at least one sentence"),
-        ({"image": "a.jpg", "captions": ["x", " "]}, "every caption to be a sentence"),
+        ({"image": "a.jpg", "captions": []}, "at least one text"),
+        ({"image": "a.jpg", "captions": ["x", " "]}, "every caption to be a text"),
         ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
-        ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg is not there"),
-        ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg stands in line 1 already"),
+        ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg does not exist"),
+        ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg is already in line 1"),
     ],
 )
 def test_a_bad_line_is_named(folder, row, message):
@@ -72,14 +72,14 @@ def test_bad_pictures_stop_or_are_listed(folder):
     (folder / "b.jpg").write_bytes(b"no picture")
     path = write(folder, GOOD, {**GOOD, "image": "b.jpg"}, {**GOOD, "image": "c.jpg"})
     records = read_manifest(path)
-    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not a picture.*--on-bad-image skip"):
-        check_pictures(records, path)
-    good, bad = check_pictures(records, path, "skip")
+    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not an image.*--on-bad-image skip"):
+        check_images(records, path)
+    good, bad = check_images(records, path, "skip")
     assert [record.line for record in good] == [1, 3]
     assert len(bad) == 1
     assert "m.jsonl:2" in bad[0]
-    with pytest.raises(ManifestError, match=r"none of the 1 pictures can be read; the first: .*m\.jsonl:2"):
-        check_pictures(records[1:2], path, "skip")
+    with pytest.raises(ManifestError, match=r"none of the 1 images can be read; the first: .*m\.jsonl:2"):
+        check_images(records[1:2], path, "skip")
 
 
 def test_dense_text_from_field_concat_auto_and_files(folder):
@@ -90,7 +90,7 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
 
     assert dense("concat") == ["one two", "three"]
     assert dense("auto") == ["one two", "all of it"]
-    with pytest.raises(ManifestError, match=r"records:1: .*a\.jpg has no dense text"):
+    with pytest.raises(ManifestError, match=r"records:1: .*a\.jpg has no dense caption"):
         dense("field")
     by_image, in_order = folder / "by_image.jsonl", folder / "in_order.jsonl"
     by_image.write_text('{"image": "b.jpg", "dense": "B"}\n{"image": "a.jpg", "dense": "A"}\n')

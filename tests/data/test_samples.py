@@ -1,10 +1,13 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from d2svse.data import Collator, EpochBatches, TrainingSamples
-from d2svse.data import samples as samples_module
+from d2svse.data import Batch, Collator, EpochBatches, TrainingSamples
 from d2svse.data.samples import Draw
 from d2svse.images import ImageError
 
@@ -15,7 +18,8 @@ def make(train_dataset, processor):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)]
+    return all(torch.equal(one, two) if torch.is_tensor(one) else one == two for one, two in pairs)
 
 
 def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(make):
@@ -29,38 +33,38 @@ def test_one_caption_an_epoch_or_all_of_them(make, train_dataset):
     plain = {"augment_words": False, "augment_images": False, "num_image_tokens": None}
     samples = make(**plain)
     assert len(samples) == len(train_dataset)
-    seen = {tuple(samples[Draw(epoch, 0)]["input_ids"]) for epoch in range(40)}
+    seen = {tuple(samples[Draw(epoch, 0)].input_ids) for epoch in range(40)}
     assert len(seen) == len(set(train_dataset.records[0].captions))
     every = make(captions_per_epoch="all", **plain)
     assert len(every) == len(train_dataset.captions)
-    ids = [every[Draw(0, index)]["input_ids"] for index in range(len(every))]
+    ids = [every[Draw(0, index)].input_ids for index in range(len(every))]
     assert ids == every.processor.tokenize(train_dataset.captions)
-    assert [every[Draw(0, i)]["image_ids"] for i in range(len(every))] == train_dataset.image_of_caption.tolist()
+    assert [every[Draw(0, i)].image_id for i in range(len(every))] == train_dataset.image_of_caption.tolist()
 
 
 def test_dense_text_is_one_an_image_and_cut_at_the_length_asked(make, train_dataset):
     samples = make(text="dense", augment_words=False, max_length=9)
     assert len(samples) == len(train_dataset)
-    assert len(samples[0]["input_ids"]) == 9
+    assert len(samples[0].input_ids) == 9
 
 
 def test_teacher_embeddings_go_with_their_image(make, train_dataset):
     embeddings = torch.arange(len(train_dataset)).float()[:, None]
     batch = Collator(0)([make(teacher_embeddings=embeddings)[Draw(0, i)] for i in (4, 2)])
-    assert batch["teacher_embeds"].tolist() == [[4], [2]]
-    assert batch["image_ids"].tolist() == [4, 2]
+    assert batch.teacher_embeds.tolist() == [[4], [2]]
+    assert batch.image_ids.tolist() == [4, 2]
 
 
 def test_a_batch_is_padded_to_its_own_longest(make):
     samples = [make()[Draw(0, index)] for index in range(6)]
     batch = Collator(7)(samples)
-    assert batch["input_ids"].shape[1] == max(len(sample["input_ids"]) for sample in samples)
+    assert batch.input_ids.shape[1] == max(len(sample.input_ids) for sample in samples)
     for row, sample in enumerate(samples):
-        n = len(sample["input_ids"])
-        assert batch["input_ids"][row, :n].tolist() == sample["input_ids"]
-        assert (batch["input_ids"][row, n:] == 7).all()
-        assert batch["attention_mask"][row].sum() == n
-    assert batch["image_token_mask"].shape == (6, 17)
+        n = len(sample.input_ids)
+        assert batch.input_ids[row, :n].tolist() == sample.input_ids
+        assert (batch.input_ids[row, n:] == 7).all()
+        assert batch.attention_mask[row].sum() == n
+    assert batch.image_token_mask.shape == (6, 17)
 
 
 def test_the_order_is_a_permutation_that_changes_with_the_epoch():
@@ -91,20 +95,8 @@ def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset,
 
     samples = make()
     samples.dataset = type(train_dataset)([replace(train_dataset.records[0], image=tmp_path / "gone.png")], "m.jsonl")
-    with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such image"):
         samples[Draw(0, 0)]
-
-
-def test_pictures_that_are_kept_are_read_once(make, train_dataset, monkeypatch):
-    read = []
-    load = samples_module.load_image
-    monkeypatch.setattr(samples_module, "load_image", lambda path: (read.append(path), load(path))[1])
-    samples, fresh = (make(augment_images=False, keep_pixels=keep) for keep in (True, False))
-    for epoch in range(2):
-        assert all(same(samples[Draw(epoch, i)], fresh[Draw(epoch, i)]) for i in range(len(train_dataset)))
-    assert len(read) == 3 * len(train_dataset)
-    with pytest.raises(ValueError, match="set augment_images to False too"):
-        make(keep_pixels=True)
 
 
 def test_replacements_hold_no_special_token(make):
@@ -122,9 +114,9 @@ def test_processes_share_the_batches_of_one(length, world_size):
     assert {len(share) for share in shares} == {len(whole)}
     for number, batch in enumerate(whole):
         parts = [share[number] for share in shares]
-        assert [draw for part in parts for draw in part if draw.counted] == batch
+        assert [draw for part in parts for draw in part if draw.valid] == batch
         assert all(parts)  # nobody is left without work
-        sizes = [sum(draw.counted for draw in part) for part in parts]
+        sizes = [sum(draw.valid for draw in part) for part in parts]
         assert max(sizes) - min(sizes) <= 1
 
 
@@ -149,9 +141,42 @@ def test_no_two_captions_of_an_image_in_a_batch():
     assert epochs[0] != epochs[1]
 
 
-def test_samples_that_do_not_count_have_no_id(make):
+def test_a_sample_that_only_keeps_a_process_busy_is_not_valid(make):
     samples = make(teacher_embeddings=torch.zeros(48, 3))
-    batch = Collator(0)([samples[Draw(0, 5, counted=False)]])
-    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 1
-    assert batch["image_ids"].shape == (0,)
-    assert batch["teacher_embeds"].shape == (0, 3)
+    batch = Collator(0)([samples[Draw(0, 5)], samples[Draw(0, 5, valid=False)]])
+    assert batch.valid.tolist() == [True, False]
+    tensors = [getattr(batch, field.name) for field in fields(batch)]
+    assert {len(tensor) for tensor in tensors if tensor is not None} == {2}
+
+
+def test_a_batch_is_cut_into_rows_and_chunks(make):
+    batch = Collator(0)([make()[Draw(0, index)] for index in range(5)])
+    assert same(
+        batch[torch.tensor([3, 1])],
+        Batch(
+            **{
+                field.name: None if (tensor := getattr(batch, field.name)) is None else tensor[[3, 1]]
+                for field in fields(batch)
+            }
+        ),
+    )
+    parts = list(batch.chunks(2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert torch.cat([part.pixel_values for part in parts]).equal(batch.pixel_values)
+    assert all(part.teacher_embeds is None for part in parts)
+
+
+def test_a_batch_moves_to_a_device_as_accelerate_moves_it(make):
+    batch = Collator(0)([make()[Draw(0, index)] for index in range(2)])
+    moved = send_to_device(batch, torch.device("meta"), non_blocking=True)
+    assert isinstance(moved, Batch)
+    assert moved.pixel_values.device == moved.image_ids.device == torch.device("meta")
+    assert moved.valid.equal(batch.valid)  # what the CPU asks for stays there
+
+
+def test_a_batch_is_pinned_as_a_data_loader_pins_it(make, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
+    batch = Collator(0)([make()[Draw(0, index)] for index in range(2)])
+    assert same(pin_memory(batch), batch)
+    assert len(pinned) == 6

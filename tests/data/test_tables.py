@@ -83,9 +83,12 @@ def test_columns_are_refused_where_there_are_none(tmp_path):
         ("image;caption\na.jpg;x\nb.jpg\n", r"t\.csv:3: expected 2 columns, got 1"),
         ("image\tcaption\na.jpg\tx\nb.jpg\n", r"t\.csv:3: expected 2 columns, got 1"),
         ("image,caption\na.jpg,x\n,y\n", r"t\.csv:3: expected an image and a caption"),
-        ("photo,description\na.jpg,x\nb.jpg,y\n", r"t\.csv:1: no column of images; .*it has photo, description"),
-        ('image;caption\na.jpg;x\nb.jpg;"y\n', r"t\.csv:3: not CSV"),
-        ("", r"t\.csv: no rows in it"),
+        (
+            "photo,description\na.jpg,x\nb.jpg,y\n",
+            r"t\.csv:1: no column of images; .*the columns are photo, description",
+        ),
+        ('image;caption\na.jpg;x\nb.jpg;"y\n', r"t\.csv:3: the row is not valid CSV"),
+        ("", r"t\.csv: no rows"),
     ],
 )
 def test_one_bad_row_is_named_with_its_line(tmp_path, text, message):
@@ -134,7 +137,7 @@ def test_splits_that_are_there_are_told(tmp_path):
         (tmp_path / f"{split}_ids.txt").write_text("1\n")
     with pytest.raises(ManifestError, match=r"val_caps\.txt: no such file; did you mean dev, test\?"):
         read_records(tmp_path, split="val")
-    with pytest.raises(ValueError, match=r"several splits; say which \(--split\): dev, test"):
+    with pytest.raises(ValueError, match=r"several splits; name one \(--split\): dev, test"):
         read_records(tmp_path)
 
 

@@ -1,13 +1,15 @@
-"""Every Python and bash block of the README and the docs runs.
+"""The Python and bash blocks of the README and the docs.
+
+The gate runs every Python block and each command of d2svse where it comes first, and checks all other commands against
+the real command line. `--all` runs every command, with its installs. A page's blocks run in order in a copy of one
+folder, and share their Python names. In that folder small data and models stand under the names of the pages; presets
+train a small decoder for one epoch, the demo, its scenes and the protocols are small, and servers of the tests answer
+for the addresses of the pages and for the Hub. pip installs into environments of the test's own, which see the packages
+of this one, and downloads nothing.
 
 `<!-- run with: OPTIONS -->` above a block puts options after each of its commands, of which the last one counts, so
-that a benchmark of minutes takes seconds; `<!-- needs: NAME, ... -->` leaves a block out where a package or program is
-missing. A page's blocks run in order in a copy of one folder, and share their Python names. In that folder small data
-and models stand under the names of the pages, with the package's own files, and there lies what scripts write; presets
-train a small decoder for one epoch, the demo, its scenes and the protocols are small, and servers of the tests answer
-for the addresses of the pages and for the Hub. Python processes that scripts start, and torchrun's, two in all, are
-forks of one. pip installs into environments of the test's own, which see the packages of this one, and downloads
-nothing.
+that a benchmark of minutes takes seconds. `<!-- needs: NAME, ... -->` leaves a block out where a package or program is
+missing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import shlex
 import shutil
 import socket
 import subprocess
@@ -25,24 +28,33 @@ from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
-from pages import (
+
+import d2svse.demo
+from d2svse.hub import push_folder
+from d2svse.losses import base as losses
+from d2svse.similarity import base as similarity
+from d2svse.training.arguments import PRESETS
+from support.commands import command_name
+from support.endpoint import Loopback
+from support.hub_server import LoopbackHub, use_hub
+from support.milvus import Server
+from support.pages import (
     FENCE,
     MARK,
     ROOT,
     Block,
+    check_command,
+    choose_commands,
     find_pages,
     lacks,
     read_blocks,
+    read_commands,
     run_bash,
     run_python,
     write_files,
 )
-from workspace import use_small_protocols
-
-import d2svse.demo
-from d2svse.hub import push_folder
-from d2svse.similarity import base
-from d2svse.training.arguments import PRESETS
+from support.web import RangeHandler
+from support.workspace import use_small_protocols
 
 THERE = all((ROOT / name).is_dir() for name in ("docs", "benchmarks"))
 pytestmark = pytest.mark.skipif(not THERE, reason="docs/ or benchmarks/ is not there")
@@ -68,16 +80,14 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
     draw = d2svse.demo.draw_scenes
     monkeypatch.setattr(d2svse.demo, "draw_scenes", lambda folder, *_, **__: draw(folder, 32, 8))
-    monkeypatch.setattr(base, "_TABLE", dict(base._TABLE))
+    for registry in (similarity.REGISTRY, losses.RANKING, losses.DISTILLATION):
+        monkeypatch.setattr(registry, "classes", dict(registry.classes))
     use_small_protocols(monkeypatch, tmp_path / "truth")
 
 
 @pytest.fixture
 def endpoint(monkeypatch):
     """The address of a chat-completions endpoint of this machine."""
-    pytest.importorskip("httpx2", reason="captions by an endpoint need httpx2")
-    from loopback import Loopback
-
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
     with Loopback() as server:
@@ -87,8 +97,6 @@ def endpoint(monkeypatch):
 @pytest.fixture
 def milvus(tmp_path):
     """The address of a Milvus of this machine."""
-    from test_milvus import Server
-
     server = Server(tmp_path / "milvus")
     yield server.uri
     server.kill()
@@ -97,8 +105,6 @@ def milvus(tmp_path):
 @pytest.fixture
 def web(tmp_path):
     """The address of a web server of the folder in which a page's blocks run."""
-    from test_shards import RangeHandler
-
     handler = functools.partial(RangeHandler, directory=str(tmp_path / "here"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -132,8 +138,6 @@ def environment(tmp_path):
 @pytest.fixture
 def hub(workspace, tmp_path, monkeypatch):
     """A Hub of this machine with two private models of `org`."""
-    from hub_server import LoopbackHub, use_hub
-
     server = LoopbackHub({"hf_TokenOfTheTests": ("org",)})
     use_hub(monkeypatch, server.url, "hf_TokenOfTheTests", tmp_path / "cache")
     monkeypatch.setenv("ANOTHER_TOKEN", "hf_TokenOfTheTests")
@@ -145,30 +149,75 @@ def hub(workspace, tmp_path, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(page, workspace, small, tmp_path, monkeypatch, request):
     blocks = read_blocks(page)
     lacking = {name for block in blocks for name in block.needs if lacks(name)}
     blocks = [block for block in blocks if not lacking.intersection(block.needs)]
+    every = request.config.getoption("--all")
+    commands = (
+        range(sys.maxsize) if every else {number for on, number in choose_commands(PAGES, workspace) if on == page}
+    )
     asked = {written for written in SERVERS for block in blocks if written in block.code}
     addresses = {written: request.getfixturevalue(SERVERS[written]) for written in asked}
     if page == HUB:
         request.getfixturevalue("hub")
-    installs = any(word in block.code for word in INSTALLERS for block in blocks)
+    installs = every and any(word in block.code for word in INSTALLERS for block in blocks)
     environment = request.getfixturevalue("environment") if installs else None
     folder = tmp_path / "here"
     shutil.copytree(workspace, folder)
     write_files(page, folder)
     monkeypatch.chdir(folder)
     names: dict = {"__name__": "page"}
-    for block in blocks:
-        if block.language == "python":
+    number = 0
+    for block in read_blocks(page):
+        if block not in blocks:
+            number += len(list(read_commands(block.code))) if block.language == "bash" else 0
+        elif block.language == "python":
             run_python(block, names, addresses)
         else:
-            run_bash(block, addresses, environment)
+            number = run_bash(block, addresses, environment, commands, number)
     if lacking:
         pytest.skip(f"all blocks ran but those that need {', '.join(sorted(lacking))}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_command_line_takes_every_command(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for block in read_blocks(page):
+        if block.language == "bash":
+            for _, words in read_commands(block.code, block.options):
+                check_command(block, words)
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("d2svse eval MODEL --data val.jsonl --protocl coco-5k", "protocl"),
+        ("d2svse index biuld MODEL photos -o INDEX", "biuld"),
+        ("d2svse eval MODEL", "parameter: data"),
+        ("torchrun --nproc-per-node 2 -m d2svse train --epoch 1", "--epoch"),
+        ("python benchmarks/pooling.py --no-such-option 1", "pooling"),
+        ("python examples/00_none.py", "00_none"),
+        ("pip install 'd2svse[fais]'", "fais"),
+        ("pip install 'd2sve[faiss]'", "d2sve"),
+    ],
+)
+def test_a_wrong_command_is_noticed_without_a_run(command, fault):
+    with pytest.raises(AssertionError, match=rf"page:1: .*{fault}"):
+        check_command(Block("page", 1, "bash", command), shlex.split(command))
+
+
+def test_each_command_of_the_pages_runs(workspace):
+    chosen, shown, run = choose_commands(PAGES, workspace), set(), set()
+    for page in PAGES:
+        bash = [block for block in read_blocks(page) if block.language == "bash"]
+        commands = [words for block in bash for _, words in read_commands(block.code, block.options)]
+        shown |= {command_name(words) for words in commands}
+        run |= {command_name(commands[number]) for on, number in chosen if on == page}
+    assert len(shown) > 20
+    assert run >= shown - {""}
 
 
 @pytest.mark.parametrize("page", find_pages())
@@ -195,6 +244,7 @@ def test_a_command_that_fails_is_noticed(command, options, tmp_path, monkeypatch
         run_bash(Block("page", 1, "bash", command, options=options), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pip install 'd2svse[fais]'", "pip install 'd2sve[faiss]'"])
 def test_a_misspelled_extra_is_noticed(command, environment):
     with pytest.raises(AssertionError, match="page:1: "):

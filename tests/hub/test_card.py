@@ -82,8 +82,8 @@ def test_the_text_has_results_use_both_commands_and_limits(run):
     base = "d2svse train --config recipe.yaml --train train.jsonl --val val.jsonl --stages"
     assert f"{base} pretrain -o runs/again\n{base} pretrain,distill -o runs/again --resume\n" in text
     assert 'D2SVSE.from_pretrained("lab/tiny")' in text
-    assert "d2svse index build lab/tiny PICTURES -o INDEX" in text
-    for said in ("the first 96 tokens are read", "trained on 48 images", "its results are on the high side"):
+    assert "d2svse index build lab/tiny IMAGES -o INDEX" in text
+    for said in ("the first 96 tokens of a text are read", "trained on 48 images", "its results are too high"):
         assert said in text
     assert "/home/ann" not in text
     assert "vit, from google/vit-base-patch16-224" in text
@@ -99,7 +99,7 @@ def test_entries_of_eval_results_need_the_id_of_the_data(run):
     assert {entry.task_id: entry.value for entry in entries} == METRICS
     assert {entry.dataset_id for entry in entries} == {"lab/coco"}
     assert entries[0].notes == "protocol coco-5k, coco (test), 5000 images, 25000 captions, gssf"
-    with pytest.raises(ValueError, match="no result of the protocol 'cxc'; there are results of: coco-5k, custom"):
+    with pytest.raises(ValueError, match="no result for the protocol 'cxc'; there are results for: coco-5k, custom"):
         eval_results(results, CardFacts(eval_datasets={"cxc": "lab/coco"}))
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import Repository
 from huggingface_hub import HfApi, constants
 from transformers import AutoModel, AutoProcessor
 
@@ -16,6 +15,7 @@ from d2svse.hub import push_folder
 from d2svse.hub.publishable import publishable
 from d2svse.models.encoders import load_backbone
 from d2svse.models.fingerprint import model_fingerprint
+from support.hub_server import Repository
 
 SENTENCES = ["a red circle on a grey background", "a blue star"]
 
@@ -72,9 +72,9 @@ def test_sharded_weights_and_the_end_of_shards_that_are_no_more(model, folder, h
     push_folder(folder, "lab/tiny")
     assert [name for name in hub.files("lab/tiny") if "safetensors" in name] == ["model.safetensors"]
     (tmp_path / "sharded" / shards[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shards[1]} is missing, a part of the weights"):
+    with pytest.raises(FileNotFoundError, match=f"{shards[1]} is missing, a weight file that"):
         push_folder(tmp_path / "sharded", "lab/tiny")
-    with pytest.raises(FileNotFoundError, match=f"{shards[1]} is missing, a part of the weights"):
+    with pytest.raises(FileNotFoundError, match=f"{shards[1]} is missing, a weight file that"):
         D2SVSE.from_pretrained(tmp_path / "sharded")
 
 
@@ -94,7 +94,7 @@ def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_pa
 
 def test_private_repositories_open_to_those_who_may(folder, hub, val_dataset, monkeypatch, tmp_path):
     push_folder(folder, "lab/secret", private=True)
-    hidden = "lab/secret: no folder here and no repository that can be seen at .*, or if it is private log in"
+    hidden = "lab/secret: no folder here and no visible repository at .*, or for a private repository log in"
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with pytest.raises(FileNotFoundError, match=hidden):
@@ -104,7 +104,7 @@ def test_private_repositories_open_to_those_who_may(folder, hub, val_dataset, mo
     (tmp_path / "token").write_text("hf_AnnsTokenThatNobodyMaySee\n")  # where hf auth login keeps it
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     assert_equal_models(D2SVSE.from_pretrained("lab/secret"), folder, val_dataset)
-    with pytest.raises(ValueError, match="lab/secret is there and private, which a push does not change"):
+    with pytest.raises(ValueError, match="lab/secret exists and is private, which a push does not change"):
         push_folder(folder, "lab/secret", private=False)
 
 
@@ -130,7 +130,7 @@ def test_a_download_that_keeps_breaking_is_told_and_whole_files_are_kept(folder,
     hub.fail("GET", "/storage/", cut=1)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(
-        ConnectionError, match=r"lab/tiny: no folder here, and no answer .* what was fetched is kept, so try again"
+        ConnectionError, match=r"lab/tiny: no folder here, and no answer .* try again, fetched files are kept"
     ):
         D2SVSE.from_pretrained("lab/tiny")
     assert len(hub.requests("GET", "/storage/")) == 6
@@ -176,14 +176,14 @@ def test_an_update_on_the_hub_is_fetched_and_trouble_leaves_the_cached_model(fol
         (
             [("HEAD", "/config.json", 503)],
             ConnectionError,
-            r"lab/tiny: http://127.* is in trouble \(503\); try again later",
+            r"lab/tiny: http://127.* reports an error \(503\); try again later",
         ),
         (
             [("HEAD", "/config.json", 429)],
             ConnectionError,
             r"lab/tiny: .* has too many requests \(429\); try again later",
         ),
-        ([("GET", "/storage/", 500)], ConnectionError, r"lab/tiny: .* is in trouble \(500\); try again later"),
+        ([("GET", "/storage/", 500)], ConnectionError, r"lab/tiny: .* reports an error \(500\); try again later"),
         ([("HEAD", "/config.json", 403)], PermissionError, r"lab/tiny: the token does not allow this \(403"),
         ([("GET", "/tree/", 418)], OSError, r"lab/tiny: http://127.* answered 418"),
     ],
@@ -198,33 +198,33 @@ def test_answers_that_are_no_use_are_told(folder, hub, monkeypatch, faults, kind
 
 
 def test_faults_on_the_way_to_the_hub_are_told(folder, hub, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="lab/none: no folder here and no repository that can be seen"):
+    with pytest.raises(FileNotFoundError, match="lab/none: no folder here and no visible repository"):
         D2SVSE.from_pretrained("lab/none")
     with pytest.raises(PermissionError, match=r"lab/tiny: .* does not know the token .401.; log in"):
         D2SVSE.from_pretrained("lab/tiny", token="hf_WrongTokenThatNobodyMaySee")
-    with pytest.raises(PermissionError, match=r"lab/tiny: .* wants a login .401.; log in"):
+    with pytest.raises(PermissionError, match=r"lab/tiny: .* requires a login .401.; log in"):
         push_folder(folder, "lab/tiny", token=False)
     with pytest.raises(PermissionError, match=r"elsewhere/tiny: the token does not allow this .403: not yours."):
         push_folder(folder, "elsewhere/tiny")
-    with pytest.raises(ValueError, match="'lab/a b' is no name of a repository: expected ORG/NAME"):
+    with pytest.raises(ValueError, match="'lab/a b' is not a repository name: expected ORG/NAME"):
         push_folder(folder, "lab/a b")
     with pytest.raises(ConnectionError) as told:
         D2SVSE.from_pretrained("lab/tiny", token="hf_SplitTokenThat\nNobodyMaySee")
     assert "MaySee" not in str(told.value)
     assert "SplitToken" not in str(told.value)
     with pytest.raises(
-        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; local_files_only forbids to ask"
+        FileNotFoundError, match="lab/tiny is no folder here, and not complete in the cache; local_files_only forbids"
     ):
         D2SVSE.from_pretrained("lab/tiny", local_files_only=True)
     push_folder(folder, "lab/tiny")
     huggingface_hub.hf_hub_download("lab/tiny", "config.json")  # as AutoConfig would
     with pytest.raises(
-        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; local_files_only forbids to ask"
+        FileNotFoundError, match="lab/tiny is no folder here, and not complete in the cache; local_files_only forbids"
     ):
         D2SVSE.from_pretrained("lab/tiny", local_files_only=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        FileNotFoundError, match="lab/tiny is no folder here, and not all in the cache; HF_HUB_OFFLINE forbids to ask"
+        FileNotFoundError, match="lab/tiny is no folder here, and not complete in the cache; HF_HUB_OFFLINE forbids"
     ):
         D2SVSE.from_pretrained("lab/tiny")
 
@@ -232,7 +232,7 @@ def test_faults_on_the_way_to_the_hub_are_told(folder, hub, monkeypatch):
 def test_terms_to_accept_and_failed_transfers_are_told(folder, hub, monkeypatch):
     push_folder(folder, "lab/tiny")
     hub.fail("HEAD", "/config.json", status=403, code="GatedRepo")
-    with pytest.raises(PermissionError, match="lab/tiny: its owner wants terms to be accepted at http://127"):
+    with pytest.raises(PermissionError, match="lab/tiny: accept the owner's terms at http://127"):
         D2SVSE.from_pretrained("lab/tiny")
 
     def fail(*_, **__):
@@ -320,7 +320,7 @@ def test_a_link_that_leaves_the_folder_is_not_pushed(folder, hub, tmp_path, name
     (tmp_path / "secret").write_text("nobody may read this")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=f"{name} is a link to outside of the folder"):
+    with pytest.raises(ValueError, match=f"{name} is a link to outside the folder"):
         push_folder(folder, "lab/tiny")
     assert "lab/tiny" not in hub.repositories
 
@@ -433,7 +433,7 @@ def test_backbones_of_the_hub_are_checked_as_folders_are(backbones, hub, tmp_pat
     code = {"evil.py": f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()}
     for number, (changed, message) in enumerate(
         (
-            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, "needs code of its own"),
+            ({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}, "needs its own code"),
             ({"vocab_size": 10**8}, "they do not belong together"),
             ({"num_hidden_layers": 10**6}, "at most 1000 is allowed"),
         )

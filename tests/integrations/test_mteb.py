@@ -30,7 +30,7 @@ def test_a_task_on_local_data_gives_our_recalls(similarity, make_model, dataset)
     model = make_model(similarity=similarity, context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
     if similarity:
         torch.nn.init.normal_(model.similarity_fn.metric.weight)
-    ours = evaluate(model, dataset)
+    ours = evaluate(model, dataset).metrics
     for direction in ("t2i", "i2t"):
         task = LocalRetrieval(dataset, direction)
         result = mteb.evaluate(MTEBModel(model), task, cache=None, show_progress_bar=False, co2_tracker=False)
@@ -47,7 +47,7 @@ def test_bad_input(dataset, model):
     with pytest.raises(ValueError, match="direction must be"):
         LocalRetrieval(dataset, "image")
     task = LocalRetrieval(dataset, "t2i")
-    with pytest.raises(ValueError, match="LocalRetrieval-t2i: an item must be a picture or a sentence"):
+    with pytest.raises(ValueError, match="LocalRetrieval-t2i: an item must be an image or a text"):
         MTEBModel(model).encode(
             [{"image": [], "text": []}], task_metadata=task.metadata, hf_split="test", hf_subset="default"
         )

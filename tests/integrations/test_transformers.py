@@ -39,8 +39,8 @@ def folder(model, tmp_path):
     ("first", "options"),
     [
         ("", {"trust_remote_code": True}),
-        ("import d2svse", {}),
-        ("from transformers import AutoConfig\nimport d2svse", {}),
+        ("from d2svse import D2SVSE", {}),
+        ("from transformers import AutoConfig\nfrom d2svse import D2SVSE", {}),
     ],
     ids=["without d2svse", "after d2svse", "before d2svse"],
 )

@@ -77,7 +77,7 @@ def test_both_stages_train_it_and_leave_the_backbones_alone(make_model, make_arg
     rates = {group["lr"] for group in parameter_groups(model, trainer.args, set())}
     assert rates == {trainer.args.learning_rate}  # none has the lower one of backbones
     with pytest.raises(ValueError, match=r"has LoRA with .*'rank': 4"):
-        Trainer(model, make_args("align", lora="text", lora_rank=2), train_dataset)
+        Trainer(model, make_args("align", lora="text", lora_rank=2), train_dataset).prepare()
 
 
 def test_what_does_not_fit_is_named(make_model, make_args, adapted):

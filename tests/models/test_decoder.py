@@ -93,7 +93,7 @@ def test_bad_input_is_named():
         ContextDecoder(8, placement="around")
     with pytest.raises(ValueError, match="3 heads do not divide the width 8"):
         ContextDecoder(8, num_heads=3)
-    with pytest.raises(ValueError, match="needs tokens, layers and heads"):
+    with pytest.raises(ValueError, match="num_heads of the decoder must be at least 1, got 0, 4, 4"):
         ContextDecoder(8, num_tokens=0)
-    with pytest.raises(ValueError, match="a sentence of 5 tokens is longer than the decoder's 3"):
+    with pytest.raises(ValueError, match="a text of 5 tokens is longer than the decoder's 3"):
         make(max_positions=6)(WORDS)

@@ -53,7 +53,7 @@ def test_gpt2_trains_with_masked_padding_and_says_what_pads(
 ):
     with caplog.at_level(logging.WARNING):
         model = D2SVSE.from_backbones(backbones / "vision", gpt2, embed_dim=24)
-    assert "no padding token: texts are padded with its eos_token '<|endoftext|>', and masked" in caplog.text
+    assert "no padding token: texts are padded with its eos_token '<|endoftext|>', which is masked" in caplog.text
     Trainer(model, make_args("align", num_train_epochs=1, max_steps=2, save_strategy="no"), train_dataset).train()
     texts = ["a red circle", "a small red circle left of a large blue square"]
     together = model.encode_text(texts)
@@ -90,7 +90,7 @@ def test_a_causal_text_with_class_token_pooling_is_refused_by_the_trainer(make_m
     model = make_model(text_pooling="cls")
     model.text_encoder.backbone = make_backbone(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100))
     with pytest.raises(ValueError, match="text_pooling cls"):
-        Trainer(model, make_args(), train_dataset)
+        Trainer(model, make_args(), train_dataset).prepare()
 
 
 def test_vit_mae_gives_all_patches_in_order(tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_vit_mae_gives_all_patches_in_order(tmp_path, caplog):
     ViTMAEForPreTraining(config).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         backbone = load_backbone(str(tmp_path), "vision_config")
-    assert "masks random patches: that is turned off" in caplog.text
+    assert "masks random patches; masking is turned off" in caplog.text
     encoder = ImageEncoder(backbone.config, 24, backbone=backbone).eval()
     same = ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), add_pooling_layer=False).eval()
     same.load_state_dict(backbone.state_dict())
@@ -138,7 +138,7 @@ def test_a_backbone_whose_weights_do_not_load_is_refused(how, tmp_path):
         ),
         "shape": (
             lambda weights: weights | {layer: torch.zeros(3, 3)},
-            rf"the weight {layer} is of another shape than config.json says",
+            rf"the shape of the weight {layer} differs from config.json",
         ),
         "nan": (
             lambda weights: weights | {layer: weights[layer] * torch.nan},

@@ -24,7 +24,7 @@ from transformers import (
 
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.images import ImageError, load_image
-from d2svse.losses import InfoNCE
+from d2svse.losses.contrastive import MAX_LOGIT_SCALE
 from d2svse.models import ImageEncoder, TextEncoder, modeling
 from d2svse.models.encoders import load_backbone
 
@@ -187,7 +187,7 @@ def test_encoding_names_bad_input(model, tmp_path):
         model.encode_text(["a", " "])
     with pytest.raises(ValueError, match="an empty list"):
         model.encode_text([])
-    with pytest.raises(ValueError, match=r"no\.jpg: no such picture"):
+    with pytest.raises(ValueError, match=r"no\.jpg: no such image"):
         model.encode_image([tmp_path / "no.jpg"])
     with pytest.raises(ValueError, match="output must be"):
         model.encode_text("a", output="tokens")
@@ -207,19 +207,25 @@ def test_the_decoder_adds_to_the_sparse_branch_and_not_to_the_dense(model):
 
 def test_forward_scores_both_ways(model, val_dataset):
     batch = model.processor(images=val_dataset.images[:4], text=SENTENCES)
-    output = model(**batch, return_loss=True)
+    output = model(**batch)
     scale = model.logit_scale.exp()
     torch.testing.assert_close(
         output.logits_per_image, model.similarity_fn(output.image_features, output.text_features) * scale
     )
     torch.testing.assert_close(output.logits_per_text, output.logits_per_image.T)
-    torch.testing.assert_close(output.loss, InfoNCE(1 / 20)(output.logits_per_image / scale))
     torch.testing.assert_close(output.image_embeds, model.get_image_features(batch["pixel_values"]).pooler_output)
     assert model(pixel_values=batch["pixel_values"]).text_embeds is None
-    with pytest.raises(ValueError, match="a loss needs both"):
-        model(pixel_values=batch["pixel_values"], return_loss=True)
     with pytest.raises(ValueError, match="pixel_values, input_ids or both"):
         model()
+
+
+def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
+    batch = model.processor(images=val_dataset.images[:4], text=SENTENCES)
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)
+    output = model(**batch)
+    scores = model.similarity_fn(output.image_features, output.text_features)
+    torch.testing.assert_close(output.logits_per_image, scores * MAX_LOGIT_SCALE)
 
 
 def same_state(a, b):

@@ -265,10 +265,12 @@ def test_answers_are_bounded(serve, data, monkeypatch):
 
 def test_addresses_in_an_index_are_read_where_it_is_given_itself_alone(data, caplog):
     write_rows(data / INDEX_FILE, index_row("https://example.org/a.tar"))
-    with pytest.raises(ManifestError, match=r"names images on example\.org, and a folder names only what is in it"):
+    with pytest.raises(
+        ManifestError, match=r"names images on example\.org; give the path of shards\.jsonl instead of its folder"
+    ):
         read_shards(data)
     read_shards(data / INDEX_FILE)
     assert "fetched from example.org" in caplog.text
     write_rows(data / INDEX_FILE, index_row("https://me:word@example.org/a.tar"))
-    with pytest.raises(ManifestError, match="no address of a shard"):
+    with pytest.raises(ManifestError, match="not the URL of a shard"):
         read_shards(data)

@@ -41,7 +41,7 @@ def test_postscript_is_not_opened_by_whatever_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: ran.append(args))
     (tmp_path / name).write_bytes(EPS)
     for source in (tmp_path / name, EPS, BytesIO(EPS)):
-        with pytest.raises(ImageError, match="not a picture in a format that is read here"):
+        with pytest.raises(ImageError, match="not an image in a supported format"):
             load_image(source)
     assert list(check_images([tmp_path / name])) != [None]
     assert not ran
@@ -54,7 +54,7 @@ def test_formats_beside_the_list_are_refused_by_content(tmp_path, kind):
     if kind in FORMATS:
         assert load_image(tmp_path / "x.png").size == (16, 16)
         return
-    with pytest.raises(ImageError, match=r"x\.png: not a picture in a format that is read here"):
+    with pytest.raises(ImageError, match=r"x\.png: not an image in a supported format"):
         load_image(tmp_path / "x.png")
 
 
@@ -71,7 +71,7 @@ def test_pipes_sockets_and_devices_are_refused_at_once(model, tmp_path, monkeypa
                 load_image(tmp_path / name)
             with pytest.raises(ImageError, match=name):
                 model.encode_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no picture in it"):
+    with pytest.raises(FileNotFoundError, match="no image in it"):
         find_images(tmp_path)
 
 

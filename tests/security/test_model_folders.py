@@ -90,7 +90,7 @@ def test_an_image_processor_that_needs_code_is_told_in_a_sentence(folder, sentin
     processor["image_processor"] = {"image_processor_type": "Evil", "auto_map": AUTO_MAP}
     processor["auto_map"] = AUTO_MAP
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match="needs code of its own") as told:
+    with pytest.raises(ValueError, match="needs its own code") as told:
         D2SVSE.from_pretrained(folder)
     assert "\n" not in str(told.value)
     assert not sentinel.exists()
@@ -102,7 +102,7 @@ def test_a_backbone_brings_no_code(backbones, tmp_path, sentinel, part):
     folder = tmp_path / "backbones" / part
     bring_code(folder, sentinel)
     edit(folder / "config.json", model_type="evil", auto_map=AUTO_MAP)
-    with pytest.raises(ValueError, match=r"needs code of its own .*, which is never run"):
+    with pytest.raises(ValueError, match=r"needs its own code .*, which is never run"):
         D2SVSE.from_backbones(tmp_path / "backbones" / "vision", tmp_path / "backbones" / "text")
     assert not sentinel.exists()
 
@@ -114,7 +114,7 @@ def test_captioners_and_tokenizers_bring_no_code(backbones, tmp_path, sentinel):
     edit(tmp_path / "text" / "tokenizer_config.json", tokenizer_class="Evil", auto_map=AUTO_MAP)
     name = str(tmp_path / "text")
     for load in (lambda: LlavaCaptioner.from_pretrained(name, Sampling()), lambda: load_tokenizer(name)):
-        with pytest.raises(ValueError, match=r"needs code of its own .*, which is never run"):
+        with pytest.raises(ValueError, match=r"needs its own code .*, which is never run"):
             load()
     (tmp_path / "text" / "config.json").unlink()
     with contextlib.suppress(ValueError):
@@ -141,7 +141,7 @@ def test_a_link_that_leaves_the_folder_is_refused(folder, tmp_path, name):
     else:
         target.write_text("secret")
     (folder / name).symlink_to(target)
-    with pytest.raises(ValueError, match=rf"model: {name} is a link to outside of the folder"):
+    with pytest.raises(ValueError, match=rf"model: {name} is a link to outside the folder"):
         D2SVSE.from_pretrained(folder)
 
 
@@ -156,14 +156,14 @@ def test_backbones_and_subfolders_stay_inside(folder, backbones, tmp_path):
     (tmp_path / "vision").mkdir()
     for path in (backbones / "vision").iterdir():
         (tmp_path / "vision" / path.name).symlink_to(path)
-    with pytest.raises(ValueError, match="is a link to outside of the folder"):
+    with pytest.raises(ValueError, match="is a link to outside the folder"):
         load_backbone(str(tmp_path / "vision"), "vision_config")
     (folder.parent / "other").mkdir()
-    with pytest.raises(ValueError, match=r"the subfolder '\.\./model' lies outside of it"):
+    with pytest.raises(ValueError, match=r"the subfolder '\.\./model' lies outside the folder"):
         D2SVSE.from_pretrained(folder.parent / "other", subfolder="../model")
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer" / "inner").symlink_to(folder)
-    with pytest.raises(ValueError, match="the subfolder 'inner' lies outside of it"):
+    with pytest.raises(ValueError, match="the subfolder 'inner' lies outside the folder"):
         D2SVSE.from_pretrained(tmp_path / "outer", subfolder="inner")
 
 

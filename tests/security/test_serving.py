@@ -188,7 +188,7 @@ def test_a_request_reads_an_upload_and_no_other_file(server, secret, tmp_path, w
     assert Path(mine).is_relative_to(server.uploads)
     found = server.search(None, {"path": mine, "meta": META}, 0.5, "vectors only")
     assert "event: complete" in found
-    assert "data-place" in found
+    assert "data-position" in found
     assert server.ask(f"/gradio_api/file={mine}")[0] == 200
 
     link, pipe, folder = server.uploads / "link.png", server.uploads / "pipe.png", server.uploads / "folder.png"
@@ -238,7 +238,7 @@ def test_no_function_and_no_input_is_another_way(server, secret, watched):
     for function in server.functions():
         count = len(function["inputs"])
         for value in values:
-            asked.append((function["id"], [value] * count, {"place": 0}))
+            asked.append((function["id"], [value] * count, {"position": 0}))
             asked += [
                 (function["id"], [None] * row + [value] + [None] * (count - row - 1), value) for row in range(count)
             ]
@@ -255,7 +255,7 @@ def test_no_function_and_no_input_is_another_way(server, secret, watched):
     with pytest.raises(TimeoutError):
         visits.accept()  # nothing was fetched
     visits.close()
-    assert "data-place" in server.search(RED, None, 0.5, "vectors only")
+    assert "data-position" in server.search(RED, None, 0.5, "vectors only")
 
 
 def test_an_upload_that_is_replaced_is_not_read_later(server, secret, watched):
@@ -263,15 +263,15 @@ def test_an_upload_that_is_replaced_is_not_read_later(server, secret, watched):
     function = next(one for one in server.functions() if one["api_name"] == "search")
     explain = next(one for one in server.functions() if any(event == "select" for _, event in one["targets"]))
     found = server.run(function["id"], [None, {"path": str(mine), "meta": META}, 0.5, "vectors only"], "later")
-    assert "data-place" in found
-    shown = server.run(explain["id"], [None], "later", event_data={"place": 1})
-    assert "the picture of the query" in shown
+    assert "data-position" in found
+    shown = server.run(explain["id"], [None], "later", event_data={"position": 1})
+    assert "the image of the query" in shown
     assert "data:image/jpeg" in shown
     mine.unlink()
     for make in (lambda: mine.symlink_to(secret), lambda: os.mkfifo(mine), lambda: None):
         make()
-        shown = server.run(explain["id"], [None], "later", event_data={"place": 1})
-        assert "the picture of the query is gone" in shown
+        shown = server.run(explain["id"], [None], "later", event_data={"position": 1})
+        assert "the image of the query is gone" in shown
         assert "data:image/jpeg" not in shown
         mine.unlink(missing_ok=True)
     assert [name for name in watched if secret.name in name] == []
@@ -292,7 +292,7 @@ def test_routes_that_the_page_does_not_need_are_closed(server, secret, index, wa
         "/gradio_api/deep_link?session_hash=x", "/gradio_api/stream/a/b/1/playlist.m3u8", "/monitoring",
         "/gradio_api/stream/a/b/1/playlist-file", "/monitoring/summary", "/gradio_api/custom_component/a/client/b/c.js",
         "/gradio_api/vibe-code", "/gradio_api/runs", "/gradio_api/openapi.json", "/gradio_api/dev/reload", "/logout",
-        "/docs", "/openapi.json", "/pwa_icon", "/pictures/small/00.png", f"/pictures/small/{'0' * 24}.jpg",
+        "/docs", "/openapi.json", "/pwa_icon", "/images/small/00.png", f"/images/small/{'0' * 24}.jpg",
         "/gradio_api/token", "/gradio_api/queue/status", "/gradio_api/user",
     ]  # fmt: skip
     assert {path: server.ask(path)[0] for path in read} == dict.fromkeys(read, 404)
@@ -402,7 +402,7 @@ def test_all_uploads_together_are_bounded(server, monkeypatch):
         assert kept() <= 100_000
     assert os.path.exists(json.loads(told)[0])
     last = json.loads(server.upload("last.png", png())[1])[0]
-    assert "data-place" in server.search(None, {"path": last, "meta": META}, 0.5, "vectors only")
+    assert "data-position" in server.search(None, {"path": last, "meta": META}, 0.5, "vectors only")
     monkeypatch.setattr(uploads, "MOST_FILES_KEPT", 3)
     for row in range(6):
         server.upload(f"{row}.png", png(size=8 + row))
@@ -475,7 +475,7 @@ def test_what_sessions_leave_behind_is_bounded(start, monkeypatch):
     assert server.post("/gradio_api/call/search", {"data": blank})[0] == 503
     finish()
     monkeypatch.setattr(serving, "SECONDS_UNREAD", 0)
-    assert "type a sentence" in server.run(search, blank, "later")
+    assert "type a text" in server.run(search, blank, "later")
     assert set(queue.pending_event_ids_session) <= {"later"}  # what nobody has fetched is forgotten
     assert set(queue.pending_messages_per_session) <= {"later"}
 
@@ -519,10 +519,10 @@ def test_odd_names_are_shown_and_do_not_hang_the_page(server, monkeypatch, tmp_p
     page = json.dumps(completed["output"]["data"], ensure_ascii=False)
     for name in shown:
         assert json.dumps(name)[1:-1] in page
-    sources = re.findall(r"pictures/small/[0-9a-f]+\.jpg", page)
+    sources = re.findall(r"images/small/[0-9a-f]+\.jpg", page)
     assert [server.ask(f"/{source}")[0] for source in sources] == [200] * 5
     for place in range(len(NAMES)):
-        reason = server.run(explain, [None], "odd", event_data={"place": place})
+        reason = server.run(explain, [None], "odd", event_data={"position": place})
         assert (
             json.dumps(shown[place])[1:-1] in json.dumps(reason.encode().decode("unicode_escape"))
             or "process_completed" in reason
@@ -534,15 +534,15 @@ def test_odd_queries_are_told(server):
     for words in ("half an emoji \ud83d", "\udce9"):
         assert "half a character" in server.search(words, None, 0.5, "vectors only")
     for weight in (2, -1, "NaN", float("nan"), float("inf")):
-        assert "data-place" not in server.search(RED, None, weight, "vectors only")
+        assert "data-position" not in server.search(RED, None, weight, "vectors only")
     explain = next(one["id"] for one in server.functions() if any(event == "select" for _, event in one["targets"]))
-    for place in (-1, 10**30, float("inf"), float("nan"), "x", None, [0], {"place": 0}):
-        assert "There is no answer" in server.run(explain, [None], "none", event_data={"place": place})
+    for place in (-1, 10**30, float("inf"), float("nan"), "x", None, [0], {"position": 0}):
+        assert "There is no answer" in server.run(explain, [None], "none", event_data={"position": place})
     server.upload("bad\x1b[31m\u2028.png", b"no picture")
     for path in server.uploads.rglob("bad*"):
         told = server.search(None, {"path": str(path), "meta": META}, 0.5, "vectors only")
         assert "\x1b" not in told
-        assert "not a picture" in told
+        assert "not an image" in told
         assert str(server.uploads) not in told
 
 

@@ -38,19 +38,19 @@ def test_all_pictures_are_ranked_the_first_by_tokens(make_index, monkeypatch):
 def test_a_picture_a_weight_and_no_more_answers_than_a_page_can_hold(make_index, folder, monkeypatch):
     searcher = Searcher(make_index())
     picture = str(folder / "05.jpg")
-    alike = searcher.ask(picture=picture)
+    alike = searcher.ask(image=picture)
     assert alike.hits[0].id == picture
     assert alike.hits[0].score == pytest.approx(1, abs=1e-4)
     assert alike.reranked == 0
-    assert "pictures with pictures are compared by their vectors" in alike.notes[0]
+    assert "images with images are compared by their vectors" in alike.notes[0]
     both = searcher.ask(SENTENCE, picture, weight=0.25)
     assert pairs(both.hits) == [
         (hit.id, hit.score) for hit in searcher.index.search(SENTENCE, picture, k=30, weight=0.25, rerank=30)[0]
     ]
-    assert both.all_scores == "omit; of sentence and picture, added up by weight"
+    assert both.all_scores == "omit; the weighted sum for text and image"
     monkeypatch.setattr(asking, "MOST_ANSWERS", 20)
     assert len(searcher.ask(SENTENCE).hits) == 20
-    assert searcher.ask(SENTENCE).notes == ("The best 20 of 30 pictures.",)
+    assert searcher.ask(SENTENCE).notes == ("The best 20 of 30 images are shown.",)
 
 
 def test_a_similarity_that_folds_is_never_ranked_again(make_index, maps):
@@ -82,14 +82,14 @@ def test_a_long_sentence_is_said_to_be_truncated(make_index, maps):
 def test_bad_queries_are_told_in_one_sentence(make_index, tmp_path):
     searcher = Searcher(make_index("cosine"))
     for empty in (None, "", "  \n"):
-        with pytest.raises(ValueError, match="type a sentence, or drop a picture"):
+        with pytest.raises(ValueError, match="type a text, or drop an image"):
             searcher.ask(empty)
     text, cut = tmp_path / "notes.jpg", tmp_path / "cut.png"
     text.write_text("no picture")
     cut.write_bytes((searcher.index.folder.parent / "photos" / "00.jpg").read_bytes()[:4000])
-    for path, why in ((text, "not a picture"), (cut, "broken picture"), (tmp_path / "no.jpg", "no such picture")):
+    for path, why in ((text, "not an image"), (cut, "broken image"), (tmp_path / "no.jpg", "no such image")):
         with pytest.raises(ImageError, match=why) as told:
-            searcher.ask(picture=str(path))
+            searcher.ask(image=str(path))
         assert str(told.value).startswith(path.name)  # of the server's folders nothing is told
         assert str(tmp_path) not in str(told.value)
     with pytest.raises(ValueError, match="no answer 1: search again"):
@@ -110,22 +110,22 @@ def test_the_maps_are_those_of_the_library(make_index, folder, maps):
     for drawn, one in zip(reason.sets, sets, strict=True):
         assert [(panel.title, panel.note) for panel in drawn.panels] == [(p.title, p.note) for p in one.panels]
         assert (drawn.unit, drawn.remarks) == (one.unit, one.remarks)
-    assert (reason.hit, reason.place, reason.score, reason.notes) == (answer.hits[2], 2, "omit", ())
+    assert (reason.hit, reason.position, reason.score, reason.notes) == (answer.hits[2], 2, "omit", ())
     both = searcher.explain(searcher.ask(SENTENCE, str(folder / "03.jpg"), 0.4), 0)
-    assert both.notes[0].startswith("omit of this picture and sentence: ")
-    assert "0.40 of the sentence's and 0.60 of the picture's" in both.notes[1]
+    assert both.notes[0].startswith("omit of this image and text: ")
+    assert "0.40 of the text's and 0.60 of the image's score" in both.notes[1]
 
 
 def test_what_has_no_map_says_why(make_index, folder, monkeypatch, maps):
     searcher = Searcher(make_index())
-    reason = searcher.explain(searcher.ask(picture=str(folder / "03.jpg")), 1)
+    reason = searcher.explain(searcher.ask(image=str(folder / "03.jpg")), 1)
     assert reason.sets == ()
-    assert "it has no words" in reason.notes[0]
+    assert "has no words" in reason.notes[0]
     answer = searcher.ask(SENTENCE)
     (folder / answer.hits[0].id).unlink()
     gone = searcher.explain(answer, 0)
     assert gone.sets == ()
-    assert "no such picture" in gone.notes[0]
+    assert "no such image" in gone.notes[0]
     assert str(folder) not in gone.notes[0]
     monkeypatch.setattr(
         asking, "draw_sets", lambda *_: (_ for _ in ()).throw(ImportError("pip install 'd2svse[visualize]'"))
@@ -137,13 +137,13 @@ def test_sentences_are_found_by_a_picture_and_explained(make_index, folder, maps
     index = make_index(source=CAPTIONS, side="text")
     searcher = Searcher(index)
     picture = str(folder / "03.jpg")
-    answer = searcher.ask(picture=picture)
+    answer = searcher.ask(image=picture)
     assert pairs(answer.hits) == [(hit.id, hit.score) for hit in index.search(images=picture, k=3)[0]]
     words = [panel.title for panel in searcher.explain(answer, 0).sets[0].panels]
     assert " ".join(words) == answer.hits[0].id
     alike = searcher.ask("a blue star")
     assert alike.hits[0].id == "a blue star"
-    assert "Both are sentences" in searcher.explain(alike, 0).notes[0]
+    assert "both are texts" in searcher.explain(alike, 0).notes[0]
 
 
 def test_the_model_is_asked_by_one_at_a_time(make_index, monkeypatch):
@@ -163,7 +163,7 @@ def test_the_model_is_asked_by_one_at_a_time(make_index, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(searcher.ask, queries))
     assert met == [True] * 16
-    assert [answer.sentence for answer in answers] == queries
+    assert [answer.text for answer in answers] == queries
     assert [answer.hits for answer in answers] == [answers[row % 2].hits for row in range(16)]
 
 

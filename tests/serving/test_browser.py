@@ -40,7 +40,7 @@ class User:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url, host))
         self.page.goto(address)
-        self.words = self.page.locator("#d2-sentence input")
+        self.words = self.page.locator("#d2-text input")
         self.cards = self.page.locator(".d2-card")
         self.shown = self.page.locator(".d2-range")
         self.reason = self.page.locator("#d2-reason")
@@ -57,7 +57,7 @@ class User:
         self.page.locator("#d2-search").click()
 
     def drop(self, path, kind):
-        area = self.page.locator("#d2-picture button").first.element_handle()
+        area = self.page.locator("#d2-image button").first.element_handle()
         self.page.evaluate(DROP, [area, path.name, kind, list(path.read_bytes())])
 
     def names(self):
@@ -75,13 +75,13 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     user = User(browser, address)
 
     user.search("   ")
-    expect(user.message).to_have_text("Nothing to search for: type a sentence, or drop a picture.")
+    expect(user.message).to_have_text("Nothing to search for: type a text, or drop an image.")
     expect(user.cards).to_have_count(0)
 
     user.search("a red circle")
     expect(user.cards).to_have_count(12)
     expect(user.message).to_have_count(0)
-    expect(user.shown).to_have_text("1 to 12 of 30 pictures")
+    expect(user.shown).to_have_text("1 to 12 of 30 images")
     wanted = index.search("a red circle", k=30)[0]
     assert user.names() == [hit.id.rpartition("/")[2] for hit in wanted[:12]]
     loaded = "image => image.complete && image.naturalWidth > 0"
@@ -89,11 +89,11 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     assert user.cards.first.locator("img").evaluate(loaded)
 
     user.page.locator("#d2-next").click()
-    expect(user.shown).to_have_text("13 to 24 of 30 pictures")
+    expect(user.shown).to_have_text("13 to 24 of 30 images")
     assert user.names() == [hit.id.rpartition("/")[2] for hit in wanted[12:24]]
 
     user.cards.nth(1).click()
-    expect(user.reason.locator("figure b")).to_have_text(["a", "red", "circle", "the sentence's bin"])
+    expect(user.reason.locator("figure b")).to_have_text(["a", "red", "circle", "the text's bin"])
     assert user.reason.locator("figure img").first.evaluate(loaded)
     expect(user.reason.locator(".d2-facts")).to_have_text(f"14 of 30 · omit {wanted[13].score:.4f}")
     user.page.locator("#d2-close").click()
@@ -113,23 +113,23 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     expect(user.page.locator(".d2-name").first).to_have_text("05.jpg")
     expect(user.page.locator("#d2-weight")).to_be_visible()
     user.cards.first.click()
-    expect(user.reason).to_contain_text("it has no words")
-    user.page.locator("#d2-picture .icon-button-wrapper button").click()
+    expect(user.reason).to_contain_text("has no words")
+    user.page.locator("#d2-image .icon-button-wrapper button").click()
     expect(user.page.locator("#d2-weight")).not_to_be_visible()
 
     false = tmp_path / "notes.jpg"
     false.write_text("no picture")
     user.drop(false, "image/jpeg")
-    expect(user.message).to_contain_text("notes.jpg: not a picture")
+    expect(user.message).to_contain_text("notes.jpg: not an image")
     expect(user.cards).to_have_count(12)
-    user.page.locator("#d2-picture .icon-button-wrapper button").click()
-    expect(user.page.get_by_text("or drop a picture")).to_be_visible()
+    user.page.locator("#d2-image .icon-button-wrapper button").click()
+    expect(user.page.get_by_text("or drop an image")).to_be_visible()
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
     user.drop(text, "text/plain")  # Gradio itself refuses it, before it is sent
     expect(user.page.get_by_text("Invalid file type")).to_be_visible()
     user.search("a blue star")
-    expect(user.shown).to_have_text("1 to 12 of 30 pictures")
+    expect(user.shown).to_have_text("1 to 12 of 30 images")
     assert user.elsewhere == []
     assert user.complaints == []
 
@@ -155,4 +155,4 @@ def test_a_user_searches_pages_looks_and_errs(make_index, folder, serve_page, br
     expect(later.page.locator(".d2-card [data-why='cannot be read any more']")).to_have_count(1)
     expect(later.page.get_by_text("missing: no longer on the disk")).to_have_count(1)
     later.cards.first.click()
-    expect(later.reason).to_contain_text(f"No map: {first.name}: not a picture")
+    expect(later.reason).to_contain_text(f"No map: {first.name}: not an image")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from d2svse.serving.asking import Searcher
 from d2svse.serving.html import page_start, show_hits, show_message, show_range, show_reason
-from d2svse.serving.pictures import SMALL, Pictures, small_copy
+from d2svse.serving.images import SMALL, ShownImages, small_copy
 
 EVIL = '<img src=x onerror="alert(1)">'
 
@@ -20,16 +20,16 @@ def test_pages_start_at_multiples_and_never_outside():
 
 
 def test_a_page_shows_twelve_answers_with_rank_and_score(make_index, folder, maps):
-    searcher, pictures = Searcher(make_index("cosine")), Pictures()
+    searcher, pictures = Searcher(make_index("cosine")), ShownImages()
     answer = searcher.ask("a red circle")
     first, last = (show_hits(answer, start, searcher, pictures) for start in (0, 24))
-    assert re.findall(r'data-place="(\d+)"', first) == [str(place) for place in range(12)]
-    assert re.findall(r'data-place="(\d+)"', last) == [str(place) for place in range(24, 30)]
+    assert re.findall(r'data-position="(\d+)"', first) == [str(place) for place in range(12)]
+    assert re.findall(r'data-position="(\d+)"', last) == [str(place) for place in range(24, 30)]
     assert f"{answer.hits[0].score:.4f}" in first
     assert "Scores: cosine" in first
     assert str(folder) not in first
-    assert "1 to 12 of 30 pictures" in show_range(answer, 0, "pictures")
-    assert "25 to 30 of 30 pictures" in show_range(answer, 24, "pictures")
+    assert "1 to 12 of 30 images" in show_range(answer, 0, "images")
+    assert "25 to 30 of 30 images" in show_range(answer, 24, "images")
     (folder / answer.hits[1].id).unlink()
     assert show_hits(answer, 0, searcher, pictures).count("missing: no longer on the disk") == 1
     gone = show_reason(answer, searcher.explain(answer, 1), searcher, pictures)
@@ -40,28 +40,28 @@ def test_a_page_shows_twelve_answers_with_rank_and_score(make_index, folder, map
 def test_nothing_from_outside_is_html(make_index, folder):
     assert "<img" not in show_message([EVIL], "error")
     texts = Searcher(make_index("cosine", source=[EVIL, "a red circle"], side="text"))
-    answer = texts.ask(picture=str(folder / "01.jpg"))
-    page = show_hits(answer, 0, texts, Pictures())
+    answer = texts.ask(image=str(folder / "01.jpg"))
+    page = show_hits(answer, 0, texts, ShownImages())
     assert EVIL not in page
     assert "&lt;img src=x" in page
     place = [hit.id for hit in answer.hits].index(EVIL)
-    assert EVIL not in show_reason(answer, texts.explain(answer, place), texts, Pictures())
+    assert EVIL not in show_reason(answer, texts.explain(answer, place), texts, ShownImages())
     (folder / "02.jpg").rename(folder / '"><b>.jpg')
     searcher = Searcher(make_index("cosine"))
     answer = searcher.ask(EVIL)
-    whole = "".join(show_hits(answer, start, searcher, Pictures()) for start in (0, 12, 24))
+    whole = "".join(show_hits(answer, start, searcher, ShownImages()) for start in (0, 12, 24))
     assert '"><b>.jpg' not in whole
-    assert EVIL not in show_reason(answer, searcher.explain(answer, 0), searcher, Pictures())
+    assert EVIL not in show_reason(answer, searcher.explain(answer, 0), searcher, ShownImages())
 
 
 def test_only_pictures_that_were_shown_can_be_read(folder):
-    pictures, path = Pictures(), str(folder / "00.jpg")
+    pictures, path = ShownImages(), str(folder / "00.jpg")
     name = pictures.name_of(path)
     with Image.open(BytesIO(pictures.read(name, SMALL))) as small:
         assert (small.format, small.size) == ("JPEG", (360, 240))
-    assert Pictures().name_of(path) != name  # under a key of its own
+    assert ShownImages().name_of(path) != name  # under a key of its own
     assert re.fullmatch("[0-9a-f]{24}", name)
-    for other in (path, "../" + name, name[:-1], Pictures().name_of(path)):
+    for other in (path, "../" + name, name[:-1], ShownImages().name_of(path)):
         with pytest.raises(KeyError):
             pictures.read(other, SMALL)
 

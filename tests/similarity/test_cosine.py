@@ -65,7 +65,9 @@ def test_scores_of_another_shape_are_refused():
 def test_the_table_builds_by_name_and_refuses_what_it_does_not_know():
     assert isinstance(build_similarity("cosine"), Cosine)
     assert isinstance(build_similarity({"name": "cosine"}), Cosine)
-    with pytest.raises(ValueError, match=r"unknown similarity 'cosin'; known are .*cosine.* entry point of"):
+    with pytest.raises(
+        ValueError, match=r"unknown similarity 'cosin'; did you mean cosine\? known are .*cosine.* entry point of"
+    ):
         build_similarity("cosin")
     with pytest.raises(ValueError, match=r"similarity 'cosine': .*margin"):
         build_similarity({"name": "cosine", "margin": 1})

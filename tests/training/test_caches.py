@@ -156,15 +156,6 @@ def test_what_is_trained_cannot_be_kept():
         TrainingArguments(output_dir="x", cache_image_tokens="tokens")
 
 
-def test_pixels_are_kept_of_pictures_as_they_are_by_processes_that_stay():
-    with pytest.raises(ValueError, match="set augment_images to false too"):
-        TrainingArguments(output_dir="x", keep_pixels=True)
-    plain = {"output_dir": "x", "keep_pixels": True, "augment_images": False}
-    with pytest.raises(ValueError, match="set dataloader_persistent_workers to true too"):
-        TrainingArguments(**plain, dataloader_num_workers=1)
-    assert TrainingArguments(**plain, dataloader_num_workers=1, dataloader_persistent_workers=True).keep_pixels
-
-
 def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, folder, small_files):
     model = make_model()
     with small_files(1000), pytest.raises(OSError, match="teacher/00000: cannot be written: File too large"):

@@ -65,6 +65,7 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
         {"accelerator_config": {"split_batches": True}},
         {"accelerator_config": {"even_batches": False}},
         {"hub_strategy": "all_checkpoints"},
+        {"hub_strategy": "every_save"},
     ):
         with pytest.raises(ValueError, match="has no effect here"):
             make_args(**wrong)
@@ -82,9 +83,9 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
         ({"per_device_train_batch_size": "16"}, "per_device_train_batch_size must be a whole number, got '16'"),
         ({"per_device_train_batch_size": 16.0}, "per_device_train_batch_size must be a whole number, got 16.0"),
         ({"bf16": "yes"}, "bf16 must be true or false, got 'yes'"),
-        ({"loss": 3}, "loss must be a text, got 3"),
-        ({"loss": ["infonce"]}, "loss must be a text, got"),
-        ({"mining": None}, "mining must be a text, got null"),
+        ({"loss": 3}, "loss must be a text or a mapping, got 3"),
+        ({"loss": ["infonce"]}, "loss must be a text or a mapping, got"),
+        ({"mining": None}, "mining must be one of sum, hardest, schedule, got null"),
         ({"lr_milestones": 9}, "lr_milestones must be a list of whole numbers, got 9"),
         ({"lr_milestones": ["9"]}, "lr_milestones must be a list of whole numbers, got"),
         ({"lora_targets": "query"}, "lora_targets must be a list of texts, got 'query'"),
@@ -114,9 +115,12 @@ def test_yaml_reads_no_as_false_and_it_still_turns_evaluation_off(make_args):
 
 def test_an_unknown_metric_is_found_before_training(make_model, make_args, train_dataset, val_dataset):
     for metric, message in (
-        ("rsun", "no metric 'rsun'; did you mean rsum"),
-        ("eval_t2i_recall_at_2", r"no metric 't2i_recall_at_2'; did you mean t2i_recall_at_\d+\?.*evaluation gives"),
-        ("loss", r"no metric 'loss'; evaluation gives .*rsum"),
+        ("rsun", "unknown metric 'rsun'; did you mean rsum"),
+        (
+            "eval_t2i_recall_at_2",
+            r"unknown metric .t2i_recall_at_2.; did you mean t2i_recall_at_\d+.*evaluation gives",
+        ),
+        ("loss", r"unknown metric 'loss'; evaluation gives .*rsum"),
     ):
         with pytest.raises(ValueError, match=f"metric_for_best_model: {message}"):
             Trainer(make_model(), make_args(metric_for_best_model=metric), train_dataset, val_dataset)
@@ -134,22 +138,22 @@ def test_of_ranks_the_smallest_is_the_best(make_args):
 
 def test_batches_without_negatives_are_refused(make_model, make_args, train_dataset):
     with pytest.raises(ValueError, match=r"--batch-size.* batches of 1: 48 of 48 batches .* one image alone"):
-        Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset)
+        Trainer(make_model(), make_args(per_device_train_batch_size=1), train_dataset).prepare()
     one = type(train_dataset)(train_dataset.records[:1])
     options = {"stage": "align", "captions_per_epoch": "all"}
     with pytest.raises(ValueError, match="one image alone; a ranking loss needs two"):
-        Trainer(make_model(), make_args(**options), one)
+        Trainer(make_model(), make_args(**options), one).prepare()
 
 
 def test_some_batches_without_negatives_are_warned_of(make_model, make_args, train_dataset, caplog):
     odd = type(train_dataset)(train_dataset.records[:17])
     with caplog.at_level(logging.WARNING):
-        Trainer(make_model(), make_args(dataloader_drop_last=True), odd)
+        Trainer(make_model(), make_args(dataloader_drop_last=True), odd).prepare()
         assert "one image alone" not in caplog.text
-        Trainer(make_model(), make_args(), odd)
+        Trainer(make_model(), make_args(), odd).prepare()
     assert "1 of 2 batches of an epoch hold captions of one image alone" in caplog.text
     caplog.clear()
     two = type(train_dataset)(train_dataset.records[:2])  # several captions each, two a batch
     options = {"stage": "align", "captions_per_epoch": "all", "per_device_train_batch_size": 2}
-    Trainer(make_model(), make_args(**options), two)
+    Trainer(make_model(), make_args(**options), two).prepare()
     assert "batches of an epoch hold captions of one image alone" in caplog.text

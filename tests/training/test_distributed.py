@@ -5,28 +5,23 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
 import torch
-from forks import forks
 from safetensors.torch import load_file
 
+from d2svse import Features, Trainer
 from d2svse.cli.app import main
-from d2svse.retrieval.evaluation.evaluator import score_dataset
+from d2svse.retrieval import evaluate
+from d2svse.training.distributed import share_batch_norm
+from support import distributed_worker as worker
+from support.processes import COMMAND, fork_workers, torchrun
 
-WORKER = Path(worker.__file__)
-
-
-def torchrun(*arguments: object) -> subprocess.Popen[str]:
-    """Start processes of this machine, as forks."""
-    call = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with forks():
-        return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+WORKER = "import sys; from support.distributed_worker import main; main(sys.argv[1])"
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -41,10 +36,11 @@ def alone() -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
     file = tmp_path / "gradients.safetensors"
-    ends_well(torchrun("--standalone", "--nproc-per-node", processes, WORKER, file))
+    for one in fork_workers(processes, WORKER, file):
+        assert one.wait(600) == 0, one.err()
     together = load_file(file)
     assert set(together) >= set(alone)
     assert not any(together[name].any() for name in set(together) - set(alone))  # what no loss reaches
@@ -59,6 +55,31 @@ def test_chunks_give_the_gradient_of_the_whole_batch(alone):
     for name in chunked:
         expected = alone[name.replace(", chunks/", "/")]
         assert (alone[name] - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name
+
+
+def test_several_processes_on_the_cpu_keep_the_statistics_of_batch_norm(
+    make_model, make_args, train_dataset, monkeypatch, caplog
+):
+    """As of a published checkpoint, whose projection of words has them."""
+    monkeypatch.setattr("d2svse.training.trainer.world_size", lambda: 2)
+    model = make_model(text_projection="residual_mlp")
+    norm = model.text_encoder.mlp.norm
+    with torch.no_grad():
+        norm.running_mean.normal_()
+    mean, weight = norm.running_mean.clone(), norm.weight.clone()
+    Trainer(model, make_args(num_train_epochs=1, save_strategy="no"), train_dataset).train()
+    assert norm.running_mean.equal(mean)
+    assert not norm.weight.equal(weight)
+    assert "batch norm keeps its running statistics (layers: 1)" in caplog.text
+
+
+def test_batch_norm_of_a_frozen_backbone_is_left_alone():
+    model = worker.make_model("cosine", False, True)
+    assert len(share_batch_norm(model, model.device)) == 1 + sum(
+        isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()
+    )
+    model.freeze(vision=True)
+    assert share_batch_norm(model, model.device) == [model.text_encoder.mlp.norm]
 
 
 def train_command(scenes: Path, backbones: Path, output: Path, batch_size: int) -> list[object]:
@@ -93,10 +114,9 @@ def same_run(one: Path, two: Path) -> None:
                 assert second[name] == pytest.approx(value, abs=1 / 16 + 1e-6), name
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
-    command = train_command(scenes, backbones, tmp_path / "run", 10)
-    ends_well(torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command))
+    for one in fork_workers(2, COMMAND, *train_command(scenes, backbones, tmp_path / "run", 10)):
+        assert one.wait(600) == 0, one.err()
     same_run(one_process, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
 
@@ -146,28 +166,32 @@ def test_a_process_that_dies_ends_the_others_and_is_named(scenes, backbones, tmp
     assert not Path(f"/proc/{other}").exists()
 
 
-class Pretended:
-    """One of two processes as evaluation sees it, which knows what the other would send."""
+class Twin:
+    """One of two threads that share an evaluation as two processes do."""
 
-    def __init__(self, rank: int, sent: list) -> None:
-        self.rank, self.sent = rank, sent
+    def __init__(self, rank: int, sent: list, barrier: threading.Barrier) -> None:
+        self.rank, self.sent, self.barrier = rank, sent, barrier
 
     def share(self, length: int) -> slice:
         rows = torch.arange(length).tensor_split(2)[self.rank].tolist()
         return slice(rows[0], rows[-1] + 1) if rows else slice(length, length)
 
-    def gather_rows(self, tensor):
-        self.sent.append(tensor)
-        return tensor
+    def gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent[self.rank] = tensor
+        self.barrier.wait(60)
+        joined = torch.cat(self.sent)
+        self.barrier.wait(60)
+        return joined
 
-    gather_features = gather_rows
+    def gather_features(self, features: Features) -> Features:
+        return Features(self.gather_rows(features.pooled))
 
 
-def test_a_process_without_pictures_still_evaluates(model, val_dataset):
-    one = type(val_dataset)(val_dataset.records[:1])
-    for rank, shape in ((0, (1, 3)), (1, (0, 2))):
-        sent: list = []
-        scores, owner = score_dataset(model, one, processes=Pretended(rank, sent))
-        assert scores.shape == shape  # nothing is joined here: own pictures with own captions
-        assert len(owner) == len(one.captions)
-        assert len(sent) == 2
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_process_without_images_still_evaluates(model, val_dataset, images):
+    few = type(val_dataset)(val_dataset.records[:images])
+    sent, barrier = [None, None], threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(evaluate, model, few, processes=Twin(rank, sent, barrier)) for rank in (0, 1)]
+        shared = [one.result().metrics for one in running]
+    assert shared[0] == shared[1] == pytest.approx(evaluate(model, few).metrics)

@@ -51,7 +51,7 @@ def test_a_run_stops_before_the_weights_are_touched_and_says_what_it_saw(make_mo
     report = json.loads((trainer._guard.folder / REPORT_FILE).read_text())
     assert report["step"] == 3
     assert [losses["align_loss"] == "nan" for losses in report["losses"]] == [False, True]
-    batches = trainer._batches()
+    batches = trainer.batches()
     batches.set_epoch(1)
     drawn = [draw.index for _, batch in zip(range(2), batches, strict=False) for draw in batch]
     assert sorted(row["image_id"] for row in report["images"][:16]) == sorted(drawn[:16])

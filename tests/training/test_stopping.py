@@ -6,17 +6,17 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from forks import forks
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from d2svse import Trainer
 from d2svse.training.recipe import Recipe
+from support.processes import Fork, fork_command, torchrun
 
 
 def interrupt_at(event: str, times: int = 1):
@@ -88,29 +88,20 @@ def train_command(scenes: Path, backbones: Path, output: Path, epochs: int) -> l
     return [str(part) for part in command]
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with forks():
-        return subprocess.Popen(
-            [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-
-
-def wait_for_a_checkpoint(process: subprocess.Popen[str], output: Path) -> None:
-    while not list(output.rglob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, process.communicate()
+def wait_for_a_checkpoint(process: Fork | subprocess.Popen[str], output: Path, after: int = 0) -> None:
+    while not [path for path in output.rglob("checkpoint-*/trainer_state.json") if int(path.parent.name[11:]) > after]:
+        assert process.poll() is None, output
         time.sleep(0.05)
 
 
 def test_the_command_says_in_one_line_how_to_go_on_and_exits_with_130(scenes, backbones, tmp_path, run):
     output = tmp_path / "a run"
-    process = start("-m", "d2svse", *train_command(scenes, backbones, output, 300))
+    process = fork_command(*train_command(scenes, backbones, output, 300))
     wait_for_a_checkpoint(process, output)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("d2svse:")]
+    assert process.wait() == 130, process.err()
+    assert "Traceback" not in process.err()
+    (line,) = [line for line in process.err().splitlines() if line.startswith("d2svse:")]
     found = re.fullmatch(r"d2svse: stopped after step (\d+); its checkpoint is (.*); go on with: d2svse (.*)", line)
     assert found, line
     assert Path(found[2]).is_dir()
@@ -118,13 +109,27 @@ def test_the_command_says_in_one_line_how_to_go_on_and_exits_with_130(scenes, ba
     assert words == ["train", "--config", str(output / "recipe.yaml"), "--resume"]
     state = json.loads((Path(found[2]) / "trainer_state.json").read_text())
     assert state["global_step"] == int(found[1])
-    process = start("-m", "d2svse", *words)
-    steps = int(found[1])
-    while not [p for p in output.rglob("checkpoint-*/trainer_state.json") if int(p.parent.name[11:]) > steps]:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    process = fork_command(*words)
+    wait_for_a_checkpoint(process, output, after=int(found[1]))
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    assert process.wait() == 130
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(scenes, backbones, tmp_path, run):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = fork_command(*train_command(scenes, backbones, killed, 4))
+    wait_for_a_checkpoint(process, killed)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "model").exists()
+    for words in (
+        train_command(scenes, backbones, whole, 4),
+        ["train", "--config", killed / "recipe.yaml", "--resume"],
+    ):
+        code, _, errors = run(*words)
+        assert code == 0, errors
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, killed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_ctrl_c_before_training_leaves_no_traceback(scenes, backbones, tmp_path, run, monkeypatch):
@@ -151,7 +156,7 @@ def test_the_command_to_go_on_keeps_what_the_recipe_does_not_hold(tmp_path, monk
 def test_ctrl_c_under_torchrun_stops_all_processes_with_a_checkpoint(scenes, backbones, tmp_path):
     output = tmp_path / "run"
     command = train_command(scenes, backbones, output, 300)
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "d2svse", *command)
+    process = torchrun("--standalone", "--nproc-per-node", 2, "-m", "d2svse", *command)
     wait_for_a_checkpoint(process, output)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

@@ -1,15 +1,22 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from d2svse import Features, Trainer, TrainingArguments
-from d2svse.losses import InfoNCE, KLDistillation
-from d2svse.training.tasks import DistillTask, PretrainTask
+from d2svse.data import Batch
+from d2svse.losses import InfoNCE, KLDistillation, build_distillation_loss
+from d2svse.training.tasks import AlignTask, DistillTask, total_loss
 
 
 def batch(processor):
     texts = processor(text=["a red circle", "a blue square", "a green star on the left"])
     pictures = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": pictures, "image_ids": torch.arange(3), **texts}
+    return Batch(pixel_values=pictures, image_ids=torch.arange(3), valid=torch.ones(3, dtype=torch.bool), **texts)
+
+
+def inputs(given):
+    return {name: getattr(given, name) for name in ("pixel_values", "input_ids", "attention_mask")}
 
 
 @pytest.mark.parametrize("name", ["gssf-diagonal", "gssf-block-diagonal", "max-softmax", "max-lse", "scan-t2i", "omit"])
@@ -17,7 +24,7 @@ def test_every_similarity_trains_saves_and_scores_the_same(make_model, processor
     from d2svse import D2SVSE
 
     model = make_model(similarity={"name": name})
-    losses = PretrainTask(InfoNCE(0.1))(model, batch(processor))
+    losses = AlignTask(InfoNCE(0.1))(model, batch(processor))
     losses["align_loss"].backward()
     gradients = [parameter.grad for parameter in model.similarity_fn.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
@@ -25,28 +32,27 @@ def test_every_similarity_trains_saves_and_scores_the_same(make_model, processor
         for parameter in model.similarity_fn.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(tmp_path)
-    loaded, given = D2SVSE.from_pretrained(tmp_path), batch(processor)
-    given.pop("image_ids")
+    loaded, given = D2SVSE.from_pretrained(tmp_path), inputs(batch(processor))
     with torch.no_grad():
         torch.testing.assert_close(loaded(**given).logits_per_image, model(**given).logits_per_image)
 
 
 def test_a_weight_penalty_is_part_of_the_loss(make_model, processor):
     model = make_model(similarity={"name": "gssf-dense", "weight_penalty": 0.5})
-    losses = PretrainTask(InfoNCE(0.1))(model, batch(processor))
+    losses = AlignTask(InfoNCE(0.1))(model, batch(processor))
     assert losses["penalty_loss"].item() == pytest.approx(0.5 * model.config.embed_dim)
-    assert "penalty_loss" not in PretrainTask(InfoNCE(0.1))(make_model(), batch(processor))
+    assert "penalty_loss" not in AlignTask(InfoNCE(0.1))(make_model(), batch(processor))
 
 
 def test_kl_distillation_compares_scores_by_the_models_similarity(make_model, processor):
     decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
     model = make_model(similarity={"name": "gssf-diagonal"}, context_decoder=decoder)
-    given = {**batch(processor), "teacher_embeds": torch.randn(3, model.config.embed_dim)}
+    given = replace(batch(processor), teacher_embeds=torch.randn(3, model.config.embed_dim))
     losses = DistillTask(InfoNCE(0.1), KLDistillation(0.1), 2.0)(model, given)
-    output = model(**{name: given[name] for name in ("pixel_values", "input_ids", "attention_mask")})
+    output = model(**inputs(given))
     scores, teacher = (
         model.similarity_fn(output.image_features, texts)
-        for texts in (output.text_features, Features(given["teacher_embeds"]))
+        for texts in (output.text_features, Features(given.teacher_embeds))
     )
     torch.testing.assert_close(losses["distill_loss"], 2 * KLDistillation(0.1)(scores, teacher))
     sum(value for name, value in losses.items() if name.endswith("_loss")).backward()
@@ -58,3 +64,21 @@ def test_kl_distillation_refuses_similarities_of_tokens(make_model, train_datase
     args = TrainingArguments(stage="distill", distill_loss="kl", **arguments)
     with pytest.raises(ValueError, match="MaxMean compares tokens"):
         Trainer(make_model(similarity={"name": "max-mean"}), args, train_dataset)
+
+
+@pytest.mark.parametrize("name", ["cosine", "max-mean"])
+def test_rows_that_are_not_valid_change_neither_losses_nor_gradients(make_model, processor, name):
+    model = make_model(similarity={"name": name})
+    task = DistillTask(InfoNCE(0.1), build_distillation_loss("cosine"))
+    longer = replace(batch(processor), teacher_embeds=torch.randn(3, model.config.embed_dim))
+    longer = replace(longer, valid=torch.tensor([True, False, True]))
+    found = []
+    for given in (longer, longer[longer.valid]):
+        model.zero_grad()
+        losses = task(model, given)
+        total_loss(losses).backward()
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        found.append({key: value.detach() for key, value in losses.items()} | gradients)
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], atol=1e-5, rtol=1e-4, msg=key)

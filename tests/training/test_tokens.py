@@ -34,7 +34,7 @@ def test_words_are_replaced_by_those_that_have_embeddings(with_added_tokens, mak
     model = with_added_tokens()
     count = model.text_encoder.backbone.get_input_embeddings().num_embeddings
     trainer = Trainer(model, make_args("align", num_train_epochs=1, save_strategy="no"), train_dataset)
-    seen = np.unique(np.concatenate([trainer.train_dataset[row]["input_ids"] for row in range(len(train_dataset))]))
+    seen = np.unique(np.concatenate([trainer.prepare()[row].input_ids for row in range(len(train_dataset))]))
     assert seen.max() < count
     assert len(seen) > 20
     trainer.train()
@@ -43,7 +43,7 @@ def test_words_are_replaced_by_those_that_have_embeddings(with_added_tokens, mak
 def test_a_mask_token_without_embedding_is_not_used(with_added_tokens, make_args, train_dataset):
     model = with_added_tokens()
     model.processor.tokenizer.mask_token = "extra3"
-    samples = Trainer(model, make_args("align"), train_dataset).train_dataset
+    samples = Trainer(model, make_args("align"), train_dataset).prepare()
     assert samples.mask_token_id is None
 
 
@@ -52,11 +52,11 @@ def test_a_caption_with_a_token_that_has_no_embedding_is_named(with_added_tokens
     records[5] = replace(records[5], captions=(*records[5].captions, "a red extra7"))
     dataset = type(train_dataset)(records, "train.jsonl")
     with pytest.raises(ValueError, match=rf"^train.jsonl:{records[5].line}: .*'extra7' has none; enlarge them with"):
-        Trainer(with_added_tokens(), make_args("align"), dataset)
+        Trainer(with_added_tokens(), make_args("align"), dataset).prepare()
     model = with_added_tokens()
     model.processor.tokenizer.pad_token = "extra1"
     with pytest.raises(ValueError, match="its padding token 'extra1' has none"):
-        Trainer(model, make_args("align"), train_dataset)
+        Trainer(model, make_args("align"), train_dataset).prepare()
 
 
 class PythonTokenizer(PreTrainedTokenizer):
@@ -91,9 +91,10 @@ def test_a_tokenizer_in_python_trains_with_words_augmented(make_model, make_args
     model.processor = D2SVSEProcessor(model.processor.image_processor, tokenizer, max_length=96)
     with caplog.at_level(logging.WARNING):
         trainer = Trainer(model, make_args("align", num_train_epochs=1, save_strategy="no"), train_dataset)
+        trainer.prepare()
     assert "PythonTokenizer does not say which tokens form a word" in caplog.text
     plain = [tokenizer(record.captions[0])["input_ids"] for record in train_dataset.records]
-    made = [trainer.train_dataset[row]["input_ids"] for row in range(len(train_dataset))]
+    made = [trainer.prepare()[row].input_ids for row in range(len(train_dataset))]
     assert any(tokenizer.mask_token_id in ids for ids in made)
     assert min(map(len, made)) >= 1
     assert len(plain) == len(made)

@@ -35,16 +35,15 @@ def test_stage_one_learns_and_keeps_the_best_model(make_model, make_args, train_
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
 
 
-def test_a_resumed_run_takes_up_all_weights_and_ends_as_an_uninterrupted_one(make_model, make_args, train_dataset):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(make_model, make_args, train_dataset):
     whole = Trainer(make_model(), make_args(save_total_limit=None), train_dataset)
     whole.train()
     checkpoint = f"{whole.args.output_dir}/checkpoint-3"
     resumed = Trainer(make_model(seed=1), make_args(), train_dataset)
-    resumed._load_from_checkpoint(checkpoint)
-    saved = D2SVSE.from_pretrained(checkpoint).state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in resumed.model.state_dict().items())
     resumed.train(resume_from_checkpoint=checkpoint)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.model.state_dict().items())
 
 
 def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(
@@ -53,7 +52,7 @@ def test_stage_two_distils_from_a_frozen_teacher_that_is_not_saved(
     model = make_model()
     before = {name: value.clone() for name, value in model.text_encoder.state_dict().items()}
     trainer = Trainer(model, make_args("distill"), train_dataset, val_dataset)
-    embeddings = trainer.train_dataset.teacher_embeddings
+    embeddings = trainer.prepare().teacher_embeddings
     model.text_encoder.load_state_dict(before)
     model.eval()
     direct = model.text_encoder(**model.processor(text=train_dataset.dense_captions[:5])).pooled
@@ -78,10 +77,10 @@ def test_dense_captions_that_are_cut_are_counted(stage, make_model, make_args, t
     limit = sorted(lengths)[len(lengths) // 2]
     cut = sum(length > limit for length in lengths)
     assert 0 < cut < len(dense)
-    Trainer(model, make_args(stage, dense_max_length=limit), train_dataset)
+    Trainer(model, make_args(stage, dense_max_length=limit), train_dataset).prepare()
     assert f"{cut} of {len(dense)} dense captions" in caplog.text
     caplog.clear()
-    Trainer(make_model(), make_args(stage, dense_max_length=max(lengths)), train_dataset)
+    Trainer(make_model(), make_args(stage, dense_max_length=max(lengths)), train_dataset).prepare()
     assert "dense captions" not in caplog.text
 
 
@@ -93,12 +92,12 @@ def test_captions_that_are_cut_or_unknown_are_counted(make_model, make_args, tra
     first = dataclasses.replace(dataset.records[0], captions=("你好",), dense="你好")
     dataset.records = [first, *dataset.records[1:]]
     count = len(dataset.captions)
-    Trainer(model, make_args("align"), dataset)
+    Trainer(model, make_args("align"), dataset).prepare()
     assert f"no word of 1 of {count} texts (first: '你好')" in caplog.text
     assert f"{count - 1} of {count} texts" in caplog.text
     assert "truncated to 5 tokens" in caplog.text
     caplog.clear()
-    Trainer(make_model(), make_args("pretrain"), dataset)
+    Trainer(make_model(), make_args("pretrain"), dataset).prepare()
     assert "no word of 1 of 48 texts" in caplog.text
 
 
@@ -175,19 +174,20 @@ def test_the_hinge_schedule_follows_the_epochs(make_model, make_args, train_data
 def test_a_learned_temperature_is_the_models_logit_scale(make_model, make_args, train_dataset):
     model = make_model()
     trainer = Trainer(model, make_args(learn_temperature=True, temperature=0.1, save_strategy="no"), train_dataset)
+    trainer.prepare()
     assert model.logit_scale.exp().item() == pytest.approx(10, rel=1e-5)
     assert trainer.task.loss.log_scale is model.logit_scale
     trainer.train()
     assert model.logit_scale.exp().item() != pytest.approx(10, rel=1e-5)
     fixed = make_model()
-    Trainer(fixed, make_args(temperature=0.2, save_strategy="no"), train_dataset)
+    Trainer(fixed, make_args(temperature=0.2, save_strategy="no"), train_dataset).prepare()
     assert fixed.logit_scale.exp().item() == pytest.approx(5, rel=1e-5)
     assert not fixed.logit_scale.requires_grad
 
 
 def test_aligning_alone_trains_on_sparse_captions(make_model, make_args, train_dataset):
-    assert Trainer(make_model(), make_args("align"), train_dataset).train_dataset.text == "sparse"
-    assert Trainer(make_model(), make_args("pretrain"), train_dataset).train_dataset.text == "dense"
+    assert Trainer(make_model(), make_args("align"), train_dataset).prepare().text == "sparse"
+    assert Trainer(make_model(), make_args("pretrain"), train_dataset).prepare().text == "dense"
 
 
 def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dataset):
@@ -209,13 +209,14 @@ def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset,
     for name in (None, "eager"):
         model = make_model()
         trainer = Trainer(model, make_args("pretrain", max_steps=1, attn_implementation=name), train_dataset)
+        trainer.prepare()
         calls.clear()
         trainer.train()
         counts[name], losses[name] = len(calls), trainer.state.log_history[-1]["train_loss"]
     assert counts == {None: 2 + 3 * 2, "eager": 0}  # two layers, of sentences in three groups
     assert losses["eager"] == pytest.approx(losses[None], abs=1e-5)
     with pytest.raises(ValueError, match=r"attn_implementation 'none'.*possible arguments are"):
-        Trainer(make_model(), make_args("pretrain", attn_implementation="none"), train_dataset)
+        Trainer(make_model(), make_args("pretrain", attn_implementation="none"), train_dataset).prepare()
 
 
 def test_what_does_not_fit_is_named(make_model, make_args, model, train_dataset):
@@ -258,6 +259,40 @@ def test_a_last_batch_without_negatives_logs_no_nan(make_model, make_args, train
     assert all(value == value for row in rows for value in row.values())
 
 
+def state(model):
+    return {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_the_constructor_changes_nothing_and_preparing_twice_is_preparing_once(
+    make_model, make_args, train_dataset, stage
+):
+    model = make_model()
+    before = state(model)
+    args = make_args(stage, freeze_vision=True, learn_temperature=True)
+    trainer = Trainer(model, args, train_dataset)
+    assert trainer.samples is None
+    assert not any(Path(args.output_dir).iterdir())
+    for name, (value, grad) in state(model).items():
+        assert torch.equal(value, before[name][0]), name
+        assert grad == before[name][1], name
+    samples = trainer.prepare()
+    after = state(model)
+    assert not after["image_encoder.backbone.layernorm.weight"][1]
+    assert (model.decoder is not None) == (stage == "distill")
+    assert trainer.prepare() is samples
+    assert all(torch.equal(value, after[name][0]) for name, (value, _) in state(model).items())
+
+
+def test_a_trainer_can_train_again(make_model, make_args, train_dataset):
+    """The second run has a learning-rate schedule of its own."""
+    trainer = Trainer(make_model(), make_args(lr_milestones=[1], save_strategy="no"), train_dataset)
+    trainer.train()
+    first = losses(trainer, "learning_rate")
+    trainer.train()
+    assert losses(trainer, "learning_rate") == first[3:] + [rate * 0.1 for rate in first[3:]]
+
+
 def test_a_loss_with_weights_of_its_own_is_refused(make_model, make_args, train_dataset):
     loss = TripletLoss()
     loss.weight = torch.nn.Parameter(torch.ones(()))
@@ -268,7 +303,7 @@ def test_a_loss_with_weights_of_its_own_is_refused(make_model, make_args, train_
 def test_a_users_own_freezing_is_kept(make_model, make_args, train_dataset):
     model = make_model()
     model.image_encoder.backbone.embeddings.requires_grad_(False)
-    Trainer(model, make_args(), train_dataset)
+    Trainer(model, make_args(), train_dataset).prepare()
     assert not any(p.requires_grad for p in model.image_encoder.backbone.embeddings.parameters())
 
 
@@ -307,7 +342,7 @@ def test_all_captions_can_be_trained_on_with_no_image_twice_in_a_batch(make_mode
     args = make_args(captions_per_epoch="all", stage="align", unique_images=True, save_strategy="no")
     trainer = Trainer(make_model(), args, train_dataset)
     seen = []
-    trainer.task.register_forward_pre_hook(lambda _, given: seen.append(given[1]["image_ids"].tolist()))
+    trainer.task.register_forward_pre_hook(lambda _, given: seen.append(given[1].image_ids.tolist()))
     trainer.train()
     assert all(len(set(batch)) == len(batch) for batch in seen)
     assert sum(map(len, seen)) == 2 * len(train_dataset.captions)
@@ -432,3 +467,29 @@ def test_tensorboard_gets_what_is_logged(make_model, make_args, train_dataset, t
     for name in ("align_loss", "grad_norm", "negatives", "embedding_std", "pairs_per_second"):
         found = [event.value for event in events.Scalars(f"train/{name}")]
         assert found == pytest.approx(losses(trainer, name), rel=1e-5)
+
+
+def test_a_loss_can_start_from_the_models_own_scale_and_bias(make_model, make_args, train_dataset):
+    model = make_model(logit_scale_init_value=1.5, logit_bias_init_value=-3.0)
+    options = {"temperature": None, "loss": "sigmoid", "save_strategy": "no"}
+    trainer = Trainer(model, make_args(**options), train_dataset)
+    trainer.prepare()
+    assert (float(trainer.task.loss.log_scale), float(trainer.task.loss.bias)) == (1.5, -3.0)
+    learned = Trainer(make_model(), make_args(**options, learn_temperature=True), train_dataset)
+    learned.train()
+    model = learned.model
+    assert model.logit_bias is learned.task.loss.bias
+    assert float(model.logit_bias) not in (0.0, -10.0)  # the model had none: it starts from that of the loss
+
+
+def test_layers_below_get_a_smaller_learning_rate(make_model, make_args):
+    model = make_model()
+    args = make_args(layer_decay=0.5, backbone_lr_scale=0.1, learning_rate=1.0)
+    groups = parameter_groups(model, args, set())
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 1.0
+        if ".backbone." in name:
+            layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+            expected = 0.1 * (0.5 ** (1 - layer) if layer is not None else 0.25 if "embed" in name else 1.0)
+        assert rate[id(parameter)] == pytest.approx(expected), name

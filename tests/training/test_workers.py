@@ -36,6 +36,7 @@ def test_an_image_that_a_worker_cannot_read_is_named_without_its_traceback(make_
     shutil.copytree(scenes, tmp_path / "scenes")
     dataset = ImageTextDataset.from_manifest(tmp_path / "scenes" / "train.jsonl")
     trainer = Trainer(make_model(), make_args(dataloader_num_workers=1), dataset)
+    trainer.prepare()
     for record in dataset.records:
         record.image.unlink()
     with pytest.raises(ImageError) as told:

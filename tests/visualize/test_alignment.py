@@ -63,10 +63,10 @@ def test_omit_draws_the_columns_of_the_plan_and_the_share_of_the_bins():
     np.testing.assert_allclose(unmatched.panels[0].values, to_bin[1:].reshape(2, 3), atol=1e-5)
     assert unmatched.panels[0].note == f"class token {100 * to_bin[0]:.0f} %"
     from_bin, unsaid = plan[0, 1:].sum() / plan[:, 1:].sum(), plan[1:, 0].sum() / plan[1:].sum()
-    assert f"takes {100 * from_bin:.0f} % of the sentence" in words.remarks[0]
-    assert f"bin {100 * unsaid:.0f} % of the picture" in words.remarks[0]
+    assert f"takes {100 * from_bin:.0f} % of the text" in words.remarks[0]
+    assert f"bin {100 * unsaid:.0f} % of the image" in words.remarks[0]
     special = plan[1:, [1, 5]].sum() / plan[1:, 1:].sum()
-    assert words.remarks[1] == f"[CLS] and [SEP] take {100 * special:.0f} % of the picture's matched mass"
+    assert words.remarks[1] == f"[CLS] and [SEP] take {100 * special:.0f} % of the image's matched mass"
 
 
 def test_movers_has_no_bin_and_every_word_is_matched_whole():
@@ -228,11 +228,11 @@ def test_a_similarity_of_tokens_from_outside_is_drawn_token_by_token():
 def test_what_does_not_fit_is_an_error():
     images, texts = sides()
 
-    with pytest.raises(ValueError, match="one picture and one sentence, got 2 and 1"):
+    with pytest.raises(ValueError, match="one image and one text, got 2 and 1"):
         alignment_maps(Cosine(), Features.cat([images, images]), texts, GRID, WORDS)
     with pytest.raises(ValueError, match="has 9 tokens"):
         alignment_maps(Cosine(), images, texts, PatchGrid(3, 3), WORDS)
-    with pytest.raises(ValueError, match="not the sentence's real ones"):
+    with pytest.raises(ValueError, match="but the text has tokens at"):
         alignment_maps(Cosine(), images, texts, GRID, Words(("dog",), ((1,),)))
     with pytest.raises(ValueError, match="have no tokens"):
         alignment_maps(Cosine(), Features(images.pooled), texts, GRID, WORDS)

@@ -34,9 +34,9 @@ def test_both_sides_are_drawn_and_the_own_sentence_is_green(model, val_dataset, 
     for n, axis in enumerate(figure.axes):
         shown = [text.get_text().replace("\n", " ") for text in axis.texts]
         assert shown[0] == sentences[n]
-        headings = [text for text in shown if "own dense sentence is at" in text]
+        headings = [text for text in shown if "own dense caption has rank" in text]
         assert headings == [
-            f"{name} the decoder's tokens: its own dense sentence is at {side.ranks[n]} of 17"
+            f"{name} the decoder's tokens: its own dense caption has rank {side.ranks[n]} of 17"
             for name, side in zip(("without", "with"), sides, strict=True)
         ]
         green = [text.get_text().replace("\n", " ") for text in axis.texts if text.get_color() == "#1a8a3a"]
@@ -49,8 +49,8 @@ def test_what_does_not_fit_is_an_error(model, make_model, sentences):
     with pytest.raises(ValueError, match="no context decoder"):
         nearest_dense(make_model(), sentences, dense)
     for k in (0, 3):
-        with pytest.raises(ValueError, match="k must be from 1 to the 2 dense"):
+        with pytest.raises(ValueError, match="k must be from 1 to 2, the number of dense captions"):
             nearest_dense(model, sentences, dense, k=k)
     for own in ([0, 1], [0, 1, 2], [0, -1, 1]):
-        with pytest.raises(ValueError, match="own must give each of the 3 sentences"):
+        with pytest.raises(ValueError, match="own must give one of the 2 rows of dense to each of the 3 sentences"):
             nearest_dense(model, sentences, dense, own, k=1)

@@ -66,7 +66,7 @@ def test_a_tie_counts_against_the_right_answer():
 
 
 def test_bad_requests_are_refused(pictures):
-    with pytest.raises(ValueError, match="do not fit 3 pictures"):
+    with pytest.raises(ValueError, match="do not fit 3 images"):
         retrieval_gallery(pictures[:3], CAPTIONS, SCORES, OWNER, [0])
     for queries in ([5], [-1], []):
         with pytest.raises(ValueError, match="queries must be rows from 0 to 4"):

@@ -71,7 +71,7 @@ def test_a_patch_is_where_the_picture_differs(name, height, width):
 def test_a_backbone_of_unknown_order_is_an_error(config):
     encoder = ImageEncoder(config, 24, pooling="mean")
     size = config.image_size[0]
-    with pytest.raises(ValueError, match=f"not known where the .* tokens of a {config.model_type} backbone"):
+    with pytest.raises(ValueError, match=f"cannot place the .* tokens of a {config.model_type} backbone"):
         patch_grid(encoder, torch.zeros(1, 3, size, size))
 
 
@@ -113,7 +113,7 @@ def test_a_cropped_picture_is_seen_in_part():
 
 def test_padding_and_turning_are_refused():
     padded = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 64, "width": 64})
-    with pytest.raises(ValueError, match="pads pictures"):
+    with pytest.raises(ValueError, match="pads images"):
         box(padded, (40, 40))
 
     class Turned(ViTImageProcessorPil):

@@ -33,7 +33,7 @@ def test_the_heat_is_the_map_and_lies_over_the_whole_picture(make_model, val_dat
     words, unmatched = alignment_maps(model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)
     figure = explain(model, picture, SENTENCE)
     drawn = heat(figure)
-    assert set(drawn) == {*SENTENCE.split(), "the sentence's bin"}
+    assert set(drawn) == {*SENTENCE.split(), "the text's bin"}
     for panel in (*words.panels[1:3], *unmatched.panels):
         grey, over = drawn[panel.title]
         np.testing.assert_allclose(over.get_array(), panel.values)
@@ -62,9 +62,9 @@ def test_some_words_and_another_similarity(make_model, val_dataset):
     )  # fmt: skip
     assert list(heat(figure)) == ["red", "star"]
     assert "CrossAttentionI2T: " in texts(figure)
-    with pytest.raises(ValueError, match="'cat' is none of the sentence's words"):
+    with pytest.raises(ValueError, match="'cat' is not a word of the text"):
         explain(model, val_dataset.images[0], SENTENCE, words=["cat"])
-    assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole sentence"]
+    assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole text"]
 
 
 def test_a_learned_metric_is_drawn_without_a_warning(make_model, val_dataset, recwarn):

@@ -59,7 +59,11 @@ def test_folders_without_a_log_are_refused(tmp_path):
         read_logs(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
         read_logs(tmp_path)
-    for text, message in (("{", "a broken log"), ('{"log_history": []}', "nothing was logged"), ("[]", "a broken log")):
+    for text, message in (
+        ("{", "the log is broken"),
+        ('{"log_history": []}', "the log is empty"),
+        ("[]", "the log is broken"),
+    ):
         (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
         (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(text)
         with pytest.raises(ValueError, match=message):

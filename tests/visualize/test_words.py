@@ -44,7 +44,7 @@ def test_some_words_are_found_in_any_case():
     words = Words(("A", "dog", "bites", "a", "Dog"), ((0,), (1,), (2,), (3,), (4,)))
     assert words.select(["DOG"]) == [1, 4]
     assert words.select(["bites", "a"]) == [0, 2, 3]
-    with pytest.raises(ValueError, match="'cat' is none of the sentence's words: A, dog"):
+    with pytest.raises(ValueError, match="'cat' is not a word of the text; its words are: A, dog"):
         words.select(["dog", "cat"])
 
 

@@ -1,12 +1,11 @@
 """Hit-rate metrics from scores and an explicit relation of right answers, a tile of scores at a time.
 
 *Recall* here is the field's hit rate: the share of queries with at least one right answer among the
-first k. A NaN raises. A tie counts against the model: a wrong answer with the score of a right one
-stands before it, in every metric, so that a model which gives every pair the same score never does
-better than chance.
+first k. A NaN raises. A tie counts against the model in every metric: a wrong answer with the score of a
+right one stands before it. A model that gives every pair the same score is thus never better than chance.
 
-All that is needed is how many wrong answers score at least as high as each right one, which tiles
-add up to: the score matrix need not exist, and nothing is sorted. Metrics that look at all right
+Every metric follows from one number: how many wrong answers score at least as high as a right one. These
+counts add up over tiles, so nothing is sorted and the score matrix need not exist. Metrics of all right
 answers are in `ranking.py`.
 """
 
@@ -33,16 +32,20 @@ Array = np.ndarray | Tensor
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RightAnswers:
-    """The right answers of every query, any number each; a query without one is not asked.
+    """The right answers of every query, any number each. A query without one is not asked.
 
     Attributes:
         offsets: `(n_queries + 1,)` int64; those of query q are `answers[offsets[q]:offsets[q + 1]]`.
-        answers: `(n_pairs,)` int64 rows of the other side; -1 for a right answer that is not among
-            those ranked, which counts and is never found.
+        answers: `(n_pairs,)` int64 rows of the other side. A right answer that is not ranked is -1: it counts
+            and is never found.
         gains: `(n_pairs,)` how right each is, above 0, for nDCG alone; None where all are alike.
 
     Raises:
         ValueError: if the arrays do not fit or a query has an answer twice.
+
+    Example:
+        >>> RightAnswers.from_lists([[0, 2], [1]]).counts
+        array([2, 1])
     """
 
     offsets: np.ndarray
@@ -66,26 +69,26 @@ class RightAnswers:
 
     @property
     def counts(self) -> np.ndarray:
-        """How many right answers each query has, `(n_queries,)`."""
+        """Return how many right answers each query has, `(n_queries,)`."""
         return np.diff(self.offsets)
 
     @property
     def queries(self) -> np.ndarray:
-        """The query of each pair, `(n_pairs,)`."""
+        """Return the query of each pair, `(n_pairs,)`."""
         return np.repeat(np.arange(len(self)), self.counts)
 
     @classmethod
     def from_lists(
         cls, answers: Sequence[Sequence[int]], gains: Sequence[Sequence[float]] | None = None
     ) -> RightAnswers:
-        """From a list of answers for each query, and perhaps a list of their gains."""
+        """Make them from a list of answers for each query, and perhaps a list of their gains."""
         offsets = np.cumsum([0, *map(len, answers)], dtype=np.int64)
         joined = np.array([answer for line in answers for answer in line], dtype=np.int64)
         return cls(offsets, joined, None if gains is None else np.array([gain for line in gains for gain in line]))
 
 
 def caption_answers(image_of_caption: Tensor | np.ndarray, n_images: int) -> tuple[RightAnswers, RightAnswers]:
-    """The captions of every image and the image of every caption.
+    """Return the captions of every image and the image of every caption.
 
     Args:
         image_of_caption: `(n_captions,)` the row of each caption's image; any number of captions an image.
@@ -93,6 +96,11 @@ def caption_answers(image_of_caption: Tensor | np.ndarray, n_images: int) -> tup
 
     Raises:
         ValueError: if a row is not one of an image, or an image has no caption.
+
+    Example:
+        >>> captions, images = caption_answers(np.array([0, 1, 0]), n_images=2)
+        >>> captions.answers, images.answers
+        (array([0, 2, 1]), array([0, 1, 0]))
     """
     owner = torch.as_tensor(image_of_caption).cpu().numpy().astype(np.int64)
     if owner.ndim != 1 or len(owner) == 0 or owner.min() < 0 or owner.max() >= n_images:
@@ -105,14 +113,19 @@ def caption_answers(image_of_caption: Tensor | np.ndarray, n_images: int) -> tup
 
 
 def tile_slices(count: int, size: int) -> Iterator[slice]:
-    """Cut `count` rows into parts of even size, none larger than `size`."""
+    """Cut `count` rows into parts of even size, none larger than `size`.
+
+    Example:
+        >>> list(tile_slices(5, 3))
+        [slice(0, 2, None), slice(2, 5, None)]
+    """
     parts = -(-count // size)
     for i in range(parts):
         yield slice(count * i // parts, count * (i + 1) // parts)
 
 
 def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    """The rank of the best right answer of every query, from 0. Ties count against the model.
+    """Return the rank of every query's best right answer, from 0. Ties count against the model.
 
     Args:
         scores: `(n_images, n_captions)`, higher is closer.
@@ -126,6 +139,10 @@ def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) ->
     Raises:
         ValueError: if a score is NaN, the shapes do not fit, an image has no caption, or the matrix is transposed or
             its images are repeated.
+
+    Example:
+        >>> ranks(np.array([[0.9, 0.2, 0.4], [0.1, 0.8, 0.3]]), np.array([0, 1, 0]))
+        (tensor([0, 0]), tensor([0, 0, 0]))
     """
     scores = torch.as_tensor(scores)
     check_layout(scores, image_of_caption)
@@ -135,14 +152,14 @@ def ranks(scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray) ->
 
 
 def check_layout(scores: Tensor, image_of_caption: Tensor | np.ndarray) -> None:
-    """Refuse a matrix that is transposed or holds each image several times, which papers' files often do.
+    """Refuse a matrix that is transposed or holds each image several times, as the files of papers often are.
 
     Args:
         scores: `(n_images, n_captions)`.
         image_of_caption: `(n_captions,)`.
 
     Raises:
-        ValueError: if it is so, or another shape; the message says what to give instead.
+        ValueError: if it is, or has another shape; the message says what to give instead.
     """
     owner = torch.as_tensor(image_of_caption).cpu().numpy()
     if scores.ndim != 2 or 0 in scores.shape:
@@ -173,7 +190,7 @@ def check_layout(scores: Tensor, image_of_caption: Tensor | np.ndarray) -> None:
 
 
 def _check_square(scores: Tensor) -> None:
-    """Refuse images that are repeated once for each caption, where each copy counts as an image of its own."""
+    """Refuse a square matrix that repeats each image for each of its captions and counts the copies as images."""
     rows = len(scores)
     same = torch.nonzero(scores[1:, 0] == scores[0, 0]).flatten().tolist()
     second = next((row + 1 for row in same if torch.equal(scores[row + 1], scores[0])), None)
@@ -193,22 +210,17 @@ def _check_square(scores: Tensor) -> None:
 
 
 def _repeats(scores: Tensor, times: int, step: int) -> bool:
-    """Whether each row comes so many times, one after another (step 1) or all rows again after `step`."""
+    """Return whether each row comes so many times: one after another (step 1), or all rows again after `step`."""
     if step == 1:
         blocks = scores.reshape(-1, times, scores.shape[1])
         return all(torch.equal(blocks[:, 0], blocks[:, copy]) for copy in range(1, times))
     return all(torch.equal(scores[:step], scores[first : first + step]) for first in range(step, len(scores), step))
 
 
-def recall_at_k(query_ranks: Tensor, k: int) -> float:
-    """Share of queries whose best right answer is among the first k (hit rate), 0 to 1."""
-    return (query_ranks < k).double().mean().item()
-
-
 def retrieval_metrics(
     scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, recall_at: Sequence[int] = RECALL_AT
 ) -> dict[str, float]:
-    """R@K, median and mean rank in both directions, and the sum of the recalls.
+    """Return R@K, median and mean rank in both directions, and the sum of the recalls.
 
     Args:
         scores: `(n_images, n_captions)`, higher is closer.
@@ -220,52 +232,47 @@ def retrieval_metrics(
 
     Raises:
         ValueError: as `ranks`.
+
+    Example:
+        >>> scores = np.array([[0.9, 0.2, 0.4], [0.1, 0.3, 0.8]])
+        >>> retrieval_metrics(scores, np.array([0, 1, 0]), recall_at=(1,))["t2i_recall_at_1"]
+        0.6666666666666666
     """
     i2t, t2i = ranks(scores, image_of_caption)
     return rank_metrics(i2t.cpu().numpy(), t2i.cpu().numpy(), recall_at)
 
 
 def rank_metrics(i2t: np.ndarray, t2i: np.ndarray, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """R@K, median and mean rank from the ranks of both directions, from 0.
+    """Return R@K, median and mean rank from the ranks of both directions.
+
+    Args:
+        i2t: image-to-text ranks `(n_images,)`, from 0.
+        t2i: text-to-image ranks `(n_captions,)`, from 0.
+        recall_at: the values of K.
 
     Returns:
         `i2t_recall_at_1`, …, `t2i_recall_at_10` and `rsum` (their sum) as fractions;
         `i2t_median_rank`, `i2t_mean_rank` and so on, from 1.
+
+    Example:
+        >>> rank_metrics(np.array([0, 3]), np.array([0]), recall_at=(1, 5))["rsum"]
+        3.5
     """
     result = mean_values({"i2t": rank_values(i2t, recall_at), "t2i": rank_values(t2i, recall_at)}, recall_at)
     return result | {"i2t_median_rank": median_rank(i2t), "t2i_median_rank": median_rank(t2i)}
 
 
-def fold_metrics(
-    scores: Tensor | np.ndarray, image_of_caption: Tensor | np.ndarray, folds: int
-) -> list[dict[str, float]]:
-    """`retrieval_metrics` of equal consecutive parts of the images, each with its own captions.
+def fold_slices(n_images: int, folds: int) -> list[slice]:
+    """Cut the images into equal consecutive parts.
 
     MS-COCO's "1K" results are the mean of the five folds of its 5000 test images.
 
-    Args:
-        scores: `(n_images, n_captions)`, higher is closer.
-        image_of_caption: `(n_captions,)` the row of each caption's image.
-        folds: how many parts.
-
-    Raises:
-        ValueError: if the images do not divide into that many parts, and as `ranks`.
-    """
-    scores, owner = torch.as_tensor(scores), torch.as_tensor(image_of_caption).to(torch.long)
-    check_layout(scores, owner)
-    results = []
-    for rows in fold_slices(scores.shape[0], folds):
-        inside = (owner >= rows.start) & (owner < rows.stop)
-        part = scores[rows][:, inside.to(scores.device)]
-        results.append(retrieval_metrics(part, owner[inside] - rows.start))
-    return results
-
-
-def fold_slices(n_images: int, folds: int) -> list[slice]:
-    """Equal consecutive parts of the images.
-
     Raises:
         ValueError: if they do not divide into that many.
+
+    Example:
+        >>> fold_slices(4, 2)
+        [slice(0, 2, None), slice(2, 4, None)]
     """
     if folds < 1 or n_images < folds or n_images % folds:
         raise ValueError(f"the {n_images} images do not divide into {folds} folds")
@@ -274,39 +281,52 @@ def fold_slices(n_images: int, folds: int) -> list[slice]:
 
 
 def mean_metrics(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over several results, of those that all of them have."""
+    """Return the mean of each metric that all of several results have.
+
+    Example:
+        >>> mean_metrics([{"rsum": 1.0, "i2t_recall_at_1": 0.5}, {"rsum": 2.0}])
+        {'rsum': 1.5}
+    """
     common = [name for name in results[0] if all(name in result for result in results)]
     return {name: sum(result[name] for result in results) / len(results) for name in common}
-
-
-def as_percent(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The recalls and rSum of `retrieval_metrics` in percent, as papers print them."""
-    hits = ("i2t_recall_at_", "t2i_recall_at_")
-    return {name: 100 * value for name, value in metrics.items() if name.startswith(hits) or name == "rsum"}
 
 
 def best_ranks_in_tiles(
     score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `rank_in_tiles`, of the best right answer of each query alone: `Ranking.best` of both, at less work."""
+    """Return `Ranking.best` of both directions of `rank_in_tiles`, with less work."""
     image_side, caption_side = count_wrong(score_tile, captions, images, tile, best_only=True)
     return image_side.best_ranks(), caption_side.best_ranks()
 
 
 def whole_matrix(scores: Array, captions: RightAnswers, images: RightAnswers) -> ScoreTile:
-    """The tiles of a matrix `(n_images, n_captions)`.
+    """Return the tiles of a matrix `(n_images, n_captions)`.
 
     Raises:
         ValueError: if its shape does not fit the right answers.
     """
     matrix = torch.as_tensor(scores)
-    if matrix.shape != (len(captions), len(images)):
-        raise ValueError(f"scores {tuple(matrix.shape)} and right answers {len(captions), len(images)} do not fit")
+    check_shape(matrix.shape, captions, images)
     return lambda rows, columns: matrix[rows, columns]
 
 
-class Counter:
-    """The queries of one side: the scores of their right answers, then how many wrong ones reach them.
+def check_shape(shape: Sequence[int], captions: RightAnswers, images: RightAnswers) -> None:
+    """Check that scores fit the right answers of both directions.
+
+    Raises:
+        ValueError: if their shape is not `(n_images, n_captions)`, or an answer is not a row of the other side.
+    """
+    if tuple(shape) != (len(captions), len(images)):
+        raise ValueError(f"scores {tuple(shape)} and right answers {len(captions), len(images)} do not fit")
+    for right, others, name in ((captions, images, "caption"), (images, captions, "image")):
+        if len(right.answers) == 0 or right.answers.min() < -1 or right.answers.max() >= len(others):
+            raise ValueError(f"the right answers must be rows of the {len(others)} {name}s, at least one")
+
+
+class WrongCounts:
+    """Count, for the queries of one side, how many wrong answers score at least as high as each right one.
+
+    `collect` takes the scores of the right answers from all tiles; after `start_counting`, `count` goes through them.
 
     Args:
         right: the right answers.
@@ -320,7 +340,7 @@ class Counter:
         self.scores = np.full(len(right.answers), -np.inf)
 
     def inside(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pairs that lie in a tile, and where they are in it."""
+        """Return the pairs of a query and a right answer that lie in a tile, and their rows and columns there."""
         queries, answers = (rows, columns) if self.axis == 0 else (columns, rows)
         first, last = self.right.offsets[queries.start], self.right.offsets[queries.stop]
         of_queries = self.right.answers[first:last]
@@ -334,7 +354,7 @@ class Counter:
         self.scores[pairs] = _on_host(scores[row, column])
 
     def start_counting(self) -> None:
-        """Set what is counted against: the score of every right answer, or of the best of each query."""
+        """Set the thresholds: the score of every right answer, or of the best of each query."""
         counts, asked = self.right.counts, np.flatnonzero(self.right.counts)
         if self.best_only:
             self.thresholds = np.maximum.reduceat(self.scores, self.right.offsets[asked])
@@ -345,7 +365,7 @@ class Counter:
         self.wrong = np.zeros(len(self.thresholds), dtype=np.int64)
 
     def count(self, scores: Array, rows: slice, columns: slice) -> None:
-        """Add the wrong answers of a tile; what is right is taken off by its score in this very tile."""
+        """Add the wrong answers of a tile. Right ones are taken off by their score in this same tile."""
         queries = rows if self.axis == 0 else columns
         pairs, row, column = self.inside(rows, columns)
         right, query = _on_host(scores[row, column]), self.query[pairs] - queries.start
@@ -364,35 +384,33 @@ class Counter:
             self.wrong[at] += (wrong - np.bincount(as_high, minlength=len(counts))[taken])[active]
 
     def best_ranks(self) -> np.ndarray:
-        """The rank of the best right answer of each query that is asked; `NEVER` where none is there."""
+        """Return the rank of the best right answer of each query that is asked; `NEVER` where none is there."""
         asked = np.flatnonzero(self.right.counts)
         return np.where(np.maximum.reduceat(self.right.answers, self.right.offsets[asked]) < 0, NEVER, self.wrong)
 
 
 def count_wrong(
     score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int], best_only: bool
-) -> tuple[Counter, Counter]:
-    """Go through all tiles: the right answers of both directions and how many wrong ones reach each.
+) -> tuple[WrongCounts, WrongCounts]:
+    """Go through all tiles and count for both directions how many wrong answers reach each right one.
 
     Raises:
-        ValueError: as `best_ranks_in_tiles`.
+        ValueError: if a score is NaN or an answer is not a row of the other side.
     """
-    for right, others, name in ((captions, images, "caption"), (images, captions, "image")):
-        if len(right.answers) == 0 or right.answers.min() < -1 or right.answers.max() >= len(others):
-            raise ValueError(f"the right answers must be rows of the {len(others)} {name}s, at least one")
-    sides = Counter(captions, 0, best_only), Counter(images, 1, best_only)
+    check_shape((len(captions), len(images)), captions, images)
+    sides = WrongCounts(captions, 0, best_only), WrongCounts(images, 1, best_only)
     slices = list(tile_slices(len(captions), tile[0])), list(tile_slices(len(images), tile[1]))
     grid = [(rows, columns) for rows in slices[0] for columns in slices[1]]
     for rows, columns in grid:
         if any(len(side.inside(rows, columns)[0]) for side in sides):
-            scores = _tile_array(score_tile(rows, columns))
+            scores = tile_array(score_tile(rows, columns))
             for side in sides:
                 side.collect(scores, rows, columns)
     for side in sides:
         side.start_counting()
     with ThreadPoolExecutor(1) as other:
         for rows, columns in grid:
-            scores = _tile_array(score_tile(rows, columns))
+            scores = tile_array(score_tile(rows, columns))
             refuse_nan(scores, rows, columns)
             one_side = other.submit(sides[0].count, scores, rows, columns)  # NumPy leaves the interpreter free
             sides[1].count(scores, rows, columns)
@@ -400,8 +418,8 @@ def count_wrong(
     return sides
 
 
-def _tile_array(scores: Tensor) -> Array:
-    """A tile to count in: of NumPy on the CPU, where its loops are several times faster than torch's."""
+def tile_array(scores: Tensor) -> Array:
+    """Return a tile to count in: on the CPU as NumPy, whose loops are several times faster than torch's."""
     scores = scores.detach()
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
@@ -413,10 +431,10 @@ def _on_host(values: Array) -> np.ndarray:
 
 
 def refuse_nan(scores: Array, rows: slice, columns: slice) -> None:
-    """Check a tile.
+    """Refuse a tile with a NaN.
 
     Raises:
-        ValueError: if it holds a NaN; the message names the pair.
+        ValueError: if it holds one; the message names the pair.
     """
     lowest = scores.min()
     if lowest == lowest:
@@ -426,7 +444,7 @@ def refuse_nan(scores: Array, rows: slice, columns: slice) -> None:
 
 
 def _count_at_least(scores: Array, limits: np.ndarray, axis: int) -> np.ndarray:
-    """How many entries of each row (axis 0) or column (axis 1) are at least its limit."""
+    """Return how many entries of each row (axis 0) or column (axis 1) are at least its limit."""
     if isinstance(scores, Tensor):
         on_device = torch.as_tensor(limits, dtype=scores.dtype, device=scores.device)
         reached = scores >= (on_device[:, None] if axis == 0 else on_device)
@@ -444,19 +462,19 @@ def _count_at_least(scores: Array, limits: np.ndarray, axis: int) -> np.ndarray:
 
 
 def rank_values(best: np.ndarray, recall_at: Sequence[int], depth: int = NEVER) -> dict[str, np.ndarray]:
-    """What the metrics of a direction are the means of, from the ranks of its queries, `(n_asked,)` each."""
+    """Return the values `(n_asked,)` whose means are a direction's metrics, from the ranks of its queries."""
     values = {f"recall_at_{k}": (best < k).astype(np.float64) for k in recall_at if k <= depth}
     return values | ({"mean_rank": best + 1.0} if depth == NEVER and (best < NEVER).all() else {})
 
 
 def mean_values(values: Mapping[str, Mapping[str, np.ndarray]], recall_at: Sequence[int]) -> dict[str, float]:
-    """The metrics of both directions from the values of their queries."""
+    """Return the metrics of both directions from the values of their queries."""
     means = {direction: {name: float(v.mean()) for name, v in of.items()} for direction, of in values.items()}
     return join_directions(means, recall_at)
 
 
 def join_directions(values: Mapping[str, Mapping[str, Any]], recall_at: Sequence[int]) -> dict[str, Any]:
-    """The metrics of both directions under their full names, and the sum of the recalls if all are there."""
+    """Return the metrics of both directions under their full names, and the sum of the recalls if all are there."""
     result = {f"{direction}_{name}": value for direction, of in values.items() for name, value in of.items()}
     hits = [f"{direction}_recall_at_{k}" for direction in values for k in recall_at]
     if all(name in result for name in hits):
@@ -465,5 +483,10 @@ def join_directions(values: Mapping[str, Mapping[str, Any]], recall_at: Sequence
 
 
 def median_rank(query_ranks: np.ndarray) -> float:
-    """The median of ranks from 0, from 1; of two middle ranks the field takes the better."""
+    """Return the median, from 1, of ranks from 0. Between two middle ranks it is rounded down, as the field does.
+
+    Example:
+        >>> median_rank(np.array([0, 1, 2, 9]))
+        2.0
+    """
     return float(np.floor(np.median(query_ranks))) + 1

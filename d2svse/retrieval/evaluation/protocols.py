@@ -1,4 +1,4 @@
-"""Protocols: which images and captions a result is of, and which answers count as right."""
+"""Protocols: which images and captions are evaluated, and which answers count as right."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ COCO_ORDER = "203ac417d83f9daeaa4e041453b76d9ff25f6c96730a6dda61383fb3916df81e"
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What a set must be for its results to bear a name.
+    """What a set must hold for its results to bear the protocol's name.
 
     Attributes:
         name: the name.
         about: what it is, for help and documents.
         n_images: how many images; None for any.
-        captions_each: captions of each image; of MS-COCO's the first so many are taken where there are
-            more, as is usual. None for any.
+        captions_each: captions of each image; None for any. Of MS-COCO images with more, the first so many are
+            taken, as is usual.
         coco: the images are those of MS-COCO's test split; else, with a number of images, of Flickr30K's.
         folds: parts that are ranked apart and whose metrics are averaged; None to leave it open.
         truth: whose right answers count: "cxc" or "eccv"; None for each caption's own image.
@@ -71,10 +71,14 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of a name.
+    """Return the protocol of a name.
 
     Raises:
         ValueError: if there is none.
+
+    Example:
+        >>> find_protocol("coco-1k").folds
+        5
     """
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; known are {', '.join(PROTOCOLS)}")
@@ -88,7 +92,7 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
         The set, with as many captions of each image as the protocol has, and how many were left out.
 
     Raises:
-        ValueError: if it is another one: counts, file names or image ids.
+        ValueError: if its counts, file names or image ids are others.
     """
 
     def refuse(what: str) -> ValueError:
@@ -121,13 +125,13 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
 def right_answers(
     protocol: Protocol, dataset: ImageTextDataset, annotations: str | os.PathLike[str] | None = None
 ) -> tuple[RightAnswers, RightAnswers]:
-    """Which captions are right for each image, and which images for each caption.
+    """Return which captions are right for each image, and which images for each caption.
 
     Args:
         protocol: whose right answers.
         dataset: what `take_split` gave.
-        annotations: for "cxc" and "eccv-caption", which go by MS-COCO's caption ids: its
-            `captions_val2014.json`, or Karpathy's `dataset_coco.json`. Captions are found in it by
+        annotations: for "cxc" and "eccv-caption" alone, a file with MS-COCO's caption ids: its
+            `captions_val2014.json`, or Karpathy's `dataset_coco.json`. Captions are found there by
             their image and their words.
 
     Raises:
@@ -162,28 +166,28 @@ def right_answers(
 
 
 def coco_image_id(record: Record) -> int:
-    """The id in the name of an MS-COCO picture.
+    """Return the id in the name of an MS-COCO image.
 
     Raises:
         ValueError: if the name is of another kind.
     """
-    return _number(record, COCO_NAME, "an MS-COCO picture, such as COCO_val2014_000000391895.jpg")
+    return _number(record, COCO_NAME, "an MS-COCO image, such as COCO_val2014_000000391895.jpg")
 
 
 def flickr_image_id(record: Record) -> int:
-    """Flickr's number in the name of a Flickr30K picture.
+    """Return Flickr's number in the name of a Flickr30K image.
 
     Raises:
         ValueError: if the name is of another kind.
     """
-    return _number(record, FLICKR_NAME, "a Flickr30K picture, such as 1007129816.jpg")
+    return _number(record, FLICKR_NAME, "a Flickr30K image, such as 1007129816.jpg")
 
 
 def find_caption_ids(dataset: ImageTextDataset, annotations: str | os.PathLike[str]) -> dict[int, list[int]]:
-    """MS-COCO's id of every caption, by image id, in the order of the captions.
+    """Return MS-COCO's ids of all captions, by image id, in the order of the captions.
 
     Raises:
-        ManifestError: if the file is not there or no JSON.
+        ManifestError: if the file is missing or is not JSON.
         ValueError: if it holds no captions with ids, or not those of the set.
     """
     ids: dict[int, list[tuple[str, int]]] = {}
@@ -208,7 +212,7 @@ def find_caption_ids(dataset: ImageTextDataset, annotations: str | os.PathLike[s
 
 
 def split_hash(dataset: ImageTextDataset) -> str:
-    """SHA-256 over the picture's file name and the captions of every image, in order."""
+    """Return the SHA-256 over the file name and the captions of every image, in order."""
     digest = hashlib.sha256()
     for record in dataset.records:
         digest.update(json.dumps([record.image.name, list(record.captions)]).encode() + b"\n")
@@ -216,7 +220,7 @@ def split_hash(dataset: ImageTextDataset) -> str:
 
 
 def _annotated(path: str | os.PathLike[str]) -> Iterable[tuple[int, int, str]]:
-    """Image id, caption id and text of each caption of COCO's or Karpathy's JSON."""
+    """Return image id, caption id and text of each caption of COCO's or Karpathy's JSON."""
     content = read_json(Path(path))
     try:
         if "annotations" in content:
@@ -227,7 +231,7 @@ def _annotated(path: str | os.PathLike[str]) -> Iterable[tuple[int, int, str]]:
                 for image in content["images"]
                 for sentence in image["sentences"]
             ]
-        # An id that is none, or a caption that is no text, is a TypeError or a ValueError.
+        # A wrong id, or a caption that is not text, raises TypeError or ValueError.
         return [(int(as_id(image) or ""), int(as_id(number) or ""), "".join([text])) for image, number, text in rows]
     except (KeyError, TypeError, ValueError):
         raise ValueError(
@@ -249,7 +253,7 @@ def _read_truth(path: Path) -> dict[int, list[int]]:
 
 
 def _relation(truth: Mapping[int, Sequence[int]], queries: Sequence[int], answers: Sequence[int]) -> RightAnswers:
-    """The rows of the right answers of each query; an answer that is not in the split counts as never found."""
+    """Return the rows of each query's right answers. An answer outside the split counts as never found."""
     row_of = {answer: row for row, answer in enumerate(answers)}
     lists = [truth.get(query, ()) for query in queries]
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
@@ -260,7 +264,7 @@ def _relation(truth: Mapping[int, Sequence[int]], queries: Sequence[int], answer
 def _number(record: Record, pattern: re.Pattern[str], what: str) -> int:
     found = pattern.fullmatch(record.image.name)
     if found is None:
-        raise ValueError(f"{record.image.name}: no name of {what}")
+        raise ValueError(f"{record.image.name}: not the name of {what}")
     return int(found.group(1))
 
 
@@ -269,5 +273,5 @@ def _hash_ids(ids: Iterable[int]) -> str:
 
 
 def _words(text: str) -> str:
-    """A caption's letters and digits: layouts differ in case, spaces and punctuation."""
+    """Return a caption's letters and digits alone: layouts differ in case, spaces and punctuation."""
     return NO_LETTER.sub("", text).lower()

@@ -1,4 +1,4 @@
-"""Where all right answers of every query stand, and the metrics that are made from that."""
+"""The positions of all right answers of every query, and the metrics of these positions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ DRAWS_AT_A_TIME = 32
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ranking:
-    """Where the right answers of every query that is asked stand; every metric is made from it.
+    """The positions of the right answers of every query that is asked. Every metric is made from them.
 
     Attributes:
         queries: `(n_asked,)` the row of each query.
         offsets: `(n_asked + 1,)` those of the i-th query are at `offsets[i]:offsets[i + 1]`.
-        positions: `(n_pairs,)` int64 from 0, ascending in a query: how many answers stand before it;
-            `NEVER` where it is not among those ranked.
+        positions: `(n_pairs,)` int64 from 0, ascending in a query: how many answers stand before it; `NEVER` where
+            it is not ranked.
         answers: `(n_pairs,)` their rows, or -1.
         scores: `(n_pairs,)` their scores, -inf where they are not ranked.
         gains: `(n_pairs,)`.
-        depth: how many answers of a query are ranked, of a shortlist; None for all.
+        depth: how many candidates of a query are ranked; None for all answers.
     """
 
     queries: np.ndarray
@@ -55,7 +55,7 @@ class Ranking:
     def from_counts(
         cls, right: RightAnswers, scores: np.ndarray, wrong: np.ndarray, ranked: np.ndarray, depth: int | None = None
     ) -> Ranking:
-        """From how many wrong answers score at least as high as each right one.
+        """Make a ranking from how many wrong answers score at least as high as each right one.
 
         Args:
             right: the right answers.
@@ -75,17 +75,17 @@ class Ranking:
 
     @property
     def best(self) -> np.ndarray:
-        """The position of the best right answer of each query, `(n_asked,)`: the query's rank, from 0."""
+        """Return the position of each query's best right answer, `(n_asked,)`: the query's rank, from 0."""
         return self.positions[self.offsets[:-1]]
 
     @property
     def counts(self) -> np.ndarray:
-        """How many right answers each query has, `(n_asked,)`."""
+        """Return how many right answers each query has, `(n_asked,)`."""
         return np.diff(self.offsets)
 
     @property
-    def places(self) -> np.ndarray:
-        """How many right answers of the same query stand before each one, `(n_pairs,)`."""
+    def among_right(self) -> np.ndarray:
+        """Return how many right answers of the same query stand before each one, `(n_pairs,)`."""
         return np.arange(len(self.positions)) - np.repeat(self.offsets[:-1], self.counts)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
@@ -96,17 +96,17 @@ class Ranking:
 def rank_in_tiles(
     score_tile: ScoreTile, captions: RightAnswers, images: RightAnswers, tile: tuple[int, int] = TILE
 ) -> tuple[Ranking, Ranking]:
-    """The positions of all right answers in both directions, from scores given tile by tile.
+    """Return the positions of all right answers in both directions, from scores given tile by tile.
 
-    Tiles that hold right answers are asked for twice: first for the scores of these, then to be
-    counted. They must hold the same numbers both times. What is held is a tile and a few numbers a pair.
+    Tiles that hold right answers are asked for twice: first for the scores of these, then to be counted. They must
+    hold the same numbers both times. Memory holds one tile and a few numbers a pair.
 
     Args:
         score_tile: gives the scores of some images and some captions, `(rows, columns)`, on any device.
         captions: the right captions of every image.
         images: the right images of every caption.
-        tile: the largest tile, in images and captions. Tiles are of even size, since a matrix product
-            of a few rows may round otherwise than one of many.
+        tile: the largest tile, in images and captions. Tiles have an even size, because a matrix product of few
+            rows may round in another way than one of many.
 
     Returns:
         The image-to-text and the text-to-image ranking.
@@ -119,7 +119,7 @@ def rank_in_tiles(
 
 
 def rankings(scores: Tensor | np.ndarray, captions: RightAnswers, images: RightAnswers) -> tuple[Ranking, Ranking]:
-    """The positions of all right answers, image to text and text to image.
+    """Return the positions of all right answers, image to text and text to image.
 
     Args:
         scores: `(n_images, n_captions)`, higher is closer.
@@ -128,44 +128,74 @@ def rankings(scores: Tensor | np.ndarray, captions: RightAnswers, images: RightA
 
     Raises:
         ValueError: if a score is NaN or the shapes do not fit.
+
+    Example:
+        >>> captions, images = RightAnswers.from_lists([[0, 2], [1]]), RightAnswers.from_lists([[0], [1], [0]])
+        >>> i2t, t2i = rankings(np.array([[0.9, 0.2, 0.4], [0.1, 0.3, 0.8]]), captions, images)
+        >>> i2t.positions, t2i.positions
+        (array([0, 1, 1]), array([0, 0, 1]))
     """
     return rank_in_tiles(whole_matrix(scores, captions, images), captions, images, MATRIX_TILE)
 
 
 def true_recall(ranking: Ranking, k: int) -> np.ndarray:
-    """The share of each query's right answers that are among the first k, `(n_asked,)`."""
+    """Return the share of each query's right answers that are among the first k, `(n_asked,)`.
+
+    Example:
+        >>> one = RightAnswers.from_lists([[0, 2]]), RightAnswers.from_lists([[0], [], [0]])
+        >>> i2t, _ = rankings(np.array([[0.9, 0.5, 0.1]]), *one)  # a wrong answer stands between the two right ones
+        >>> true_recall(i2t, 1)
+        array([0.5])
+    """
     return ranking.sums(ranking.positions < k) / ranking.counts
 
 
 def r_precision(ranking: Ranking) -> np.ndarray:
-    """The share of right answers among the first R of each query that has R of them, `(n_asked,)`."""
+    """Return the share of right answers among the first R of each query that has R of them, `(n_asked,)`.
+
+    Example:
+        >>> one = RightAnswers.from_lists([[0, 2]]), RightAnswers.from_lists([[0], [], [0]])
+        >>> r_precision(rankings(np.array([[0.9, 0.5, 0.1]]), *one)[0])
+        array([0.5])
+    """
     return ranking.sums(ranking.positions < np.repeat(ranking.counts, ranking.counts)) / ranking.counts
 
 
 def average_precision_at_r(ranking: Ranking) -> np.ndarray:
-    """The mean over the first R places of the precision there, 0 where a wrong answer stands, `(n_asked,)`.
+    """Return the mean over the first R ranks of the precision there, 0 at a wrong answer, `(n_asked,)`.
 
     Its mean over queries is mAP@R (Musgrave et al., A Metric Learning Reality Check, Eq. 2).
+
+    Example:
+        >>> one = RightAnswers.from_lists([[0, 2]]), RightAnswers.from_lists([[0], [], [0]])
+        >>> average_precision_at_r(rankings(np.array([[0.9, 0.5, 0.1]]), *one)[0])
+        array([0.5])
     """
     inside = ranking.positions < np.repeat(ranking.counts, ranking.counts)
-    precision = (ranking.places + 1) / (np.where(inside, ranking.positions, 0) + 1)
+    precision = (ranking.among_right + 1) / (np.where(inside, ranking.positions, 0) + 1)
     return ranking.sums(inside * precision) / ranking.counts
 
 
 def ndcg(ranking: Ranking, k: int = NDCG_AT) -> np.ndarray:
-    """Normalised discounted cumulative gain of the first k, `(n_asked,)`: gain / log2(place + 1), place from 1."""
+    """Return the normalised discounted cumulative gain of the first k, `(n_asked,)`: Σ gain / log2(rank + 1).
+
+    Example:
+        >>> one = RightAnswers.from_lists([[0, 2]]), RightAnswers.from_lists([[0], [], [0]])
+        >>> ndcg(rankings(np.array([[0.9, 0.5, 0.1]]), *one)[0]).round(3)
+        array([0.92])
+    """
     inside = ranking.positions < k
     found = ranking.sums(inside * ranking.gains / np.log2(np.where(inside, ranking.positions, 0) + 2.0))
     query = np.repeat(np.arange(len(ranking.queries)), ranking.counts)
-    gains, places = ranking.gains[np.lexsort((-ranking.gains, query))], ranking.places
-    return found / ranking.sums((places < k) * gains / np.log2(places + 2.0))
+    gains, ideal = ranking.gains[np.lexsort((-ranking.gains, query))], ranking.among_right
+    return found / ranking.sums((ideal < k) * gains / np.log2(ideal + 2.0))
 
 
 def query_values(ranking: Ranking, recall_at: Sequence[int] = RECALL_AT) -> dict[str, np.ndarray]:
-    """What the metrics of a direction are the means of, a value a query `(n_asked,)`.
+    """Return the values of each query `(n_asked,)` whose means are a direction's metrics.
 
-    What a shortlist cannot tell is left out: recall and nDCG beyond its depth, the mean rank, and
-    mAP@R and R-precision where a query has more right answers than the shortlist has places.
+    Candidates alone do not tell everything. Left out are recall and nDCG beyond their number, the mean rank, and
+    mAP@R and R-precision where a query has more right answers than candidates.
     """
     depth = NEVER if ranking.depth is None else ranking.depth
     values = rank_values(ranking.best, recall_at, depth)
@@ -178,7 +208,7 @@ def query_values(ranking: Ranking, recall_at: Sequence[int] = RECALL_AT) -> dict
 
 
 def ranking_metrics(i2t: Ranking, t2i: Ranking, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
-    """Every metric of both directions.
+    """Return every metric of both directions.
 
     Args:
         i2t: the image-to-text ranking.
@@ -186,8 +216,13 @@ def ranking_metrics(i2t: Ranking, t2i: Ranking, recall_at: Sequence[int] = RECAL
         recall_at: the values of K.
 
     Returns:
-        What `retrieval_metrics` gives, and `i2t_true_recall_at_1`, …, `i2t_map_at_r`,
-        `i2t_r_precision`, `i2t_ndcg_at_10` and so on; without what a shortlist cannot tell.
+        What `retrieval_metrics` gives, and `i2t_true_recall_at_1`, …, `i2t_map_at_r`, `i2t_r_precision`,
+        `i2t_ndcg_at_10` and so on; without what candidates alone do not tell.
+
+    Example:
+        >>> both = RightAnswers.from_lists([[0], [1]]), RightAnswers.from_lists([[0], [1]])
+        >>> ranking_metrics(*rankings(np.eye(2), *both))["i2t_map_at_r"]
+        1.0
     """
     values = {"i2t": query_values(i2t, recall_at), "t2i": query_values(t2i, recall_at)}
     result = mean_values(values, recall_at)
@@ -206,9 +241,9 @@ def bootstrap_intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Confidence intervals of all metrics that are means, and of rSum, by drawing queries anew (percentile bootstrap).
+    """Return confidence intervals of all metrics that are means, and of rSum, by the percentile bootstrap.
 
-    Queries are drawn with replacement, each direction and each fold for itself; the metrics of a
+    Queries are drawn with replacement, each direction and each fold for itself. The metrics of a
     draw are the mean of its folds. Captions of one image are drawn as if they were independent.
 
     Args:
@@ -216,13 +251,18 @@ def bootstrap_intervals(
         recall_at: the values of K.
         samples: how many draws.
         level: the share of draws between the two ends.
-        seed: the same seed gives the same intervals.
+        seed: one seed gives the same intervals each time.
 
     Returns:
         The lower and the upper end of each metric of `ranking_metrics` but the median ranks.
 
     Raises:
         ValueError: if there are no draws or the level is not between 0 and 1.
+
+    Example:
+        >>> both = RightAnswers.from_lists([[0], [1]]), RightAnswers.from_lists([[0], [1]])
+        >>> bootstrap_intervals([rankings(np.eye(2), *both)], samples=10)["rsum"]
+        (6.0, 6.0)
     """
     if samples < 1 or not 0 < level < 1:
         raise ValueError(f"expected draws and a level between 0 and 1, got {samples} draws and level {level}")
@@ -240,7 +280,7 @@ def bootstrap_intervals(
 
 
 def _resampled_means(values: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
-    """Means of `(n_values, n_queries)` over queries drawn with replacement: `(n_values, samples)`."""
+    """Return the means of `(n_values, n_queries)` over queries drawn with replacement, `(n_values, samples)`."""
     count = values.shape[1]
     parts = []
     for first in range(0, samples, DRAWS_AT_A_TIME):

@@ -1,4 +1,4 @@
-"""What an index and a source have in common: the same items, what is gone, and whether one may replace the other."""
+"""Compare an index with a source: common items, missing items, and whether a build may replace the index."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from d2svse.retrieval.search.contents import MANIFEST, IndexSettings, SourceItem
 from d2svse.retrieval.vectors import load_index
 from d2svse.text import visible
 
-# Of an index. A larger share is more often a disk that is not mounted than images that are gone.
+# Largest share of an index that is dropped without --prune. A larger share often means an unmounted disk.
 PRUNED_UNASKED = 0.1
 
 
 def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, overwrite: bool) -> list[str]:
-    """The folders of the index that a build replaces; refuse one of another model or source.
+    """Return the folders of the index that a build replaces; refuse an index of another model or source.
 
     Raises:
-        FileExistsError: if it is one, and may not be overwritten.
+        FileExistsError: if the index is of another model or source and `overwrite` is false.
     """
     if not (folder / MANIFEST).is_file():
         return []
@@ -40,7 +40,7 @@ def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, 
             raise FileExistsError(f"{folder}: holds an index of another source, {before.source}{hint}")
     try:
         vectors = load_index(own_folder(folder, before.vectors))
-    except (FileNotFoundError, ValueError):  # not whole: building it again is what mends it
+    except (FileNotFoundError, ValueError):  # the index is incomplete, and a new build repairs it
         return [before.vectors]
     try:
         known = dict(zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)) if len(vectors) else {}
@@ -53,18 +53,18 @@ def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, 
             raise FileExistsError(
                 f"{folder}: holds an index with {len(lost)} items that this source lacks, such as {lost[0]:.200}{hint}"
             )
-    stores = {str(one["store"]) for one in known.values() if "store" in one} if before.shortlist else set()
+    stores = {str(one["store"]) for one in known.values() if "store" in one} if before.candidates else set()
     return [before.vectors, *(name for name in stores if (folder / name).is_dir())]
 
 
 def _paths_of(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """For each id of an index of images its canonical path; a relative one is of the working directory."""
+    """Return the canonical path of each id of an index of images; relative paths start from the working directory."""
     paths = {id: str(one.get("path") or id) for id, one in known.items()}
     return {id: path if os.path.isabs(path) else canonical_path(path) for id, path in paths.items()}
 
 
 def same_items(items: SourceItems, known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """For each name of a source that the index has, under whatever spelling, its id there."""
+    """Return the id in the index of each name of a source that the index has, under any spelling."""
     same = {name: name for name in items.names if name in known}
     if not items.paths or len(same) == len(items.names):
         return same
@@ -78,7 +78,7 @@ def same_items(items: SourceItems, known: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def gone_items(items: SourceItems, known: Mapping[str, Any], there: Collection[str]) -> list[str]:
-    """Ids of images that lay below the folder and are not there; not of those that it could not look for."""
+    """Return the ids of missing images below the source's folder; images in unreadable folders do not count."""
     if items.found is None:
         return []
     found = set(map(str, items.found.paths))
@@ -91,7 +91,11 @@ def gone_items(items: SourceItems, known: Mapping[str, Any], there: Collection[s
 
 
 def check_gone(items: SourceItems, known: Mapping[str, Any], gone: Sequence[str]) -> None:
-    """Refuse to drop so much that it is more likely a disk that is not mounted."""
+    """Refuse to drop so many images that an unmounted disk is the likelier cause.
+
+    Raises:
+        ValueError: if more than a tenth of the index, or all images below a folder, are missing.
+    """
     if not gone or items.found is None:
         return
     paths = _paths_of(known)
@@ -107,8 +111,8 @@ def check_gone(items: SourceItems, known: Mapping[str, Any], gone: Sequence[str]
         reason = f"all that it held below {empty}, which is empty now"
     if reason is not None:
         raise ValueError(
-            f"{len(gone)} images of the index are not there any more, such as {visible(gone[0])}: {reason}; "
-            "is a disk not mounted? Drop them with --prune (prune=True)"
+            f"{len(gone)} images of the index are missing, such as {visible(gone[0])}: {reason}; "
+            "check that all disks are mounted, or drop the images with --prune (prune=True)"
         )
 
 

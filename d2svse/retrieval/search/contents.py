@@ -1,4 +1,4 @@
-"""What an `ImageTextIndex` holds: what its folder remembers, the items of its source, and how they are encoded."""
+"""Contents of an `ImageTextIndex`: the settings in its folder, the items of its source, and their encoding."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, picture_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
-from d2svse.retrieval.search.hits import Shortlist, Side
 from d2svse.retrieval.vectors.base import VectorIndex
+from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
 
 if TYPE_CHECKING:
@@ -37,25 +37,27 @@ _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
 _HOLDS = {VECTORS: "index.json", STORE: "store.json"}
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
+_KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
+_NAMES = {key: name for name, key in _KEYS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSettings:
-    """What stays the same from one build to the next.
+    """The settings of an index, which later writes keep.
 
     Attributes:
-        side: what is stored, "image" or "text".
-        shortlist: what the vectors are where the similarity does not fold, else None.
+        side: the kind of the stored items, "image" or "text".
+        candidates: what the vectors are where the similarity does not fold, else None; "shortlist" in the file.
         draft: whether JPEG files are decoded in draft mode.
         model: folder or Hub id of the model, None if it was never saved.
-        fingerprint: of the model.
+        fingerprint: fingerprint of the model.
         vectors: name of the folder of the vectors.
-        source: the folder or file that the index was built from, None for a list.
-        dtype: of the model's weights, None in an index of an earlier version.
+        source: folder or file that the index was built from, None for a list.
+        dtype: dtype of the model's weights, None in an index of an earlier version.
     """
 
     side: Side
-    shortlist: Shortlist | None
+    candidates: Candidates | None
     draft: bool
     model: str | None
     fingerprint: str
@@ -65,11 +67,11 @@ class IndexSettings:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read what `write` wrote.
+        """Read the settings from the folder of an index.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it is something else, or names what is not in the folder.
+            FileNotFoundError: if the file is missing.
+            ValueError: if the file does not hold settings of an index.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -78,36 +80,36 @@ class IndexSettings:
             )
         inside(folder, MANIFEST)
         try:
-            settings = cls(**read_json(path))
+            settings = cls(**{_NAMES.get(name, name): value for name, value in read_json(path).items()})
             _check(settings)
-        except (ValueError, TypeError) as error:
+        except (AttributeError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: not an index written by `d2svse index build` ({error})") from None
         return settings
 
     def write(self, folder: Path) -> None:
-        """Write them to the folder of an index, in one step."""
-        write_json(folder / MANIFEST, asdict(self))
+        """Write the settings to the folder of an index, in one step."""
+        write_json(folder / MANIFEST, {_KEYS.get(name, name): value for name, value in asdict(self).items()})
 
 
 def _check(settings: IndexSettings) -> None:
-    optional = {"shortlist", "model", "source", "dtype"}
+    optional = {"candidates", "model", "source", "dtype"}
     for name in (one.name for one in fields(settings)):
         value = getattr(settings, name)
         kind: Any = bool if name == "draft" else str
         if not isinstance(value, kind) and not (value is None and name in optional):
             raise ValueError(f"{name} is {value!r:.80}")
-    if settings.side not in get_args(Side) or settings.shortlist not in (None, *get_args(Shortlist)):
-        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.shortlist!r:.80}")
+    if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
+        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.candidates!r:.80}")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, which is no folder of vectors inside it")
 
 
 def own_folder(folder: Path, name: Any) -> Path:
-    """Return a folder of vectors or of a store, by the name that the index gives.
+    """Return the path of a folder of vectors or of a store, from its name in the index.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if an index never gives such a name, or it leads out of the folder.
+        FileNotFoundError: if the folder is missing.
+        ValueError: if the name is not one that an index gives, or a link leads out of the index.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{folder}: names {name!r:.200}, which is no folder of an index")
@@ -115,10 +117,10 @@ def own_folder(folder: Path, name: Any) -> Path:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse a folder in which something else than an index lies, or one that is being built.
+    """Check that a folder is empty, or holds only an index or an unfinished build.
 
     Raises:
-        FileExistsError: if it does.
+        FileExistsError: if the folder holds other files.
     """
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return
@@ -133,14 +135,14 @@ def check_replaceable(folder: Path) -> None:
 
 
 def note_folders(folder: Path, names: Iterable[str]) -> None:
-    """Add to the list of the folders that this index wrote; under the lock, and before they are written."""
+    """Add names to the list of this index's folders; call it under the lock, before the folders are written."""
     listed = _listed(folder)
     if not listed.issuperset(names := set(names)):
         _write_list(folder, listed | names)
 
 
 def sweep_folders(folder: Path, used: Collection[str]) -> None:
-    """Remove the folders that this index wrote and does not need any more, and unfinished files; under the lock."""
+    """Remove unused folders of this index and unfinished files; call it under the lock."""
     for name in (MANIFEST, FOLDERS, SKIPPED):
         sweep(folder / name)
     listed = _listed(folder)
@@ -169,14 +171,14 @@ def _write_list(folder: Path, names: Iterable[str]) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder holds what an index of an earlier version, which kept no list, wrote."""
+    """Return whether an index of an earlier version, which kept no list of folders, wrote this folder."""
     kind = VECTORS if path.name.startswith(VECTORS) else STORE
     held = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
     return not held or (path / _HOLDS[kind]).is_file() or all(part.name.startswith(".") for part in held)
 
 
 def name_of(model: D2SVSE) -> str | None:
-    """The folder (absolute) or the Hub id that a model was loaded from."""
+    """Return the absolute folder or the Hub id of a model, or None if it was never saved."""
     name = model.name_or_path
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
 
@@ -186,11 +188,11 @@ class SourceItems:
     """The items of a source.
 
     Attributes:
-        names: their ids, each once.
-        states: what changes with each of them; None for a text, or an image that is not there.
-        path: the absolute path of the folder or file, None of a list.
-        found: what the folder holds, None if the source is none.
-        paths: the canonical path of each image; two names of one path are one item.
+        names: ids of the items, without duplicates.
+        states: size and times of each image file; None for a text or a missing image.
+        path: absolute path of the folder or file, None for a list.
+        found: the images of the folder, None for another source.
+        paths: canonical path of each image; two names of one path are one item.
     """
 
     names: list[str]
@@ -209,20 +211,20 @@ def read_items(
     follow_links: bool = False,
     allow_missing: bool = False,
 ) -> SourceItems:
-    """Return the ids of a source, each once.
+    """Return the items of a source, without duplicates.
 
     Args:
-        source: for images a folder, a manifest or a list of paths; for texts a manifest, a text
-            file with one a line, or a list.
+        source: a folder, a manifest or a list of paths for images; a manifest, a text file with one text on each
+            line, or a list for texts.
         side: "image" or "text".
-        may_be_empty: a folder may hold no image.
-        exclude: of a folder, patterns that are left out; see `walk_images`.
-        follow_links: of a folder, look into folders that links lead to.
-        allow_missing: of a manifest, take images that are not there; reading them tells it.
+        may_be_empty: accept a folder without images.
+        exclude: patterns of names or paths in a folder that are left out; see `walk_images`.
+        follow_links: follow links to folders in a folder.
+        allow_missing: accept images of a manifest whose file is missing.
 
     Raises:
         FileNotFoundError: if the file or folder is missing, or holds no image.
-        ValueError: if there is nothing, a line is empty or holds half a character, or as `read_manifest`.
+        ValueError: if the source is empty, a line is empty or holds half a character, or the manifest is not valid.
     """
     path = str(Path(source).resolve()) if isinstance(source, str | os.PathLike) else None
     found: FoundImages | None = None
@@ -238,38 +240,38 @@ def read_items(
         found = walk_images(path, exclude=exclude, follow_links=follow_links)
         found.tell(Path(path))
         if not found.paths and not may_be_empty:
-            raise FileNotFoundError(f"{path}: no picture in it (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise FileNotFoundError(f"{path}: no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
         names = [str(name) for name in found.paths]
     if found is None and (exclude or follow_links):
-        raise ValueError("exclude and follow_links are for a folder of images")
+        raise ValueError("exclude and follow_links need a folder of images as the source")
     if not names and not may_be_empty:
-        raise ValueError("nothing to index: an empty list")
+        raise ValueError("nothing to index: the source is empty")
     names = list(dict.fromkeys(names))
     if side == "text":
         return SourceItems(names, dict.fromkeys(names), path)
     name_of: dict[str, str] = {}
     for name in names:
         name_of.setdefault(paths.get(name, name), name)
-    states = {place: _state(place) for place in name_of}
+    states = {image: _state(image) for image in name_of}
     other = one_of_each(list(name_of), states.get)
-    kept = {place: name for place, name in name_of.items() if place not in other}
+    kept = {image: name for image, name in name_of.items() if image not in other}
     return SourceItems(
         list(kept.values()),
-        {name: states[place] for place, name in kept.items()},
+        {name: states[image] for image, name in kept.items()},
         path,
         found,
-        {name: place for place, name in kept.items()},
+        {name: image for image, name in kept.items()},
     )
 
 
 def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
-    """Return the ids of images: a path from the working directory is turned into the absolute one that is stored."""
-    if isinstance(names, str):  # refused by the index
+    """Return the stored ids of images; a path relative to the working directory becomes the stored absolute path."""
+    if isinstance(names, str):  # the index refuses a single string
         return names
     ways = [[name, canonical_path(name), str(Path(name).resolve())] for name in map(os.fsdecode, names)]
     known = vectors.known(list(dict.fromkeys(way for every in ways for way in every)))
     found = [next((way for way in every if way in known), None) for every in ways]
-    if None in found and len(vectors):  # of a list, an id may be a path from another working directory
+    if None in found and len(vectors):  # an id from a list may be relative to another working directory
         metadata = zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)
         id_of = {one["path"]: id for id, one in metadata if "path" in one}
         found = [id or id_of.get(every[1]) for id, every in zip(found, ways, strict=True)]
@@ -287,16 +289,16 @@ def _read_sentences(path: Path) -> list[str]:
 
 
 def read_sentences(path: str | os.PathLike[str]) -> list[str]:
-    """Return the lines of a text file, each a text that can be encoded.
+    """Return the lines of a text file and check that each can be encoded.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is not UTF-8, or a line is empty or holds half a character; the message names the line.
     """
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise ValueError(f"{path}:{number}: an empty line, expected a sentence")
+            raise ValueError(f"{path}:{number}: an empty line; expected a text")
         check_text(line, f"{path}:{number}")
     return lines
 
@@ -304,19 +306,19 @@ def read_sentences(path: str | os.PathLike[str]) -> list[str]:
 def _state(name: str) -> list[int] | None:
     try:
         return list(picture_state(name))
-    except (OSError, ValueError):  # which reading it will name
+    except (OSError, ValueError):  # reading the image raises a clear error later
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What `ImageTextIndex.add` did.
+    """The changes that `ImageTextIndex.add` made.
 
     Attributes:
-        added: ids that are new.
-        changed: ids whose pictures had changed and were encoded again.
-        dropped: ids whose images are gone.
-        skipped: images that cannot be read, with the reason; new ones are not in the index.
+        added: new ids.
+        changed: ids of changed images, which were encoded again.
+        dropped: ids of missing images, which were removed.
+        skipped: unreadable images with the reason; new ones are not in the index.
     """
 
     added: list[str]
@@ -336,17 +338,17 @@ def encode_items(
     batch_size: int,
     show_progress_bar: bool,
 ) -> EmbeddingStore:
-    """Encode into a store whose name is that of its list, so that a killed call finds it again.
+    """Encode items into a store; its name is a hash of the items, so that a later call continues a stopped one.
 
     Args:
         model: the model, with its processor.
-        names: paths of pictures, or sentences.
+        names: paths of images, or texts.
         folder: the folder of the index.
-        settings: of the index.
-        in_use: stores that hold what ids refer to; they are left as they are.
-        on_bad_image: see `encode_images`.
+        settings: the settings of the index.
+        in_use: names of stores that the index uses; they stay unchanged.
+        on_bad_image: "error" or "skip", see `encode_images`.
         batch_size: items encoded at a time.
-        show_progress_bar: show one on the terminal.
+        show_progress_bar: show a progress bar on the terminal.
     """
     output: Any = model.similarity_fn.output
     key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
@@ -370,17 +372,17 @@ def add_store(
     paths: Mapping[str, str],
     gone: Sequence[str] = (),
 ) -> None:
-    """Add what is in a store and remove ids, in one call, which engines that learn from their vectors want too."""
+    """Add the items of a store and remove ids in one call; backends that train on their vectors need one call."""
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
     for start in range(0, len(store), ROWS_AT_A_TIME):
         part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
         features = store.features(part).to(model.device)
-        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.shortlist).cpu().numpy()
+        rows[part] = model.similarity_fn.vectors(settings.side, features, settings.candidates).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
     for name, one in zip(store.ids, metadata, strict=True):
         if paths.get(name, name) != name:
             one["path"] = paths[name]
-    if settings.shortlist is not None:
+    if settings.candidates is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}
     vectors.replace(gone, store.ids, rows, metadata)

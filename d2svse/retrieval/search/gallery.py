@@ -1,4 +1,4 @@
-"""Search results to look at: a picture of them, or a page for a browser."""
+"""Draw search results as an image, or write them as a page for a browser."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def compose_gallery(
     thumbnail: int = 144,
     right: Sequence[Collection[int]] | None = None,
 ) -> Image.Image:
-    """Lay queries at the left and their pictures beside them, one query a row.
+    """Draw one row for each query: the query at the left and its images at the right.
 
     Args:
-        rows: a query and the paths of its pictures, best first.
-        thumbnail: side of a picture in pixels.
-        right: for each row the places of the right answers among its pictures, which are framed.
+        rows: each query with the paths of its images, best first.
+        thumbnail: side of a drawn image in pixels.
+        right: for each row, the positions of the right images, which get a frame.
 
     Raises:
-        ImageError: if a picture cannot be read.
-        ValueError: if there are no rows, or `right` is of another number of them.
+        ImageError: if an image cannot be read.
+        ValueError: if there are no rows, or `right` has another length.
     """
     if not rows:
         raise ValueError("nothing to draw: no queries")
     if right is not None and len(right) != len(rows):
         raise ValueError(f"right answers of {len(right)} rows were given for {len(rows)}")
-    columns = max(len(pictures) for _, pictures in rows)
+    columns = max(len(images) for _, images in rows)
     cell = thumbnail + GAP
     canvas = Image.new("RGB", (CAPTION_WIDTH + columns * cell + GAP, len(rows) * cell + GAP), "white")
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(FONT_SIZE)
-    for row, (query, pictures) in enumerate(rows):
+    for row, (query, images) in enumerate(rows):
         top = GAP + row * cell
         text = "\n".join(textwrap.wrap(visible(query), width=CAPTION_WIDTH // (FONT_SIZE // 2)))
         pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
-        for column, picture in enumerate(pictures):
+        for column, image in enumerate(images):
             left = CAPTION_WIDTH + column * cell
-            canvas.paste(ImageOps.fit(load_image(picture), (thumbnail, thumbnail)), (left, top))
+            canvas.paste(ImageOps.fit(load_image(image), (thumbnail, thumbnail)), (left, top))
             if right is not None and column in right[row]:
                 last = (left + thumbnail - 1, top + thumbnail - 1)
                 pen.rectangle([(left, top), last], outline=FRAME, width=FRAME_WIDTH)
@@ -67,12 +67,16 @@ def compose_gallery(
 def draw_gallery(
     rows: Sequence[tuple[str, Sequence[str | os.PathLike[str]]]], path: str | os.PathLike[str], thumbnail: int = 144
 ) -> None:
-    """Write `compose_gallery` to a PNG; arguments and errors are its own.
+    """Write the image of `compose_gallery` to a PNG file.
 
     Args:
-        rows: a query and the paths of its pictures, best first.
-        path: the PNG to write.
-        thumbnail: side of a picture in pixels.
+        rows: each query with the paths of its images, best first.
+        path: the PNG file to write.
+        thumbnail: side of a drawn image in pixels.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        ValueError: if there are no rows.
     """
     canvas = compose_gallery(rows, thumbnail)
     with written_aside(path) as aside:
@@ -86,24 +90,24 @@ def write_gallery_page(
     pictures: bool = True,
     thumbnail: int = 224,
 ) -> None:
-    """Write queries and their hits as one HTML file, with small copies of the pictures inside it.
+    """Write queries and their hits as one HTML file, with small copies of the images inside it.
 
     Args:
-        rows: the sentence of a query or None, its picture or None, and its hits, best first.
+        rows: the text of each query or None, its image or None, and its hits, best first.
         path: the HTML file to write.
-        pictures: the ids of the hits are paths of pictures; else they are sentences.
-        thumbnail: longest side of a picture in pixels.
+        pictures: True if the ids of the hits are paths of images, False if they are texts.
+        thumbnail: longest side of a drawn image in pixels.
 
     Raises:
-        ImageError: if a picture cannot be read.
+        ImageError: if an image cannot be read.
         ValueError: if there are no rows.
     """
     if not rows:
         raise ValueError("nothing to show: no queries")
     sections = []
-    for sentence, picture, hits in rows:
-        asked = "" if sentence is None else f"<h2>{_shown(sentence)}</h2>"
-        asked += "" if picture is None else _embedded(picture, thumbnail)
+    for text, image, hits in rows:
+        asked = "" if text is None else f"<h2>{_shown(text)}</h2>"
+        asked += "" if image is None else _embedded(image, thumbnail)
         items = "".join(
             f"<li>{_embedded(hit.id, thumbnail) if pictures else ''}"
             f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if pictures else hit.id)}</small></li>"
@@ -114,11 +118,11 @@ def write_gallery_page(
     write_text(path, head + "".join(sections))
 
 
-def _embedded(picture: str | os.PathLike[str], thumbnail: int) -> str:
-    image = load_image(picture)
+def _embedded(path: str | os.PathLike[str], thumbnail: int) -> str:
+    image = load_image(path)
     image.thumbnail((thumbnail, thumbnail))
-    # The name alone: a page is passed on, and folders tell of the machine.
-    return f'<img alt="{_shown(Path(os.fspath(picture)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
+    # Users pass pages on, so the name leaves out the folders of this machine.
+    return f'<img alt="{_shown(Path(os.fspath(path)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
 
 
 def _shown(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Answers of a search: hits, their order, and how many candidates are scored exactly."""
+"""Hits of a search, their order, and the number of candidates to rerank."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from d2svse.similarity.base import Candidates as Shortlist
-from d2svse.similarity.base import Side
-
-__all__ = ["Hit", "Hits", "Shortlist", "Side", "length_of_shortlist", "ranked"]
+from d2svse.similarity.base import Candidates
 
 DEFAULT_RERANK = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer: the id it was stored under and its score, higher is closer."""
+    """One result of a search: the id of a stored item and its score, higher is closer."""
 
     id: str
     score: float
 
 
 class Hits(list[Hit]):
-    """The answers to one query, best first.
+    """The hits of one query, best first.
 
     Attributes:
-        notes: what of the query's text does not reach the model, one sentence each: words that the tokenizer does not
-            know, and what was cut.
+        notes: notes on parts of the query's text that the model does not read: unknown words and truncated text.
     """
 
     def __init__(self, hits: Iterable[Hit] = (), notes: Iterable[str] = ()) -> None:
@@ -38,29 +34,29 @@ class Hits(list[Hit]):
 
 
 def ranked(ids: Sequence[str], scores: np.ndarray | Tensor, k: int) -> list[Hit]:
-    """The k best of some ids, best first; of equal scores the one that stands first."""
+    """Return the k best ids, best first; equal scores keep their order."""
     order = np.argsort(-np.asarray(scores), kind="stable")[:k]
-    return [Hit(ids[place], float(scores[place])) for place in order]
+    return [Hit(ids[position], float(scores[position])) for position in order]
 
 
-def length_of_shortlist(rerank: int | None, k: int, shortlist: Shortlist | None, across: bool) -> int:
-    """How many items to score exactly; 0 where the scores of the vectors are the answer.
+def candidates_to_rerank(rerank: int | None, k: int, candidates: Candidates | None, across: bool) -> int:
+    """Return how many candidates the similarity ranks again; 0 where the scores of the vectors are the answer.
 
     Args:
         rerank: what was asked for, see `ImageTextIndex.search`.
         k: how many answers are wanted.
-        shortlist: what the vectors are, None where they give the similarity itself.
+        candidates: what the vectors are, None where they give the similarity itself.
         across: whether a query is of the other side than what is stored.
 
     Raises:
-        ValueError: if there is nothing to score exactly, or it is negative or less than k.
+        ValueError: if nothing can be reranked, or the number is negative or less than k.
     """
     if rerank is not None and rerank < 0:
         raise ValueError(f"rerank must not be negative, got {rerank}")
-    if shortlist is None or not across:
+    if candidates is None or not across:
         if rerank:
-            why = "the similarity folds into the vectors" if shortlist is None else "like is compared with like"
-            raise ValueError(f"rerank {rerank}: {why}, there is no shortlist to rank again")
+            why = "the similarity folds into the vectors" if candidates is None else "like is compared with like"
+            raise ValueError(f"rerank {rerank}: {why}, so nothing is reranked")
         return 0
     if rerank and rerank < k:
         raise ValueError(f"rerank must be at least k, {k}, got {rerank}")

@@ -1,4 +1,4 @@
-"""A searchable collection of pictures, or of sentences, with the model that encoded it."""
+"""A searchable index of images or of texts, with the model that encoded it."""
 
 from __future__ import annotations
 
@@ -38,18 +38,12 @@ from d2svse.retrieval.search.contents import (
     stored_names,
     sweep_folders,
 )
-from d2svse.retrieval.search.hits import (
-    Hit,
-    Hits,
-    Shortlist,
-    Side,
-    length_of_shortlist,
-    ranked,
-)
+from d2svse.retrieval.search.hits import Hit, Hits, candidates_to_rerank, ranked
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
+from d2svse.similarity.base import Candidates, Side
 
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
@@ -59,7 +53,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An index as one write left it; a search keeps to one, whatever is written meanwhile."""
+    """An index as one write left it; a running search uses one state, even if a write follows."""
 
     settings: IndexSettings
     vectors: VectorIndex
@@ -67,22 +61,22 @@ class _Opened:
 
 
 class ImageTextIndex:
-    """Pictures found by sentences, by pictures or by both; or sentences found by pictures.
+    """An index of images, searched by texts, images or both; or an index of texts, searched by images or texts.
 
     Make one with `build` or `load`. A similarity that folds (cosine, GSSF) is folded into the stored
     vectors, whose inner products are then its scores. With any other one (OMIT, SCAN, token alignment) the
-    vectors give a shortlist, which the similarity ranks exactly from stored tokens in float16.
+    vectors find candidates, which the similarity reranks from stored tokens in float16.
 
-    On the disk an index is a folder: `image_text_index.json`, the folder of a `VectorIndex`, and the tokens
-    in folders of an `EmbeddingStore`, which are never changed. What each id's tokens are stands in its
-    metadata, so that a write takes effect in one step, when the `VectorIndex` is saved: killed at
-    any moment, it leaves the index as it was before or as it is after.
+    On the disk an index is a folder: `image_text_index.json`, the folder of a `VectorIndex`, and folders of
+    `EmbeddingStore`s with the tokens, which never change. The metadata of each id names the rows of its tokens. So a
+    write takes effect in one step, when the `VectorIndex` is saved. A write that is killed at any moment leaves
+    the index in its state before or after the write.
 
-    Any number of threads may search in one `ImageTextIndex`, while one adds or removes. A pickle holds the
+    Any number of threads may search one `ImageTextIndex` while another thread adds or removes. A pickle holds the
     name of the folder and the model, not the vectors.
 
     Attributes:
-        folder: where it is.
+        folder: the folder of the index.
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: D2SVSE | None = None) -> None:
@@ -95,7 +89,7 @@ class ImageTextIndex:
             self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hold the folder's name and the model; the vectors are opened again."""
+        """Return the name of the folder and the model; unpickling opens the vectors again."""
         return {"folder": self.folder.absolute(), "model": self._model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,7 +115,7 @@ class ImageTextIndex:
         *,
         side: Side = "image",
         engine: str = "exact",
-        shortlist: Shortlist = "mean",
+        candidates: Candidates = "mean",
         batch_size: int = 64,
         on_bad_image: OnBadImage = "error",
         draft: bool = False,
@@ -131,37 +125,38 @@ class ImageTextIndex:
         show_progress_bar: bool = False,
         **engine_options: Any,
     ) -> Self:
-        """Encode images or texts into an index; killed, it goes on where it was when called again.
+        """Encode images or texts into an index; a second call continues a stopped one.
 
-        An index of the same model and source that is in the folder is replaced, in one step at the end.
+        The new index replaces an index of the same model and source in the folder, in one step at the end.
 
         Args:
             model: the model, with its processor.
-            source: for pictures a folder, a manifest or a list of paths; for sentences a manifest (its
-                captions), a text file with one a line, or a list. Ids are the paths (of a folder or a
-                manifest absolute ones), or the sentences.
-            folder: where the index is to be.
-            side: what is stored, "image" or "text".
-            engine: "exact", "faiss" or "milvus", see `make_index`.
-            shortlist: see `Similarity.vectors`; it counts only where the similarity does not fold.
+            source: a folder, a manifest or a list of paths for images; a manifest (its captions), a text file with
+                one text on each line, or a list for texts. Ids are the paths (absolute ones from a folder or a
+                manifest), or the texts.
+            folder: folder of the index.
+            side: the kind of the items, "image" or "text".
+            engine: the backend, "exact", "faiss" or "milvus", see `make_index`.
+            candidates: see `Similarity.vectors`; it counts only where the similarity does not fold.
             batch_size: items encoded at a time.
-            on_bad_image: "error" to stop at a picture that cannot be read, "skip" to list it and go on.
-            draft: see `D2SVSE.encode_image`; it is kept for pictures that are added, and for queries.
-            overwrite: replace an index of another model or source too, or one of which more than a tenth would
-                be lost.
-            exclude: of a folder, patterns of names or of paths in it that are left out, such as `*.gif`. Hidden
-                folders, bins and thumbnail folders are left out anyway, and counted in a warning.
-            follow_links: of a folder, look into folders that links lead to.
-            show_progress_bar: show one on the terminal.
-            **engine_options: arguments of the engine's class.
+            on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
+            draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`. Images that are added later,
+                and queries, use the same setting.
+            overwrite: also replace an index of another model or source, or one that would lose more than a tenth of
+                its items.
+            exclude: patterns of names or paths in a folder that are left out, such as `*.gif`. Hidden folders, trash
+                folders and thumbnail folders are always left out; a warning counts them.
+            follow_links: follow links to folders in a folder.
+            show_progress_bar: show a progress bar on the terminal.
+            **engine_options: arguments of the backend's class.
 
         Raises:
-            ImageError: if a picture cannot be read (with "error"), or none can.
-            ValueError: if an option is unknown, or as `encode_images`.
-            FileExistsError: if the folder holds something else, or another index and `overwrite` is not given.
-            BlockingIOError: if another process is writing to it.
+            ImageError: if an image cannot be read with "error", or no image can be read.
+            ValueError: if an option is unknown or the source is not valid; see also `encode_images`.
+            FileExistsError: if the folder holds other files, or another index and `overwrite` is false.
+            BlockingIOError: if another process is writing to the index.
         """
-        for name, value, known in (("side", side, Side), ("shortlist", shortlist, Shortlist)):
+        for name, value, known in (("side", side, Side), ("candidates", candidates, Candidates)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         folder, similarity = Path(folder), model.similarity_fn
@@ -172,7 +167,7 @@ class ImageTextIndex:
         )
         settings = IndexSettings(
             side,
-            similarity.candidates(shortlist),
+            similarity.candidates(candidates),
             draft,
             name_of(model),
             fingerprint,
@@ -183,16 +178,14 @@ class ImageTextIndex:
         before = replaced_folders(folder, settings, items, overwrite)
         vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
         if len(vectors):
-            raise ValueError(f"the {engine} index holds {len(vectors)} items already; remove it, or name another one")
+            raise ValueError(f"the {engine} index already holds {len(vectors)} items; remove it, or name another one")
         with write_lock(folder):
             note_folders(folder, before)
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
             taken = joined_stores(folder)
             store = encode_items(model, items.names, folder, settings, taken, on_bad_image=on_bad_image, **options)
             if not len(store):
-                raise ImageError(
-                    f"none of the {len(items.names)} pictures can be read; the first: {store.skipped[0][1]}"
-                )
+                raise ImageError(f"none of the {len(items.names)} images can be read; the first: {store.skipped[0][1]}")
             add_store(vectors, model, store, settings, items.paths)
             note_folders(folder, [settings.vectors])
             vectors.save(folder / settings.vectors)
@@ -209,17 +202,17 @@ class ImageTextIndex:
 
         Args:
             folder: the folder.
-            model: the model that built it; without it, the one that the index remembers is loaded when it
-                is needed: a folder, or one of the Hub that has been fetched before. Nothing is fetched unasked.
+            model: the model that built the index. If None, the index loads this model when a search needs it, from
+                its folder or from the local cache of the Hub; it downloads nothing.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
-            ValueError: if the model is another than the one that built the index.
+            ValueError: if another model built the index.
         """
         return cls(folder, model)
 
     def close(self) -> None:
-        """Let go of the vectors; an embedded Milvus belongs to one process at a time."""
+        """Close the vectors; this frees an embedded Milvus for other processes."""
         self.vectors.close()
 
     def __len__(self) -> int:
@@ -227,26 +220,26 @@ class ImageTextIndex:
 
     @property
     def ids(self) -> Sequence[str]:
-        """The paths of the pictures, or the sentences."""
+        """The paths of the images, or the texts."""
         return self.vectors.ids
 
     @property
     def side(self) -> Side:
-        """What is stored, "image" or "text"."""
+        """The kind of the stored items, "image" or "text"."""
         return self._settings.side
 
     @property
-    def shortlist(self) -> Shortlist | None:
-        """The kind of the stored vectors, see `Similarity.candidates`; None where they give the scores."""
-        return self._settings.shortlist
+    def candidates(self) -> Candidates | None:
+        """Return the kind of the stored vectors, see `Similarity.candidates`; None where they give the scores."""
+        return self._settings.candidates
 
     @property
     def model(self) -> D2SVSE:
         """The model that built the index.
 
         Raises:
-            FileNotFoundError: if its folder is not there any more, or it is one of the Hub that is not in the cache.
-            ValueError: if it was never saved, or what is there now is another.
+            FileNotFoundError: if its folder is missing, or a model of the Hub is not in the local cache.
+            ValueError: if the model was never saved, or its folder holds another model now.
         """
         with self._loading:
             if self._model is None:
@@ -278,26 +271,26 @@ class ImageTextIndex:
         follow_links: bool = False,
         show_progress_bar: bool = False,
     ) -> Changes:
-        """Add what is new, encode again what has changed, and drop what is gone from a folder.
+        """Add new items, encode changed ones again, and drop images that are missing from a folder.
 
-        An image counts as the same while its path, size and time of change are, however its path is written.
-        One that has changed and cannot be read any more, with "skip", is dropped as well. What is in a place that
-        cannot be read, or that is left out, stays.
+        An image is unchanged if its path (under any spelling), size and modification time are. With "skip", a changed
+        image that cannot be read is dropped. Images in unreadable or excluded folders stay in the index.
 
         Args:
-            source: as of `build`. Of a folder, images of the index that lie below it and are not
-                there any more are dropped.
+            source: a folder, a manifest, a text file or a list, as in `build`. Images of the index below a folder
+                whose files are missing are dropped.
             batch_size: items encoded at a time.
-            on_bad_image: as of `build`.
-            prune: drop more than a tenth of the index, or all that it holds below a folder; without it that is
-                an error, since it is mostly a disk that is not mounted.
-            exclude: as of `build`.
-            follow_links: as of `build`.
-            show_progress_bar: show one on the terminal.
+            on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
+            prune: allow to drop more than a tenth of the index, or all images below a folder. Without it this is an
+                error, because an unmounted disk is the usual cause.
+            exclude: patterns of names or paths in a folder that are left out, see `build`.
+            follow_links: follow links to folders in a folder.
+            show_progress_bar: show a progress bar on the terminal.
 
         Raises:
-            ImageError: if a picture cannot be read, with "error"; nothing is changed then.
-            ValueError: as `build`, or if too much is gone and `prune` is not given; nothing is changed then.
+            ImageError: if an image cannot be read with "error"; the index stays unchanged.
+            ValueError: if the source is not valid, or too many images are missing and `prune` is false; the index
+                stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         items = read_items(
@@ -323,7 +316,7 @@ class ImageTextIndex:
                     write_skipped(self.folder, changes.skipped)
                     opened = self._settled(opened, join=True)
                 else:
-                    self._sweep(opened)  # what a killed call left
+                    self._sweep(opened)  # remove the leftovers of a killed call
             except BaseException:
                 opened.vectors.close()
                 raise
@@ -347,7 +340,7 @@ class ImageTextIndex:
         gone = gone_items(items, known, set(same.values()))
         if absent and on_bad_image == "error":
             raise ImageError(
-                f"{absent[0]}: no such picture; mend it, or leave such pictures out with --on-bad-image skip"
+                f"{absent[0]}: no such image; restore it, or leave such images out with --on-bad-image skip"
             )
         gone += [same[name] for name in absent if prune]
         if not prune:
@@ -370,8 +363,8 @@ class ImageTextIndex:
         dropped = [*gone, *(same[name] for name in changed if name in bad)]
         if not prune and len(dropped) > PRUNED_UNASKED * len(known) and len(dropped) > len(gone):
             raise ValueError(
-                f"{len(dropped)} of the {len(known)} images of the index are gone or cannot be read any more, such as "
-                f"{dropped[-1]}; mend them, or drop them with --prune (prune=True)"
+                f"{len(dropped)} of the {len(known)} images of the index are missing or unreadable, such as "
+                f"{dropped[-1]}; repair them, or drop them with --prune (prune=True)"
             )
         if store is not None and len(store):
             add_store(vectors, self.model, store, settings, items.paths, [*gone, *replaced])
@@ -384,22 +377,22 @@ class ImageTextIndex:
         return Changes(added, again, dropped, skipped), written
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Remove some ids.
+        """Remove items.
 
         Args:
-            ids: as `search` gives them, or paths of pictures from the working directory.
+            ids: ids of hits, or paths of images relative to the working directory.
 
         Raises:
-            ValueError: if an id is not in the index; nothing is removed then.
+            ValueError: if an id is not in the index; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         self._rewrite(lambda vectors: vectors.delete(ids if self.side == "text" else stored_names(ids, vectors)))
 
     def compact(self) -> int:
-        """Write vectors and tokens anew in few files, without what was removed or replaced.
+        """Rewrite vectors and tokens in few files, without removed and replaced items.
 
         Returns:
-            How many bytes smaller the folder is.
+            The number of bytes that this saved.
 
         Raises:
             BlockingIOError: if another process is writing to the index.
@@ -431,28 +424,26 @@ class ImageTextIndex:
         weight: float = 0.5,
         rerank: int | None = None,
     ) -> list[Hits]:
-        """Find the k best answers to each query: a sentence, a picture, or a sentence with a picture.
+        """Find the k best hits of each query: a text, an image, or a text with an image.
 
-        What is asked from the other side (sentences for stored pictures) is scored by the model's
-        similarity; what is asked from the same side by the inner product of the stored vectors, which
-        for pictures is their cosine.
+        The model's similarity scores a query of the other side, such as texts for stored images. The inner product of
+        the stored vectors, the cosine for images, scores a query of the same side.
 
         Args:
-            texts: a sentence or a list of them.
-            images: a picture or a list of them; with `texts` too, as many, and the n-th of both is one query.
-            k: how many answers; fewer come from a smaller index.
-            weight: of the sentence where a query has both: scores are added up as weight and 1 − weight.
-            rerank: length of the shortlist that is scored exactly, where the similarity does not
-                fold; 100 without it (or k where that is more). 0 leaves the shortlist as it is, and then
-                scores are inner products of its vectors.
+            texts: a text or a list of texts.
+            images: an image or a list of images; with texts, the n-th text and the n-th image are one query.
+            k: number of hits for each query; a smaller index gives fewer.
+            weight: weight of the text score in a query of both; the weight of the image score is 1 − weight.
+            rerank: number of candidates that the similarity reranks, where it does not fold; 100 without it (or k
+                where that is more). With 0 scores are the inner products of the vectors.
 
         Returns:
-            For each query its hits, best first. Their `notes` say what of its text does not reach the model; it is
-            logged as a warning too.
+            The hits of each query, best first. Their `notes` name the parts of the text that the model does not
+            read; a warning logs them too.
 
         Raises:
-            ImageError: if a picture cannot be read.
-            ValueError: if there is no query, a sentence is empty, a number is out of range, or the index is empty.
+            ImageError: if an image cannot be read.
+            ValueError: if there is no query, a text is empty, a number is out of range, or the index is empty.
         """
         if texts is None and images is None:
             raise ValueError("give texts, images or both")
@@ -465,25 +456,25 @@ class ImageTextIndex:
         return [Hits(*found) for found in zip(answers, notes, strict=True)]
 
     def query_notes(self, texts: str | Sequence[str]) -> list[str]:
-        """Say what of some texts does not reach the model: words that its tokenizer does not know, and what is cut."""
+        """Return notes on the parts of texts that the model does not read: unknown words and truncated text."""
         processor = self.model.processor
-        assert processor is not None  # without it the model has no fingerprint
+        assert processor is not None  # a model without a processor has no fingerprint
         return processor.report(texts).notes()
 
     def search_features(
         self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
     ) -> list[list[Hit]]:
-        """As `search`, with queries that the model has encoded already.
+        """Find the k best hits of each query; `search` for queries that are already encoded.
 
         Args:
-            queries: features of sentences under "text", of pictures under "image"; with tokens where the
-                similarity compares tokens.
-            k: how many answers.
-            weight: see `search`.
-            rerank: see `search`.
+            queries: features of texts under "text" and of images under "image", with tokens if the similarity
+                compares tokens.
+            k: number of hits for each query.
+            weight: weight of the text score in a query of both, see `search`.
+            rerank: number of items to rescore, see `search`.
 
         Raises:
-            ValueError: as `search`.
+            ValueError: if a number is out of range, or the numbers of texts and images differ.
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {weight}")
@@ -498,7 +489,7 @@ class ImageTextIndex:
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
-        length = length_of_shortlist(rerank, k, self.shortlist, across in queries)
+        length = candidates_to_rerank(rerank, k, self.candidates, across in queries)
         scores, ids = opened.vectors.search(combined, max(k, length))
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
@@ -517,19 +508,19 @@ class ImageTextIndex:
         return answers
 
     def tune(self, data: str | os.PathLike[str], *, k: int = 10, max_queries: int = 1000) -> Iterator[TuningRow]:
-        """Try every setting of `vectors.tuning.tune` on the vectors; those of faiss if it is installed.
+        """Compare every setting of `vectors.tuning.tune` on the vectors; settings of faiss need faiss.
 
-        The vectors are taken as they are stored: build the index with float32 to see what compression loses.
+        The stored vectors are the reference: build the index with float32 to measure the loss of compression.
 
         Args:
-            data: a manifest. Its captions are the queries of an index of images, its images those of an index of
-                texts. Where all that belongs to the queries is in the index, how often it is found is reported too.
-            k: how many answers count.
-            max_queries: how many of the queries to take, evenly spaced.
+            data: a manifest. Its captions are the queries of an index of images, its images the queries of an index
+                of texts. If the index holds all right answers, the result also reports how often they are found.
+            k: number of hits that count for each query.
+            max_queries: number of queries to use, evenly spaced.
 
         Raises:
             ImageError: if an image cannot be read.
-            ValueError: as `read_manifest`.
+            ValueError: if the manifest is not valid.
         """
         records = read_manifest(data)
         row_of = {name: row for row, name in enumerate(self.ids)}
@@ -552,12 +543,12 @@ class ImageTextIndex:
     def encode_queries(
         self, texts: Any = None, images: Any = None, on_report: Callable[[TextReport], None] = TextReport.warn
     ) -> dict[Side, Features]:
-        """Encode sentences, pictures or both as `search` does, for `search_features`.
+        """Encode texts, images or both for `search_features`.
 
         Args:
-            texts: as of `search`.
-            images: as of `search`.
-            on_report: see `D2SVSE.encode_text`.
+            texts: a text or a list of texts, or None.
+            images: an image or a list of images, or None.
+            on_report: receives the report on the texts, see `D2SVSE.encode_text`.
         """
         output = self.model.similarity_fn.output
         asked: dict[Side, Any] = {}
@@ -570,16 +561,16 @@ class ImageTextIndex:
 
     def query_vectors(self, side: Side, features: Features) -> np.ndarray:
         """Return the vectors of queries, `(n, dim)` float32, see `Similarity.vectors`."""
-        return self.model.similarity_fn.vectors(side, features, self.shortlist).cpu().numpy()
+        return self.model.similarity_fn.vectors(side, features, self.candidates).cpu().numpy()
 
     def info(self) -> dict[str, Any]:
-        """What the index is: count, what is stored, engine, dim, shortlist, model, fingerprint and bytes."""
+        """Return the facts of the index: count, side, engine, dim, candidates, model, fingerprint and bytes."""
         return {
             "count": len(self),
             "side": self.side,
             "engine": self.vectors.engine,
             "dim": self.vectors.dim,
-            "shortlist": self.shortlist,
+            "shortlist": self.candidates,  # as the file of the index has it
             "model": self._settings.model,
             "fingerprint": self.vectors.fingerprint,
             "bytes": _bytes(self.folder),
@@ -587,11 +578,11 @@ class ImageTextIndex:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """Pictures that the last `build` or `add` could not read, with the reason."""
+        """Images that the last `build` or `add` could not read, with the reason."""
         return read_skipped(self.folder)
 
     def _read(self) -> _Opened:
-        """Read the folder, again if a writer replaced its parts meanwhile."""
+        """Read the folder; try again if a writer replaced files in the meantime."""
         before = None
         while True:
             settings = IndexSettings.read(self.folder)
@@ -608,12 +599,12 @@ class ImageTextIndex:
                 before = str(error)
 
     def _stored(self, settings: IndexSettings, vectors: VectorIndex) -> StoredItems | None:
-        if settings.shortlist is None:
+        if settings.candidates is None:
             return None
         return StoredItems(self.folder, vectors.metadata_of(vectors.ids) if len(vectors) else [])
 
     def _settled(self, opened: _Opened, join: bool, every: bool = False) -> _Opened:
-        """Join small stores after a write, and remove what nothing refers to any more; under the lock."""
+        """Join small stores after a write, and remove unused folders; call it under the lock."""
         stored = self._stored(opened.settings, opened.vectors)
         if join and stored is not None and stored.join(every):
             stored = self._stored(opened.settings, opened.vectors)
@@ -622,7 +613,7 @@ class ImageTextIndex:
         return opened
 
     def _publish(self, opened: _Opened) -> None:
-        """Let searches that begin from now on see it."""
+        """Make new searches use this state."""
         before, self._opened = self._opened, opened
         before.vectors.close()
 
@@ -635,11 +626,11 @@ def _folders(opened: _Opened) -> set[str]:
 
 
 def _remembered(name: str | None, folder: Path) -> D2SVSE:
-    """Load the model that an index remembers, from a folder of this machine or the Hub's cache."""
+    """Load the model that built an index, from a local folder or the local cache of the Hub."""
     if name is None:
-        raise ValueError(f"{folder}: the model that built the index was not saved then; give model=")
+        raise ValueError(f"{folder}: the model that built the index was not saved; give it with model=")
     if Path(name).is_absolute() and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name}: no such model folder, which {folder} was built with; give model=")
+        raise FileNotFoundError(f"{name}: no such model folder, but it built {folder}; give the model with model=")
     from d2svse.models import D2SVSE
 
     if Path(name).is_absolute():
@@ -650,7 +641,7 @@ def _remembered(name: str | None, folder: Path) -> D2SVSE:
         return D2SVSE.from_pretrained(name, local_files_only=True)
     except OSError:
         raise FileNotFoundError(
-            f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to fetch it, "
+            f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to download it, "
             f"give --model {name} (model=)"
         ) from None
 

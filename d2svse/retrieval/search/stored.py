@@ -1,8 +1,8 @@
-"""What an index stores of its items beside their vectors, in stores of which there are few.
+"""The stored tokens of an index's items, in a small number of stores.
 
-The metadata of an item names the store that it was encoded into and its row there, and stays so. Small stores are
-joined into larger ones: a joined store lists in `joined.json` which rows of which earlier stores it holds. So an
-index of n items that were added one by one has about log n stores.
+The metadata of an item names the store that it was encoded into and its row there; it never changes. Small stores are
+joined into larger ones. A joined store lists in `joined.json` which rows of which earlier stores it holds. So an index
+of n items that were added one by one has about log n stores.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from d2svse.retrieval.search.contents import STORE, note_folders, own_folder
 from d2svse.retrieval.vectors.storage import count_of, first_to_merge
 
 JOINED = "joined.json"
-LARGEST_SMALL = 8192  # items; a larger store is joined by `compact` only, since that copies it
+LARGEST_SMALL = 8192  # items; only `compact` joins larger stores, because joining copies them
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where the rows of an earlier store lie now.
+class Location:
+    """The current location of the rows of an earlier store.
 
     Attributes:
-        store: the store that holds them.
-        first: the row of the first of them.
-        count: how many rows the earlier store had.
-        kept: which of those are held, in order; None for all.
+        store: the store that holds the rows now.
+        first: the row in `store` of the first of them.
+        count: number of rows of the earlier store.
+        kept: rows of the earlier store that `store` holds, in order; None for all.
     """
 
     store: EmbeddingStore
@@ -45,7 +45,7 @@ class Place:
     kept: np.ndarray | None
 
     def rows(self, earlier: Sequence[int]) -> np.ndarray:
-        """The rows in `store` of rows of the earlier store."""
+        """Return the rows in `store` of rows of the earlier store."""
         rows = np.asarray(earlier, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.count:
             raise ValueError(f"{self.store.folder}: rows {rows.min()} to {rows.max()} of {self.count}")
@@ -58,15 +58,15 @@ class Place:
 
 
 class StoredItems:
-    """The stores of an index, opened.
+    """The open stores of an index.
 
     Args:
-        folder: of the index.
-        metadata: of all items.
+        folder: the folder of the index.
+        metadata: the metadata of all items.
 
     Raises:
         FileNotFoundError: if a store is missing.
-        ValueError: if the folder names what it does not hold.
+        ValueError: if the metadata names rows that the stores do not hold.
     """
 
     def __init__(self, folder: Path, metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -77,11 +77,11 @@ class StoredItems:
                 self.used.setdefault(one["store"], []).append(count_of(one["row"], "a row"))
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{folder}: an item without its place in a store ({error!r}); build it again"
+                    f"{folder}: an item does not name its row in a store ({error!r}); build it again"
                 ) from None
         joined = joined_stores(folder)
         stores: dict[str, EmbeddingStore] = {}
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, Location] = {}
         self._joined = set(joined)
         for name in self.used:
             holder, *where = joined.get(name, (name,))
@@ -89,32 +89,32 @@ class StoredItems:
                 stores[holder] = EmbeddingStore(own_folder(folder, holder))
             store = stores[holder]
             first, count, kept = where or (0, len(store), None)
-            place = Place(store, first, count, None if kept is None else np.array(kept, dtype=np.int64))
+            location = Location(store, first, count, None if kept is None else np.array(kept, dtype=np.int64))
             if first + (count if kept is None else len(kept)) > len(store):
                 raise ValueError(f"{store.folder / JOINED}: names rows that it does not hold; build the index again")
-            place.rows(self.used[name])
-            self.places[name] = place
+            location.rows(self.used[name])
+            self.locations[name] = location
 
     @property
     def folders(self) -> set[str]:
-        """The names of the folders that hold what the items need."""
-        return {place.store.folder.name for place in self.places.values()}
+        """The names of the folders that hold rows of the items."""
+        return {location.store.folder.name for location in self.locations.values()}
 
     @property
     def names(self) -> set[str]:
-        """All names that must not be given to another store."""
+        """All names that a new store must not have."""
         return self.folders | set(self.used) | self._joined
 
     def features(self, metadata: Sequence[Mapping[str, Any]]) -> Features:
-        """Read what is stored of some items, in their order."""
+        """Read the features of some items, in their order."""
         rows: dict[Path, list[int]] = {}
         order: dict[Path, list[int]] = {}
         stores: dict[Path, EmbeddingStore] = {}
         for position, one in enumerate(metadata):
-            place = self.places[one["store"]]
-            folder = place.store.folder
-            stores[folder] = place.store
-            rows.setdefault(folder, []).append(int(place.rows([one["row"]])[0]))
+            location = self.locations[one["store"]]
+            folder = location.store.folder
+            stores[folder] = location.store
+            rows.setdefault(folder, []).append(int(location.rows([one["row"]])[0]))
             order.setdefault(folder, []).append(position)
         parts = [stores[folder].features(rows[folder]) for folder in rows]
         if len(parts) == 1:
@@ -123,20 +123,23 @@ class StoredItems:
         return Features.cat(parts)[positions.argsort()]
 
     def join(self, every: bool = False) -> bool:
-        """Join small stores into one, or all of them, without the rows that no item needs; under the lock.
+        """Join small stores, or all stores, into one without unused rows; call it under the lock.
 
-        The stores that were joined stay, until they are swept.
+        The joined stores stay on the disk until a sweep removes them.
+
+        Args:
+            every: join all stores, not only small ones.
 
         Returns:
-            Whether there was something to join.
+            Whether any stores were joined.
         """
         of_folder: dict[str, list[str]] = {}
-        for name, place in self.places.items():
-            of_folder.setdefault(place.store.folder.name, []).append(name)
+        for name, location in self.locations.items():
+            of_folder.setdefault(location.store.folder.name, []).append(name)
         needed = {folder: sum(len(self.used[name]) for name in names) for folder, names in of_folder.items()}
         if every:
             chosen = list(of_folder)
-            whole = len(chosen) == 1 and needed[chosen[0]] == len(self.places[of_folder[chosen[0]][0]].store)
+            whole = len(chosen) == 1 and needed[chosen[0]] == len(self.locations[of_folder[chosen[0]][0]].store)
             if not chosen or whole:
                 return False
         else:
@@ -146,9 +149,9 @@ class StoredItems:
                 return False
         parts, listed, first = [], [], 0
         for name in (name for folder in chosen for name in of_folder[folder]):
-            place, kept = self.places[name], sorted(self.used[name])
-            parts.append((place.store, place.rows(kept)))
-            listed.append([name, first, place.count, None if len(kept) == place.count else kept])
+            location, kept = self.locations[name], sorted(self.used[name])
+            parts.append((location.store, location.rows(kept)))
+            listed.append([name, first, location.count, None if len(kept) == location.count else kept])
             first += len(kept)
         name = STORE + uuid.uuid4().hex[:12]
         note_folders(self.folder, [name])
@@ -160,13 +163,13 @@ class StoredItems:
 
 
 def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Return, for each store that was joined, the folder that holds its rows now, and where.
+    """Return, for each joined store, the folder that holds its rows now, and their location there.
 
-    A store must not be given one of these names. Where two joined stores hold the same rows, since the first has not
-    been swept yet, the later one counts.
+    A new store must not have one of these names. If two joined stores hold the same rows, because the first is not
+    swept yet, the later one counts.
 
     Raises:
-        ValueError: if a list is not one that this package wrote.
+        ValueError: if a list has another form than this package writes.
     """
     found: dict[str, tuple[Any, ...]] = {}
     for _, holder, stores in sorted(_lists(folder), key=lambda one: one[:2]):
@@ -180,7 +183,7 @@ def joined_stores(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def _lists(folder: Path) -> list[tuple[int, str, list[Any]]]:
-    """The number of each joining, its store and its list."""
+    """Return the number, the store and the list of each joined store."""
     lists = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(STORE) and (path / JOINED).is_file():

@@ -258,7 +258,7 @@ def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndar
 def _product(queries: np.ndarray, vectors: np.ndarray, out: np.ndarray) -> np.ndarray:
     """`queries @ vectors.T` into `out`, whose rows may lie apart.
 
-    Of few queries by torch: threads of NumPy's BLAS would go on waiting for more while torch scores a shortlist.
+    Few queries go by torch: threads of NumPy's BLAS would go on waiting for more while torch scores candidates.
     """
     if len(queries) <= FEW_QUERIES:
         _allow_mapped_files()

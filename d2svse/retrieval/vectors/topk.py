@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class RunningTopK:
-    """Keeps the k best of every query while blocks of rows come in ascending order.
+    """Keep the k best rows of every query while blocks of rows come in ascending order.
 
-    A score is looked at again only if it passes the k-th best so far, so most of a block is done with
-    in one comparison. Of equal scores the first row wins.
+    One comparison settles most of a block: only a score above the k-th best so far is looked at again. Of equal scores
+    the first row wins.
 
     Args:
         num_queries: how many queries.
@@ -26,7 +26,7 @@ class RunningTopK:
         self._count = 0
 
     def add(self, scores: np.ndarray | Tensor, rows: np.ndarray) -> None:
-        """Take the scores `(num_queries, n)` of rows `(n,)`, all of them after the rows that came before."""
+        """Add the scores `(num_queries, n)` of rows `(n,)`. The rows ascend and follow those added before."""
         bar = self.scores[:, -1]
         find = _passing_on_device if isinstance(scores, Tensor) else _passing
         query, column, passed = find(scores, bar, self.k)  # type: ignore[arg-type]
@@ -36,21 +36,24 @@ class RunningTopK:
             if self._count >= self.scores.size:
                 self._settle()
 
-    def best(self) -> tuple[np.ndarray, np.ndarray]:
-        """The best scores and rows, each `(num_queries, k)`, after at least k rows.
+    def best(self, *, full: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return the best scores and their rows, each `(num_queries, k)`, best first.
+
+        Args:
+            full: expect k finite scores for every query. False allows fewer, whose score is -inf and whose row is -1.
 
         Raises:
-            ValueError: if a score was NaN or infinite.
+            ValueError: if `full`, and a score is NaN or infinite.
         """
         self._settle()
-        if not np.isfinite(self.scores).all():
+        if full and not np.isfinite(self.scores).all():
             raise ValueError("a score is not finite: the vectors or the queries are too large for float32")
         return self.scores, self.rows
 
     def _settle(self) -> None:
         """Rank what is waiting together with the best so far."""
-        kept, place = np.nonzero(self.rows >= 0)
-        waiting = [(kept, self.rows[kept, place], self.scores[kept, place]), *self._waiting]
+        kept, column = np.nonzero(self.rows >= 0)
+        waiting = [(kept, self.rows[kept, column], self.scores[kept, column]), *self._waiting]
         query, rows, scores = (np.concatenate(part) for part in zip(*waiting, strict=True))
         order = np.lexsort((-scores, query))  # stable, and rows come in order: of equals the first row wins
         query = query[order]
@@ -64,7 +67,7 @@ Passing = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
-    """Query, column and score of what passes the bar: of too many those that tie with the k best at least."""
+    """Return query, column and score of what passes the bar; of many, only what reaches the block's k-th best."""
     passes = scores > bar[:, None]
     if np.count_nonzero(passes) > 2 * k * len(scores):
         passes &= scores >= np.partition(scores, -k, axis=1)[:, -k, None]
@@ -73,7 +76,7 @@ def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
 
 
 def _passing_on_device(scores: Tensor, bar: np.ndarray, k: int) -> Passing:
-    """As `_passing`; only what passes leaves the device."""
+    """Do as `_passing` for a tensor; only what passes leaves the device."""
     passes = scores > torch.from_numpy(bar).to(scores.device)[:, None]
     if int(passes.sum()) > 2 * k * len(scores):
         passes &= scores >= scores.topk(k, dim=1).values[:, -1:]

@@ -1,0 +1,40 @@
+"""`d2svse average`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2svse.cli.common import examples, prepare_process
+
+EXAMPLES = examples(
+    "d2svse average runs/a/model runs/b/model runs/c/model -o soup",
+    "d2svse average openai/clip-vit-base-patch32 runs/a/model --weights 0.5,0.5 -o robust",
+)
+
+
+def average(
+    models: Annotated[list[str], typer.Argument(help="Two or more models that started from the same weights.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the averaged model.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Share of each model, separated by commas.", show_default="equal shares")
+    ] = None,
+) -> None:
+    """Average the weights of models: a soup of several runs, or a model before and after training.
+
+    The configuration and the processor are the first model's.
+    """
+    shares = None if weights is None else [_number(part) for part in weights.split(",")]
+    prepare_process()
+    from d2svse.models.averaging import average_models
+
+    average_models(models, shares).save_pretrained(output)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--weights takes numbers separated by commas, got {text!r}") from None

@@ -1,0 +1,88 @@
+"""Averages of models that started from the same weights: model soups and interpolation between start and end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from d2svse.models.modeling import D2SVSE
+
+
+def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: Sequence[float] | None = None) -> D2SVSE:
+    """Return the first model with the weighted mean of all models' weights.
+
+    Model soups (Wortsman et al., ICML 2022) average runs of one start; WiSE-FT (Wortsman et al., CVPR 2022)
+    averages a model before and after training. Models that started apart have no useful mean. Floating-point
+    tensors become their mean, summed in float64; other tensors, the configuration and the processor are the first
+    model's.
+
+    Args:
+        models: two or more models, or their folders or Hub ids; a model given first is changed in place.
+        weights: share of each model, positive or zero; they are divided by their sum. Equal shares without it.
+
+    Raises:
+        ValueError: if there are fewer than two models, the weights do not fit, or two models differ in their tensors.
+    """
+    if len(models) < 2:
+        raise ValueError(f"an average needs two models or more, got {len(models)}")
+    shares = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(models):
+        raise ValueError(f"weights: one for each of the {len(models)} models, got {len(shares)}")
+    if min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise ValueError(f"weights must not be negative, and their sum must be positive, got {shares}")
+    first = _load(models[0])
+    state = first.state_dict()
+    sums = {name: value.double() * shares[0] for name, value in state.items() if value.is_floating_point()}
+    for model, share in zip(models[1:], shares[1:], strict=True):
+        other = _load(model).state_dict()
+        _check_alike(state, other, _name(models[0]), _name(model))
+        for name, total in sums.items():
+            total.add_(other[name].to(total.device, torch.float64), alpha=share)
+    with torch.no_grad():
+        for name, total in sums.items():
+            state[name].copy_(total / sum(shares))
+    return first
+
+
+def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return `(1 - share) * start + share * end` of two states, in the dtype of `end` (WiSE-FT).
+
+    Args:
+        start: tensors before training, by name.
+        end: tensors after training; names and shapes are those of `start`.
+        share: 0 gives `start`, 1 gives `end`, both to the bit.
+
+    Raises:
+        ValueError: if the states differ in names or shapes.
+    """
+    _check_alike(start, end, "the start", "the end")
+    if share in (0, 1):
+        chosen = end if share else start
+        return {name: chosen[name].clone() for name in end}
+    return {
+        name: torch.lerp(start[name].double(), value.double(), share).to(value.dtype)
+        if value.is_floating_point()
+        else value.clone()
+        for name, value in end.items()
+    }
+
+
+def _load(model: D2SVSE | str | os.PathLike[str]) -> D2SVSE:
+    return model if isinstance(model, D2SVSE) else D2SVSE.from_pretrained(model)
+
+
+def _name(model: D2SVSE | str | os.PathLike[str]) -> str:
+    return str(model.name_or_path or "a model") if isinstance(model, D2SVSE) else os.fspath(model)
+
+
+def _check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], one: str, two: str) -> None:
+    for name in [*first, *other]:
+        if name not in first or name not in other:
+            lacking = one if name not in first else two
+            raise ValueError(f"{two} is not built like {one}: {lacking} has no tensor {name}")
+        if first[name].shape != other[name].shape:
+            shapes = f"{tuple(other[name].shape)} and {tuple(first[name].shape)}"
+            raise ValueError(f"{two} is not built like {one}: {name} is {shapes}")

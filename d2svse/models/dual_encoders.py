@@ -1,0 +1,315 @@
+"""Dual encoders of transformers (CLIP, SigLIP, ...) with the pooling and projection that they were trained with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from d2svse.hub.folder import check_vocabulary, loading
+from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+
+Pool = Callable[[Any, Tensor, Tensor | None], Tensor]
+TOWERS = ("vision_config", "text_config")
+CAPTIONERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+IMAGE_MODELS = frozenset(MODEL_FOR_IMAGE_MAPPING_NAMES)
+
+
+class Parts(NamedTuple):
+    """The parts of a processor that are used here."""
+
+    image_processor: Any
+    tokenizer: Any
+
+
+def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the class token after the tower's last norm (CLIP's vision side)."""
+    return tower.post_layernorm(hidden[:, 0])
+
+
+def pool_by_head(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return what the tower's attention head makes of all tokens (SigLIP's vision side)."""
+    return tower.head(hidden)
+
+
+def pool_by_pooler(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return what the tower's pooler makes of the first token (BERT, ViT)."""
+    return tower.pooler(hidden)
+
+
+def pool_mean(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the mean over all positions (ALIGN's vision side)."""
+    return hidden.mean(1)
+
+
+def pool_first(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the first token."""
+    return hidden[:, 0]
+
+
+def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the last position, padding or not, through the tower's linear head (SigLIP's text side)."""
+    return tower.head(hidden[:, -1])
+
+
+def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+    """Return the first end-of-text token; the largest id in checkpoints whose configuration has a wrong one."""
+    if ids is None:
+        return hidden[:, 0]
+    end = tower.config.eos_token_id
+    at = (ids if end == 2 and tower.config.model_type != "metaclip_2_text_model" else (ids == end)).int().argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+
+
+@dataclass(frozen=True, slots=True)
+class DualEncoderKind:
+    """How a dual encoder of transformers makes embeddings from the last hidden states of its towers.
+
+    Attributes:
+        pool_image: pooling of the vision tower, before the projection.
+        pool_text: pooling of the text tower, before the projection.
+        projections: whether a linear projection follows on the vision side and on the text side.
+        fixed_length: texts are padded to the tower's full length, and padding is attended to.
+    """
+
+    pool_image: Pool
+    pool_text: Pool
+    projections: tuple[bool, bool] = (True, True)
+    fixed_length: bool = False
+
+
+KINDS: dict[str, DualEncoderKind] = {
+    "align": DualEncoderKind(pool_mean, pool_first, projections=(False, True)),
+    "altclip": DualEncoderKind(pool_class_token, pool_first),
+    "chinese_clip": DualEncoderKind(pool_class_token, pool_first),
+    "clip": DualEncoderKind(pool_class_token, pool_end_of_text),
+    "clipseg": DualEncoderKind(pool_class_token, pool_end_of_text),
+    "metaclip_2": DualEncoderKind(pool_class_token, pool_end_of_text),
+    "siglip": DualEncoderKind(pool_by_head, pool_last, projections=(False, False), fixed_length=True),
+    "vision-text-dual-encoder": DualEncoderKind(pool_by_pooler, pool_by_pooler),
+}
+
+
+def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
+    """Return how a dual encoder pools.
+
+    Args:
+        model_type: `model_type` of the dual encoder.
+        vision_type: `model_type` of the vision tower, which `vision-text-dual-encoder` leaves open.
+    """
+    kind = KINDS[model_type]
+    if kind.pool_image is pool_by_pooler and vision_type == "clip_vision_model":
+        return DualEncoderKind(pool_class_token, kind.pool_text)
+    return kind
+
+
+def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
+    """Pool every token as if it were alone: it goes through the same norm and head as the pooled one.
+
+    Args:
+        pool: the tower's pooling.
+        tower: the tower.
+        hidden: `(batch, length, hidden_size)`.
+
+    Returns:
+        `(batch, length, width)`.
+    """
+    return pool(tower, hidden.flatten(0, 1).unsqueeze(1), None).unflatten(0, hidden.shape[:2])
+
+
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what `D2SVSEConfig.dual_encoder` keeps of a dual encoder's configuration: all but that of its towers."""
+    values = config.to_diff_dict()
+    left_out = (*TOWERS, "transformers_version", "architectures", "dtype", "_name_or_path")
+    return {"model_type": config.model_type, **{name: value for name, value in values.items() if name not in left_out}}
+
+
+def make_dual_encoder(
+    dual_encoder: dict[str, Any], vision: PreTrainedConfig, text: PreTrainedConfig
+) -> PreTrainedModel:
+    """Make a dual encoder with random weights.
+
+    Args:
+        dual_encoder: see `D2SVSEConfig`.
+        vision: configuration of its vision tower.
+        text: configuration of its text tower.
+    """
+    options = dict(dual_encoder)
+    config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
+    config = config_class(vision_config=vision.to_dict(), text_config=text.to_dict(), **options)
+    model_class: Any = MODEL_MAPPING[config_class]
+    model: PreTrainedModel = model_class(config)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """One side of a dual encoder.
+
+    Attributes:
+        backbone: the tower.
+        projection: what maps a pooled vector to the joint space.
+        pool: how the tower pools.
+        fixed_length: texts are padded to the tower's full length, and padding is attended to.
+    """
+
+    backbone: PreTrainedModel
+    projection: nn.Module
+    pool: Pool
+    fixed_length: bool
+
+
+def towers_of(dual: Any) -> tuple[Tower, Tower]:
+    """Return the vision and the text side of a dual encoder; they share its modules."""
+    kind = kind_of(dual.config.model_type, dual.config.vision_config.model_type)
+    image, text = kind.projections
+    return (
+        Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), kind.pool_image, False),
+        Tower(dual.text_model, dual.text_projection if text else nn.Identity(), kind.pool_text, kind.fixed_length),
+    )
+
+
+def embed_dim_of(config: Any) -> int:
+    """Return the width of a dual encoder's embeddings."""
+    return int(getattr(config, "projection_dim", None) or config.vision_config.hidden_size)
+
+
+@torch.no_grad()
+def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
+    """Give the text side of a dual encoder more positions, as Long-CLIP does (Zhang et al., ECCV 2024).
+
+    The first positions stay as they are; those behind them are interpolated over the new length, because the later
+    ones were trained on few texts. Texts within the first positions encode as before, to the bit.
+
+    Args:
+        dual: the dual encoder; its position embedding and configuration are changed.
+        count: positions afterwards, special tokens included; 248 in Long-CLIP.
+        kept: positions that stay.
+
+    Raises:
+        ValueError: if the text side pads to a fixed length, has no position embedding, or has so many already.
+    """
+    kind = dual.config.model_type
+    if KINDS[kind].fixed_length:
+        raise ValueError(f"max_positions: a {kind} text side reads padding too, so that no text would stay as it is")
+    named = dual.text_model.named_modules()
+    tables = [(name, part) for name, part in named if isinstance(part, nn.Embedding) and "position_embedding" in name]
+    if not tables:
+        raise ValueError(f"max_positions: the text side of a {kind} model has no position embedding")
+    name, table = tables[0]
+    owner = dual.text_model.get_submodule(name.rpartition(".")[0])
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind the padding id
+    old = table.weight[offset:]
+    if count <= len(old):
+        raise ValueError(f"max_positions {count}: the text side has {len(old)} positions already")
+    places = kept + torch.arange(count - kept, dtype=torch.float64) * (len(old) - kept) / (count - kept)
+    lower = places.floor().long().clamp(max=len(old) - 2)
+    share = (places - lower).to(old.dtype)[:, None]
+    stretched = old[lower] + share * (old[lower + 1] - old[lower])  # behind the last one it goes on as it went
+    weight = torch.cat([table.weight[: offset + kept], stretched])
+    new = nn.Embedding(len(weight), weight.shape[1], padding_idx=table.padding_idx, _weight=weight)
+    setattr(owner, name.rpartition(".")[2], new.to(table.weight.device))
+    for buffer in ("position_ids", "token_type_ids"):
+        if hasattr(owner, buffer):
+            values = (
+                torch.arange(len(weight)) if buffer == "position_ids" else torch.zeros(len(weight), dtype=torch.long)
+            )
+            owner.register_buffer(buffer, values.expand(1, -1).to(table.weight.device), persistent=False)
+    dual.config.text_config.max_position_embeddings = len(weight)
+
+
+def logit_scale_of(dual: Any) -> tuple[float, float | None]:
+    """Return the log of the factor, and the bias if there is one, by which a dual encoder turns cosines into logits."""
+    if hasattr(dual, "temperature"):
+        scale = -dual.temperature.detach().float().log()
+    else:
+        scale = dual.logit_scale.detach().float()
+    bias = getattr(dual, "logit_bias", None)
+    return float(scale.squeeze()), None if bias is None else float(bias.detach().float().squeeze())
+
+
+def check_kind(model_type: str, name: str = "") -> None:
+    """Check that a model is a dual encoder that is known here.
+
+    Args:
+        model_type: as its `config.json` gives it.
+        name: the folder or Hub id, for the message.
+
+    Raises:
+        ValueError: if it is not; the message says how such a model is used.
+    """
+    if model_type in KINDS:
+        return
+    called = f"{name}: " if name else ""
+    kind, name = f"{called}a {model_type} model", name or "NAME"
+    if model_type in CAPTIONERS:
+        use = f"it writes captions: d2svse caption local {name}"
+    elif model_type in CONFIG_MAPPING and "vision_config" in getattr(CONFIG_MAPPING[model_type], "sub_configs", ()):
+        use = f"it is no dual encoder that is known here; known are {', '.join(KINDS)}"
+    elif model_type in IMAGE_MODELS:
+        use = f"it encodes images alone: join it with a text backbone, d2svse train --vision {name} --text TEXT"
+    else:
+        use = f"it encodes texts alone: join it with a vision backbone, d2svse train --vision VISION --text {name}"
+    raise ValueError(f"{kind} cannot be searched with as it is; {use}")
+
+
+def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load a dual encoder from a folder or the Hub, in float32; code that it brings is never run.
+
+    Raises:
+        ValueError: if it is none, its weights are missing, broken or not finite, or the folder names something
+            outside of itself.
+        OSError: if a file is missing, or the Hub cannot be reached.
+    """
+    name = os.fspath(name)
+    folder = local_files(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_kind(config.model_type, name)
+        model_class: Any = MODEL_MAPPING[type(config)]
+        files = weight_files(folder, name)
+        check_size(lambda: model_class(config), files, name)
+        model, info = model_class.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+    check_finite(model, files, name)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_dual_processor(name: str | os.PathLike[str]) -> Any:
+    """Load the image processor (of Pillow) and the tokenizer of a dual encoder.
+
+    Returns:
+        An object with `image_processor` and `tokenizer`.
+
+    Raises:
+        OSError: if one is missing.
+    """
+    name = os.fspath(name)
+    with loading(name):
+        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+        if Path(name).is_dir():
+            check_vocabulary(name)
+        return Parts(image_processor, AutoTokenizer.from_pretrained(name, trust_remote_code=False))

@@ -1,0 +1,334 @@
+"""Evaluate a model: encode every image and caption once, score all pairs, rank, measure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2svse.features import Features
+from d2svse.models.fingerprint import model_fingerprint
+from d2svse.retrieval.embeddings.store import encode_images, encode_texts
+from d2svse.retrieval.evaluation.metrics import caption_answers, fold_slices, mean_metrics
+from d2svse.retrieval.evaluation.protocols import COCO_NAME, find_protocol, right_answers, take_split
+from d2svse.retrieval.evaluation.ranking import ranking_metrics
+from d2svse.retrieval.evaluation.report import Captions, EvaluatedModel, Evaluation, Ranked
+from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, rank_in_two_stages, stream_rankings
+from d2svse.similarity.base import Candidates, Similarity, build_similarity, similarity_options
+
+if TYPE_CHECKING:
+    from d2svse.data.dataset import ImageTextDataset
+    from d2svse.models.modeling import D2SVSE
+
+IMAGES_ON_CPU = 32  # a CPU is slower with larger batches: it returns each batch's memory to the system
+COCO_TEST, COCO_FOLDS = 5000, 5
+
+
+def evaluate(
+    model: D2SVSE | Sequence[tuple[str, D2SVSE]],
+    dataset: ImageTextDataset,
+    *,
+    protocol: str = "custom",
+    similarity: Mapping[str, Any] | None = None,
+    captions: Captions = "sparse",
+    folds: int | None = None,
+    rerank: int | None = None,
+    candidates: Candidates = "mean",
+    annotations: str | os.PathLike[str] | None = None,
+    wrong: int = 0,
+    batch_size: int = 128,
+    max_length: int | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
+    fingerprint: bool = True,
+    show_progress_bar: bool = False,
+) -> Evaluation:
+    """Rank all captions for every image and all images for every caption.
+
+    A similarity of pooled vectors never holds all scores; one of tokens does, and so does every one with `processes`.
+
+    Args:
+        model: the model, with its processor; or a name and a model each, to rank by the mean of their scores.
+        dataset: images and captions; those of the protocol, if it names any.
+        protocol: a name of `PROTOCOLS`.
+        similarity: another one than the models' own, see `choose_similarity`.
+        captions: the sparse captions, or the one dense caption of each image (in a custom protocol only).
+        folds: of a custom protocol, parts to rank apart beside the whole; five by default for 5000 images of MS-COCO.
+        rerank: rank in two stages: find so many candidates by the cosine of one vector an item, and rank these by
+            the similarity.
+        candidates: that vector, see `Similarity.vectors`: "mean" of the tokens, or "pooled".
+        annotations: see `right_answers`.
+        wrong: keep so many of the best wrong answers of each query, for `Evaluation.queries`.
+        batch_size: see `encode_dataset`.
+        max_length: see `encode_dataset`.
+        embeddings: see `encode_dataset`.
+        processes: share the work among processes that all call this; each gets the whole result.
+        fingerprint: name each model's weights in the report, for which all of them are read.
+        show_progress_bar: show one on the terminal.
+
+    Returns:
+        The metrics as fractions (`.metrics`), everything that JSON holds (`.report()`), every query (`.queries()`).
+
+    Raises:
+        ImageError: if an image cannot be read.
+        ImportError: if the ground truth of the protocol is not installed.
+        ValueError: if a score is NaN, the set is not the one that the protocol names, or an option does
+            not go with another.
+
+    Example:
+        >>> evaluate(model, dataset).metrics["t2i_recall_at_1"]  # doctest: +SKIP
+        0.25
+    """
+    models = list(model) if isinstance(model, Sequence) else [(model.config.name_or_path or "model", model)]
+    rules = find_protocol(protocol)
+    if rules.name != "custom" and (captions != "sparse" or folds is not None):
+        raise ValueError(f"the protocol {rules.name} sets captions and folds itself; only custom takes others")
+    dataset, left_out = take_split(rules, dataset)
+    truth = right_answers(rules, dataset, annotations) if rules.truth else None
+    owner = owners(dataset, captions)
+    if rules.folds is None and folds is None:
+        is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
+        folds = COCO_FOLDS if is_coco else 1
+    fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
+    chosen = [choose_similarity(one, similarity) for _, one in models]
+    _check_rerank(rerank, candidates, chosen, processes)
+    encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "max_length": max_length}
+    encoding |= {"embeddings": embeddings, "processes": processes, "show_progress_bar": show_progress_bar}
+    sides = [
+        encode_dataset(one, dataset, tokens=scored.needs_tokens, **encoding)
+        for (_, one), scored in zip(models, chosen, strict=True)
+    ]
+
+    def rank(rows: slice) -> Ranked:
+        columns = slice(*np.searchsorted(owner, [rows.start, rows.stop]).tolist())
+        answers = truth or caption_answers(owner[columns] - rows.start, rows.stop - rows.start)
+        if rerank is None:
+            part = scorer.part(rows, columns)
+            return Ranked(rows, columns, stream_rankings(part, *answers), best_wrong(part, *answers, wrong))
+        images, texts = sides[0][0][rows], sides[0][1][columns]
+        options: dict[str, Any] = {"candidates": candidates, "wrong": wrong, "show_progress_bar": show_progress_bar}
+        return Ranked(rows, columns, *rank_in_two_stages(chosen[0], images, texts, *answers, rerank, **options))
+
+    with _without_dropout(chosen):
+        scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
+        whole = rank(slice(0, len(dataset))) if len(fold_rows) == 1 or rules.folds is None else None
+        parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
+    of_folds = [ranking_metrics(*part.rankings) for part in parts]
+    return Evaluation(
+        metrics=ranking_metrics(*whole.rankings) if whole else mean_metrics(of_folds),
+        fold_metrics=of_folds,
+        whole=whole,
+        folds=parts,
+        protocol=rules.name,
+        models=[
+            EvaluatedModel(name, model_revision(one) if fingerprint else None, _describe(one, similarity, scored))
+            for (name, one), scored in zip(models, chosen, strict=True)
+        ],
+        rerank=rerank,
+        candidates=candidates,
+        dataset=dataset,
+        captions=captions,
+        captions_left_out=left_out,
+    )
+
+
+def encode_dataset(
+    model: D2SVSE,
+    dataset: ImageTextDataset,
+    *,
+    tokens: bool,
+    captions: Captions = "sparse",
+    batch_size: int = 128,
+    max_length: int | None = None,
+    show_progress_bar: bool = False,
+    processes: Processes | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
+) -> tuple[Features, Features]:
+    """Encode every image and every caption once.
+
+    Args:
+        model: the model, with its processor.
+        dataset: images and captions.
+        tokens: keep the tokens beside the pooled vectors.
+        captions: the sparse captions, or the one dense caption of each image.
+        batch_size: texts encoded at a time, and images (on a CPU no more than 32). The published evaluation has 128.
+            The result depends on it where the context decoder does not mask padding.
+        max_length: cut longer texts, in tokens; the processor's limit without it.
+        show_progress_bar: show one on the terminal.
+        processes: share the work among processes that all call this.
+        embeddings: a folder to keep embeddings in (float32): a store for each side, model and list. What is
+            there is not encoded again. Not with `processes`.
+
+    Returns:
+        The images, of this process alone where there are several, and all captions, in order.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        ValueError: if `embeddings` and `processes` are given together.
+    """
+    dense = captions == "dense"
+    texts, images = dataset.dense_captions if dense else dataset.captions, dataset.images
+    of_text: dict[str, Any] = {"dense": dense, "max_length": max_length, "batch_size": batch_size}
+    of_image: dict[str, Any] = {
+        "batch_size": min(batch_size, IMAGES_ON_CPU) if model.device.type == "cpu" else batch_size
+    }
+    options: dict[str, Any] = {"output": "features" if tokens else "pooled", "show_progress_bar": show_progress_bar}
+    if embeddings is not None:
+        if processes is not None:
+            raise ValueError("stored embeddings are for one process")
+        return (
+            stored_features(model, "image", images, embeddings, **of_image, **options),
+            stored_features(model, "text", texts, embeddings, **of_text, **options),
+        )
+    empty = [False, False]
+    if processes is not None:
+        own = [processes.share(len(items)) for items in (texts, images)]
+        empty = [part.start == part.stop for part in own]  # more processes than items: encode one, and drop it
+        texts, images = texts[own[0]] or texts[:1], images[own[1]] or images[:1]
+
+    def features(encoded: Any) -> Features:
+        return encoded if tokens else Features(encoded)
+
+    encoded_texts = features(model.encode_text(texts, convert_to_tensor=True, **of_text, **options))
+    encoded_images = features(model.encode_image(images, convert_to_tensor=True, **of_image, **options))
+    if processes is not None:
+        encoded_texts = processes.gather_features(encoded_texts[:0] if empty[0] else encoded_texts)
+    return encoded_images[:0] if empty[1] else encoded_images, encoded_texts
+
+
+def stored_features(
+    model: D2SVSE,
+    side: Literal["image", "text"],
+    items: Sequence[Any],
+    folder: str | os.PathLike[str],
+    **options: Any,
+) -> Features:
+    """Read the features of images or texts from their store in a folder, and encode those that it lacks.
+
+    Args:
+        model: the model, with its processor.
+        side: which of them.
+        items: images or texts, `n` of them.
+        folder: the folder of all stores. The name of a store is made from the model, the list and the options.
+        **options: as of `encode_images` or `encode_texts`.
+
+    Returns:
+        `n` features in float32, in the order of the items, on the model's device.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        BlockingIOError: if another process is writing to the store.
+    """
+    names = [os.fspath(item) for item in items]
+    decisive = {name: value for name, value in options.items() if name not in ("show_progress_bar", "batch_size")}
+    if side == "text" and model.text_depends_on_batch(options["dense"]):
+        decisive["batch_size"] = options["batch_size"]
+    key = hashlib.sha256(json.dumps([model_fingerprint(model), decisive, names]).encode()).hexdigest()[:16]
+    encode: Any = encode_images if side == "image" else encode_texts
+    store = encode(model, items, Path(folder) / f"{side}-{key}", dtype="float32", **options)
+    rows: Sequence[int] = range(len(names))
+    if len(store) < len(names):  # equal items are stored once
+        row_of = {name: row for row, name in enumerate(store.ids)}
+        rows = [row_of[name] for name in names]
+    return store.features(rows).to(model.device)
+
+
+def owners(dataset: ImageTextDataset, captions: Captions) -> np.ndarray:
+    """Return the row of each evaluated caption's image, `(n_captions,)`."""
+    return np.arange(len(dataset)) if captions == "dense" else dataset.image_of_caption
+
+
+def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) -> Similarity:
+    """Return a model's similarity, or build another one for the model.
+
+    Args:
+        model: the model.
+        configuration: as of `build_similarity`; None for the model's own.
+
+    Raises:
+        ValueError: if it does not fit the model's width, or has weights that the model has not learned.
+    """
+    if configuration is None:
+        return model.similarity_fn
+    built = build_similarity(configuration, model.config.embed_dim).to(model.device).eval()
+    weights, own = built.state_dict(), model.similarity_fn.state_dict()
+    if weights:
+        same = type(built) is type(model.similarity_fn) and weights.keys() == own.keys()
+        if not same or any(weights[name].shape != own[name].shape for name in weights):
+            name = similarity_options(configuration)["name"]
+            raise ValueError(
+                f"similarity {name!r} has learned weights ({', '.join(weights)}), and the model, "
+                f"{model.config.embed_dim} wide with {type(model.similarity_fn).__name__}, has none that fit: train it "
+                "with this similarity, or take one without weights"
+            )
+        built.load_state_dict(own)
+    return built
+
+
+def model_revision(model: D2SVSE) -> dict[str, str]:
+    """Return which weights a model has: their fingerprint, and the commit if they came from the Hub."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return {**({"hub_commit": commit} if commit else {}), "fingerprint": model_fingerprint(model)}
+
+
+class Processes(Protocol):
+    """Processes that share an evaluation; `d2svse.training.distributed` has them."""
+
+    def share(self, length: int) -> slice:
+        """Return which of so many items in order are of this process."""
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """Join the rows of all processes in order."""
+
+    def gather_features(self, features: Features) -> Features:
+        """Join the features of all processes in order."""
+
+
+def _check_rerank(
+    rerank: int | None, candidates: str, chosen: Sequence[Similarity], processes: Processes | None
+) -> None:
+    known = get_args(Candidates)
+    if not chosen or (rerank is not None and len(chosen) > 1):
+        raise ValueError(f"{len(chosen)} models: expected at least one, and exactly one with rerank")
+    if candidates not in known:
+        raise ValueError(f"candidates takes {' or '.join(known)}, got {candidates!r}")
+    if rerank is None:
+        if candidates != known[0]:
+            raise ValueError(f"candidates {candidates!r} without rerank: only reranking looks for candidates")
+        return
+    if chosen[0].candidates() is None:
+        raise ValueError(f"inner products give the scores of {type(chosen[0]).__name__}: it needs no reranking")
+    if processes is not None:
+        raise ValueError("reranking is for one process")
+
+
+@torch.no_grad()
+def _scorer(similarity: Similarity, sides: tuple[Features, Features], processes: Processes | None) -> Scorer:
+    if processes is None:
+        return Scorer.of(similarity, *sides)
+    return Scorer.of_matrix(processes.gather_rows(similarity(*sides)))
+
+
+def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity: Similarity) -> dict[str, Any]:
+    return similarity_options(configuration or model.config.similarity) | {"class": type(similarity).__name__}
+
+
+@contextmanager
+def _without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
+    """Score as after training, also in the middle of it."""
+    training = [similarity for similarity in similarities if similarity.training]
+    for similarity in training:
+        similarity.eval()
+    try:
+        yield
+    finally:
+        for similarity in training:
+            similarity.train()

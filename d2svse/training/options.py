@@ -1,0 +1,384 @@
+"""All options of a training run, each declared once.
+
+From these dataclasses come `Recipe` (the keys of a YAML file), `TrainingArguments` (`--set`), the flags of `d2svse
+train`, the checks of types, ranges and choices, and the tables in docs/training.md. This module imports neither torch
+nor transformers, so that the command line starts quickly.
+
+A field is `name: type = option(default, help)`. A `Literal` type lists the choices. A flag reads the first type of a
+union.
+"""
+# ruff: noqa: RUF009 - option() returns a dataclass field
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, get_args
+
+from d2svse.choices import Mining, OnBadImage, OnNonfinite, Placement
+
+Stage = Literal["pretrain", "distill", "align"]
+Preset = Literal["paper", "published", "recommended", "dual-encoder"]
+Lora = Literal["none", "vision", "text", "both"]
+CaptionsPerEpoch = Literal["one", "all"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def option(
+    default: Any, help: str, *, flag: str | bool = False, least: float = -math.inf, most: float | None = None
+) -> Any:
+    """Declare an option.
+
+    Args:
+        default: its default; MISSING where a value must be given.
+        help: one sentence for `--help` and the docs.
+        flag: the flag of `d2svse train`: True for the name with dashes, or the words that typer takes, such as
+            "--output -o"; False for an option that `--set` and YAML give.
+        least: the least value of a number.
+        most: its greatest value, or None.
+    """
+    metadata = {"help": help, "flag": flag, "range": (least, most)}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """What is trained on, as keys of a recipe."""
+
+    train: str = option(MISSING, "Manifest or other layout of the training set.", flag=True)
+    val: str = option(MISSING, "Manifest or other layout of the validation set.", flag=True)
+    train_split: str | None = option(None, "Split of the training set, where the layout has several.", flag=True)
+    val_split: str | None = option(None, "Split of the validation set.", flag=True)
+    image_folder: str | None = option(
+        None, "Where relative image paths start; the manifest's folder without it.", flag=True
+    )
+    dense: str = option(
+        "auto",
+        "Dense text: auto, field, concat, a JSONL file, or long or short200 of the published layout.",
+        flag=True,
+    )
+    on_bad_image: OnBadImage = option("error", "What to do with an image that cannot be read.", flag=True)
+
+
+@dataclass(kw_only=True)
+class StartOptions:
+    """What training starts from, as keys of a recipe."""
+
+    vision: str | None = option(None, "Vision backbone: Hub id or folder.", flag=True)
+    text: str | None = option(None, "Text backbone: Hub id or folder.", flag=True)
+    model: str | None = option(None, "Start from this model instead of backbones: Hub id or folder.", flag=True)
+    teacher: str | None = option(
+        None,
+        "Stage-1 model to distil from, where --model is of stage 2; without it the teacher beside that model.",
+        flag=True,
+    )
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Of a new model, below `model_options` of a recipe; further ones are the fields of `D2SVSEConfig`."""
+
+    embed_dim: int = option(512, "Width of the joint space.", flag=True)
+    similarity: str | dict[str, Any] = option(
+        "cosine", "Similarity, such as max-mean or omit; in YAML also its name with its arguments.", flag=True
+    )
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimisation."""
+
+    num_train_epochs: float = option(3.0, "Epochs of each stage.", flag="--epochs", least=0)
+    per_device_train_batch_size: int = option(
+        8, "Pairs in a batch of one process.", flag="--batch-size", least=1, most=10**6
+    )
+    learning_rate: float = option(5e-5, "Learning rate of new weights.", flag="--lr", least=0)
+    backbone_lr_scale: float = option(0.1, "Learning rate of both backbones, as a share of learning_rate.", least=0)
+    layer_decay: float = option(
+        1.0,
+        "Learning rate of a layer of a backbone, as a share of the layer above it; the embeddings come below the first "
+        "layer.",
+        least=0,
+        most=1,
+    )
+    lr_milestones: list[int] = option(
+        [],
+        "Epochs after which the learning rate is multiplied by lr_gamma; they replace lr_scheduler_type and warm-up.",
+    )
+    lr_gamma: float = option(0.1, "See lr_milestones.", least=0)
+
+    weight_decay_exclude: list[str] = option(
+        [], "Patterns of names of weights without weight decay, such as decoder.tokens or image_encoder.*."
+    )
+
+    def decayed(self, names: Collection[str]) -> Collection[str]:
+        """Return the names of the parameters that weight decay acts on.
+
+        Args:
+            names: all matrices and kernels of the model: neither biases, nor gains, nor the temperature.
+
+        Raises:
+            ValueError: if a pattern of `weight_decay_exclude` matches none of them.
+        """
+        for pattern in self.weight_decay_exclude:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"weight_decay_exclude: no weight has a name like {pattern!r}")
+        return {name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in self.weight_decay_exclude)}
+
+
+@dataclass
+class LossOptions:
+    """The loss. Of a mapping `{name: ..., argument: ...}` the arguments go before the options below."""
+
+    loss: str | dict[str, Any] = option(
+        "infonce",
+        "Ranking loss: infonce, sigmoid, hinge, cmpm, max-polynomial or a registered one; in YAML also its name with "
+        "its arguments.",
+        flag=True,
+    )
+    temperature: float | None = option(
+        0.05,
+        "Temperature of infonce and sigmoid (the start, if learned) and of cmpm; null starts infonce and sigmoid from "
+        "the model's own logit_scale and logit_bias.",
+    )
+    learn_temperature: bool = option(
+        False, "Learn the temperature of infonce and sigmoid, as the model's logit_scale (and logit_bias)."
+    )
+    margin: float = option(0.2, "Margin of hinge and max-polynomial.")
+    mining: Mining = option("schedule", "Negatives of hinge: all, the hardest, or first all and then the hardest.")
+    warmup_loss_epochs: int = option(1, "Epochs of sum in the schedule of hinge.", least=0)
+    distill_loss: str | dict[str, Any] = option(
+        "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also its name with its arguments."
+    )
+    distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
+
+    def loss_configuration(self) -> dict[str, Any]:
+        """Return the ranking loss as `{"name": ..., **constructor_arguments}`."""
+        given = {"name": self.loss} if isinstance(self.loss, str) else self.loss
+        options = _LOSS_ARGUMENTS.get(str(given.get("name")), {})
+        values = {argument: getattr(self, name) for argument, name in options.items()}
+        return {**{argument: value for argument, value in values.items() if value is not None}, **given}
+
+
+# The options that each loss of the package takes, by the names of its constructor.
+_LOSS_ARGUMENTS = {
+    "infonce": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
+    "sigmoid": {"temperature": "temperature", "learn_temperature": "learn_temperature"},
+    "cmpm": {"temperature": "temperature"},
+    "hinge": {"margin": "margin", "mining": "mining", "warmup_epochs": "warmup_loss_epochs"},
+    "max-polynomial": {"margin": "margin"},
+}
+
+
+@dataclass
+class BackboneOptions:
+    """What of the backbones is trained; LoRA needs the extra d2svse[lora]."""
+
+    freeze_vision: bool = option(False, "Keep the vision backbone as it is.", flag=True)
+    freeze_text: bool = option(False, "Keep the text backbone as it is.", flag=True)
+    lora: Lora = option("none", "Train LoRA matrices in place of the weights of these backbones.", flag=True)
+    lora_rank: int = option(8, "Rank of the LoRA matrices.", least=1, most=4096)
+    lora_alpha: float | None = option(None, "Scale of LoRA; 2 × rank without it.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.", least=0, most=1)
+    lora_targets: list[str] = option([], "Names of the layers that get LoRA; all linear layers without them.")
+    merge_lora: bool = option(False, "Add the LoRA matrices to the weights when d2svse train saves a stage's model.")
+
+    def lora_arguments(self) -> dict[str, dict[str, Any]]:
+        """Return the arguments of `D2SVSE.add_lora` for each side that gets LoRA."""
+        given = {
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout or None,
+            "target_modules": self.lora_targets or None,
+        }
+        arguments = {"rank": self.lora_rank, **{name: value for name, value in given.items() if value is not None}}
+        return {side: dict(arguments) for side in ("vision", "text") if self.lora in (side, "both")}
+
+
+@dataclass
+class DecoderOptions:
+    """The context decoder that stage 2 adds."""
+
+    num_context_tokens: int = option(100, "Learnable tokens.", least=1, most=10_000)
+    decoder_layers: int = option(4, "Layers.", least=1, most=100)
+    decoder_heads: int = option(4, "Attention heads.", least=1, most=1000)
+    token_placement: Placement = option("surround", "Learnable tokens before the words, after them, or both.")
+    decoder_positions: bool = option(True, "Give the decoder a learned position embedding.")
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """Return the constructor arguments of the `ContextDecoder`."""
+        return {
+            "num_tokens": self.num_context_tokens,
+            "num_layers": self.decoder_layers,
+            "num_heads": self.decoder_heads,
+            "placement": self.token_placement,
+            "positions": self.decoder_positions,
+        }
+
+
+@dataclass
+class SampleOptions:
+    """Which captions an epoch takes, and how samples are augmented."""
+
+    captions_per_epoch: CaptionsPerEpoch = option(
+        "one", "Draw one sparse caption of each image in an epoch, or take all."
+    )
+    unique_images: bool = option(
+        False, "Never put two captions of an image into a batch, where an epoch takes all captions."
+    )
+    augment_images: bool = option(True, "Crop and mirror images.")
+    augment_words: bool = option(True, "Mask, replace and drop words.")
+    drop_image_tokens: bool = option(True, "Drop some of the vision backbone's tokens.")
+    max_length: int | None = option(
+        None, "Longest sparse caption in tokens; the processor's limit without it.", least=1
+    )
+    dense_max_length: int | None = option(
+        None, "Longest dense caption in tokens; the processor's limit without it.", least=1
+    )
+
+
+@dataclass
+class ComputeOptions:
+    """How it is computed."""
+
+    bf16: bool = option(False, "Train in bfloat16 mixed precision.", flag=True)
+    cache_image_tokens: str | None = option(
+        None,
+        "Folder to keep the tokens of a frozen vision backbone in (float16). Images are then encoded once, without "
+        "cropping and mirroring.",
+        flag=True,
+    )
+    chunk_size: int = option(
+        0,
+        "Pairs of a process that are encoded at a time (gradient caching), for batches larger than memory; 0 encodes "
+        "the batch at once.",
+        flag=True,
+        least=0,
+    )
+    dataloader_num_workers: int = option(0, "Processes that prepare samples.", flag="--workers", least=0, most=1024)
+    attn_implementation: str | None = option(
+        None, "Attention of both backbones while they train, such as eager or sdpa; as they were loaded without it."
+    )
+    text_groups: int = option(
+        4, "Groups of like length in which the texts of a batch are encoded; 1 suits an accelerator.", least=1
+    )
+    on_nonfinite: OnNonfinite = option(
+        "error", "What to do at a NaN or infinite loss: stop, or skip the step.", flag=True
+    )
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """The run as a whole, as keys of a recipe."""
+
+    output: str = option(MISSING, "Folder for checkpoints, models, configuration and results.", flag="--output -o")
+    stages: list[Stage] = option(
+        ["pretrain", "distill"], "Stages in order, with commas between: pretrain, distill, align.", flag=True
+    )
+    preset: Preset = option("recommended", "Values to start from.", flag=True)
+    seed: int = option(42, "The one seed of the run.", flag=True)
+    resume: bool = option(False, "Go on where a run with this output stopped.", flag=True)
+    show_progress_bar: bool = option(True, "Show bars on the terminal.")
+    push_to_hub: str | None = option(
+        None, "ORG/NAME on the Hub: push the model there at the end, with a model card.", flag=True
+    )
+    hub_private: bool | None = option(
+        None, "Who may see it there; as its owner has set without it.", flag="--private/--public"
+    )
+
+
+# The groups by the section of a recipe that holds them; "" is the recipe itself. Help and docs keep this order.
+GROUPS: dict[type, str] = {
+    DataOptions: "",
+    StartOptions: "",
+    ModelOptions: "model_options",
+    OptimizerOptions: "training",
+    LossOptions: "training",
+    BackboneOptions: "training",
+    DecoderOptions: "training",
+    SampleOptions: "training",
+    ComputeOptions: "training",
+    RunOptions: "",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # D2S-VSE, Section 4.1 and Table 4.
+    "paper": {
+        "learning_rate": 5e-4,
+        "lr_milestones": [9, 15, 20, 25],
+        "lr_gamma": 0.1,
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 128,
+        "loss": "hinge",
+        "margin": 0.2,
+        "mining": "hardest",
+        "distill_loss": "cosine",
+        "num_context_tokens": 100,
+        "decoder_layers": 4,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+    },
+    # The published code, where it differs from the paper. Not reproduced: its teacher in train mode on
+    # augmented text, its clipping before unscaling, and its attention to padded words.
+    "published": {
+        "learning_rate": 2e-4,
+        "lr_milestones": [9, 15, 20, 25],
+        "lr_gamma": 0.3,
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "hinge",
+        "margin": 0.2,
+        "mining": "schedule",
+        "warmup_loss_epochs": 1,
+        "distill_loss": "cosine",
+        "num_context_tokens": 100,
+        "decoder_layers": 4,
+        "decoder_heads": 4,
+        "token_placement": "postfix",
+        "decoder_positions": False,
+    },
+    # Chosen by what was measured on real photos: docs/results.md.
+    "recommended": {
+        "learning_rate": 1e-3,
+        "backbone_lr_scale": 0.3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "infonce",
+        "temperature": 0.05,
+        "distill_loss": "cosine",
+        "num_context_tokens": 16,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+    },
+    # Fine-tuning of CLIP, SigLIP and the like; chosen by what was measured: docs/results.md.
+    "dual-encoder": {
+        "learning_rate": 1e-4,
+        "backbone_lr_scale": 1.0,
+        "layer_decay": 0.8,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "num_train_epochs": 10,
+        "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "loss": "infonce",
+        "temperature": None,
+        "distill_loss": "cosine",
+        "num_context_tokens": 16,
+        "decoder_layers": 2,
+        "decoder_heads": 4,
+        "token_placement": "surround",
+        "drop_image_tokens": False,
+        "eval_on_start": True,
+    },
+}

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [{"image": f"{row}.png", "captions": [f"one {row}", "two"]} for row in range(3)]
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(tmp_path / row["image"])
+    rows[1]["dense"] = "own"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def join(run, manifest, tmp_path):
+    def call(source, *options):
+        output = tmp_path / "out" / "joined.jsonl"
+        code, out, err = run("data", "dense", manifest, "--from", source, "-o", output, *options)
+        rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else None
+        return code, out, err, rows and [row.get("dense") for row in rows]
+
+    return call
+
+
+def test_concat_and_auto(join):
+    code, out, err, dense = join("concat")
+    assert (code, err, dense) == (0, "", ["one 0 two", "one 1 two", "one 2 two"])
+    assert "3 images, 3 with a dense caption" in out
+    code, _, err, _ = join("auto")
+    assert code == 2
+    assert "joined.jsonl: already exists; give another name" in err
+
+
+def test_auto_keeps_what_is_there(join):
+    assert join("auto")[3] == ["one 0 two", "own", "one 2 two"]
+
+
+def test_by_image_and_by_line(join, tmp_path):
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {row}"}) + "\n" for row in range(3)))
+    assert join(tmp_path / "lines.jsonl")[3] == ["line 0", "line 1", "line 2"]
+
+
+def test_images_without_dense_text_are_counted_and_named(join, tmp_path):
+    dense = tmp_path / "dense.jsonl"
+    dense.write_text('{"image": "2.png", "dense": "D2"}\n')
+    code, _, err, rows = join(dense)
+    assert (code, rows) == (2, None)
+    assert err.count("\n") == 1
+    assert f"2 of 3 images have no dense caption in {dense}: " in err
+    assert "0.png" in err
+    assert "1.png" in err
+    assert "--allow-missing" in err
+    code, out, err, rows = join(dense, "--allow-missing")
+    assert (code, rows) == (0, [None, None, "D2"])
+    assert "1 with a dense caption" in out
+    assert "2 of 3 images have no dense caption" in err
+
+
+def test_a_file_that_is_not_there_is_named(join, tmp_path):
+    code, _, err, rows = join(tmp_path / "no.jsonl")
+    assert (code, rows) == (2, None)
+    assert "no.jsonl: no such file" in err

@@ -1,0 +1,246 @@
+"""Dual encoders of transformers: equal to the original, saved without it; other models are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    PreTrainedModel,
+    VisionTextDualEncoderConfig,
+    ViTConfig,
+)
+
+from d2svse import D2SVSE, D2SVSEProcessor, ImageTextIndex
+from d2svse.models import model_fingerprint
+from d2svse.models.dual_encoders import KINDS, stretch_positions
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+ALIGN_VISION = {
+    "image_size": 32, "hidden_dim": 64, "width_coefficient": 1.0, "depth_coefficient": 0.3, "in_channels": [32, 16],
+    "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 2], "depthwise_padding": [],
+}  # fmt: skip
+NAMES = [*KINDS, "vision-text-dual-encoder with CLIP"]
+
+
+def make_dual(name: str, processor: D2SVSEProcessor) -> PreTrainedModel:
+    """A tiny dual encoder with random weights, for the words of a processor."""
+    tokenizer = processor.tokenizer
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 48, **ids}
+    kind = name.partition(" ")[0]
+    config_class = CONFIG_MAPPING[kind]
+    if kind == "vision-text-dual-encoder":
+        vision = CLIPVisionConfig(**VISION) if name.endswith("CLIP") else ViTConfig(**VISION)
+        config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BertConfig(**text), projection_dim=24)
+    elif kind == "siglip":
+        config = config_class(vision_config=VISION, text_config=text)
+    else:
+        vision = ALIGN_VISION if kind == "align" else VISION
+        config = config_class(vision_config=vision, text_config={**text, "project_dim": 20}, projection_dim=24)
+    torch.manual_seed(0)
+    dual = MODEL_MAPPING[config_class](config).eval()
+    with torch.no_grad():
+        for parameter in dual.parameters():  # norms and biases too, so that none of them can be left out
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dual
+
+
+@pytest.fixture
+def save_dual(processor, tmp_path):
+    """Save a dual encoder with its processor's parts, as transformers does."""
+
+    def save(name: str) -> tuple[PreTrainedModel, Path]:
+        dual, folder = make_dual(name, processor), tmp_path / name.replace(" ", "-")
+        dual.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
+        return dual, folder
+
+    return save
+
+
+def original(dual, processor, images, texts) -> dict[str, np.ndarray]:
+    """What transformers itself gives."""
+    kind = dual.config.model_type
+    fixed = {"padding": "max_length", "max_length": 48} if kind == "siglip" else {"padding": True}
+    words = dict(processor.tokenizer(texts, return_tensors="pt", return_token_type_ids=False, **fixed))
+    if kind == "siglip":
+        del words["attention_mask"]  # as SigLIP's own tokenizer, which makes none
+    pixels = processor.pixel_values(images)
+    with torch.no_grad():
+        output = dual(pixel_values=pixels, **words)
+        image, text = dual.get_image_features(pixel_values=pixels), dual.get_text_features(**words)
+    unit = torch.nn.functional.normalize
+    return {
+        "images": unit(image.pooler_output, dim=-1).numpy(),
+        "texts": unit(text.pooler_output, dim=-1).numpy(),
+        "logits": output.logits_per_image.numpy(),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_and_logits_are_those_of_the_original(name, save_dual, processor, val_dataset, tmp_path):
+    dual, folder = save_dual(name)
+    images, texts = [str(path) for path in val_dataset.images[:5]], val_dataset.captions[:7]
+    expected = original(dual, processor, images, texts)
+    taken = D2SVSE.from_pretrained(folder).eval()
+    taken.save_pretrained(tmp_path / "taken")
+    (folder / "config.json").unlink()  # the saved model needs nothing of the original
+    for model in (taken, D2SVSE.from_pretrained(tmp_path / "taken").eval()):
+        np.testing.assert_allclose(model.encode_image(images), expected["images"], atol=1e-6)
+        np.testing.assert_allclose(model.encode_text(texts), expected["texts"], atol=1e-6)
+        with torch.no_grad():
+            logits = model(**model.processor(images=images, text=texts)).logits_per_image
+        np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_go_through_the_norm_and_the_projection_of_the_pooled_one(name, processor, val_dataset):
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor).eval()
+    images = model.encode_image(val_dataset.images[:3], output="features")
+    texts = model.encode_text(val_dataset.captions[:3], output="features")
+    assert images.tokens.shape[2] == texts.tokens.shape[2] == model.config.embed_dim
+    assert texts.mask.sum() < texts.mask.numel()  # padding is no token, though SigLIP attends to it
+    unit = torch.nn.functional.normalize
+    if KINDS[name.partition(" ")[0]].pool_image.__name__ in ("pool_class_token", "pool_by_pooler"):
+        torch.testing.assert_close(unit(images.tokens[:, 0], dim=-1), images.pooled)
+    ends = texts.mask.sum(1) - 1
+    at = {"pool_end_of_text": ends, "pool_last": torch.full((3,), texts.tokens.shape[1] - 1)}
+    rows = at.get(KINDS[name.partition(" ")[0]].pool_text.__name__, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(unit(texts.tokens[torch.arange(3), rows], dim=-1), texts.pooled)
+
+
+def test_one_text_and_a_batch_of_longer_ones_give_the_same(save_dual, val_dataset):
+    for name in ("clip", "siglip", "altclip"):
+        model = D2SVSE.from_pretrained(save_dual(name)[1]).eval()
+        texts = ["a red circle", *val_dataset.captions[:9]]
+        np.testing.assert_allclose(model.encode_text(texts)[0], model.encode_text(texts[0])[0], atol=1e-6)
+        np.testing.assert_allclose(model.encode_text(texts, batch_size=2), model.encode_text(texts), atol=1e-6)
+
+
+def test_an_index_is_built_searched_and_opened_again(save_dual, photos, tmp_path):
+    _, folder = save_dual("clip")
+    index = ImageTextIndex.build(D2SVSE.from_pretrained(folder), photos, tmp_path / "index")
+    hits = index.search("a red circle", k=3)[0]
+    again = ImageTextIndex.load(tmp_path / "index")  # which loads the dual encoder by its folder
+    assert [hit.id for hit in again.search("a red circle", k=3)[0]] == [hit.id for hit in hits]
+    assert model_fingerprint(again.model) == model_fingerprint(D2SVSE.from_pretrained(folder))
+
+
+def test_a_prompt_is_put_around_texts_where_it_is_asked_for(save_dual, tmp_path):
+    model = D2SVSE.from_pretrained(save_dual("clip")[1]).eval()
+    plain, spelt = model.encode_text(["red circle", "a red circle"])
+    before = model_fingerprint(model)
+    model.processor.prompt = "a {}"
+    np.testing.assert_allclose(model.encode_text("red circle")[0], spelt, atol=1e-6)
+    assert np.abs(spelt - plain).max() > 1e-3
+    assert model_fingerprint(model) != before
+    model.save_pretrained(tmp_path / "prompted")
+    assert D2SVSE.from_pretrained(tmp_path / "prompted").processor.prompt == "a {}"
+    with pytest.raises(ValueError, match=r"prompt must have \{\} once"):
+        D2SVSEProcessor(model.processor.image_processor, model.processor.tokenizer, prompt="a photo")
+
+
+def test_fields_of_the_configuration_can_be_given(save_dual):
+    folder = save_dual("clip")[1]
+    model = D2SVSE.from_pretrained(folder, similarity="omit", context_decoder={"num_tokens": 2, "num_heads": 2})
+    assert model.config.similarity == {"name": "omit"}
+    assert model.decoder is not None
+    with pytest.raises(ValueError, match="unknown model option 'similarly'"):
+        D2SVSE.from_pretrained(folder, similarly="omit")
+    with pytest.raises(ValueError, match="native pooling belongs to a dual encoder"):
+        D2SVSE.from_pretrained(folder, text_pooling="mean")
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ({"model_type": "vit"}, "--vision {} --text TEXT"),
+        ({"model_type": "bert"}, "--vision VISION --text {}"),
+        ({"model_type": "llava"}, "d2svse caption local {}"),
+        ({"model_type": "groupvit"}, "no dual encoder that is known here"),
+    ],
+)
+def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, advice, tmp_path):
+    (tmp_path / "config.json").write_text(str(config).replace("'", '"'))
+    with pytest.raises(ValueError, match="cannot be searched with") as told:
+        D2SVSE.from_pretrained(tmp_path)
+    assert advice.format(tmp_path) in str(told.value)
+
+
+def test_weights_that_lack_a_part_are_refused(save_dual, processor, tmp_path):
+    _, folder = save_dual("clip")
+    text = {**TOWER, "vocab_size": len(processor.tokenizer)}
+    BertModel(BertConfig(**text), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"do not belong together|weights lack"):
+        D2SVSE.from_pretrained(folder)
+
+
+def test_a_new_decoder_and_a_new_metric_leave_the_scores_as_they_are(save_dual, val_dataset, tmp_path):
+    folder, texts = save_dual("clip")[1], val_dataset.captions[:5]
+    plain = D2SVSE.from_pretrained(folder).eval()
+    images = plain.encode_image(val_dataset.images[:4])
+    scores = plain.similarity(images, plain.encode_text(texts))
+    for similarity in ("gssf-diagonal", "gssf-block-diagonal"):
+        model = D2SVSE.from_pretrained(folder, similarity=similarity).eval()
+        np.testing.assert_allclose(model.similarity(images, model.encode_text(texts)), scores, atol=1e-6)
+        model.add_decoder(num_tokens=4, num_layers=1, num_heads=2)
+        np.testing.assert_array_equal(model.encode_text(texts), plain.encode_text(texts))
+        with torch.no_grad():
+            model.context_gate.fill_(0.5)
+        assert np.abs(model.encode_text(texts) - plain.encode_text(texts)).max() > 1e-3
+        model.save_pretrained(tmp_path / similarity)
+        np.testing.assert_array_equal(
+            D2SVSE.from_pretrained(tmp_path / similarity).eval().encode_text(texts), model.encode_text(texts)
+        )
+
+
+@pytest.mark.parametrize("name", ["clip", "altclip", "vision-text-dual-encoder"])
+def test_stretched_positions_take_long_texts_and_leave_short_ones_as_they_are(name, save_dual, tmp_path):
+    folder = save_dual(name)[1]
+    plain, long = D2SVSE.from_pretrained(folder).eval(), D2SVSE.from_pretrained(folder, max_positions=120).eval()
+    short = ["a red circle", "a red circle and a blue star on a grey background at the top left"]
+    np.testing.assert_array_equal(long.encode_text(short), plain.encode_text(short))
+    text = " ".join(["a red circle and a blue star"] * 14)
+    other = text + " and a green ring"  # differs behind the positions of before
+    assert long.processor.report(other).lengths[0] > 90
+    assert not long.processor.report(other).cut.any()
+    assert plain.processor.report(other).cut.all()
+    assert np.abs(long.encode_text(text) - long.encode_text(other)).max() > 1e-6
+    np.testing.assert_array_equal(plain.encode_text(text), plain.encode_text(other))
+    long.save_pretrained(tmp_path / "long")
+    again = D2SVSE.from_pretrained(tmp_path / "long").eval()
+    np.testing.assert_array_equal(again.encode_text([text, other]), long.encode_text([text, other]))
+
+
+def test_positions_are_interpolated_behind_the_first_twenty(processor):
+    dual = make_dual("clip", processor)
+    before = dual.text_model.embeddings.position_embedding.weight.detach().clone()
+    stretch_positions(dual, 20 + 28 * 4)
+    after = dual.text_model.embeddings.position_embedding.weight
+    assert after[:20].equal(before[:20])
+    for row in range(28):
+        torch.testing.assert_close(after[20 + 4 * row], before[20 + row])
+    torch.testing.assert_close(after[22], (before[20] + before[21]) / 2)
+    torch.testing.assert_close(after[-1], before[-1] + 0.75 * (before[-1] - before[-2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"), [("siglip", 120, "reads padding too"), ("clip", 40, "has 48 positions already")]
+)
+def test_positions_that_cannot_be_stretched_are_refused(name, count, message, processor):
+    with pytest.raises(ValueError, match=message):
+        stretch_positions(make_dual(name, processor), count)

@@ -1,0 +1,101 @@
+import os
+
+import pytest
+import torch
+
+from d2svse import D2SVSE
+from d2svse.models import model_fingerprint
+from d2svse.retrieval import ImageTextIndex
+from support.processes import Fork
+
+FRESH = """
+import sys, transformers
+transformers.logging.disable_progress_bar()
+from d2svse import D2SVSE
+from d2svse.models import model_fingerprint
+print(model_fingerprint(D2SVSE.from_pretrained(sys.argv[1])))
+"""
+
+
+def test_the_same_model_has_the_same_fingerprint_wherever_it_is_loaded(model, tmp_path):
+    own = model_fingerprint(model)
+    model.encode_text(["a red circle", "a ring"])  # leaves its padding and truncation in the tokenizer
+    assert model_fingerprint(model) == own
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+        loaded = D2SVSE.from_pretrained(tmp_path / name)
+        assert model_fingerprint(loaded.train()) == own
+    fresh = Fork(FRESH, tmp_path / "a")
+    assert fresh.wait() == 0, fresh.err()
+    assert fresh.out().split()[-1] == own
+
+
+def test_whatever_changes_an_embedding_changes_it(make_model, processor, tmp_path):
+    model = make_model()
+    own = model_fingerprint(model)
+
+    def changed(change):
+        model.save_pretrained(tmp_path / "m")
+        other = D2SVSE.from_pretrained(tmp_path / "m")
+        change(other)
+        return model_fingerprint(other)
+
+    with torch.no_grad():
+        found = {
+            "weights": changed(lambda m: m.image_encoder.projection.weight[0, 0].add_(1e-6)),
+            "dtype": changed(lambda m: m.half()),
+            "configuration": changed(lambda m: setattr(m.config, "fusion", "published")),
+            "backbone": changed(lambda m: setattr(m.config.text_config, "num_attention_heads", 4)),
+            "similarity": model_fingerprint(make_model(similarity={"name": "max-mean"})),
+            "similarity's argument": model_fingerprint(make_model(similarity={"name": "max-mean", "direction": "t2i"})),
+            "picture size": changed(lambda m: setattr(m.processor.image_processor, "size", {"height": 8, "width": 8})),
+            "length": changed(lambda m: setattr(m.processor, "max_length", 7)),
+            "vocabulary": changed(lambda m: m.processor.tokenizer.add_tokens(["zebra"])),
+        }
+    assert own not in found.values()
+    assert len(set(found.values())) == len(found)
+    model.processor = None
+    with pytest.raises(ValueError, match="no processor"):
+        model_fingerprint(model)
+
+
+def test_a_search_hashes_the_weights_once_and_again_after_any_change(make_model, photos, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(home))
+    monkeypatch.setattr("d2svse.models.fingerprint.NOTED_FROM", 0)
+    model, folder = make_model(), tmp_path / "model"
+    model.save_pretrained(folder)
+    loaded = D2SVSE.from_pretrained(folder)
+    own = model_fingerprint(loaded)
+    assert not home.exists()  # a model that its caller may have changed leaves no note
+    assert model_fingerprint(D2SVSE.from_pretrained(folder), as_loaded=True) == own
+    (note,) = home.rglob("*.txt")
+    ImageTextIndex.build(loaded, photos, tmp_path / "index")
+
+    note.write_text("0" * 64)  # which tells whether it is read
+    assert model_fingerprint(D2SVSE.from_pretrained(folder), as_loaded=True) == "0" * 64
+    with pytest.raises(ValueError, match="this model is"):
+        ImageTextIndex.load(tmp_path / "index").search("a red circle")
+    assert model_fingerprint(loaded) == own
+    loaded.processor.max_length = 7
+    assert model_fingerprint(loaded, as_loaded=True) not in (own, "0" * 64)
+    note.write_text("half")  # is not a fingerprint
+    assert model_fingerprint(D2SVSE.from_pretrained(folder), as_loaded=True) == own
+    assert ImageTextIndex.load(tmp_path / "index").search("a red circle")
+
+    note.write_text("0" * 64)
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert model_fingerprint(D2SVSE.from_pretrained(folder), as_loaded=True) == own
+    with torch.no_grad():
+        loaded.image_encoder.projection.weight.data.add_(1)
+    assert model_fingerprint(loaded) != own
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_alone(make_model, tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("d2svse.models.fingerprint.NOTED_FROM", 0)
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    assert model_fingerprint(D2SVSE.from_pretrained(tmp_path / "model"), as_loaded=True) == model_fingerprint(model)

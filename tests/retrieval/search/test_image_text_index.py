@@ -1,0 +1,371 @@
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+from d2svse import D2SVSE, ImageTextIndex, register_similarity
+from d2svse.cli.app import main
+from d2svse.images import ImageError
+from d2svse.retrieval import VectorIndex
+from d2svse.retrieval.search.contents import MANIFEST
+from d2svse.similarity import Similarity
+
+CAPTIONS = 3
+STRIDE = 11  # a kill at every eleventh file operation
+
+
+def break_picture(path):
+    path.write_bytes(path.read_bytes()[:80])
+
+
+def all_scores(model, images, texts):
+    return model.similarity(model.encode_image(images, output="features"), model.encode_text(texts, output="features"))
+
+
+def check(found, names, scores, k, atol=1e-5):
+    """The hits of each query are the k best of a full sort of its column."""
+    scores = np.asarray(scores)
+    for query, hits in enumerate(found):
+        best = np.argsort(-scores[:, query], kind="stable")[:k]
+        assert [hit.id for hit in hits] == [names[row] for row in best]
+        np.testing.assert_allclose([hit.score for hit in hits], scores[best, query], atol=atol)
+
+
+def randomise(model):
+    """A metric that is not the identity, as it is after training."""
+    with torch.no_grad():
+        for parameter in model.similarity_fn.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "gssf-dense"])
+def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dataset, tmp_path, name):
+    model = make_model(similarity={"name": name})
+    randomise(model)
+    queries = val_dataset.captions[:CAPTIONS]
+    scores = all_scores(model, val_dataset.images, queries)
+    names = [str(path) for path in val_dataset.images]
+    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i")
+    check(index.search(queries, k=10), names, scores, 10)
+    loaded = ImageTextIndex.load(tmp_path / "i", model)
+    assert loaded.search(queries, k=10) == index.search(queries, k=10)
+    assert loaded.search(images=val_dataset.images[5], k=1)[0][0].id == names[5]
+    captions = list(dict.fromkeys(val_dataset.captions))
+    texts = ImageTextIndex.build(model, captions, tmp_path / "t", side="text")
+    scores = all_scores(model, val_dataset.images[:2], captions)
+    check(texts.search(images=val_dataset.images[:2], k=10), captions, scores.T, 10)
+    with pytest.raises(ValueError, match="the similarity folds into the vectors"):
+        index.search(queries, rerank=10)
+
+
+@pytest.mark.parametrize("candidates", ["mean", "pooled"])
+@pytest.mark.parametrize("name", ["max-mean", "scan-t2i", "scan-i2t", "omit", "movers"])
+def test_a_similarity_of_tokens_reranks_exactly(make_model, val_dataset, tmp_path, name, candidates):
+    model = make_model(similarity={"name": name})
+    images = model.encode_image(val_dataset.images, output="features")
+    names = [str(path) for path in val_dataset.images]
+    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i", candidates=candidates)
+    for count in (3, 12):  # a few queries at a time, and many
+        queries = val_dataset.captions[:count]
+        words = model.encode_text(queries, output="features")
+        exact = model.similarity(images, words).numpy()
+        found = index.search(queries, k=4)
+        for row, hits in enumerate(found):
+            given = {hit.id: hit.score for hit in hits}
+            best = np.sort(exact[:, row])[::-1][:4]
+            np.testing.assert_allclose([hit.score for hit in hits], best, atol=2e-3)  # tokens are float16
+            np.testing.assert_allclose([exact[names.index(i), row] for i in given], list(given.values()), atol=2e-3)
+    # 5 candidates: the exact order of the 5 best by their vectors.
+    by_vectors = index.search(queries, k=5, rerank=0)
+    again = index.search(queries, k=5, rerank=5)
+    for row, (first, second) in enumerate(zip(by_vectors, again, strict=True)):
+        assert {hit.id for hit in first} == {hit.id for hit in second}
+        order = [exact[names.index(hit.id), row] for hit in second]
+        assert all(a >= b - 4e-3 for a, b in itertools.pairwise(order))
+    captions = list(dict.fromkeys(val_dataset.captions))
+    texts = ImageTextIndex.build(model, captions, tmp_path / "t", side="text", candidates=candidates)
+    exact = model.similarity(images, model.encode_text(captions, output="features")).numpy()
+    for row, hits in enumerate(texts.search(images=val_dataset.images[:2], k=4)):
+        np.testing.assert_allclose([hit.score for hit in hits], np.sort(exact[row])[::-1][:4], atol=2e-3)
+    with pytest.raises(ValueError, match="rerank must be at least k, 5, got 4"):
+        index.search(queries, k=5, rerank=4)
+
+
+def test_mean_vectors_are_those_of_the_real_tokens(make_model, val_dataset, tmp_path):
+    model = make_model(similarity={"name": "omit"})
+    index = ImageTextIndex.build(model, val_dataset.images[:4], tmp_path / "i")
+    queries = val_dataset.captions[:4]
+
+    def mean(features, row):
+        real = features.real_tokens()[row]
+        total = sum(token / token.norm() for token, there in zip(features.tokens[row], real, strict=True) if there)
+        return total / total.norm()
+
+    images, texts = (
+        model.encode_image(val_dataset.images[:4], output="features"),
+        model.encode_text(queries, output="features"),
+    )
+    for row, hits in enumerate(index.search(queries, k=4, rerank=0)):
+        expected = sorted((float(mean(images, i) @ mean(texts, row)) for i in range(4)), reverse=True)
+        np.testing.assert_allclose([hit.score for hit in hits], expected, atol=2e-3)
+
+
+def test_a_similarity_that_neither_folds_nor_compares_tokens_is_served(make_model, val_dataset, tmp_path):
+    @register_similarity("minus-squared-distance-of-test")
+    class MinusSquaredDistance(Similarity):
+        def score(self, images, texts):
+            return -(torch.cdist(images.pooled, texts.pooled) ** 2)
+
+    model = make_model(similarity={"name": "minus-squared-distance-of-test"})
+    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i")
+    queries = val_dataset.captions[:3]
+    assert index.candidates == "pooled"
+    assert json.loads((index.folder / MANIFEST).read_text())["shortlist"] == "pooled"  # as in indexes made before
+    check(index.search(queries, k=4), [str(path) for path in val_dataset.images],
+          all_scores(model, val_dataset.images, queries), 4)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_a_sentence_and_a_picture_are_weighed(make_model, val_dataset, tmp_path, name):
+    model = make_model(similarity={"name": name})
+    index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i")
+    queries, pictures = val_dataset.captions[:2], val_dataset.images[3:5]
+    by_text = {hit.id: hit.score for hit in index.search(queries[1], k=16)[0]}
+    by_image = {hit.id: hit.score for hit in index.search(images=pictures[1], k=16)[0]}
+    for weight in (0.0, 0.3, 1.0):
+        hits = index.search(queries, pictures, k=16, weight=weight)[1]
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        for hit in hits:
+            expected = weight * by_text[hit.id] + (1 - weight) * by_image[hit.id]
+            assert hit.score == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="as many texts as images, got 2 and 1"):
+        index.search(queries, pictures[:1])
+    with pytest.raises(ValueError, match="weight must be from 0 to 1"):
+        index.search(queries, pictures, weight=1.5)
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_add_takes_what_is_new_or_changed_and_drops_what_is_gone(
+    make_model, photos, scenes, tmp_path, name, monkeypatch
+):
+    model = make_model(similarity={"name": name})
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    other = scenes / "train" / "000000.png"
+    index.add([other])  # not of the folder: it stays
+    names = sorted(photos.iterdir())
+    names[0].unlink()
+    shutil.copy(scenes / "train" / "000001.png", names[1])
+    shutil.copy(scenes / "train" / "000002.png", photos / "new.png")
+    encoded = []
+    batches = model.image_batches
+    model.image_batches = lambda images, **options: encoded.extend(images) or batches(images, **options)
+    writes = []
+    replace = VectorIndex.replace
+    monkeypatch.setattr(VectorIndex, "replace", lambda self, *given: writes.append(given) or replace(self, *given))
+    changes = index.add(photos)
+    assert len(writes) == 1  # of engines whose writes are seen at once, nothing is seen between
+    assert changes.added == [str(photos / "new.png")]
+    assert changes.changed == [str(names[1])]
+    assert changes.dropped == [str(names[0])]
+    assert sorted(encoded) == sorted([*changes.added, *changes.changed])
+    del model.image_batches
+    left = [*sorted(photos.iterdir()), other]
+    for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
+        assert sorted(opened.ids) == sorted(map(str, left))
+        found = opened.search("a red circle", k=99)[0]
+        scores = dict(zip(map(str, left), np.asarray(all_scores(model, left, ["a red circle"]))[:, 0], strict=True))
+        assert {hit.id: hit.score for hit in found} == pytest.approx(scores, abs=2e-3)
+    revision = [path.stat().st_mtime_ns for path in (tmp_path / "i").rglob("*")]
+    again = index.add(photos)
+    assert [again.added, again.changed, again.dropped, again.skipped] == [[], [], [], []]
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "i").rglob("*")] == revision
+    index.remove([str(other)])
+    assert str(other) not in index.ids
+    with pytest.raises(ValueError, match="is not in the index"):
+        index.remove([str(left[0]), "nothing.png"])
+    assert str(left[0]) in index.ids
+    assert len([path for path in (tmp_path / "i").iterdir() if path.is_dir()]) <= 4
+
+
+def test_broken_pictures_are_named_before_anything_changes_or_listed(model, photos, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    before = index.search("a red circle", k=99)
+    names = sorted(photos.iterdir())
+    break_picture(names[2])
+    (photos / "text.jpg").write_text("no picture")
+    with pytest.raises(ImageError, match=r"text\.jpg: not an image.*--on-bad-image skip"):
+        index.add(photos)
+    assert ImageTextIndex.load(tmp_path / "i", model).search("a red circle", k=99) == before
+    changes = index.add(photos, on_bad_image="skip")
+    assert sorted(name for name, _ in changes.skipped) == sorted([str(names[2]), str(photos / "text.jpg")])
+    assert changes.dropped == [str(names[2])]
+    assert not changes.changed
+    assert len(index) == 15
+    assert index.skipped == changes.skipped
+    built = ImageTextIndex.build(model, photos, tmp_path / "j", on_bad_image="skip")
+    assert len(built) == 15
+    assert len(built.skipped) == 2
+    with pytest.raises(ImageError, match="none of the 1 images can be read"):
+        ImageTextIndex.build(model, [photos / "text.jpg"], tmp_path / "k", on_bad_image="skip")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        index.add(photos / "nowhere")
+
+
+def test_the_model_is_remembered_and_another_is_refused(model, make_model, photos, tmp_path):
+    ImageTextIndex.build(model, photos, tmp_path / "unsaved")
+    with pytest.raises(ValueError, match=r"was not saved; give it with model="):
+        ImageTextIndex.load(tmp_path / "unsaved").search("a red circle")
+    model.save_pretrained(tmp_path / "m")
+    loaded = D2SVSE.from_pretrained(tmp_path / "m")
+    index = ImageTextIndex.build(loaded, photos, tmp_path / "i")
+    fresh = ImageTextIndex.load(tmp_path / "i")
+    assert fresh.search("a red circle", k=3) == index.search("a red circle", k=3)
+    assert fresh.info() == index.info()
+    assert fresh.info()["model"] == str(tmp_path / "m")
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        ImageTextIndex.load(tmp_path / "i", make_model(1))
+    make_model(1).save_pretrained(tmp_path / "m")  # another one in its place
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        ImageTextIndex.load(tmp_path / "i").search("a red circle")
+
+
+def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_path):
+    for _ in range(2):
+        ImageTextIndex.build(model, photos, tmp_path / "i")
+    assert len(list((tmp_path / "i").glob("vectors-*"))) == 1
+    assert not list((tmp_path / "i").glob("store-*"))  # folded: nothing is needed but the vectors
+    with pytest.raises(FileExistsError, match="it is not replaced"):
+        ImageTextIndex.build(model, photos, photos)
+    assert len(list(photos.iterdir())) == 16
+    with FileLock(tmp_path / "i" / ".lock"), pytest.raises(BlockingIOError, match="another process"):
+        ImageTextIndex.load(tmp_path / "i", model).add(photos)
+    for options, words in (
+        ({"side": "video"}, "side must be one of"),
+        ({"candidates": "max"}, "candidates must be one of"),
+        ({"engine": "annoy"}, "unknown engine 'annoy'"),
+        ({"dtyp": "float16"}, "no option 'dtyp'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ImageTextIndex.build(model, photos, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError, match="is missing; expected a folder written by"):
+        ImageTextIndex.load(photos)
+    (tmp_path / "i" / MANIFEST).write_text("[]")
+    with pytest.raises(ValueError, match="not an index written by"):
+        ImageTextIndex.load(tmp_path / "i")
+
+
+def test_sources_of_pictures_and_sentences(model, scenes, val_dataset, tmp_path):
+    whole = ImageTextIndex.build(model, scenes / "val.jsonl", tmp_path / "a")
+    assert whole.ids == [str(Path(path).resolve()) for path in val_dataset.images]
+    captions = list(dict.fromkeys(val_dataset.captions))
+    assert ImageTextIndex.build(model, scenes / "val.jsonl", tmp_path / "b", side="text").ids == captions
+    (tmp_path / "t.txt").write_text("a ring\na star\n")
+    texts = ImageTextIndex.build(model, tmp_path / "t.txt", tmp_path / "c", side="text")
+    assert texts.ids == ["a ring", "a star"]
+    assert texts.add(["a star", "a cross"]).added == ["a cross"]
+    (tmp_path / "t.txt").write_text("a ring\n\n")
+    with pytest.raises(ValueError, match=r"t\.txt:2: an empty line"):
+        texts.add(tmp_path / "t.txt")
+    with pytest.raises(ValueError, match="nothing to index"):
+        ImageTextIndex.build(model, [], tmp_path / "d")
+    with pytest.raises(ValueError, match="give texts, images or both"):
+        texts.search()
+    with pytest.raises(ValueError, match="k must be positive"):
+        texts.search("a ring", k=0)
+
+
+def test_draft_mode_is_kept_for_what_comes_later(model, val_dataset, tmp_path):
+    seen = []
+    model.processor.draft_size  # noqa: B018 - it is there
+    batches = model.image_batches
+    model.image_batches = lambda images, **options: seen.append(options["draft"]) or batches(images, **options)
+    index = ImageTextIndex.build(model, val_dataset.images[:3], tmp_path / "i", draft=True)
+    index.add(val_dataset.images[3:4])
+    index.search(images=val_dataset.images[0])
+    assert seen == [True, True, True]
+
+
+def kill_at(place, folder, photos):
+    """Run `index add` in a child that is killed at its n-th file operation in the folder; whether it was."""
+    child = os.fork()
+    if not child:
+        seen = 0
+
+        def watch(event, arguments):
+            nonlocal seen
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(
+                str(folder)
+            ):
+                seen += 1
+                if seen == place:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            main(["index", "add", str(folder), str(photos), "--batch-size", "2"])
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, which this system cannot")
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photos, scenes, tmp_path, name):
+    model = make_model(similarity={"name": name})
+    model.save_pretrained(tmp_path / "m")
+    ImageTextIndex.build(D2SVSE.from_pretrained(tmp_path / "m"), photos, tmp_path / "before")
+    for path in sorted((scenes / "train").iterdir())[:4]:
+        shutil.copy(path, photos / f"new-{path.name}")
+    names = sorted(photos.iterdir())
+    names[0].unlink()
+    shutil.copy(names[2], names[1])
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    ImageTextIndex.load(tmp_path / "after").add(photos)
+
+    def answers(where):
+        index = ImageTextIndex.load(where, model)
+        return index.ids, index.search(["a red circle", "a blue star on a grey background"], k=99)
+
+    before, after = answers(tmp_path / "before"), answers(tmp_path / "after")
+    assert before != after
+    place, outcomes = 1, []
+    while True:
+        shutil.rmtree(tmp_path / "i", ignore_errors=True)
+        shutil.copytree(tmp_path / "before", tmp_path / "i")
+        killed = kill_at(place, tmp_path / "i", photos)
+        outcomes.append(answers(tmp_path / "i"))
+        assert outcomes[-1] in (before, after)
+        if not killed:
+            break
+        ImageTextIndex.load(tmp_path / "i", model).add(photos, batch_size=2)
+        assert answers(tmp_path / "i") == after
+        assert not list((tmp_path / "i").rglob("*.tmp"))
+        place += STRIDE
+    assert outcomes[-1] == after
+    assert before in outcomes
+    assert outcomes.count(after) > 1  # some kills came after the switch
+
+
+def test_a_missing_image_of_a_manifest_is_skipped_as_a_broken_one(scenes, model, tmp_path):
+    lines = (scenes / "val.jsonl").read_text().splitlines()[:3]
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image"] = str(scenes / row["image"])
+    rows[1]["image"] = str(tmp_path / "gone.png")
+    manifest = tmp_path / "own.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"own\.jsonl:2: .*gone\.png"):
+        ImageTextIndex.build(model, manifest, tmp_path / "index")
+    index = ImageTextIndex.build(model, manifest, tmp_path / "index", on_bad_image="skip")
+    assert len(index) == 2
+    assert [Path(name).name for name, _ in index.skipped] == ["gone.png"]

@@ -1,0 +1,360 @@
+"""An index loses nothing unasked: folders that are not mounted, spellings, names of any bytes, other indexes."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2svse import ImageTextIndex
+from d2svse.images import ImageError
+from d2svse.models import model_fingerprint
+from d2svse.retrieval import encode_images, load_index, make_index
+from d2svse.retrieval.embeddings.store import EmbeddingStore
+
+
+def lock(monkeypatch, folder):
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+@pytest.fixture
+def deep(photos):
+    """The 16 images, four of them in a folder below."""
+    (photos / "sub").mkdir()
+    for path in sorted(photos.glob("*.png"))[:4]:
+        shutil.move(path, photos / "sub")
+    return photos
+
+
+def test_a_folder_that_is_empty_or_mostly_gone_drops_nothing_unasked(model, deep, tmp_path):
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    deep.rename(tmp_path / "elsewhere")
+    deep.mkdir()
+    with pytest.raises(ValueError, match=r"16 images of the index are missing.*--prune"):
+        index.add(deep)
+    assert len(ImageTextIndex.load(tmp_path / "i", model)) == 16
+    shutil.copytree(tmp_path / "elsewhere", deep, dirs_exist_ok=True, copy_function=shutil.copy2)
+    for path in sorted(deep.glob("*.png"))[:2]:  # an eighth
+        path.unlink()
+    with pytest.raises(ValueError, match="more than a tenth of its 16 items"):
+        index.add(deep)
+    assert len(index) == 16
+    changes = index.add(deep, prune=True)
+    assert len(changes.dropped) == 2
+    assert not changes.changed
+    assert len(index) == 14
+
+
+def test_all_that_was_below_a_folder_is_not_dropped_unasked_be_it_little(model, deep, scenes, tmp_path):
+    for number, path in enumerate(sorted((scenes / "train").iterdir())[:24]):
+        shutil.copy(path, deep / f"more-{number}.png")
+    for path in sorted((deep / "sub").iterdir())[1:]:
+        path.unlink()
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    (only,) = (deep / "sub").iterdir()
+    only.unlink()
+    with pytest.raises(ValueError, match=r"all that it held below .*sub, which is empty now"):
+        index.add(deep)
+    with pytest.raises(ValueError, match=r"all that it held below .*sub"):
+        index.add(deep / "sub")
+    (deep / "sub").rmdir()  # removed on purpose
+    assert index.add(deep).dropped == [str(only)]
+
+
+def test_unreadable_is_not_gone(model, deep, tmp_path, monkeypatch, caplog):
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    lock(monkeypatch, deep / "sub")
+    changes = index.add(deep)
+    assert (changes.dropped, len(index)) == ([], 16)
+    assert "sub: cannot be read (Permission denied)" in caplog.text
+    assert index.add(deep, prune=True).dropped == []
+    lock(monkeypatch, deep)
+    with pytest.raises(PermissionError, match="cannot be read"):
+        index.add(deep)
+    assert len(index) == 16
+
+
+def test_images_of_a_manifest_that_are_not_there_stay_with_skip(model, deep, tmp_path):
+    lines = [json.dumps({"image": str(path), "captions": ["x"]}) for path in sorted(deep.rglob("*.png"))]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n")
+    index = ImageTextIndex.build(model, tmp_path / "m.jsonl", tmp_path / "i")
+    before = index.search("a red circle", k=16)
+    deep.rename(tmp_path / "elsewhere")
+    with pytest.raises(ImageError, match="no such image"):
+        index.add(list(index.ids))
+    changes = index.add(list(index.ids), on_bad_image="skip")
+    assert (changes.dropped, len(changes.skipped)) == ([], 16)
+    assert index.search("a red circle", k=16) == before
+    assert len(index.add(list(index.ids)[:3], on_bad_image="skip", prune=True).dropped) == 3
+
+
+def test_what_is_left_out_by_default_stays_if_it_was_added_by_name(model, deep, tmp_path):
+    (deep / "sub").rename(deep / ".private")
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    assert len(index) == 12
+    assert len(index.add(deep / ".private").added) == 4
+    assert index.add(deep).dropped == []
+    with pytest.raises(ValueError, match="--prune"):
+        index.add(deep, exclude=["*.png"])
+    assert len(index) == 16
+
+
+def test_an_image_under_several_spellings_is_one_item(model, deep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(deep)
+    names = sorted(path.name for path in deep.glob("*.png"))
+    ways = [f"{start}/{name}" for name in names for start in ("photos", "./photos", "photos/sub/..", "link", deep)]
+    index = ImageTextIndex.build(model, ways, tmp_path / "i")
+    assert index.ids == [f"photos/{name}" for name in names]
+    monkeypatch.chdir(deep)
+    for source in (deep, tmp_path / "link", [str(path) for path in deep.glob("*.png")], [Path(name) for name in names]):
+        changes = index.add(source)
+        assert len(changes.added) == (4 if source == deep else 0)  # those below
+        assert not changes.changed
+    assert len(index) == 16
+    (deep / "alias.png").symlink_to(deep / names[0])
+    assert index.add(deep).added == []
+    shutil.copy(deep / names[1], deep / names[0])
+    changes = index.add(deep)
+    assert changes.changed == [str(deep / names[0])]
+    assert len(index) == 16
+    index.remove([names[1]])
+    index.remove([deep / "sub" / ".." / names[2]])
+    assert len(index) == 14
+
+
+def test_links_to_folders_are_followed_where_that_is_asked_for(model, deep, scenes, tmp_path):
+    (deep / "link").symlink_to(scenes / "val")
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    assert len(index) == 16
+    assert len(index.add(deep, follow_links=True).added) == 16
+    assert index.add(deep).dropped == []
+    assert len(ImageTextIndex.build(model, deep, tmp_path / "j", follow_links=True)) == 32
+
+
+def test_another_index_is_replaced_only_if_that_is_asked_for(model, make_model, photos, scenes, tmp_path):
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    shutil.copy(scenes / "train" / "000000.png", photos / "new.png")
+    assert len(ImageTextIndex.build(model, photos, tmp_path / "i")) == 17
+    other = make_model(1)
+    for made, source, words in (
+        (other, photos, "another model"),
+        (model, scenes / "val", "another source"),
+        (model, scenes / "val.jsonl", "another source"),
+        (model, sorted(photos.iterdir())[:9], "8 items that this source lacks"),
+    ):
+        with pytest.raises(FileExistsError, match=rf"{words}.*--overwrite"):
+            ImageTextIndex.build(made, source, tmp_path / "i")
+        assert len(ImageTextIndex.load(tmp_path / "i", model)) == 17
+    assert len(ImageTextIndex.build(other, scenes / "val", tmp_path / "i", overwrite=True)) == 16
+    assert len(list((tmp_path / "i").glob("vectors-*"))) == 1
+
+
+def test_a_build_removes_what_an_index_wrote_and_no_more(make_model, photos, tmp_path):
+    model = make_model(similarity={"name": "omit"})
+    home = tmp_path / "home"
+    (home / "store-front").mkdir(parents=True)
+    (home / "store-front" / "till.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="store-front"):
+        ImageTextIndex.build(model, photos, home)
+    (home / "store-front").rename(tmp_path / "store-front")
+    index = ImageTextIndex.build(model, photos, home)
+    mine = [home / name for name in ("store-front", "vectors-of-mine", "store-0123456789ab")]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+    index.remove([index.ids[0]])
+    index.compact()
+    ImageTextIndex.build(model, photos, home)
+    assert all((folder / "mine.txt").is_file() for folder in mine)
+
+
+def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_path, monkeypatch):
+    model = make_model(similarity={"name": "omit"})
+    with monkeypatch.context() as patch:
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ImageTextIndex.build(model, photos, tmp_path / "i")
+    (store,) = (tmp_path / "i").glob("store-*")
+    (tmp_path / "i" / f".{store.name}.0123abcd.tmp").mkdir()
+    seen = []
+    batches = model.image_batches
+    model.image_batches = lambda images, **options: seen.extend(images) or batches(images, **options)
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    assert not seen
+    assert not list((tmp_path / "i").glob(".*.tmp"))
+
+
+ODD = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "esc\x1b[2J.png", "sep\u2028arator.png"]
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_names_of_any_bytes_are_indexed_found_and_listed(make_model, photos, tmp_path, name):
+    from d2svse.retrieval import draw_gallery, write_gallery_page
+
+    for odd, path in zip(ODD, sorted(photos.iterdir()), strict=False):
+        path.rename(photos / odd)
+    (photos / os.fsdecode(b"\xff broken.png")).write_bytes(b"no")
+    model = make_model(similarity={"name": name})
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")
+    assert {str(photos / odd) for odd in ODD} <= set(index.ids)
+    [(bad, _)] = ImageTextIndex.load(tmp_path / "i", model).skipped
+    assert bad == str(photos / os.fsdecode(b"\xff broken.png"))
+    hits = index.search(images=photos / ODD[0], k=16)[0]
+    assert hits[0].id == str(photos / ODD[0])
+    write_gallery_page([("a\x1b[2J b", photos / ODD[0], hits)], tmp_path / "g.html")
+    draw_gallery([("a\u2028b", [hit.id for hit in hits[:3]])], tmp_path / "g.png")
+    page = (tmp_path / "g.html").read_text(encoding="utf-8")
+    assert "\x1b" not in page
+    assert r"caf\xe9.png" in page
+    assert str(tmp_path) not in page  # a page is passed on
+    index.remove([str(photos / odd) for odd in ODD])
+    assert len(index) == 12
+
+
+def test_a_compiled_model_has_the_fingerprint_of_the_plain_one(model, photos, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    before = model_fingerprint(model)
+    model.image_encoder = torch.compile(model.image_encoder, backend="eager")
+    assert any("_orig_mod." in name for name, _ in model.named_parameters())
+    assert model_fingerprint(model) == before
+    ImageTextIndex.load(index.folder, model)
+
+
+def test_a_model_in_another_dtype_is_told_as_such(model, make_model, photos, tmp_path):
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    half = make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2}).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"made with a model in float32, and this one is in bfloat16"):
+        ImageTextIndex.load(tmp_path / "i", half)
+    settings = tmp_path / "i" / "image_text_index.json"
+    content = json.loads(settings.read_text())
+    del content["dtype"], content["source"]  # of an earlier version
+    settings.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="in bfloat16"):
+        ImageTextIndex.load(tmp_path / "i", half)
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        ImageTextIndex.load(tmp_path / "i", make_model(1))
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_an_index_is_pickled_by_its_folder(make_model, photos, tmp_path, name, monkeypatch):
+    index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")
+    data = pickle.dumps(index)
+    monkeypatch.chdir(photos)
+    assert pickle.loads(data).search("a red circle", k=16) == index.search("a red circle", k=16)
+
+
+def test_vectors_and_stores_are_pickled(model, photos, tmp_path):
+    vectors = make_index("exact", 4, dtype="int8")
+    vectors.add(["a", "b"], np.eye(4, dtype=np.float32)[:2])
+    vectors.save(tmp_path / "v")
+    for one in (vectors, load_index(tmp_path / "v")):
+        copy = pickle.loads(pickle.dumps(one))
+        copy.add(["c"], np.eye(4, dtype=np.float32)[2:3])
+        assert copy.search(np.eye(4, dtype=np.float32)[1], 1)[1] == [["b"]]
+        copy.save(tmp_path / "copy")
+        assert len(load_index(tmp_path / "copy")) == 3
+        shutil.rmtree(tmp_path / "copy")
+    store = encode_images(model, sorted(photos.iterdir()), tmp_path / "s")
+    data = io.BytesIO()
+    pickle.dump(store, data)
+    data.seek(0)
+    copy = pickle.load(data)
+    assert isinstance(copy, EmbeddingStore)
+    np.testing.assert_array_equal(copy.pooled[:], store.pooled[:])
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_searches_in_threads_answer_as_one_does_while_another_adds_and_removes(
+    make_model, photos, scenes, tmp_path, name
+):
+    model = make_model(similarity={"name": name})
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    queries = {"text": index.encode_queries(texts=["a red circle", "a blue star"])["text"]}
+    extra = [str(path) for path in sorted((scenes / "train").iterdir())[:3]]
+    expected = {hit.id: hit.score for hit in index.search_features(queries, k=16)[0]}
+    stop = threading.Event()
+
+    def search(_):
+        count = 0
+        while not stop.is_set() or count < 5:
+            found = {hit.id: hit.score for hit in index.search_features(queries, k=19)[0]}
+            assert set(expected) <= set(found) <= {*expected, *extra}
+            assert {id: found[id] for id in expected} == pytest.approx(expected, abs=2e-3)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(search, number) for number in range(8)]
+        try:
+            for image in extra:
+                index.add([image])
+                index.remove([image])
+            index.compact()
+        finally:
+            stop.set()
+        assert sum(one.result() for one in running) >= 40
+
+
+def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path):
+    model = make_model(similarity={"name": "omit"})
+    paths = sorted(map(str, photos.iterdir()))
+    index = ImageTextIndex.build(model, paths[:10], tmp_path / "i")
+    for path in paths[10:]:
+        index.add([path])
+    index.remove([paths[3], paths[12]])
+    before = {hit.id: hit.score for hit in index.search("a red circle", k=16)[0]}
+    assert index.compact() > 0
+    for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
+        assert {hit.id: hit.score for hit in opened.search("a red circle", k=16)[0]} == pytest.approx(before)
+    (store,) = (tmp_path / "i").glob("store-*")
+    assert len(EmbeddingStore(store)) == 14
+    index.add([paths[3]])  # what was removed comes back
+    assert len(index) == 15
+    index.compact()
+    assert len(index.search("a red circle", k=99)[0]) == 15
+
+
+def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp_path):
+    """As an index of an earlier version is, whose stores are not joined either."""
+    model = make_model(similarity={"name": "omit"})
+    paths = sorted(map(str, photos.iterdir()))
+    index = ImageTextIndex.build(model, paths[:5], tmp_path / "i")
+    index.add(paths[5:7])
+    (tmp_path / "i" / "folders.json").unlink()
+    index = ImageTextIndex.load(tmp_path / "i", model)
+    index.add(paths[7:])
+    index.remove(paths[:1])
+    index.compact()
+    assert len(list((tmp_path / "i").glob("store-*"))) == 1
+    assert len(index.search("a red circle", k=99)[0]) == 15
+
+
+def test_an_index_of_a_model_that_was_configured_by_a_bare_name_opens(make_model, photos, tmp_path, monkeypatch):
+    model = make_model(similarity="omit")
+    bare = model_fingerprint(model, bare_name=True)
+    assert bare != model_fingerprint(model)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("d2svse.retrieval.search.image_text_index.model_fingerprint", lambda *_, **__: bare)
+        index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    assert index.vectors.fingerprint == bare
+    shutil.copy(sorted(photos.iterdir())[0], photos / "new.png")
+    opened = ImageTextIndex.load(tmp_path / "i", model)
+    assert len(opened.add(photos).added) == 1
+    assert opened.search("a red circle", k=1)[0]
+    with pytest.raises(ValueError, match="this model is"):
+        ImageTextIndex.load(tmp_path / "i", make_model(seed=1, similarity="omit"))

@@ -1,0 +1,38 @@
+"""What a recipe makes of its options."""
+
+import pytest
+
+from d2svse.training.recipe import Recipe, merge
+
+GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
+
+
+def test_a_similarity_is_one_thing_by_its_name_and_by_a_mapping():
+    recipes = [Recipe(**GIVEN, model_options={"similarity": form}) for form in ("omit", {"name": "omit"})]
+    assert recipes[0] == recipes[1]
+    assert recipes[0].model_options == {"similarity": {"name": "omit"}}
+
+
+@pytest.mark.parametrize("before", ["omit", {"name": "omit", "iterations": 5}])
+def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
+    values = {"model_options": {"similarity": before, "embed_dim": 8}}
+    options = merge(values, {"model_options": {}}, {"lam": 0.1}, "c.yaml")["model_options"]
+    expected = {"name": "omit", "lam": 0.1} | ({"iterations": 5} if isinstance(before, dict) else {})
+    assert options == {"similarity": expected, "embed_dim": 8}
+    named = merge(values, {"model_options": {"similarity": "cosine"}}, {}, "c.yaml")["model_options"]
+    assert named == {"similarity": "cosine", "embed_dim": 8}
+    assert values == {"model_options": {"similarity": before, "embed_dim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"training": {"marginn": 0.1}}, "unknown option of training 'marginn'; did you mean margin?"),
+        ({"distill": {"decoder_layer": 1}}, "unknown option of distill 'decoder_layer'; did you mean decoder_layers?"),
+        ({"model_options": {"embed_dimm": 1}}, "unknown model option 'embed_dimm'; did you mean embed_dim?"),
+        ({"on_bad_imag": "skip"}, "c.yaml: unknown option 'on_bad_imag'; did you mean on_bad_image?"),
+    ],
+)
+def test_the_option_that_is_most_like_an_unknown_one_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        Recipe.from_mapping(GIVEN | wrong, "c.yaml")
