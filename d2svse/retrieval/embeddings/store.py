@@ -425,8 +425,8 @@ def _shards(folder: Path, description: Mapping[str, Any]) -> list[Path]:
 def _read_items(shard: Path) -> dict[str, Any]:
     recover_folder(shard)
     path = inside(shard, ITEMS)
-    items: dict[str, Any] = read_json(path)
     try:
+        items: dict[str, Any] = read_json(path)
         ids, places, states = items["ids"], items["places"], items["states"]
         if len(ids) != len(places) or not all(isinstance(name, str) for name in ids):
             raise ValueError(f"{len(ids)} ids, {len(places)} places")
