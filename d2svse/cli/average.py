@@ -11,7 +11,7 @@ from d2svse.cli.common import examples, prepare_process
 
 EXAMPLES = examples(
     "d2svse average runs/a/model runs/b/model runs/c/model -o soup",
-    "d2svse average openai/clip-vit-base-patch32 runs/a/model --weights 0.5,0.5 -o robust",
+    "d2svse average MODEL runs/a/model --weights 0.7,0.3 -o robust",
 )
 
 
