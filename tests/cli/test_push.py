@@ -131,7 +131,7 @@ def test_training_pushes_what_it_has_trained_or_says_so_first(hub, run, scenes, 
     assert not (tmp_path / "refused").exists()
     code, _, err = run(*common, "-o", tmp_path / "refused", "--set", "hub_token=hf_AnnsTokenThatNobodyMaySee")
     assert code == 2
-    assert "hub_token is no option of training" in one_line(err)
+    assert "hub_token is not an option of training" in one_line(err)
     assert "MaySee" not in err
     code, out, err = run(*common, "-o", tmp_path / "run", "--push-to-hub", "lab/trained", "--private")
     assert code == 0, err
