@@ -22,7 +22,7 @@ import torch
 from d2svse import D2SVSE, Features, ImageTextIndex, build_similarity
 from d2svse.data import read_manifest
 from d2svse.retrieval import Hit
-from d2svse.retrieval.search.hits import Side
+from d2svse.similarity.base import Side
 
 Result = TypeVar("Result")
 
