@@ -43,7 +43,7 @@ def has_slow_blas() -> bool:
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """Calls oneDNN in place of `torch.nn.functional.linear` for float32 tensors."""
+    """Call oneDNN instead of `torch.nn.functional.linear` for float32 tensors."""
 
     def __torch_function__(
         self,

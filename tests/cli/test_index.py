@@ -136,7 +136,8 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     one_line_error(run(*build, "--engine", "annoy"), "'annoy' is not one of")
     one_line_error(run(*build, "--side", "video"), "'video' is not one of")
     one_line_error(
-        run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine-option", "kind=x"), "no option 'kind'"
+        run("index", "build", folder, photos, "-o", tmp_path / "j", "--engine-option", "kind=x"),
+        "option of exact 'kind'",
     )
     one_line_error(
         run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"),

@@ -33,7 +33,7 @@ def test_weights_that_do_not_fit_are_refused(make_model, weights, message):
 
 
 def test_models_of_other_shapes_are_refused_by_the_tensor(make_model):
-    with pytest.raises(ValueError, match=r"projection\.weight is \(16, 32\) and \(24, 32\)"):
+    with pytest.raises(ValueError, match=r"projection\.weight is \(24, 32\) and \(16, 32\)"):
         average_models([make_model(0), make_model(1, embed_dim=16)])
     with pytest.raises(ValueError, match="has no tensor decoder"):
         average_models([make_model(0), make_model(1, context_decoder={"num_tokens": 2, "num_heads": 2})])
