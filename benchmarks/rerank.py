@@ -23,10 +23,6 @@ from d2svse import D2SVSE, Features, ImageTextIndex, build_similarity
 from d2svse.choices import Side
 from d2svse.data import read_manifest
 from d2svse.retrieval import Hit
-<<<<<<< HEAD
-=======
-from d2svse.similarity.base import Side
->>>>>>> h-wordsB
 
 Result = TypeVar("Result")
 

@@ -52,11 +52,5 @@ def test_what_does_not_fit_is_an_error(model, make_model, sentences):
         with pytest.raises(ValueError, match="k must be from 1 to 2, the number of dense captions"):
             nearest_dense(model, sentences, dense, k=k)
     for own in ([0, 1], [0, 1, 2], [0, -1, 1]):
-<<<<<<< HEAD
-        with pytest.raises(
-            ValueError, match="own must give one of the 2 rows of dense to each of the 3 sparse captions"
-        ):
-=======
         with pytest.raises(ValueError, match="own must give one of the 2 rows of dense to each of the 3 sparse"):
->>>>>>> h-wordsB
             nearest_dense(model, sentences, dense, own, k=1)
