@@ -174,8 +174,7 @@ def run_demo(
             num_train_epochs=num_epochs,
             seed=seed,
             disable_tqdm=not show_progress_bar,
-            use_cpu=chosen.type == "cpu",
-            **TRAINING,
+            **{**TRAINING, "use_cpu": chosen.type == "cpu"},
         )
         trainer = Trainer(model, args, train, val)
         samples = trainer.prepare()

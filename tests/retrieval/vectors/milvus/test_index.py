@@ -13,7 +13,7 @@ from support.processes import Fork
 
 pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
 
-from d2svse.retrieval.vectors import milvus
+from d2svse.retrieval.vectors.milvus import index as milvus_index
 from d2svse.retrieval.vectors.milvus import journal as milvus_journal
 from d2svse.retrieval.vectors.milvus.connection import MilvusConnection
 from d2svse.retrieval.vectors.milvus.index import MilvusIndex
@@ -51,7 +51,7 @@ def test_a_server_answers_as_the_embedded_one(server, tmp_path):
 
 
 def test_a_server_that_stops_in_an_add_is_tried_again_and_leaves_nothing(server, monkeypatch):
-    monkeypatch.setattr(milvus, "BYTES_AT_A_TIME", 50 * (4 * DIM + 220))
+    monkeypatch.setattr(milvus_index, "BYTES_AT_A_TIME", 50 * (4 * DIM + 220))
     index = MilvusIndex(DIM, server.uri, timeout=1.5)
     index.add(NAMES[:100], VECTORS[:100])
     ask, calls = MilvusConnection.ask, []
@@ -141,7 +141,7 @@ class Killed(BaseException):
 
 def test_a_replacement_that_is_killed_at_any_moment_is_before_or_after_never_between(server, monkeypatch):
     """Of 30 items 10 are removed and 10 replaced, and 10 added, in several batches and notes."""
-    monkeypatch.setattr(milvus, "BYTES_AT_A_TIME", 12 * (4 * DIM + 220))
+    monkeypatch.setattr(milvus_index, "BYTES_AT_A_TIME", 12 * (4 * DIM + 220))
     monkeypatch.setattr(milvus_journal, "KEYS_AT_A_TIME", 12)
     before, after = VECTORS[:30], np.concatenate([VECTORS[100:110], VECTORS[20:30], VECTORS[30:40]])
     names = {"before": NAMES[:30], "after": [*NAMES[:10], *NAMES[20:40]]}

@@ -1,0 +1,1 @@
+"""A vector index in Milvus, embedded or on a server."""
