@@ -76,12 +76,11 @@ def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None
         ValueError: if there is no such device.
     """
     chosen = prepare_process(device)
-    from d2svse.hub.folder import check_model_folder, holds_another_model
+    from d2svse.hub.folder import check_start_folder
     from d2svse.models import D2SVSE
 
     if Path(name).is_dir():
-        if not holds_another_model(Path(name)):
-            check_model_folder(name, processor=True)
+        check_start_folder(name)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name}: no such model folder")
     else:

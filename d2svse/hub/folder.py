@@ -78,6 +78,19 @@ def holds_another_model(folder: Path) -> bool:
         return False
 
 
+def check_start_folder(folder: str | os.PathLike[str]) -> None:
+    """Check a folder to start from: a model of this library must be complete, with its processor.
+
+    Loading checks other models, such as a CLIP.
+
+    Raises:
+        FileNotFoundError: if a file is missing; the message names it.
+        ValueError: if a file is broken, or names or links to something outside of the folder.
+    """
+    if not holds_another_model(Path(folder)):
+        check_model_folder(folder, processor=True)
+
+
 def check_contents(
     folder: str | os.PathLike[str], name: str | None = None, max_image_size: float = MAX_IMAGE_SIZE
 ) -> None:

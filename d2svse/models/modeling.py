@@ -286,7 +286,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         inner = check_subfolder(folder, subfolder, name)
         if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
             options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
-            dtype = options.pop("dtype", None)
+            dtype = options.pop("dtype", None) or "auto"  # "auto" keeps float32
             files = weight_files(inner, name)
             states = [file_state(file) for file in files if file.suffix == ".safetensors"]  # before they are read
             adopted = cls.from_dual_encoder(inner, **options)
@@ -294,7 +294,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
             adopted.name_or_path = adopted.config.name_or_path = name
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
-            return adopted if dtype is None else adopted.to(dtype)
+            return (
+                adopted if dtype == "auto" else adopted.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            )
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}

@@ -26,7 +26,7 @@ from d2svse.files.lock import write_lock
 from d2svse.files.replace import shown, write_json, write_text
 from d2svse.files.yaml import parse_yaml
 from d2svse.hub import make_repository, push_folder
-from d2svse.hub.folder import check_model_folder
+from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import model_kind
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
@@ -437,7 +437,7 @@ def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any])
 def _start(recipe: Recipe) -> D2SVSE:
     if recipe.model is not None:
         if Path(recipe.model).is_dir():
-            check_model_folder(recipe.model, processor=True)
+            check_start_folder(recipe.model)
         return D2SVSE.from_pretrained(recipe.model)
     assert recipe.vision is not None
     assert recipe.text is not None

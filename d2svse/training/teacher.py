@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2svse.hub.folder import check_model_folder
+from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE
@@ -66,7 +66,7 @@ class Teacher:
             teacher.text_encoder.load_state_dict(read_tensors(file))
             return teacher
         if Path(folder).is_dir():
-            check_model_folder(folder, processor=True)
+            check_start_folder(folder)
         source = D2SVSE.from_pretrained(folder)
         if source.decoder is not None:
             raise FileNotFoundError(

