@@ -250,7 +250,7 @@ def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_p
     for options, words in (
         ({"side": "video"}, "side must be one of"),
         ({"candidates": "max"}, "candidates must be one of"),
-        ({"engine": "annoy"}, "unknown engine 'annoy'"),
+        ({"engine": "annoy"}, "unknown backend 'annoy'"),
         ({"dtyp": "float16"}, "no option 'dtyp'"),
     ):
         with pytest.raises(ValueError, match=words):
