@@ -108,6 +108,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         processor: the `D2SVSEProcessor` that prepares images and texts, saved and loaded with the
             model; None until one is set.
         weight_files: state of the files that the weights were loaded from; empty for a model made in memory.
+        taken_over: whether the model was made from a dual encoder of transformers since it was loaded.
         similarity_fn: the `Similarity` module.
         logit_scale: log(1 / temperature), a scalar parameter; its exponential scales scores to logits.
     """
@@ -150,6 +151,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        self.taken_over = dual_encoder is not None
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[list[Any]] = []
         self.post_init()

@@ -51,7 +51,7 @@ def cached_teacher_embeddings(
         "output": "pooled",
         "dtype": "float32",
         "shard_size": TEXTS_PER_SHARD,
-        "dim": teacher.text_encoder.projection.out_features,
+        "dim": teacher.embed_dim,
         "fingerprint": weights_fingerprint(
             teacher.text_encoder, vocabulary, type(tokenizer).__name__, teacher.max_length
         ),

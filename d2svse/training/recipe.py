@@ -85,8 +85,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError(
                 "give a model to start from, or both a vision and a text backbone: --model, or --vision and --text"
             )
-        if self.model is not None and (self.vision or self.text or self.model_options):
-            raise ValueError("a model to start from has its own backbones and options; give one or the other")
+        if self.model is not None and (self.vision or self.text):
+            raise ValueError("a model to start from has its own backbones; give one or the other")
         if self.teacher is not None and "distill" not in self.stages:
             raise ValueError(f"a teacher is for stage distill, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -107,6 +107,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                         f"{name} is not an option of {section}; push with the recipe's push_to_hub: ORG/NAME, and give "
                         "the token by HF_TOKEN or hf auth login"
                     )
+                if name in D2SVSEConfig.__annotations__:
+                    raise ValueError(f"{name} is an option of the model, not of {section}: put it below model_options")
                 if name not in known:
                     raise ValueError(unknown(f"option of {section}", name, known, "docs/training.md lists them"))
 
@@ -438,7 +440,12 @@ def _start(recipe: Recipe) -> D2SVSE:
     if recipe.model is not None:
         if Path(recipe.model).is_dir():
             check_start_folder(recipe.model)
-        return D2SVSE.from_pretrained(recipe.model)
+        model: D2SVSE = D2SVSE.from_pretrained(recipe.model)
+        if not recipe.model_options:
+            return model
+        if not model.taken_over:
+            raise ValueError(f"{recipe.model} has its own {', '.join(recipe.model_options)}; leave these options out")
+        return D2SVSE.from_pretrained(recipe.model, **recipe.model_options)
     assert recipe.vision is not None
     assert recipe.text is not None
     return D2SVSE.from_backbones(recipe.vision, recipe.text, **recipe.model_options)

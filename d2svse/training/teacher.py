@@ -35,7 +35,7 @@ class Teacher:
         if model.processor is None:
             raise ValueError("the teacher needs the model's processor to read dense captions")
         self.text_encoder = copy.deepcopy(model.text_encoder).to(device or model.device).eval().requires_grad_(False)
-        self.processor, self.max_length = model.processor, max_length
+        self.processor, self.max_length, self.embed_dim = model.processor, max_length, model.config.embed_dim
 
     @classmethod
     def from_folder(

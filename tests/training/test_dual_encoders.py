@@ -1,0 +1,63 @@
+"""Training that starts from a dual encoder: row 0 is the model as it was, and both stages train it."""
+
+import json
+
+import pytest
+
+from d2svse import D2SVSE, ImageTextDataset, evaluate
+from support.dual_encoders import make_dual
+
+
+@pytest.fixture
+def folder(processor, tmp_path):
+    """Save a dual encoder with its processor's parts."""
+
+    def save(name):
+        make_dual(name, processor).save_pretrained(tmp_path / name)
+        processor.image_processor.save_pretrained(tmp_path / name)
+        processor.tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("clip", []),
+        ("clip", ["--similarity", "gssf-diagonal", "--set", "learn_temperature=true"]),
+        ("siglip", ["--loss", "sigmoid", "--set", "learn_temperature=true"]),
+        ("clip", ["--similarity", "max-mean", "--set", "gradient_checkpointing=false"]),
+    ],
+    ids=["infonce", "gssf", "sigmoid", "tokens"],
+)
+def test_both_stages_start_from_the_model_as_it_was(name, options, folder, scenes, tmp_path, run):
+    start, output = folder(name), tmp_path / "run"
+    command = ["train", "--model", start, "--preset", "dual-encoder", "--train", scenes / "train.jsonl"]
+    command += ["--val", scenes / "val.jsonl", "-o", output, "--epochs", "1", "--batch-size", "16"]
+    command += ["--set", "num_context_tokens=4", "--set", "decoder_layers=1", *options]
+    code, _, err = run(*command)
+    assert code == 0, err
+    similarity = options[1] if options[:1] == ["--similarity"] else "cosine"
+    before = D2SVSE.from_pretrained(start, similarity=similarity).eval()
+    expected = evaluate(before, ImageTextDataset.from_manifest(scenes / "val.jsonl")).metrics
+    rows = [json.loads(line) for line in (output / "pretrain/log.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "eval_rsum" in row)
+    assert first["eval_rsum"] == expected["rsum"]
+    assert first["epoch"] == 0
+    trained = D2SVSE.from_pretrained(output / "model")
+    assert trained.decoder is not None
+    assert float(trained.context_gate.detach()) != 0
+    state = before.image_encoder.state_dict()
+    assert any(not value.equal(state[name]) for name, value in trained.image_encoder.state_dict().items())
+
+
+def test_options_of_a_model_of_ones_own_are_refused(make_model, scenes, tmp_path, run):
+    make_model().save_pretrained(tmp_path / "mine")
+    command = ["train", "--model", tmp_path / "mine", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl"]
+    code, _, err = run(*command, "-o", tmp_path / "run", "--similarity", "omit")
+    assert code == 2
+    assert "has its own similarity; leave these options out" in err
+    code, _, err = run(*command, "-o", tmp_path / "run", "--set", "embed_dim=24")
+    assert code == 2
+    assert "embed_dim is an option of the model, not of training" in err
