@@ -479,7 +479,7 @@ def test_a_loss_can_start_from_the_models_own_scale_and_bias(make_model, make_ar
     learned.train()
     model = learned.model
     assert model.logit_bias is learned.task.loss.bias
-    assert float(model.logit_bias) not in (0.0, -10.0)  # the model had none: it starts from that of the loss
+    assert float(model.logit_bias.detach()) not in (0.0, -10.0)  # the model had none: it starts from that of the loss
 
 
 def test_layers_below_get_a_smaller_learning_rate(make_model, make_args):

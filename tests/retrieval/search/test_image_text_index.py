@@ -251,7 +251,7 @@ def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_p
         ({"side": "video"}, "side must be one of"),
         ({"candidates": "max"}, "candidates must be one of"),
         ({"engine": "annoy"}, "unknown backend 'annoy'"),
-        ({"dtyp": "float16"}, "no option 'dtyp'"),
+        ({"dtyp": "float16"}, "unknown option of exact 'dtyp'"),
     ):
         with pytest.raises(ValueError, match=words):
             ImageTextIndex.build(model, photos, tmp_path / "new", **options)
