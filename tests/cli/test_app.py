@@ -225,7 +225,7 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run(*train, *ends, "--set", "learning_rate=fast"), "learning_rate must be a number")
     one_line_error(run(*train, *ends, "--stages", "distill"), "needs a teacher")
     one_line_error(run(*train, *ends, "--model", trained / "model"), "one or the other")
-    one_line_error(run(*train, "--model", trained / "model", "--embed-dim", 24), "one or the other")
+    one_line_error(run(*train, "--model", trained / "model", "--embed-dim", 24), "has its own embed_dim")
     one_line_error(run("encode", trained / "model", "-o", tmp_path / "x.npy"), "--images FOLDER or --texts FILE")
     one_line_error(run("encode", trained / "model", "--images", scenes, "-o", tmp_path / "x.bin"), "ends in .npy")
     one_line_error(run("index", "build", trained / "model", scenes / "val", "-o", scenes / "val"), "it is not replaced")

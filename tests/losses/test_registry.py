@@ -1,6 +1,7 @@
 """Losses of one's own: the decorator, entry points of installed packages, and nested options."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def package(tmp_path, monkeypatch) -> None:
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text(f"[d2svse.losses]\nsoft-margin-of-test = {target}\n")
+    for name in ("my_package", "my_package.loss", "my_package.similarity"):  # of another test in this process
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
 
 
