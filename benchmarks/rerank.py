@@ -1,4 +1,4 @@
-"""What reranked candidates find of what a similarity of tokens finds over all pairs, and in what time.
+"""Recall and time of a two-stage search, against scoring all pairs by a similarity of tokens.
 
     python benchmarks/rerank.py --model runs/omit/model --data flickr8k/dev.jsonl
 

@@ -99,7 +99,7 @@ def evaluate(
     candidates: Annotated[
         Candidates, typer.Option(help="Find candidates by these vectors.", rich_help_panel=_SCORES)
     ] = "mean",
-    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
+    shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
@@ -149,7 +149,7 @@ def evaluate(
         captions=captions,
         folds=folds,
         rerank=rerank_k,
-        candidates=shortlist or candidates,  # type: ignore[arg-type]
+        candidates=shortlist or candidates,
         annotations=annotations,
         wrong=wrong if per_query else 0,
         batch_size=batch_size,

@@ -60,7 +60,7 @@ def build(
     candidates: Annotated[
         Candidates, typer.Option(help="Where the similarity compares tokens, find candidates by these vectors.")
     ] = "mean",
-    shortlist: Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
+    shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     draft: Annotated[
         bool, typer.Option("--draft", help="Decode large JPEG files at a reduced size, which is faster.")
     ] = False,

@@ -1,4 +1,4 @@
-"""What every loss is: the shape checks, the same-image mask, the float32 island; and how one is found by its name."""
+"""Base classes of the losses (shape checks, same-image mask, float32 outside autocast) and their registry."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from d2svse.features import Features
 from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
 from d2svse.hub.access import fetch_model
-from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, loading
+from d2svse.hub.folder import PROCESSOR_FILES, check_model_folder, check_subfolder, holds_another_model, loading
 from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
@@ -286,19 +286,21 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if not folder.is_dir():
             folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
-        if (inner / "config.json").is_file() and check(_as_dictionary(read_json(inner / "config.json"))):
-            options = {key: value for key, value in kwargs.items() if key not in ("subfolder", "output_loading_info")}
-            dtype = options.pop("dtype", None) or "auto"  # "auto" keeps float32
-            files = weight_files(inner, name)
-            states = [file_state(file) for file in files if file.suffix == ".safetensors"]  # before they are read
-            adopted = cls.from_dual_encoder(inner, **options)
+        if holds_another_model(inner):
+            check(read_json(inner / "config.json"))
+            with_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
+            kwargs.pop("subfolder", None)
+            files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
+            states = [file_state(file) for file in files]  # before they are read
+            adopted = cls.from_dual_encoder(inner, **kwargs)
             adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
-            return (
-                adopted if dtype == "auto" else adopted.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-            )
+            if dtype not in (None, "auto"):
+                adopted = adopted.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            # Loading refuses missing weights and weights of another shape.
+            return (adopted, {"missing_keys": set(), "mismatched_keys": set()}) if with_info else adopted
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -871,10 +873,6 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 init.zeros_(module.context_gate)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
-
-
-def _as_dictionary(content: Any) -> dict[str, Any]:
-    return content if isinstance(content, dict) else {}
 
 
 def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:

@@ -113,6 +113,8 @@ def test_fields_of_the_configuration_can_be_given(save_dual):
     folder = save_dual("clip")[1]
     model = D2SVSE.from_pretrained(folder, similarity="omit", context_decoder={"num_tokens": 2, "num_heads": 2})
     assert model.config.similarity == {"name": "omit"}
+    loaded, info = D2SVSE.from_pretrained(folder, output_loading_info=True, dtype="bfloat16")
+    assert (loaded.dtype, info["missing_keys"]) == (torch.bfloat16, set())
     assert model.decoder is not None
     with pytest.raises(ValueError, match="unknown model option 'similarly'"):
         D2SVSE.from_pretrained(folder, similarly="omit")

@@ -32,7 +32,7 @@ COCO_ORDER = "203ac417d83f9daeaa4e041453b76d9ff25f6c96730a6dda61383fb3916df81e"
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What a set must hold for its results to bear the protocol's name.
+    """The requirements of a named protocol on a test set.
 
     Attributes:
         name: the name.
