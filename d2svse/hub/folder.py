@@ -20,6 +20,8 @@ SHARDS_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 # Configurations that transformers reads; it may take a file such as config.4.0.0.json instead of config.json.
 CONFIGURATIONS = ("config*.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+READ = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+        "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json")  # fmt: skip
 ADAPTER_FILE = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 MAX_CONFIGURATION = 64 * 2**20  # bytes
@@ -115,6 +117,8 @@ def check_contents(
             raise ValueError(f"{path}: larger than {MAX_CONFIGURATION // 2**20} MB; expected a configuration")
         content = read_json(path)
         if not isinstance(content, dict):
+            if path.name not in READ:
+                continue  # such as data_config.json, in which sentence-transformers lists its training data
             raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
         _check_names(content, path, max_image_size)
         if path.match("config*.json"):
