@@ -248,6 +248,23 @@ def logit_scale_of(dual: Any) -> tuple[float, float | None]:
     return float(scale.squeeze()), None if bias is None else float(bias.detach().float().squeeze())
 
 
+def set_logit_scale(dual: Any, scale: Tensor, bias: Tensor | None) -> Any:
+    """Set the logit scale of a dual encoder.
+
+    Args:
+        dual: the dual encoder; it is changed.
+        scale: log of the logit scale, a scalar.
+        bias: logit bias, a scalar, or None.
+
+    Returns:
+        The dual encoder.
+    """
+    own = {"temperature": (-scale).exp()} if hasattr(dual, "temperature") else {"logit_scale": scale}
+    for name, value in (own | ({} if bias is None else {"logit_bias": bias})).items():
+        setattr(dual, name, nn.Parameter(value.detach().clone().reshape(getattr(dual, name).shape)))
+    return dual
+
+
 def check_kind(model_type: str, name: str = "") -> None:
     """Check that a model is a supported dual encoder.
 

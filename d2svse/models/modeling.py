@@ -44,6 +44,7 @@ from d2svse.models.dual_encoders import (
     load_dual_processor,
     logit_scale_of,
     make_dual_encoder,
+    set_logit_scale,
     stretch_positions,
     towers_of,
 )
@@ -250,6 +251,35 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if processor is not None:
             model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
         return model
+
+    def to_dual_encoder(self) -> PreTrainedModel:
+        """Return the dual encoder of transformers that this model was made from, with the weights as they are now.
+
+        Its modules are shared. Save it with `save_pretrained`, and the processor's `image_processor` and `tokenizer` to
+        the same folder.
+
+        Raises:
+            ValueError: if the model was not made from a dual encoder, or has parts that a dual encoder lacks: a
+                similarity other than cosine, a context decoder, or LoRA matrices.
+        """
+        config: Any = self.config
+        if config.dual_encoder is None:
+            raise ValueError("to_dual_encoder: this model was made from two backbones, not from a dual encoder")
+        parts = {
+            f"the similarity {config.similarity['name']}": config.similarity["name"] != "cosine",
+            "a context decoder": self.decoder is not None,
+            "LoRA matrices": bool(config.lora),
+        }
+        for part, there in parts.items():
+            if there:
+                raise ValueError(f"to_dual_encoder: a {config.dual_encoder['model_type']} model cannot hold {part}")
+        with torch.device("meta"):
+            dual: Any = make_dual_encoder(config.dual_encoder, config.vision_config, config.text_config)
+        dual.vision_model, dual.text_model = self.image_encoder.backbone, self.text_encoder.backbone
+        for name, encoder in (("visual_projection", self.image_encoder), ("text_projection", self.text_encoder)):
+            if not isinstance(encoder.projection, nn.Identity):
+                setattr(dual, name, encoder.projection)
+        return set_logit_scale(dual, self.logit_scale, self.logit_bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

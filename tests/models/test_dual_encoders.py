@@ -202,3 +202,30 @@ def test_positions_are_interpolated_behind_the_first_twenty(processor):
 def test_positions_that_cannot_be_stretched_are_refused(name, count, message, processor):
     with pytest.raises(ValueError, match=message):
         stretch_positions(make_dual(name, processor), count)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset, tmp_path):
+    dual = make_dual(name, processor)
+    model = D2SVSE.from_dual_encoder(dual, processor=processor).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)  # as training changes them
+    model.to_dual_encoder().save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+
+    again = D2SVSE.from_pretrained(tmp_path).eval()
+
+    images, texts = [str(path) for path in val_dataset.images[:3]], val_dataset.captions[:4]
+    np.testing.assert_array_equal(again.encode_image(images), model.encode_image(images))
+    np.testing.assert_array_equal(again.encode_text(texts), model.encode_text(texts))
+    assert torch.allclose(again.logit_scale, model.logit_scale, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"similarity": "max-mean"}, {"context_decoder": {"num_tokens": 2}}])
+def test_parts_that_a_dual_encoder_lacks_are_not_dropped(options, processor):
+    model = D2SVSE.from_dual_encoder(make_dual("clip", processor), **options)
+
+    with pytest.raises(ValueError, match="to_dual_encoder: a clip model cannot hold"):
+        model.to_dual_encoder()
