@@ -19,6 +19,7 @@ CaptionerDtype = Literal["bfloat16", "float16", "float32"]
 Mining = Literal["sum", "hardest", "schedule"]
 Placement = Literal["prefix", "postfix", "surround"]
 Fusion = Literal["sum", "published"]
+ContextTokens = Literal["join", "add", "none"]
 
 
 def unknown(what: str, name: object, known: Iterable[str], listed: str | None = None) -> str:

@@ -71,7 +71,10 @@ class TextGraph(nn.Module):
         self.model, self.dense = model, dense
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors of `D2SVSE.text_vectors` and the words `(batch, length, embed_dim)`, in float32."""
+        """Return the vectors of `D2SVSE.text_vectors` and the words `(batch, length, embed_dim)`, in float32.
+
+        Tokens that the context decoder appends follow the words; they are real in every row.
+        """
         features = self.model.text_encoder(input_ids, attention_mask)
         return _outputs(self.model, "text", features if self.dense else self.model.fuse(features))
 

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import Fusion, unknown
+from d2svse.choices import ContextTokens, Fusion, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
@@ -18,6 +18,7 @@ from d2svse.similarity.base import similarity_options
 POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
 FUSIONS = get_args(Fusion)
+CONTEXT_TOKENS = get_args(ContextTokens)
 
 
 @strict
@@ -41,6 +42,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         context_gate: multiply the decoder's output by a learned number that starts at zero, so that a new decoder
             changes no embedding.
         context_residual: False uses the decoder's output alone, without the pooled text.
+        context_tokens: how the decoder reaches a similarity of tokens. "join" appends its outputs at the learnable
+            tokens to the words; "add" adds its pooled output to each word; "none" changes the pooled text alone.
         similarity: `{"name": ..., **constructor_arguments}` for `build_similarity`, or the name
             alone, which is stored and saved as `{"name": ...}`; cosine by default.
         dual_encoder: configuration of the dual encoder of transformers (CLIP, SigLIP, ...) that the model was made
@@ -72,6 +75,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     fusion: str = "sum"
     context_gate: bool = False
     context_residual: bool = True
+    context_tokens: str = "none"
     similarity: dict[str, Any] | str | None = None
     dual_encoder: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
@@ -85,6 +89,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             ("pooling", self.text_pooling, POOLING_NAMES),
             ("text projection", self.text_projection, TEXT_PROJECTIONS),
             ("fusion", self.fusion, FUSIONS),
+            ("context_tokens", self.context_tokens, CONTEXT_TOKENS),
         ):
             if name not in known:
                 raise ValueError(unknown(kind, name, known))
@@ -93,6 +98,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
                 raise ValueError(unknown("side for LoRA", side, ("vision", "text")))
         if self.context_gate and not self.context_residual:
             raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
+        if self.context_gate and self.context_tokens == "join":
+            raise ValueError("context_tokens join appends tokens that context_gate cannot close; use add")
         native = {self.image_pooling, self.text_pooling}
         if "native" in native and (native != {"native"} or self.dual_encoder is None):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")

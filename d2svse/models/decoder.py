@@ -74,14 +74,23 @@ class ContextDecoder(nn.Module):
         self.pooling = POOLINGS[pooling]()
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the pooled outputs at the learnable tokens for a batch of texts.
+        """Return the pooled outputs at the learnable tokens for a batch of texts, see `outputs` and `pool`."""
+        return self.pool(self.outputs(words, mask))
+
+    def pool(self, outputs: Tensor) -> Tensor:
+        """Pool the outputs at the learnable tokens: `(batch, embed_dim)` float32, or float64 for float64 outputs."""
+        pooled: Tensor = self.pooling(outputs)
+        return pooled
+
+    def outputs(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the outputs at the learnable tokens for a batch of texts.
 
         Args:
             words: projected word features, `(batch, length, embed_dim)`.
             mask: True where a word is real, `(batch, length)` bool; None if all words are real.
 
         Returns:
-            `(batch, embed_dim)` float32, or float64 for float64 words.
+            `(batch, num_tokens, embed_dim)`.
 
         Raises:
             ValueError: if a text is too long for the position embedding.
@@ -103,7 +112,8 @@ class ContextDecoder(nn.Module):
         for layer in layers:
             sequence = layer(sequence, src_key_padding_mask=hidden)
         assert self.layers.norm is not None
-        return self.pooling(self.layers.norm(self._at_tokens(last, sequence, hidden)))
+        outputs: Tensor = self.layers.norm(self._at_tokens(last, sequence, hidden))
+        return outputs
 
     def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
         """Run the last layer for the learnable tokens only."""
@@ -150,22 +160,30 @@ class ContextAttention(nn.Module):
         self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the mean over the learnable tokens for a batch of texts.
+        """Return the mean over the learnable tokens for a batch of texts, see `outputs` and `pool`."""
+        return self.pool(self.outputs(words, mask))
+
+    def pool(self, outputs: Tensor) -> Tensor:
+        """Return the mean over the tokens: `(batch, embed_dim)` float32, or float64 for float64 outputs."""
+        return outputs.mean(1)
+
+    def outputs(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the learnable tokens after the attention for a batch of texts.
 
         Args:
             words: projected word features, `(batch, length, embed_dim)`.
             mask: True where a word is real, `(batch, length)` bool; None if all words are real.
 
         Returns:
-            `(batch, embed_dim)` float32, or float64 for float64 words.
+            `(batch, num_tokens, embed_dim)` float32, or float64 for float64 words.
         """
         tokens = self.tokens.to(words.dtype).expand(words.shape[0], -1, -1)
         hidden = ~mask if mask is not None and self.mask_padding else None
         attended, _ = self.attention(tokens, words, words, key_padding_mask=hidden, need_weights=False)
-        return at_least_float32(tokens + attended).mean(1)
+        return at_least_float32(tokens + attended)
 
 
-def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> nn.Module:
+def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> ContextDecoder | ContextAttention:
     """Build the sparse branch that a configuration describes.
 
     Args:
@@ -176,7 +194,10 @@ def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: An
     Raises:
         ValueError: if the kind or an argument is unknown, or a value is not allowed.
     """
-    kinds: dict[str, type[nn.Module]] = {"decoder": ContextDecoder, "attention": ContextAttention}
+    kinds: dict[str, type[ContextDecoder] | type[ContextAttention]] = {
+        "decoder": ContextDecoder,
+        "attention": ContextAttention,
+    }
     if kind not in kinds:
         raise ValueError(unknown("kind of context decoder", kind, kinds))
     try:

@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from d2svse.choices import ContextTokens
 from d2svse.cpu import usable_cores
 from d2svse.features import Features
 from d2svse.files.data import read_json
@@ -539,27 +540,34 @@ class D2SVSE(Shimmed, PreTrainedModel):
             words = self.text_encoder.words(input_ids[rows, :width], attention_mask[rows, :width])
             padded.append(F.pad(words, (0, 0, 0, longest - width)))
             if self.decoder is not None:
-                contexts.append(self.decoder(words, real[rows, :width]))
+                contexts.append(self.decoder.outputs(words, real[rows, :width]))
         # One pooling for all groups, because GPO computes coefficients once for each length.
         texts = self.text_encoder.pool(torch.cat(padded), real[order, :longest])
         return self.fuse(texts, torch.cat(contexts) if contexts else None)[order.argsort()]
 
     def fuse(self, texts: Features, context: Tensor | None = None) -> Features:
-        """Add the decoder's output to the pooled texts (D2S-VSE, Eq. 3).
+        """Add the decoder's output to the pooled texts (D2S-VSE, Eq. 3), and to the words as `context_tokens` says.
 
         Args:
             texts: output of the text encoder; returned unchanged if the model has no decoder.
-            context: output of the decoder for `texts`, `(batch, embed_dim)`; computed here by default.
+            context: outputs of the decoder for `texts`, `(batch, num_tokens, embed_dim)`; computed here by default.
         """
         if self.decoder is None:
             return texts
-        context = self.decoder(texts.tokens, texts.mask) if context is None else context
+        assert texts.tokens is not None
+        outputs = self.decoder.outputs(texts.tokens, texts.mask) if context is None else context
+        context = self.decoder.pool(outputs)
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
         if self.context_gate is not None:
             context = context * self.context_gate
         pooled = texts.pooled + context if self.config.context_residual else context
-        return Features(pooled, texts.tokens, texts.mask)
+        if self.config.context_tokens == "none":
+            return Features(pooled, texts.tokens, texts.mask)
+        if self.config.context_tokens == "add":
+            return Features(pooled, texts.tokens + context[:, None].to(texts.tokens.dtype), texts.mask)
+        tokens = torch.cat([texts.tokens, outputs.to(texts.tokens.dtype)], dim=1)
+        return Features(pooled, tokens, F.pad(texts.real_tokens(), (0, outputs.shape[1]), value=True))
 
     def encode_image(
         self,
@@ -750,6 +758,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 features = as_output(features if dense else model.fuse(features), output)
             yield rows, features
 
+    @property
+    def joined_tokens(self) -> int:
+        """Return the number of tokens that the context decoder appends to the words of a text."""
+        if self.decoder is None or self.config.context_tokens != "join":
+            return 0
+        return len(self.decoder.tokens)
+
     def text_depends_on_batch(self, dense: bool) -> bool:
         """Return whether the context decoder sees padding, so that an embedding depends on its batch.
 
@@ -812,10 +827,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
             )
         return self.processor
 
-    def add_decoder(self, **arguments: Any) -> nn.Module:
+    def add_decoder(self, context_tokens: ContextTokens | None = None, **arguments: Any) -> nn.Module:
         """Add the context decoder of stage 2 to a stage-1 model, with random weights.
 
         Args:
+            context_tokens: see `D2SVSEConfig`; None for "none" with a similarity of pooled vectors, and for a
+                similarity of tokens "add" with a context gate and else "join".
             **arguments: arguments of `build_context_decoder`.
 
         Returns:
@@ -829,6 +846,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)
+        tokens = "add" if self.config.context_gate else "join"
+        self.config.context_tokens = context_tokens or (tokens if self.similarity_fn.needs_tokens else "none")
         if self.config.context_gate:
             self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
         self.config.context_decoder = arguments

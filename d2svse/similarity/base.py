@@ -95,6 +95,11 @@ class Similarity(nn.Module, ABC):
         return self.requires == "tokens"
 
     @property
+    def compares_pooled(self) -> bool:
+        """Return whether the pooled vectors have a part in the scores."""
+        return not self.needs_tokens
+
+    @property
     def output(self) -> Literal["pooled", "features"]:
         """Return the `output` to ask of `encode_image` and `encode_text`."""
         return "features" if self.needs_tokens else "pooled"

@@ -180,6 +180,10 @@ class Transport(FragmentSimilarity):
         self.partial, self.regularization, self.num_iterations = partial, regularization, num_iterations
         self.marginals, self.epsilon = marginals, epsilon
 
+    @property
+    def compares_pooled(self) -> bool:  # noqa: D102
+        return self.partial
+
     def fragments(self, images: Features, texts: Features) -> tuple[Fragments, Fragments]:
         """Make the fragments of both sides ready; with `partial` the first of each side is its bin."""
         if not self.partial:

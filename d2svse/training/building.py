@@ -43,6 +43,10 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; stage 1 trains a model without the context decoder")
+    reach = args.context_tokens if model.decoder is None else model.config.context_tokens
+    if args.stage == "distill" and reach == "none" and not model.similarity_fn.compares_pooled:
+        name = type(model.similarity_fn).__name__
+        raise ValueError(f"context_tokens none: the decoder cannot reach the scores of {name}; use join or add")
     tied = (loss.log_scale, getattr(loss, "bias", None)) if isinstance(loss, ScaledLoss) else ()  # see tie_temperature
     known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
     if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):

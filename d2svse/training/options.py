@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
-from d2svse.choices import Mining, OnBadImage, OnNonfinite, Placement
+from d2svse.choices import ContextTokens, Mining, OnBadImage, OnNonfinite, Placement
 
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal["paper", "published", "recommended", "dual-encoder"]
@@ -211,6 +211,12 @@ class DecoderOptions:
     decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)
     token_placement: Placement = option("surround", "Learnable tokens before the words, after them, or both.")
     decoder_positions: bool = option(True, "Give the decoder a learned position embedding.")
+
+    context_tokens: ContextTokens | None = option(
+        None,
+        "How the decoder reaches a similarity of tokens: join its tokens to the words, add its output to each word, or "
+        "none; without it, join, or add in a model from a dual encoder.",
+    )
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of the `ContextDecoder`."""

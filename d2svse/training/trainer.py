@@ -195,7 +195,7 @@ class Trainer(TransformersTrainer):
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
-                model.add_decoder(**args.decoder_arguments())
+                model.add_decoder(args.context_tokens, **args.decoder_arguments())
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)

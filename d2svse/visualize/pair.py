@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -53,6 +53,10 @@ def look_at(model: D2SVSE, image: ImageSource, text: str) -> Pair:
     images = model.encode_image([loaded], output="features")
     texts = model.encode_text([text], output="features")
     assert model.processor is not None  # encode_image raises without one
+    assert texts.tokens is not None
+    words, length = split_words(model.processor, text), texts.tokens.shape[1]
+    joined = range(length - model.joined_tokens, length)
+    words = replace(words, special=(*words.special, *(("the context", position) for position in joined)))
     pixel_values = model.processor.pixel_values([loaded]).to(model.device, model.dtype)
     return Pair(
         loaded,
@@ -60,6 +64,6 @@ def look_at(model: D2SVSE, image: ImageSource, text: str) -> Pair:
         patch_grid(model.image_encoder, pixel_values),
         images,
         text,
-        split_words(model.processor, text),
+        words,
         texts,
     )
