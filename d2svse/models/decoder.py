@@ -23,7 +23,8 @@ class ContextDecoder(nn.Module):
 
     Args:
         embed_dim: width of words and tokens.
-        num_tokens: number of learnable tokens; 100 in the paper.
+        num_tokens: number of learnable tokens; 100 in the paper. With 0 the layers run over the words alone, and
+            their outputs at the words are pooled.
         num_layers: number of transformer layers; 4 in the paper.
         num_heads: attention heads per layer; 4 in the paper.
         placement: "prefix" puts the tokens before the words, "postfix" after them, "surround"
@@ -56,16 +57,15 @@ class ContextDecoder(nn.Module):
             raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
         if pooling not in POOLINGS:
             raise ValueError(unknown("pooling", pooling, POOLINGS))
-        if min(num_tokens, num_layers, num_heads) < 1:
+        if num_tokens < 0 or min(num_layers, num_heads) < 1:
             raise ValueError(
-                "num_tokens, num_layers and num_heads of the decoder must be at least 1, got "
-                f"{num_tokens}, {num_layers}, {num_heads}"
+                "num_layers and num_heads of the decoder must be at least 1 and num_tokens at least 0, got "
+                f"{num_layers}, {num_heads}, {num_tokens}"
             )
         if embed_dim % num_heads:
             raise ValueError(f"the decoder's {num_heads} heads do not divide the width {embed_dim}")
         self.num_before, self.mask_padding = before[placement], mask_padding
-        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
-        nn.init.normal_(self.tokens, std=0.02)
+        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim).normal_(std=0.02))
         self.position_embeddings = nn.Embedding(max_positions, embed_dim) if positions else None
         layer = nn.TransformerEncoderLayer(
             embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -103,6 +103,8 @@ class ContextDecoder(nn.Module):
         for layer in layers:
             sequence = layer(sequence, src_key_padding_mask=hidden)
         assert self.layers.norm is not None
+        if not len(self.tokens):
+            return self.pooling(self.layers.norm(last(sequence, src_key_padding_mask=hidden)), mask)
         return self.pooling(self.layers.norm(self._at_tokens(last, sequence, hidden)))
 
     def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:

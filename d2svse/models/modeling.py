@@ -894,7 +894,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, ContextDecoder | ContextAttention):
-            init.normal_(module.tokens, std=0.02)
+            if len(module.tokens):
+                init.normal_(module.tokens, std=0.02)
         elif isinstance(module, Similarity):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
