@@ -18,6 +18,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 CaptionerDtype = Literal["bfloat16", "float16", "float32"]
 Mining = Literal["sum", "hardest", "schedule"]
 Placement = Literal["prefix", "postfix", "surround"]
+DecoderKind = Literal["decoder", "attention"]
+DecoderPooling = Literal["mean", "max", "gpo"]
 Fusion = Literal["sum", "published"]
 ContextTokens = Literal["join", "add", "none"]
 

@@ -25,6 +25,7 @@ from d2svse.cli import (
     push,
     search,
     serve,
+    sweep,
     train,
 )
 from d2svse.cli.common import examples
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
 app.command("export", epilog=export.EXAMPLES)(export.export)

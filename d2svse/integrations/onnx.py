@@ -205,7 +205,8 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
         model.text_encoder: range(1, longest + 1),
     }
     if isinstance(model.decoder, ContextDecoder):
-        lengths[model.decoder] = range(len(model.decoder.tokens), len(model.decoder.tokens) + 1)
+        count = len(model.decoder.tokens)
+        lengths[model.decoder] = range(count, count + 1) if count else range(1, longest + 1)
     backbones: list[Any] = [model.image_encoder.backbone, model.text_encoder.backbone]
     attentions = [backbone.config._attn_implementation for backbone in backbones]
     pooled = [part for part in lengths if isinstance(part.pooling, GeneralizedPooling)]

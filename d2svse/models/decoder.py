@@ -23,7 +23,8 @@ class ContextDecoder(nn.Module):
 
     Args:
         embed_dim: width of words and tokens.
-        num_tokens: number of learnable tokens; 100 in the paper.
+        num_tokens: number of learnable tokens; 100 in the paper. With 0 the layers run over the words alone, and
+            their outputs at the words are pooled.
         num_layers: number of transformer layers; 4 in the paper.
         num_heads: attention heads per layer; 4 in the paper.
         placement: "prefix" puts the tokens before the words, "postfix" after them, "surround"
@@ -56,16 +57,15 @@ class ContextDecoder(nn.Module):
             raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
         if pooling not in POOLINGS:
             raise ValueError(unknown("pooling", pooling, POOLINGS))
-        if min(num_tokens, num_layers, num_heads) < 1:
+        if num_tokens < 0 or min(num_layers, num_heads) < 1:
             raise ValueError(
-                "num_tokens, num_layers and num_heads of the decoder must be at least 1, got "
-                f"{num_tokens}, {num_layers}, {num_heads}"
+                "num_layers and num_heads of the decoder must be at least 1 and num_tokens at least 0, got "
+                f"{num_layers}, {num_heads}, {num_tokens}"
             )
         if embed_dim % num_heads:
             raise ValueError(f"the decoder's {num_heads} heads do not divide the width {embed_dim}")
         self.num_before, self.mask_padding = before[placement], mask_padding
-        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
-        nn.init.normal_(self.tokens, std=0.02)
+        self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim).normal_(std=0.02))
         self.position_embeddings = nn.Embedding(max_positions, embed_dim) if positions else None
         layer = nn.TransformerEncoderLayer(
             embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -75,11 +75,20 @@ class ContextDecoder(nn.Module):
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the pooled outputs at the learnable tokens for a batch of texts, see `outputs` and `pool`."""
-        return self.pool(self.outputs(words, mask))
+        return self.pool(self.outputs(words, mask), mask)
 
-    def pool(self, outputs: Tensor) -> Tensor:
-        """Pool the outputs at the learnable tokens: `(batch, embed_dim)` float32, or float64 for float64 outputs."""
-        pooled: Tensor = self.pooling(outputs)
+    def pool(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool outputs.
+
+        Args:
+            outputs: output of `outputs`.
+            mask: True where a word is real, `(batch, length)` bool; None if all words are real. It has a part only
+                without learnable tokens.
+
+        Returns:
+            `(batch, embed_dim)` float32, or float64 for float64 outputs.
+        """
+        pooled: Tensor = self.pooling(outputs, None if len(self.tokens) else mask)
         return pooled
 
     def outputs(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -90,7 +99,7 @@ class ContextDecoder(nn.Module):
             mask: True where a word is real, `(batch, length)` bool; None if all words are real.
 
         Returns:
-            `(batch, num_tokens, embed_dim)`.
+            `(batch, num_tokens, embed_dim)`; without learnable tokens the outputs at the words.
 
         Raises:
             ValueError: if a text is too long for the position embedding.
@@ -112,7 +121,10 @@ class ContextDecoder(nn.Module):
         for layer in layers:
             sequence = layer(sequence, src_key_padding_mask=hidden)
         assert self.layers.norm is not None
-        outputs: Tensor = self.layers.norm(self._at_tokens(last, sequence, hidden))
+        if not len(self.tokens):
+            outputs: Tensor = self.layers.norm(last(sequence, src_key_padding_mask=hidden))
+            return outputs
+        outputs = self.layers.norm(self._at_tokens(last, sequence, hidden))
         return outputs
 
     def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
@@ -161,9 +173,9 @@ class ContextAttention(nn.Module):
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean over the learnable tokens for a batch of texts, see `outputs` and `pool`."""
-        return self.pool(self.outputs(words, mask))
+        return self.pool(self.outputs(words, mask), mask)
 
-    def pool(self, outputs: Tensor) -> Tensor:
+    def pool(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean over the tokens: `(batch, embed_dim)` float32, or float64 for float64 outputs."""
         return outputs.mean(1)
 

@@ -525,7 +525,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         padding_counts = (
             self.text_encoder.mlp is not None
             or self.text_encoder.native_pool is not None
-            or (self.decoder is not None and not self.decoder.mask_padding)
+            or (self.decoder is not None and not (self.decoder.mask_padding and len(self.decoder.tokens)))
         )
         groups = min(groups, input_ids.numel() // GROUP_TOKENS, len(input_ids) // 2)
         if groups < 2 or attention_mask is None or padding_counts:
@@ -556,7 +556,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             return texts
         assert texts.tokens is not None
         outputs = self.decoder.outputs(texts.tokens, texts.mask) if context is None else context
-        context = self.decoder.pool(outputs)
+        context = self.decoder.pool(outputs, texts.mask)
         if self.config.fusion == "published" and not self.training:
             context = F.normalize(context.float(), dim=-1)
         if self.context_gate is not None:
@@ -567,7 +567,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if self.config.context_tokens == "add":
             return Features(pooled, texts.tokens + context[:, None].to(texts.tokens.dtype), texts.mask)
         tokens = torch.cat([texts.tokens, outputs.to(texts.tokens.dtype)], dim=1)
-        return Features(pooled, tokens, F.pad(texts.real_tokens(), (0, outputs.shape[1]), value=True))
+        real = texts.real_tokens()
+        joined = F.pad(real, (0, outputs.shape[1]), value=True) if len(self.decoder.tokens) else real.repeat(1, 2)
+        return Features(pooled, tokens, joined)
 
     def encode_image(
         self,
@@ -758,13 +760,6 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 features = as_output(features if dense else model.fuse(features), output)
             yield rows, features
 
-    @property
-    def joined_tokens(self) -> int:
-        """Return the number of tokens that the context decoder appends to the words of a text."""
-        if self.decoder is None or self.config.context_tokens != "join":
-            return 0
-        return len(self.decoder.tokens)
-
     def text_depends_on_batch(self, dense: bool) -> bool:
         """Return whether the context decoder sees padding, so that an embedding depends on its batch.
 
@@ -913,7 +908,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, ContextDecoder | ContextAttention):
-            init.normal_(module.tokens, std=0.02)
+            if len(module.tokens):
+                init.normal_(module.tokens, std=0.02)
         elif isinstance(module, Similarity):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):

@@ -268,6 +268,8 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
         problem = f"it compares by cosine, not by {config.similarity}"
     elif decoder and not placed:
         problem = "its decoder has postfix tokens without positions (--preset published trains one)"
+    elif decoder.get("num_tokens") == 0:
+        problem = "its decoder has learnable tokens"
     elif decoder and heads != (ATTENTION_HEADS if attends else DECODER_HEADS):
         problem = f"its decoder has {DECODER_HEADS} heads, or {ATTENTION_HEADS} in cross-attention, not {heads}"
     elif decoder.get("pooling", "mean") not in ("mean", "gpo"):

@@ -114,6 +114,12 @@ class TrainingArguments(
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")
+        if self.stage == "distill" and self.align_weight == self.distill_weight == 0:
+            raise ValueError("align_weight and distill_weight are 0, which trains nothing; give one of them")
+        if self.decoder_kind == "attention" and (self.decoder_pooling != "mean" or self.num_context_tokens == 0):
+            raise ValueError(
+                "decoder_kind attention has learnable tokens and decoder_pooling mean; change these options"
+            )
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():

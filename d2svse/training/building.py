@@ -59,7 +59,9 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
 def make_task(args: TrainingArguments, loss: RankingLoss) -> AlignTask:
     """Return the task of a stage."""
     if args.stage == "distill":
-        return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
+        return DistillTask(
+            loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups, args.align_weight
+        )
     return AlignTask(loss, args.text_groups)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
-from d2svse.choices import ContextTokens, Mining, OnBadImage, OnNonfinite, Placement
+from d2svse.choices import ContextTokens, DecoderKind, DecoderPooling, Mining, OnBadImage, OnNonfinite, Placement
 
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal["paper", "published", "recommended", "dual-encoder"]
@@ -159,6 +159,7 @@ class LossOptions:
         "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
+    align_weight: float = option(1.0, "Weight of the ranking loss in stage distill; 0 distils alone.", least=0)
 
     def loss_configuration(self) -> dict[str, Any]:
         """Return the ranking loss as `{"name": ..., **constructor_arguments}`."""
@@ -206,11 +207,19 @@ class BackboneOptions:
 class DecoderOptions:
     """The context decoder that stage 2 adds."""
 
-    num_context_tokens: int = option(100, "Number of learnable tokens.", least=1, most=10_000)
+    decoder_kind: DecoderKind = option(
+        "decoder", "Transformer layers over words and tokens, or one attention of the tokens to the words."
+    )
+    num_context_tokens: int = option(
+        100, "Number of learnable tokens; 0 runs the decoder over the words alone.", least=0, most=10_000
+    )
     decoder_layers: int = option(4, "Number of layers.", least=1, most=100)
     decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)
     token_placement: Placement = option("surround", "Learnable tokens before the words, after them, or both.")
     decoder_positions: bool = option(True, "Give the decoder a learned position embedding.")
+    decoder_pooling: DecoderPooling = option(
+        "mean", "Pooling of the decoder's outputs; mean for decoder_kind attention."
+    )
 
     context_tokens: ContextTokens | None = option(
         None,
@@ -219,14 +228,16 @@ class DecoderOptions:
     )
 
     def decoder_arguments(self) -> dict[str, Any]:
-        """Return the constructor arguments of the `ContextDecoder`."""
-        return {
-            "num_tokens": self.num_context_tokens,
+        """Return the arguments of `build_context_decoder`; options that the kind does not have are left out."""
+        arguments: dict[str, Any] = {"num_tokens": self.num_context_tokens, "num_heads": self.decoder_heads}
+        if self.decoder_kind == "attention":
+            return {"kind": "attention", **arguments}
+        arguments |= {
             "num_layers": self.decoder_layers,
-            "num_heads": self.decoder_heads,
             "placement": self.token_placement,
             "positions": self.decoder_positions,
         }
+        return arguments if self.decoder_pooling == "mean" else {**arguments, "pooling": self.decoder_pooling}
 
 
 @dataclass

@@ -248,7 +248,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             )
     output = Path(recipe.output)
     if recipe.resume:
-        _check_unchanged(recipe)
+        check_unchanged(recipe)
     elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume that run")
     _check_output(recipe)
@@ -414,19 +414,25 @@ def _read_mapping(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def _check_unchanged(recipe: Recipe) -> None:
+def check_unchanged(recipe: Recipe) -> None:
     """Refuse to resume with other options than those of the run; further stages are accepted."""
     path = Path(recipe.output) / "recipe.yaml"
     if not path.exists():
         return
-    before, now = (
-        parse_yaml(one.effective_configuration()) for one in (Recipe.from_mapping(read_recipe(path), path), recipe)
-    )
-    for name, value in now.items():
-        if name not in ("stages", "output", "show_progress_bar") and before.get(name) != value:
+    before = parse_yaml(Recipe.from_mapping(read_recipe(path), path).effective_configuration())
+    now = parse_yaml(recipe.effective_configuration())
+    for name in differing(before, recipe):
+        if name != "stages":
             raise ValueError(
-                f"{path}: {name} was {before.get(name)!r} and is {value!r} now; resume with the same options"
+                f"{path}: {name} was {before.get(name)!r} and is {now[name]!r} now; resume with the same options"
             )
+
+
+def differing(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """Return the names of the options in which a recipe differs from an earlier effective configuration."""
+    now = parse_yaml(recipe.effective_configuration())
+    left_out = ("output", "show_progress_bar")
+    return [name for name, value in now.items() if name not in left_out and before.get(name) != value]
 
 
 def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any]) -> None:

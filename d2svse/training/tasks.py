@@ -72,6 +72,8 @@ class DistillTask(AlignTask):
         loss: the ranking loss.
         distillation_loss: distance to the teacher's embedding (Eq. 4), or between the scores of both (GSSF).
         weight: weight of the distillation loss, 1 in the paper.
+        align_weight: weight of the ranking loss, 1 in the paper. With 0 the distillation loss is the only one (D2S-VSE,
+            Table 3, "pretrain + distill").
         text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
     """
 
@@ -81,9 +83,10 @@ class DistillTask(AlignTask):
         distillation_loss: DistillationLoss | ScoreDistillationLoss,
         weight: float = 1.0,
         text_groups: int = 1,
+        align_weight: float = 1.0,
     ) -> None:
         super().__init__(loss, text_groups)
-        self.distillation_loss, self.weight = distillation_loss, weight
+        self.distillation_loss, self.weight, self.align_weight = distillation_loss, weight, align_weight
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
         """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
@@ -97,7 +100,12 @@ class DistillTask(AlignTask):
             distill_loss = self.distillation_loss(scores, target, gather_rows(batch.image_ids, batch.valid))
         else:
             distill_loss = self.distillation_loss(pooled, teacher)
-        return {**super().losses(similarity, batch, images, texts), "distill_loss": self.weight * distill_loss}
+        losses = super().losses(similarity, batch, images, texts)
+        if self.align_weight == 0:
+            losses = {name: value for name, value in losses.items() if not name.endswith("_loss")}
+        else:
+            losses["align_loss"] = self.align_weight * losses["align_loss"]
+        return {**losses, "distill_loss": self.weight * distill_loss}
 
 
 def total_loss(parts: dict[str, Tensor]) -> Tensor:

@@ -53,10 +53,10 @@ def look_at(model: D2SVSE, image: ImageSource, text: str) -> Pair:
     images = model.encode_image([loaded], output="features")
     texts = model.encode_text([text], output="features")
     assert model.processor is not None  # encode_image raises without one
-    assert texts.tokens is not None
-    words, length = split_words(model.processor, text), texts.tokens.shape[1]
-    joined = range(length - model.joined_tokens, length)
-    words = replace(words, special=(*words.special, *(("the context", position) for position in joined)))
+    words = split_words(model.processor, text)
+    if model.decoder is not None and model.config.context_tokens == "join":  # its tokens follow the words
+        positions = texts.real_tokens()[0].nonzero()[:, 0].tolist()[words.num_tokens :]
+        words = replace(words, special=(*words.special, *(("the context", position) for position in positions)))
     pixel_values = model.processor.pixel_values([loaded]).to(model.device, model.dtype)
     return Pair(
         loaded,

@@ -26,6 +26,11 @@ class Words:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens of the text, special ones included."""
+        return sum(map(len, self.pieces)) + len(self.special)
+
     def select(self, words: list[str]) -> list[int]:
         """Return the positions of some words in `texts`, in ascending order, whatever their letter case.
 

@@ -60,9 +60,10 @@ def test_joined_tokens_are_the_outputs_of_the_decoder_behind_the_words(make_mode
         torch.testing.assert_close(alone.tokens, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["join", "add"])
-def test_groups_of_texts_and_a_saved_model_give_the_same(how, make_model, tmp_path):
-    model = make_model(similarity="max-mean", context_decoder=DECODER, context_tokens=how).eval()
+@pytest.mark.parametrize(("how", "num_tokens"), [("join", 4), ("join", 0), ("add", 4)])
+def test_groups_of_texts_and_a_saved_model_give_the_same(how, num_tokens, make_model, tmp_path):
+    decoder = {**DECODER, "num_tokens": num_tokens}
+    model = make_model(similarity="max-mean", context_decoder=decoder, context_tokens=how).eval()
     texts = [f"{'a very ' * (row % 7)}red circle" for row in range(64)]
     encoded, pixels = model.processor(text=texts), torch.rand(2, 3, 32, 32)
     model.save_pretrained(tmp_path)

@@ -41,12 +41,14 @@ def naive_decoder(decoder, words, num_before, placement_positions):
         hidden = gelu(naive_linear(naive_layer_norm(x, layer.norm2), layer.linear1.weight, layer.linear1.bias))
         x = x + naive_linear(hidden, layer.linear2.weight, layer.linear2.bias)
     x = naive_layer_norm(x, decoder.layers.norm)
+    if not len(tokens):
+        return x.mean(0)
     return np.concatenate([x[:num_before], x[num_before + len(words) :]]).mean(0)
 
 
-def make(placement="surround", **options):
+def make(placement="surround", num_tokens=3, **options):
     torch.manual_seed(0)
-    decoder = ContextDecoder(8, num_tokens=3, num_layers=2, num_heads=2, placement=placement, **options).eval()
+    decoder = ContextDecoder(8, num_tokens=num_tokens, num_layers=2, num_heads=2, placement=placement, **options).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.normal_(std=0.4)
@@ -70,9 +72,21 @@ def test_equals_the_naive_loop_and_padding_is_masked(placement, num_before, posi
         np.testing.assert_allclose(decoder(WORDS, MASK).numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("placement", ["prefix", "postfix", "surround"])
-def test_padding_and_batching_change_nothing(placement):
-    decoder = make(placement)
+@pytest.mark.parametrize("positions", [True, False])
+def test_without_tokens_the_outputs_at_the_words_are_averaged(positions):
+    decoder = make(num_tokens=0, positions=positions)
+    expected = [
+        naive_decoder(decoder, words[mask].double().numpy(), 0, positions)
+        for words, mask in zip(WORDS, MASK, strict=True)
+    ]
+    np.testing.assert_allclose(decoder(WORDS, MASK).detach().numpy(), expected, atol=1e-5)
+    with torch.no_grad():
+        np.testing.assert_allclose(decoder(WORDS, MASK).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("placement", "num_tokens"), [("prefix", 3), ("postfix", 3), ("surround", 3), ("surround", 0)])
+def test_padding_and_batching_change_nothing(placement, num_tokens):
+    decoder = make(placement, num_tokens)
     together = decoder(WORDS, MASK)
     for row in range(len(WORDS)):
         torch.testing.assert_close(
@@ -93,7 +107,7 @@ def test_bad_input_is_named():
         ContextDecoder(8, placement="around")
     with pytest.raises(ValueError, match="3 heads do not divide the width 8"):
         ContextDecoder(8, num_heads=3)
-    with pytest.raises(ValueError, match="num_heads of the decoder must be at least 1, got 0, 4, 4"):
-        ContextDecoder(8, num_tokens=0)
+    with pytest.raises(ValueError, match=r"num_heads of the decoder must be at least 1 .*, got 0, 4, 100"):
+        ContextDecoder(8, num_layers=0)
     with pytest.raises(ValueError, match="a text of 5 tokens is longer than the decoder's 3"):
         make(max_positions=6)(WORDS)

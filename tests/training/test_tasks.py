@@ -82,3 +82,44 @@ def test_rows_that_are_not_valid_change_neither_losses_nor_gradients(make_model,
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_the_align_weight_scales_the_ranking_loss_and_0_leaves_the_images_without_gradient(make_model, processor):
+    model = make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
+    given = replace(batch(processor), teacher_embeds=torch.randn(3, model.config.embed_dim))
+    distillation = build_distillation_loss("cosine")
+    one, half = (DistillTask(InfoNCE(0.1), distillation, align_weight=weight)(model, given) for weight in (1.0, 0.5))
+    torch.testing.assert_close(half["align_loss"], one["align_loss"] / 2)
+    torch.testing.assert_close(total_loss(half), one["align_loss"] / 2 + one["distill_loss"])
+    alone = DistillTask(InfoNCE(0.1), distillation, align_weight=0.0)(model, given)
+    torch.testing.assert_close(total_loss(alone), one["distill_loss"])
+    total_loss(alone).backward()
+    assert all(parameter.grad is None for parameter in model.image_encoder.parameters())
+    assert model.decoder.tokens.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_context_tokens": 0}, {"decoder_kind": "attention"}, {"decoder_pooling": "gpo"}, {"align_weight": 0.0}],
+    ids=str,
+)
+def test_stage_2_trains_every_kind_of_decoder_and_its_model_loads_equal(
+    make_model, make_args, train_dataset, tmp_path, options
+):
+    from d2svse import D2SVSE
+
+    images = {name: value.clone() for name, value in make_model().image_encoder.state_dict().items()}
+    trainer = Trainer(make_model(), make_args("distill", max_steps=1, save_strategy="no", **options), train_dataset)
+    trainer.prepare()
+    decoder = {name: value.clone() for name, value in trainer.model.decoder.state_dict().items()}
+    trainer.train()
+    model = trainer.model.eval()
+    assert not all(torch.equal(value, decoder[name]) for name, value in model.decoder.state_dict().items())
+    same = all(torch.equal(value, images[name]) for name, value in model.image_encoder.state_dict().items())
+    assert same == ("align_weight" in options)
+    model.save_pretrained(tmp_path / "saved")
+    texts = ["a red circle", "a blue star at the top left of it"]
+    loaded = D2SVSE.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(
+        loaded.encode_text(texts, convert_to_tensor=True), model.encode_text(texts, convert_to_tensor=True)
+    )

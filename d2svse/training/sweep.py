@@ -1,0 +1,521 @@
+"""Run a training recipe for several rows of options and several seeds, each run in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from d2svse.cpu import choose_device, usable_cores
+from d2svse.data import ImageTextDataset
+from d2svse.files.data import parse_json, read_json, read_json_lines
+from d2svse.files.lock import write_lock
+from d2svse.files.replace import write_json
+from d2svse.files.yaml import parse_yaml
+from d2svse.models import D2SVSE
+from d2svse.retrieval.evaluation.bootstrap import QueryRanks
+from d2svse.retrieval.evaluation.evaluate import evaluate
+from d2svse.training.callbacks import StoppedByUser
+from d2svse.training.options import STAGES
+from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, differing, read_recipe, run_recipe
+from d2svse.training.run_card import RUN_CARD_FILE, data_hash
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = "val"
+SECTIONS = ("model_options", "training", *STAGES)
+OF_A_SWEEP = ("rows", "grid", "seeds", "test")
+OF_EACH_RUN = {
+    "output": "the sweep chooses it",
+    "seed": "give seeds",
+    "resume": "a sweep always resumes",
+    "push_to_hub": "push a model of your choice with d2svse push",
+    "show_progress_bar": "runs of a sweep show none",
+}
+LOG = "log.txt"
+POLL = 0.1  # seconds
+CHILD = "from d2svse.training.sweep import run_one; run_one()"
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A set that each finished run is evaluated on."""
+
+    data: str
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        row: name of its row in the table.
+        seed: seed of the run.
+        overrides: options of the row, by dotted name.
+        name: name of its folder and its record.
+    """
+
+    row: str
+    seed: int
+    overrides: dict[str, Any] = field(hash=False)
+    name: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe with rows of options, seeds and test sets.
+
+    Attributes:
+        values: fields of the `Recipe` that all runs share, without output and seed.
+        rows: options of each row by dotted name, by name of the row.
+        seeds: seeds of each row.
+        tests: sets that each finished run is evaluated on, beside the validation set.
+    """
+
+    values: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    seeds: list[int]
+    tests: dict[str, EvaluationSet] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        folders: dict[str, str] = {}
+        for row in self.rows:
+            other = folders.setdefault(_folder_name(row).casefold(), row)
+            if other != row:
+                raise ValueError(f"rows {other!r} and {row!r} have one folder, {_folder_name(row)}; rename one of them")
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return all runs, seed by seed, so that each row soon has a result."""
+        return [
+            Run(row, seed, overrides, f"{_folder_name(row)}-seed{seed}")
+            for seed in self.seeds
+            for row, overrides in self.rows.items()
+        ]
+
+    def recipe(self, run: Run, folder: Path) -> Recipe:
+        """Return the recipe of a run.
+
+        Raises:
+            ValueError: if an option is unknown or does not fit; the message names the row.
+        """
+        values = self.values
+        try:
+            for name, value in run.overrides.items():
+                values = override(values, name, value)
+            output = str(folder / "runs" / run.name)
+            given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
+            recipe = Recipe.from_mapping({**values, **given}, "sweep")
+            for stage in recipe.stages:
+                recipe.arguments(stage)
+        except ValueError as error:
+            raise ValueError(f"row {run.row!r}: {error}") from None
+        return recipe
+
+    def state(self, run: Run, folder: Path) -> str:
+        """Return "done", "begun" or "to do".
+
+        Raises:
+            ValueError: if the run was made with other options.
+        """
+        recipe, record = self.recipe(run, folder), record_file(folder, run)
+        if not record.exists():
+            check_unchanged(recipe)
+            return "begun" if (Path(recipe.output) / START_FILE).exists() else "to do"
+        made = read_record(record)
+        names = differing(made["card"]["configuration"], recipe)
+        if names:
+            raise ValueError(
+                f"{record}: the run was made with other options ({', '.join(names)}); give another folder, or remove "
+                f"this file and {recipe.output} to run it again"
+            )
+        return "done" if {VALIDATION, *self.tests} <= made["sets"].keys() else "begun"
+
+
+def read_sweep(
+    path: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]] | None = None, seeds: Sequence[int] | None = None
+) -> Sweep:
+    """Read a sweep from a YAML file.
+
+    The file has the fields of a `Recipe` and these: `rows` (options of each row, by its name), `grid` (values of each
+    option; all combinations run, in each row), `seeds`, and `test` (a data set, or data sets by name; a data set is
+    its path, or `{data: ..., split: ...}`).
+
+    Args:
+        path: the file; a `recipe.yaml` of a run will do.
+        grid: values of further options, which override those of the file.
+        seeds: seeds that override those of the file; by default the recipe's seed.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if a key or a value is of the wrong kind.
+    """
+    values = read_recipe(path)
+    own = {name: values.pop(name, None) for name in OF_A_SWEEP}
+    source = os.fspath(path)
+    rows = {"": {}} if own["rows"] is None else own["rows"]
+    if not isinstance(rows, dict) or not rows or any(not isinstance(row, dict | None) for row in rows.values()):
+        raise ValueError(f"{source}: rows must be options by the name of each row, got {rows!r:.80}")
+    values_of = {**(own["grid"] or {}), **(grid or {})} if isinstance(own["grid"], dict | None) else own["grid"]
+    if not isinstance(values_of, dict) or any(not isinstance(one, list) or not one for one in values_of.values()):
+        raise ValueError(f"{source}: grid must be lists of values by the names of options, got {values_of!r:.80}")
+    seeds = list(seeds or own["seeds"] or [values.get("seed", 42)])
+    if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
+        raise ValueError(f"{source}: seeds must be whole numbers from 0, got {seeds!r:.80}")
+    for name in ("output", "seed", "resume", "show_progress_bar"):  # of a recipe.yaml that a run wrote
+        values.pop(name, None)
+    if values.get("push_to_hub"):
+        raise ValueError(f"{source}: push_to_hub: {OF_EACH_RUN['push_to_hub']}")
+    short = {name: name.rpartition(".")[2] for name in values_of}
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in short}
+    combined = {}
+    for row, overrides in rows.items():
+        for chosen in itertools.product(*values_of.values()):
+            options = dict(zip(values_of, chosen, strict=True))
+            label = [f"{short[name]}={_shown(value)}" for name, value in options.items()]
+            combined[", ".join([*([str(row)] if row != "" else []), *label]) or "recipe"] = {
+                **{str(name): value for name, value in (overrides or {}).items()},
+                **options,
+            }
+    for overrides in combined.values():
+        for name in overrides:
+            if name in OF_EACH_RUN:
+                raise ValueError(f"{source}: {name} is not an option of a row; {OF_EACH_RUN[name]}")
+    return Sweep(values, combined, list(dict.fromkeys(seeds)), _test_sets(own["test"], source))
+
+
+def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return the values of a recipe with one of them replaced.
+
+    Args:
+        values: fields of a `Recipe`.
+        name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
+            `training`. A further dot reaches into a loss or a similarity, as in `model_options.similarity.lam`.
+        value: the value; a mapping for a section is merged into it.
+
+    Raises:
+        ValueError: if the path leads into a value that has no options.
+    """
+    path = name.split(".")
+    if len(path) == 1 and path[0] not in {item.name for item in dataclasses.fields(Recipe)}:
+        path = ["training", *path]
+    if len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
+        for inner, one in value.items():
+            values = override(values, f"{name}.{inner}", one)
+        return dict(values)
+    return _set(values, path, value, name)
+
+
+def _set(values: Mapping[str, Any], path: Sequence[str], value: Any, name: str) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**values, path[0]: value}
+    inner = values.get(path[0]) or {}
+    if isinstance(inner, str):
+        inner = {"name": inner}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"{name}: {path[0]} is {inner!r:.40} and has no options")
+    return {**values, path[0]: _set(inner, path[1:], value, name)}
+
+
+def run_sweep(
+    sweep: Sweep,
+    folder: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    discard_models: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[Run, str]:
+    """Train and evaluate all runs that are not done yet, each in a process of its own.
+
+    A run writes its record to `folder/records` and everything else to `folder/runs`. It keeps its last model and its
+    logs. A run that was stopped or killed continues from its last checkpoint. A run that fails is told at the end, and
+    is tried again by the next call.
+
+    Args:
+        sweep: the sweep.
+        folder: folder of all runs.
+        jobs: number of runs at a time; several share the cores.
+        discard_models: keep no model.
+        say: function that prints a line.
+
+    Returns:
+        What each failed run said last.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once each run has written a checkpoint; a second one stops at once.
+        ValueError: before training, if an option does not fit or another sweep writes to the folder.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    folder = Path(folder)
+    states = {run: sweep.state(run, folder) for run in sweep.runs}
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
+    waiting = [run for run, state in states.items() if state != "done"]
+    done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
+    with write_lock(folder, busy=ValueError), _sigterm_exits():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[run] = _start(sweep, run, folder, discard_models, environment)
+                time.sleep(POLL)
+                for run, process in list(running.items()):
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    del running[run]
+                    done += 1
+                    if code == 0:
+                        outcome = _told(read_record(record_file(folder, run)))
+                    else:
+                        failed[run] = _last_words(folder / "runs" / run.name / LOG, code)
+                        outcome = f"failed: {failed[run]}"
+                    say(f"[{done}/{len(states)}] {run.row}, seed {run.seed}: {outcome}")
+        except KeyboardInterrupt:
+            raise StoppedByUser(f"stopped; {done} of {len(states)} runs are done; the same command continues") from None
+        finally:
+            _stop(running.values())
+    return failed
+
+
+def _start(
+    sweep: Sweep, run: Run, folder: Path, discard_models: bool, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    output = folder / "runs" / run.name
+    output.mkdir(parents=True, exist_ok=True)
+    task = {
+        "recipe": dataclasses.asdict(sweep.recipe(run, folder)),
+        "run": dataclasses.asdict(run),
+        "tests": {name: dataclasses.asdict(test) for name, test in sweep.tests.items()},
+        "record": str(record_file(folder, run)),
+        "discard_models": discard_models,
+    }
+    with (output / LOG).open("ab") as log:
+        # Ctrl-C reaches the sweep alone, which stops its runs. After a kill of the sweep, the pipe ends its runs.
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, json.dumps(task)],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def _stop(running: Any) -> None:
+    """Ask runs to end with a checkpoint; a second Ctrl-C kills them."""
+    try:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    except BaseException:
+        for process in running:
+            process.kill()
+        raise
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_one() -> None:
+    """Train and evaluate the run that the JSON of the first argument describes; `run_sweep` starts this process."""
+    task = parse_json(sys.argv[1], "task")
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    choose_device()
+    recipe, run = Recipe(**task["recipe"]), Run(**task["run"])
+    sys.argv = ["d2svse", "train", "--config", str(Path(recipe.output) / "recipe.yaml")]  # for the run card
+    try:
+        with write_lock(recipe.output, wait=True):  # a run of a killed sweep ends soon
+            record = make_record(recipe, run, {name: EvaluationSet(**test) for name, test in task["tests"].items()})
+            write_json(task["record"], record)
+            _clean(recipe, task["discard_models"])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _end_with_the_sweep() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def make_record(recipe: Recipe, run: Run, tests: Mapping[str, EvaluationSet]) -> dict[str, Any]:
+    """Train a run, or continue it, and return its record.
+
+    Args:
+        recipe: recipe of the run.
+        run: the run.
+        tests: further sets to evaluate on.
+
+    Returns:
+        For JSON: run, row, seed and overrides; for each set its source, hash, metrics and ranks; seconds and steps of
+        training; whether it was resumed; the run card.
+    """
+    output, start = Path(recipe.output), time.monotonic()
+    finished = (output / RUN_CARD_FILE).exists() and (output / "model").is_dir()
+    resumed = (output / START_FILE).exists()
+    if not finished:
+        run_recipe(recipe)
+    card = read_json(output / RUN_CARD_FILE)
+    arguments = recipe.arguments(recipe.stages[-1])
+    model = D2SVSE.from_pretrained(output / "model").to(arguments.device)
+    shared: dict[str, Any] = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
+    sets = {}
+    for name, test in {VALIDATION: EvaluationSet(recipe.val, recipe.val_split), **tests}.items():
+        dataset = ImageTextDataset.from_source(test.data, split=test.split, **shared)
+        evaluation = evaluate(
+            model,
+            dataset,
+            batch_size=arguments.per_device_eval_batch_size,
+            max_length=arguments.max_length,
+            folds=1,
+            fingerprint=False,
+        )
+        sets[name] = {
+            "source": dataset.source,
+            "split": test.split,
+            "sha256": data_hash(dataset),
+            "metrics": evaluation.metrics,
+            "ranks": QueryRanks.from_evaluation(evaluation).to_json(),
+        }
+    logs = {stage: [row for _, row in read_json_lines(output / stage / "log.jsonl")] for stage in recipe.stages}
+    return {
+        "run": run.name,
+        "row": run.row,
+        "seed": run.seed,
+        "overrides": run.overrides,
+        "sets": sets,
+        "seconds": {
+            "whole": round(time.monotonic() - start, 1),
+            **{stage: row["train_runtime"] for stage, log in logs.items() for row in log if "train_runtime" in row},
+        },
+        "steps": {stage: max(row["step"] for row in log) for stage, log in logs.items()},
+        "resumed": resumed,
+        "card": card,
+    }
+
+
+def _clean(recipe: Recipe, discard_models: bool) -> None:
+    """Remove what a finished run does not need any more."""
+    output = Path(recipe.output)
+    folders = [output / stage / part for stage in recipe.stages for part in ("checkpoints", "model")]
+    if discard_models:
+        folders.append(output / "model")
+        for name in (START_FILE, "results.json", RUN_CARD_FILE):
+            (output / name).unlink(missing_ok=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def record_file(folder: str | os.PathLike[str], run: Run) -> Path:
+    """Return the path of a run's record."""
+    return Path(folder) / "records" / f"{run.name}.json"
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the record of a run.
+
+    Raises:
+        ValueError: if the file is not a record.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or not {"row", "seed", "sets", "card"} <= record.keys():
+        raise ValueError(f"{os.fspath(path)}: expected the record of a run of d2svse sweep; remove the file")
+    return record
+
+
+def records_of(sweep: Sweep, folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the records of the runs that are done, in the order of `sweep.runs`."""
+    files = [record_file(folder, run) for run in sweep.runs]
+    return [read_record(file) for file in files if file.exists()]
+
+
+def _told(record: Mapping[str, Any]) -> str:
+    recalls = [f"rSum {100 * one['metrics']['rsum']:.1f} on {name}" for name, one in record["sets"].items()]
+    return f"{', '.join(recalls)} ({record['seconds']['whole']:.0f} s)"
+
+
+def _last_words(log: Path, code: int) -> str:
+    """Return the last line that a failed run wrote."""
+    if code < 0:
+        return f"killed by signal {-code} ({signal.Signals(-code).name}); see {log}"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
+
+
+def _folder_name(row: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", row).strip("._")[:150] or "row"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value).replace('"', "")
+
+
+def parse_grid(assignments: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the values of options that are given as `NAME=VALUE,VALUE`, with each value read as YAML.
+
+    Raises:
+        ValueError: if one has no name or no value.
+
+    Example:
+        >>> parse_grid(["distill.num_context_tokens=20,60"])
+        {'distill.num_context_tokens': [20, 60]}
+    """
+    grid = {}
+    for assignment in assignments:
+        name, equals, values = assignment.partition("=")
+        parsed = parse_yaml(f"[{values}]") if equals else []
+        if not name.strip() or not parsed:
+            raise ValueError(f"--grid takes NAME=VALUE,VALUE, got {assignment!r}")
+        grid[name.strip()] = parsed
+    return grid
+
+
+def _test_sets(given: Any, source: str) -> dict[str, EvaluationSet]:
+    if given is None:
+        return {}
+    sets = {"test": given} if isinstance(given, str) or (isinstance(given, dict) and "data" in given) else given
+    message = f"{source}: test must be a data set, or data sets by name other than {VALIDATION}, got {given!r:.80}"
+    if not isinstance(sets, dict) or VALIDATION in sets:
+        raise ValueError(message)
+    result = {}
+    for name, one in sets.items():
+        one = {"data": one} if isinstance(one, str) else one
+        if not isinstance(one, dict) or not {"data"} <= one.keys() <= {"data", "split"}:
+            raise ValueError(message)
+        result[str(name)] = EvaluationSet(**one)
+    return result
