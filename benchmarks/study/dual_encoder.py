@@ -115,7 +115,7 @@ def train(folder: Path, run: str, part: str, *words: str, **options: Any) -> flo
 def metrics_of(folder: Path, model: D2SVSE, parts: tuple[str, ...] = PARTS) -> dict[str, dict[str, float]]:
     """Return the metrics of a model on parts of the data."""
     images = json.loads((folder / "images.json").read_text())
-    sets = {part: ImageTextDataset(folder / f"{part}.jsonl", image_folder=images) for part in parts}
+    sets = {part: ImageTextDataset.from_source(folder / f"{part}.jsonl", image_folder=images) for part in parts}
     return {part: evaluate(model.eval(), data, fingerprint=False).metrics for part, data in sets.items()}
 
 
