@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    ViTImageProcessorPil,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
+    ViTImageProcessorPil,
 )
 
 from d2svse import D2SVSE, evaluate
