@@ -21,6 +21,8 @@ Placement = Literal["prefix", "postfix", "surround"]
 DecoderKind = Literal["decoder", "attention"]
 DecoderPooling = Literal["mean", "max", "gpo"]
 Fusion = Literal["sum", "published"]
+Initialization = Literal["default", "published"]
+Resizing = Literal["backbone", "published"]
 ContextTokens = Literal["join", "add", "none"]
 
 

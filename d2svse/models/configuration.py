@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import ContextTokens, Fusion, unknown
+from d2svse.choices import ContextTokens, Fusion, Initialization, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
@@ -19,6 +19,7 @@ POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
 TEXT_PROJECTIONS = ("linear", "residual_mlp")
 FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
+INITIALIZATIONS = get_args(Initialization)
 
 
 @strict
@@ -35,6 +36,9 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             projection of `dual_encoder`.
         text_pooling: pooling of text tokens: "gpo", "mean", "max", "cls" or "native".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
+        text_dropout: dropout of the text backbone's output, in training; 0.2 in the published code.
+        initialization: "published" starts the context decoder and the projection of words as the published code does:
+            learnable tokens from N(0, 1), and layers as torch makes them.
         context_decoder: arguments of `build_context_decoder` for the sparse branch of stage 2;
             None for a model of stage 1.
         fusion: "sum" adds the decoder's output to the pooled text (Eq. 3). "published" adds it
@@ -71,6 +75,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     image_pooling: str = "gpo"
     text_pooling: str = "gpo"
     text_projection: str = "linear"
+    text_dropout: float | int = 0.0
+    initialization: str = "default"
     context_decoder: dict[str, Any] | None = None
     fusion: str = "sum"
     context_gate: bool = False
@@ -89,6 +95,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             ("pooling", self.text_pooling, POOLING_NAMES),
             ("text projection", self.text_projection, TEXT_PROJECTIONS),
             ("fusion", self.fusion, FUSIONS),
+            ("initialization", self.initialization, INITIALIZATIONS),
             ("context_tokens", self.context_tokens, CONTEXT_TOKENS),
         ):
             if name not in known:
@@ -105,6 +112,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
         own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder", "lora")
         check_limits({name: getattr(self, name) for name in own})
+        if not 0 <= self.text_dropout < 1:
+            raise ValueError(f"text_dropout must be at least 0 and less than 1, got {self.text_dropout}")
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)

@@ -175,6 +175,7 @@ class TextEncoder(nn.Module):
         backbone: a loaded backbone; by default one with random weights, made from `config`.
         tower: the text side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
             `projection` and `backbone` have no effect with it.
+        dropout: of the backbone's output, in training.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class TextEncoder(nn.Module):
         projection: str = "linear",
         backbone: PreTrainedModel | None = None,
         tower: Tower | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.native_pool = None if tower is None else tower.pool
@@ -200,6 +202,7 @@ class TextEncoder(nn.Module):
             self.mlp = ResidualMLP(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
         self.layer_norm = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Features:
         """Encode texts.
@@ -227,6 +230,7 @@ class TextEncoder(nn.Module):
             attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
         """
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.dropout(hidden)
         words = self.projection(hidden)
         return words if self.mlp is None else words + self.mlp(hidden)
 

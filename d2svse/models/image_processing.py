@@ -85,6 +85,24 @@ class D2SVSEImageProcessorPil(PilBackend):
         return resized[0].numpy()
 
 
+def set_image_size(processor: Any, side: int) -> None:
+    """Make an image processor give square images of another size; a resize before a crop grows in proportion.
+
+    Args:
+        processor: any image processor of transformers; it is changed.
+        side: pixels.
+    """
+    square, edge = {"height": side, "width": side}, processor.size.get("shortest_edge")
+    if not edge:
+        processor.size = square
+    elif getattr(processor, "do_center_crop", False):
+        processor.size = {"shortest_edge": round(edge * side / processor.crop_size["height"])}
+    else:
+        processor.size = {"shortest_edge": side}
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = square
+
+
 def prepare_image(processor: Any, kwargs: dict[str, Any], image: Image.Image) -> Any:
     """Return the `pixel_values` of one RGB image, `(1, channels, height, width)`.
 

@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from d2svse.choices import ContextTokens
+from d2svse.choices import ContextTokens, Resizing
 from d2svse.cpu import usable_cores
 from d2svse.features import Features
 from d2svse.files.data import read_json
@@ -50,6 +50,7 @@ from d2svse.models.dual_encoders import (
     towers_of,
 )
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
+from d2svse.models.encoders import image_size as size_in
 from d2svse.models.encoding import (
     Embeddings,
     Output,
@@ -61,6 +62,7 @@ from d2svse.models.encoding import (
     with_progress,
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
+from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Similarity, build_similarity
@@ -141,7 +143,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
             vision_config, config.embed_dim, config.image_pooling, vision_backbone, image_tower
         )
         self.text_encoder = TextEncoder(
-            text_config, config.embed_dim, config.text_pooling, config.text_projection, text_backbone, text_tower
+            text_config,
+            config.embed_dim,
+            config.text_pooling,
+            config.text_projection,
+            text_backbone,
+            text_tower,
+            config.text_dropout,
         )
         self.decoder = (
             build_context_decoder(config.embed_dim, **config.context_decoder)
@@ -167,6 +175,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         text: str | os.PathLike[str],
         *,
         max_length: int | None = None,
+        image_size: int | None = None,
+        resizing: Resizing = "backbone",
         **options: Any,
     ) -> D2SVSE:
         """Join two pretrained backbones; projections, poolings and decoder get random weights.
@@ -175,10 +185,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
             vision: Hub id or folder of a vision backbone, or of a two-sided model such as CLIP.
             text: Hub id or folder of a text backbone, or of a two-sided model such as CLIP.
             max_length: longest text in tokens; the backbone's limit by default.
+            image_size: side of the square images in pixels; position embeddings are interpolated. None for the
+                backbone's size.
+            resizing: "backbone" for the backbone's own image processor, "published" for
+                `D2SVSEImageProcessorPil`, as the published code prepares images.
             **options: further fields of `D2SVSEConfig`, such as `embed_dim` or `similarity`.
 
         Raises:
-            ValueError: if an option is not a field of `D2SVSEConfig`.
+            ValueError: if an option is not a field of `D2SVSEConfig`, or the backbone takes no images of that size.
             FileNotFoundError: if the text folder has no vocabulary.
         """
         D2SVSEConfig.check_names(options)
@@ -195,6 +209,18 @@ class D2SVSE(Shimmed, PreTrainedModel):
         check_class_token(model.text_encoder)
         with loading(f"{vision} and {text}"):
             model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
+        processor: Any = model.processor
+        if resizing == "published":
+            side = image_size or max(size_in(vision_backbone.config)) or 224
+            processor.image_processor = D2SVSEImageProcessorPil(size={"height": side, "width": side})
+        elif image_size is not None:
+            set_image_size(processor.image_processor, image_size)
+        if image_size is not None:
+            try:
+                model.image_encoder.count_tokens(image_size, image_size)
+            except (RuntimeError, ValueError) as error:
+                kind = vision_backbone.config.model_type
+                raise ValueError(f"image_size {image_size}: a {kind} backbone refuses such images ({error})") from None
         return model
 
     @classmethod
@@ -903,13 +929,18 @@ class D2SVSE(Shimmed, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ImageEncoder | TextEncoder) and module.native_pool is None:
             init.xavier_uniform_(module.projection.weight)
+            if self.config.initialization == "published" and isinstance(module, TextEncoder):
+                _reset(module.projection)
         elif isinstance(module, nn.GRU):
             bound = module.hidden_size**-0.5
             for parameter in module.parameters():
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, ContextDecoder | ContextAttention):
+            published = self.config.initialization == "published"
             if len(module.tokens):
-                init.normal_(module.tokens, std=0.02)
+                init.normal_(module.tokens, std=1.0 if published else 0.02)
+            if published:
+                _reset(module)
         elif isinstance(module, Similarity):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
@@ -918,6 +949,15 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 init.zeros_(module.context_gate)
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value or 0))
+
+
+def _reset(module: nn.Module) -> None:
+    """Initialise layers as torch does; loading guards the functions that they call."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.LayerNorm | nn.Embedding):
+            part.reset_parameters()
+        elif isinstance(part, nn.MultiheadAttention):
+            part._reset_parameters()
 
 
 def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:

@@ -24,6 +24,7 @@ from d2svse.training.checks import (
     check_types,
     inherited_hints,
 )
+from d2svse.training.distributed import launched_processes
 from d2svse.training.options import (
     PRESETS,
     BackboneOptions,
@@ -33,6 +34,7 @@ from d2svse.training.options import (
     OptimizerOptions,
     SampleOptions,
     Stage,
+    preset_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -147,7 +149,8 @@ class TrainingArguments(
         """
         if preset not in PRESETS:
             raise ValueError(unknown("preset", preset, PRESETS))
-        return cls(**{**PRESETS[preset], **overrides})
+        processes = 1 if "per_device_train_batch_size" in overrides else launched_processes()
+        return cls(**{**preset_options(preset, processes), **overrides})
 
     def build_loss(self) -> RankingLoss:
         """Return the ranking loss that these arguments describe.

@@ -213,7 +213,8 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     """
     # Excludes the temperature and the gains of norms.
     matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
-    kept = args.decayed(matrices)
+    everything = {name for name, _ in model.named_parameters()}
+    kept = args.decayed(everything if args.weight_decay_all else matrices)
     below = layers_below_the_top([name for name, _ in model.named_parameters()])
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

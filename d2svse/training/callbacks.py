@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from d2svse.losses import RankingLoss
 from d2svse.training.distributed import is_main_process, world_size
+from d2svse.training.tasks import AlignTask
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,21 @@ class LossScheduleCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+class AlignWarmupCallback(TrainerCallback):
+    """Raise the factor of a task's ranking loss from 0 to 1 over the first epochs.
+
+    Args:
+        task: the task.
+        epochs: length of the rise in epochs; 0 leaves the factor at 1.
+    """
+
+    def __init__(self, task: AlignTask, epochs: float) -> None:
+        self.task, self.epochs = task, epochs
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.task.align_scale = min(1.0, (state.epoch or 0) / self.epochs) if self.epochs else 1.0
 
 
 class FindBestCallback(TrainerCallback):

@@ -36,6 +36,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def launched_processes() -> int:
+    """Return the number of processes of this run, which the launcher tells before they know each other."""
+    return max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def is_main_process() -> bool:
     """Return whether this is the only process, or the first one."""
     return int(os.environ.get("RANK", "0")) == 0

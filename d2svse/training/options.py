@@ -18,7 +18,16 @@ from collections.abc import Collection
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
-from d2svse.choices import ContextTokens, DecoderKind, DecoderPooling, Mining, OnBadImage, OnNonfinite, Placement
+from d2svse.choices import (
+    ContextTokens,
+    DecoderKind,
+    DecoderPooling,
+    Mining,
+    OnBadImage,
+    OnNonfinite,
+    Placement,
+    Resizing,
+)
 
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal["paper", "published", "recommended", "dual-encoder"]
@@ -62,6 +71,9 @@ class DataOptions:
         "Dense captions: auto, field, concat, a JSONL file, or long or short200 of the published layout.",
         flag=True,
     )
+    teacher_dense: str | None = option(
+        None, "Dense captions of the teacher in stage 2, if they differ from those of stage 1; values as for dense."
+    )
     on_bad_image: OnBadImage = option(
         "error", "Reaction to an image that cannot be read: stop, or list it and leave it out.", flag=True
     )
@@ -74,6 +86,20 @@ class StartOptions:
     vision: str | None = option(None, "Vision backbone: Hub id or folder.", flag=True)
     text: str | None = option(None, "Text backbone: Hub id or folder.", flag=True)
     model: str | None = option(None, "Start from this model instead of backbones: Hub id or folder.", flag=True)
+    image_size: int | None = option(
+        None,
+        "Side of the square images in pixels, with --vision; position embeddings are interpolated. Without it, that of "
+        "the preset or else of the backbone.",
+        flag=True,
+        least=1,
+        most=4096,
+    )
+    resizing: Resizing | None = option(
+        None,
+        "Resizing and normalisation of images, with --vision: those of the backbone, or the published code's (ImageNet "
+        "mean and deviation, bilinear without anti-aliasing). Without it, that of the preset or else of the backbone.",
+        flag=True,
+    )
     teacher: str | None = option(
         None,
         "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model.",
@@ -117,6 +143,10 @@ class OptimizerOptions:
         [], "Name patterns of weights without weight decay, such as decoder.tokens or image_encoder.*."
     )
 
+    weight_decay_all: bool = option(
+        False, "Let weight decay act on biases, gains of norms and the temperature too, as the published code does."
+    )
+
     def decayed(self, names: Collection[str]) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
@@ -155,6 +185,9 @@ class LossOptions:
         "schedule", "Negatives of hinge: all, the hardest, or all in the first epochs and then the hardest."
     )
     warmup_loss_epochs: int = option(1, "Epochs of hinge with all negatives, if mining is schedule.", least=0)
+    align_warmup_epochs: float = option(
+        0.0, "Epochs over which a factor of the ranking loss rises from 0 to 1, as in the published code.", least=0
+    )
     distill_loss: str | dict[str, Any] = option(
         "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
@@ -325,14 +358,21 @@ GROUPS: dict[type, str] = {
     RunOptions: "",
 }
 
+# Training options of each preset. The batch is that of all processes together. docs/differences.md gives the source of
+# each value of `paper` and `published`.
 PRESETS: dict[str, dict[str, Any]] = {
-    # D2S-VSE, Section 4.1 and Table 4.
+    # D2S-VSE, Section 4.2; the published code, where the paper says nothing.
     "paper": {
         "learning_rate": 5e-4,
         "lr_milestones": [9, 15, 20, 25],
         "lr_gamma": 0.1,
+        "backbone_lr_scale": 0.1,
+        "weight_decay": 1e-4,
+        "weight_decay_all": True,
         "num_train_epochs": 30,
         "per_device_train_batch_size": 128,
+        "max_grad_norm": 2.0,
+        "captions_per_epoch": "all",
         "loss": "hinge",
         "margin": 0.2,
         "mining": "hardest",
@@ -342,19 +382,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_heads": 4,
         "token_placement": "surround",
     },
-    # The published code, which differs from the paper. Three details differ here: the teacher is in eval mode on clean
-    # text, gradients are clipped after unscaling, and padded words are masked.
+    # The published code. Three details differ here: the teacher is in eval mode on clean text, gradients are clipped
+    # after unscaling, and padded words are masked.
     "published": {
         "learning_rate": 2e-4,
         "lr_milestones": [9, 15, 20, 25],
         "lr_gamma": 0.3,
+        "backbone_lr_scale": 0.1,
+        "weight_decay": 1e-4,
+        "weight_decay_all": True,
         "num_train_epochs": 30,
         "per_device_train_batch_size": 128,
         "max_grad_norm": 2.0,
+        "captions_per_epoch": "all",
         "loss": "hinge",
         "margin": 0.2,
         "mining": "schedule",
         "warmup_loss_epochs": 1,
+        "align_warmup_epochs": 1,
         "distill_loss": "cosine",
         "num_context_tokens": 100,
         "decoder_layers": 4,
@@ -402,3 +447,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_on_start": True,
     },
 }
+
+# What a preset gives to a new model of two backbones: keys of a recipe, and `model_options`.
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "image_size": 224,
+        "resizing": "published",
+        "model_options": {"text_dropout": 0.2, "initialization": "published"},
+    },
+    "published": {
+        "image_size": 384,
+        "resizing": "published",
+        "model_options": {"text_projection": "residual_mlp", "text_dropout": 0.2, "initialization": "published"},
+    },
+}
+# Presets that read both dense captions of the published layout: `_short200` in stage 1, the long one for the teacher.
+SHORT_AND_LONG = ("paper", "published")
+
+
+def preset_options(preset: str, processes: int = 1) -> dict[str, Any]:
+    """Return the training options of a preset, with its batch divided over processes.
+
+    Args:
+        preset: a name in `PRESETS`.
+        processes: number of processes that train together.
+
+    Raises:
+        ValueError: if the processes do not divide the batch.
+    """
+    values = dict(PRESETS[preset])
+    batch = values["per_device_train_batch_size"]
+    if batch % processes:
+        raise ValueError(
+            f"the preset {preset} has a batch of {batch}, which {processes} processes do not divide; give the batch of "
+            "one process (--batch-size)"
+        )
+    return {**values, "per_device_train_batch_size": batch // processes}

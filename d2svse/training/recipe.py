@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from d2svse.choices import unknown
 from d2svse.data import ImageTextDataset
+from d2svse.data.readers import detect_format, read_records
 from d2svse.files.data import read_json, read_text
 from d2svse.files.folder import check_folder, written_folder
 from d2svse.files.lock import write_lock
@@ -35,8 +36,16 @@ from d2svse.training.arguments import TrainingArguments
 from d2svse.training.building import set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
-from d2svse.training.distributed import barrier, is_main_process, world_size
-from d2svse.training.options import PRESETS, STAGES, DataOptions, RunOptions, StartOptions
+from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
+from d2svse.training.options import (
+    MODEL_PRESETS,
+    SHORT_AND_LONG,
+    STAGES,
+    DataOptions,
+    RunOptions,
+    StartOptions,
+    preset_options,
+)
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
@@ -91,6 +100,13 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError(f"a teacher is for stage distill, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
+        if self.model is None:
+            preset = MODEL_PRESETS.get(self.preset, {})
+            self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
+            self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
+            self.model_options = {**preset.get("model_options", {}), **self.model_options}
+        elif self.image_size is not None or self.resizing is not None:
+            raise ValueError("image_size and resizing belong to --vision; a model to start from has its own")
         D2SVSEConfig.check_names(self.model_options)
         own = {
             name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")
@@ -134,15 +150,20 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                 )
         return cls(**values)
 
+    def training_options(self) -> dict[str, Any]:
+        """Return the options of all stages: those of `training`, which override the preset."""
+        own = "per_device_train_batch_size" in self.training
+        return {**preset_options(self.preset, 1 if own else launched_processes()), **self.training}
+
     def arguments(self, stage: str) -> TrainingArguments:
         """Return the training arguments of a stage; the stage overrides `training`, which overrides the preset."""
-        values = {**PRESETS[self.preset], **self.training, **getattr(self, stage)}
+        values = {**self.training_options(), **getattr(self, stage)}
         values = {"seed": self.seed, "disable_tqdm": not (self.show_progress_bar and is_main_process()), **values}
         return TrainingArguments(output_dir=str(Path(self.output) / stage / "checkpoints"), stage=stage, **values)  # type: ignore[arg-type]
 
     def effective_configuration(self) -> str:
         """Return the recipe as YAML for `--config`, with the values of the preset."""
-        values = {**dataclasses.asdict(self), "training": {**PRESETS[self.preset], **self.training}}
+        values = {**dataclasses.asdict(self), "training": self.training_options()}
         for name in ("resume", "push_to_hub", "hub_private"):  # options of one call
             del values[name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -264,6 +285,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
+    _choose_dense(recipe)
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
     if recipe.push_to_hub and is_main_process():  # fail now and not after training
@@ -323,13 +345,18 @@ def _train_each(
 ) -> dict[str, dict[str, float]]:
     """Train the stages that have no results yet."""
     output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
+    taught = _with_dense(recipe, train_dataset) if "distill" in recipe.stages else train_dataset
     for stage in recipe.stages:
         if stage in results:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
             continue
         model.freeze(vision=False, text=False)
         trainer = Trainer(
-            model, stage_arguments[stage], train_dataset, eval_dataset, teacher=teacher if stage == "distill" else None
+            model,
+            stage_arguments[stage],
+            taught if stage == "distill" else train_dataset,
+            eval_dataset,
+            teacher=teacher if stage == "distill" else None,
         )
         trainer.train(resume_from_checkpoint=recipe.resume)
         metrics = trainer.evaluate(metric_key_prefix="final")
@@ -442,6 +469,24 @@ def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any])
         write_json(aside / RUN_CARD_FILE, card)
 
 
+def _choose_dense(recipe: Recipe) -> None:
+    """Choose both dense captions of the published layout, if the preset reads both and the recipe names none."""
+    automatic = recipe.dense == "auto" and recipe.teacher_dense is None and recipe.preset in SHORT_AND_LONG
+    if automatic and detect_format(recipe.train) == "published":
+        recipe.dense, recipe.teacher_dense = "short200", "long"
+
+
+def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
+    """Return a data set with the dense captions of the teacher."""
+    if recipe.teacher_dense in (None, recipe.dense):
+        return dataset
+    options = {"split": recipe.train_split, "image_folder": recipe.image_folder, "dense": recipe.teacher_dense}
+    read = read_records(recipe.train, allow_missing=True, **options)  # type: ignore[arg-type]
+    dense = {record.image: record.dense for record in read}
+    records = [dataclasses.replace(record, dense=dense[record.image]) for record in dataset.records]
+    return ImageTextDataset(records, dataset.source)
+
+
 def _start(recipe: Recipe) -> D2SVSE:
     if recipe.model is not None:
         if Path(recipe.model).is_dir():
@@ -454,7 +499,8 @@ def _start(recipe: Recipe) -> D2SVSE:
         return D2SVSE.from_pretrained(recipe.model, **recipe.model_options)
     assert recipe.vision is not None
     assert recipe.text is not None
-    return D2SVSE.from_backbones(recipe.vision, recipe.text, **recipe.model_options)
+    images: dict[str, Any] = {"image_size": recipe.image_size, "resizing": recipe.resizing or "backbone"}
+    return D2SVSE.from_backbones(recipe.vision, recipe.text, **images, **recipe.model_options)
 
 
 def _given_teacher(recipe: Recipe, model: D2SVSE, stage_arguments: Mapping[str, TrainingArguments]) -> Teacher | None:

@@ -19,11 +19,14 @@ class AlignTask(nn.Module):
     Args:
         loss: the ranking loss.
         text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
+
+    Attributes:
+        align_scale: factor of the ranking loss, which `AlignWarmupCallback` raises from 0 to 1.
     """
 
     def __init__(self, loss: RankingLoss, text_groups: int = 1) -> None:
         super().__init__()
-        self.loss, self.text_groups = loss, text_groups
+        self.loss, self.text_groups, self.align_scale = loss, text_groups, 1.0
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch.
@@ -56,7 +59,7 @@ class AlignTask(nn.Module):
         """Return the losses of the valid pairs of all processes, given the features of this process's rows."""
         image_ids = gather_rows(batch.image_ids, batch.valid)
         scores = gather_rows(similarity(images, gather_features(texts, batch.valid)), batch.valid)
-        losses = {"align_loss": self.loss(scores, image_ids)}
+        losses = {"align_loss": self.align_scale * self.loss(scores, image_ids)}
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty

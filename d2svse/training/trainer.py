@@ -45,7 +45,7 @@ from d2svse.training.building import (
     warn_of_truncation,
 )
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
-from d2svse.training.callbacks import FindBestCallback, LossScheduleCallback, StopOnSignalCallback
+from d2svse.training.callbacks import AlignWarmupCallback, FindBestCallback, LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     last_whole_checkpoint,
@@ -134,6 +134,7 @@ class Trainer(TransformersTrainer):
             eval_dataset=eval_dataset,
             callbacks=[
                 LossScheduleCallback(loss),
+                AlignWarmupCallback(self.task, args.align_warmup_epochs),
                 FindBestCallback(),
                 self._stop,
                 CollapseCallback(),

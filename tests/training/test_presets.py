@@ -1,0 +1,123 @@
+"""Presets: what they give to training, to a new model and to its data."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse.losses import InfoNCE
+from d2svse.models import D2SVSEImageProcessorPil
+from d2svse.training.building import parameter_groups
+from d2svse.training.callbacks import AlignWarmupCallback
+from d2svse.training.options import MODEL_PRESETS, PRESETS, preset_options
+from d2svse.training.recipe import Recipe
+from d2svse.training.tasks import AlignTask
+
+
+def recipe(tmp_path: Path, **options) -> Recipe:
+    return Recipe(train="train.jsonl", val="val.jsonl", output=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("preset", ["paper", "published"])
+def test_a_new_model_gets_the_parts_of_the_preset_and_options_override_them(preset, tmp_path):
+    given = recipe(tmp_path, vision="v", text="t", preset=preset, image_size=64, model_options={"text_dropout": 0.1})
+    expected = {**MODEL_PRESETS[preset]["model_options"], "text_dropout": 0.1}
+    assert (given.model_options | {"similarity": None}) == (expected | {"similarity": None})
+    assert (given.image_size, given.resizing) == (64, "published")
+    with pytest.raises(ValueError, match="image_size and resizing belong to --vision"):
+        recipe(tmp_path, model="m", image_size=64)
+    assert recipe(tmp_path, model="m", preset=preset).model_options == {}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_batch_of_a_preset_is_that_of_all_processes(processes, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    given = recipe(tmp_path, vision="v", text="t")
+    assert given.training_options()["per_device_train_batch_size"] * processes == 128
+    own = recipe(tmp_path, vision="v", text="t", training={"per_device_train_batch_size": 10})
+    assert own.training_options()["per_device_train_batch_size"] == 10
+
+
+def test_a_batch_that_processes_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="a batch of 128, which 3 processes do not divide"):
+        preset_options("published", 3)
+
+
+def test_names_of_presets_are_options():
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert all(set(values) <= known for values in PRESETS.values())
+
+
+def test_images_of_another_size_are_resized_as_published(backbones):
+    model = D2SVSE.from_backbones(
+        backbones / "vision", backbones / "text", embed_dim=24, image_size=48, resizing="published"
+    )
+    assert isinstance(model.processor.image_processor, D2SVSEImageProcessorPil)
+    assert model.processor.pixel_values([torch.zeros(3, 20, 30, dtype=torch.uint8)]).shape == (1, 3, 48, 48)
+    assert model.image_encoder.count_tokens(48, 48) == 1 + 6 * 6  # positions are interpolated
+    own = D2SVSE.from_backbones(backbones / "vision", backbones / "text", embed_dim=24, image_size=40)
+    assert own.processor.pixel_values([torch.zeros(3, 20, 30, dtype=torch.uint8)]).shape == (1, 3, 40, 40)
+    with pytest.raises(ValueError, match="image_size 4: a vit backbone refuses such images"):
+        D2SVSE.from_backbones(backbones / "vision", backbones / "text", embed_dim=24, image_size=4)
+
+
+def test_the_published_initialization_is_that_of_torch(make_model, tmp_path):
+    options = {"initialization": "published", "context_decoder": {"num_tokens": 64, "num_layers": 1, "num_heads": 2}}
+    torch.manual_seed(0)
+    model = make_model(**options)
+    assert 0.9 < model.decoder.tokens.std() < 1.1
+    linear = model.decoder.layers.layers[0].linear1
+    assert linear.weight.abs().max() <= linear.in_features**-0.5  # kaiming_uniform with a = sqrt(5)
+    assert linear.bias.abs().max() > 0
+    projection = model.text_encoder.projection
+    assert projection.weight.abs().max() <= projection.in_features**-0.5
+    model.save_pretrained(tmp_path)
+    again = D2SVSE.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_dropout_of_the_text_backbone_acts_in_training_alone(make_model):
+    model = make_model(text_dropout=0.5)
+    ids = model.processor(text=["a red circle"])["input_ids"]
+    plain = make_model()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval().text_encoder.words(ids), plain.eval().text_encoder.words(ids))
+        model.text_encoder.dropout.train()
+        words = torch.stack([model.text_encoder.words(ids) for _ in range(400)])
+    torch.testing.assert_close(words.mean(0), plain.text_encoder.words(ids), atol=0.25, rtol=0)
+    assert words.std(0).min() > 0
+
+
+def test_the_ranking_loss_rises_over_the_first_epoch(make_model, make_args, train_dataset):
+    seen = []
+
+    class Loss(InfoNCE):
+        def forward(self, scores, image_ids=None):
+            if trainer.model.training and scores.requires_grad:
+                seen.append(trainer.task.align_scale)
+            return super().forward(scores, image_ids)
+
+    arguments = make_args(stage="align", num_train_epochs=2, align_warmup_epochs=1, chunk_size=0)
+    trainer = Trainer(make_model(), arguments, train_dataset, loss=Loss(0.1))
+    trainer.train()
+    steps = len(seen) // 2
+    assert seen == pytest.approx([step / steps for step in range(steps)] + [1.0] * steps)
+
+
+def test_without_a_rise_the_factor_is_one():
+    task = AlignTask(InfoNCE(0.1))
+    AlignWarmupCallback(task, 0).on_step_begin(None, type("State", (), {"epoch": 0.0}), None)
+    assert task.align_scale == 1.0
+
+
+def test_weight_decay_acts_on_everything_if_asked(make_model, make_args):
+    model = make_model()
+    for everything in (False, True):
+        groups = parameter_groups(model, make_args(weight_decay=0.1, weight_decay_all=everything), {"x"})
+        undecayed = [one for group in groups if group["weight_decay"] == 0 for one in group["params"]]
+        assert (not undecayed) == everything
+    assert isinstance(model, nn.Module)
