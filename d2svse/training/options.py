@@ -283,6 +283,12 @@ class RunOptions:
         ["pretrain", "distill"], "Stages in order, separated by commas: pretrain, distill, align.", flag=True
     )
     preset: Preset = option("recommended", "Preset that gives the defaults.", flag=True)
+    interpolation: list[float] = option(
+        [0, 0.25, 0.5, 0.75, 1],
+        "After training from a dual encoder, shares of the trained weights to try; the others are those of the start, "
+        "and the best on the validation set is kept. 1 keeps the trained weights.",
+        flag=True,
+    )
     seed: int = option(42, "Seed of the run.", flag=True)
     resume: bool = option(False, "Continue the run that stopped in this output folder.", flag=True)
     show_progress_bar: bool = option(True, "Show progress bars on the terminal.")

@@ -30,7 +30,6 @@ from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
-from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.building import (
     adapt,
@@ -53,7 +52,7 @@ from d2svse.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from d2svse.training.distributed import Processes, average_gradients, share_batch_norm, world_size
+from d2svse.training.distributed import average_gradients, share_batch_norm, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
@@ -61,6 +60,7 @@ from d2svse.training.run_card import run_card
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
+from d2svse.training.validation import validate
 from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
@@ -402,16 +402,7 @@ class Trainer(TransformersTrainer):
         dataset: Any = eval_dataset or self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         start = time.perf_counter()
-        metrics = evaluate(
-            model,
-            dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_length=self.args.max_length,
-            show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
-            processes=Processes(self.args.device) if world_size() > 1 else None,
-            folds=1,
-            fingerprint=False,
-        ).rank_metrics
+        metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train))
         self._since += time.perf_counter() - start  # pairs_per_second is of training time only
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
