@@ -117,6 +117,13 @@ class OptimizerOptions:
         [], "Name patterns of weights without weight decay, such as decoder.tokens or image_encoder.*."
     )
 
+    ema_decay: float = option(
+        0.0,
+        "Share that a step keeps of the moving average of the weights, which is evaluated and saved; 0 turns it off.",
+        least=0,
+        most=0.999999,
+    )
+
     def decayed(self, names: Collection[str]) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
