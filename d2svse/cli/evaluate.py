@@ -145,6 +145,8 @@ def evaluate(
     from d2svse.retrieval import evaluate as evaluate_models
 
     loaded = [(name, load_model(name, device, dtype)) for name in names]
+    for _, given in loaded:
+        given.warn_if_untrained()
     reading: dict[str, Any] = {
         "dense": dense or "auto" if captions == "dense" else None,
         "on_bad_image": on_bad_image,

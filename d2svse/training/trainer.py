@@ -253,6 +253,7 @@ class Trainer(TransformersTrainer):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._average and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
                 self._average.finish()
+            self.accelerator.unwrap_model(self.model).config.trained = True
         except pickle.UnpicklingError:  # torch.load reads plain values only
             raise ValueError(
                 f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle has more than numbers and texts"
@@ -551,6 +552,7 @@ class Trainer(TransformersTrainer):
         self.accelerator.wait_for_everyone()
         self._run_dir = str(aside)
         try:
+            self.accelerator.unwrap_model(self.model).config.trained = True
             with self._averaged():
                 super()._save_checkpoint(model, trial)
             if self._average and self.args.should_save:
