@@ -22,6 +22,7 @@ from d2svse.cli import (
     explain,
     export,
     index,
+    info,
     push,
     search,
     serve,
@@ -50,6 +51,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(index.app, name="index")
+app.command("info", epilog=info.EXAMPLES)(info.info)
 app.command("search", epilog=search.EXAMPLES)(search.search)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)

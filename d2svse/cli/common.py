@@ -114,12 +114,19 @@ def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path
     return [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
 
 
-def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
-    """Print a table of recalls in percent with a row for each name; a dash stands for a missing metric."""
+def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None, signed: bool = False) -> None:
+    """Print a table of recalls in percent with a row for each name; a dash stands for a missing metric.
+
+    Args:
+        rows: metrics of each row.
+        title: title of the table.
+        signed: whether the values are differences, which are shown with a sign.
+    """
     names = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
     titles = [f"{name[:3].upper()} R@{name.rpartition('_')[2]}" for name in names] + ["rSum"]
+    form = "+.1f" if signed else ".1f"
     cells = {
-        name: [f"{100 * metrics[key]:.1f}" if key in metrics else "–" for key in (*names, "rsum")]
+        name: [f"{100 * metrics[key]:{form}}" if key in metrics else "–" for key in (*names, "rsum")]
         for name, metrics in rows.items()
     }
     print_table(titles, cells, title)
@@ -128,7 +135,6 @@ def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = N
 def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title: str | None = None) -> None:
     """Print a table with a name before each row of cells."""
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
@@ -137,7 +143,7 @@ def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, cells in rows.items():
         table.add_row(name, *cells)
-    Console().print(table)
+    whole_lines().print(table)
 
 
 def whole_lines() -> Console:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,13 +13,14 @@ from d2svse.cli.common import Device, Dtype, examples, load_model, parse_assignm
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
+    from d2svse.retrieval.evaluation.report import Evaluation
 
 _DATA, _SCORES, _RESULT = "Data", "Scores", "Result"
 
 EXAMPLES = examples(
     "d2svse eval MODEL --data val.jsonl",
     "d2svse eval MODEL --data dataset_coco.json --split test --protocol coco-5k",
-    "d2svse eval MODEL --data val.jsonl -o result.json --per-query queries.jsonl",
+    "d2svse eval MODEL --data val.jsonl --also-on other.jsonl --against START",
 )
 
 
@@ -100,6 +101,20 @@ def evaluate(
         Candidates, typer.Option(help="Find candidates by these vectors.", rich_help_panel=_SCORES)
     ] = "mean",
     shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
+    also_on: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Other data to evaluate in the same way, with the protocol custom; repeatable.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model, such as the one before training, and the difference to it on all data.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.", rich_help_panel=_RESULT)
     ] = None,
@@ -130,38 +145,73 @@ def evaluate(
     from d2svse.retrieval import evaluate as evaluate_models
 
     loaded = [(name, load_model(name, device, dtype)) for name in names]
-    dataset = ImageTextDataset.from_source(
-        data,
-        format,
-        split=split,
-        image_folder=image_folder,
-        dense=dense or "auto" if captions == "dense" else None,
-        on_bad_image=on_bad_image,
-        show_progress_bar=True,
-    )
+    for _, given in loaded:
+        given.warn_if_untrained()
+    reading: dict[str, Any] = {
+        "dense": dense or "auto" if captions == "dense" else None,
+        "on_bad_image": on_bad_image,
+        "show_progress_bar": True,
+    }
+    dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=image_folder, **reading)
+    others = []
+    for path in also_on or []:
+        has_splits = detect_format(path) in ("published", "karpathy")
+        others.append(ImageTextDataset.from_source(path, split=split if has_splits else None, **reading))
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
-    evaluation = evaluate_models(
-        loaded,
-        dataset,
-        protocol=protocol,
-        similarity=_similarity(loaded[0][1], similarity, similarity_arg),
-        captions=captions,
-        folds=folds,
-        rerank=rerank_k,
-        candidates=shortlist or candidates,
-        annotations=annotations,
-        wrong=wrong if per_query else 0,
-        batch_size=batch_size,
-        embeddings=embeddings,
-        show_progress_bar=True,
-    )
+
+    def measure(models: list[tuple[str, D2SVSE]], dataset: ImageTextDataset, **options: Any) -> Evaluation:
+        return evaluate_models(
+            models,
+            dataset,
+            similarity=_similarity(models[0][1], similarity, similarity_arg),
+            captions=captions,
+            rerank=rerank_k,
+            candidates=shortlist or candidates,
+            batch_size=batch_size,
+            embeddings=embeddings,
+            show_progress_bar=True,
+            **options,
+        )
+
+    by_protocol: dict[str, Any] = {"protocol": protocol, "folds": folds, "annotations": annotations}
+    evaluation = measure(loaded, dataset, wrong=wrong if per_query else 0, **by_protocol)
     result = evaluation.report() | {"split": split}
+    results = [result, *(measure(loaded, other).report() for other in others)]
+    if also_on:
+        result["also_on"] = results[1:]
+    if against is not None:
+        earlier = [(against, load_model(against, device, dtype))]
+        for one, where, options in zip(results, [dataset, *others], [by_protocol, *[{}] * len(others)], strict=True):
+            one["against"] = _compare(one["metrics"], measure(earlier, where, **options).report())
     _print(result)
+    if len(results) > 1 or against is not None:
+        _print_all(results)
     if output is not None:
         write_json(output, result)
     if per_query is not None:
         write_json_lines(per_query, evaluation.queries())
+
+
+def _compare(metrics: Mapping[str, float], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of an earlier model, and what was gained since."""
+    before = earlier["metrics"]
+    gained = {name: value - before[name] for name, value in metrics.items() if name in before}
+    return {"models": earlier["models"], "metrics": before, "difference": gained}
+
+
+def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table with a row for each data set; with another model, also its table and that of the differences."""
+    names = [Path(one["data"]).name for one in results]
+    if len(set(names)) < len(names):
+        names = [f"{number}: {one['data']}" for number, one in enumerate(results, start=1)]
+    title = results[0]["model"]
+    print_recalls(dict(zip(names, [one["metrics"] for one in results], strict=True)), title)
+    if "against" in results[0]:
+        other = results[0]["against"]["models"][0]["name"]
+        before, gained = ([one["against"][part] for one in results] for part in ("metrics", "difference"))
+        print_recalls(dict(zip(names, before, strict=True)), other)
+        print_recalls(dict(zip(names, gained, strict=True)), f"{title} minus {other}", signed=True)
 
 
 def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:

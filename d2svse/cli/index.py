@@ -203,7 +203,7 @@ def open_index(folder: Path, model: str | None = None, device: str | None = None
     chosen = prepare_process(device) if given is None else given.device
     from d2svse.retrieval import ImageTextIndex
 
-    return ImageTextIndex.load(folder, given, device=chosen)
+    return ImageTextIndex.load(folder, given, device=chosen, as_loaded=True)
 
 
 def _shown(path: Path) -> str:

@@ -14,6 +14,7 @@ import typer
 from d2svse.choices import unknown
 from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
 from d2svse.cli.options import flags, with_flags
+from d2svse.files.data import read_json
 from d2svse.training.options import GROUPS, PRESETS, STAGES, DataOptions, ModelOptions, RunOptions, StartOptions
 
 OUT_OF_MEMORY = "memory ran out: lower --batch-size, or keep it and encode in parts with --chunk-size"
@@ -106,6 +107,10 @@ def train(
     if not is_main_process():
         return
     print_recalls(results, f"validation, {Path(recipe.val).name}")
+    kept = read_json(Path(recipe.output) / "run.json").get("interpolation")
+    if kept:
+        share, metric = 100 * kept["kept"], kept["metric"]
+        typer.echo(f"kept {share:g} % of the trained weights and {100 - share:g} % of the start's: the best {metric}")
     typer.echo(f"model: {Path(recipe.output) / 'model'}")
     if recipe.push_to_hub:
         typer.echo(f"pushed to {recipe.push_to_hub}")

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from d2svse.files.data import read_json
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+DESCRIPTIONS = ("config.json", "run.json", "README.md")
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 BAD_TOKEN = "Invalid credentials in Authorization header"  # message of the Hub that huggingface_hub checks too
@@ -91,6 +92,23 @@ def fetch_model(
                 raise errors.LocalEntryNotFoundError(repo_id)
             HfApi(token=token).list_repo_files(repo_id, revision=commit)  # fails for the same reason
         return folder
+
+
+def fetch_configuration(repo_id: str) -> Path:
+    """Fetch the small files of a model that describe it, without its weights.
+
+    Returns:
+        The folder in the cache; its name is the commit.
+
+    Raises:
+        ValueError: if the name is not allowed.
+        OSError: if they cannot be fetched, as for `fetch_model`.
+    """
+    with hub_errors(repo_id):
+        folder = Path(snapshot_download(repo_id, allow_patterns=list(DESCRIPTIONS)))
+    if not (folder / DESCRIPTIONS[0]).is_file():
+        raise FileNotFoundError(f"{repo_id}: config.json is missing; expected a model written by save_pretrained")
+    return folder
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from d2svse.files.data import read_json
 from d2svse.hub.publishable import publishable
@@ -103,6 +103,22 @@ def results_of_run(run_card: Mapping[str, Any]) -> list[Result]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a run card as training writes it ({type(error).__name__}: {error})") from None
+
+
+def results_of_card(text: str) -> list[Result]:
+    """Return the results in the metadata of a model card that `d2svse push` wrote; other results are left out."""
+    try:
+        metadata: Any = ModelCard(text, ignore_metadata_errors=True).data
+        measured = metadata.eval_results or []
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError):  # whatever a card of others holds
+        return []
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for one in measured:
+        options = one.dataset_args or {}
+        if one.metric_type in METRICS and isinstance(one.metric_value, int | float):
+            key = (one.dataset_name, str(options.get("protocol", "custom")), str(options.get("scores", "")))
+            found.setdefault(key, {})[one.metric_type] = float(one.metric_value)
+    return [Result(data, protocol, 0, 0, metrics, scores=scores) for (data, protocol, scores), metrics in found.items()]
 
 
 def result_of_evaluation(path: str | os.PathLike[str], fingerprint: str) -> Result:

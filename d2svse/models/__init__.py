@@ -10,6 +10,7 @@ __getattr__, __dir__ = lazy_names(
         "averaging": ["average_models", "interpolate"],
         "configuration": ["D2SVSEConfig"],
         "decoder": ["ContextDecoder"],
+        "description": ["describe_model"],
         "encoders": ["ImageEncoder", "TextEncoder"],
         "fingerprint": ["model_fingerprint"],
         "image_processing": ["D2SVSEImageProcessorPil"],
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from d2svse.models.averaging import interpolate as interpolate
     from d2svse.models.configuration import D2SVSEConfig as D2SVSEConfig
     from d2svse.models.decoder import ContextDecoder as ContextDecoder
+    from d2svse.models.description import describe_model as describe_model
     from d2svse.models.encoders import ImageEncoder as ImageEncoder
     from d2svse.models.encoders import TextEncoder as TextEncoder
     from d2svse.models.fingerprint import model_fingerprint as model_fingerprint

@@ -17,7 +17,7 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
     Model soups (Wortsman et al., ICML 2022) average several runs from one start; WiSE-FT (Wortsman et al., CVPR 2022)
     averages a model before and after training. Models with different starts have no useful mean. The
     result has the mean of floating-point tensors, summed in float64. Other tensors, configuration and processor are
-    those of the first model.
+    those of the first model. It counts as trained if all models do.
 
     Args:
         models: two or more models, or their folders or Hub ids; a model given first is changed in place.
@@ -34,16 +34,18 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
     if min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise ValueError(f"weights must not be negative, and their sum must be positive, got {shares}")
     first = _load(models[0])
-    state = first.state_dict()
+    state, trained = first.state_dict(), first.config.trained
     sums = {name: value.double() * shares[0] for name, value in state.items() if value.is_floating_point()}
     for model, share in zip(models[1:], shares[1:], strict=True):
-        other = _load(model).state_dict()
+        loaded = _load(model)
+        other, trained = loaded.state_dict(), trained and loaded.config.trained
         _check_alike(state, other, _name(models[0]), _name(model))
         for name, total in sums.items():
             total.add_(other[name].to(total.device, torch.float64), alpha=share)
     with torch.no_grad():
         for name, total in sums.items():
             state[name].copy_(total / sum(shares))
+    first.config.trained = trained
     return first
 
 

@@ -56,6 +56,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         logit_scale_init_value: initial log(1 / temperature) of the factor from scores to logits.
         logit_bias_init_value: number added to the logits, as in SigLIP; None adds none.
         max_logit_scale: largest factor from scores to logits; None for no limit.
+        trained: False while parts of the model have random weights, until it is trained.
 
     Raises:
         ValueError: if a pooling, projection or fusion is unknown, `embed_dim` is not positive, or the similarity is
@@ -88,6 +89,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     logit_scale_init_value: float | int = 2.995732273553991
     logit_bias_init_value: float | int | None = None
     max_logit_scale: float | int | None = 100.0
+    trained: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         for kind, name, known in (

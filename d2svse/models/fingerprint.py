@@ -33,6 +33,7 @@ UNRELATED = frozenset(
         "name_or_path",
         "processor_class",
         "torch_dtype",
+        "trained",
         "transformers_version",
     }
 )

@@ -164,6 +164,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.taken_over = dual_encoder is not None
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[list[Any]] = []
+        self._warned = False
         self.post_init()
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
@@ -200,7 +201,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         vision_backbone = load_backbone(vision, "vision_config")
         text_backbone = load_backbone(text, "text_config")
         config = D2SVSEConfig(
-            vision_config=vision_backbone.config.to_dict(), text_config=text_backbone.config.to_dict(), **options
+            vision_config=vision_backbone.config.to_dict(),
+            text_config=text_backbone.config.to_dict(),
+            **{"trained": False, **options},
         )
         for backbone in (vision_backbone, text_backbone):
             for parameter in backbone.parameters():
@@ -364,7 +367,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         loaded: Any
         try:
-            config = kwargs.get("config") or _read_configuration(inner, name)
+            config = kwargs.get("config") or read_configuration(inner, name)
             check_size(lambda: cls(config), files, name)
             states = [file_state(path) for path in files]  # before they are read
             with loading(name):
@@ -848,6 +851,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
             )
         return self.processor
 
+    def warn_if_untrained(self) -> None:
+        """Log one warning if parts of the model have random weights; a second call logs nothing."""
+        if not (self.config.trained or self._warned):
+            name = self.config.name_or_path or "the model"
+            logger.warning("%s is not trained: its scores are those of random weights; see d2svse train", name)
+            self._warned = True
+
     def add_decoder(self, context_tokens: ContextTokens | None = None, **arguments: Any) -> nn.Module:
         """Add the context decoder of stage 2 to a stage-1 model, with random weights.
 
@@ -871,6 +881,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.config.context_tokens = context_tokens or (tokens if self.similarity_fn.needs_tokens else "none")
         if self.config.context_gate:
             self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
+        else:
+            self.config.trained = False
         self.config.context_decoder = arguments
         return self.decoder
 
@@ -960,7 +972,12 @@ def _reset(module: nn.Module) -> None:
             part._reset_parameters()
 
 
-def _read_configuration(folder: Path, name: str) -> D2SVSEConfig:
+def read_configuration(folder: Path, name: str) -> D2SVSEConfig:
+    """Read the configuration in a model folder.
+
+    Raises:
+        ValueError: if a value does not fit; the message starts with the name.
+    """
     try:
         return D2SVSEConfig.from_pretrained(folder)
     except ImportError:

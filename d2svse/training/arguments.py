@@ -131,13 +131,17 @@ class TrainingArguments(
             logger.warning("using one of %d GPUs; start with torchrun --nproc-per-node to use all of them", self.n_gpu)
             self._n_gpu = 1
 
-    def check_metric(self) -> None:
+    def check_metric(self, always: bool = False) -> None:
         """Check that evaluation computes the metric that chooses the best model.
+
+        Args:
+            always: check it also if training keeps the last model.
 
         Raises:
             ValueError: if it does not; the message lists the metrics that it computes.
         """
-        if self.load_best_model_at_end or str(getattr(self.save_strategy, "value", self.save_strategy)) == "best":
+        best_only = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
+        if always or self.load_best_model_at_end or best_only:
             check_metric(self.metric_for_best_model, rank_metrics(np.zeros(1), np.zeros(1)))
 
     @classmethod

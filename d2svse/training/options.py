@@ -146,6 +146,12 @@ class OptimizerOptions:
     weight_decay_all: bool = option(
         False, "Let weight decay act on biases, gains of norms and the temperature too, as the published code does."
     )
+    ema_decay: float = option(
+        0.0,
+        "Share that a step keeps of the moving average of the weights, which is evaluated and saved; 0 turns it off.",
+        least=0,
+        most=0.999999,
+    )
 
     def decayed(self, names: Collection[str]) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
@@ -333,6 +339,12 @@ class RunOptions:
         ["pretrain", "distill"], "Stages in order, separated by commas: pretrain, distill, align.", flag=True
     )
     preset: Preset = option("recommended", "Preset that gives the defaults.", flag=True)
+    interpolation: list[float] = option(
+        [0, 0.25, 0.5, 0.75, 1],
+        "After training from a dual encoder, shares of the trained weights to try; the others are those of the start, "
+        "and the best on the validation set is kept. 1 keeps the trained weights.",
+        flag=True,
+    )
     seed: int = option(42, "Seed of the run.", flag=True)
     resume: bool = option(False, "Continue the run that stopped in this output folder.", flag=True)
     show_progress_bar: bool = option(True, "Show progress bars on the terminal.")

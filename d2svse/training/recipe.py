@@ -37,6 +37,7 @@ from d2svse.training.building import set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
+from d2svse.training.interpolation import keep_best_interpolation
 from d2svse.training.options import (
     MODEL_PRESETS,
     SHORT_AND_LONG,
@@ -49,9 +50,11 @@ from d2svse.training.options import (
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import Teacher
 from d2svse.training.trainer import Trainer
+from d2svse.training.validation import validate
 
 START_FILE = "start.json"
 TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
+INTERPOLATED = "interpolated"
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 
@@ -78,6 +81,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):
             self.stages = [stage.strip() for stage in self.stages.split(",")]
+        if isinstance(self.interpolation, str):
+            self.interpolation = [_share(part) for part in self.interpolation.split(",")]
         sections = ("model_options", "training", *STAGES)
         for section in sections:
             if getattr(self, section) is None:
@@ -90,6 +95,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                     raise ValueError(f"{section}: expected names of options, got {name!r}")
         if not self.stages:
             raise ValueError(f"stages is empty; give at least one of {', '.join(STAGES)}")
+        if not self.interpolation or not all(0 <= share <= 1 for share in self.interpolation):
+            raise ValueError(f"interpolation takes shares from 0 to 1, got {self.interpolation}")
         if self.model is None and (self.vision is None or self.text is None):
             raise ValueError(
                 "give a model to start from, or both a vision and a text backbone: --model, or --vision and --text"
@@ -193,6 +200,13 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         return Path(self.output) / stage / "model"
 
 
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"interpolation takes numbers separated by commas, got {text!r}") from None
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML file with fields of `Recipe`.
 
@@ -248,8 +262,12 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     (the effective configuration) and `run.json` (the run card). Recipe and run card also stand beside the weights.
     Other files in these folders stay. With `push_to_hub` the last model is pushed.
 
+    After training from a dual encoder, `output/model` has the weights between the start and the end of the last stage
+    that are best on the validation set, see `interpolation`.
+
     Returns:
-        The validation metrics (see `retrieval_metrics`) of each stage's best model, by stage.
+        The validation metrics (see `retrieval_metrics`) of each stage's best model, by stage; after an interpolation
+        also those of the kept weights, as "interpolated".
 
     Raises:
         KeyboardInterrupt: after Ctrl-C and a checkpoint; the message names the command that continues.
@@ -275,6 +293,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     _check_output(recipe)
     set_seed(recipe.seed)
     model = _start(recipe)
+    if _interpolates(recipe, model):
+        stage_arguments[recipe.stages[-1]].check_metric(always=True)
     teacher = _given_teacher(recipe, model, stage_arguments)
     for arguments in stage_arguments.values():  # fail now and not after stage 1
         if name := arguments.attn_implementation:
@@ -322,6 +342,7 @@ def _train_stages(
     stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     configuration = recipe.effective_configuration()
     results = _finished(recipe) if recipe.resume else {}
+    results.pop(INTERPOLATED, None)
     _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
     barrier()  # before the first process changes the files that the others check
     if main:
@@ -375,14 +396,45 @@ def _train_each(
         gc.collect()
         # Load the saved model, so that a run that is resumed here starts from equal weights in equally aligned memory.
         model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+    interpolation = _interpolate(recipe, model, stage_arguments[recipe.stages[-1]], eval_dataset)
+    if interpolation:
+        kept = next(one["metrics"] for one in interpolation["tried"] if one["share"] == interpolation["kept"])
+        results = {**results, INTERPOLATED: kept}
     if main:
         card = _read_mapping(recipe.model_folder(recipe.stages[-1]) / RUN_CARD_FILE, "the run card of the stage")
+        if interpolation:
+            card |= {"metrics": results, "interpolation": interpolation}
+            write_json(output / "results.json", results)
         _save(model, output / "model", configuration, card)
         write_json(output / RUN_CARD_FILE, card)
         if recipe.push_to_hub:
             push_folder(output / "model", recipe.push_to_hub, commit_message="End of training")
     barrier()
     return results
+
+
+def _interpolates(recipe: Recipe, model: D2SVSE) -> bool:
+    """Return whether a run ends with an interpolation: it starts from a dual encoder, and there is a choice."""
+    return recipe.model is not None and model.config.dual_encoder is not None and set(recipe.interpolation) != {1}
+
+
+def _interpolate(
+    recipe: Recipe, model: D2SVSE, arguments: TrainingArguments, eval_dataset: ImageTextDataset
+) -> dict[str, Any] | None:
+    """Give the trained model the best interpolated weights; return what was tried, or None if nothing was."""
+    if not _interpolates(recipe, model):
+        return None
+    set_seed(recipe.seed)
+    start = _start(recipe)
+    model.to(arguments.device)  # type: ignore[arg-type]
+    return keep_best_interpolation(
+        start,
+        model,
+        recipe.interpolation,
+        lambda tried: validate(tried, eval_dataset, arguments),
+        str(arguments.metric_for_best_model or "rsum").removeprefix("eval_"),
+        arguments.greater_is_better is not False,
+    )
 
 
 def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:

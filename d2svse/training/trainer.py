@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.encoders import check_class_token
-from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
+from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
     adapt,
     check_negatives,
@@ -53,7 +54,7 @@ from d2svse.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from d2svse.training.distributed import Processes, average_gradients, share_batch_norm, world_size
+from d2svse.training.distributed import average_gradients, share_batch_norm, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
@@ -61,6 +62,7 @@ from d2svse.training.run_card import run_card
 from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import freeze_unused, total_loss
 from d2svse.training.teacher import Teacher
+from d2svse.training.validation import validate
 from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
@@ -143,6 +145,8 @@ class Trainer(TransformersTrainer):
         )
         if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
+        if args.ema_decay and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("ema_decay works with one process and with DDP, not with FSDP or DeepSpeed")
         if args.push_to_hub and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("push_to_hub works with one process and with DDP; push the saved folder with d2svse push")
         if hasattr(model.config, "use_cache"):
@@ -156,6 +160,7 @@ class Trainer(TransformersTrainer):
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
+        self._average: AverageCallback | None = None  # during training with ema_decay
 
     def prepare(self) -> TrainingSamples:
         """Prepare the model and the samples for the stage; `train` calls this first.
@@ -241,8 +246,15 @@ class Trainer(TransformersTrainer):
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
         self.lr_scheduler = None  # a second call gets its own schedule
+        if self.args.ema_decay:
+            assert self.model is not None
+            self._average = AverageCallback(self.model, self.args.ema_decay)
+            self.add_callback(self._average)
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._average and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+                self._average.finish()
+            self.accelerator.unwrap_model(self.model).config.trained = True
         except pickle.UnpicklingError:  # torch.load reads plain values only
             raise ValueError(
                 f"{resume_from_checkpoint}: refused, nothing in it was run: a pickle has more than numbers and texts"
@@ -254,6 +266,9 @@ class Trainer(TransformersTrainer):
             raise plain from None
         finally:
             self._stop.restore()
+            if self._average:
+                self.remove_callback(self._average)
+                self._average = None
         if self._stop.agreed(self.args.device):  # a signal that came after the last checkpoint
             self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:
@@ -403,21 +418,17 @@ class Trainer(TransformersTrainer):
         dataset: Any = eval_dataset or self.eval_dataset
         model: Any = self.accelerator.unwrap_model(self.model)
         start = time.perf_counter()
-        metrics = evaluate(
-            model,
-            dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_length=self.args.max_length,
-            show_progress_bar=not (self.args.disable_tqdm or self.is_in_train),
-            processes=Processes(self.args.device) if world_size() > 1 else None,
-            folds=1,
-            fingerprint=False,
-        ).rank_metrics
+        with self._averaged():
+            metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train))
         self._since += time.perf_counter() - start  # pairs_per_second is of training time only
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has its averaged weights, if they are averaged."""
+        return self._average.swapped() if self._average else nullcontext()
 
     # ---- Hub --------------------------------------------------------------------------------------------------------
 
@@ -505,6 +516,8 @@ class Trainer(TransformersTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_weights(resume_from_checkpoint)
+            if self._average:
+                self._average.resume(Path(resume_from_checkpoint))
 
     def _load_weights(self, folder: str) -> None:
         """Load all weights of a checkpoint.
@@ -540,7 +553,11 @@ class Trainer(TransformersTrainer):
         self.accelerator.wait_for_everyone()
         self._run_dir = str(aside)
         try:
-            super()._save_checkpoint(model, trial)
+            self.accelerator.unwrap_model(self.model).config.trained = True
+            with self._averaged():
+                super()._save_checkpoint(model, trial)
+            if self._average and self.args.should_save:
+                self._average.save(aside / name)
         finally:
             self._run_dir = None
         if self.state.best_global_step == self.state.global_step:

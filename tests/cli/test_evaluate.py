@@ -101,3 +101,29 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         assert code == 2
         assert err.count("\n") == 1
         assert message in err, err
+
+
+def test_other_data_and_another_model_tell_what_was_lost_elsewhere(saved, scenes, tmp_path, run):
+    rows = [json.loads(line) for line in (scenes / "val.jsonl").read_text().splitlines()]
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(json.dumps({**row, "image": str(scenes / row["image"])}) for row in rows[:10]))
+    data = ("--data", scenes / "val.jsonl")
+    found, out = result(run, tmp_path, saved["one"], *data, "--also-on", fewer, "--against", saved["two"])
+    assert len(found["also_on"]) == 1
+    for file, part in ((scenes / "val.jsonl", found), (fewer, found["also_on"][0])):
+        plain, _ = result(run, tmp_path, saved["one"], "--data", file)
+        other, _ = result(run, tmp_path, saved["two"], "--data", file)
+        assert part["metrics"] == plain["metrics"]
+        assert part["against"]["metrics"] == other["metrics"]
+        assert [one["name"] for one in part["against"]["models"]] == [str(saved["two"])]
+        for metric, value in part["against"]["difference"].items():
+            assert value == plain["metrics"][metric] - other["metrics"][metric]
+        difference = f"{100 * part['against']['difference']['rsum']:+.1f}"
+        differences = out.partition(f"{saved['one']} minus {saved['two']}")[2]
+        assert difference in differences.partition(file.name)[2].split()[:7]
+        assert difference != "+0.0"
+    assert {key for key in found if key not in plain} == {"also_on", "against"}
+    equal, out = result(run, tmp_path, saved["one"], *data, "--also-on", scenes / "val.jsonl")
+    assert equal["also_on"][0]["metrics"] == equal["metrics"]
+    assert "against" not in equal
+    assert f"2: {scenes / 'val.jsonl'}" in out

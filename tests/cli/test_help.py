@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -50,6 +51,13 @@ def test_usage_names_the_command_however_it_was_called(capsys, monkeypatch):
             call()
         assert not stop.value.code
         assert re.search(r"Usage: d2svse train \[OPTIONS\]", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_every_command_is_in_the_docs(name):
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").rglob("*.md")]
+    assert any(re.search(f"{name}[ `\n]", page.read_text(encoding="utf-8")) for page in pages)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -22,7 +22,7 @@ def takes(hint) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is list:
         inner = get_args(hint)[0]
-        return f"list of {takes(inner)}" + ("s" if inner in (int, str) else "")
+        return f"list of {takes(inner)}" + ("s" if inner in (int, float, str) else "")
     words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
     return words.get(hint, "mapping")
 
@@ -33,7 +33,7 @@ def default_of(field) -> str:
         return "required"
     if default is None or default == []:
         return ""
-    return f"`{', '.join(default) if isinstance(default, list) else json.dumps(default).strip(chr(34))}`"
+    return f"`{', '.join(map(str, default)) if isinstance(default, list) else json.dumps(default).strip(chr(34))}`"
 
 
 def tables() -> str:

@@ -99,3 +99,18 @@ def test_a_home_that_cannot_be_written_to_costs_time_alone(make_model, tmp_path,
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     assert model_fingerprint(D2SVSE.from_pretrained(tmp_path / "model"), as_loaded=True) == model_fingerprint(model)
+
+
+def test_a_given_model_of_a_command_is_hashed_once(make_model, photos, tmp_path, monkeypatch, run):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("d2svse.models.fingerprint.NOTED_FROM", 0)
+    folder, index = tmp_path / "model", tmp_path / "index"
+    make_model().save_pretrained(folder)
+    ImageTextIndex.build(D2SVSE.from_pretrained(folder), photos, index)
+    command = ("search", index, "a red circle", "--model", folder)
+    assert run(*command)[0] == 0
+    (note,) = (tmp_path / "home").rglob("*.txt")
+    note.write_text("0" * 64)  # which tells whether it is read
+    code, _, err = run(*command)
+    assert code == 2
+    assert "this model is" in err

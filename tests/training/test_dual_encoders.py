@@ -35,7 +35,7 @@ def test_both_stages_start_from_the_model_as_it_was(name, options, folder, scene
     start, output = folder(name), tmp_path / "run"
     command = ["train", "--model", start, "--preset", "dual-encoder", "--train", scenes / "train.jsonl"]
     command += ["--val", scenes / "val.jsonl", "-o", output, "--epochs", "1", "--batch-size", "16"]
-    command += ["--set", "num_context_tokens=4", "--set", "decoder_layers=1", *options]
+    command += ["--set", "num_context_tokens=4", "--set", "decoder_layers=1", "--interpolation", "1", *options]
     code, _, err = run(*command)
     assert code == 0, err
     similarity = options[1] if options[:1] == ["--similarity"] else "cosine"
@@ -45,7 +45,8 @@ def test_both_stages_start_from_the_model_as_it_was(name, options, folder, scene
     first = next(row for row in rows if "eval_rsum" in row)
     assert first["eval_rsum"] == expected["rsum"]
     assert first["epoch"] == 0
-    trained = D2SVSE.from_pretrained(output / "model")
+    assert "interpolation" not in json.loads((output / "run.json").read_text())
+    trained = D2SVSE.from_pretrained(output / "distill" / "model")
     assert trained.decoder is not None
     assert float(trained.context_gate.detach()) != 0
     state = before.image_encoder.state_dict()

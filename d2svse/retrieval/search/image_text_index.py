@@ -83,6 +83,7 @@ class ImageTextIndex:
         folder: str | os.PathLike[str],
         model: D2SVSE | None = None,
         device: str | torch.device | None = None,
+        as_loaded: bool = False,
     ) -> None:
         self._device = device
         self.folder = Path(folder)
@@ -90,7 +91,8 @@ class ImageTextIndex:
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
         if model is not None:
-            self._check_model(model)
+            self._check_model(model, as_loaded)
+            model.warn_if_untrained()
             self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class ImageTextIndex:
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         folder, similarity = Path(folder), model.similarity_fn
+        model.warn_if_untrained()
         fingerprint = model_fingerprint(model)
         check_index_folder(folder)
         items = read_items(
@@ -208,6 +211,7 @@ class ImageTextIndex:
         model: D2SVSE | None = None,
         *,
         device: str | torch.device | None = None,
+        as_loaded: bool = False,
     ) -> Self:
         """Open an index.
 
@@ -216,12 +220,14 @@ class ImageTextIndex:
             model: the model that built the index. If None, the index loads this model when a search needs it, from
                 its folder or from the local cache of the Hub; it downloads nothing.
             device: where the index loads its model to, such as "cuda"; the CPU without it.
+            as_loaded: the weights of `model` are as `from_pretrained` loaded them, so that a kept fingerprint counts,
+                see `model_fingerprint`.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
             ValueError: if another model built the index.
         """
-        return cls(folder, model, device)
+        return cls(folder, model, device, as_loaded)
 
     def close(self) -> None:
         """Close the vectors; this frees an embedded Milvus for other processes."""
@@ -257,6 +263,7 @@ class ImageTextIndex:
             if self._model is None:
                 model = _remembered(self._settings, self.folder)
                 self._check_model(model, as_loaded=True)
+                model.warn_if_untrained()
                 self._model = model if self._device is None else model.to(self._device)  # type: ignore[arg-type]
             return self._model
 

@@ -1,0 +1,32 @@
+"""Measure a model on the validation set, in one process or in several."""
+
+from __future__ import annotations
+
+from d2svse.data import ImageTextDataset
+from d2svse.models import D2SVSE
+from d2svse.retrieval.evaluation.evaluate import evaluate
+from d2svse.training.arguments import TrainingArguments
+from d2svse.training.distributed import Processes, world_size
+
+
+def validate(
+    model: D2SVSE, dataset: ImageTextDataset, args: TrainingArguments, show_progress_bar: bool = False
+) -> dict[str, float]:
+    """Return the rank metrics of a model; every process of a run calls this function and gets all of them.
+
+    Args:
+        model: the model, on its device.
+        dataset: images and sparse captions.
+        args: `max_length`, `per_device_eval_batch_size` and the device are used.
+        show_progress_bar: show a progress bar on the terminal.
+    """
+    return evaluate(
+        model,
+        dataset,
+        batch_size=args.per_device_eval_batch_size,
+        max_length=args.max_length,
+        show_progress_bar=show_progress_bar,
+        processes=Processes(args.device) if world_size() > 1 else None,
+        folds=1,
+        fingerprint=False,
+    ).rank_metrics
