@@ -8,7 +8,7 @@ import torch
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import sinkhorn
-from d2svse.similarity.scaling import scaled_scores
+from d2svse.similarity.scaling import scale_kernel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
 DIM = 6
@@ -286,7 +286,7 @@ def test_cosines_of_any_size_fit_into_the_scaling_at_the_papers_lambda(low, regu
     rows, columns = (torch.arange(n) % 5 != 2 for n in (40, 12))  # which score
     scoring = rows[:, None] & columns
     expected = sinkhorn(1 - double.transpose(1, 2), a, b, regularization=regularization, scoring=scoring).scores
-    scores, exact = scaled_scores(single, a.float(), b.float(), regularization, 3, rows, columns)
+    scores, exact = scale_kernel(single, a.float(), b.float(), regularization, 3, rows, columns)
     assert exact == fits
     if fits:
         torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)
