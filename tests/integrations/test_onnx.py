@@ -77,7 +77,7 @@ def test_tabled_pooling_is_generalized_pooling(length):
 @pytest.mark.parametrize(
     ("vision", "text", "dense", "options"),
     [
-        ("vit", "bert", False, {"context_decoder": DECODER}),
+        pytest.param("vit", "bert", False, {"context_decoder": DECODER}, marks=pytest.mark.slow),
         ("swin", "roberta", False, {"context_decoder": {**DECODER, "pooling": "gpo", "positions": False}}),
         ("convnext", "bert", True, {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}),
     ],
@@ -113,7 +113,7 @@ def test_onnx_of_the_command_gives_what_the_model_gives(vision, text, dense, opt
 @pytest.mark.parametrize(
     "options",
     [
-        {"context_decoder": DECODER},
+        pytest.param({"context_decoder": DECODER}, marks=pytest.mark.slow),
         {"context_decoder": {"kind": "attention", "num_tokens": 4, "num_heads": 2}, "text_projection": "residual_mlp"},
     ],
     ids=["decoder", "attention"],

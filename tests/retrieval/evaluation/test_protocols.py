@@ -61,7 +61,7 @@ def small(monkeypatch, tmp_path):
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    monkeypatch.setattr(protocols, "_truth_folder", lambda name: tmp_path)
+    monkeypatch.setattr(protocols, "truth_folder", lambda name: tmp_path)
     return SMALL
 
 
