@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,32 @@ def trained(backbones: Path, scenes: Path, tmp_path_factory: pytest.TempPathFact
         assert not stop.value.code
 
     return make_once(tmp_path_factory, "trained", train) / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny `model`, and with `onnx`, which `d2svse export` wrote from it in place of an earlier one."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+
+    def export(folder: Path) -> None:
+        torch.manual_seed(0)
+        small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+        vision = ViTConfig(**small, image_size=IMAGE_SIZE, patch_size=8)
+        text = BertConfig(**small, vocab_size=len(processor.tokenizer), max_position_embeddings=96)
+        configs = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+        decoder = {"num_tokens": 4, "num_layers": 2, "num_heads": 2}
+        model = D2SVSE(D2SVSEConfig(**configs, embed_dim=24, context_decoder=decoder)).eval()
+        model.processor = D2SVSEProcessor(processor.image_processor, processor.tokenizer, max_length=40)
+        model.save_pretrained(folder / "model")
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "image_encoder.onnx").write_bytes(b"of an earlier export")
+        with redirect_stdout(StringIO()) as said, pytest.raises(SystemExit) as stop:
+            main(["export", str(folder / "model"), "-o", str(folder / "onnx")])
+        assert not stop.value.code
+        (folder / "said.txt").write_text(said.getvalue())
+
+    return make_once(tmp_path_factory, "exported", export)
 
 
 @pytest.fixture(scope="session")

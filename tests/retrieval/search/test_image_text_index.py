@@ -321,7 +321,7 @@ def kill_at(place, folder, photos):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, which this system cannot")
-@pytest.mark.parametrize("name", ["cosine", "omit"])
+@pytest.mark.parametrize("name", [pytest.param("cosine", marks=pytest.mark.slow), "omit"])
 def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photos, scenes, tmp_path, name):
     model = make_model(similarity={"name": name})
     model.save_pretrained(tmp_path / "m")
