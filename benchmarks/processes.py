@@ -30,8 +30,6 @@ VIT = ViTConfig(
     intermediate_size=2 * WIDTH,
     image_size=IMAGE_SIZE,
     patch_size=8,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
 )
 COLUMNS = [f"{direction}_recall_at_{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)] + ["rsum"]
 

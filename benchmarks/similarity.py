@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import CrossAttentionT2I, MoversDistance, Similarity, sinkhorn
-from d2svse.similarity.scaling import scaled_scores
+from d2svse.similarity.scaling import scale_kernel
 
 PATCHES, WORDS, DIM = 36, 51, 1024
 FRAGMENTS = ("omit", "movers", "max-mean", "max-softmax", "scan-t2i", "scan-i2t")
@@ -144,7 +144,7 @@ def transport(pairs: int, repeats: int) -> None:
         for index, width, slices in similarity.tiles(left, right):
             for rows in slices:
                 part = products[rows, :, index, :width], a[rows, index], b[rows, index, :width]
-                if not scaled_scores(*part, 0.05, 3)[1]:
+                if not scale_kernel(*part, 0.05, 3)[1]:
                     raise RuntimeError("left the range")
 
     def logarithmic() -> None:

@@ -179,7 +179,7 @@ class EndpointCaptioner:
                 break
             except _Retry as error:
                 reason, unanswered = str(error), True
-                wait = self._next_wait(attempt, error.wait)
+                wait = self.next_wait(attempt, error.wait)
                 continue
             fault = self._too_long(text) or find_fault(text)
             if fault is None:
@@ -190,7 +190,16 @@ class EndpointCaptioner:
             self._failures_in_a_row += 1
         return Outcome(image, reason=reason, draw=draw)
 
-    def _next_wait(self, attempt: int, asked: float | None) -> float:
+    def next_wait(self, attempt: int, asked: float | None) -> float:
+        """Return the seconds to wait after a failed request; hold back all requests as long as the server asks.
+
+        Args:
+            attempt: number of the image's failed requests before this one.
+            asked: the wait that the server asks for, in seconds, or None.
+
+        Raises:
+            EndpointError: if the server asks to wait longer than `LONGEST_WAIT`.
+        """
         if asked is not None and asked > LONGEST_WAIT:
             raise EndpointError(f"{self.base}: asks to wait {asked:.0f} seconds; run the command again then")
         self._resume_at = max(self._resume_at, time.monotonic() + (asked or 0.0))

@@ -92,7 +92,7 @@ class Searcher:
             raise ValueError(f"{index.folder}: the index is empty; add to it with `d2svse index add`")
         self.index, self.model = index, index.model
         self.similarity = str(self.model.config.similarity["name"])
-        self._root = _common_folder(index.ids) if index.side == "image" else ""
+        self._root = common_folder(index.ids) if index.side == "image" else ""
         self._lock = threading.Lock()
 
     @property
@@ -211,7 +211,7 @@ class Searcher:
         return self.shown_name(os.fspath(image)) if self.side == "image" else Path(image).name
 
 
-def _common_folder(names: Sequence[str]) -> str:
+def common_folder(names: Sequence[str]) -> str:
     """Return the folder that contains all paths, or an empty string."""
     try:
         return os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])

@@ -8,7 +8,7 @@ fragment pair. Scaling takes it once, K = exp(c / λ), and then alternates
 The plan is diag(f) K diag(g). K differs from exp((c − 1) / λ) by a factor that f absorbs: cosines then lie in
 the middle of the floating-point range instead of its lower half. The result is exact as long as no entry of K
 and no sum K g or Kᵀ f leaves that range (a small entry counts too, where f is large). Otherwise
-`scaled_scores` says so, and the caller turns to the log domain. The backward pass goes through the iterations.
+`scale_kernel` says so, and the caller turns to the log domain. The backward pass goes through the iterations.
 What it collects for K is a sum of outer products of vectors, so only K and its gradient have the size of K.
 """
 
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 MARGIN = 1e4  # the distance, as a factor, to keep from the smallest normal and the largest number
 
 
-def scaled_scores(
+def scale_kernel(
     products: Tensor,
     row_weights: Tensor,
     column_weights: Tensor,
@@ -46,13 +46,13 @@ def scaled_scores(
     Returns:
         Scores `(n_images, n_texts)`, and whether they are exact.
     """
-    scores: tuple[Tensor, bool] = _ScaledScores.apply(
+    scores: tuple[Tensor, bool] = _Scaling.apply(
         products, row_weights, column_weights, regularization, iterations, scoring_rows, scoring_columns
     )
     return scores
 
 
-class _ScaledScores(torch.autograd.Function):
+class _Scaling(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

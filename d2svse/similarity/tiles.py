@@ -72,8 +72,8 @@ class FragmentSimilarity(Similarity):
     anew and keeps only the fragments of the forward pass. The tile size does not change the scores.
 
     There are two ways to a score. `score` takes all pairs, by `tiles` and `score_tile`, in training and evaluation.
-    `score_candidates` takes some, by `score_some` and `score_chosen`, when a search reranks; it calls `score_tile`
-    too, unless a subclass has a faster `score_chosen` (`Transport` has one).
+    `score_candidates` takes some, by `score_pairs`, when a search reranks; it calls `score_tile` too, unless a subclass
+    has a faster `score_pairs` (`Transport` has one).
 
     A configuration names the metric: `{"name": "omit", "metric": "diagonal"}`, or with its arguments
     `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`. A block-diagonal metric has 4 blocks
@@ -170,7 +170,7 @@ class FragmentSimilarity(Similarity):
                 row_of = {name: row for row, name in enumerate(dict.fromkeys(name for part in some for name in part))}
                 chosen = [[row_of[name] for name in part] for part in some]
                 images = queries[start : start + QUERIES_TOGETHER]
-                for parts in self.score_some([(images, chosen)], stored(list(row_of)).to(device)):
+                for parts in self._score_blocks([(images, chosen)], stored(list(row_of)).to(device)):
                     scores += parts
             return scores
         scores = [torch.empty(len(part)) for part in candidates]
@@ -181,14 +181,14 @@ class FragmentSimilarity(Similarity):
         names = list(asked)
         blocks = [names[start : start + IMAGES_TOGETHER] for start in range(0, len(names), IMAGES_TOGETHER)]
         read = ((stored(block).to(device), [[row for row, _ in asked[name]] for name in block]) for block in blocks)
-        for block, found in zip(blocks, self.score_some(read, queries), strict=True):
+        for block, found in zip(blocks, self._score_blocks(read, queries), strict=True):
             for name, own in zip(block, found, strict=True):
                 for (row, rank), score in zip(asked[name], own.tolist(), strict=True):
                     scores[row][rank] = score
         return scores
 
     @torch.no_grad()
-    def score_some(
+    def _score_blocks(
         self, blocks: Iterable[tuple[Features, Sequence[Sequence[int]]]], texts: Features
     ) -> Iterator[list[Tensor]]:
         """Score each image with some of the texts, without gradient. The texts are made ready once.
@@ -212,13 +212,13 @@ class FragmentSimilarity(Similarity):
                     lengths = _lengths(right)
                 else:
                     left, _ = self.fragments(sides[0], sides[1][:0])
-                scores = self.score_chosen(left, right, lengths, chosen)
+                scores = self.score_pairs(left, right, lengths, chosen)
             yield scores
 
-    def score_chosen(
+    def score_pairs(
         self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """Score each image with some of the texts, for `score_some`; `lengths` are the texts' numbers of words."""
+        """Score each image with its own rows of the texts; `lengths` are the texts' numbers of words."""
         scores = []
         words = self._elements(images) // max(1, images.mask.shape[1])
         for row, rows in enumerate(chosen):
@@ -226,7 +226,7 @@ class FragmentSimilarity(Similarity):
             for group in like_lengths([lengths[i] for i in rows], words):
                 index = [rows[position] for position in group]
                 tile = texts.cut(torch.tensor(index, device=own.device), lengths[index[0]])
-                own[torch.tensor(group, device=own.device)] = _score(self, image, tile)[0]
+                own[torch.tensor(group, device=own.device)] = _multiply(self, image, tile)[0]
             scores.append(own)
         return scores
 
@@ -318,7 +318,7 @@ class _TiledScores(torch.autograd.Function):
         for index, width, slices in similarity.tiles(images, texts):
             some_texts = texts.cut(index, width)
             for rows in slices:
-                scores[rows].index_copy_(1, index, _score(similarity, images.cut(rows), some_texts))
+                scores[rows].index_copy_(1, index, _multiply(similarity, images.cut(rows), some_texts))
         return scores
 
     @staticmethod
@@ -384,17 +384,18 @@ def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
 
 
 class _Tile(nn.Module):
-    """`_score` as a module, so that parameters can be swapped."""
+    """`_multiply` as a module, so that parameters can be swapped."""
 
     def __init__(self, similarity: FragmentSimilarity) -> None:
         super().__init__()
         self.similarity = similarity
 
     def forward(self, images: Fragments, texts: Fragments) -> Tensor:
-        return _score(self.similarity, images, texts)
+        return _multiply(self.similarity, images, texts)
 
 
-def _score(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
+def _multiply(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
+    """Make the products of all fragments of a tile, and their scores."""
     products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
     scores = similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
     return similarity._shaped(scores, len(images.mask), len(texts.mask), method="score_tile")

@@ -15,7 +15,7 @@ from torch import Tensor
 from d2svse.features import Features
 from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
-from d2svse.similarity.scaling import scaled_scores
+from d2svse.similarity.scaling import scale_kernel
 from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity, like_lengths
 
 SMALLEST_SCALED = 0.01  # below this, kernels underflow so often that the log domain is used at once
@@ -210,14 +210,14 @@ class Transport(FragmentSimilarity):
         return TransportPlan(self.solve(images, texts).plan[0, 0], self.partial)
 
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
-        return self._scores(products, *self._marginals(images, texts))
+        return self._score_products(products, *self._marginals(images, texts))
 
-    def score_chosen(
+    def score_pairs(
         self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
     ) -> list[Tensor]:
         """Score each image with some of the texts; pairs of like length are solved together, over all images."""
         if self.marginals == "similarity":  # each pair has weights of its own
-            return super().score_chosen(images, texts, lengths, chosen)
+            return super().score_pairs(images, texts, lengths, chosen)
         device, (n_patches, n_words) = images.mask.device, (images.mask.shape[1], texts.mask.shape[1])
         counts, of_text = [len(rows) for rows in chosen], [text for rows in chosen for text in rows]
         of_pair = [lengths[text] for text in of_text]
@@ -243,24 +243,24 @@ class Transport(FragmentSimilarity):
             positions = torch.arange(width, device=device) + start[pairs, None]
             tile = product[positions.minimum(end[pairs, None] - 1)].mT.contiguous()
             weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
-            scores[pairs] = self._scores(tile[:, :, None], *weights)[:, 0]
+            scores[pairs] = self._score_products(tile[:, :, None], *weights)[:, 0]
         return list(scores.split(counts))
 
-    def _scores(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def _score_products(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         if self.epsilon == 0 and self.regularization >= SMALLEST_SCALED:
-            scores, exact = scaled_scores(
-                products, a, b, self.regularization, self.num_iterations, self._scoring(a), self._scoring(b)
+            scores, exact = scale_kernel(
+                products, a, b, self.regularization, self.num_iterations, self._without_bin(a), self._without_bin(b)
             )
             if exact:
                 return scores
         return self._solve(products, a, b).scores
 
-    def _scoring(self, weights: Tensor) -> Tensor | None:
+    def _without_bin(self, weights: Tensor) -> Tensor | None:
         """Return which fragments of a side score, `(length,)`: all but the bin, which is the first."""
         return torch.arange(weights.shape[-1], device=weights.device) > 0 if self.partial else None
 
     def _solve(self, products: Tensor, a: Tensor, b: Tensor) -> TransportOutput:
-        rows, columns = self._scoring(a), self._scoring(b)
+        rows, columns = self._without_bin(a), self._without_bin(b)
         return sinkhorn(
             1 - products.transpose(1, 2),
             a,

@@ -209,7 +209,7 @@ def test_retry_after_holds_back_all_requests(serve_captions, photos):
 def test_waits_double_with_jitter(serve_captions):
     captioner = make(serve_captions(), backoff=1.0)
     for attempt, longest in ((0, 1), (1, 2), (3, 8), (20, 60)):
-        waits = [captioner._next_wait(attempt, None) for _ in range(200)]
+        waits = [captioner.next_wait(attempt, None) for _ in range(200)]
         assert longest / 2 <= min(waits) < 0.6 * longest
         assert 0.9 * longest < max(waits) <= longest
 

@@ -42,6 +42,7 @@ from support.pages import (
     FENCE,
     MARK,
     ROOT,
+    RUN_ELSEWHERE,
     Block,
     check_command,
     choose_commands,
@@ -217,7 +218,7 @@ def test_each_command_of_the_pages_runs(workspace):
         shown |= {command_name(words) for words in commands}
         run |= {command_name(commands[number]) for on, number in chosen if on == page}
     assert len(shown) > 20
-    assert run >= shown - {""}
+    assert run >= shown - {""} - RUN_ELSEWHERE
 
 
 @pytest.mark.parametrize("page", find_pages())

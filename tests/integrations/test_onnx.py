@@ -74,57 +74,72 @@ def test_tabled_pooling_is_generalized_pooling(length):
         torch.testing.assert_close(fixed(tokens), pooling(tokens), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("vision", "text", "dense", "options"),
-    [
-        ("vit", "bert", False, {"context_decoder": DECODER}),
-        ("swin", "roberta", False, {"context_decoder": {**DECODER, "pooling": "gpo", "positions": False}}),
-        ("convnext", "bert", True, {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}),
-    ],
-    ids=["vit-bert-decoder", "swin-roberta-gpo-decoder", "convnext-dense-gssf"],
-)
-def test_onnx_of_the_command_gives_what_the_model_gives(vision, text, dense, options, make, val_dataset, run, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="the extra [onnx]")
-    import onnxruntime
-
-    model = make(vision, text, **options)
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "image_encoder.onnx").write_bytes(b"of an earlier export")
-    code, out, err = run("export", tmp_path / "model", "-o", tmp_path / "onnx", *["--dense"] * dense)
-    assert (code, err) == (0, "")
-    assert "image_encoder.onnx and text_encoder.onnx" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "onnx"]
+def sessions_of(folder):
+    """Run the encoders of an export by onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [onnx]")
     sessions = {
-        name: onnxruntime.InferenceSession(tmp_path / "onnx" / f"{name}.onnx")
-        for name in ("image_encoder", "text_encoder")
+        name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("image_encoder", "text_encoder")
     }
+    assert [part.shape for part in sessions["text_encoder"].get_inputs()] == [["batch", "length"]] * 2
 
-    def session_run(name, inputs):
+    def run(name, inputs):
         return sessions[name].run(["embeddings", "tokens"], {key: value.numpy() for key, value in inputs.items()})
 
-    check(session_run, model, val_dataset.images[:3], TEXTS, dense)
-    assert [part.shape for part in sessions["text_encoder"].get_inputs()] == [["batch", "length"]] * 2
-    again = D2SVSEProcessor.from_pretrained(tmp_path / "onnx")
+    return run
+
+
+def test_onnx_of_the_command_gives_what_the_model_gives(exported, val_dataset):
+    model = D2SVSE.from_pretrained(exported / "model")
+    check(sessions_of(exported / "onnx"), model, val_dataset.images[:3], TEXTS, dense=False)
+    assert sorted(path.name for path in exported.iterdir()) == ["model", "onnx", "said.txt"]
+    assert "image_encoder.onnx and text_encoder.onnx" in (exported / "said.txt").read_text()
+    again = D2SVSEProcessor.from_pretrained(exported / "onnx")
     np.testing.assert_array_equal(again(text=TEXTS)["input_ids"], model.processor(text=TEXTS)["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
+    ("vision", "text", "dense", "options"),
     [
-        {"context_decoder": DECODER},
-        {"context_decoder": {"kind": "attention", "num_tokens": 4, "num_heads": 2}, "text_projection": "residual_mlp"},
+        ("swin", "roberta", False, {"context_decoder": {**DECODER, "pooling": "gpo", "positions": False}}),
+        ("convnext", "bert", True, {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}),
     ],
-    ids=["decoder", "attention"],
+    ids=["swin-roberta-gpo-decoder", "convnext-dense-gssf"],
 )
-def test_torch_export_gives_what_the_model_gives_and_leaves_it_as_it_was(options, make, val_dataset):
-    model = make(**options).train()
+def test_onnx_of_other_models(vision, text, dense, options, make, val_dataset, run, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+    model = make(vision, text, **options)
+    model.save_pretrained(tmp_path / "model")
+    code, out, err = run("export", tmp_path / "model", "-o", tmp_path / "onnx", *["--dense"] * dense)
+    assert (code, err) == (0, "")
+    assert "image_encoder.onnx and text_encoder.onnx" in out
+    check(sessions_of(tmp_path / "onnx"), model, val_dataset.images[:3], TEXTS, dense)
+
+
+@pytest.mark.parametrize(
+    ("backbones", "options", "dense"),
+    [
+        pytest.param((), {"context_decoder": DECODER}, False, marks=pytest.mark.slow),
+        (
+            (),
+            {
+                "context_decoder": {"kind": "attention", "num_tokens": 4, "num_heads": 2},
+                "text_projection": "residual_mlp",
+            },
+            False,
+        ),
+        (("convnext", "bert"), {"context_decoder": DECODER, "text_pooling": "mean", "similarity": GSSF}, True),
+    ],
+    ids=["decoder", "attention", "dense"],
+)
+def test_torch_export_gives_what_the_model_gives_and_leaves_it_as_it_was(backbones, options, dense, make, val_dataset):
+    model = make(*backbones, **options).train()
     before = [type(module) for module in model.modules()]
     config = model.config.to_dict()
     implementation = model.text_encoder.backbone.config._attn_implementation
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    programs = export_programs(model)
+    programs = export_programs(model, dense=dense)
     assert model.training
     assert [type(module) for module in model.modules()] == before
     assert model.config.to_dict() == config
@@ -136,7 +151,7 @@ def test_torch_export_gives_what_the_model_gives_and_leaves_it_as_it_was(options
         with torch.no_grad():
             return modules[name](*inputs.values())
 
-    check(run, model.eval(), val_dataset.images[:3], TEXTS, dense=False)
+    check(run, model.eval(), val_dataset.images[:3], TEXTS, dense)
 
 
 def test_a_sentence_as_long_as_the_decoder_allows(make, val_dataset):

@@ -39,7 +39,7 @@ def folder(model, tmp_path):
     ("first", "options"),
     [
         ("", {"trust_remote_code": True}),
-        ("from d2svse import D2SVSE", {}),
+        pytest.param("from d2svse import D2SVSE", {}, marks=pytest.mark.slow),  # as docs/integrations.md does
         ("from transformers import AutoConfig\nfrom d2svse import D2SVSE", {}),
     ],
     ids=["without d2svse", "after d2svse", "before d2svse"],

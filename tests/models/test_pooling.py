@@ -130,17 +130,17 @@ def test_kept_coefficients_go_with_the_mode(gpo, batch):
         assert not torch.allclose(gpo(*batch), before)
 
 
-def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch, monkeypatch):
+def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch):
     asked = []
-    compute = gpo._compute
-    monkeypatch.setattr(gpo, "_compute", lambda lengths: asked.append(list(lengths)) or compute(lengths))
+    gpo.gru.register_forward_pre_hook(lambda _, given: asked.append(given[0].batch_sizes.tolist()))
     tokens, mask = batch
     with torch.no_grad():
         gpo(tokens, mask)
         gpo(tokens, mask)
         gpo(tokens)
         gpo(tokens[:, :2])
-    assert asked == [[1, 3, 7], [2]]
+    assert [len(sizes) for sizes in asked] == [7, 2]  # the longest of a call
+    assert [sizes[0] for sizes in asked] == [3, 1]  # lengths 1, 3 and 7, then 2
 
 
 def test_a_row_without_tokens_is_an_error(gpo):

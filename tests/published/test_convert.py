@@ -143,7 +143,7 @@ def test_a_converted_folder_is_the_loaded_model(golden_files, tmp_path):
 
 
 def test_without_a_tokenizer_pictures_encode_and_sentences_say_what_to_do(golden_files, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("d2svse.published.convert._hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("d2svse.published.convert.PUBLISHED_TOKENIZER", str(tmp_path / "nowhere"))
     convert_published(golden_files["vit_distill"], tmp_path / "model")
     assert "--tokenizer" in caplog.text

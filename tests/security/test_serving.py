@@ -26,10 +26,10 @@ from d2svse.retrieval.search.hits import Hit
 from d2svse.serving import guard, uploads
 from d2svse.serving import page as serving
 from d2svse.serving.asking import MOST_CHARACTERS
+from support.served import BOUNDARY, Server
 
 META = {"_type": "gradio.FileData"}
 RED = "a red circle"
-BOUNDARY = "limit"
 
 opened: list[str] = []
 watching = threading.Event()
@@ -51,64 +51,6 @@ def watched():
     watching.set()
     yield opened
     watching.clear()
-
-
-class Server:
-    """A page that is served on loopback, and ways to ask it that no browser would take."""
-
-    def __init__(self, page, port):
-        self.page, self.port = page, port
-
-    @property
-    def uploads(self):
-        return Path(self.page.uploads.folder)
-
-    def ask(self, path, body=None, headers=None, method=None, host=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        given = {"Host": f"127.0.0.1:{self.port}" if host is None else host, **(headers or {})}
-        if body is not None and "Content-Length" not in given and "Transfer-Encoding" not in given:
-            given["Content-Length"] = str(len(body))
-        connection.putrequest(method or ("GET" if body is None else "POST"), path, skip_host=True)
-        for name, value in given.items():
-            for one in value if isinstance(value, list) else [value]:
-                connection.putheader(name, one)
-        connection.endheaders()
-        if body is not None:
-            connection.send(body)
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
-        return answer.status, data.decode("utf-8", "replace")
-
-    def post(self, path, data, **options):
-        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
-        return self.ask(path, json.dumps(data).encode(), headers, **options)
-
-    def search(self, *data):
-        """Search by the short way."""
-        status, told = self.post("/gradio_api/call/search", {"data": list(data)})
-        if status != 200:
-            return told
-        return self.ask(f"/gradio_api/call/search/{json.loads(told)['event_id']}")[1]
-
-    def functions(self):
-        return json.loads(self.ask("/config")[1])["dependencies"]
-
-    def join(self, function, data, session, **more):
-        body = {"data": data, "fn_index": function, "session_hash": session, "trigger_id": None, **more}
-        return self.post("/gradio_api/queue/join", body)
-
-    def run(self, function, data, session, **more):
-        """Run a function as a browser does, by the queue."""
-        status, told = self.join(function, data, session, **more)
-        assert status == 200, told
-        return self.ask(f"/gradio_api/queue/data?session_hash={session}")[1]
-
-    def upload(self, name, content, **options):
-        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-        headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", **options.pop("headers", {})}
-        body = head.encode() + content + f"\r\n--{BOUNDARY}--\r\n".encode()
-        return self.ask("/gradio_api/upload", body, headers, **options)
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +202,15 @@ def test_no_function_and_no_input_is_another_way(server, secret, watched):
 
 def test_an_upload_that_is_replaced_is_not_read_later(server, secret, watched):
     mine = Path(json.loads(server.upload("later.png", png("green"))[1])[0])
-    function = next(one for one in server.functions() if one["api_name"] == "search")
-    explain = next(one for one in server.functions() if any(event == "select" for _, event in one["targets"]))
-    found = server.run(function["id"], [None, {"path": str(mine), "meta": META}, 0.5, "vectors only"], "later")
+    found = server.run(server.search_function, [None, {"path": str(mine), "meta": META}, 0.5, "vectors only"], "later")
     assert "data-position" in found
-    shown = server.run(explain["id"], [None], "later", event_data={"position": 1})
+    shown = server.run(server.explain_function, [None], "later", event_data={"position": 1})
     assert "the image of the query" in shown
     assert "data:image/jpeg" in shown
     mine.unlink()
     for make in (lambda: mine.symlink_to(secret), lambda: os.mkfifo(mine), lambda: None):
         make()
-        shown = server.run(explain["id"], [None], "later", event_data={"position": 1})
+        shown = server.run(server.explain_function, [None], "later", event_data={"position": 1})
         assert "the image of the query is gone" in shown
         assert "data:image/jpeg" not in shown
         mine.unlink(missing_ok=True)
@@ -452,7 +392,7 @@ def test_what_sessions_leave_behind_is_bounded(start, monkeypatch):
     assert state.capacity == serving.MOST_SESSIONS
     assert queue.pending_messages_per_session.max_size > serving.MOST_UNREAD  # or Gradio drops what it then looks for
     state.capacity = 6
-    search = next(one["id"] for one in server.functions() if one["api_name"] == "search")
+    search = server.search_function
     blank = [" ", None, 0.5, "vectors only"]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda row: server.run(search, blank, f"session{row}"), range(16)))
@@ -503,9 +443,7 @@ def test_odd_names_are_shown_and_do_not_hang_the_page(server, monkeypatch, tmp_p
         if not name.startswith("half"):  # which no file system takes
             (tmp_path / name).write_bytes(png_bytes)
     monkeypatch.setattr(server.page.searcher, "ask", ask)
-    functions = server.functions()
-    search = next(one["id"] for one in functions if one["api_name"] == "search")
-    explain = next(one["id"] for one in functions if any(event == "select" for _, event in one["targets"]))
+    search, explain = server.search_function, server.explain_function
     found = server.run(search, [RED, None, 0.5, "vectors only"], "odd")
     shown = [
         "caf\\xe9.jpg",
@@ -535,7 +473,7 @@ def test_odd_queries_are_told(server):
         assert "half a character" in server.search(words, None, 0.5, "vectors only")
     for weight in (2, -1, "NaN", float("nan"), float("inf")):
         assert "data-position" not in server.search(RED, None, weight, "vectors only")
-    explain = next(one["id"] for one in server.functions() if any(event == "select" for _, event in one["targets"]))
+    explain = server.explain_function
     for place in (-1, 10**30, float("inf"), float("nan"), "x", None, [0], {"position": 0}):
         assert "There is no answer" in server.run(explain, [None], "none", event_data={"position": place})
     server.upload("bad\x1b[31m\u2028.png", b"no picture")

@@ -179,6 +179,6 @@ def test_names_of_pictures_start_below_their_common_folder(make_index, folder):
     (folder / "00.jpg").rename(folder / "more" / "00.jpg")
     searcher = Searcher(make_index("cosine"))
     assert {searcher.shown_name(name) for name in searcher.index.ids} >= {"01.jpg", "more/00.jpg"}
-    assert asking._common_folder(["a.jpg", "b.jpg"]) == ""
-    assert asking._common_folder(["/a/b/c.jpg"]) == "/a/b"
-    assert asking._common_folder(["/a/b.jpg", "c.jpg"]) == ""
+    assert asking.common_folder(["a.jpg", "b.jpg"]) == ""
+    assert asking.common_folder(["/a/b/c.jpg"]) == "/a/b"
+    assert asking.common_folder(["/a/b.jpg", "c.jpg"]) == ""

@@ -8,10 +8,13 @@ import torch
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import sinkhorn
-from d2svse.similarity.scaling import scaled_scores
+from d2svse.similarity.scaling import scale_kernel
+from d2svse.similarity.transport import Transport
+from support.similarities import names_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "omit.npz"
 DIM = 6
+NAMES = names_of(Transport)
 
 
 def side(n: int, length: int, seed: int, dtype: torch.dtype = torch.float32) -> Features:
@@ -77,7 +80,7 @@ def naive(similarity, images: Features, texts: Features) -> np.ndarray:
 
 
 @pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_naive_loop(name, marginals):
     similarity = build_similarity({"name": name, "marginals": marginals, "regularization": 0.1, "num_iterations": 4})
     images, texts = side(4, 5, 0), side(3, 7, 1)
@@ -125,7 +128,7 @@ def test_plans_equal_pot_at_convergence(partial, regularization):
 
 
 @pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_batches_pairs_and_tiles_change_nothing(name, marginals):
     similarity = build_similarity({"name": name, "marginals": marginals})
     images, texts = side(4, 5, 0), side(4, 7, 1)
@@ -143,7 +146,7 @@ def test_padding_batches_pairs_and_tiles_change_nothing(name, marginals):
 
 
 @pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients(name, marginals):
     similarity = build_similarity({"name": name, "marginals": marginals, "regularization": 0.3})
     images, texts = side(2, 3, 0, torch.float64), side(2, 4, 1, torch.float64)
@@ -156,7 +159,7 @@ def test_gradients(name, marginals):
 
 
 @pytest.mark.parametrize("regularization", [1e-3, 0.02, 1.0, 10.0])
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_lambda_and_mask_stays_finite(name, regularization):
     similarity = build_similarity({"name": name, "regularization": regularization, "num_iterations": 10})
     empty = side(2, 3, 0)
@@ -181,7 +184,7 @@ def test_every_lambda_and_mask_stays_finite(name, regularization):
     assert torch.equal(similarity(empty, other)[1], torch.zeros(2))
 
 
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_float32_inside_autocast(name):
     similarity = build_similarity(name)
     images, texts = side(3, 4, 0).to(torch.bfloat16), side(3, 5, 1).to(torch.bfloat16)
@@ -212,7 +215,7 @@ def test_bad_arguments_are_named():
         sinkhorn(torch.zeros(2, 3), torch.ones(2), torch.ones(3), regularization=1, num_iterations=0)
 
 
-@pytest.mark.parametrize("partial", ["omit", "movers"])
+@pytest.mark.parametrize("partial", NAMES)
 @pytest.mark.parametrize("marginals", ["uniform", "norm", "similarity"])
 def test_scaling_and_the_log_domain_give_the_same_scores_and_gradients(partial, marginals, monkeypatch):
     found = []
@@ -229,7 +232,7 @@ def test_scaling_and_the_log_domain_give_the_same_scores_and_gradients(partial, 
         torch.testing.assert_close(scaled, logarithmic, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_solutions_give_the_scores_and_plans_of_all_pairs(name):
     similarity = build_similarity(name)
     images, texts = side(4, 5, 0), side(3, 7, 1)
@@ -252,7 +255,7 @@ def gaussian(n: int, length: int, dim: int, seed: int, dtype: torch.dtype) -> Fe
 
 
 @pytest.mark.parametrize("regularization", [0.01, 0.0125, 0.02, 0.05])
-@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("name", NAMES)
 def test_small_lambda_and_opposite_fragments_stay_exact(name, regularization):
     """Few dimensions give cosines near -1, whose kernel entries leave the range of float32."""
     similarity = build_similarity({"name": name, "regularization": regularization})
@@ -286,7 +289,7 @@ def test_cosines_of_any_size_fit_into_the_scaling_at_the_papers_lambda(low, regu
     rows, columns = (torch.arange(n) % 5 != 2 for n in (40, 12))  # which score
     scoring = rows[:, None] & columns
     expected = sinkhorn(1 - double.transpose(1, 2), a, b, regularization=regularization, scoring=scoring).scores
-    scores, exact = scaled_scores(single, a.float(), b.float(), regularization, 3, rows, columns)
+    scores, exact = scale_kernel(single, a.float(), b.float(), regularization, 3, rows, columns)
     assert exact == fits
     if fits:
         torch.testing.assert_close(scores.double(), expected, rtol=0, atol=1e-6)

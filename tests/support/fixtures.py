@@ -3,24 +3,175 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset, TrainingArguments
 from d2svse.cli.app import main
-from d2svse.demo import run_demo
+from d2svse.data import write_scenes
+from d2svse.demo import build_tokenizer, run_demo
 from support.endpoint import Behave, Loopback
 from support.hub_server import LoopbackHub, use_hub
 from support.llava import save_tiny_llava
 from support.published_files import GOLDEN_MODELS, save_golden
 from support.shared import make_once
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this process keep to it
+
+IMAGE_SIZE = 32
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
 SMALL_DEMO = {"num_train": 64, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 48 training and 16 validation scenes of 32 × 32 pixels."""
+
+    def draw(folder: Path) -> None:
+        write_scenes(folder, "train", 48, size=IMAGE_SIZE)
+        write_scenes(folder, "val", 16, first=48, size=IMAGE_SIZE)
+
+    return make_once(tmp_path_factory, "scenes", draw)
+
+
+@pytest.fixture(scope="session")
+def train_dataset(scenes: Path) -> ImageTextDataset:
+    return ImageTextDataset.from_manifest(scenes / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def val_dataset(scenes: Path) -> ImageTextDataset:
+    return ImageTextDataset.from_manifest(scenes / "val.jsonl")
+
+
+@pytest.fixture
+def photos(val_dataset: ImageTextDataset, tmp_path: Path) -> Path:
+    """A folder of 16 pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in val_dataset.images:
+        shutil.copy(path, folder)
+    return folder
+
+
+def tiny_config(**options) -> D2SVSEConfig:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    vision = ViTConfig(**small, image_size=IMAGE_SIZE, patch_size=8)
+    text = BertConfig(**small, vocab_size=100, max_position_embeddings=96)
+    return D2SVSEConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **{"embed_dim": 24, **options})
+
+
+@pytest.fixture(scope="session")
+def processor(train_dataset: ImageTextDataset) -> D2SVSEProcessor:
+    texts = [text for record in train_dataset.records for text in (*record.captions, record.dense)]
+    image_processor = ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return D2SVSEProcessor(image_processor, build_tokenizer(texts), max_length=96)
+
+
+@pytest.fixture(scope="session")
+def backbones(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny pretrained backbones without dropout, as a user would name them."""
+    config = tiny_config()
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
+
+    def save(folder: Path) -> None:
+        torch.manual_seed(0)
+        ViTModel(config.vision_config, add_pooling_layer=False).save_pretrained(folder / "vision")
+        BertModel(config.text_config, add_pooling_layer=False).save_pretrained(folder / "text")
+        processor.image_processor.save_pretrained(folder / "vision")
+        processor.tokenizer.save_pretrained(folder / "text")
+
+    return make_once(tmp_path_factory, "backbones", save)
+
+
+@pytest.fixture
+def make_model(processor: D2SVSEProcessor) -> Callable[..., D2SVSE]:
+    def make(seed: int = 0, **options) -> D2SVSE:
+        torch.manual_seed(seed)
+        model = D2SVSE(tiny_config(**options)).eval()
+        model.processor = processor
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_args(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Arguments of a short run on the CPU."""
+
+    def make(stage="pretrain", **options) -> TrainingArguments:
+        defaults = {
+            "output_dir": str(tmp_path / stage),
+            "stage": stage,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 16,
+            "num_context_tokens": 4,
+            "decoder_layers": 1,
+            "decoder_heads": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        if options.get("save_strategy") == "no":
+            defaults["load_best_model_at_end"] = False
+        return TrainingArguments(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: Callable[..., D2SVSE]) -> D2SVSE:
+    """A tiny stage-2 model with random weights."""
+    return make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """Let no file grow beyond so many bytes meanwhile, as on a full disk."""
+
+    @contextmanager
+    def limited(size: int = 20_000) -> Iterator[None]:
+        before, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, action)
+
+    return limited
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: its exit code, what it printed and its errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +193,32 @@ def trained(backbones: Path, scenes: Path, tmp_path_factory: pytest.TempPathFact
         assert not stop.value.code
 
     return make_once(tmp_path_factory, "trained", train) / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny `model`, and with `onnx`, which `d2svse export` wrote from it in place of an earlier one."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+
+    def export(folder: Path) -> None:
+        torch.manual_seed(0)
+        small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+        vision = ViTConfig(**small, image_size=IMAGE_SIZE, patch_size=8)
+        text = BertConfig(**small, vocab_size=len(processor.tokenizer), max_position_embeddings=96)
+        configs = {"vision_config": vision.to_dict(), "text_config": text.to_dict()}
+        decoder = {"num_tokens": 4, "num_layers": 2, "num_heads": 2}
+        model = D2SVSE(D2SVSEConfig(**configs, embed_dim=24, context_decoder=decoder)).eval()
+        model.processor = D2SVSEProcessor(processor.image_processor, processor.tokenizer, max_length=40)
+        model.save_pretrained(folder / "model")
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "image_encoder.onnx").write_bytes(b"of an earlier export")
+        with redirect_stdout(StringIO()) as said, pytest.raises(SystemExit) as stop:
+            main(["export", str(folder / "model"), "-o", str(folder / "onnx")])
+        assert not stop.value.code
+        (folder / "said.txt").write_text(said.getvalue())
+
+    return make_once(tmp_path_factory, "exported", export)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ FILE = re.compile(r"^```\w+ title=\"(?P<name>[^\"\n]+)\"\n(?P<code>.*?)^```$", r
 FENCE = re.compile(r"^ *```(?:python|py|bash|sh|shell|console)\b", re.MULTILINE)
 OF_THE_SHELL = {"|", "<", ">", ">>", "||", ";", "&"}
 OF_AN_ENVIRONMENT = ".venv/bin/"
+RUN_ELSEWHERE = {"d2svse export"}  # by the fixture `exported`, whose folder the pages find
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def read_commands(code: str, options: str = "") -> Iterator[tuple[str, list[str]
 def choose_commands(pages: Iterable[str], there: Path) -> set[tuple[str, int]]:
     """Choose the commands that run where not all do: each of d2svse where it comes first, and what that needs.
 
+    Those of `RUN_ELSEWHERE` are left out, because their time is long and a fixture runs them.
+
     Args:
         pages: The pages, in their order.
         there: A folder with what lies there before a page runs.
@@ -113,7 +116,7 @@ def choose_commands(pages: Iterable[str], there: Path) -> set[tuple[str, int]]:
     Returns:
         Page and number of each command.
     """
-    chosen, seen = set(), set()
+    chosen, seen = set(), set(RUN_ELSEWHERE)
     for page in pages:
         made: dict[str, set[int]] = {}  # the commands that a path needs, by path
         number = 0

@@ -141,16 +141,16 @@ def use_small_protocols(monkeypatch: pytest.MonkeyPatch, folder: Path, count: in
         if protocol.n_images is not None:
             few = dataclasses.replace(protocol, n_images=len(coco) if protocol.coco else count)
             monkeypatch.setitem(protocols.PROTOCOLS, name, few)
-    monkeypatch.setattr(protocols, "FLICKR_IDS", protocols._hash_ids(sorted(range(count))))
+    monkeypatch.setattr(protocols, "FLICKR_IDS", protocols.hash_ids(sorted(range(count))))
     for name in ("COCO_IDS", "COCO_ORDER"):
-        monkeypatch.setattr(protocols, name, protocols._hash_ids(coco))
+        monkeypatch.setattr(protocols, name, protocols.hash_ids(coco))
     folder.mkdir()
     answers = {image: [10 * image + k for k in range(5)] for image in coco}
     images = {caption: [image] for image, own in answers.items() for caption in own}
     for truth in ("original", "cxc", "eccv"):
         (folder / f"{truth}_image_to_caption.json").write_text(json.dumps(answers))
         (folder / f"{truth}_caption_to_image.json").write_text(json.dumps(images))
-    monkeypatch.setattr(protocols, "_truth_folder", lambda name: folder)
+    monkeypatch.setattr(protocols, "truth_folder", lambda name: folder)
 
 
 def _train(folder: Path) -> None:

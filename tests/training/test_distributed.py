@@ -21,7 +21,7 @@ from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
 from support.processes import COMMAND, fork_workers, torchrun
 
-WORKER = "import sys; from support.distributed_worker import main; main(sys.argv[1])"
+WORKER = "import sys; from support.distributed_worker import main; main(sys.argv[1], sys.argv[2] == 'every')"
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -31,15 +31,17 @@ def ends_well(*running: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, torch.Tensor]:
-    found = {name: worker.gradients(*case) for name, *case in worker.cases()}
+def alone(request) -> dict[str, torch.Tensor]:
+    cases = worker.cases(request.config.getoption("--all"))
+    found = {name: worker.gradients(*case) for name, *case in cases}
     return {f"{name}/{key}": tensor for name, tensors in found.items() for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path):
+def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path, request):
     file = tmp_path / "gradients.safetensors"
-    for one in fork_workers(processes, WORKER, file):
+    cases = "every" if request.config.getoption("--all") else "few"
+    for one in fork_workers(processes, WORKER, file, cases):
         assert one.wait(600) == 0, one.err()
     together = load_file(file)
     assert set(together) >= set(alone)

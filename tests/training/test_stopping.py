@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from d2svse import Trainer
+from d2svse import D2SVSE, Trainer
 from d2svse.training.recipe import Recipe
 from support.processes import Fork, fork_command, torchrun
 
@@ -136,7 +136,7 @@ def test_ctrl_c_before_training_leaves_no_traceback(scenes, backbones, tmp_path,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("d2svse.training.recipe._start", interrupt)
+    monkeypatch.setattr(D2SVSE, "from_backbones", interrupt)
     code, _, errors = run(*train_command(scenes, backbones, tmp_path / "run", 1))
     assert (code, errors.strip()) == (130, "d2svse: stopped before training")
 

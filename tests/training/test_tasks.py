@@ -6,6 +6,7 @@ import torch
 from d2svse import Features, Trainer, TrainingArguments
 from d2svse.data import Batch
 from d2svse.losses import InfoNCE, KLDistillation, build_distillation_loss
+from d2svse.similarity import similarity_names
 from d2svse.training.tasks import AlignTask, DistillTask, total_loss
 
 
@@ -19,7 +20,7 @@ def inputs(given):
     return {name: getattr(given, name) for name in ("pixel_values", "input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("name", ["gssf-diagonal", "gssf-block-diagonal", "max-softmax", "max-lse", "scan-t2i", "omit"])
+@pytest.mark.parametrize("name", similarity_names())
 def test_every_similarity_trains_saves_and_scores_the_same(make_model, processor, tmp_path, name):
     from d2svse import D2SVSE
 

@@ -112,11 +112,11 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
         given, wanted = len(record.captions), protocol.captions_each
         if wanted is not None and (given < wanted or (given > wanted and not protocol.coco)):
             raise refuse(f"{record.image.name} has {given} captions, expected {wanted}")
-    if _hash_ids(sorted(ids)) != (COCO_IDS if protocol.coco else FLICKR_IDS):
+    if hash_ids(sorted(ids)) != (COCO_IDS if protocol.coco else FLICKR_IDS):
         raise refuse(f"its image ids are not those of the {protocol.n_images} test images (Karpathy's split)")
     if not protocol.coco:
         return dataset, 0
-    if protocol.folds != 1 and _hash_ids(ids) != COCO_ORDER:
+    if protocol.folds != 1 and hash_ids(ids) != COCO_ORDER:
         raise refuse("its images are not in the order of Karpathy's split, which the folds are cut from")
     records = [replace(record, captions=record.captions[: protocol.captions_each]) for record in dataset.records]
     taken = ImageTextDataset(records, dataset.source)
@@ -142,7 +142,7 @@ def right_answers(
     """
     if protocol.truth is None:
         return caption_answers(dataset.image_of_caption, len(dataset))
-    data = _truth_folder(protocol.name)
+    data = truth_folder(protocol.name)
     if annotations is None:
         raise ValueError(
             f"the protocol {protocol.name} goes by MS-COCO's caption ids; give the file that has them with "
@@ -241,7 +241,8 @@ def _annotated(path: str | os.PathLike[str]) -> Iterable[tuple[int, int, str]]:
         ) from None
 
 
-def _truth_folder(name: str) -> Path:
+def truth_folder(name: str) -> Path:
+    """Return the folder with the right answers of a protocol, which the package `eccv_caption` holds."""
     package = find_spec("eccv_caption")
     if package is None or not package.submodule_search_locations:
         raise ImportError(f"the protocol {name} needs the ground truth of the extra [eval]: pip install 'd2svse[eval]'")
@@ -269,7 +270,8 @@ def _number(record: Record, pattern: re.Pattern[str], what: str) -> int:
     return int(found.group(1))
 
 
-def _hash_ids(ids: Iterable[int]) -> str:
+def hash_ids(ids: Iterable[int]) -> str:
+    """Return the SHA-256 of ids in their order."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
 
 

@@ -99,7 +99,7 @@ def _check(settings: IndexSettings) -> None:
         if not isinstance(value, kind) and not (value is None and name in optional):
             raise ValueError(f"{name} is {value!r:.80}")
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
-        raise ValueError(f"side {settings.side!r:.80}, shortlist {settings.candidates!r:.80}")
+        raise ValueError(f"side {settings.side!r:.80}, candidates {settings.candidates!r:.80}")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 

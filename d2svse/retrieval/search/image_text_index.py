@@ -589,7 +589,7 @@ class ImageTextIndex:
             "side": self.side,
             "engine": self.vectors.engine,
             "dim": self.vectors.dim,
-            "shortlist": self.candidates,  # as the file of the index has it
+            "candidates": self.candidates,
             "model": self._settings.model,
             "fingerprint": self.vectors.fingerprint,
             "bytes": _bytes(self.folder),

@@ -5,8 +5,9 @@ from PIL import Image
 from d2svse import Features, evaluate
 from d2svse.retrieval import Hit, draw_gallery, retrieval_metrics, write_gallery_page
 from d2svse.retrieval.search.hits import ranked
-from d2svse.similarity import Cosine, build_similarity
+from d2svse.similarity import Cosine, FragmentSimilarity, build_similarity
 from d2svse.similarity.tiles import IMAGES_TOGETHER, QUERIES_TOGETHER
+from support.similarities import names_of
 
 
 def test_evaluate_ranks_every_image_and_caption(model, val_dataset):
@@ -84,7 +85,7 @@ def test_a_page_holds_its_pictures_and_escapes_every_text(val_dataset, tmp_path)
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-@pytest.mark.parametrize("name", ["omit", "max-mean", "scan-i2t"])
+@pytest.mark.parametrize("name", names_of(FragmentSimilarity))
 @pytest.mark.parametrize("count", [1, 2 * QUERIES_TOGETHER + 3])
 def test_exact_scores_are_those_of_the_whole_matrix(side, name, count):
     rng, items = np.random.default_rng(0), IMAGES_TOGETHER + 1

@@ -16,7 +16,8 @@ from d2svse.cli.app import main
 from d2svse.images import ImageError
 from d2svse.retrieval import VectorIndex
 from d2svse.retrieval.search.contents import MANIFEST
-from d2svse.similarity import Similarity
+from d2svse.similarity import FragmentSimilarity, Similarity
+from support.similarities import names_of
 
 CAPTIONS = 3
 STRIDE = 11  # a kill at every eleventh file operation
@@ -66,8 +67,9 @@ def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dat
         index.search(queries, rerank=10)
 
 
-@pytest.mark.parametrize("candidates", ["mean", "pooled"])
-@pytest.mark.parametrize("name", ["max-mean", "scan-t2i", "scan-i2t", "omit", "movers"])
+@pytest.mark.parametrize(
+    ("name", "candidates"), [*((name, "mean") for name in names_of(FragmentSimilarity)), ("omit", "pooled")]
+)
 def test_a_similarity_of_tokens_reranks_exactly(make_model, val_dataset, tmp_path, name, candidates):
     model = make_model(similarity={"name": name})
     images = model.encode_image(val_dataset.images, output="features")
@@ -319,7 +321,7 @@ def kill_at(place, folder, photos):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, which this system cannot")
-@pytest.mark.parametrize("name", ["cosine", "omit"])
+@pytest.mark.parametrize("name", [pytest.param("cosine", marks=pytest.mark.slow), "omit"])
 def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photos, scenes, tmp_path, name):
     model = make_model(similarity={"name": name})
     model.save_pretrained(tmp_path / "m")
