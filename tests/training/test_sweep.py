@@ -139,7 +139,7 @@ def test_values_of_a_grid_are_yaml():
         ({"grid": {"margin": 0.1}}, "grid must be lists of values"),
         ({"grid": [1]}, "grid must be lists of values"),
         ({"seeds": ["a"]}, "seeds must be whole numbers"),
-        ({"seeds": 3}, "seeds must be whole numbers"),
+        ({"seeds": [True]}, "seeds must be whole numbers"),
         ({"test": {"val": "x"}}, "test must be a data set, or data sets by name other than val"),
         ({"test": {"a": {"split": "x"}}}, "test must be a data set"),
         ({"push_to_hub": "a/b"}, "push_to_hub: push a model of your choice"),
