@@ -77,15 +77,15 @@ def compare(
     values = {name: recalls(ranks[name]) for name in names}
     found = {name: paired_bootstrap([(ranks[first], ranks[name])], samples=draws, seed=seed) for name in others}
     rows = {}
-    for name, differences in found.items():
+    for number, (name, differences) in enumerate(found.items(), start=2):
         for metric, (value, low, high, p) in differences.items():
             title = "rSum" if metric == "rsum" else f"{metric[:3].upper()} R@{metric.rpartition('_')[2]}"
             both = [f"{100 * values[one][metric]:.1f}" for one in (first, name)]
             interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-            label = title if len(others) == 1 else f"{name}: {title}"
-            rows[label] = [*both, f"{100 * value:+.1f}", interval, f"{p:.3f}"]
-    head = f"first: {first}" + (f"\nother: {others[0]}" if len(others) == 1 else "")
-    print_table(["first", "other", "difference", "95 %", "p"], rows, f"{source}\n{head}")
+            rows[f"{number}: {title}"] = [*both, f"{100 * value:+.1f}", interval, f"{p:.3f}"]
+    for number, name in enumerate([first, *found], start=1):
+        typer.echo(f"{number}: {name}")
+    print_table(["1", "other", "difference", "95 %", "p"], rows, source)
     if output is not None:
         comparisons = [
             {"model": name, "differences": {metric: one._asdict() for metric, one in differences.items()}}

@@ -30,7 +30,7 @@ def test_runs_are_compared_by_their_records(sweep, run, tmp_path):
     code, printed, errors = run("compare", sweep / "runs/a", sweep / "records/b.json", "-o", tmp_path / "c.json")
     assert code == 0, errors
     found = paired_bootstrap([(make_ranks(5), make_ranks(2))])
-    cells = printed[printed.index("I2T R@1") :].split()[:9]
+    cells = printed[printed.index("I2T R@1") :].split()[:9]  # 2: I2T R@1, both, difference, "low to high", p
     assert cells[2:5] == ["50.0", "80.0", "+30.0"]
     assert cells[8] == f"{found['i2t_recall_at_1'].p:.3f}"
     result = json.loads((tmp_path / "c.json").read_text())
@@ -44,7 +44,8 @@ def test_models_are_compared_on_data(trained, scenes, run, tmp_path):
     data = ["--data", scenes / "val.jsonl"]
     code, printed, errors = run("compare", trained, *models, *data, "-o", tmp_path / "c.json", "--device", "cpu")
     assert code == 0, errors
-    assert f"{models[0]}: rSum" in printed.replace("\n", "")
+    assert f"3: {models[1]}" in printed.splitlines()
+    assert "3: rSum" in printed
     result = json.loads((tmp_path / "c.json").read_text())
     assert run("eval", models[0], *data, "-o", tmp_path / "e.json", "--device", "cpu")[0] == 0
     metrics = json.loads((tmp_path / "e.json").read_text())["metrics"]
