@@ -14,6 +14,7 @@ from typer.main import get_command
 from d2svse.cli import (
     average,
     caption,
+    compare,
     convert,
     data,
     demo,
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(index.app, name="index")

@@ -32,7 +32,7 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.callbacks import StoppedByUser
-from d2svse.training.options import STAGES
+from d2svse.training.options import PRESETS, STAGES
 from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, differing, read_recipe, run_recipe
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 
@@ -176,7 +176,8 @@ def read_sweep(
     values_of = {**(own["grid"] or {}), **(grid or {})} if isinstance(own["grid"], dict | None) else own["grid"]
     if not isinstance(values_of, dict) or any(not isinstance(one, list) or not one for one in values_of.values()):
         raise ValueError(f"{source}: grid must be lists of values by the names of options, got {values_of!r:.80}")
-    seeds = list(seeds or own["seeds"] or [values.get("seed", 42)])
+    given: Any = seeds or own["seeds"] or [values.get("seed", 42)]
+    seeds = list(given) if isinstance(given, list | tuple) else [given]
     if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
         raise ValueError(f"{source}: seeds must be whole numbers from 0, got {seeds!r:.80}")
     for name in ("output", "seed", "resume", "show_progress_bar"):  # of a recipe.yaml that a run wrote
@@ -303,19 +304,25 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     output = folder / "runs" / run.name
     output.mkdir(parents=True, exist_ok=True)
-    task = {
-        "recipe": dataclasses.asdict(sweep.recipe(run, folder)),
-        "run": dataclasses.asdict(run),
-        "tests": {name: dataclasses.asdict(test) for name, test in sweep.tests.items()},
-        "record": str(record_file(folder, run)),
-        "discard_models": discard_models,
-    }
+    task = task_of(sweep, run, folder, discard_models=discard_models)
     with (output / LOG).open("ab") as log:
         # Ctrl-C reaches the sweep alone, which stops its runs. After a kill of the sweep, the pipe ends its runs.
         return subprocess.Popen(
             [sys.executable, "-c", CHILD, json.dumps(task)],
             stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
+
+
+def task_of(sweep: Sweep, run: Run, folder: Path, *, discard_models: bool) -> dict[str, Any]:
+    """Return what `run_task` does for a run, as values for JSON."""
+    recipe = sweep.recipe(run, folder)
+    return {
+        "recipe": {**dataclasses.asdict(recipe), "training": {**PRESETS[recipe.preset], **recipe.training}},
+        "run": dataclasses.asdict(run),
+        "tests": {name: dataclasses.asdict(test) for name, test in sweep.tests.items()},
+        "record": str(record_file(folder, run)),
+        "discard_models": discard_models,
+    }
 
 
 def _stop(running: Any) -> None:
@@ -348,23 +355,33 @@ def _sigterm_exits() -> Iterator[None]:
 
 
 def run_one() -> None:
-    """Train and evaluate the run that the JSON of the first argument describes; `run_sweep` starts this process."""
-    task = parse_json(sys.argv[1], "task")
+    """Run the task in the first argument; `run_sweep` starts this process."""
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     choose_device()
-    recipe, run = Recipe(**task["recipe"]), Run(**task["run"])
-    sys.argv = ["d2svse", "train", "--config", str(Path(recipe.output) / "recipe.yaml")]  # for the run card
+    task = parse_json(sys.argv[1], "task")
+    recipe_file = Path(task["recipe"]["output"]) / "recipe.yaml"
+    sys.argv = ["d2svse", "train", "--config", str(recipe_file)]  # for the run card
     try:
-        with write_lock(recipe.output, wait=True):  # a run of a killed sweep ends soon
-            record = make_record(recipe, run, {name: EvaluationSet(**test) for name, test in task["tests"].items()})
-            write_json(task["record"], record)
-            _clean(recipe, task["discard_models"])
+        run_task(task)
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(" ".join(str(error).split()) or type(error).__name__)
+
+
+def run_task(task: Mapping[str, Any]) -> None:
+    """Train and evaluate a run, write its record, and remove what it does not need any more.
+
+    Args:
+        task: see `task_of`.
+    """
+    recipe, run = Recipe(**task["recipe"]), Run(**task["run"])
+    tests = {name: EvaluationSet(**test) for name, test in task["tests"].items()}
+    with write_lock(recipe.output, wait=True):  # a run of a killed sweep ends soon
+        write_json(task["record"], make_record(recipe, run, tests, task["record"]))
+        _clean(recipe, task["discard_models"])
 
 
 def _end_with_the_sweep() -> None:
@@ -373,13 +390,16 @@ def _end_with_the_sweep() -> None:
     os._exit(1)
 
 
-def make_record(recipe: Recipe, run: Run, tests: Mapping[str, EvaluationSet]) -> dict[str, Any]:
+def make_record(
+    recipe: Recipe, run: Run, tests: Mapping[str, EvaluationSet], earlier: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Train a run, or continue it, and return its record.
 
     Args:
         recipe: recipe of the run.
         run: the run.
         tests: further sets to evaluate on.
+        earlier: file of an earlier record, whose times a trained model keeps.
 
     Returns:
         For JSON: run, row, seed and overrides; for each set its source, hash, metrics and ranks; seconds and steps of
@@ -412,6 +432,7 @@ def make_record(recipe: Recipe, run: Run, tests: Mapping[str, EvaluationSet]) ->
             "metrics": evaluation.metrics,
             "ranks": QueryRanks.from_evaluation(evaluation).to_json(),
         }
+    kept = read_record(earlier) if finished and earlier is not None and Path(earlier).exists() else {}
     logs = {stage: [row for _, row in read_json_lines(output / stage / "log.jsonl")] for stage in recipe.stages}
     return {
         "run": run.name,
@@ -419,12 +440,13 @@ def make_record(recipe: Recipe, run: Run, tests: Mapping[str, EvaluationSet]) ->
         "seed": run.seed,
         "overrides": run.overrides,
         "sets": sets,
-        "seconds": {
+        "seconds": kept.get("seconds")
+        or {
             "whole": round(time.monotonic() - start, 1),
             **{stage: row["train_runtime"] for stage, log in logs.items() for row in log if "train_runtime" in row},
         },
         "steps": {stage: max(row["step"] for row in log) for stage, log in logs.items()},
-        "resumed": resumed,
+        "resumed": kept.get("resumed", resumed),
         "card": card,
     }
 
@@ -444,6 +466,19 @@ def _clean(recipe: Recipe, discard_models: bool) -> None:
 def record_file(folder: str | os.PathLike[str], run: Run) -> Path:
     """Return the path of a run's record."""
     return Path(folder) / "records" / f"{run.name}.json"
+
+
+def record_of(run: str | os.PathLike[str]) -> Path:
+    """Return the path of the record that a folder of a run, or the path of a record, stands for.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(run)
+    record = path if path.is_file() else path.parent.parent / "records" / f"{path.name}.json"
+    if not record.is_file():
+        raise FileNotFoundError(f"{path}: no finished run of d2svse sweep; to compare models, give --data")
+    return record
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -474,7 +509,7 @@ def _last_words(log: Path, code: int) -> str:
     if code < 0:
         return f"killed by signal {-code} ({signal.Signals(-code).name}); see {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")
+    return next((" ".join(line.split()) for line in reversed(lines) if line.strip()), f"exit code {code}")
 
 
 def _folder_name(row: str) -> str:

@@ -20,7 +20,7 @@ TITLES = ("runs", *(f"{side} R@{k}" for side in ("I2T", "T2I") for k in (1, 5, 1
 MINUS = "\N{MINUS SIGN}"
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"}, "±": r"$\pm$", MINUS: "$-$",
+    **{character: f"\\{character}" for character in "&%$#_{}"}, "±": r"$\pm$", "–": "--", MINUS: "$-$",
 }  # fmt: skip
 
 
@@ -90,9 +90,11 @@ def table_rows(
     for record in records:
         if on not in record["sets"]:
             raise ValueError(f"{record['run']}: no results on {on!r}; it has {', '.join(record['sets'])}")
-    first_hash = {record["sets"][on]["sha256"]: record["run"] for record in reversed(records)}
-    if len(first_hash) > 1:
-        raise ValueError(f"{' and '.join(first_hash.values())} were evaluated on different data under the name {on!r}")
+    hashes: dict[str, str] = {}
+    for record in records:
+        hashes.setdefault(record["sets"][on]["sha256"], record["run"])
+    if len(hashes) > 1:
+        raise ValueError(f"{' and '.join(hashes.values())} were evaluated on different data under the name {on!r}")
     of_row = {row: {one["seed"]: one for one in records if one["row"] == row} for row in rows}
 
     def ranks(record: Mapping[str, Any]) -> QueryRanks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +20,72 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STAGES = ("pretrain", "distill", "align")
 RECALLS = {f"eval_{side}_recall_at_{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
 MEAN_LOSS = "train_loss"  # the mean of the whole run, logged in its last row
+STYLES = ("-", "--", ":", "-.")  # of several runs
 SCORES = {"positive_score": "right pairs", "hardest_negative_score": "hardest wrong pairs"}
 
 Log = list[dict[str, Any]]
 
 
-def training_curves(folder: str | os.PathLike[str]) -> Figure:
-    """Draw the losses, the batch scores and the recalls of every stage of a run.
+def training_curves(
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+) -> Figure:
+    """Draw the losses, the batch scores and the recalls of every stage of a run, or of several runs.
+
+    Several runs share the axes of a stage; the line style tells the run.
 
     Args:
-        folder: the folder of a run of `d2svse train` or `d2svse demo`, of a stage, or of a checkpoint.
+        folder: the folder of a run of `d2svse train`, `d2svse sweep` or `d2svse demo`, of a stage, or of a checkpoint.
+            Several folders, or folders by the name of each run, draw several runs.
 
     Raises:
-        FileNotFoundError: if there is no log in the folder.
-        ValueError: if a log is broken or empty.
+        FileNotFoundError: if there is no log in a folder.
+        ValueError: if a log is broken or empty, or there is no folder.
     """
-    logs = read_logs(folder)
-    figure = new_figure(14, 3.1 * len(logs))
-    rows = figure.subplots(len(logs), 3, squeeze=False)
-    for (losses, scores, recalls), (stage, log) in zip(rows, logs.items(), strict=True):
-        names = sorted({name for row in log for name in row if name.endswith("_loss") or name == "loss"} - {MEAN_LOSS})
-        single = len(names) == 2 and "loss" in names  # then "loss", the sum, repeats the only loss
-        shown = {name: name.replace("_", " ") for name in names if not (single and name == "loss")}
-        _curves(losses, log, shown, f"{stage}: losses")
-        _curves(scores, log, SCORES, f"{stage}: mean scores in a batch")
-        _curves(recalls, log, RECALLS, f"{stage}: recall on the validation set, percent", factor=100, marker="o")
+    runs = _named(folder)
+    logs = {name: read_logs(one) for name, one in runs.items()}
+    found = list(dict.fromkeys(stage for stages in logs.values() for stage in stages))
+    stages = sorted(found, key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
+    figure = new_figure(14, 3.1 * len(stages))
+    rows = figure.subplots(len(stages), 3, squeeze=False)
+    for (losses, scores, recalls), stage in zip(rows, stages, strict=True):
+        for (run, of_run), style in zip(logs.items(), itertools.cycle(STYLES)):
+            log, prefix = of_run.get(stage, []), f"{run}: " if run else ""
+            names = {name for row in log for name in row if name.endswith("_loss") or name == "loss"} - {MEAN_LOSS}
+            single = len(names) == 2 and "loss" in names  # then "loss", the sum, repeats the only loss
+            shown = {name: name.replace("_", " ") for name in sorted(names) if not (single and name == "loss")}
+            _curves(losses, log, shown, prefix, style)
+            _curves(scores, log, SCORES, prefix, style)
+            _curves(recalls, log, RECALLS, prefix, style, factor=100, marker="o")
+        _label(losses, f"{stage}: losses")
+        _label(scores, f"{stage}: mean scores in a batch")
+        _label(recalls, f"{stage}: recall on the validation set, percent")
     return figure
 
 
-def _curves(axis: Axes, log: Log, names: dict[str, str], title: str, factor: float = 1, marker: str = "") -> None:
-    for name, label in names.items():
+def _named(folder: Any) -> dict[str, Any]:
+    """Return folders by the name of their run; a single one has no name."""
+    if isinstance(folder, str | os.PathLike):
+        return {"": folder}
+    if not folder:
+        raise ValueError("no folder to draw; give at least one")
+    if isinstance(folder, Mapping):
+        return dict(folder)
+    paths = [Path(one) for one in folder]
+    names = [path.name for path in paths]
+    return dict(zip(names if len(set(names)) == len(names) else map(str, paths), paths, strict=True))
+
+
+def _curves(
+    axis: Axes, log: Log, names: Mapping[str, str], prefix: str, style: str, factor: float = 1, marker: str = ""
+) -> None:
+    for number, (name, label) in enumerate(names.items()):
         points = [(row["epoch"], factor * row[name]) for row in log if name in row]
         if points:
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1.2, label=label)
+            look: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "marker": marker}
+            axis.plot(*zip(*points, strict=True), markersize=3, linewidth=1.2, label=prefix + label, **look)
+
+
+def _label(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=MEDIUM)
     axis.set_xlabel("epoch", fontsize=SMALL)
     axis.tick_params(labelsize=SMALL)

@@ -45,6 +45,26 @@ def test_curves_are_what_was_logged(folder):
     assert drawn["distill: recall on the validation set, percent"] == {}
 
 
+def test_several_runs_share_the_axes_of_a_stage(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "distill").mkdir()
+    (other / "distill" / "log.jsonl").write_text(json.dumps({"loss": 5.0, "distill_loss": 5.0, "epoch": 2.0}) + "\n")
+    figure = training_curves({"a": folder, "b": other})
+    drawn = {axis.get_title(): axis for axis in figure.axes}
+    assert len(drawn) == 6  # three axes for each of two stages
+    lines = {line.get_label(): line for line in drawn["distill: losses"].lines}
+    assert {name: line.get_xydata().tolist() for name, line in lines.items()} == {
+        "a: align loss": [[1.0, 2.0]], "a: distill loss": [[1.0, 1.0]], "a: loss": [[1.0, 3.0]],
+        "b: distill loss": [[2.0, 5.0]],
+    }  # fmt: skip
+    assert lines["a: distill loss"].get_linestyle() != lines["b: distill loss"].get_linestyle()
+    assert [line.get_label() for line in drawn["pretrain: losses"].lines] == ["a: align loss"]
+    named = {line.get_label() for axis in training_curves([folder, other]).axes for line in axis.lines}
+    assert {f"{folder.name}: distill loss", f"{other.name}: distill loss"} <= named
+    with pytest.raises(ValueError, match="no folder to draw"):
+        training_curves([])
+
+
 def test_a_real_run_is_read(make_model, make_args, train_dataset, val_dataset, tmp_path):
     args = make_args(num_train_epochs=1, save_strategy="epoch")
     Trainer(make_model(), args, train_dataset, val_dataset).train()

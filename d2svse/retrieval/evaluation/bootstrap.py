@@ -12,6 +12,7 @@ from d2svse.retrieval.evaluation.metrics import NEVER, RECALL_AT, join_direction
 from d2svse.retrieval.evaluation.report import Evaluation
 
 DRAWS_AT_A_TIME = 250
+ROUNDING = 1e-9  # a difference below it is 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -181,5 +182,5 @@ def _times_drawn(random: np.random.Generator, draws: int, count: int) -> np.ndar
 
 def _difference(value: float, drawn: np.ndarray, level: float) -> Difference:
     low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
-    smaller = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
+    smaller = min((drawn < ROUNDING).sum(), (drawn > -ROUNDING).sum()) + 1
     return Difference(value, float(low), float(high), min(1.0, float(2 * smaller / (len(drawn) + 1))))

@@ -1,0 +1,321 @@
+"""Sweeps: what runs, how it is stopped, killed and continued, and what it leaves behind."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from d2svse import D2SVSE
+from d2svse.data import write_scenes
+from d2svse.files.lock import write_lock
+from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
+from d2svse.training import sweep as sweeps
+from d2svse.training.sweep import override, parse_grid, read_record, read_sweep, record_of, run_sweep
+from support.processes import Fork, fork_command
+
+# A run without training: row "bad" fails, row "waits" waits for a signal, any other one writes a record.
+CHILD = """
+import json, sys, time
+task = json.loads(sys.argv[1])
+row, seed = task["run"]["row"], task["run"]["seed"]
+if row == "bad" and seed == 1:
+    sys.exit("a first line\\nthe  reason")
+if row == "bad":
+    import os
+    os.kill(os.getpid(), 9)
+if row == "waits":
+    import os, pathlib
+    pathlib.Path(task["recipe"]["output"], "began").write_text(str(os.getpid()))
+    sys.stdin.read()  # until the sweep is gone
+    pathlib.Path(task["recipe"]["output"], "ended").touch()
+ranks = {"i2t": f"{seed} 9", "t2i": "0 9", "captions": "1 1"}
+sets = {name: {"sha256": "a", "metrics": METRICS, "ranks": ranks} for name in ("val", *task["tests"])}
+card = {"configuration": task["recipe"]}
+record = {**task["run"], "run": task["run"]["name"], "sets": sets, "seconds": {"whole": 2.0}, "steps": {}}
+import pathlib
+path = pathlib.Path(task["record"])
+path.parent.mkdir(exist_ok=True)
+with path.with_name(path.name + "s").open("a") as file:
+    file.write(".")
+path.write_text(json.dumps({**record, "resumed": False, "card": card}))
+"""
+METRICS = {f"{side}_recall_at_{k}": 0.5 for side in ("i2t", "t2i") for k in (1, 5, 10)} | {"rsum": 3.0}
+
+
+@pytest.fixture
+def small(scenes, backbones) -> dict:
+    return {
+        "train": str(scenes / "train.jsonl"),
+        "val": str(scenes / "val.jsonl"),
+        "vision": str(backbones / "vision"),
+        "text": str(backbones / "text"),
+        "stages": ["align"],
+        "model_options": {"embed_dim": 24},
+        "training": {"per_device_train_batch_size": 16, "num_train_epochs": 1, "decoder_layers": 1, "use_cpu": True},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(values: dict, name: str = "s.yaml") -> Path:
+        (tmp_path / name).write_text(yaml.safe_dump(values, sort_keys=False))
+        return tmp_path / name
+
+    return to_file
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that do not train."""
+    monkeypatch.setattr(sweeps, "CHILD", CHILD.replace("METRICS", repr(METRICS)))
+
+
+def test_rows_grids_and_seeds_multiply(small, write):
+    file = write(small | {"rows": {"a": None, "b": {"stages": "pretrain,distill"}}, "grid": {"lr_gamma": [0.1]}})
+    sweep = read_sweep(file, {"distill.num_context_tokens": [2, 0], "lr_gamma": [0.5]}, [1, 0])
+    assert [(run.row, run.seed) for run in sweep.runs][:5] == [
+        ("a, lr_gamma=0.5, num_context_tokens=2", 1), ("a, lr_gamma=0.5, num_context_tokens=0", 1),
+        ("b, lr_gamma=0.5, num_context_tokens=2", 1), ("b, lr_gamma=0.5, num_context_tokens=0", 1),
+        ("a, lr_gamma=0.5, num_context_tokens=2", 0),
+    ]  # fmt: skip
+    assert len(sweep.runs) == len({run.name for run in sweep.runs}) == 8
+    recipe = sweep.recipe(sweep.runs[3], Path("o"))
+    assert (recipe.seed, recipe.output) == (1, "o/runs/b_lr_gamma=0.5_num_context_tokens=0-seed1")
+    assert recipe.stages == ["pretrain", "distill"]
+    assert (recipe.training["lr_gamma"], recipe.distill) == (0.5, {"num_context_tokens": 0})
+    assert sweep.recipe(sweep.runs[0], Path("o")).stages == ["align"]
+
+
+def test_a_recipe_of_a_run_is_a_sweep_of_one_row(small, write):
+    sweep = read_sweep(write(small | {"output": "elsewhere", "seed": 7, "test": {"data": "t.json", "split": "dev"}}))
+    assert [(run.row, run.seed) for run in sweep.runs] == [("recipe", 7)]
+    assert sweep.tests == {"test": sweeps.EvaluationSet("t.json", "dev")}
+    assert sweep.recipe(sweep.runs[0], Path("o")).output == "o/runs/recipe-seed7"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("stages", ["align"], {"stages": ["align"]}),
+        ("margin", 0.3, {"training": {"a": 1, "margin": 0.3}}),
+        ("distill.margin", 0.3, {"distill": {"margin": 0.3}}),
+        ("training", {"margin": 0.3}, {"training": {"a": 1, "margin": 0.3}}),
+        ("model_options.similarity.lam", 0.1, {"model_options": {"similarity": {"name": "omit", "lam": 0.1}}}),
+    ],
+)
+def test_an_override_reaches_its_section_and_changes_nothing_else(name, value, expected):
+    values = {"training": {"a": 1}, "model_options": {"similarity": "omit"}}
+    assert override(values, name, value) == values | expected
+    assert values == {"training": {"a": 1}, "model_options": {"similarity": "omit"}}
+
+
+def test_an_override_below_a_number_is_refused():
+    with pytest.raises(ValueError, match=r"training\.margin\.x: margin is 0\.2 and has no options"):
+        override({"training": {"margin": 0.2}}, "training.margin.x", 1)
+
+
+def test_values_of_a_grid_are_yaml():
+    assert parse_grid(["loss={name: hinge, margin: 0.1},infonce", "stages=[align],[pretrain, distill]"]) == {
+        "loss": [{"name": "hinge", "margin": 0.1}, "infonce"],
+        "stages": [["align"], ["pretrain", "distill"]],
+    }
+    for wrong in ("loss", "loss=", "=1"):
+        with pytest.raises(ValueError, match="--grid takes NAME=VALUE,VALUE"):
+            parse_grid([wrong])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rows": ["a"]}, "s.yaml: rows must be options by the name of each row"),
+        ({"rows": {"a": {"seed": 1}}}, "seed is not an option of a row; give seeds"),
+        ({"rows": {"a": {"marginn": 1}}}, "row 'a': unknown option of training 'marginn'; did you mean margin"),
+        ({"rows": {"a": {"margin": "x"}}}, "row 'a': margin must be a number"),
+        ({"rows": {"a b": {}, "a/b": {}}}, "rows 'a b' and 'a/b' have one folder, a_b"),
+        ({"grid": {"margin": 0.1}}, "grid must be lists of values"),
+        ({"grid": [1]}, "grid must be lists of values"),
+        ({"seeds": ["a"]}, "seeds must be whole numbers"),
+        ({"seeds": [True]}, "seeds must be whole numbers"),
+        ({"test": {"val": "x"}}, "test must be a data set, or data sets by name other than val"),
+        ({"test": {"a": {"split": "x"}}}, "test must be a data set"),
+        ({"push_to_hub": "a/b"}, "push_to_hub: push a model of your choice"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(small, write, run, tmp_path, wrong, message):
+    code, _, errors = run("sweep", write(small | wrong), "-o", tmp_path / "o")
+    assert code == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_failed_run_is_told_and_loses_no_other_one(small, write, run, tmp_path, quick):
+    folder = tmp_path / "o"
+    command = [
+        "sweep",
+        write(small | {"rows": {"a": {}, "bad": {}, "b": {"margin": 0.3}}}),
+        "--seeds",
+        "0,1",
+        "-o",
+        folder,
+    ]
+    assert run(*command, "--dry-run")[1].splitlines()[:3] == [
+        "to do  a-seed0: the recipe", "to do  bad-seed0: the recipe", "to do  b-seed0: margin=0.3",
+    ]  # fmt: skip
+    assert not folder.exists()
+    code, printed, errors = run(*command, "--jobs", 2)
+    assert code == 1
+    assert "bad, seed 1 failed: the reason" in errors
+    assert "bad, seed 0 failed: killed by signal 9 (SIGKILL); see" in errors
+    assert "a, seed 0: rSum 300.0 on val (2 s)" in printed
+    table = (folder / "table.md").read_text()
+    assert "| bad | 0 (2 failed) | – |" in table
+    assert "| b | 2 | 50.0 ± 0.0 |" in table
+    assert [line[:13] for line in run(*command, "--dry-run")[1].splitlines()[:3]] == [
+        "done   a-seed", "to do  bad-se", "done   b-seed",
+    ]  # fmt: skip
+    assert run(*command)[0] == 1
+    assert (folder / "records/a-seed0.jsons").read_text() == "."  # one run: the second call did not repeat it
+
+
+def test_a_run_with_other_options_is_not_taken_for_this_one(small, write, tmp_path, quick):
+    run_sweep(read_sweep(write(small)), tmp_path / "o", say=lambda line: None)
+    other = read_sweep(write(small | {"training": small["training"] | {"margin": 0.3}}))
+    with pytest.raises(ValueError, match=r"recipe-seed42\.json: the run was made with other options \(training\)"):
+        run_sweep(other, tmp_path / "o")
+    more = read_sweep(write(small | {"test": "t.jsonl", "rows": {"new": {}, "recipe": {}}}))
+    assert [more.state(run, tmp_path / "o") for run in more.runs] == ["to do", "begun"]  # no result on the test set yet
+
+
+def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with write_lock(tmp_path / "o"):
+            held.set()
+            done.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait(60)
+    with pytest.raises(ValueError, match="another process is writing to it"):
+        run_sweep(read_sweep(write(small)), tmp_path / "o")
+    done.set()
+    other.join()
+    assert run_sweep(read_sweep(write(small)), tmp_path / "o", say=lambda line: None) == {}
+
+
+SWEEP = """
+import sys
+from d2svse.training import sweep as sweeps
+sweeps.CHILD = sys.argv[1]
+from d2svse.cli.app import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_ends_the_sweep_and_its_runs(small, write, tmp_path, quick, number, code):
+    words = ["sweep", write(small | {"rows": {"waits": {}}}), "--seeds", "0,1", "--jobs", "2", "-o", tmp_path / "o"]
+    process = Fork(SWEEP, sweeps.CHILD, *words)
+    folders = [tmp_path / f"o/runs/waits-seed{seed}" for seed in (0, 1)]
+    wait_for(lambda: all((folder / "began").exists() for folder in folders))
+    process.send_signal(number)
+    assert process.wait() == code, process.err()
+    if number == signal.SIGKILL:
+        wait_for(lambda: all((folder / "ended").exists() for folder in folders))
+    else:
+        for folder in folders:
+            with pytest.raises(ProcessLookupError):
+                os.kill(int((folder / "began").read_text()), 0)
+    if number == signal.SIGINT:
+        assert "stopped; 0 of 2 runs are done; the same command continues" in process.err()
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, write, tmp_path, monkeypatch):
+    """In this process: what each process of a sweep does."""
+    folder, test = tmp_path / "o", write_scenes(tmp_path, "test", 8, first=64, size=32)
+    sweep = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}}), seeds=[3])
+    task = sweeps.task_of(sweep, sweep.runs[0], folder, discard_models=False)
+    sweeps.run_task(task)
+    record = read_record(record_of(folder / "runs/a-seed3"))
+    assert (record["row"], record["seed"], record["overrides"]) == ("a", 3, {"margin": 0.1})
+    assert (record["steps"], record["resumed"], list(record["seconds"])) == ({"align": 3}, False, ["whole", "align"])
+    assert record["card"]["configuration"]["training"]["margin"] == 0.1
+    assert record["card"]["metrics"]["align"]["rsum"] == pytest.approx(record["sets"]["val"]["metrics"]["rsum"])
+    ranks = QueryRanks.from_json(record["sets"]["val"]["ranks"])
+    metrics = record["sets"]["val"]["metrics"]
+    assert recalls(ranks) == pytest.approx({name: metrics[name] for name in recalls(ranks)})
+    kept = {str(path.relative_to(folder / "runs/a-seed3")) for path in (folder / "runs/a-seed3").rglob("*")}
+    assert {"model/model.safetensors", "align/log.jsonl", "recipe.yaml"} <= kept
+    assert not any(name.startswith(("align/checkpoints", "align/model")) for name in kept)
+    D2SVSE.from_pretrained(folder / "runs/a-seed3/model")
+    assert sweep.state(sweep.runs[0], folder) == "done"
+
+    monkeypatch.setattr(sweeps, "run_recipe", lambda recipe: pytest.fail("trained again"))
+    more = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(test)}), seeds=[3])
+    assert more.state(more.runs[0], folder) == "begun"
+    sweeps.run_task(sweeps.task_of(more, more.runs[0], folder, discard_models=True))
+    again = read_record(record_of(folder / "runs/a-seed3"))
+    assert again["sets"]["val"] == record["sets"]["val"]
+    assert len(QueryRanks.from_json(again["sets"]["test"]["ranks"]).i2t) == 8
+    assert again["seconds"] == record["seconds"]
+    assert not (folder / "runs/a-seed3/model").exists()
+    assert (folder / "runs/a-seed3/align/log.jsonl").exists()
+    assert more.state(more.runs[0], folder) == "done"
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json: expected the record of a run"):
+        read_record(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match="no finished run of d2svse sweep; to compare models, give --data"):
+        record_of(tmp_path / "runs/a")
+
+
+def begun(folder):
+    """Return whether a run has a checkpoint and is not done."""
+    return any(folder.glob("runs/*/*/checkpoints/checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_twice_ends_with_the_same_table(small, write, run, tmp_path):
+    values = small | {"stages": ["pretrain", "distill"], "training": small["training"] | {"num_train_epochs": 2}}
+    words = [
+        "sweep",
+        write(values),
+        "--grid",
+        "distill.num_context_tokens=0,2,4",
+        "--seeds",
+        "0,1",
+        "--jobs",
+        "2",
+        "-o",
+    ]
+    assert run(*words, tmp_path / "whole")[0] == 0
+    killed = tmp_path / "killed"
+    for count in (1, 4):  # the second kill comes when some runs are done
+        process = fork_command(*words, killed)
+        wait_for(
+            lambda count=count: len(list(killed.glob("records/*.json"))) + 1 >= count and begun(killed), seconds=300
+        )
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (killed / "table.md").exists()
+    assert run(*words, killed)[0] == 0
+    records = [read_record(path) for path in (killed / "records").iterdir()]
+    assert len(records) == 6
+    assert any(record["resumed"] for record in records)
+    for name in ("table.md", "table.csv", "table.tex"):
+        assert (killed / name).read_text() == (tmp_path / "whole" / name).read_text()
