@@ -48,7 +48,7 @@ from d2svse.models.dual_encoders import (
     stretch_positions,
     towers_of,
 )
-from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone
 from d2svse.models.encoding import (
     Embeddings,
     Output,
@@ -191,7 +191,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             for parameter in backbone.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, vision_backbone, text_backbone)
-        check_class_token(model.text_encoder)
+        check_text_backbone(model.text_encoder)
         with loading(f"{vision} and {text}"):
             model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
         return model

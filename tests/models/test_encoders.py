@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from d2svse import D2SVSE, Trainer
-from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone, make_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone, make_backbone
 from d2svse.models.processing import complete_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -79,10 +79,10 @@ def test_class_token_pooling_of_a_causal_text_is_refused(gpt2, backbones):
         D2SVSE.from_backbones(backbones / "vision", gpt2, embed_dim=24, text_pooling="cls")
     clip = CLIPTextModel(CLIPTextConfig(**SMALL, vocab_size=50, bos_token_id=48, eos_token_id=49, pad_token_id=1))
     with pytest.raises(ValueError, match="clip_text_model backbone reads from left to right"):
-        check_class_token(TextEncoder(clip.config, 24, "cls", backbone=clip))
-    check_class_token(TextEncoder(clip.config, 24, "mean", backbone=clip))
+        check_text_backbone(TextEncoder(clip.config, 24, "cls", backbone=clip))
+    check_text_backbone(TextEncoder(clip.config, 24, "mean", backbone=clip))
     bert = BertModel(BertConfig(**SMALL, vocab_size=50))
-    check_class_token(TextEncoder(bert.config, 24, "cls", backbone=bert))
+    check_text_backbone(TextEncoder(bert.config, 24, "cls", backbone=bert))
     assert bert.training == BertModel(BertConfig(**SMALL, vocab_size=50)).training
 
 
