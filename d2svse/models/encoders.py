@@ -14,7 +14,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
-from d2svse.models.dual_encoders import Tower, pool_each
+from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
 from d2svse.models.pooling import POOLINGS, ClsPooling
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ImageEncoder(nn.Module):
         if self.native_pool is None:
             pooled = self.pooling(tokens, token_mask)
         else:
-            pooled = self.projection(self.native_pool(self.backbone, hidden, None))
+            pooled = self.projection(self.native_pool(self.backbone, hidden, None, None))
         return Features(pooled, tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class TextEncoder(nn.Module):
             return self.pool(self.words(input_ids, attention_mask), mask)
         seen = None if self.fixed_length else attention_mask
         hidden = self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
-        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids))
+        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -268,11 +268,18 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
     """
     folder = local_files(name)
     with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config = getattr(config, part, None) or config
+        whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(whole, part, None) or whole
         for head in HEADS:
             if hasattr(config, head):
                 setattr(config, head, False)  # never used here
+        if whole.model_type in KINDS:  # a tower loads only with the whole model: its own class has other weight names
+            dual: Any = load_dual_encoder(name)
+            tower = (dual.vision_model if part == "vision_config" else dual.text_model).state_dict()
+            backbone = make_backbone(config)
+            backbone.load_state_dict({key: tower[key] for key in backbone.state_dict()})
+            backbone.name_or_path = backbone.config.name_or_path = name
+            return backbone
         model_class = _backbone_class(config)
         files = weight_files(folder, name)
         check_size(lambda: model_class(config), files, name)
@@ -300,6 +307,7 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
         )
     if config.model_type == MASKED_AUTOENCODER:
         logger.warning("%s masks random patches; masking is turned off and all patches are encoded in order", name)
+        backbone.config.mask_ratio = 0.0  # as in a model that was saved and loaded
     check_finite(backbone, files, name)
     return backbone
 

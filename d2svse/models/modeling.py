@@ -118,6 +118,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     base_model_prefix = "d2svse"
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 - read as a class attribute by transformers
+    supports_gradient_checkpointing = True  # of the backbones that can
     _supports_sdpa = True
     _supports_flash_attn = True
 

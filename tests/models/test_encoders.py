@@ -14,7 +14,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    T5Config,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -154,8 +153,3 @@ def test_a_backbone_whose_weights_do_not_load_is_refused(how, tmp_path):
 def test_weights_that_nothing_uses_may_be_missing(tmp_path):
     ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), use_mask_token=False).save_pretrained(tmp_path)
     assert load_backbone(str(tmp_path), "vision_config").config.model_type == "vit"
-
-
-def test_what_is_no_encoder_is_named():
-    with pytest.raises(ValueError, match="a t5 model has an encoder and a decoder"):
-        make_backbone(T5Config())

@@ -21,7 +21,7 @@ INVERTED = {
     "expand_ratios": [1, 2], "depthwise_padding": [],
 }  # fmt: skip
 
-# Options of a tiny model of each family, by the `model_type` of its configuration.
+# Options of a tiny model of each family, by the `model_type` of its configuration. All of them work.
 VISION: dict[str, dict[str, Any]] = {
     "vit": PATCHES,
     "deit": PATCHES,
@@ -34,7 +34,10 @@ VISION: dict[str, dict[str, Any]] = {
     "ijepa": PATCHES,
     "pixio": PATCHES,
     "vit_mae": {
-        **PATCHES, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+        **PATCHES,
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
         "decoder_intermediate_size": 16,
     },
     "vit_msn": PATCHES,
@@ -44,14 +47,28 @@ VISION: dict[str, dict[str, Any]] = {
     "chinese_clip_vision_model": PATCHES,
     "metaclip_2_vision_model": PATCHES,
     "siglip_vision_model": PATCHES,
-    "siglip2_vision_model": {**TOWER, "patch_size": 8, "num_patches": 16},
-    "hiera": {"image_size": [32, 32], "patch_size": [7, 7], "patch_stride": [4, 4], "embed_dim": 16, "depths": [1, 1],
-              "num_heads": [2, 4], "query_stride": [2, 2], "masked_unit_size": [4, 4], "num_query_pool": 1},
+    "hiera": {
+        "image_size": [32, 32],
+        "patch_size": [7, 7],
+        "patch_stride": [4, 4],
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 4],
+        "query_stride": [2, 2],
+        "masked_unit_size": [4, 4],
+        "num_query_pool": 1,
+    },
     "swin": SWIN,
     "swinv2": SWIN,
-    "dinat": {**SWIN, "kernel_size": 3, "dilations": [[1], [1]]},
-    "focalnet": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "hidden_sizes": [16, 32],
-                 "focal_levels": [2, 2], "focal_windows": [3, 3]},
+    "focalnet": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "hidden_sizes": [16, 32],
+        "focal_levels": [2, 2],
+        "focal_windows": [3, 3],
+    },
     "convnext": {**STAGES, "num_stages": 2},
     "convnextv2": {**STAGES, "num_stages": 2},
     "resnet": {**STAGES, "embedding_size": 16},
@@ -64,16 +81,28 @@ VISION: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
     "poolformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "segformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]},
-    "pvt": {"image_size": 32, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 2], "sequence_reduction_ratios": [2, 2, 1, 1]},
-    "pvt_v2": {"image_size": 32, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1],
-               "num_attention_heads": [1, 2, 2, 2]},
+    "pvt": {
+        "image_size": 32,
+        "hidden_sizes": [16, 16, 32, 32],
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 2, 2, 2],
+        "sequence_reduction_ratios": [2, 2, 1, 1],
+    },
+    "pvt_v2": {
+        "image_size": 32,
+        "hidden_sizes": [16, 16, 32, 32],
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 2, 2, 2],
+    },
     "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2]},
-    "levit": {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
-              "key_dim": [8, 8, 8]},
+    "levit": {
+        "image_size": 64,
+        "hidden_sizes": [16, 24, 32],
+        "num_attention_heads": [2, 3, 4],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+    },
     "swiftformer": {"image_size": 32, "depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]},
-    "timm_wrapper": {"architecture": "resnet18"},
-    "hgnet_v2": {},
     "textnet": {},
 }
 
@@ -94,13 +123,10 @@ TEXT: dict[str, dict[str, Any]] = {
     "albert": {**TOWER, "embedding_size": 16},
     "mobilebert": {**TOWER, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "squeezebert": {**TOWER, "embedding_size": 32},
-    "convbert": {**TOWER, "embedding_size": 16},
     "roformer": {**TOWER, "embedding_size": 16},
     "rembert": {**TOWER, "input_embedding_size": 16},
     "big_bird": {**TOWER, "attention_type": "original_full"},
     "longformer": {**TOWER, "attention_window": 8},
-    "fnet": TOWER,
-    "funnel": {"num_decoder_layers": 1, "d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": [1, 1]},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
     "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
@@ -118,11 +144,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "umt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "longt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "switch_transformers": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2},
-    "bart": {"d_model": 32},
-    "mbart": {"d_model": 32},
-    "pegasus": {"d_model": 32},
-    "m2m_100": {"d_model": 32},
-    "t5gemma": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "gpt_neox": TOWER,
@@ -141,20 +162,53 @@ TEXT: dict[str, dict[str, Any]] = {
     "smollm3": LLAMA,
     "modernbert-decoder": LLAMA,
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
-    "canine": TOWER,
-    "perceiver": {},
 }
 
+# Families that are refused, and a part of the error.
+REFUSED_VISION: dict[str, tuple[dict[str, Any], str]] = {
+    "siglip2_vision_model": ({**TOWER, "patch_size": 8, "num_patches": 16}, "NaFlex"),
+    "hgnet_v2": ({"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}, "gives no last_hidden_state"),
+}
+REFUSED_TEXT: dict[str, tuple[dict[str, Any], str]] = {
+    "bart": ({"d_model": 32}, "has an encoder and a decoder"),
+    "mbart": ({"d_model": 32}, "has an encoder and a decoder"),
+    "pegasus": ({"d_model": 32}, "has an encoder and a decoder"),
+    "m2m_100": ({"d_model": 32}, "has an encoder and a decoder"),
+    "t5gemma": ({}, "has an encoder and a decoder"),
+    "fnet": (TOWER, "lets padding change the tokens"),
+    "convbert": ({**TOWER, "embedding_size": 16}, "lets padding change the tokens"),
+    "canine": (TOWER, "lets padding change the tokens"),
+    "funnel": (
+        {"num_decoder_layers": 1, "d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": [1, 1]},
+        "lets padding change the tokens",
+    ),
+}
+LARGE = ("levit", "mobilevitv2")  # they halve an image too often for 32 pixels
 
-def tiny_config(family: str, vocabulary: int = 100) -> PreTrainedConfig:
-    """The configuration of a tiny backbone."""
-    if family in VISION:
-        return CONFIG_MAPPING[family](**VISION[family])
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    return CONFIG_MAPPING[family](**{**({} if family == "xlnet" else {"max_position_embeddings": 64}), **TEXT[family], **ids, "vocab_size": vocabulary})
+
+def image_side(family: str) -> int:
+    """The side of the images that a tiny backbone of the family takes, in pixels."""
+    return 64 if family in LARGE else 32
 
 
-def tiny_backbone(family: str, vocabulary: int = 100) -> PreTrainedModel:
-    """A tiny backbone with random weights."""
+def tiny_config(family: str, tokenizer: Any = None) -> PreTrainedConfig:
+    """The configuration of a tiny backbone, for the words of a tokenizer."""
+    if family in VISION or family in REFUSED_VISION:
+        return CONFIG_MAPPING[family](**VISION.get(family) or REFUSED_VISION[family][0])
+    options = dict(TEXT[family] if family in TEXT else REFUSED_TEXT[family][0])
+    if family != "xlnet":  # it has no limit
+        options.setdefault("max_position_embeddings", 64)
+    if tokenizer is not None:
+        options |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        options |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    return CONFIG_MAPPING[family](**options)
+
+
+def tiny_backbone(family: str, tokenizer: Any = None) -> PreTrainedModel:
+    """A tiny backbone with random weights; norms and biases too, so that images differ behind many layers."""
     torch.manual_seed(0)
-    return make_backbone(tiny_config(family, vocabulary)).eval()
+    backbone = make_backbone(tiny_config(family, tokenizer)).eval()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return backbone
