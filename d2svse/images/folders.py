@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from d2svse.images.reading import IMAGE_SUFFIXES, OTHER_SUFFIXES, PLUGIN_SUFFIXES, has_image_suffix
+from d2svse.images.reading import HEIF_SUFFIXES, IMAGE_SUFFIXES, OTHER_SUFFIXES, PLUGIN_SUFFIXES, has_image_suffix
 from d2svse.text import visible
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,11 @@ class FoundImages:
         """Log what was skipped, one warning for each reason."""
         if self.other_formats:
             count = len(self.other_formats) + len(self.paths)
+            heif = any(path.suffix.lower() in HEIF_SUFFIXES for path in self.other_formats)
             logger.warning(
                 f"{_shown(folder)}: skipped {len(self.other_formats)} of {count} images in an unsupported format, such "
                 f"as {_below(self.other_formats[0], folder)}; convert them, for example to JPEG"
+                + (", or pip install 'd2svse[heif]' for HEIC" if heif else "")
             )
         skipped = [path for path, images in self.left_out.items() if images]
         if skipped:

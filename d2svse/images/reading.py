@@ -57,7 +57,9 @@ JPEG_QUALITY = 85  # quality of the small copies in pages
 
 # Pillow has some thirty more formats: PostScript runs a program, and the others are rarely tested. MPO is read as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
-PLUGIN_FORMATS = ("HEIF", "JXL")  # used if a program has registered them
+PLUGIN_FORMATS = ("HEIF", "JXL")  # used if a program has registered them; HEIF by itself, with pillow-heif
+HEIF_SUFFIXES = frozenset({".heic", ".heif"})
+HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 MAX_PIXELS = 120_000_000
 MAX_PIXELS_VARIABLE = "D2SVSE_MAX_IMAGE_PIXELS"
 MAX_ASPECT = 200  # with its shorter side resized to 224 pixels such an image has 10 million pixels
@@ -337,11 +339,28 @@ def _option(needed_bytes: float) -> str:
     return f"to read it anyway, set {MAX_PIXELS_VARIABLE}={pixels} (or max_pixels of load_image)"
 
 
+def register_heif() -> bool:
+    """Let Pillow read HEIC images if pillow-heif is installed; return whether Pillow reads them."""
+    if "HEIF" not in Image.OPEN:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            return False
+        register_heif_opener()
+    return True
+
+
+def _is_heif(prefix: bytes) -> bool:
+    return prefix[4:8] == b"ftyp" and prefix[8:12] in HEIF_BRANDS
+
+
 def image_format(file: BinaryIO) -> str | None:
     """Return the format of an encoded image by its first bytes; None for an unsupported format."""
     file.seek(0)
     prefix = file.read(16)
     file.seek(0)
+    if _is_heif(prefix):
+        register_heif()
     for name in (*FORMATS, *PLUGIN_FORMATS):
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
         try:
@@ -355,6 +374,8 @@ def image_format(file: BinaryIO) -> str | None:
 def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int, finish: Finish[Result]) -> Result:
     kind = image_format(file)
     if kind is None:
+        if _is_heif(file.read(16)):
+            raise _Refused("HEIC images need the package pillow-heif; pip install 'd2svse[heif]'")
         raise _Refused(f"not an image in a supported format ({', '.join(FORMATS)}); convert it, for example to JPEG")
     try:
         return _decode(kind, file, room, at_least, limit, finish)
@@ -529,6 +550,8 @@ def has_image_suffix(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     if suffix in IMAGE_SUFFIXES:
         return True
+    if suffix in HEIF_SUFFIXES:
+        register_heif()
     kind = Image.registered_extensions().get(suffix) if suffix in PLUGIN_SUFFIXES else None
     return kind in (*FORMATS, *PLUGIN_FORMATS) and kind in Image.OPEN
 

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from d2svse.hub.folder import check_vocabulary, loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
 
-Pool = Callable[[Any, Tensor, Tensor | None], Tensor]
+Pool = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 TOWERS = ("vision_config", "text_config")
 CAPTIONERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 IMAGE_MODELS = frozenset(MODEL_FOR_IMAGE_MAPPING_NAMES)
@@ -40,43 +40,58 @@ class Parts(NamedTuple):
     tokenizer: Any
 
 
-def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the class token after the tower's last norm (CLIP's vision side)."""
     return tower.post_layernorm(hidden[:, 0])
 
 
-def pool_by_head(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_by_head(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the output of the tower's attention head for all tokens (SigLIP's vision side)."""
     return tower.head(hidden)
 
 
-def pool_by_pooler(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_by_pooler(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the output of the tower's pooler for the first token (BERT, ViT)."""
     return tower.pooler(hidden)
 
 
-def pool_mean(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_mean(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the mean over all positions (ALIGN's vision side)."""
     return hidden.mean(1)
 
 
-def pool_first(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_first(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the first token."""
     return hidden[:, 0]
 
 
-def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the last position, padding or not, through the tower's linear head (SigLIP's text side)."""
     return tower.head(hidden[:, -1])
 
 
-def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None) -> Tensor:
+def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the first end-of-text token, or the token of the largest id if the configuration names a wrong id."""
     if ids is None:
         return hidden[:, 0]
-    end = tower.config.eos_token_id
-    at = (ids if end == 2 and tower.config.model_type != "metaclip_2_text_model" else (ids == end)).int().argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), at]
+    end, named_well = tower.config.eos_token_id, ("aimv2_text_model", "metaclip_2_text_model")
+    if end == 2 and tower.config.model_type not in named_well:
+        return pool_largest_id(tower, hidden, ids, mask)
+    return hidden[torch.arange(len(hidden), device=hidden.device), (ids == end).int().argmax(1)]
+
+
+def pool_largest_id(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the first token of the largest id, which is the end-of-text token in CLIP's vocabulary."""
+    if ids is None:
+        return hidden[:, 0]
+    return hidden[torch.arange(len(hidden), device=hidden.device), ids.int().argmax(1)]
+
+
+def pool_real_tokens(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the mean over the real tokens (TIPSv2's text side)."""
+    if mask is None:
+        return hidden.mean(1)
+    return (hidden * mask[..., None]).sum(1) / (mask.sum(1, keepdim=True) + tower.config.pooling_epsilon)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +112,17 @@ class DualEncoderKind:
 
 
 KINDS: dict[str, DualEncoderKind] = {
+    "aimv2": DualEncoderKind(pool_by_head, pool_end_of_text),
     "align": DualEncoderKind(pool_mean, pool_first, projections=(False, True)),
     "altclip": DualEncoderKind(pool_class_token, pool_first),
     "chinese_clip": DualEncoderKind(pool_class_token, pool_first),
     "clip": DualEncoderKind(pool_class_token, pool_end_of_text),
     "clipseg": DualEncoderKind(pool_class_token, pool_end_of_text),
     "metaclip_2": DualEncoderKind(pool_class_token, pool_end_of_text),
+    "owlv2": DualEncoderKind(pool_class_token, pool_largest_id),
+    "owlvit": DualEncoderKind(pool_class_token, pool_largest_id),
     "siglip": DualEncoderKind(pool_by_head, pool_last, projections=(False, False), fixed_length=True),
+    "tipsv2": DualEncoderKind(pool_first, pool_real_tokens, projections=(False, False)),
     "vision-text-dual-encoder": DualEncoderKind(pool_by_pooler, pool_by_pooler),
 }
 
@@ -132,7 +151,7 @@ def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
     Returns:
         `(batch, length, width)`.
     """
-    return pool(tower, hidden.flatten(0, 1).unsqueeze(1), None).unflatten(0, hidden.shape[:2])
+    return pool(tower, hidden.flatten(0, 1).unsqueeze(1), None, None).unflatten(0, hidden.shape[:2])
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:

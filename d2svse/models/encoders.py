@@ -7,18 +7,22 @@ import logging
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
-from d2svse.models.dual_encoders import Tower, pool_each
+from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
 from d2svse.models.pooling import POOLINGS, ClsPooling
 
 logger = logging.getLogger(__name__)
 
 MASKED_AUTOENCODER = "vit_mae"
+NAFLEX = "siglip2_vision_model"
+HEADS = ("vision_use_head", "use_head")  # options of vision configurations for an attention head after all tokens
+PROBE_SIZE = 64  # pixels
 UNUSED_WEIGHTS = ("pooler", "mask_token", "position_ids", "relative_position_index", ".head.")
 
 
@@ -56,11 +60,12 @@ class ImageEncoder(nn.Module):
         if config.model_type == MASKED_AUTOENCODER:
             self.backbone.config.mask_ratio = 0.0  # otherwise each call drops other patches, most of them
         class_tokens = ("cls_token", "class_embedding")
-        if pooling == "cls" and not any(name.endswith(class_tokens) for name, _ in self.backbone.named_parameters()):
+        named = [name for name, _ in self.backbone.named_parameters() if not name.startswith("head.")]
+        if pooling == "cls" and not any(name.endswith(class_tokens) for name in named):
             raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
+        self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
         self.projection = nn.Linear(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
-        self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
 
     def forward(self, pixel_values: Tensor, token_mask: Tensor | None = None) -> Features:
         """Encode images.
@@ -102,7 +107,7 @@ class ImageEncoder(nn.Module):
         if self.native_pool is None:
             pooled = self.pooling(tokens, token_mask)
         else:
-            pooled = self.projection(self.native_pool(self.backbone, hidden, None))
+            pooled = self.projection(self.native_pool(self.backbone, hidden, None, None))
         return Features(pooled, tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
@@ -219,7 +224,7 @@ class TextEncoder(nn.Module):
             return self.pool(self.words(input_ids, attention_mask), mask)
         seen = None if self.fixed_length else attention_mask
         hidden = self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
-        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids))
+        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -267,8 +272,18 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
     """
     folder = local_files(name)
     with loading(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config = getattr(config, part, None) or config
+        whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = getattr(whole, part, None) or whole
+        for head in HEADS:
+            if hasattr(config, head):
+                setattr(config, head, False)  # never used here
+        if whole.model_type in KINDS:  # a tower loads only with the whole model: its own class has other weight names
+            dual: Any = load_dual_encoder(name)
+            tower = (dual.vision_model if part == "vision_config" else dual.text_model).state_dict()
+            backbone = make_backbone(config)
+            backbone.load_state_dict({key: tower[key] for key in backbone.state_dict()})
+            backbone.name_or_path = backbone.config.name_or_path = name
+            return backbone
         model_class = _backbone_class(config)
         files = weight_files(folder, name)
         check_size(lambda: model_class(config), files, name)
@@ -296,27 +311,40 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
         )
     if config.model_type == MASKED_AUTOENCODER:
         logger.warning("%s masks random patches; masking is turned off and all patches are encoded in order", name)
+        backbone.config.mask_ratio = 0.0  # as in a model that was saved and loaded
     check_finite(backbone, files, name)
     return backbone
 
 
 @torch.no_grad()
-def check_class_token(encoder: TextEncoder) -> None:
-    """Check that "cls" pooling can distinguish texts; in a left-to-right backbone the first token sees no other.
+def check_text_backbone(encoder: TextEncoder) -> None:
+    """Check that padding does not change the tokens of a text, and that "cls" pooling can distinguish texts.
+
+    In a left-to-right backbone the first token sees no other.
 
     Raises:
-        ValueError: if texts with the same first token id have the same first token.
+        ValueError: if padding changes tokens, or texts with the same first token id have the same first token.
     """
-    if encoder.native_pool is not None or not isinstance(encoder.pooling, ClsPooling):
+    if encoder.native_pool is not None:
         return
     backbone = encoder.backbone
+    kind = backbone.config.model_type
     size, training = embedding_count(backbone) or 10, backbone.training
-    ids = torch.tensor([[3, 5, 6], [3, 7, 8]], device=backbone.device) % size
-    first = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+    ids = torch.tensor([[3, 5, 6, 4], [3, 7, 8, 4]], device=backbone.device) % size
+    padding = torch.full_like(ids, getattr(backbone.config, "pad_token_id", None) or 0)
+    padded, mask = torch.cat([ids, padding], 1), torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
+    backbone.eval()
+    alone = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    together = backbone(input_ids=padded, attention_mask=mask).last_hidden_state[:, :4]
     backbone.train(training)
-    if torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-5):
+    if (alone - together).norm() > 1e-3 * alone.norm():
         raise ValueError(
-            f"text_pooling cls: a {backbone.config.model_type} backbone reads from left to right, so its first token "
+            f"a {kind} backbone lets padding change the tokens of a text, so that scores would depend on the batch; "
+            "use another text backbone"
+        )
+    if isinstance(encoder.pooling, ClsPooling) and torch.allclose(*alone[:, 0], rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"text_pooling cls: a {kind} backbone reads from left to right, so its first token "
             "is the same for all texts; use gpo, mean or max"
         )
 
@@ -332,18 +360,26 @@ def embedding_count(backbone: PreTrainedModel) -> int | None:
 
 
 def token_width(config: PreTrainedConfig) -> int:
-    """Return the width of a backbone's tokens: `hidden_size`, or the last of `hidden_sizes` (one per stage).
+    """Return the width of a backbone's tokens: `hidden_size`; without it a vision backbone is built and run to see.
 
     Raises:
-        ValueError: if the configuration has neither.
+        ValueError: if there is no such field and the backbone gives no tokens.
     """
-    stages = getattr(config, "hidden_sizes", None)
-    width = stages[-1] if stages else getattr(config, "hidden_size", None)
-    if not isinstance(width, int):
+    # The text side of AltCLIP ends with a projection.
+    width = getattr(config, "project_dim" if config.model_type == "altclip_text_model" else "hidden_size", None)
+    if isinstance(width, int):
+        return width
+    height, across = (side or PROBE_SIZE for side in image_size(config))
+    try:
+        with torch.device("meta"), torch.no_grad():  # no memory, and no time for numbers
+            pixels = torch.zeros(1, getattr(config, "num_channels", 3), height, across)
+            tokens = make_backbone(config).eval()(pixel_values=pixels).last_hidden_state
+    except (AttributeError, TypeError):
         raise ValueError(
-            f"a {config.model_type} configuration has no hidden_size; expected a backbone with a sequence of tokens"
-        )
-    return width
+            f"a {config.model_type} backbone gives no last_hidden_state for pixels, and its configuration has no "
+            "hidden_size; expected a backbone with a sequence or a grid of tokens"
+        ) from None
+    return int(tokens.shape[1] if tokens.ndim == 4 else tokens.shape[2])
 
 
 def image_size(config: PreTrainedConfig, name: str = "image_size") -> list[int]:
@@ -353,12 +389,26 @@ def image_size(config: PreTrainedConfig, name: str = "image_size") -> list[int]:
 
 
 def _backbone_class(config: PreTrainedConfig) -> Any:
+    kind = config.model_type
+    if kind == NAFLEX:
+        raise ValueError(
+            f"a {kind} backbone takes images of any shape (NaFlex), which is not supported; SigLIP 2 of a fixed size "
+            "has the type siglip"
+        )
+    # The names are those of transformers: T5Config and T5EncoderModel, SiglipTextConfig and SiglipTextModel.
+    name = type(config).__name__.removesuffix("Config")
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"a {config.model_type} model has an encoder and a decoder; use a model with an encoder only")
-    try:
-        return MODEL_MAPPING[type(config)]
-    except KeyError:
-        raise ValueError(f"transformers has no base model for a {type(config).__name__}") from None
+        found = getattr(transformers, f"{name}EncoderModel", None)
+        if found is None or not isinstance(getattr(config, "hidden_size", None), int):
+            raise ValueError(f"a {kind} model has an encoder and a decoder; use a model with an encoder only")
+        return found
+    if type(config) in MODEL_MAPPING:
+        classes = MODEL_MAPPING[type(config)]
+        return classes[0] if isinstance(classes, tuple) else classes
+    found = getattr(transformers, f"{name}Model", None)
+    if found is None:
+        raise ValueError(f"transformers has no base model for a {type(config).__name__}")
+    return found
 
 
 def _no_pooler(model_class: type[PreTrainedModel]) -> dict[str, bool]:

@@ -49,7 +49,7 @@ from d2svse.models.dual_encoders import (
     stretch_positions,
     towers_of,
 )
-from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone
 from d2svse.models.encoders import image_size as size_in
 from d2svse.models.encoding import (
     Embeddings,
@@ -121,6 +121,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     base_model_prefix = "d2svse"
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 - read as a class attribute by transformers
+    supports_gradient_checkpointing = True  # of the backbones that can
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -209,7 +210,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             for parameter in backbone.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, vision_backbone, text_backbone)
-        check_class_token(model.text_encoder)
+        check_text_backbone(model.text_encoder)
         with loading(f"{vision} and {text}"):
             model.processor = D2SVSEProcessor.from_backbones(vision, text, max_length)
         processor: Any = model.processor

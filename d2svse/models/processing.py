@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 512
 TOKENIZING_CHUNK = 10_000
+# Text sides that count positions from the padding id + 1, beside RoBERTa and its variants by name.
+COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "data2vec-text", "longformer", "mpnet", "xmod")
 QUOTED = 60  # longest quote of a text in a message, in characters
 
 _TOKENIZING = threading.RLock()
@@ -544,8 +546,9 @@ def longest_text(config: Any) -> int:
     """Return the number of tokens that a text backbone has positions for."""
     config = getattr(config, "text_config", None) or config
     positions = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
-    # RoBERTa and its variants count positions from the padding id + 1.
-    counts_from_padding = "roberta" in config.model_type or config.model_type == "altclip_text_model"
+    if positions < 1:  # XLNet says -1 for no limit
+        return DEFAULT_MAX_LENGTH
+    counts_from_padding = "roberta" in config.model_type or config.model_type in COUNT_FROM_PADDING
     return positions - config.pad_token_id - 1 if counts_from_padding else positions
 
 

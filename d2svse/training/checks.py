@@ -18,7 +18,6 @@ from d2svse.choices import unknown
 _EVALUATION = "evaluation encodes every image and text once and ranks them, without transformers' evaluation loop"
 _LOADER = "training has its own loader, whose order follows from the seed and the epoch"
 _SCRIPT = "only scripts read it; call train() or evaluate()"
-_RECOMPUTING = "the models cannot recompute their layers; chunk_size saves more memory, with the same gradient"
 _LANGUAGE_MODELS = "it is for language models only"
 
 # Options of transformers.TrainingArguments that have no effect here, with the reason.
@@ -26,10 +25,6 @@ WITHOUT_EFFECT = {
     "label_smoothing_factor": "the ranking losses have no labels to smooth; temperature softens InfoNCE",
     "neftune_noise_alpha": "it is for language models only; augment_words disturbs texts",
     "average_tokens_across_devices": "losses are computed over the pairs of a batch and not over tokens",
-    "activation_checkpointing": _RECOMPUTING,
-    "activation_checkpointing_kwargs": _RECOMPUTING,
-    "gradient_checkpointing": _RECOMPUTING,
-    "gradient_checkpointing_kwargs": _RECOMPUTING,
     "use_liger_kernel": _LANGUAGE_MODELS,
     "liger_kernel_config": _LANGUAGE_MODELS,
     "use_cache": _LANGUAGE_MODELS,

@@ -30,7 +30,7 @@ from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
-from d2svse.models.encoders import check_class_token
+from d2svse.models.encoders import check_text_backbone
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
@@ -190,7 +190,7 @@ class Trainer(TransformersTrainer):
         model: Any = self.model
         args, dataset, shown = self.args, self.train_dataset, not self.args.disable_tqdm
         set_seed(args.seed)
-        check_class_token(model.text_encoder)
+        check_text_backbone(model.text_encoder)
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
         teacher_embeddings = None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2svse.models.encoders import ImageEncoder, token_width
+from d2svse.models.encoders import ImageEncoder
 from d2svse.models.processing import D2SVSEProcessor
 
 SINGLE_TOKENS = ("cls_token", "class_embedding", "distillation_token")
@@ -68,7 +68,7 @@ def patch_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
         return PatchGrid(*hidden.shape[2:])
     n_tokens = hidden.shape[1]
     stages = getattr(output, "reshaped_hidden_states", None)
-    if stages and stages[-1].ndim == 4 and stages[-1].shape[1] == token_width(backbone.config):
+    if stages and stages[-1].ndim == 4 and stages[-1].shape[1] == hidden.shape[2]:
         rows, columns = stages[-1].shape[2:]
         if rows * columns == n_tokens:
             return PatchGrid(rows, columns)

@@ -8,11 +8,12 @@ import zlib
 from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import BmpImagePlugin, Image, ImageOps, TiffImagePlugin, TiffTags, features
+from PIL import BmpImagePlugin, Image, ImageOps, PngImagePlugin, TiffImagePlugin, TiffTags, features
 
 from d2svse.images import ImageError, check_images, find_images, load_image, use_image
 from d2svse.images import reading as images_module
@@ -114,7 +115,11 @@ def test_find_images_looks_below_and_sorts(tmp_path):
         find_images(tmp_path / "d")
 
 
+HEIC = b"\0\0\0\x18ftypheic"  # how a file of a phone starts
+
+
 def test_find_images_counts_what_it_passes_over(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
     for name in ("a.png", "b/IMG_1.HEIC", "b/IMG_2.heic", "c.nef", "._d.heic", "notes.txt", "movie.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -122,7 +127,7 @@ def test_find_images_counts_what_it_passes_over(tmp_path, caplog, monkeypatch):
     (line,) = caplog.messages
     assert line == (
         f"{tmp_path}: skipped 3 of 4 images in an unsupported format, such as b/IMG_1.HEIC; "
-        "convert them, for example to JPEG"
+        "convert them, for example to JPEG, or pip install 'd2svse[heif]' for HEIC"
     )
     caplog.clear()
     with pytest.raises(FileNotFoundError, match="no image in it"):
@@ -135,6 +140,42 @@ def test_find_images_counts_what_it_passes_over(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PNG"])
     assert [path.name for path in find_images(tmp_path)] == ["a.png", "IMG_1.HEIC", "IMG_2.heic"]
     assert "skipped 1 of 4 images in an unsupported format, such as c.nef" in caplog.messages[-1]
+
+
+def test_heic_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(HEIC + bytes(20))
+    with pytest.raises(
+        ImageError, match=r"a.heic: HEIC images need the package pillow-heif; pip install 'd2svse\[heif\]'"
+    ):
+        load_image(tmp_path / "a.heic")
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path, monkeypatch):
+    """A stand-in registers itself as pillow-heif does; its files are PNG behind the first bytes of HEIC."""
+
+    def register():
+        monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+        opener = lambda file, name: PngImagePlugin.PngImageFile(BytesIO(file.read()[len(HEIC) :]))  # noqa: E731
+        monkeypatch.setitem(Image.OPEN, "HEIF", (opener, lambda prefix: prefix.startswith(HEIC)))
+        monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    data = BytesIO()
+    Image.new("RGB", (5, 4), (200, 30, 40)).save(data, "PNG")
+    (tmp_path / "IMG_1.HEIC").write_bytes(HEIC + data.getvalue())
+    image = load_image(HEIC + data.getvalue())
+    assert (image.size, image.getpixel((0, 0))) == ((5, 4), (200, 30, 40))
+    assert find_images(tmp_path) == [tmp_path / "IMG_1.HEIC"]
+
+
+def test_heic_of_pillow_heif_is_read(tmp_path):
+    pytest.importorskip("pillow_heif", reason="the extra [heif]").register_heif_opener()
+    path = save(tmp_path, Image.new("RGB", (64, 48), (200, 30, 40)), "a.heic")
+    pixels = np.asarray(load_image(path), dtype=int)
+    assert pixels.shape == (48, 64, 3)
+    assert np.abs(pixels - [200, 30, 40]).max() < 12
 
 
 def test_avif_is_a_picture_where_pillow_reads_it(tmp_path, caplog):

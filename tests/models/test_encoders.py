@@ -14,7 +14,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    T5Config,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from d2svse import D2SVSE, Trainer
-from d2svse.models.encoders import ImageEncoder, TextEncoder, check_class_token, load_backbone, make_backbone
+from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone, make_backbone
 from d2svse.models.processing import complete_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -79,10 +78,10 @@ def test_class_token_pooling_of_a_causal_text_is_refused(gpt2, backbones):
         D2SVSE.from_backbones(backbones / "vision", gpt2, embed_dim=24, text_pooling="cls")
     clip = CLIPTextModel(CLIPTextConfig(**SMALL, vocab_size=50, bos_token_id=48, eos_token_id=49, pad_token_id=1))
     with pytest.raises(ValueError, match="clip_text_model backbone reads from left to right"):
-        check_class_token(TextEncoder(clip.config, 24, "cls", backbone=clip))
-    check_class_token(TextEncoder(clip.config, 24, "mean", backbone=clip))
+        check_text_backbone(TextEncoder(clip.config, 24, "cls", backbone=clip))
+    check_text_backbone(TextEncoder(clip.config, 24, "mean", backbone=clip))
     bert = BertModel(BertConfig(**SMALL, vocab_size=50))
-    check_class_token(TextEncoder(bert.config, 24, "cls", backbone=bert))
+    check_text_backbone(TextEncoder(bert.config, 24, "cls", backbone=bert))
     assert bert.training == BertModel(BertConfig(**SMALL, vocab_size=50)).training
 
 
@@ -154,8 +153,3 @@ def test_a_backbone_whose_weights_do_not_load_is_refused(how, tmp_path):
 def test_weights_that_nothing_uses_may_be_missing(tmp_path):
     ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8), use_mask_token=False).save_pretrained(tmp_path)
     assert load_backbone(str(tmp_path), "vision_config").config.model_type == "vit"
-
-
-def test_what_is_no_encoder_is_named():
-    with pytest.raises(ValueError, match="a t5 model has an encoder and a decoder"):
-        make_backbone(T5Config())

@@ -40,7 +40,7 @@ def make_dual(name: str, processor: D2SVSEProcessor) -> PreTrainedModel:
     if kind == "vision-text-dual-encoder":
         vision = CLIPVisionConfig(**VISION) if name.endswith("CLIP") else ViTConfig(**VISION)
         config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BertConfig(**text), projection_dim=24)
-    elif kind == "siglip":
+    elif kind in ("siglip", "tipsv2"):
         config = config_class(vision_config=VISION, text_config=text)
     else:
         vision = ALIGN_VISION if kind == "align" else VISION
@@ -50,4 +50,6 @@ def make_dual(name: str, processor: D2SVSEProcessor) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in dual.parameters():  # norms and biases too, so that none of them can be left out
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if hasattr(dual, "temperature"):
+            dual.temperature.fill_(0.6)  # it must stay positive
     return dual

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from d2svse import D2SVSE, ImageTextDataset, evaluate
+from d2svse import D2SVSE, ImageTextDataset, Trainer, evaluate
 from support.dual_encoders import make_dual
 
 
@@ -62,3 +63,23 @@ def test_options_of_a_model_of_ones_own_are_refused(make_model, scenes, tmp_path
     code, _, err = run(*command, "-o", tmp_path / "run", "--set", "embed_dim=24")
     assert code == 2
     assert "embed_dim is an option of the model, not of training" in err
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_recomputed_layers_give_the_same_step(name, processor, make_args, train_dataset):
+    weights, passes = [], []
+    for recompute in (False, True):
+        model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor)
+        count = [0, 0]
+        for side, encoder in enumerate((model.image_encoder, model.text_encoder)):
+            layer = encoder.backbone.encoder.layers[0]
+            layer.mlp.register_forward_pre_hook(
+                lambda *_, side=side, count=count: count.__setitem__(side, count[side] + 1)
+            )
+        options = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "activation_checkpointing": recompute}
+        Trainer(model, make_args("align", **options), train_dataset).train()
+        weights.append(model.state_dict())
+        passes.append(count)
+    assert [once + 1 for once in passes[0]] == passes[1]  # one pass more for the gradient
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value)
