@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import nn
 
-MARK = "lora_"  # part of the names of the matrices that peft adds
+from d2svse.models.metric_attention import ATTRIBUTE
+
+MARKS = ("lora_", f"{ATTRIBUTE}.")  # parts of the names of weights that are added to a backbone
+
+
+def is_added(name: str) -> bool:
+    """Return whether a parameter of a backbone was added to it: a LoRA matrix, or a metric of its attention."""
+    return any(mark in name for mark in MARKS)
 
 
 def add_lora(

@@ -31,7 +31,7 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
-from d2svse.models.adapters import MARK, add_lora, merge_lora
+from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
@@ -60,9 +60,10 @@ from d2svse.models.encoding import (
     with_progress,
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
+from d2svse.models.metric_attention import patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
-from d2svse.similarity import Similarity, build_similarity
+from d2svse.similarity import Metric, Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[list[Any]] = []
         self.post_init()
+        for side, metric in (config.attention_metric or {}).items():
+            patch_attention(self._backbone(side), metric)
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
 
@@ -260,7 +263,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
         Raises:
             ValueError: if the model was not made from a dual encoder, or has parts that a dual encoder lacks: a
-                similarity other than cosine, a context decoder, or LoRA matrices.
+                similarity other than cosine, a context decoder, LoRA matrices, or a metric in its attention.
         """
         config: Any = self.config
         if config.dual_encoder is None:
@@ -269,6 +272,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             f"the similarity {config.similarity['name']}": config.similarity["name"] != "cosine",
             "a context decoder": self.decoder is not None,
             "LoRA matrices": bool(config.lora),
+            "a metric in its attention": bool(config.attention_metric),
         }
         for part, there in parts.items():
             if there:
@@ -839,14 +843,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
         Args:
             vision: True freezes the vision backbone, False unfreezes it, None leaves it as it is.
-                In a backbone with LoRA only the added matrices are unfrozen.
+                In a backbone with LoRA only the added matrices and metrics are unfrozen.
             text: freezes the text backbone in the same way.
         """
         for side, frozen in (("vision", vision), ("text", text)):
             if frozen is not None:
                 adapted = side in (self.config.lora or {})
                 for name, parameter in self._backbone(side).named_parameters():
-                    parameter.requires_grad_(not frozen and (not adapted or MARK in name))
+                    parameter.requires_grad_(not frozen and (not adapted or is_added(name)))
         self.train(self.training)
 
     def add_lora(self, side: Literal["vision", "text"], **arguments: Any) -> None:
@@ -895,7 +899,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, ContextDecoder | ContextAttention):
             init.normal_(module.tokens, std=0.02)
-        elif isinstance(module, Similarity):
+        elif isinstance(module, Similarity | Metric):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))

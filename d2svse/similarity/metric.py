@@ -47,6 +47,7 @@ class Metric(nn.Module):
         weight_penalty: factor of the squared Frobenius norm of W in `penalty` (Dense_re).
 
     Attributes:
+        dim: width of the vectors, or None.
         weight: `(dim,)` of a diagonal metric, `(num_blocks, b, b)` with b = dim / num_blocks of the
             others, None for cosine.
 
@@ -80,6 +81,7 @@ class Metric(nn.Module):
             raise ValueError("a cosine metric has no weights to start at random; name another structure")
         num_blocks = num_blocks if ratio is None else ratio
         self.structure, self.dropout, self.weight_penalty, self.init = structure, dropout, weight_penalty, init
+        self.dim = dim
         if structure == "cosine":
             self.register_parameter("weight", None)
             return

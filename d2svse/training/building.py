@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.losses import RankingLoss, ScaledLoss, build_distillation_loss
 from d2svse.models import D2SVSE
-from d2svse.models.adapters import MARK
+from d2svse.models.adapters import is_added
 from d2svse.models.encoders import embedding_count
+from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
@@ -122,7 +123,13 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
     before = []
     for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
         backbone: Any = encoder.backbone
-        before.append(backbone.config._attn_implementation)
+        own = backbone.config._attn_implementation
+        if own != name and METRIC_ATTENTION in (own, name):
+            raise ValueError(
+                f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
+                "leave the option out"
+            )
+        before.append(own)
         try:
             backbone.set_attn_implementation(name)
         except (ValueError, ImportError) as error:
@@ -197,7 +204,7 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups of equal learning rate and weight decay.
 
-    LoRA matrices count as new weights. New weights come first, because the log shows the
+    LoRA matrices and metrics of attention count as new weights. New weights come first, because the log shows the
     learning rate of the first group.
 
     Args:
@@ -212,7 +219,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            backbone = ".backbone." in name and MARK not in name
+            backbone = ".backbone." in name and not is_added(name)
             depth = below[name] if backbone and args.layer_decay != 1 else 0
             groups.setdefault((backbone, depth, name in kept), []).append(parameter)
     return [

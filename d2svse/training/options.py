@@ -211,6 +211,11 @@ class DecoderOptions:
     decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)
     token_placement: Placement = option("surround", "Learnable tokens before the words, after them, or both.")
     decoder_positions: bool = option(True, "Give the decoder a learned position embedding.")
+    decoder_metric: str | dict[str, Any] | None = option(
+        None,
+        "Metric between query and key of the decoder's attention, such as diagonal (GSSF); also a structure with "
+        "arguments. Without it, plain attention.",
+    )
 
     def decoder_arguments(self) -> dict[str, Any]:
         """Return the constructor arguments of the `ContextDecoder`."""
@@ -220,6 +225,7 @@ class DecoderOptions:
             "num_heads": self.decoder_heads,
             "placement": self.token_placement,
             "positions": self.decoder_positions,
+            **({} if self.decoder_metric is None else {"metric": self.decoder_metric}),
         }
 
 
