@@ -9,6 +9,13 @@ from d2svse.models.decoder import ContextAttention
 from d2svse.similarity import Metric
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES["initializer_range"] = 0.3  # or else attention is flat and a metric hardly shows
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,
+}
 STRUCTURES = ("diagonal", "block-diagonal", "dense")
 
 
@@ -87,8 +94,11 @@ def test_a_decoder_starts_as_without_a_metric_and_learns_one(make):
         torch.testing.assert_close(with_metric(WORDS, MASK), moved, atol=1e-6, rtol=0)
     torch.testing.assert_close(with_metric(WORDS[1:2, :2]), moved[1:2], atol=1e-5, rtol=0)  # padding is hidden
     # a metric is a change of the keys' projection, which plain attention can take too
-    layers = [m for m in with_metric.modules() if isinstance(m, torch.nn.MultiheadAttention)]
-    for own, other in zip(layers, [m for m in plain.modules() if isinstance(m, torch.nn.MultiheadAttention)]):
+    layers, others = (
+        [part for part in decoder.modules() if isinstance(part, torch.nn.MultiheadAttention)]
+        for decoder in (with_metric, plain)
+    )
+    for own, other in zip(layers, others, strict=True):
         weight = torch.block_diag(*[torch.from_numpy(full(own.metric)).float()] * 2)
         with torch.no_grad():
             other.in_proj_weight[16:32] = weight @ other.in_proj_weight[16:32]
@@ -161,7 +171,7 @@ def test_a_model_trains_saves_and_loads_its_metrics(make_model, make_args, train
 def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
     with pytest.raises(ValueError, match="has no attention layer"):
         patch_attention(BertModel(BertConfig(vocab_size=30, **{**SIZES, "num_hidden_layers": 0})), "diagonal")
-    with pytest.raises(ValueError, match="the metric is for another width than 8"):
+    with pytest.raises(ValueError, match="the metric is for vectors 4 wide; a head is 8 wide"):
         patch_attention(BACKBONES["vit"](), Metric("diagonal", 4))
     with pytest.raises(ValueError, match="give one backbone of the model"):
         patch_attention(make_model(), "diagonal")
@@ -169,6 +179,7 @@ def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
         ContextDecoder(8, num_heads=2, metric={"structure": "diagonal", "weight_penalty": 0.1})
     with pytest.raises(ValueError, match="unknown side for attention_metric 'sound'"):
         make_model(attention_metric={"sound": "diagonal"})
-    with pytest.raises(ValueError, match="a metric in the attention of a backbone needs its own"):
-        args = make_args(attn_implementation="eager")
-        Trainer(make_model(attention_metric={"text": "diagonal"}), args, train_dataset).prepare()
+    model = make_model(attention_metric={"text": "diagonal"})
+    trainer = Trainer(model, make_args(attn_implementation="eager"), train_dataset)
+    with pytest.raises(ValueError, match="a metric in its attention has an attention of its own"):
+        trainer.prepare()
