@@ -10,12 +10,6 @@ from d2svse.similarity import Metric
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES["initializer_range"] = 0.3  # or else attention is flat and a metric hardly shows
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.3,
-}
 STRUCTURES = ("diagonal", "block-diagonal", "dense")
 
 
