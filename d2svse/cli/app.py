@@ -17,6 +17,7 @@ from d2svse.cli import (
     convert,
     data,
     demo,
+    distill,
     encode,
     evaluate,
     explain,
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
+app.command("distill", epilog=distill.EXAMPLES)(distill.distill)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("encode", epilog=encode.EXAMPLES)(encode.encode)
 app.command("export", epilog=export.EXAMPLES)(export.export)

@@ -47,6 +47,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             from, with its `model_type` and without its towers; both poolings are "native" then.
         attention_metric: metric between query and key of the backbones by side ("vision", "text"), such as
             `{"text": "diagonal"}`, see `patch_attention`.
+        teacher_similarity: similarity of a teacher whose scores are distilled, and the width of its vectors,
+            `{"similarity": ..., "dim": ...}`; in checkpoints of that training only.
         lora: arguments of `add_lora` by side ("vision", "text"), for backbones with LoRA matrices.
         logit_scale_init_value: initial log(1 / temperature) of the factor from scores to logits.
         logit_bias_init_value: number added to the logits, as in SigLIP; None adds none.
@@ -77,6 +79,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     similarity: dict[str, Any] | str | None = None
     dual_encoder: dict[str, Any] | None = None
     attention_metric: dict[str, Any] | None = None
+    teacher_similarity: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
     logit_bias_init_value: float | int | None = None
@@ -101,7 +104,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         if "native" in native and (native != {"native"} or self.dual_encoder is None):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
         own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder")
-        check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "lora")})
+        check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "teacher_similarity", "lora")})
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)

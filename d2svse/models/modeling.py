@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +150,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         )
         self.context_gate = nn.Parameter(torch.zeros(())) if self.decoder is not None and config.context_gate else None
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
+        self.teacher_similarity: Similarity | None = None
+        if config.teacher_similarity is not None:
+            self.set_teacher_similarity(**config.teacher_similarity)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -837,6 +840,17 @@ class D2SVSE(Shimmed, PreTrainedModel):
             self.context_gate = nn.Parameter(torch.zeros((), device=self.device, dtype=self.dtype))
         self.config.context_decoder = arguments
         return self.decoder
+
+    def set_teacher_similarity(self, similarity: str | Mapping[str, Any] | None, dim: int | None = None) -> None:
+        """Add the similarity of a teacher whose scores are distilled, for training and its checkpoints; None drops it.
+
+        Args:
+            similarity: its configuration.
+            dim: width of the teacher's vectors.
+        """
+        built = None if similarity is None else build_similarity(similarity, dim)
+        self.teacher_similarity = built if built is None else built.to(self.device)
+        self.config.teacher_similarity = None if similarity is None else {"similarity": similarity, "dim": dim}
 
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
         """Freeze or unfreeze the backbones. A frozen backbone stays in eval mode.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import torch
@@ -113,6 +113,13 @@ class FragmentSimilarity(Similarity):
         if "dim" not in parameters:
             arguments.pop("dim", None)  # which is the metric's
         return super().from_config(arguments, dim)
+
+    @classmethod
+    def calibrated(cls, options: dict[str, Any], metric: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration with this metric instead of cosine."""
+        if options.get("metric", "cosine") not in ("cosine", {"structure": "cosine"}):
+            raise ValueError(f"the similarity {options['name']} has a metric already; leave another out")
+        return {**options, "metric": metric}
 
     @abstractmethod
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:

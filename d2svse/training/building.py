@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.losses import RankingLoss, ScaledLoss, build_distillation_loss
+from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
 from d2svse.models.encoders import embedding_count
@@ -21,8 +21,8 @@ from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
-from d2svse.training.tasks import AlignTask, DistillTask
-from d2svse.training.teacher import Teacher
+from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask
+from d2svse.training.teacher import RetrievalTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,18 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | None) -> None:
+def check_stage(
+    model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | RetrievalTeacher | None
+) -> None:
     """Check that the model, its similarity, the loss and the teacher fit the stage.
 
     Raises:
         ValueError: if one of them does not fit; the message names it.
     """
+    if isinstance(teacher, RetrievalTeacher) and args.stage != "align":
+        raise ValueError(f"a retrieval model as the teacher is for stage align, got stage {args.stage}")
+    if isinstance(teacher, Teacher) and args.stage != "distill":
+        raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
     if args.stage == "distill" and teacher is None and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
@@ -53,8 +59,20 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
         raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
 
 
-def make_task(args: TrainingArguments, loss: RankingLoss) -> AlignTask:
-    """Return the task of a stage."""
+def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | RetrievalTeacher | None) -> AlignTask:
+    """Return the task of a stage.
+
+    Raises:
+        ValueError: if the teacher gives scores and the distillation loss compares embeddings.
+    """
+    if isinstance(teacher, RetrievalTeacher):
+        distillation_loss = build_distillation_loss(args.distill_loss)
+        if not isinstance(distillation_loss, ScoreDistillationLoss):
+            raise ValueError(
+                f"distill_loss {args.distill_loss!r} compares embeddings; a retrieval model as the teacher "
+                "gives scores: set distill_loss=kl"
+            )
+        return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, args.text_groups)
     if args.stage == "distill":
         return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)
     return AlignTask(loss, args.text_groups)

@@ -76,7 +76,8 @@ class StartOptions:
     model: str | None = option(None, "Start from this model instead of backbones: Hub id or folder.", flag=True)
     teacher: str | None = option(
         None,
-        "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model.",
+        "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model. In "
+        "stage align, a retrieval model whose scores teach.",
         flag=True,
     )
 
@@ -159,6 +160,12 @@ class LossOptions:
         "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
+    teacher_metric: str | dict[str, Any] | None = option(
+        None,
+        "Metric on the scores of a retrieval model that teaches stage align, such as diagonal (GSSF); also a structure "
+        "with arguments. Without it, the scores as they are.",
+        flag=True,
+    )
 
     def loss_configuration(self) -> dict[str, Any]:
         """Return the ranking loss as `{"name": ..., **constructor_arguments}`."""
