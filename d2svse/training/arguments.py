@@ -114,6 +114,8 @@ class TrainingArguments(
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")
+        if self.merge_lora and self.lora_kind == "bottleneck":
+            raise ValueError("merge_lora: a bottleneck is not linear and cannot be merged; leave one of them out")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():

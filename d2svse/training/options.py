@@ -23,6 +23,7 @@ from d2svse.choices import Mining, OnBadImage, OnNonfinite, Placement
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal["paper", "published", "recommended", "dual-encoder"]
 Lora = Literal["none", "vision", "text", "both"]
+LoraKind = Literal["lora", "bottleneck"]
 CaptionsPerEpoch = Literal["one", "all"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -196,6 +197,12 @@ class BackboneOptions:
     lora_alpha: float | None = option(None, "Scale of LoRA; without it, twice the rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.", least=0, most=1)
     lora_targets: list[str] = option([], "Names of the layers with LoRA; without them, all linear layers.")
+    lora_metric: str | dict[str, Any] | None = option(
+        None, "Metric between the two LoRA matrices, such as diagonal (GSSF); also a structure with arguments."
+    )
+    lora_kind: LoraKind = option(
+        "lora", "Adapter: LoRA beside each layer, or a bottleneck on its output, which cannot be merged."
+    )
     merge_lora: bool = option(False, "Add the LoRA matrices to the weights when d2svse train saves a stage's model.")
 
     def lora_arguments(self) -> dict[str, dict[str, Any]]:
@@ -204,6 +211,8 @@ class BackboneOptions:
             "alpha": self.lora_alpha,
             "dropout": self.lora_dropout or None,
             "target_modules": self.lora_targets or None,
+            "metric": self.lora_metric,
+            "kind": None if self.lora_kind == "lora" else self.lora_kind,
         }
         arguments = {"rank": self.lora_rank, **{name: value for name, value in given.items() if value is not None}}
         return {side: dict(arguments) for side in ("vision", "text") if self.lora in (side, "both")}

@@ -29,6 +29,7 @@ from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
+from d2svse.models.adapters import parameter_table
 from d2svse.models.encoders import check_class_token
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
@@ -208,6 +209,8 @@ class Trainer(TransformersTrainer):
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)
+        if model.config.lora and shown and self.is_world_process_zero():
+            print(parameter_table(model), file=sys.stderr)
         tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
 
         image_tokens = None
