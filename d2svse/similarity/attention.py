@@ -201,3 +201,100 @@ class CrossAttentionI2T(CrossAttention):
             products = (left.mapped[0] @ right.mapped[0].T)[None, :, None]
             attended = self.both_products(left, right, products)[0].permute(2, 0, 1, 3)
             return Attention(self.attention(attended, left.mask, right.mask)[0, 0], "i2t")
+
+
+Focal = Literal["prob", "equal"]
+
+
+@register_similarity("bfan")
+class FocalAttention(CrossAttention):
+    """Bidirectional focal attention (BFAN, Liu et al., ACM MM 2019).
+
+    A fragment attends as in SCAN, then only to the context that is more relevant to it than the rest: c_i stays if
+    Σ_j g_j (a_i − a_j) > 0, with g_j = √a_j ("prob") or 1 ("equal"). The kept weights are normalised anew. The score
+    is the sum of the means over words and over patches.
+
+    Args:
+        smoothing: inverse temperature of the attention, 20 in the published code.
+        focal: confidence g of the context, "prob" or "equal".
+        metric_in: see `CrossAttention`.
+        **options: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if `focal` or `metric_in` is unknown or the smoothing is not positive.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 20.0,
+        focal: Focal = "prob",
+        metric_in: MetricIn = "both",
+        **options: Unpack[FragmentOptions],
+    ) -> None:
+        super().__init__(smoothing, metric_in=metric_in, **options)
+        if focal not in get_args(Focal):
+            raise ValueError(f"focal must be one of {', '.join(get_args(Focal))}, got {focal!r}")
+        self.focal = focal
+
+    def attention(self, products: Tensor, query_mask: Tensor, context_mask: Tensor) -> Tensor:
+        """Return the focal attention, see `CrossAttention.attention`."""
+        weights = super().attention(products, query_mask, context_mask)
+        real = context_mask[:, None, None, :]
+        confidence = weights.sqrt() if self.focal == "prob" else real.to(weights.dtype).expand_as(weights)
+        mean = (confidence * weights).sum(-1, keepdim=True) / confidence.sum(-1, keepdim=True).clamp(min=_EPSILON)
+        kept = weights.where((weights > mean) & real, 0)
+        total = kept.sum(-1, keepdim=True)
+        # equal weights have no context above their mean: the published code divides by zero, here they all stay
+        return torch.where(total > 0, kept / total.clamp(min=_EPSILON), weights)
+
+    def score_tile(  # noqa: D102
+        self, images: Fragments, texts: Fragments, products: Tensor
+    ) -> Tensor:
+        both = self.both_products(images, texts, products)
+        attended, compared = (p.permute(0, 2, 3, 1) for p in both)
+        t2i = self.pool(self.relevance(attended, texts.mask, images.vectors, images.mask, compared), texts.mask)
+        attended, compared = (p.permute(2, 0, 1, 3) for p in both)
+        i2t = self.pool(self.relevance(attended, images.mask, texts.vectors, texts.mask, compared), images.mask)
+        return t2i + i2t.T
+
+
+@register_similarity("naaf")
+class NegativeAware(CrossAttention):
+    """Negative-aware score of the words (NAAF, Zhang et al., CVPR 2022).
+
+    With s the cosines of a word and the patches and t the threshold, a word scores the sum of three parts: its
+    mismatch min(max s − t, 0); its cosine to the patches above t, weighted by a softmax of λ (s − t); and Σ a s with
+    the attention a of SCAN. The score of a pair is the mean over the words.
+
+    The paper learns t from the distributions of matching and mismatching words during training. Here t is an
+    argument: take it from a validation set.
+
+    Args:
+        threshold: t.
+        smoothing: λ, 20 in the published code.
+        **options: see `FragmentSimilarity`.
+
+    Raises:
+        ValueError: if the smoothing is not positive.
+    """
+
+    def __init__(self, threshold: float = 0.0, smoothing: float = 20.0, **options: Unpack[FragmentOptions]) -> None:
+        super().__init__(smoothing, **options)
+        self.threshold = threshold
+
+    def score_tile(  # noqa: D102
+        self, images: Fragments, texts: Fragments, products: Tensor
+    ) -> Tensor:
+        products = products.permute(0, 2, 3, 1)  # (n_images, n_texts, n_words, n_patches)
+        real = images.mask[:, None, None, :].expand_as(products)
+        above = products - self.threshold
+        mismatch = above.masked_fill(~real, torch.finfo(above.dtype).min).amax(-1).clamp(max=0)
+        positive = real & (above > 0)
+        weights = (above * self.smoothing).masked_fill(~positive, torch.finfo(above.dtype).min).softmax(-1)
+        weights = weights.masked_fill(~positive, 0)
+        spread = (weights.flatten(1, 2) @ (images.vectors @ images.vectors.mT)).view_as(weights)
+        norm = ((spread * weights).sum(-1).clamp(min=0) + _SMALLEST_NORM**2).sqrt()
+        match = (weights * products).sum(-1) / norm
+        related = (self.attention(products, texts.mask, images.mask) * products).sum(-1)
+        some = real.any(-1)
+        return self.pool((mismatch + match + related).masked_fill(~some, 0), texts.mask)

@@ -59,6 +59,21 @@ def check_stage(
         raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
 
 
+def score_distillation_loss(args: TrainingArguments) -> ScoreDistillationLoss:
+    """Return the distillation loss for a retrieval model as the teacher.
+
+    Raises:
+        ValueError: if the loss compares embeddings.
+    """
+    loss = build_distillation_loss(args.distill_loss)
+    if not isinstance(loss, ScoreDistillationLoss):
+        raise ValueError(
+            f"distill_loss {args.distill_loss!r} compares embeddings; a retrieval model as the teacher gives scores: "
+            "set distill_loss=kl"
+        )
+    return loss
+
+
 def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | RetrievalTeacher | None) -> AlignTask:
     """Return the task of a stage.
 
@@ -66,12 +81,7 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
         ValueError: if the teacher gives scores and the distillation loss compares embeddings.
     """
     if isinstance(teacher, RetrievalTeacher):
-        distillation_loss = build_distillation_loss(args.distill_loss)
-        if not isinstance(distillation_loss, ScoreDistillationLoss):
-            raise ValueError(
-                f"distill_loss {args.distill_loss!r} compares embeddings; a retrieval model as the teacher "
-                "gives scores: set distill_loss=kl"
-            )
+        distillation_loss = score_distillation_loss(args)
         return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, args.text_groups)
     if args.stage == "distill":
         return DistillTask(loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups)

@@ -32,7 +32,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import set_attention
+from d2svse.training.building import score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, world_size
@@ -457,6 +457,7 @@ def _given_teacher(
 ) -> Teacher | RetrievalTeacher | None:
     """Return the teacher that the recipe names, or None if stage 1 of this run makes it."""
     if recipe.teacher is not None and "distill" not in recipe.stages:
+        score_distillation_loss(stage_arguments["align"])  # fail now and not after loading the data
         return RetrievalTeacher(D2SVSE.from_pretrained(recipe.teacher), stage_arguments["align"].teacher_metric)
     source = recipe.teacher or (recipe.model if model.decoder is not None else None)
     if source is None or "distill" not in recipe.stages:
