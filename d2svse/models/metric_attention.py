@@ -94,12 +94,12 @@ class MetricAttention(nn.MultiheadAttention):
         """
         assert not need_weights
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        heads = [
+        queries, keys, values = (
             F.linear(side, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for side, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        ]
+        )
         seen = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-        attended = scaled_dot_product_attention(*heads, self.metric, attn_mask=seen)
+        attended = scaled_dot_product_attention(queries, keys, values, self.metric, attn_mask=seen)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 

@@ -153,10 +153,12 @@ class MaxSoftmax(MaxAlignment):
             nn.init.zeros_(self.image_weight)
             nn.init.zeros_(self.text_weight)
             return
-        for first, _, last in (self.image_network, self.text_network):
-            nn.init.xavier_uniform_(first.weight)
-            for part in (first.bias, last.weight, last.bias):
-                nn.init.zeros_(part)
+        for network in (self.image_network, self.text_network):
+            for name, parameter in network.named_parameters():
+                if name == "0.weight":
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
 
 
 @register_similarity("max-lse")
