@@ -139,6 +139,7 @@ def test_hosts_equal_the_naive_loop(options):
     torch.testing.assert_close(similarity(*padded), scores, atol=1e-6, rtol=0)
     torch.testing.assert_close(similarity(images[2], texts[1])[0, 0], scores[2, 1])
     tiny = build({**options, "max_memory": 1})
+    tiny.load_state_dict(similarity.state_dict())
     torch.testing.assert_close(tiny(images, texts), scores, atol=1e-6, rtol=0)
     tokens = images.tokens.clone().requires_grad_()
     similarity(Features(images.pooled, tokens, images.mask), texts).sum().backward()
