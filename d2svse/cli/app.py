@@ -18,6 +18,7 @@ from d2svse.cli import (
     convert,
     data,
     demo,
+    distill,
     encode,
     evaluate,
     explain,
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.command("train", epilog=train.EXAMPLES)(train.train)
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command("distill", epilog=distill.EXAMPLES)(distill.distill)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("encode", epilog=encode.EXAMPLES)(encode.encode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,33 +57,52 @@ def _one_sentence() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _flags() -> list[inspect.Parameter]:
+Config = Annotated[
+    Path | None, typer.Option(help="YAML file with these options; options of the command line override it.")
+]
+SimilarityArg = Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.", rich_help_panel="Model")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage.",
+        rich_help_panel="Training",
+    ),
+]
+
+
+def training_flags(*left_out: str) -> list[inspect.Parameter]:
+    """Return the flags of all options of a training run, except some."""
     headings = {DataOptions: "Data", StartOptions: "Model", ModelOptions: "Model", RunOptions: "Run"}
     of_preset = {name for preset in PRESETS.values() for name in preset}
-    return [flag for group in GROUPS for flag in flags(group, headings.get(group, "Training"), of_preset)]
+    every = [flag for group in GROUPS for flag in flags(group, headings.get(group, "Training"), of_preset)]
+    return [flag for flag in every if flag.name not in left_out]
 
 
-@with_flags(_flags())
-def train(
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with these options; options of the command line override it.")
-    ] = None,
-    similarity_arg: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the similarity.", rich_help_panel="Model")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage.",
-            rich_help_panel="Training",
-        ),
-    ] = None,
-    **given: Any,
-) -> None:
+@with_flags(training_flags())
+def train(config: Config = None, similarity_arg: SimilarityArg = None, set_: Set = None, **given: Any) -> None:
     """Train a model in two stages, or in one of them.
 
     Give --train, --val and --output, and either --model or both --vision and --text. --config can give all of them.
+    """
+    run_training(config, similarity_arg, set_, given)
+
+
+def run_training(
+    config: Path | None,
+    similarity_arg: list[str] | None,
+    set_: list[str] | None,
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the recipe of a file and of the command line, and print the results.
+
+    Args:
+        config: the file, or None.
+        similarity_arg: `--similarity-arg`.
+        set_: `--set`.
+        given: values of the flags by name; None for a flag that was not given.
+        defaults: training options that hold where neither the file nor the command line names them.
     """
     prepare_process()
     from d2svse.training.distributed import is_main_process
@@ -102,6 +121,10 @@ def train(
         source = config or "options"
         similarity_arguments = parse_assignments(similarity_arg or [], "--similarity-arg")
         values = merge(read_recipe(config) if config else {}, sections, similarity_arguments, source)
+        named = {name for section in ("training", *STAGES) for name in values.get(section) or {}}
+        for name, value in (defaults or {}).items():
+            if name not in named:
+                values["training"] = {**(values.get("training") or {}), name: value}
         recipe = Recipe.from_mapping(values, source)
         results = run_recipe(recipe)
     if not is_main_process():

@@ -22,6 +22,7 @@ class Sample:
         image_tokens: `(n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n_image_tokens,)` bool, the backbone's tokens to keep.
         teacher_embeds: `(embed_dim,)` dense embedding to distil from.
+        caption_id: row of the text among the captions of its data set; -1 for a dense caption.
     """
 
     input_ids: list[int]
@@ -31,6 +32,7 @@ class Sample:
     image_tokens: Tensor | None = None
     image_token_mask: Tensor | None = None
     teacher_embeds: Tensor | None = None
+    caption_id: int = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +49,7 @@ class Batch:
         image_tokens: `(n, n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n, n_image_tokens)` bool, the backbone's tokens to keep.
         teacher_embeds: `(n, embed_dim)` dense embeddings to distil from.
+        caption_ids: `(n,)` int64, row of each text among the captions of its data set; -1 for a dense caption.
     """
 
     input_ids: Tensor
@@ -57,6 +60,7 @@ class Batch:
     image_tokens: Tensor | None = None
     image_token_mask: Tensor | None = None
     teacher_embeds: Tensor | None = None
+    caption_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -105,5 +109,6 @@ class Collator:
             attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             valid=torch.tensor([sample.valid for sample in samples]),
+            caption_ids=torch.tensor([sample.caption_id for sample in samples]),
             **{name: torch.stack([getattr(sample, name) for sample in samples]) for name in parts},
         )

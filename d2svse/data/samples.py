@@ -167,8 +167,7 @@ class TrainingSamples(Dataset[Sample]):
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
         self.image_of_row = dataset.image_of_caption if text == "sparse" and captions_per_epoch == "all" else None
-        if self.image_of_row is not None:
-            self.first_caption = np.searchsorted(self.image_of_row, np.arange(len(dataset)))
+        self.first_caption = np.searchsorted(dataset.image_of_caption, np.arange(len(dataset)))
         known = min(len(tokenizer), num_embeddings or len(tokenizer))
         self.replacements = np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
         mask = tokenizer.mask_token_id
@@ -191,8 +190,10 @@ class TrainingSamples(Dataset[Sample]):
         if self.num_image_tokens is not None:
             rng = self._generator(draw, augment.IMAGE_TOKENS)
             mask = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
+        text, caption = self._text(draw, row)
         return Sample(
-            input_ids=self._token_ids(self._text(draw, row), draw),
+            input_ids=self._token_ids(text, draw),
+            caption_id=caption,
             image_id=row,
             valid=draw.valid,
             pixel_values=pixels,
@@ -223,13 +224,16 @@ class TrainingSamples(Dataset[Sample]):
     def _generator(self, draw: Draw, purpose: int) -> np.random.Generator:
         return augment.generator(self.seed, draw.epoch, draw.index, purpose)
 
-    def _text(self, draw: Draw, row: int) -> str:
+    def _text(self, draw: Draw, row: int) -> tuple[str, int]:
+        """Return the text of a draw, and its row among the captions of the data set (-1 for a dense caption)."""
         if self.dense_captions is not None:
-            return self.dense_captions[row]
-        captions = self.dataset.records[row].captions
+            return self.dense_captions[row], -1
+        captions, first = self.dataset.records[row].captions, int(self.first_caption[row])
         if self.image_of_row is not None:
-            return captions[draw.index - int(self.first_caption[row])]
-        return captions[self._generator(draw, augment.CAPTION).integers(len(captions))]
+            number = draw.index - first
+        else:
+            number = int(self._generator(draw, augment.CAPTION).integers(len(captions)))
+        return captions[number], first + number
 
     def _token_ids(self, text: str, draw: Draw) -> list[int]:
         encoded = self.processor.tokenizer(text, truncation=True, max_length=self.max_length)

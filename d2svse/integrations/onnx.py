@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from d2svse.files.folder import FolderKind, is_own, written_folder
 from d2svse.hub.saving import PROCESSOR_NAMES, named_files
 from d2svse.models.decoder import ContextDecoder
+from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.pooling import GeneralizedPooling
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for backbone in backbones:
-            backbone.set_attn_implementation("eager")
+            if backbone.config._attn_implementation != METRIC_ATTENTION:
+                backbone.set_attn_implementation("eager")
         for part in pooled:
             part.pooling = TabledPooling(part.pooling, lengths[part])
         yield

@@ -37,9 +37,9 @@ class L2Distillation(DistillationLoss):
 class KLDistillation(ScoreDistillationLoss):
     """KL divergence from the teacher's softmax over the batch to the student's, both directions (GSSF).
 
-    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. The model's own similarity
-    gives both kinds of scores, so a GSSF metric calibrates the teacher's too. Other pairs of the same image are left
-    out of both distributions.
+    KL(softmax(t / τ) ‖ softmax(s / τ)) over rows and over columns, averaged over both. In stage 2 the model's own
+    similarity gives both kinds of scores. With a retrieval model as the teacher, each has its own. Other pairs of the
+    same image are left out of both distributions.
 
     Args:
         temperature: τ.

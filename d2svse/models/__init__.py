@@ -14,6 +14,7 @@ __getattr__, __dir__ = lazy_names(
         "encoders": ["ImageEncoder", "TextEncoder"],
         "fingerprint": ["model_fingerprint"],
         "image_processing": ["D2SVSEImageProcessorPil"],
+        "metric_attention": ["patch_attention", "scaled_dot_product_attention"],
         "modeling": ["D2SVSE", "D2SVSEOutput"],
         "pooling": ["GeneralizedPooling"],
         "processing": ["D2SVSEProcessor"],
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from d2svse.models.encoders import TextEncoder as TextEncoder
     from d2svse.models.fingerprint import model_fingerprint as model_fingerprint
     from d2svse.models.image_processing import D2SVSEImageProcessorPil as D2SVSEImageProcessorPil
+    from d2svse.models.metric_attention import patch_attention as patch_attention
+    from d2svse.models.metric_attention import scaled_dot_product_attention as scaled_dot_product_attention
     from d2svse.models.modeling import D2SVSE as D2SVSE
     from d2svse.models.modeling import D2SVSEOutput as D2SVSEOutput
     from d2svse.models.pooling import GeneralizedPooling as GeneralizedPooling

@@ -52,6 +52,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             alone, which is stored and saved as `{"name": ...}`; cosine by default.
         dual_encoder: configuration of the dual encoder of transformers (CLIP, SigLIP, ...) that the model was made
             from, with its `model_type` and without its towers; both poolings are "native" then.
+        attention_metric: metric between query and key of the backbones by side ("vision", "text"), such as
+            `{"text": "diagonal"}`, see `patch_attention`.
+        teacher_similarity: similarity of a teacher whose scores are distilled, and the width of its vectors,
+            `{"similarity": ..., "dim": ...}`; in checkpoints of that training only.
         lora: arguments of `add_lora` by side ("vision", "text"), for backbones with LoRA matrices.
         logit_scale_init_value: initial log(1 / temperature) of the factor from scores to logits.
         logit_bias_init_value: number added to the logits, as in SigLIP; None adds none.
@@ -85,6 +89,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     context_tokens: str = "none"
     similarity: dict[str, Any] | str | None = None
     dual_encoder: dict[str, Any] | None = None
+    attention_metric: dict[str, Any] | None = None
+    teacher_similarity: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
     logit_scale_init_value: float | int = 2.995732273553991
     logit_bias_init_value: float | int | None = None
@@ -102,9 +108,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         ):
             if name not in known:
                 raise ValueError(unknown(kind, name, known))
-        for side in self.lora or {}:
-            if side not in ("vision", "text"):
-                raise ValueError(unknown("side for LoRA", side, ("vision", "text")))
+        for kind, sides in (("LoRA", self.lora), ("attention_metric", self.attention_metric)):
+            for side in sides or {}:
+                if side not in ("vision", "text"):
+                    raise ValueError(unknown(f"side for {kind}", side, ("vision", "text")))
         if self.context_gate and not self.context_residual:
             raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
         if self.context_gate and self.context_tokens == "join":
@@ -112,8 +119,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         native = {self.image_pooling, self.text_pooling}
         if "native" in native and (native != {"native"} or self.dual_encoder is None):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
-        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder", "lora")
-        check_limits({name: getattr(self, name) for name in own})
+        own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder")
+        check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "teacher_similarity", "lora")})
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be at least 0 and less than 1, got {self.text_dropout}")
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:

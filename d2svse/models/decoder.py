@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2svse.choices import Placement, unknown
 from d2svse.features import at_least_float32
+from d2svse.models.metric_attention import MetricAttention, MetricConfiguration
 from d2svse.models.pooling import POOLINGS
 
 
@@ -34,6 +35,8 @@ class ContextDecoder(nn.Module):
         max_positions: largest number of words plus tokens for the position embedding.
         mask_padding: hide padded words from the attention. The published code does not.
         pooling: pooling of the outputs at the tokens: "mean" as in the paper, "gpo" or "max".
+        metric: metric between query and key of every layer, such as "diagonal" (GSSF), see `MetricAttention`; None for
+            plain attention.
 
     Raises:
         ValueError: if `placement` or `pooling` is unknown, or `num_heads` does not divide `embed_dim`.
@@ -50,6 +53,7 @@ class ContextDecoder(nn.Module):
         max_positions: int = 640,
         mask_padding: bool = True,
         pooling: str = "mean",
+        metric: MetricConfiguration | None = None,
     ) -> None:
         super().__init__()
         before = {"prefix": num_tokens, "postfix": 0, "surround": num_tokens // 2}
@@ -70,6 +74,9 @@ class ContextDecoder(nn.Module):
         layer = nn.TransformerEncoderLayer(
             embed_dim, num_heads, 4 * embed_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
+        self.has_metric = metric is not None
+        if metric is not None:
+            layer.self_attn = MetricAttention(embed_dim, num_heads, metric)
         self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(embed_dim), enable_nested_tensor=False)
         self.pooling = POOLINGS[pooling]()
 
@@ -119,29 +126,40 @@ class ContextDecoder(nn.Module):
         hidden = ~real if self.mask_padding else None
         *layers, last = cast(Iterable[nn.TransformerEncoderLayer], self.layers.layers)
         for layer in layers:
-            sequence = layer(sequence, src_key_padding_mask=hidden)
+            if self.has_metric:  # torch's own forward may take a fast path, which knows no metric
+                sequence = self._run(layer, sequence, hidden, _everywhere)
+            else:
+                sequence = layer(sequence, src_key_padding_mask=hidden)
         assert self.layers.norm is not None
-        if not len(self.tokens):
-            outputs: Tensor = self.layers.norm(last(sequence, src_key_padding_mask=hidden))
-            return outputs
-        outputs = self.layers.norm(self._at_tokens(last, sequence, hidden))
+        positions = self._at_tokens if len(self.tokens) else _everywhere
+        outputs: Tensor = self.layers.norm(self._run(last, sequence, hidden, positions))
         return outputs
 
-    def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
-        """Run the last layer for the learnable tokens only."""
-
-        def at_tokens(values: Tensor) -> Tensor:
-            return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self._num_after :]], dim=1)
-
+    def _run(
+        self,
+        layer: nn.TransformerEncoderLayer,
+        sequence: Tensor,
+        hidden: Tensor | None,
+        chosen: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Run a layer for the chosen positions only."""
         normed = layer.norm1(sequence)
-        attended, _ = layer.self_attn(at_tokens(normed), normed, normed, key_padding_mask=hidden, need_weights=False)
-        tokens = at_tokens(sequence) + attended
+        attended, _ = layer.self_attn(chosen(normed), normed, normed, key_padding_mask=hidden, need_weights=False)
+        tokens = chosen(sequence) + attended
         inner: Tensor = layer.linear2(layer.activation(layer.linear1(layer.norm2(tokens))))
         return tokens + inner
+
+    def _at_tokens(self, values: Tensor) -> Tensor:
+        """Return the positions of the learnable tokens."""
+        return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self._num_after :]], dim=1)
 
     @property
     def _num_after(self) -> int:
         return len(self.tokens) - self.num_before
+
+
+def _everywhere(values: Tensor) -> Tensor:
+    return values
 
 
 class ContextAttention(nn.Module):
@@ -154,12 +172,20 @@ class ContextAttention(nn.Module):
         num_tokens: number of learnable tokens.
         num_heads: number of attention heads.
         mask_padding: hide padded words from the attention. The published code does not.
+        metric: metric between query and key, see `MetricAttention`; None for plain attention.
 
     Raises:
         ValueError: if `num_tokens` or `num_heads` is below 1, or `num_heads` does not divide `embed_dim`.
     """
 
-    def __init__(self, embed_dim: int, num_tokens: int = 100, num_heads: int = 8, mask_padding: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_tokens: int = 100,
+        num_heads: int = 8,
+        mask_padding: bool = True,
+        metric: MetricConfiguration | None = None,
+    ) -> None:
         super().__init__()
         if min(num_tokens, num_heads) < 1 or embed_dim % num_heads:
             raise ValueError(
@@ -169,7 +195,11 @@ class ContextAttention(nn.Module):
         self.mask_padding = mask_padding
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim))
         nn.init.normal_(self.tokens, std=0.02)
-        self.attention = nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+        self.attention = (
+            nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)
+            if metric is None
+            else MetricAttention(embed_dim, num_heads, metric)
+        )
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean over the learnable tokens for a batch of texts, see `outputs` and `pool`."""

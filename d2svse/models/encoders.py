@@ -342,7 +342,7 @@ def check_text_backbone(encoder: TextEncoder) -> None:
             f"a {kind} backbone lets padding change the tokens of a text, so that scores would depend on the batch; "
             "use another text backbone"
         )
-    if isinstance(encoder.pooling, ClsPooling) and torch.allclose(*alone[:, 0], rtol=1e-4, atol=1e-5):
+    if isinstance(encoder.pooling, ClsPooling) and torch.allclose(alone[0, 0], alone[1, 0], rtol=1e-4, atol=1e-5):
         raise ValueError(
             f"text_pooling cls: a {kind} backbone reads from left to right, so its first token "
             "is the same for all texts; use gpo, mean or max"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
-from d2svse.models.adapters import MARK, add_lora, merge_lora
+from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
@@ -63,9 +63,10 @@ from d2svse.models.encoding import (
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
+from d2svse.models.metric_attention import patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
-from d2svse.similarity import Similarity, build_similarity
+from d2svse.similarity import Metric, Similarity, build_similarity
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         )
         self.context_gate = nn.Parameter(torch.zeros(())) if self.decoder is not None and config.context_gate else None
         self.similarity_fn = build_similarity(config.similarity or "cosine", config.embed_dim)
+        self.teacher_similarity: Similarity | None = None
+        if config.teacher_similarity is not None:
+            self.set_teacher_similarity(**config.teacher_similarity)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
@@ -167,6 +171,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.weight_files: list[list[Any]] = []
         self._warned = False
         self.post_init()
+        for side, metric in (config.attention_metric or {}).items():
+            patch_attention(self._backbone(side), metric)
         for side, arguments in (config.lora or {}).items():
             add_lora(self._backbone(side), **arguments)
 
@@ -291,7 +297,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
         Raises:
             ValueError: if the model was not made from a dual encoder, or has parts that a dual encoder lacks: a
-                similarity other than cosine, a context decoder, or LoRA matrices.
+                similarity other than cosine, a context decoder, LoRA matrices, or a metric in its attention.
         """
         config: Any = self.config
         if config.dual_encoder is None:
@@ -300,6 +306,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             f"the similarity {config.similarity['name']}": config.similarity["name"] != "cosine",
             "a context decoder": self.decoder is not None,
             "LoRA matrices": bool(config.lora),
+            "a metric in its attention": bool(config.attention_metric),
         }
         for part, there in parts.items():
             if there:
@@ -887,19 +894,30 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.config.context_decoder = arguments
         return self.decoder
 
+    def set_teacher_similarity(self, similarity: str | Mapping[str, Any] | None, dim: int | None = None) -> None:
+        """Add the similarity of a teacher whose scores are distilled, for training and its checkpoints; None drops it.
+
+        Args:
+            similarity: its configuration.
+            dim: width of the teacher's vectors.
+        """
+        built = None if similarity is None else build_similarity(similarity, dim)
+        self.teacher_similarity = built if built is None else built.to(self.device)
+        self.config.teacher_similarity = None if similarity is None else {"similarity": similarity, "dim": dim}
+
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
         """Freeze or unfreeze the backbones. A frozen backbone stays in eval mode.
 
         Args:
             vision: True freezes the vision backbone, False unfreezes it, None leaves it as it is.
-                In a backbone with LoRA only the added matrices are unfrozen.
+                In a backbone with LoRA only the added matrices and metrics are unfrozen.
             text: freezes the text backbone in the same way.
         """
         for side, frozen in (("vision", vision), ("text", text)):
             if frozen is not None:
                 adapted = side in (self.config.lora or {})
                 for name, parameter in self._backbone(side).named_parameters():
-                    parameter.requires_grad_(not frozen and (not adapted or MARK in name))
+                    parameter.requires_grad_(not frozen and (not adapted or is_added(name)))
         self.train(self.training)
 
     def add_lora(self, side: Literal["vision", "text"], **arguments: Any) -> None:
@@ -954,7 +972,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 init.normal_(module.tokens, std=1.0 if published else 0.02)
             if published:
                 _reset(module)
-        elif isinstance(module, Similarity):
+        elif isinstance(module, Similarity | Metric):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))

@@ -50,6 +50,19 @@ class Similarity(nn.Module, ABC):
             arguments = {"dim": dim, **arguments}
         return cls(**arguments)
 
+    @classmethod
+    def calibrated(cls, options: dict[str, Any], metric: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration of this similarity with a learned metric instead of cosine.
+
+        Args:
+            options: configuration of this similarity, `{"name": ..., **constructor_arguments}`.
+            metric: structure of the metric, or the structure and its arguments, see `Metric`.
+
+        Raises:
+            ValueError: if the similarity takes no metric, or has a learned one already.
+        """
+        raise ValueError(f"the similarity {options['name']} takes no metric; leave it out")
+
     def penalty(self) -> Tensor | None:
         """A scalar that training adds to the loss, such as a weight penalty, or None."""
         return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,12 @@ class Cosine(Similarity):
         return F.normalize(images.pooled, dim=-1) @ F.normalize(texts.pooled, dim=-1).T
 
     vector_score = "cosine"  # the inner product of normalised vectors
+
+    @classmethod
+    def calibrated(cls, options: dict[str, Any], metric: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration of the GSSF similarity with this metric."""
+        arguments = {"structure": metric} if isinstance(metric, str) else dict(metric)
+        return {"name": f"gssf-{arguments.pop('structure', None)}", **arguments}
 
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """L2-normalise: the inner product of normalised vectors is the cosine."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from d2svse.features import Features, at_least_float32
 from d2svse.similarity.base import Side, Similarity, register_similarity
-from d2svse.similarity.metric import Metric, Structure
+from d2svse.similarity.metric import Metric, MetricOptions, Structure
 
 
 class GSSF(Similarity):
-    """xᵀ(W ⊙ U)y on L2-normalised pooled vectors (GSSF), W the identity at the start. It folds.
+    """xᵀ(W ⊙ U)y on L2-normalised pooled vectors (GSSF), W the identity at the start by default. It folds.
 
     A diagonal W weighs dimensions. A block-diagonal W mixes neighbouring dimensions. A dense W has dim² weights and
     gains less than either in the paper.
@@ -20,8 +22,7 @@ class GSSF(Similarity):
         structure: "diagonal", "block-diagonal" or "dense".
         dim: width of the vectors; a model gives its `embed_dim`.
         num_blocks: see `Metric`.
-        dropout: see `Metric`.
-        weight_penalty: see `Metric`.
+        **options: see `Metric`.
 
     Attributes:
         metric: the `Metric`; `metric.weights()` reads the learned structure.
@@ -32,11 +33,10 @@ class GSSF(Similarity):
         structure: Structure = "block-diagonal",
         dim: int | None = None,
         num_blocks: int | None = None,
-        dropout: float = 0.0,
-        weight_penalty: float = 0.0,
+        **options: Unpack[MetricOptions],
     ) -> None:
         super().__init__()
-        self.metric = Metric(structure, dim, num_blocks, dropout, weight_penalty)
+        self.metric = Metric(structure, dim, num_blocks, **options)
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         return self.metric.left(images.pooled) @ self.metric.right(texts.pooled).T
@@ -60,10 +60,11 @@ class GSSFDiagonal(GSSF):
 
     Args:
         dim: width of the vectors; a model gives its `embed_dim`.
+        **options: see `Metric`.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__("diagonal", dim)
+    def __init__(self, dim: int, **options: Unpack[MetricOptions]) -> None:
+        super().__init__("diagonal", dim, **options)
 
 
 @register_similarity("gssf-block-diagonal")
@@ -73,10 +74,11 @@ class GSSFBlockDiagonal(GSSF):
     Args:
         dim: width of the vectors; a model gives its `embed_dim`.
         num_blocks: blocks, which must divide `dim`; dim / 2 without it.
+        **options: see `Metric`; `ratio` is another name of `num_blocks`.
     """
 
-    def __init__(self, dim: int, num_blocks: int | None = None) -> None:
-        super().__init__("block-diagonal", dim, num_blocks)
+    def __init__(self, dim: int, num_blocks: int | None = None, **options: Unpack[MetricOptions]) -> None:
+        super().__init__("block-diagonal", dim, num_blocks, **options)
 
 
 @register_similarity("gssf-dense")
@@ -85,9 +87,9 @@ class GSSFDense(GSSF):
 
     Args:
         dim: width of the vectors; a model gives its `embed_dim`.
-        dropout: drop entries of W in training (the paper's Dense_dp).
-        weight_penalty: factor of the squared norm of W, added to the loss (the paper's Dense_re).
+        **options: see `Metric`; `init="random"` is the paper's Dense, `dropout` its Dense_dp, `weight_penalty` its
+            Dense_re.
     """
 
-    def __init__(self, dim: int, dropout: float = 0.0, weight_penalty: float = 0.0) -> None:
-        super().__init__("dense", dim, dropout=dropout, weight_penalty=weight_penalty)
+    def __init__(self, dim: int, **options: Unpack[MetricOptions]) -> None:
+        super().__init__("dense", dim, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from d2svse.choices import unknown
 
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
+Start = Literal["identity", "random"]
+
+
+class MetricOptions(TypedDict, total=False):
+    """Further options of a learned metric, see `Metric`."""
+
+    ratio: int | None
+    init: Start
+    dropout: float
+    weight_penalty: float
 
 
 class Metric(nn.Module):
@@ -22,15 +32,22 @@ class Metric(nn.Module):
     cosine; "cosine" itself has no parameter. W is kept as its blocks, never as dim × dim, unless
     it is dense.
 
+    A random W has independent normal entries of deviation b^-½, so that it keeps the length of a vector on average
+    (b is the width of a block). The paper compares both starts (Tables I and IX). The text at hand gives no
+    distribution, so this one is a choice of this package.
+
     Args:
         structure: "cosine", "diagonal", "block-diagonal" or "dense".
         dim: width of the vectors.
-        num_blocks: blocks of a block-diagonal metric; the paper's "ratio", about dim / 2 for
-            pooled vectors and 4 for tokens. It must divide `dim`.
+        num_blocks: blocks of a block-diagonal metric, about dim / 2 for pooled vectors and 4 for
+            tokens. It must divide `dim`.
+        ratio: the paper's name for `num_blocks`: the width of the vectors over that of a block. Give one of them.
+        init: start of W, "identity" or "random".
         dropout: drop entries of W in training (the paper's Dense_dp).
         weight_penalty: factor of the squared Frobenius norm of W in `penalty` (Dense_re).
 
     Attributes:
+        dim: width of the vectors, or None.
         weight: `(dim,)` of a diagonal metric, `(num_blocks, b, b)` with b = dim / num_blocks of the
             others, None for cosine.
 
@@ -47,11 +64,24 @@ class Metric(nn.Module):
         num_blocks: int | None = None,
         dropout: float = 0.0,
         weight_penalty: float = 0.0,
+        *,
+        ratio: int | None = None,
+        init: Start = "identity",
     ) -> None:
         super().__init__()
         if structure not in get_args(Structure):
             raise ValueError(unknown("metric", structure, get_args(Structure)))
-        self.structure, self.dropout, self.weight_penalty = structure, dropout, weight_penalty
+        if init not in get_args(Start):
+            raise ValueError(unknown("start of a metric", init, get_args(Start)))
+        if num_blocks is not None and ratio is not None:
+            raise ValueError(f"num_blocks {num_blocks} and ratio {ratio} are the same number; give one of them")
+        if structure != "block-diagonal" and ratio is not None:
+            raise ValueError(f"ratio is the number of blocks of a block-diagonal metric; a {structure} one has none")
+        if structure == "cosine" and init == "random":
+            raise ValueError("a cosine metric has no weights to start at random; name another structure")
+        num_blocks = num_blocks if ratio is None else ratio
+        self.structure, self.dropout, self.weight_penalty, self.init = structure, dropout, weight_penalty, init
+        self.dim = dim
         if structure == "cosine":
             self.register_parameter("weight", None)
             return
@@ -63,11 +93,13 @@ class Metric(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if structure == "diagonal":
             self.weight = nn.Parameter(torch.ones(dim))
-            return
-        blocks = 1 if structure == "dense" else num_blocks or max(1, dim // 2)
-        if dim % blocks:
-            raise ValueError(f"{blocks} blocks do not divide the width {dim}")
-        self.weight = nn.Parameter(torch.eye(dim // blocks).repeat(blocks, 1, 1))
+        else:
+            blocks = 1 if structure == "dense" else num_blocks or max(1, dim // 2)
+            if dim % blocks:
+                raise ValueError(f"{blocks} blocks do not divide the width {dim}")
+            self.weight = nn.Parameter(torch.eye(dim // blocks).repeat(blocks, 1, 1))
+        if init == "random":
+            self.reset_parameters()
 
     @classmethod
     def from_config(cls, configuration: str | Mapping[str, Any] | Metric, dim: int | None, **defaults: Any) -> Metric:
@@ -84,16 +116,20 @@ class Metric(nn.Module):
         if isinstance(configuration, Metric):
             return configuration
         given = {"structure": configuration} if isinstance(configuration, str) else dict(configuration)
+        if given.get("ratio") is not None:
+            defaults.pop("num_blocks", None)
         try:
             return cls(**{"dim": dim, **defaults, **given})
         except TypeError as error:
             raise ValueError(f"metric {given}: {error}") from None
 
     def reset_parameters(self) -> None:
-        """Make W the identity."""
+        """Give W its start: the identity, or random numbers."""
         if self.weight is None:
             return
-        if self.weight.ndim == 1:
+        if self.init == "random":
+            nn.init.normal_(self.weight, std=1.0 if self.weight.ndim == 1 else self.weight.shape[-1] ** -0.5)
+        elif self.weight.ndim == 1:
             nn.init.ones_(self.weight)
         elif not getattr(self.weight, "_is_hf_initialized", False):  # views of the blocks lack this mark
             with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from d2svse.features import Features
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import Side, Similarity
-from d2svse.similarity.metric import Metric
+from d2svse.similarity.metric import Metric, MetricOptions
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the cache between two operations
@@ -76,8 +76,9 @@ class FragmentSimilarity(Similarity):
     has a faster `score_pairs` (`Transport` has one).
 
     A configuration names the metric: `{"name": "omit", "metric": "diagonal"}`, or with its arguments
-    `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`. A block-diagonal metric has 4 blocks
-    by default, as in the paper for fragments.
+    `{"metric": {"structure": "block-diagonal", "num_blocks": 8}}`; the arguments may also stand beside the metric. A
+    block-diagonal metric has 4 blocks by default, as in the paper for fragments. Dropout of the metric's weights draws
+    once for all pairs of a batch.
 
     Args:
         metric: how two fragments are compared; cosine without it.
@@ -99,17 +100,26 @@ class FragmentSimilarity(Similarity):
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:
-        """Make one with the metric that is named; `num_blocks` beside it is the metric's."""
+        """Make one with the metric that is named; options of `Metric` beside it are the metric's."""
         parameters = inspect.signature(cls).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         arguments = dict(arguments)
         if "metric" in arguments or "metric" in parameters or takes_all:
             width = arguments.get("dim", dim)
-            blocks = arguments.pop("num_blocks", NUM_BLOCKS)
-            arguments["metric"] = Metric.from_config(arguments.get("metric", "cosine"), width, num_blocks=blocks)
+            names = {"num_blocks", *MetricOptions.__annotations__} - parameters.keys()
+            beside = {name: arguments.pop(name) for name in names & arguments.keys()}
+            blocks = {} if beside.get("ratio") is not None else {"num_blocks": NUM_BLOCKS}
+            arguments["metric"] = Metric.from_config(arguments.get("metric", "cosine"), width, **{**blocks, **beside})
         if "dim" not in parameters:
             arguments.pop("dim", None)  # which is the metric's
         return super().from_config(arguments, dim)
+
+    @classmethod
+    def calibrated(cls, options: dict[str, Any], metric: str | Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration with this metric instead of cosine."""
+        if options.get("metric", "cosine") not in ("cosine", {"structure": "cosine"}):
+            raise ValueError(f"the similarity {options['name']} has a metric already; leave another out")
+        return {**options, "metric": metric}
 
     @abstractmethod
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:
@@ -253,6 +263,9 @@ class FragmentSimilarity(Similarity):
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()
+
+    def penalty(self) -> Tensor | None:  # noqa: D102
+        return self.metric.penalty()
 
 
 def _fragments(features: Features) -> Fragments:

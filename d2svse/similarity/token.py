@@ -50,14 +50,18 @@ class MaxAlignment(FragmentSimilarity):
         scores = []
         if self.direction != "t2i":
             best = products.amax(3).transpose(1, 2)  # (n_images, n_texts, n_patches)
-            scores.append(self._summed(best, images.mask[:, None], images.vectors[:, None], "image"))
+            scores.append(self._summed(best, images.mask[:, None], self.weighed(images)[:, None], "image"))
         if self.direction != "i2t":
             best = products.amax(1)  # (n_images, n_texts, n_words)
-            scores.append(self._summed(best, texts.mask[None], texts.vectors[None], "text"))
+            scores.append(self._summed(best, texts.mask[None], self.weighed(texts)[None], "text"))
         return torch.stack(scores).mean(0)
 
     def alignment(self, images: Features, texts: Features) -> BestPartners:  # noqa: D102
         return BestPartners(self.products(images, texts), self.direction)
+
+    def weighed(self, side: Fragments) -> Tensor:
+        """Return the fragments that `aggregate` gets, `(n, length, dim)`: by default the normalised ones."""
+        return side.vectors
 
     def _summed(self, best: Tensor, mask: Tensor, tokens: Tensor, side: str) -> Tensor:
         real = mask & ~best.isneginf()
@@ -99,11 +103,14 @@ class MaxSum(MaxAlignment):
 class MaxSoftmax(MaxAlignment):
     """Best partners weighted by a softmax of learned fragment weights (WTI of DRL).
 
-    The weights are linear in the normalised fragment and start at zero, which is the mean.
+    By default the weights are linear in the normalised fragment and start at zero, which is the mean. With two layers
+    they come from a network Linear, ReLU, Linear over the fragments as they are, not normalised, as DRL does by
+    default. Its last layer starts at zero here, so that it starts as the mean too.
 
     Args:
         dim: width of the fragments; a model gives its `embed_dim`.
         direction: see `MaxAlignment`.
+        layers: 1 or 2.
         **options: see `FragmentSimilarity`.
     """
 
@@ -111,20 +118,47 @@ class MaxSoftmax(MaxAlignment):
         self,
         dim: int,
         direction: Direction = "both",
+        layers: Literal[1, 2] = 1,
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(direction, **options)
+        if layers not in (1, 2):
+            raise ValueError(f"layers must be 1 or 2, got {layers!r}")
+        self.layers = layers
+        if layers == 2:
+            self.image_network, self.text_network = (
+                nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1)) for _ in range(2)
+            )
+            self.reset_parameters()
+            return
         self.image_weight, self.text_weight = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
-        weight = self.image_weight if side == "image" else self.text_weight
-        logits = (tokens @ weight.to(tokens.dtype)).masked_fill(~real, torch.finfo(best.dtype).min)
+        logits = self._logits(tokens, side).masked_fill(~real, torch.finfo(best.dtype).min)
         return (logits.softmax(-1) * best).sum(-1)
+
+    def weighed(self, side: Fragments) -> Tensor:
+        """Return the fragments as they are with two layers, and normalised with one."""
+        return side.vectors * side.norms[..., None] if self.layers == 2 else side.vectors
+
+    def _logits(self, tokens: Tensor, side: str) -> Tensor:
+        if self.layers == 2:
+            network = self.image_network if side == "image" else self.text_network
+            return network(tokens)[..., 0]
+        return tokens @ (self.image_weight if side == "image" else self.text_weight).to(tokens.dtype)
 
     def reset_parameters(self) -> None:  # noqa: D102
         super().reset_parameters()
-        nn.init.zeros_(self.image_weight)
-        nn.init.zeros_(self.text_weight)
+        if self.layers == 1:
+            nn.init.zeros_(self.image_weight)
+            nn.init.zeros_(self.text_weight)
+            return
+        for network in (self.image_network, self.text_network):
+            for name, parameter in network.named_parameters():
+                if name == "0.weight":
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
 
 
 @register_similarity("max-lse")

@@ -122,6 +122,8 @@ class TrainingArguments(
             raise ValueError(
                 "decoder_kind attention has learnable tokens and decoder_pooling mean; change these options"
             )
+        if self.merge_lora and self.lora_kind == "bottleneck":
+            raise ValueError("merge_lora: a bottleneck is not linear and cannot be merged; leave one of them out")
         build_distillation_loss(self.distill_loss)
         self.build_loss()
         if not torch.accelerator.is_available():

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.losses import RankingLoss, ScaledLoss, build_distillation_loss
+from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_distillation_loss
 from d2svse.models import D2SVSE
-from d2svse.models.adapters import MARK
+from d2svse.models.adapters import is_added
 from d2svse.models.encoders import embedding_count
+from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import ImageTokens
-from d2svse.training.tasks import AlignTask, DistillTask
-from d2svse.training.teacher import Teacher
+from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask
+from d2svse.training.teacher import RetrievalTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +34,18 @@ def data_seed(args: TrainingArguments) -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
-def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | None) -> None:
+def check_stage(
+    model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teacher: Teacher | RetrievalTeacher | None
+) -> None:
     """Check that the model, its similarity, the loss and the teacher fit the stage.
 
     Raises:
         ValueError: if one of them does not fit; the message names it.
     """
+    if isinstance(teacher, RetrievalTeacher) and args.stage != "align":
+        raise ValueError(f"a retrieval model as the teacher is for stage align, got stage {args.stage}")
+    if isinstance(teacher, Teacher) and args.stage != "distill":
+        raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
     if args.stage == "distill" and teacher is None and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
@@ -56,8 +63,30 @@ def check_stage(model: D2SVSE, args: TrainingArguments, loss: RankingLoss, teach
         raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
 
 
-def make_task(args: TrainingArguments, loss: RankingLoss) -> AlignTask:
-    """Return the task of a stage."""
+def score_distillation_loss(args: TrainingArguments) -> ScoreDistillationLoss:
+    """Return the distillation loss for a retrieval model as the teacher.
+
+    Raises:
+        ValueError: if the loss compares embeddings.
+    """
+    loss = build_distillation_loss(args.distill_loss)
+    if not isinstance(loss, ScoreDistillationLoss):
+        raise ValueError(
+            f"distill_loss {args.distill_loss!r} compares embeddings; a retrieval model as the teacher gives scores: "
+            "set distill_loss=kl"
+        )
+    return loss
+
+
+def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | RetrievalTeacher | None) -> AlignTask:
+    """Return the task of a stage.
+
+    Raises:
+        ValueError: if the teacher gives scores and the distillation loss compares embeddings.
+    """
+    if isinstance(teacher, RetrievalTeacher):
+        distillation_loss = score_distillation_loss(args)
+        return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, args.text_groups)
     if args.stage == "distill":
         return DistillTask(
             loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups, args.align_weight
@@ -128,7 +157,13 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
     before = []
     for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
         backbone: Any = encoder.backbone
-        before.append(backbone.config._attn_implementation)
+        own = backbone.config._attn_implementation
+        if own != name and METRIC_ATTENTION in (own, name):
+            raise ValueError(
+                f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
+                "leave the option out"
+            )
+        before.append(own)
         try:
             backbone.set_attn_implementation(name)
         except (ValueError, ImportError) as error:
@@ -203,7 +238,7 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups of equal learning rate and weight decay.
 
-    LoRA matrices count as new weights. New weights come first, because the log shows the
+    LoRA matrices and metrics of attention count as new weights. New weights come first, because the log shows the
     learning rate of the first group.
 
     Args:
@@ -219,7 +254,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            backbone = ".backbone." in name and MARK not in name
+            backbone = ".backbone." in name and not is_added(name)
             depth = below[name] if backbone and args.layer_decay != 1 else 0
             groups.setdefault((backbone, depth, name in kept), []).append(parameter)
     return [

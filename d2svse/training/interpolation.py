@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from d2svse.models import D2SVSE
-from d2svse.models.adapters import MARK
 from d2svse.models.averaging import interpolate
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_INPUTS = ("lora_A", "bottleneck_down")  # a new adapter changes nothing, whatever these weights are
 
 
 def keep_best_interpolation(
@@ -72,11 +73,11 @@ def align_start(start: D2SVSE, end: D2SVSE) -> dict[str, Tensor] | None:
     for side, arguments in (end.config.lora or {}).items():
         if side not in (start.config.lora or {}):
             start.add_lora(side, **arguments)
-    known = {name for name in start.state_dict() if f"{MARK}A" not in name}
+    known = {name for name in start.state_dict() if not any(part in name for part in ADAPTER_INPUTS)}
     if start.decoder is None and end.decoder is not None:
         if end.context_gate is None:
             return None
-        start.add_decoder(**end.config.context_decoder)  # its gate is closed
+        start.add_decoder(end.config.context_tokens, **end.config.context_decoder)  # its gate is closed
         known.add("context_gate")
     before = start.state_dict()
     return {

@@ -32,6 +32,7 @@ from d2svse.choices import (
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal["paper", "published", "recommended", "dual-encoder"]
 Lora = Literal["none", "vision", "text", "both"]
+LoraKind = Literal["lora", "bottleneck"]
 CaptionsPerEpoch = Literal["one", "all"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -102,7 +103,8 @@ class StartOptions:
     )
     teacher: str | None = option(
         None,
-        "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model.",
+        "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model. In "
+        "stage align, a retrieval model whose scores teach.",
         flag=True,
     )
 
@@ -199,6 +201,12 @@ class LossOptions:
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
     align_weight: float = option(1.0, "Weight of the ranking loss in stage distill; 0 distils alone.", least=0)
+    teacher_metric: str | dict[str, Any] | None = option(
+        None,
+        "Metric on the scores of a retrieval model that teaches stage align, such as diagonal (GSSF); also a structure "
+        "with arguments. Without it, the scores as they are.",
+        flag=True,
+    )
 
     def loss_configuration(self) -> dict[str, Any]:
         """Return the ranking loss as `{"name": ..., **constructor_arguments}`."""
@@ -229,6 +237,12 @@ class BackboneOptions:
     lora_alpha: float | None = option(None, "Scale of LoRA; without it, twice the rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.", least=0, most=1)
     lora_targets: list[str] = option([], "Names of the layers with LoRA; without them, all linear layers.")
+    lora_metric: str | dict[str, Any] | None = option(
+        None, "Metric between the two LoRA matrices, such as diagonal (GSSF); also a structure with arguments."
+    )
+    lora_kind: LoraKind = option(
+        "lora", "Adapter: LoRA beside each layer, or a bottleneck on its output, which cannot be merged."
+    )
     merge_lora: bool = option(False, "Add the LoRA matrices to the weights when d2svse train saves a stage's model.")
 
     def lora_arguments(self) -> dict[str, dict[str, Any]]:
@@ -237,6 +251,8 @@ class BackboneOptions:
             "alpha": self.lora_alpha,
             "dropout": self.lora_dropout or None,
             "target_modules": self.lora_targets or None,
+            "metric": self.lora_metric,
+            "kind": None if self.lora_kind == "lora" else self.lora_kind,
         }
         arguments = {"rank": self.lora_rank, **{name: value for name, value in given.items() if value is not None}}
         return {side: dict(arguments) for side in ("vision", "text") if self.lora in (side, "both")}
@@ -259,7 +275,11 @@ class DecoderOptions:
     decoder_pooling: DecoderPooling = option(
         "mean", "Pooling of the decoder's outputs; mean for decoder_kind attention."
     )
-
+    decoder_metric: str | dict[str, Any] | None = option(
+        None,
+        "Metric between query and key of the decoder's attention, such as diagonal (GSSF); also a structure with "
+        "arguments. Without it, plain attention.",
+    )
     context_tokens: ContextTokens | None = option(
         None,
         "How the decoder reaches a similarity of tokens: join its tokens to the words, add its output to each word, or "
@@ -269,6 +289,8 @@ class DecoderOptions:
     def decoder_arguments(self) -> dict[str, Any]:
         """Return the arguments of `build_context_decoder`; options that the kind does not have are left out."""
         arguments: dict[str, Any] = {"num_tokens": self.num_context_tokens, "num_heads": self.decoder_heads}
+        if self.decoder_metric is not None:
+            arguments["metric"] = self.decoder_metric
         if self.decoder_kind == "attention":
             return {"kind": "attention", **arguments}
         arguments |= {

@@ -33,7 +33,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import set_attention
+from d2svse.training.building import score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
@@ -48,7 +48,7 @@ from d2svse.training.options import (
     preset_options,
 )
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
-from d2svse.training.teacher import Teacher
+from d2svse.training.teacher import RetrievalTeacher, Teacher
 from d2svse.training.trainer import Trainer
 from d2svse.training.validation import validate
 
@@ -103,8 +103,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             )
         if self.model is not None and (self.vision or self.text):
             raise ValueError("a model to start from has its own backbones; give one or the other")
-        if self.teacher is not None and "distill" not in self.stages:
-            raise ValueError(f"a teacher is for stage distill, but the stages are {', '.join(self.stages)}")
+        if self.teacher is not None and not {"distill", "align"} & set(self.stages):
+            raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         if self.model is None:
@@ -334,7 +334,7 @@ def _only_run(output: Path) -> Iterator[None]:
 def _train_stages(
     recipe: Recipe,
     model: D2SVSE,
-    teacher: Teacher | None,
+    teacher: Teacher | RetrievalTeacher | None,
     train_dataset: ImageTextDataset,
     eval_dataset: ImageTextDataset,
 ) -> dict[str, dict[str, float]]:
@@ -358,7 +358,7 @@ def _train_stages(
 def _train_each(
     recipe: Recipe,
     model: D2SVSE,
-    teacher: Teacher | None,
+    teacher: Teacher | RetrievalTeacher | None,
     train_dataset: ImageTextDataset,
     eval_dataset: ImageTextDataset,
     stage_arguments: Mapping[str, TrainingArguments],
@@ -366,7 +366,8 @@ def _train_each(
 ) -> dict[str, dict[str, float]]:
     """Train the stages that have no results yet."""
     output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
-    taught = _with_dense(recipe, train_dataset) if "distill" in recipe.stages else train_dataset
+    data = {"distill": _with_dense(recipe, train_dataset)} if "distill" in recipe.stages else {}
+    taught = "align" if isinstance(teacher, RetrievalTeacher) else "distill"
     for stage in recipe.stages:
         if stage in results:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
@@ -375,9 +376,9 @@ def _train_each(
         trainer = Trainer(
             model,
             stage_arguments[stage],
-            taught if stage == "distill" else train_dataset,
+            data.get(stage, train_dataset),
             eval_dataset,
-            teacher=teacher if stage == "distill" else None,
+            teacher=teacher if stage == taught else None,
         )
         trainer.train(resume_from_checkpoint=recipe.resume)
         metrics = trainer.evaluate(metric_key_prefix="final")
@@ -555,8 +556,13 @@ def _start(recipe: Recipe) -> D2SVSE:
     return D2SVSE.from_backbones(recipe.vision, recipe.text, **images, **recipe.model_options)
 
 
-def _given_teacher(recipe: Recipe, model: D2SVSE, stage_arguments: Mapping[str, TrainingArguments]) -> Teacher | None:
+def _given_teacher(
+    recipe: Recipe, model: D2SVSE, stage_arguments: Mapping[str, TrainingArguments]
+) -> Teacher | RetrievalTeacher | None:
     """Return the teacher that the recipe names, or None if stage 1 of this run makes it."""
+    if recipe.teacher is not None and "distill" not in recipe.stages:
+        score_distillation_loss(stage_arguments["align"])  # fail now and not after loading the data
+        return RetrievalTeacher(D2SVSE.from_pretrained(recipe.teacher), stage_arguments["align"].teacher_metric)
     source = recipe.teacher or (recipe.model if model.decoder is not None else None)
     if source is None or "distill" not in recipe.stages:
         return None

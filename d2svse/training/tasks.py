@@ -11,6 +11,7 @@ from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
 from d2svse.training.distributed import gather_features, gather_rows
 from d2svse.training.statistics import batch_statistics
+from d2svse.training.teacher import RetrievalTeacher
 
 
 class AlignTask(nn.Module):
@@ -60,12 +61,17 @@ class AlignTask(nn.Module):
         image_ids = gather_rows(batch.image_ids, batch.valid)
         scores = gather_rows(similarity(images, gather_features(texts, batch.valid)), batch.valid)
         losses = {"align_loss": self.align_scale * self.loss(scores, image_ids)}
+        losses |= self.further_losses(batch, scores, image_ids)
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
         with torch.no_grad():
             sides = [Features(gather_rows(side.pooled.detach(), batch.valid)) for side in (images, texts)]
         return {**losses, **batch_statistics(self.loss, scores, image_ids, *sides)}
+
+    def further_losses(self, batch: Batch, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
+        """Return further losses of the scores `(n, n)` of the valid pairs of all processes; by default none."""
+        return {}
 
 
 class DistillTask(AlignTask):
@@ -109,6 +115,49 @@ class DistillTask(AlignTask):
         else:
             losses["align_loss"] = self.align_weight * losses["align_loss"]
         return {**losses, "distill_loss": self.weight * distill_loss}
+
+
+class ScoreDistillTask(AlignTask):
+    """Align images with sparse captions and learn from the scores of a teacher, any retrieval model (GSSF).
+
+    The student's scores come from its own similarity. Those of the teacher come from the teacher's similarity, with a
+    learned metric if one is asked for. The distillation loss trains the student alone. The metric learns by the
+    ranking loss on the teacher's scores.
+
+    Args:
+        loss: the ranking loss.
+        distillation_loss: loss between the scores of both.
+        teacher: the teacher.
+        weight: weight of the distillation loss.
+        text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
+    """
+
+    similarity: Similarity  # of the teacher; `Trainer.prepare` sets it
+
+    def __init__(
+        self,
+        loss: RankingLoss,
+        distillation_loss: ScoreDistillationLoss,
+        teacher: RetrievalTeacher,
+        weight: float = 1.0,
+        text_groups: int = 1,
+    ) -> None:
+        super().__init__(loss, text_groups)
+        self.distillation_loss, self.teacher, self.weight = distillation_loss, teacher, weight
+
+    def further_losses(self, batch: Batch, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
+        """Return `distill_loss`, and `teacher_loss` if the teacher's scores have a learned metric."""
+        assert batch.caption_ids is not None
+        captions = gather_rows(batch.caption_ids, batch.valid)
+        sides = self.teacher.features(image_ids.tolist(), captions.tolist())
+        target = self.similarity(*(side.to(scores.device) for side in sides))
+        losses = {"distill_loss": self.weight * self.distillation_loss(scores, target, image_ids)}
+        if target.requires_grad:
+            losses["teacher_loss"] = self.loss(target, image_ids)
+            penalty = self.similarity.penalty()
+            if penalty is not None:
+                losses["teacher_penalty_loss"] = penalty
+        return losses
 
 
 def total_loss(parts: dict[str, Tensor]) -> Tensor:

@@ -1,19 +1,26 @@
-"""The frozen dense text encoder, from which stage 2 learns."""
+"""Teachers: the frozen dense text encoder of stage 2, and any retrieval model whose scores are distilled."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from d2svse.data import ImageTextDataset
+from d2svse.features import Features
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE
+from d2svse.retrieval.embeddings.store import EmbeddingStore, encode_images, encode_texts
+from d2svse.similarity.base import REGISTRY
+from d2svse.similarity.metric import Metric
+from d2svse.training.distributed import barrier, is_main_process
 
 
 class Teacher:
@@ -108,3 +115,74 @@ class Teacher:
             rows = order[first : first + batch_size]
             batch = self.processor.pad([ids[row] for row in rows]).to(device)
             yield rows, self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled.float().cpu()
+
+
+class RetrievalTeacher:
+    """A trained retrieval model whose scores a student learns from.
+
+    The teacher reads clean images and captions. Each is encoded once, into stores beside the checkpoints.
+
+    Args:
+        model: the teacher, with any similarity.
+        metric: metric that replaces cosine in the teacher's similarity and is trained, see `Metric`; None keeps the
+            scores as they are.
+
+    Raises:
+        ValueError: if the model has no processor, or its similarity takes no metric.
+    """
+
+    def __init__(self, model: D2SVSE, metric: str | Mapping[str, Any] | None = None) -> None:
+        if model.processor is None:
+            raise ValueError("the teacher needs its processor to read images and captions")
+        self.model: D2SVSE | None = model.eval().requires_grad_(False)
+        options = dict(model.config.similarity)
+        if metric is not None:
+            options = REGISTRY.find(options["name"]).calibrated(options, metric)
+        self.configuration: dict[str, Any] = {"similarity": options, "dim": model.config.embed_dim}
+        self.has_metric = metric is not None
+        self._stores: list[tuple[EmbeddingStore, list[int]]] = []
+
+    def attach(self, student: D2SVSE) -> None:
+        """Give the student the teacher's similarity, for the time of training; only a new metric is trained."""
+        assert self.model is not None
+        student.set_teacher_similarity(**self.configuration)
+        similarity = student.teacher_similarity
+        assert similarity is not None
+        unexpected = similarity.load_state_dict(self.model.similarity_fn.state_dict(), strict=False).unexpected_keys
+        assert not unexpected
+        similarity.requires_grad_(False)
+        for part in similarity.modules():
+            if isinstance(part, Metric):
+                part.requires_grad_(self.has_metric)
+
+    def encode(
+        self, dataset: ImageTextDataset, folder: Path, batch_size: int, device: torch.device, shown: bool = False
+    ) -> None:
+        """Encode the images and captions of a data set into `folder`, or read them there; then free the model."""
+        assert self.model is not None
+        model: Any = self.model
+        model.to(device)
+        output = model.similarity_fn.output
+        options: dict[str, Any] = {
+            "output": output,
+            "dtype": "float32" if output == "pooled" else "float16",
+            "batch_size": batch_size,
+            "show_progress_bar": shown,
+        }
+        if is_main_process():
+            encode_images(model, dataset.images, folder / "images", **options)
+            encode_texts(model, dataset.captions, folder / "captions", **options)
+        barrier()
+        for side, names in (("images", [os.fspath(image) for image in dataset.images]), ("captions", dataset.captions)):
+            store = EmbeddingStore(folder / side)
+            row_of = {name: row for row, name in enumerate(store.ids)}
+            self._stores.append((store, [row_of[name] for name in names]))
+        self.model = None
+
+    def features(self, images: Sequence[int], captions: Sequence[int]) -> tuple[Features, Features]:
+        """Return the teacher's features of some images and captions, by their rows in the data set, on the CPU."""
+        left, right = (
+            store.features([rows[row] for row in chosen])
+            for (store, rows), chosen in zip(self._stores, (images, captions), strict=True)
+        )
+        return left, right

@@ -30,6 +30,7 @@ from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
+from d2svse.models.adapters import parameter_table
 from d2svse.models.encoders import check_text_backbone
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
@@ -60,14 +61,14 @@ from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
 from d2svse.training.run_card import run_card
 from d2svse.training.statistics import CollapseCallback
-from d2svse.training.tasks import freeze_unused, total_loss
-from d2svse.training.teacher import Teacher
+from d2svse.training.tasks import ScoreDistillTask, freeze_unused, total_loss
+from d2svse.training.teacher import RetrievalTeacher, Teacher
 from d2svse.training.validation import validate
 from d2svse.training.workers import worker_error
 
 logger = logging.getLogger(__name__)
 
-TEACHER_CACHE = "teacher_embeddings"
+TEACHER_CACHE, TEACHER_FEATURES = "teacher_embeddings", "teacher_features"
 
 
 class Trainer(TransformersTrainer):
@@ -84,7 +85,8 @@ class Trainer(TransformersTrainer):
         eval_dataset: validation set; training keeps the model with the best rSum on it. None turns evaluation off and
             keeps the last model.
         loss: ranking loss to use instead of that of `args`.
-        teacher: dense text encoder of stage 2; None for that of the model.
+        teacher: dense text encoder of stage 2, None for that of the model; or in stage align a `RetrievalTeacher`,
+            whose scores the model learns from.
         callbacks: further transformers callbacks.
 
     Attributes:
@@ -109,7 +111,7 @@ class Trainer(TransformersTrainer):
         eval_dataset: ImageTextDataset | None = None,
         *,
         loss: RankingLoss | None = None,
-        teacher: Teacher | None = None,
+        teacher: Teacher | RetrievalTeacher | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if model.processor is None:
@@ -121,7 +123,7 @@ class Trainer(TransformersTrainer):
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         elif type(self).evaluate is Trainer.evaluate:
             args.check_metric()
-        self.task = make_task(args, loss)
+        self.task = make_task(args, loss, teacher)
         self.teacher = teacher
         self.samples: TrainingSamples | None = None
         self._stop = StopOnSignalCallback()
@@ -168,7 +170,8 @@ class Trainer(TransformersTrainer):
         The steps are, in this order:
 
         1. Check that the text backbone has an embedding for every token.
-        2. In stage 2, embed dense captions by the teacher and add the context decoder.
+        2. In stage 2, embed dense captions by the teacher and add the context decoder. With a retrieval model as the
+           teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
         4. Tie the temperature of model and loss.
         5. Encode the images of a frozen vision backbone, if they are cached.
@@ -194,7 +197,14 @@ class Trainer(TransformersTrainer):
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
         teacher_embeddings = None
+        if isinstance(self.task, ScoreDistillTask):
+            source, folder = self.task.teacher, Path(str(args.output_dir)) / TEACHER_FEATURES
+            source.attach(model)
+            source.encode(dataset, folder, args.per_device_eval_batch_size, args.device, shown)
+            self.task.similarity = model.teacher_similarity
+            self.teacher = None
         if args.stage == "distill":
+            assert not isinstance(self.teacher, RetrievalTeacher)
             teacher = self.teacher or Teacher(model, args.dense_max_length, args.device)
             texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, args.per_device_eval_batch_size, shown)
@@ -205,6 +215,8 @@ class Trainer(TransformersTrainer):
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)
+        if model.config.lora and shown and self.is_world_process_zero():
+            print(parameter_table(model), file=sys.stderr)
         tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
 
         image_tokens = None
@@ -269,6 +281,8 @@ class Trainer(TransformersTrainer):
             if self._average:
                 self.remove_callback(self._average)
                 self._average = None
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.set_teacher_similarity(None)
         if self._stop.agreed(self.args.device):  # a signal that came after the last checkpoint
             self._stop.leave(self.state.global_step, str(self.args.output_dir))
         if self.args.push_to_hub:

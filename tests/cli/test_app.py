@@ -166,7 +166,10 @@ def test_a_stage_two_goes_on_from_its_stage_one_as_teacher(trained, scenes, back
     D2SVSE.from_backbones(backbones / "vision", backbones / "text", embed_dim=25).save_pretrained(tmp_path / "wider")
     wider = ["--model", stage_two, "--teacher", tmp_path / "wider"]
     one_line_error(run(*command, *wider, "-o", tmp_path / "a"), "wider: the teacher's embeddings are 25 wide", "24")
-    one_line_error(run(*command, *wider, "--stages", "align", "-o", tmp_path / "a"), "a teacher is for stage distill")
+    one_line_error(
+        run(*command, *wider, "--stages", "pretrain", "-o", tmp_path / "a"), "a teacher is for stage distill"
+    )
+    one_line_error(run(*command, *wider, "--stages", "align", "-o", tmp_path / "b"), "set distill_loss=kl")
     assert not (tmp_path / "a").exists()
     code, _, err = run(*command, "--model", stage_two, "--teacher", stage_one, "-o", tmp_path / "a")
     assert code == 0, err

@@ -163,3 +163,18 @@ def test_processes_that_meet_one_error_say_it_once(recipe, tmp_path):
     assert process.returncode != 0
     assert errors.count("d2svse: metric_for_best_model: unknown metric 'none'") == 1, errors
     assert "RuntimeError" not in errors
+
+
+def test_distill_trains_a_student_by_a_teachers_scores(run, trained, scenes, backbones, tmp_path):
+    options = ["--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", tmp_path / "run"]
+    options += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 12, "--epochs", 1]
+    code, output, errors = run(
+        "distill", trained / "model", *options, "--batch-size", 16, "--teacher-metric", "diagonal"
+    )
+    assert code == 0, errors
+    assert "model:" in output
+    rows = [json.loads(line) for line in (tmp_path / "run/align/log.jsonl").read_text().splitlines()]
+    assert any("distill_loss" in row and "teacher_loss" in row for row in rows)
+    recipe = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert recipe["training"]["distill_loss"] == "kl"
+    assert recipe["stages"] == ["align"]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from d2svse import D2SVSE, Trainer
+from d2svse.models.adapters import add_lora, is_added, merge_lora, parameter_table
+from d2svse.similarity import Metric
 from d2svse.training.building import parameter_groups
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft: pip install 'd2svse[lora]'")
@@ -80,11 +82,107 @@ def test_both_stages_train_it_and_leave_the_backbones_alone(make_model, make_arg
         Trainer(model, make_args("align", lora="text", lora_rank=2), train_dataset).prepare()
 
 
+OPTIONS = [
+    {"metric": "diagonal"},
+    {"metric": "dense"},
+    {"metric": {"structure": "block-diagonal", "ratio": 2}},
+    {"kind": "bottleneck"},
+    {"kind": "bottleneck", "metric": {"structure": "block-diagonal", "ratio": 2}},
+]
+
+
+def full(metric):
+    weight = metric.weights()
+    return torch.diag(weight) if weight.ndim == 1 else torch.block_diag(*weight)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_an_adapter_with_a_metric_equals_the_naive_loop_and_merges(options):
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh())
+    weight, bias = (part.detach().clone().double() for part in (layer[0].weight, layer[0].bias))
+    x = torch.randn(3, 2, 6)
+    before = layer(x)
+    add_lora(layer, rank=4, alpha=6.0 if "kind" not in options else None, target_modules=["0"], **options)
+    torch.testing.assert_close(layer(x), before, atol=1e-6, rtol=0)
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in layer.named_parameters() if is_added(name)}
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (layer(x) - 0.5).square().mean().backward()
+        optimizer.step()
+    metrics = [part for part in layer.modules() if isinstance(part, Metric)]
+    inner = full(metrics[0]).double() if metrics else torch.eye(4, dtype=torch.float64)
+    assert not metrics or not torch.equal(inner, torch.eye(4, dtype=torch.float64))
+    expected = torch.zeros(3, 2, 5, dtype=torch.float64)
+    parts = {name: part.detach().double() for name, part in layer.named_parameters()}
+    for i in range(3):
+        for j in range(2):
+            vector = x[i, j].double()
+            if "kind" in options:
+                h = weight @ vector + bias
+                down = inner @ (parts["0.bottleneck_down.weight"] @ h + parts["0.bottleneck_down.bias"])
+                up = parts["0.bottleneck_up.weight"] @ torch.nn.functional.gelu(down) + parts["0.bottleneck_up.bias"]
+                expected[i, j] = torch.tanh(h + up)
+            else:
+                a = next(part for name, part in parts.items() if name.endswith("original"))
+                b = next(part for name, part in parts.items() if "lora_B" in name)
+                expected[i, j] = torch.tanh(weight @ vector + bias + 6 / 4 * b @ (inner @ (a @ vector)))
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=0)
+    if "kind" in options:
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge_lora(layer)
+        return
+    merge_lora(layer)
+    assert set(layer.state_dict()) == {"0.weight", "0.bias"}
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS[2::2])
+def test_adapters_with_a_metric_are_saved_and_loaded(make_model, val_dataset, tmp_path, options):
+    model = make_model()
+    before = embeddings(model, val_dataset)
+    for side in ("vision", "text"):
+        model.add_lora(side, rank=4, **options)
+    torch.testing.assert_close(embeddings(model, val_dataset), before, atol=1e-6, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_added(name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    expected = embeddings(model, val_dataset)
+    assert (expected - before).abs().max() > 0.01
+    model.save_pretrained(tmp_path / "saved")
+    loaded = D2SVSE.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(embeddings(loaded, val_dataset), expected, atol=1e-6, rtol=0)
+    if "kind" not in options:
+        loaded.merge_lora()
+        torch.testing.assert_close(embeddings(loaded, val_dataset), expected, atol=1e-5, rtol=0)
+
+
+def test_the_table_counts_parameters_and_memory(adapted):
+    table = parameter_table(adapted).splitlines()
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in adapted.parameters())
+    added = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name and "text_" in name)
+    assert table[-1].split()[:3] == ["all", f"{every:,}", f"{trained:,}"]
+    row = next(line for line in table if line.startswith("text_encoder (added)"))
+    assert row.split()[2:6] == [f"{added:,}", f"{added:,}", "100.00", "%"]
+    assert float(row.split()[-2]) == pytest.approx(added * 16 / 2**20, abs=0.06)
+
+
 def test_what_does_not_fit_is_named(make_model, make_args, adapted):
     with pytest.raises(ValueError, match="the text backbone has LoRA already"):
         adapted.add_lora("text")
     with pytest.raises(ValueError, match="nowhere"):
         make_model().add_lora("text", target_modules=["nowhere"])
+    with pytest.raises(ValueError, match="kind of adapter must be lora or bottleneck"):
+        make_model().add_lora("text", kind="prefix")
+    with pytest.raises(ValueError, match="alpha is the scale of LoRA"):
+        make_model().add_lora("text", kind="bottleneck", alpha=2.0)
+    with pytest.raises(ValueError, match="a bottleneck is not linear"):
+        make_args(lora="text", lora_kind="bottleneck", merge_lora=True)
     with pytest.raises(ValueError, match="freeze_vision freezes it"):
         make_args(lora="both", freeze_vision=True)
     with pytest.raises(ValueError, match="lora must be one of none, vision, text, both"):

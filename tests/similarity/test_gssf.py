@@ -106,7 +106,56 @@ def test_dropout_acts_in_training_and_the_penalty_is_the_squared_norm(sides):
     assert GSSFDiagonal(DIM).penalty() is None
 
 
+@pytest.mark.parametrize("make", [GSSFDiagonal, GSSFBlockDiagonal, GSSFDense])
+def test_a_random_start_keeps_lengths_on_average(make):
+    torch.manual_seed(0)
+    similarity = make(256, init="random")
+    weight = similarity.metric.weights().clone()
+    assert not torch.equal(weight, make(256).metric.weights())
+    y = torch.nn.functional.normalize(torch.randn(200, 256), dim=-1)
+    assert similarity.metric.apply_weight(y).square().sum(-1).mean().item() == pytest.approx(1, abs=0.2)
+    similarity.reset_parameters()
+    assert not torch.equal(weight, similarity.metric.weights())
+
+
+@pytest.mark.parametrize("name", ["gssf-block-diagonal", "max-mean", "movers"])
+def test_ratio_is_num_blocks(name):
+    options = {} if name.startswith("gssf") else {"metric": "block-diagonal"}
+    for given in ({"ratio": 2}, {"num_blocks": 2}):
+        assert build_similarity({"name": name, **options, **given}, DIM).metric.weights().shape == (2, 4, 4)
+    with pytest.raises(ValueError, match="num_blocks 2 and ratio 4 are the same number; give one of them"):
+        build_similarity({"name": name, **options, "num_blocks": 2, "ratio": 4}, DIM)
+    if options:
+        metric = {"metric": {"structure": "block-diagonal", "ratio": 2}}
+        assert build_similarity({"name": name, **metric}, DIM).metric.weights().shape == (2, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["gssf-block-diagonal", "max-mean", "scan-t2i", "omit"])
+def test_a_block_diagonal_metric_stays_so_in_training(name, sides):
+    options = {} if name.startswith("gssf") else {"metric": "block-diagonal"}
+    similarity = build_similarity({"name": name, **options, "ratio": 2}, DIM)
+    images, texts = (Features(side.pooled, side.pooled[:, None] + torch.randn(5, 3, DIM)) for side in sides)
+    optimizer = torch.optim.SGD(similarity.parameters(), lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(similarity(images, texts) * 10, torch.arange(5)).backward()
+        optimizer.step()
+    weight = torch.block_diag(*similarity.metric.weights())
+    assert not torch.equal(weight, torch.eye(DIM))
+    # between the blocks nothing passes: a text in the first half never scores with an image in the second
+    one = torch.cat([torch.randn(2, DIM // 2), torch.zeros(2, DIM // 2)], -1)
+    other = one.roll(DIM // 2, -1)
+    assert not similarity.metric.apply_weight(one)[:, DIM // 2 :].any()
+    assert not similarity.metric.apply_weight(other)[:, : DIM // 2].any()
+
+
 def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="unknown start of a metric 'zeros'"):
+        Metric("diagonal", DIM, init="zeros")
+    with pytest.raises(ValueError, match="no weights to start at random"):
+        Metric(init="random")
+    with pytest.raises(ValueError, match="a dense one has none"):
+        Metric("dense", DIM, ratio=2)
     with pytest.raises(ValueError, match="3 blocks do not divide the width 8"):
         build_similarity({"name": "gssf-block-diagonal", "num_blocks": 3}, DIM)
     with pytest.raises(ValueError, match="unknown metric 'euclid'"):

@@ -92,6 +92,10 @@ def naive_scan(similarity, images: Features, texts: Features, name: str) -> np.n
             products = products.T  # (queries, contexts)
         else:
             context = w
+        compared = weight
+        if similarity.metric_in != "both":
+            plain = v @ w.T if name == "scan-i2t" else w @ v.T
+            products, compared = (products, np.eye(DIM)) if similarity.metric_in == "attention" else (plain, weight)
         sharp = np.where(products > 0, products, 0.1 * products)
         sharp = sharp / np.sqrt((sharp**2).sum(0, keepdims=True))
         attention = np.exp(similarity.smoothing * sharp)
@@ -99,7 +103,7 @@ def naive_scan(similarity, images: Features, texts: Features, name: str) -> np.n
         relevance = []
         for q in range(len(products)):
             attended = unit(sum(a * c for a, c in zip(attention[q], context, strict=True)))
-            relevance.append(attended @ weight @ w[q] if name == "scan-t2i" else v[q] @ weight @ attended)
+            relevance.append(attended @ compared @ w[q] if name == "scan-t2i" else v[q] @ compared @ attended)
         if similarity.pooling == "mean":
             return sum(relevance) / len(relevance)
         return np.log(sum(np.exp(similarity.lse_scale * r) for r in relevance)) / similarity.lse_scale
@@ -125,6 +129,53 @@ def test_token_alignment_equals_the_naive_loop(name, direction, metric):
 def test_cross_attention_equals_the_naive_loop(name, pooling, metric):
     similarity, images, texts = build(name, metric, pooling=pooling), side(4, 5, 0), side(3, 7, 1)
     np.testing.assert_allclose(similarity(images, texts).detach(), naive(similarity, images, texts, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "block-diagonal"])
+@pytest.mark.parametrize("metric_in", ["attention", "comparison"])
+@pytest.mark.parametrize("name", NAMES[4:])
+def test_a_metric_in_one_step_of_cross_attention_equals_the_naive_loop(name, metric_in, metric):
+    similarity, images, texts = build(name, metric, metric_in=metric_in), side(4, 5, 0), side(3, 7, 1)
+    scores = similarity(images, texts)
+    np.testing.assert_allclose(scores.detach(), naive(similarity, images, texts, name), atol=1e-5)
+    other = build(name, metric)
+    assert not torch.allclose(scores, other(images, texts), atol=1e-3)
+    start = build_similarity({"name": name, "metric": metric, "metric_in": metric_in, "num_blocks": 2}, DIM)
+    torch.testing.assert_close(start(images, texts), build_similarity(name)(images, texts), atol=1e-6, rtol=0)
+    alone = (
+        build_similarity({"name": name, "metric": metric, "metric_in": metric_in, "max_memory": 1, "ratio": 2}, DIM)
+        if metric == "block-diagonal"
+        else build(name, metric, metric_in=metric_in, max_memory=1)
+    )
+    alone.load_state_dict(similarity.state_dict())
+    torch.testing.assert_close(alone(images, texts), scores, atol=1e-6, rtol=0)
+    found = similarity.alignment(images[0], texts[0])
+    real = (images.real_tokens()[0][:, None] & texts.real_tokens()[0]).float()
+    shares = (found.weights * real).sum(0 if name == "scan-t2i" else 1)
+    kept = texts.real_tokens()[0] if name == "scan-t2i" else images.real_tokens()[0]
+    torch.testing.assert_close(shares[kept], torch.ones(int(kept.sum())))
+
+
+@pytest.mark.parametrize("name", ["max-mean", "scan-t2i", "omit"])
+def test_dropout_and_penalty_of_the_metric(name):
+    images, texts = side(3, 4, 0), side(3, 5, 1)
+    options = {"metric": "dense", "dropout": 0.5, "weight_penalty": 0.1}
+    similarity = build_similarity({"name": name, **options}, DIM)
+    assert similarity.penalty().item() == pytest.approx(0.1 * DIM)
+    cosine = build_similarity(name, DIM)
+    assert cosine.penalty() is None
+    torch.testing.assert_close(similarity.eval()(images, texts), cosine(images, texts), atol=1e-6, rtol=0)
+    torch.manual_seed(0)
+    scores = similarity.train()(images, texts)
+    assert not torch.allclose(scores, cosine(images, texts), atol=1e-3)
+    torch.manual_seed(0)
+    weight = torch.nn.functional.dropout(torch.eye(DIM)[None], 0.5)
+    dropped = build_similarity({"name": name, "metric": "dense"}, DIM)
+    with torch.no_grad():
+        dropped.metric.weight.copy_(weight)
+    torch.testing.assert_close(scores, dropped(images, texts), atol=1e-6, rtol=0)
+    (scores.sum() + similarity.penalty()).backward()
+    assert similarity.metric.weight.grad.abs().sum() > 0
 
 
 def test_published_word_scores():
@@ -224,6 +275,8 @@ def test_bad_arguments_are_named():
         ({"name": "max-mean", "direction": "up"}, "direction must be one of i2t, t2i, both"),
         ({"name": "scan-t2i", "pooling": "max"}, "pooling must be one of mean, lse"),
         ({"name": "scan-t2i", "smoothing": 0}, "must be positive"),
+        ({"name": "scan-t2i", "metric_in": "query"}, "metric_in must be one of both, attention, comparison"),
+        ({"name": "max-mean", "metric": "diagonal", "ratio": 2}, "ratio is the number of blocks"),
         ({"name": "max-lse", "temperature": -1}, "must be positive"),
         ({"name": "max-mean", "max_memory": 0}, "max_memory must be positive"),
     ):

@@ -38,8 +38,20 @@ def test_every_similarity_trains_saves_and_scores_the_same(make_model, processor
         torch.testing.assert_close(loaded(**given).logits_per_image, model(**given).logits_per_image)
 
 
-def test_a_weight_penalty_is_part_of_the_loss(make_model, processor):
-    model = make_model(similarity={"name": "gssf-dense", "weight_penalty": 0.5})
+@pytest.mark.parametrize("options", [{"name": "gssf-dense"}, {"name": "max-mean", "metric": "block-diagonal"}])
+def test_a_random_metric_is_drawn_once_and_then_loaded(make_model, processor, tmp_path, options):
+    from d2svse import D2SVSE
+
+    model = make_model(similarity={**options, "init": "random"})
+    model.save_pretrained(tmp_path)
+    loaded, given = D2SVSE.from_pretrained(tmp_path), inputs(batch(processor))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**given).logits_per_image, model(**given).logits_per_image)
+
+
+@pytest.mark.parametrize("options", [{"name": "gssf-dense"}, {"name": "omit", "metric": "dense"}])
+def test_a_weight_penalty_is_part_of_the_loss(make_model, processor, options):
+    model = make_model(similarity={**options, "weight_penalty": 0.5})
     losses = AlignTask(InfoNCE(0.1))(model, batch(processor))
     assert losses["penalty_loss"].item() == pytest.approx(0.5 * model.config.embed_dim)
     assert "penalty_loss" not in AlignTask(InfoNCE(0.1))(make_model(), batch(processor))
