@@ -121,3 +121,12 @@ def test_weight_decay_acts_on_everything_if_asked(make_model, make_args):
         undecayed = [one for group in groups if group["weight_decay"] == 0 for one in group["params"]]
         assert (not undecayed) == everything
     assert isinstance(model, nn.Module)
+
+
+def test_the_docs_give_each_value_of_the_published_presets():
+    page = (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:4]] for line in page.splitlines() if line.startswith("| `")]
+    for column, preset in enumerate(("paper", "published"), start=1):
+        model = dict(MODEL_PRESETS[preset])
+        values = {**PRESETS[preset], **model.pop("model_options"), **model}
+        assert {row[0]: row[column] for row in rows if row[column]} == {k: str(v) for k, v in values.items()}
