@@ -30,7 +30,11 @@ from d2svse.choices import (
 )
 
 Stage = Literal["pretrain", "distill", "align"]
-Preset = Literal["paper", "published", "recommended", "dual-encoder"]
+Preset = Literal[
+    "paper", "published", "recommended", "dual-encoder", "d2s-vse", "vse++", "vse-infinity", "scan-t2i", "scan-i2t",
+    "bfan", "naaf", "chan", "filip", "teran", "wti", "omit",
+]  # fmt: skip
+Gssf = Literal["diagonal", "block-diagonal"]
 Lora = Literal["none", "vision", "text", "both"]
 LoraKind = Literal["lora", "bottleneck"]
 CaptionsPerEpoch = Literal["one", "all"]
@@ -358,9 +362,15 @@ class RunOptions:
 
     output: str = option(MISSING, "Folder for checkpoints, models, configuration and results.", flag="--output -o")
     stages: list[Stage] = option(
-        ["pretrain", "distill"], "Stages in order, separated by commas: pretrain, distill, align.", flag=True
+        [],
+        "Stages in order, separated by commas: pretrain, distill, align. Without it, pretrain,distill, or align for a "
+        "preset of another method than D2S-VSE.",
+        flag=True,
     )
     preset: Preset = option("recommended", "Preset that gives the defaults.", flag=True)
+    gssf: Gssf | None = option(
+        None, "GSSF metric in the similarity of the preset; without it, cosine, or that of --similarity.", flag=True
+    )
     interpolation: list[float] = option(
         [0, 0.25, 0.5, 0.75, 1],
         "After training from a dual encoder, shares of the trained weights to try; the others are those of the start, "
@@ -497,8 +507,59 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
         "model_options": {"text_projection": "residual_mlp", "text_dropout": 0.2, "initialization": "published"},
     },
 }
+# Other methods, of which a preset takes the pooling, the similarity and the loss. Their training is that of
+# VSE-infinity (Chen et al., CVPR 2021) where the list says nothing else.
+_HOST = {
+    "learning_rate": 5e-4,
+    "lr_milestones": [15],
+    "lr_gamma": 0.1,
+    "backbone_lr_scale": 0.1,
+    "weight_decay": 1e-4,
+    "num_train_epochs": 25,
+    "per_device_train_batch_size": 128,
+    "max_grad_norm": 2.0,
+    "captions_per_epoch": "all",
+    "loss": "hinge",
+    "margin": 0.2,
+    "mining": "schedule",
+    "warmup_loss_epochs": 1,
+}
+_CONTRASTIVE = {"loss": "infonce", "temperature": 0.05}
+_TOKENS = {"image_pooling": "mean", "text_pooling": "mean"}
+_HOSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # VSE++ (Faghri et al., BMVC 2018): 30 epochs, a tenth of the rate after 15, the hardest negatives throughout.
+    "vse++": ({"learning_rate": 2e-4, "num_train_epochs": 30, "mining": "hardest"}, _TOKENS),
+    "vse-infinity": ({}, {"image_pooling": "gpo", "text_pooling": "gpo"}),
+    # SCAN (Lee et al., ECCV 2018) on Flickr30K: 30 epochs, a tenth of the rate after 15.
+    "scan-t2i": (
+        {"learning_rate": 2e-4, "num_train_epochs": 30, "mining": "hardest"},
+        {**_TOKENS, "similarity": {"name": "scan-t2i"}},
+    ),
+    "scan-i2t": (
+        {"learning_rate": 2e-4, "num_train_epochs": 30, "mining": "hardest"},
+        {**_TOKENS, "similarity": {"name": "scan-i2t"}},
+    ),
+    "bfan": ({}, {**_TOKENS, "similarity": {"name": "bfan"}}),
+    "naaf": ({}, {**_TOKENS, "similarity": {"name": "naaf"}}),
+    "chan": ({}, {**_TOKENS, "similarity": {"name": "max-lse", "direction": "t2i"}}),
+    "filip": (_CONTRASTIVE, {**_TOKENS, "similarity": {"name": "max-mean"}}),
+    "teran": ({}, {**_TOKENS, "similarity": {"name": "max-sum", "direction": "t2i"}}),
+    "wti": (_CONTRASTIVE, {**_TOKENS, "similarity": {"name": "max-softmax", "layers": 2}}),
+    # OMIT: public settings.
+    "omit": ({"margin": 0.05}, {**_TOKENS, "similarity": {"name": "omit"}}),
+}
+PRESETS |= {"d2s-vse": PRESETS["published"], **{name: {**_HOST, **own} for name, (own, _) in _HOSTS.items()}}
+MODEL_PRESETS |= {"d2s-vse": MODEL_PRESETS["published"]}
+MODEL_PRESETS |= {name: {"model_options": model} for name, (_, model) in _HOSTS.items()}
+
+
+def preset_stages(preset: str) -> list[Stage]:
+    """Return the stages of a preset: both of D2S-VSE, or aligning alone for another method."""
+    return ["align"] if preset in _HOSTS else ["pretrain", "distill"]
+
+
 # Presets that read both dense captions of the published layout: `_short200` in stage 1, the long one for the teacher.
-SHORT_AND_LONG = ("paper", "published")
+SHORT_AND_LONG = ("paper", "published", "d2s-vse")
 
 
 def preset_options(preset: str, processes: int = 1) -> dict[str, Any]:

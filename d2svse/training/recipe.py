@@ -46,6 +46,7 @@ from d2svse.training.options import (
     RunOptions,
     StartOptions,
     preset_options,
+    preset_stages,
 )
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
 from d2svse.training.teacher import RetrievalTeacher, Teacher
@@ -93,8 +94,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             for name in getattr(self, section):
                 if not isinstance(name, str):
                     raise ValueError(f"{section}: expected names of options, got {name!r}")
-        if not self.stages:
-            raise ValueError(f"stages is empty; give at least one of {', '.join(STAGES)}")
+        self.stages = self.stages or preset_stages(self.preset)
         if not self.interpolation or not all(0 <= share <= 1 for share in self.interpolation):
             raise ValueError(f"interpolation takes shares from 0 to 1, got {self.interpolation}")
         if self.model is None and (self.vision is None or self.text is None):
@@ -112,8 +112,12 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
             self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
             self.model_options = {**preset.get("model_options", {}), **self.model_options}
+            if self.gssf is not None:
+                self._add_metric(self.gssf)
         elif self.image_size is not None or self.resizing is not None:
             raise ValueError("image_size and resizing belong to --vision; a model to start from has its own")
+        elif self.gssf is not None:
+            raise ValueError("gssf belongs to --vision; give a model to start from --similarity")
         D2SVSEConfig.check_names(self.model_options)
         own = {
             name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")
@@ -134,6 +138,17 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                     raise ValueError(f"{name} is an option of the model, not of {section}: put it below model_options")
                 if name not in known:
                     raise ValueError(unknown(f"option of {section}", name, known, "docs/training.md lists them"))
+
+    def _add_metric(self, structure: str) -> None:
+        """Put a GSSF metric into the similarity."""
+        similarity = similarity_options(self.model_options.get("similarity"))
+        if similarity["name"] == "cosine":
+            similarity = {"name": f"gssf-{structure}"}
+        elif "metric" in similarity or similarity["name"].startswith("gssf-"):
+            raise ValueError("gssf: the similarity has a metric already; give one of them")
+        else:
+            similarity = {**similarity, "metric": structure}
+        self.model_options["similarity"], self.gssf = similarity, None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str | os.PathLike[str] = "configuration") -> Recipe:

@@ -32,7 +32,7 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.callbacks import StoppedByUser
-from d2svse.training.options import PRESETS, STAGES
+from d2svse.training.options import STAGES
 from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, differing, read_recipe, run_recipe
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 
@@ -317,7 +317,7 @@ def task_of(sweep: Sweep, run: Run, folder: Path, *, discard_models: bool) -> di
     """Return what `run_task` does for a run, as values for JSON."""
     recipe = sweep.recipe(run, folder)
     return {
-        "recipe": {**dataclasses.asdict(recipe), "training": {**PRESETS[recipe.preset], **recipe.training}},
+        "recipe": {**dataclasses.asdict(recipe), "training": recipe.training_options()},
         "run": dataclasses.asdict(run),
         "tests": {name: dataclasses.asdict(test) for name, test in sweep.tests.items()},
         "record": str(record_file(folder, run)),

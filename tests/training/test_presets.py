@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse import D2SVSE, ImageTextIndex, Trainer, TrainingArguments, evaluate
+from d2svse.data import ImageTextDataset
 from d2svse.losses import InfoNCE
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.training.building import parameter_groups
 from d2svse.training.callbacks import AlignWarmupCallback
-from d2svse.training.options import MODEL_PRESETS, PRESETS, preset_options
-from d2svse.training.recipe import Recipe
+from d2svse.training.options import MODEL_PRESETS, PRESETS, preset_options, preset_stages
+from d2svse.training.recipe import Recipe, run_recipe
 from d2svse.training.tasks import AlignTask
 
 
@@ -130,3 +131,43 @@ def test_the_docs_give_each_value_of_the_published_presets():
         model = dict(MODEL_PRESETS[preset])
         values = {**PRESETS[preset], **model.pop("model_options"), **model}
         assert {row[0]: row[column] for row in rows if row[column]} == {k: str(v) for k, v in values.items()}
+
+
+HOSTS = sorted(set(PRESETS) - {"recommended", "dual-encoder", "d2s-vse"})
+
+
+@pytest.mark.parametrize(
+    ("preset", "gssf"),
+    [
+        ("published", None),
+        ("scan-t2i", "diagonal"),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in HOSTS if name not in ("published", "scan-t2i")),
+        *(pytest.param(name, "block-diagonal", marks=pytest.mark.slow) for name in ("vse-infinity", "chan", "omit")),
+    ],
+)
+def test_a_preset_trains_a_model_that_is_evaluated_indexed_and_searched(preset, gssf, backbones, scenes, tmp_path):
+    decoder = {"num_context_tokens": 2, "decoder_layers": 1, "decoder_heads": 2}
+    results = run_recipe(
+        Recipe(
+            train=str(scenes / "train.jsonl"),
+            val=str(scenes / "val.jsonl"),
+            output=str(tmp_path / "run"),
+            vision=str(backbones / "vision"),
+            text=str(backbones / "text"),
+            preset=preset,
+            gssf=gssf,
+            image_size=32,
+            model_options={"embed_dim": 24},
+            training={"per_device_train_batch_size": 8, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no",
+                      "load_best_model_at_end": False, **(decoder if preset in ("paper", "published") else {})},
+            show_progress_bar=False,
+        )
+    )  # fmt: skip
+    assert list(results) == preset_stages(preset)
+    model = D2SVSE.from_pretrained(tmp_path / "run" / "model")
+    if gssf == "diagonal":
+        assert model.config.similarity["metric"] == "diagonal"
+    data = ImageTextDataset.from_manifest(scenes / "val.jsonl")
+    assert evaluate(model, data).metrics["rsum"] == pytest.approx(results[list(results)[-1]]["rsum"])
+    index = ImageTextIndex.build(model, [str(path) for path in data.images[:10]], tmp_path / "index")
+    assert len(index.search([data.captions[0]], k=3)[0]) == 3
