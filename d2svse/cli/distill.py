@@ -11,8 +11,8 @@ from d2svse.cli.options import with_flags
 from d2svse.cli.train import Config, Set, SimilarityArg, run_training, training_flags
 
 EXAMPLES = examples(
-    "d2svse distill TEACHER --train train.jsonl --val val.jsonl --model STUDENT -o runs/a",
-    "d2svse distill TEACHER --train train.jsonl --val val.jsonl --model STUDENT -o runs/b --teacher-metric diagonal",
+    "d2svse distill TEACHER --train t.jsonl --val v.jsonl --model M -o runs/a",
+    "d2svse distill TEACHER --config recipe.yaml --teacher-metric diagonal",
 )
 
 

@@ -169,7 +169,15 @@ def test_distill_trains_a_student_by_a_teachers_scores(run, trained, scenes, bac
     options = ["--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", tmp_path / "run"]
     options += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 12, "--epochs", 1]
     code, output, errors = run(
-        "distill", trained / "model", *options, "--batch-size", 16, "--teacher-metric", "diagonal"
+        "distill",
+        trained / "model",
+        *options,
+        "--batch-size",
+        16,
+        "--teacher-metric",
+        "diagonal",
+        "--set",
+        "logging_steps=1",
     )
     assert code == 0, errors
     assert "model:" in output

@@ -179,4 +179,4 @@ def test_a_batch_is_pinned_as_a_data_loader_pins_it(make, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor), tensor)[1])
     batch = Collator(0)([make()[Draw(0, index)] for index in range(2)])
     assert same(pin_memory(batch), batch)
-    assert len(pinned) == 6
+    assert len(pinned) == 7
