@@ -179,8 +179,8 @@ def tune(folder: Path) -> None:
 
 def rows(folder: Path) -> None:
     """Train each row of the table with three seeds."""
-    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", "--set", "align.num_train_epochs=5"]
-    tuned += ["--set", "pretrain.num_train_epochs=2", "--set", "distill.num_train_epochs=3"]
+    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", "--set", "align.num_train_epochs=4"]
+    tuned += ["--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=3"]
     cases: dict[str, list[str]] = {
         "aligned": [*tuned, "--stages", "align"],
         "both-stages": [*tuned, "--stages", "pretrain,distill"],

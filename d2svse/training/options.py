@@ -473,13 +473,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Fine-tuning of CLIP, SigLIP and similar models; chosen by measurements: docs/results.md.
     "dual-encoder": {
-        "learning_rate": 1e-4,
+        "learning_rate": 3e-4,
         "backbone_lr_scale": 1.0,
         "layer_decay": 0.8,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
-        "num_train_epochs": 10,
+        "num_train_epochs": 4,
         "per_device_train_batch_size": 128,
         "max_grad_norm": 2.0,
         "loss": "infonce",
