@@ -275,6 +275,9 @@ def run_sweep(
     done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
     with write_lock(folder, busy=ValueError), _sigterm_exits():
         try:
+            for run in states:
+                if states[run] == "done":  # the sweep may have been killed after its record
+                    _clean(sweep.recipe(run, folder), discard_models)
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)

@@ -178,7 +178,10 @@ def test_a_failed_run_is_told_and_loses_no_other_one(small, write, run, tmp_path
     assert [line[:13] for line in run(*command, "--dry-run")[1].splitlines()[:3]] == [
         "done   a-seed", "to do  bad-se", "done   b-seed",
     ]  # fmt: skip
+    left = folder / "runs/a-seed0/align/checkpoints/checkpoint-3"
+    left.mkdir(parents=True)  # of a sweep that was killed after the record of the run
     assert run(*command)[0] == 1
+    assert not left.exists()
     assert (folder / "records/a-seed0.jsons").read_text() == "."  # one run: the second call did not repeat it
 
 
