@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = examples(
     "d2svse compare sweeps/a/runs/align-seed0 sweeps/a/runs/both-seed0 --on test",
-    "d2svse compare runs/a/model runs/b/model --data test.jsonl -o comparison.json",
+    "d2svse compare runs/a/model runs/b/model --data test.jsonl -o ab.json",
 )
 
 

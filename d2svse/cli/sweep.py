@@ -11,7 +11,7 @@ import typer
 from d2svse.cli.common import examples, prepare_process, print_table
 
 EXAMPLES = examples(
-    "d2svse sweep recipe.yaml --grid distill.num_context_tokens=20,60,100,120 --seeds 0,1,2 -o sweeps/tokens",
+    "d2svse sweep recipe.yaml --grid distill.margin=0.1,0.2 --seeds 0,1 -o sweeps",
     "d2svse sweep table3.yaml --dry-run -o sweeps/table3",
 )
 

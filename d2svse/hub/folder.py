@@ -20,8 +20,9 @@ SHARDS_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 # Configurations that transformers reads; it may take a file such as config.4.0.0.json instead of config.json.
 CONFIGURATIONS = ("config*.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
-READ = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
-        "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json")  # fmt: skip
+READ = ("config.json", "generation_config.json", "tokenizer_config.json", "preprocessor_config.json",
+        "processor_config.json", "special_tokens_map.json", "added_tokens.json",
+        "model.safetensors.index.json")  # fmt: skip
 ADAPTER_FILE = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 MAX_CONFIGURATION = 64 * 2**20  # bytes

@@ -281,7 +281,8 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
             dual: Any = load_dual_encoder(name)
             tower = (dual.vision_model if part == "vision_config" else dual.text_model).state_dict()
             backbone = make_backbone(config)
-            backbone.load_state_dict({key: tower[key] for key in backbone.state_dict()})
+            own = {key: key if key in tower else key.split(".", 1)[1] for key in backbone.state_dict()}  # OWL-ViT's
+            backbone.load_state_dict({key: tower[inner] for key, inner in own.items()})
             backbone.name_or_path = backbone.config.name_or_path = name
             return backbone
         model_class = _backbone_class(config)
@@ -397,11 +398,11 @@ def _backbone_class(config: PreTrainedConfig) -> Any:
         )
     # The names are those of transformers: T5Config and T5EncoderModel, SiglipTextConfig and SiglipTextModel.
     name = type(config).__name__.removesuffix("Config")
+    encoder = getattr(transformers, f"{name}EncoderModel", None)
+    if encoder is not None and isinstance(getattr(config, "hidden_size", None), int):
+        return encoder  # a saved encoder has no is_encoder_decoder in its configuration
     if getattr(config, "is_encoder_decoder", False):
-        found = getattr(transformers, f"{name}EncoderModel", None)
-        if found is None or not isinstance(getattr(config, "hidden_size", None), int):
-            raise ValueError(f"a {kind} model has an encoder and a decoder; use a model with an encoder only")
-        return found
+        raise ValueError(f"a {kind} model has an encoder and a decoder; use a model with an encoder only")
     if type(config) in MODEL_MAPPING:
         classes = MODEL_MAPPING[type(config)]
         return classes[0] if isinstance(classes, tuple) else classes

@@ -171,6 +171,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.weight_files: list[list[Any]] = []
         self._warned = False
         self.post_init()
+        for encoder in ("image_encoder", "text_encoder"):  # transformers looks for tied weights in its own classes only
+            tied = getattr(getattr(self, encoder).backbone, "all_tied_weights_keys", None) or {}
+            prefix = f"{encoder}.backbone."
+            self.all_tied_weights_keys |= {prefix + key: prefix + source for key, source in tied.items()}
         for side, metric in (config.attention_metric or {}).items():
             patch_attention(self._backbone(side), metric)
         for side, arguments in (config.lora or {}).items():

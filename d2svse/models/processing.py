@@ -549,7 +549,8 @@ def longest_text(config: Any) -> int:
     if positions < 1:  # XLNet says -1 for no limit
         return DEFAULT_MAX_LENGTH
     counts_from_padding = "roberta" in config.model_type or config.model_type in COUNT_FROM_PADDING
-    return positions - config.pad_token_id - 1 if counts_from_padding else positions
+    padding = 1 if config.model_type == "mpnet" else config.pad_token_id  # MPNet counts from 1, whatever its padding is
+    return positions - padding - 1 if counts_from_padding else positions
 
 
 AutoImageProcessor.register(D2SVSEConfig, image_processor_classes={"pil": D2SVSEImageProcessorPil}, exist_ok=True)

@@ -26,7 +26,7 @@ from support.families import (
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 # One of each kind in the gate: a grid, stages, a width that must be measured, no class token, no masking; and no
 # decoder, a tower, left to right, no limit of positions, positions from the padding id + 1.
-QUICK = ("vit_mae", "swin", "resnet", "efficientnet", "siglip_vision_model")
+QUICK = ("vit_mae", "swin", "resnet", "mobilenet_v1", "siglip_vision_model")
 QUICK += ("t5", "siglip_text_model", "chinese_clip_text_model", "gpt2", "xlnet", "mpnet")
 
 

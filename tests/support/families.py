@@ -15,11 +15,6 @@ PATCHES = {**TOWER, "image_size": 32, "patch_size": 8}
 STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 MOBILE = {"image_size": 32, "hidden_sizes": [16, 24, 32], "intermediate_size": 48}
-INVERTED = {
-    "image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 0.3, "hidden_dim": 1280, "in_channels": [32, 16],
-    "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 1],
-    "expand_ratios": [1, 2], "depthwise_padding": [],
-}  # fmt: skip
 
 # Options of a tiny model of each family, by the `model_type` of its configuration. All of them work.
 VISION: dict[str, dict[str, Any]] = {
@@ -74,7 +69,6 @@ VISION: dict[str, dict[str, Any]] = {
     "resnet": {**STAGES, "embedding_size": 16},
     "regnet": {**STAGES, "embedding_size": 16, "groups_width": 8},
     "bit": {**STAGES, "embedding_size": 16, "num_groups": 4},
-    "efficientnet": INVERTED,
     "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
     "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},
     "mobilevit": {**MOBILE, "num_attention_heads": 2, "neck_hidden_sizes": [16, 16, 24, 32, 32, 32, 64]},

@@ -21,6 +21,7 @@ WITH_EFFECT = set(
     eval_on_start save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token
     hub_private_repo hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model
     greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
