@@ -24,6 +24,7 @@ Fusion = Literal["sum", "published"]
 Initialization = Literal["default", "published"]
 Resizing = Literal["backbone", "published"]
 ContextTokens = Literal["join", "add", "none"]
+Together = Literal["mean", "union", "intersection"]
 
 
 def unknown(what: str, name: object, known: Iterable[str], listed: str | None = None) -> str:

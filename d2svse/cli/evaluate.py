@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from d2svse.choices import Candidates, Captions, DataFormat, OnBadImage, ProtocolName
+from d2svse.choices import Candidates, Captions, DataFormat, OnBadImage, ProtocolName, Side
 from d2svse.cli.common import Device, Dtype, examples, load_model, parse_assignments, print_recalls, print_table
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ EXAMPLES = examples(
     "d2svse eval MODEL --data val.jsonl",
     "d2svse eval MODEL --data dataset_coco.json --split test --protocol coco-5k",
     "d2svse eval MODEL --data val.jsonl --also-on other.jsonl --against START",
+    "d2svse eval MODEL --data val.jsonl --unimodal text",
 )
 
 
@@ -101,6 +102,12 @@ def evaluate(
         Candidates, typer.Option(help="Find candidates by these vectors.", rich_help_panel=_SCORES)
     ] = "mean",
     shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
+    unimodal: Annotated[
+        Side | None,
+        typer.Option(
+            help="Search images in images by identity, or texts in texts, instead of across.", rich_help_panel=_SCORES
+        ),
+    ] = None,
     also_on: Annotated[
         list[Path] | None,
         typer.Option(
@@ -137,6 +144,22 @@ def evaluate(
     names = [*model, *(ensemble or [])]
     if len(names) > 1 and not ensemble:
         raise ValueError(f"several models, {', '.join(names)}: give --ensemble to rank by the mean of their scores")
+    if unimodal:
+        across = {
+            "--protocol": protocol != "custom",
+            "--captions": captions != "sparse",
+            "--embeddings": embeddings,
+            "--folds": folds is not None,
+            "--similarity": similarity,
+            "--similarity-arg": similarity_arg,
+            "--ensemble": ensemble,
+            "--rerank-k": rerank_k is not None,
+            "--also-on": also_on,
+            "--against": against,
+            "--per-query": per_query,
+        }
+        if refused := [name for name, given in across.items() if given]:
+            raise ValueError(f"--unimodal {unimodal} works without {', '.join(refused)}")
     if wrong < 0:
         raise ValueError(f"--wrong {wrong}: expected 0 or more")
     from d2svse.data import ImageTextDataset
@@ -153,6 +176,16 @@ def evaluate(
         "show_progress_bar": True,
     }
     dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=image_folder, **reading)
+    if unimodal:
+        from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal
+
+        metrics = evaluate_unimodal(loaded[0][1], dataset, unimodal, batch_size=batch_size, show_progress_bar=True)
+        _print_unimodal(unimodal, data, metrics)
+        if output is not None:
+            write_json(
+                output, {"model": names[0], "data": str(data), "split": split, "unimodal": unimodal, "metrics": metrics}
+            )
+        return
     others = []
     for path in also_on or []:
         has_splits = detect_format(path) in ("published", "karpathy")
@@ -191,6 +224,13 @@ def evaluate(
         write_json(output, result)
     if per_query is not None:
         write_json_lines(per_query, evaluation.queries())
+
+
+def _print_unimodal(side: Side, data: Path, metrics: Mapping[str, float]) -> None:
+    shares = {"R@1": "recall_at_1", "R@5": "recall_at_5", "R@10": "recall_at_10", "mAP": "map"}
+    cells = [f"{100 * metrics[name]:.1f}" for name in shares.values()]
+    row = [str(metrics["num_queries"]), *cells]
+    print_table(["queries", *shares], {f"{side} to {side}": row}, data.name)
 
 
 def _compare(metrics: Mapping[str, float], earlier: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2svse.choices import Together
 from d2svse.cli.common import Device, examples, whole_lines
 from d2svse.cli.index import Model, open_index
 from d2svse.files.data import to_json
@@ -22,6 +23,7 @@ EXAMPLES = examples(
     'd2svse search INDEX "a dog on a beach" "two people at night" -k 12',
     'd2svse search INDEX "a dog on a beach" --gallery answers.html',
     'd2svse search INDEX "at night" --image square.jpg --json',
+    'd2svse search INDEX "a dog" "a beach at night" --together intersection',
 )
 
 
@@ -40,6 +42,13 @@ def search(
             help="Candidates to rank again, where the similarity compares tokens; 0: none.", show_default="100"
         ),
     ] = None,
+    together: Annotated[
+        Together | None,
+        typer.Option(
+            help="Make one query of all texts (or all images), by the mean, the greatest (union) or the least "
+            "(intersection) of their scores."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one line for each query.")] = False,
     gallery: Annotated[Path | None, typer.Option(help="Write the results to this .png or .html file.")] = None,
     model: Model = None,
@@ -48,6 +57,8 @@ def search(
     """Find the images (or texts) that fit a text, an image, or both."""
     if not queries and not image:
         raise ValueError("give texts, images with --image, or both")
+    if together and queries and image:
+        raise ValueError(f"--together {together} takes texts or images, not both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
     for number, text in enumerate(queries or [], start=1):
@@ -56,15 +67,19 @@ def search(
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the results are texts; give a name that ends in .html")
     given = None if not image else list(image)
-    answers = opened.search(queries or None, given, k, weight=weight, rerank=rerank)
+    answers = opened.search(queries or None, given, k, weight=weight, rerank=rerank, together=together)
     texts: Sequence[str | None] = queries or [None] * len(answers)
     images: Sequence[Path | None] = given or [None] * len(answers)
+    if together is not None:
+        texts, images = [_together(together, [*(queries or []), *(path.name for path in given or [])])], [None]
     asked = list(zip(texts, images, answers, strict=True))
     for text_query, image_query, hits in asked:
         if as_json:
-            query = {"text": text_query, "image": None if image_query is None else str(image_query)}
+            query: dict[str, Any] = {"text": text_query, "image": None if image_query is None else str(image_query)}
+            if together is not None:
+                query = {"texts": queries, "images": given and list(map(str, given)), "together": together}
             found = [{"id": hit.id, "score": hit.score} for hit in hits]
-            line: dict[str, Any] = {name: value for name, value in query.items() if value is not None}
+            line = {name: value for name, value in query.items() if value is not None}
             notes = {"notes": hits.notes} if hits.notes else {}
             typer.echo(to_json({**line, **notes, "hits": found}))
         else:
@@ -77,6 +92,10 @@ def search(
         else:
             write_gallery_page(asked, gallery, images=opened.side == "image")
         typer.echo(f"gallery: {visible(str(gallery))}", err=True)
+
+
+def _together(together: Together, queries: Sequence[str]) -> str:
+    return f"{together} of {' | '.join(queries)}"
 
 
 def _query(text: str | None, image: Path | None) -> str:

@@ -1,10 +1,10 @@
-"""The native format: one JSON object on each line, {"image": ..., "captions": [...], "dense"?: ...}."""
+"""The native format: a JSON object on each line, {"image": ..., "captions": [...], "dense"?: ..., "identity"?: ...}."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ class Record:
         captions: its sparse captions, at least one; a single string is one caption.
         dense: its dense caption, or None.
         line: line of the manifest, from 1; 0 for a source without lines.
+        identity: what the image shows, such as a person or a product, equal for images of the same one; or None.
+        camera: the camera of the image, whose other images of the identity are not ranked; or None.
 
     Raises:
         ValueError: if a caption is not a text, is empty, or holds half a character.
@@ -42,6 +44,8 @@ class Record:
     captions: tuple[str, ...]
     dense: str | None = None
     line: int = 0
+    identity: str | None = None
+    camera: str | None = None
 
     def __post_init__(self) -> None:
         captions = (self.captions,) if isinstance(self.captions, str) else tuple(self.captions)
@@ -93,7 +97,8 @@ def read_manifest(
         if file in lines:
             raise ManifestError(f"{where}: {image} is already in line {lines[file]}; join its captions in one line")
         lines[file] = line
-        records.append(Record(file, captions, dense, line))
+        identity, camera = (_label(row, name, where) for name in ("identity", "camera"))
+        records.append(Record(file, captions, dense, line, identity, camera))
     if not records:
         raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
     return records
@@ -112,6 +117,16 @@ def record_texts(
     if dense is not None and (not isinstance(dense, str) or not dense.strip()):
         raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r:.80}')
     return captions, None if dense is None else as_caption(dense, where)
+
+
+def _label(row: dict[str, Any], name: str, where: str) -> str | None:
+    """Return the identity or the camera of a row as a text, or None."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ManifestError(f'{where}: expected "{name}" to be a text or a whole number, got {value!r:.80}')
+    return str(value)
 
 
 def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, ...]:
@@ -153,7 +168,8 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
         inside = record.image.is_relative_to(path.parent)
         image = record.image.relative_to(path.parent) if inside else record.image.resolve()
         found: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
-        return found if record.dense is None else {**found, "dense": record.dense}
+        further = {"dense": record.dense, "identity": record.identity, "camera": record.camera}
+        return found | {name: value for name, value in further.items() if value is not None}
 
     write_json_lines(path, map(row, records))
 
@@ -245,7 +261,7 @@ def join_dense(
             raise ManifestError(
                 f"{record.where(manifest)}: {record.image} has no dense caption in {os.fspath(source)!r}"
             )
-        result.append(Record(record.image, record.captions, text, record.line))
+        result.append(replace(record, dense=text))
     return result
 
 

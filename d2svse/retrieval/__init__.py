@@ -20,6 +20,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation.ranking": ["Ranking", "bootstrap_intervals", "ranking_metrics", "rankings"],
         "evaluation.report": ["Evaluation"],
         "evaluation.scorer": ["Scorer", "stream_rankings", "stream_ranks"],
+        "evaluation.unimodal": ["evaluate_unimodal", "unimodal_metrics"],
         "search.contents": ["Changes"],
         "search.gallery": ["compose_gallery", "draw_gallery", "write_gallery_page"],
         "search.hits": ["Hit", "Hits"],
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.scorer import Scorer as Scorer
     from d2svse.retrieval.evaluation.scorer import stream_rankings as stream_rankings
     from d2svse.retrieval.evaluation.scorer import stream_ranks as stream_ranks
+    from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal as evaluate_unimodal
+    from d2svse.retrieval.evaluation.unimodal import unimodal_metrics as unimodal_metrics
     from d2svse.retrieval.search.contents import Changes as Changes
     from d2svse.retrieval.search.gallery import compose_gallery as compose_gallery
     from d2svse.retrieval.search.gallery import draw_gallery as draw_gallery

@@ -127,3 +127,25 @@ def test_other_data_and_another_model_tell_what_was_lost_elsewhere(saved, scenes
     assert equal["also_on"][0]["metrics"] == equal["metrics"]
     assert "against" not in equal
     assert f"2: {scenes / 'val.jsonl'}" in out
+
+
+def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
+    lines = [json.loads(line) for line in (scenes / "val.jsonl").read_text().splitlines()]
+    for row, line in enumerate(lines):
+        line |= {"image": str(scenes / line["image"]), "identity": row // 4, "camera": f"c{row % 4}"}
+    data = tmp_path / "identities.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, out = result(run, tmp_path, saved["one"], "--data", data, "--unimodal", "image")
+    assert found["unimodal"] == "image"
+    assert found["metrics"]["num_queries"] == 16
+    assert "image to image" in out
+    assert f"{100 * found['metrics']['map']:.1f}" in out
+    found, _ = result(run, tmp_path, saved["tokens"], "--data", scenes / "val.jsonl", "--unimodal", "text")
+    assert found["metrics"]["num_queries"] == 80
+    for arguments, message in (
+        (["--data", scenes / "val.jsonl", "--unimodal", "image"], 'val.jsonl:1: expected "identity", which is missing'),
+        (["--data", data, "--unimodal", "text", "--folds", 2], "--unimodal text works without --folds"),
+    ):
+        code, _, err = run("eval", saved["one"], *arguments)
+        assert code == 2
+        assert message in err

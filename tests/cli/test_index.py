@@ -263,3 +263,24 @@ def test_text_files_of_other_programs_are_read_or_refused_by_name(saved, tmp_pat
         output = tmp_path / f"j{number}"
         one_line_error(run("index", "build", folder, texts, "-o", output, "--side", "text"), "t.txt", words)
     one_line_error(run("search", tmp_path / "i", "a \ud83d ring"), "query 1: half a character", r"\ud83d")
+
+
+def test_several_texts_are_one_query_on_the_command_line(saved, photos, tmp_path, run):
+    folder, model = saved("cosine")
+    index = tmp_path / "i"
+    assert run("index", "build", folder, photos, "-o", index)[0] == 0
+    texts = ("a red circle", "a blue star at the top")
+    code, out, _ = run("search", index, *texts, "--together", "intersection", "-k", 3, "--json")
+    assert code == 0
+    [line] = hits(out)
+    assert line["texts"] == list(texts)
+    assert line["together"] == "intersection"
+    names = sorted(map(str, photos.iterdir()))
+    scores = np.asarray(model.similarity(model.encode_image(names), model.encode_text(list(texts)))).min(1)
+    assert [hit["id"] for hit in line["hits"]] == [names[row] for row in np.argsort(-scores)[:3]]
+    page = tmp_path / "page.html"
+    code, out, _ = run("search", index, *texts, "--together", "union", "--gallery", page)
+    assert code == 0
+    assert "union of a red circle | a blue star at the top" in out
+    assert page.read_text().count("<section>") == 1
+    one_line_error(run("search", index, *texts, "--image", names[0], "--together", "mean"), "texts or images, not both")

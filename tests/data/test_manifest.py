@@ -116,3 +116,14 @@ def test_a_dataset_lists_captions_with_their_images(folder):
         _ = ImageTextDataset.from_manifest(folder / "m.jsonl").dense_captions
     with pytest.raises(ValueError, match="no images"):
         ImageTextDataset([])
+
+
+def test_identities_and_cameras_are_read_kept_and_written(folder):
+    path = write(folder, {**GOOD, "identity": 7, "camera": "c1"}, {"image": "b.jpg", "captions": ["three"]})
+    records = join_dense(read_manifest(path), "concat")
+    assert [(record.identity, record.camera) for record in records] == [("7", "c1"), (None, None)]
+    write_manifest(path, records)
+    assert [(record.identity, record.camera) for record in read_manifest(path)] == [("7", "c1"), (None, None)]
+    for name in ("identity", "camera"):
+        with pytest.raises(ManifestError, match=f'm.jsonl:1: expected "{name}" to be a text or a whole number'):
+            read_manifest(write(folder, {**GOOD, name: [1]}))

@@ -15,6 +15,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 
+from d2svse.choices import Together
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
@@ -42,6 +43,7 @@ from d2svse.retrieval.search.contents import (
 )
 from d2svse.retrieval.search.hits import Hit, Hits, candidates_to_rerank, ranked
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
+from d2svse.retrieval.search.together import check_together, joined, search_together
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
@@ -442,6 +444,7 @@ class ImageTextIndex:
         *,
         weight: float = 0.5,
         rerank: int | None = None,
+        together: Together | None = None,
     ) -> list[Hits]:
         """Find the k best hits of each query: a text, an image, or a text with an image.
 
@@ -455,10 +458,13 @@ class ImageTextIndex:
             weight: weight of the text score in a query of both; the weight of the image score is 1 − weight.
             rerank: number of candidates that the similarity reranks, where it does not fold; 100 without it (or k
                 where that is more). With 0 scores are the inner products of the vectors.
+            together: make one query of all texts (or of all images), such as several descriptions of one image. An
+                item's score is then the "mean" of its scores, the greatest one ("union") or the least one
+                ("intersection").
 
         Returns:
-            The hits of each query, best first. Their `notes` name the parts of the text that the model does not
-            read; a warning logs them too.
+            The hits of each query, best first; one list with `together`. Their `notes` name the parts of the text that
+            the model does not read; a warning logs them too.
 
         Raises:
             ImageError: if an image cannot be read.
@@ -468,9 +474,11 @@ class ImageTextIndex:
             raise ValueError("give texts, images or both")
         reports: list[TextReport] = []
         queries = self.encode_queries(texts, images, reports.append)
-        answers = self.search_features(queries, k, weight=weight, rerank=rerank)
+        answers = self.search_features(queries, k, weight=weight, rerank=rerank, together=together)
         for report in reports:
             report.warn()
+        if together is not None:
+            return [Hits(answers[0], [note for report in reports for note in report.notes()])]
         notes = [report[[row]].notes() for report in reports for row in range(len(report))] or [[]] * len(answers)
         return [Hits(*found) for found in zip(answers, notes, strict=True)]
 
@@ -481,7 +489,13 @@ class ImageTextIndex:
         return processor.report(texts).notes()
 
     def search_features(
-        self, queries: Mapping[Side, Features], k: int = 10, *, weight: float = 0.5, rerank: int | None = None
+        self,
+        queries: Mapping[Side, Features],
+        k: int = 10,
+        *,
+        weight: float = 0.5,
+        rerank: int | None = None,
+        together: Together | None = None,
     ) -> list[list[Hit]]:
         """Find the k best hits of each query; `search` for queries that are already encoded.
 
@@ -491,15 +505,21 @@ class ImageTextIndex:
             k: number of hits for each query.
             weight: weight of the text score in a query of both, see `search`.
             rerank: number of items to rescore, see `search`.
+            together: how the scores of all queries become one, see `search`; they are then of one side.
 
         Raises:
-            ValueError: if a number is out of range, or the numbers of texts and images differ.
+            ValueError: if a number is out of range, the numbers of texts and images differ, or `together` gets both
+                sides or no query.
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {weight}")
         if k < 1:
             raise ValueError(f"k must be positive, got {k}")
         both = len(queries) == 2
+        if together is not None:
+            check_together(together)
+            if both or not len(next(iter(queries.values()))):
+                raise ValueError(f"together {together}: give at least one text or image, and not both kinds")
         if both and len(queries["text"]) != len(queries["image"]):
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
@@ -509,7 +529,11 @@ class ImageTextIndex:
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
         length = candidates_to_rerank(rerank, k, self.candidates, across in queries)
-        scores, ids = opened.vectors.search(combined, max(k, length))
+        if together is None:
+            scores, ids = opened.vectors.search(combined, max(k, length))
+        else:
+            best, names = search_together(opened.vectors, combined, max(k, length), together)
+            scores, ids = best[None], [names]
         if not length:
             return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
 
@@ -517,7 +541,11 @@ class ImageTextIndex:
             assert opened.stored is not None
             return opened.stored.features(opened.vectors.metadata_of(names))
 
-        exact = self.model.similarity_fn.score_candidates(self.side, stored, queries[across], ids)
+        score = self.model.similarity_fn.score_candidates
+        if together is not None:
+            exact = score(self.side, stored, queries[across], ids * len(queries[across]))
+            return [ranked(ids[0], joined(np.stack([one.cpu().numpy() for one in exact]), together), k)]
+        exact = score(self.side, stored, queries[across], ids)
         answers = []
         for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
             if both:

@@ -1,0 +1,171 @@
+"""Metrics of a search within one side: images by images, or texts by texts, with identities as right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from d2svse.retrieval.evaluation.evaluate import IMAGES_ON_CPU
+from d2svse.retrieval.evaluation.metrics import RECALL_AT, ScoreTile, tile_slices
+
+if TYPE_CHECKING:
+    from d2svse.data.dataset import ImageTextDataset
+    from d2svse.models.modeling import D2SVSE
+
+BLOCK = 2**22  # scores that are held at a time
+
+
+def unimodal_metrics(
+    score_tile: ScoreTile,
+    identities: Sequence[Any] | np.ndarray,
+    gallery_identities: Sequence[Any] | np.ndarray | None = None,
+    *,
+    cameras: Sequence[Any] | np.ndarray | None = None,
+    gallery_cameras: Sequence[Any] | np.ndarray | None = None,
+    recall_at: Sequence[int] = RECALL_AT,
+) -> dict[str, float]:
+    """Return the recalls and the mean average precision of queries whose right answers share their identity.
+
+    Without a gallery the queries are searched in themselves, and no query finds itself. With cameras, items of the
+    identity and of the camera of a query are taken out of its ranking, as in person re-identification (Zheng et al.,
+    2015). A query without a right answer is not asked. A tie counts against the model. A block of queries is scored
+    at a time.
+
+    Args:
+        score_tile: returns the scores of some queries and items of the gallery, `(rows, columns)`, on any device.
+        identities: `(n_queries,)` identity of each query.
+        gallery_identities: `(n_items,)` identity of each item of the gallery; None if the queries are the gallery.
+        cameras: `(n_queries,)` camera of each query, or None.
+        gallery_cameras: `(n_items,)` camera of each item of the gallery.
+        recall_at: the values of K.
+
+    Returns:
+        Fractions: `recall_at_1`, … (the share of queries with a right answer among the first K) and `map`. Also
+        `num_queries`, the number of queries with a right answer.
+
+    Raises:
+        ValueError: if a score is NaN, the lengths do not fit, or no query has a right answer.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[9.0, 0.2, 0.7], [0.2, 9.0, 0.3], [0.7, 0.3, 9.0]])
+        >>> unimodal_metrics(lambda rows, columns: scores[rows, columns], ["a", "b", "a"])["map"]
+        1.0
+    """
+    alone = gallery_identities is None
+    if alone and gallery_cameras is not None:
+        raise ValueError("gallery_cameras need gallery_identities")
+    sides = identities, identities if gallery_identities is None else gallery_identities
+    asked, stored = _codes(*sides)
+    if not len(asked) or not len(stored):
+        raise ValueError(f"expected queries and items of a gallery, got {len(asked)} and {len(stored)}")
+    seen_by = None
+    if cameras is not None:
+        if not alone and gallery_cameras is None:
+            raise ValueError("cameras need gallery_cameras")
+        seen_by = _codes(cameras, cameras if gallery_cameras is None else gallery_cameras)
+        for name, codes, ids in zip(("cameras", "gallery_cameras"), seen_by, (asked, stored), strict=True):
+            if len(codes) != len(ids):
+                raise ValueError(f"{name} are {len(codes)} for {len(ids)} items")
+    elif gallery_cameras is not None:
+        raise ValueError("gallery_cameras need cameras")
+    best, precision = [], []
+    for rows in tile_slices(len(asked), max(1, BLOCK // len(stored))):
+        scores = score_tile(rows, slice(0, len(stored))).detach().float().cpu().numpy()
+        if scores.shape != (rows.stop - rows.start, len(stored)):
+            raise ValueError(f"expected scores of {rows.stop - rows.start} × {len(stored)}, got {scores.shape}")
+        for query, line in zip(range(rows.start, rows.stop), scores, strict=True):
+            same = stored == asked[query]
+            ranked = np.ones(len(stored), dtype=bool)
+            if alone:
+                ranked[query] = False
+            if seen_by is not None:
+                ranked &= ~(same & (seen_by[1] == seen_by[0][query]))
+            if np.isnan(line[ranked]).any():
+                raise ValueError(f"a score of query {query} is NaN")
+            right = np.sort(line[same & ranked])
+            if len(right):
+                positions = _positions(right, line[~same & ranked])
+                best.append(positions[0])
+                precision.append(np.mean(np.arange(1, len(right) + 1) / (positions + 1)))
+    if not best:
+        raise ValueError(
+            "no query has a right answer: another item of its identity, of another camera if there are any"
+        )
+    recalls = {f"recall_at_{k}": float(np.mean(np.array(best) < k)) for k in recall_at}
+    return {**recalls, "map": float(np.mean(precision)), "num_queries": len(best)}
+
+
+def evaluate_unimodal(
+    model: D2SVSE,
+    dataset: ImageTextDataset,
+    side: Literal["image", "text"],
+    *,
+    batch_size: int = 128,
+    show_progress_bar: bool = False,
+) -> dict[str, float]:
+    """Encode one side of a data set and search it in itself, by the model's similarity.
+
+    Right answers of an image are the other images of its `identity`, of another camera if the records have cameras.
+    Right answers of a caption are the other captions of its identity, or of its image where records have none.
+
+    Args:
+        model: the model, with its processor.
+        dataset: the records.
+        side: "image" or "text".
+        batch_size: images or texts encoded at a time (at most 32 images on a CPU).
+        show_progress_bar: show a progress bar on the terminal.
+
+    Returns:
+        See `unimodal_metrics`.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        ValueError: if some records have an identity (or a camera) and others do not, or images have none.
+    """
+    from_records = {"identity": [record.identity for record in dataset.records]}
+    from_records["camera"] = [record.camera for record in dataset.records]
+    for name, values in from_records.items():
+        lacking = [row for row, value in enumerate(values) if value is None]
+        if lacking and (len(lacking) < len(values) or (name == "identity" and side == "image")):
+            raise ValueError(
+                f'{dataset.records[lacking[0]].where(dataset.source)}: expected "{name}", which is missing'
+            )
+    owner = np.arange(len(dataset)) if side == "image" else dataset.image_of_caption
+    known = from_records["identity"][0] is not None
+    identities = [from_records["identity"][row] for row in owner] if known else owner
+    cameras = from_records["camera"] if side == "image" and from_records["camera"][0] is not None else None
+    similarity = model.similarity_fn
+    encode: Any = model.encode_image if side == "image" else model.encode_text
+    items = dataset.images if side == "image" else dataset.captions
+    if side == "image" and model.device.type == "cpu":
+        batch_size = min(batch_size, IMAGES_ON_CPU)
+    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "convert_to_tensor": True}
+    features = similarity.compared(encode(items, output="features", **options))
+    return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
+
+
+def _codes(*sides: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return whole numbers that are equal where the values of both sides are equal."""
+    numbers: dict[Any, int] = {}
+    return tuple(
+        np.array([numbers.setdefault(one, len(numbers)) for one in _values(side)], dtype=int) for side in sides
+    )
+
+
+def _values(side: Sequence[Any] | np.ndarray) -> list[Any]:
+    return side.tolist() if hasattr(side, "tolist") else list(side)
+
+
+def _positions(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """Return the positions of right answers from 0, ascending: a wrong answer of equal score stands before.
+
+    Args:
+        right: `(n_right,)` scores, ascending.
+        wrong: `(n_wrong,)` scores.
+    """
+    beaten = np.bincount(np.searchsorted(right, wrong, side="right"), minlength=len(right) + 1)
+    before = beaten[::-1].cumsum()[:-1]  # wrong answers that score at least as high, the best right answer first
+    return before + np.arange(len(right))
