@@ -351,7 +351,7 @@ class Trainer(TransformersTrainer):
         self._pairs += int(inputs.valid.sum()) * self.args.world_size
         stream = [self.args.seed, step, batch, self.args.process_index]
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
-        inputs = inputs.to(self.args.device)
+        inputs = inputs.to(self.args.device, non_blocking=True)
         if not self.args.chunk_size:
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
         model.train()
