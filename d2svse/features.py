@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +103,21 @@ class Features:
         if self.mask is not None:
             return self.mask
         return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+
+
+def _flatten(features: Features) -> tuple[list[Tensor | None], None]:
+    return [features.pooled, features.tokens, features.mask], None
+
+
+def _unflatten(parts: Iterable[Any], _: Any) -> Features:
+    features = object.__new__(Features)  # the parts need not be tensors meanwhile
+    for name, part in zip(("pooled", "tokens", "mask"), parts, strict=True):
+        object.__setattr__(features, name, part)
+    return features
+
+
+# DistributedDataParallel with a static graph finds the outputs of a model by flattening them.
+_pytree.register_pytree_node(Features, _flatten, _unflatten, serialized_type_name="d2svse.Features")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

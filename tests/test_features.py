@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from d2svse import Features
 
@@ -38,3 +39,14 @@ def test_to_converts_the_floats_and_keeps_the_mask():
     features = Features(torch.zeros(1, 4), torch.zeros(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)).to(torch.bfloat16)
     assert features.pooled.dtype == features.tokens.dtype == torch.bfloat16
     assert features.mask.dtype == torch.bool
+
+
+def test_torch_finds_the_tensors_within():
+    """DistributedDataParallel with a static graph looks for the outputs of a model so."""
+    features = Features(torch.ones(2, 4), torch.ones(2, 3, 4))
+    leaves, structure = tree_flatten({"images": features})
+    assert [leaf.shape for leaf in leaves if leaf is not None] == [(2, 4), (2, 3, 4)]
+    again = tree_unflatten(leaves, structure)["images"]
+    assert again.tokens is features.tokens
+    assert again.mask is None
+    assert tree_map(lambda part: None if part is None else tuple(part.shape), features).pooled == (2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -90,7 +91,17 @@ class EpochBatches(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.whole_batches())
+        return self._count
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """Number of batches of an epoch; it does not depend on the order."""
+        size = self.batch_size * self.world_size
+        rounds = [self.length]
+        if self.image_of_row is not None:
+            rows = np.unique(self.image_of_row, return_counts=True)[1]  # rows of each image
+            rounds = [int((rows > number).sum()) for number in range(int(rows.max()))]
+        return sum(length // size if self.drop_last else -(-length // size) for length in rounds)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for batch in self.whole_batches():

@@ -35,13 +35,13 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
         raise ValueError(f"weights must not be negative, and their sum must be positive, got {shares}")
     first = _load(models[0])
     state, trained = first.state_dict(), first.config.trained
-    sums = {name: value.double() * shares[0] for name, value in state.items() if value.is_floating_point()}
+    sums = {name: value.cpu().double() * shares[0] for name, value in state.items() if value.is_floating_point()}
     for model, share in zip(models[1:], shares[1:], strict=True):
         loaded = _load(model)
         other, trained = loaded.state_dict(), trained and loaded.config.trained
         _check_alike(state, other, _name(models[0]), _name(model))
         for name, total in sums.items():
-            total.add_(other[name].to(total.device, torch.float64), alpha=share)
+            total.add_(other[name].cpu().double(), alpha=share)
     with torch.no_grad():
         for name, total in sums.items():
             state[name].copy_(total / sum(shares))
@@ -65,7 +65,7 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
         chosen = end if share else start
         return {name: chosen[name].clone() for name in end}
     return {
-        name: torch.lerp(start[name].double(), value.double(), share).to(value.dtype)
+        name: torch.lerp(start[name].cpu().double(), value.cpu().double(), share).to(value)  # mps has no float64
         if value.is_floating_point()
         else value.clone()
         for name, value in end.items()

@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from d2svse.features import at_least_float32
 
+Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor]]
+
 
 class GeneralizedPooling(nn.Module):
     """Generalized pooling operator (Chen et al., "Learning the Best Pooling Strategy", CVPR 2021).
@@ -19,7 +21,7 @@ class GeneralizedPooling(nn.Module):
     with learned coefficients. A small bidirectional GRU computes the coefficients from the
     positions in the sorted order. Mean, max and k-max pooling are special cases. Coefficients
     depend on the length alone: they are computed once for each distinct length of a batch.
-    Without gradient they are kept until the weights or the training mode change.
+    Without gradient they are kept until the weights change.
 
     Args:
         position_dim: width of the sinusoidal position encoding.
@@ -33,8 +35,8 @@ class GeneralizedPooling(nn.Module):
         self.position_dim, self.hidden_dim = position_dim, hidden_dim
         self.gru = nn.GRU(position_dim, hidden_dim, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(hidden_dim, 1, bias=False)
-        # State of the weights and their coefficients by length, in one attribute: threads replace it as a whole.
-        self._kept: tuple[tuple[object, ...], dict[int, Tensor]] = ((), {})
+        # State of the weights, their values, and their coefficients by length: threads replace the tuple as a whole.
+        self._kept: Kept = ((), None, {})
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool the tokens of each row.
@@ -66,8 +68,8 @@ class GeneralizedPooling(nn.Module):
             return (values @ self.coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
-        """Set the training mode and drop the kept coefficients."""
-        self._kept = ((), {})
+        """Set the training mode; the next use compares the weights with those of the kept coefficients."""
+        self._kept = ((), *self._kept[1:])
         return super().train(mode)
 
     def coefficients(self, lengths: list[int]) -> Tensor:
@@ -77,16 +79,20 @@ class GeneralizedPooling(nn.Module):
             lengths: numbers of tokens in ascending order.
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            self._kept = ((), {})  # fused optimizers change weights without a new version number
+            self._kept = ((), None, {})  # fused optimizers change weights without a new version number
             return self._compute(lengths)
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
-        kept_for, kept = self._kept
+        kept_for, weights, kept = self._kept
         if state != kept_for:
-            kept = {}
+            now = torch.cat([p.detach().flatten() for p in self.parameters()])
+            same = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
+            kept = kept if same and torch.equal(weights, now) else {}
+            weights = now
         missing = [n for n in lengths if n not in kept]
         if missing:
-            kept = {**kept, **dict(zip(missing, self._compute(missing).detach(), strict=True))}
-            self._kept = (state, kept)
+            with torch.inference_mode(False), torch.no_grad():  # or else no later backward pass could read them
+                kept = {**kept, **dict(zip(missing, self._compute(missing), strict=True))}
+        self._kept = (state, weights, kept)
         rows = [kept[n][:n] for n in lengths]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -94,6 +100,9 @@ class GeneralizedPooling(nn.Module):
         device, longest = self.linear.weight.device, lengths[-1]
         positions = sinusoidal_positions(longest, self.position_dim, device).to(self.linear.weight.dtype)
         packed = pack_padded_sequence(positions.expand(len(lengths), -1, -1), torch.tensor(lengths), True, False)
+        if self.gru.training != torch.is_grad_enabled():
+            # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.
+            self.gru.train(torch.is_grad_enabled())
         hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=longest)
         forwards, backwards = hidden.split(self.hidden_dim, dim=-1)
         scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1))

@@ -21,6 +21,7 @@ from d2svse.training.checks import (
     check_inherited,
     check_metric,
     check_ranges,
+    check_sharding,
     check_types,
     inherited_hints,
 )
@@ -91,6 +92,7 @@ class TrainingArguments(
     hub_strategy: Any = "end"
     logging_steps: float = 10
     ddp_find_unused_parameters: bool | None = False
+    per_device_eval_batch_size: int = 128  # also of the teacher and of the caches
 
     def __post_init__(self) -> None:
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -128,7 +130,10 @@ class TrainingArguments(
         self.build_loss()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers allows bf16 on the CPU only with it
+        check_sharding(values)
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave fp16 out")
         if self.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun --nproc-per-node to use all of them", self.n_gpu)
             self._n_gpu = 1

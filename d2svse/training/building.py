@@ -84,14 +84,15 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
     Raises:
         ValueError: if the teacher gives scores and the distillation loss compares embeddings.
     """
+    groups = args.text_groups or (4 if args.device.type == "cpu" else 1)  # each group waits for the device
     if isinstance(teacher, RetrievalTeacher):
         distillation_loss = score_distillation_loss(args)
-        return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, args.text_groups)
+        return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, groups)
     if args.stage == "distill":
         return DistillTask(
-            loss, build_distillation_loss(args.distill_loss), args.distill_weight, args.text_groups, args.align_weight
+            loss, build_distillation_loss(args.distill_loss), args.distill_weight, groups, args.align_weight
         )
-    return AlignTask(loss, args.text_groups)
+    return AlignTask(loss, groups)
 
 
 def make_samples(

@@ -50,6 +50,14 @@ WITHOUT_EFFECT = {
     "do_predict": _SCRIPT,
     "resume_from_checkpoint": "call train(resume_from_checkpoint=True), or give --resume",
 }
+# Options and environment variables by which transformers and accelerate would divide the weights over processes.
+SHARDING = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+LAUNCHED_SHARDING = {
+    "ACCELERATE_USE_FSDP": "fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "megatron_lm",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
 _ACCELERATOR = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
 _LAYERWISE_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
@@ -139,6 +147,23 @@ def check_inherited(values: Mapping[str, Any]) -> None:
     if optimizer.startswith(_LAYERWISE_OPTIMIZERS):
         raise ValueError(
             f"optim {optimizer} is not supported, because backbones have their own learning rate; give another one"
+        )
+
+
+def check_sharding(values: Mapping[str, Any]) -> None:
+    """Check that no option and no launcher divides the weights over processes.
+
+    Raises:
+        ValueError: if one does; the message names it.
+    """
+    given = [name for name in SHARDING if values.get(name)]
+    for variable, name in LAUNCHED_SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            given.append(f"{name} of accelerate launch")
+    if given:
+        raise ValueError(
+            f"{given[0]} is not supported: each process keeps the whole model (DDP); leave it out, and fit a large "
+            "batch into memory with chunk_size"
         )
 
 

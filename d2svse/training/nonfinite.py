@@ -66,8 +66,11 @@ class NonFiniteGuard:
             NonFiniteError: if a value is not finite and `action` is "error".
         """
         values = torch.stack([value.float() for losses in self._losses for value in losses.values()])
-        finite = bool(values.isfinite().all())
-        if finite and (gradient_norm is None or math.isfinite(gradient_norm)):
+        checks = [values.isfinite().all()]
+        if isinstance(gradient_norm, Tensor):  # the host waits for the device once
+            checks.append(gradient_norm.isfinite())
+        finite, *rest = torch.stack(checks).tolist()
+        if finite and (all(rest) if rest else gradient_norm is None or math.isfinite(gradient_norm)):
             return True
         what = "a gradient" if finite else "the loss"
         if self.action == "error":

@@ -348,8 +348,10 @@ class ComputeOptions:
     attn_implementation: str | None = option(
         None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."
     )
-    text_groups: int = option(
-        4, "Groups of similar length in which the texts of a batch are encoded; 1 suits an accelerator.", least=1
+    text_groups: int | None = option(
+        None,
+        "Groups of similar length in which the texts of a batch are encoded; without it, 4 on a CPU and 1 elsewhere.",
+        least=1,
     )
     on_nonfinite: OnNonfinite = option(
         "error", "Reaction to a NaN or infinite loss: stop, or skip the step.", flag=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import shlex
 import sys
@@ -21,7 +22,7 @@ from transformers import set_seed
 from d2svse.choices import unknown
 from d2svse.data import ImageTextDataset
 from d2svse.data.readers import detect_format, read_records
-from d2svse.files.data import read_json, read_text
+from d2svse.files.data import read_json, read_text, to_json
 from d2svse.files.folder import check_folder, written_folder
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import shown, write_json, write_text
@@ -404,7 +405,7 @@ def _train_each(
                 model.merge_lora()
             card = run_card(parse_yaml(configuration), datasets, results, sys.argv)
             _save(model, recipe.model_folder(stage), configuration, card)
-            log = "".join(f"{json.dumps(row)}\n" for row in trainer.state.log_history)
+            log = "".join(f"{to_json(_finite(row))}\n" for row in trainer.state.log_history)
             write_text(output / stage / "log.jsonl", log)
             write_json(output / "results.json", results)
         barrier()
@@ -427,6 +428,13 @@ def _train_each(
             push_folder(output / "model", recipe.push_to_hub, commit_message="End of training")
     barrier()
     return results
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of the log as JSON can hold it: null for NaN and infinity, such as the norm of an fp16 overflow."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def _interpolates(recipe: Recipe, model: D2SVSE) -> bool:

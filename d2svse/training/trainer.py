@@ -145,12 +145,6 @@ class Trainer(TransformersTrainer):
                 *(callbacks or []),
             ],
         )
-        if args.chunk_size and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("chunk_size works with one process and with DDP, not with FSDP or DeepSpeed")
-        if args.ema_decay and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("ema_decay works with one process and with DDP, not with FSDP or DeepSpeed")
-        if args.push_to_hub and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("push_to_hub works with one process and with DDP; push the saved folder with d2svse push")
         if hasattr(model.config, "use_cache"):
             del model.config.use_cache  # transformers' Trainer sets it for language models
         for printer in (PrinterCallback, ProgressCallback):
@@ -357,7 +351,7 @@ class Trainer(TransformersTrainer):
         self._pairs += int(inputs.valid.sum()) * self.args.world_size
         stream = [self.args.seed, step, batch, self.args.process_index]
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
-        inputs = inputs.to(self.args.device)
+        inputs = inputs.to(self.args.device, non_blocking=True)
         if not self.args.chunk_size:
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
         model.train()
@@ -511,7 +505,6 @@ class Trainer(TransformersTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The optimizer must only see finite gradients. The next hook, on_pre_optimizer_step, does not get the norm.
-        # Under FSDP and DeepSpeed only this method can compute it.
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaled = self.accelerator.scaler is not None  # a scaler skips steps that overflow, and lowers its scale
         passes = self._guard.passes(model, None if scaled else grad_norm, self.state.global_step + 1)
@@ -519,19 +512,14 @@ class Trainer(TransformersTrainer):
 
     def _load_best_model(self) -> None:
         # transformers ignores weights under names of its older versions; see _load_weights.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        elif self.state.best_model_checkpoint is not None:
+        if self.state.best_model_checkpoint is not None:
             self._load_weights(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # transformers ignores weights under names of its older versions; see _load_weights.
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_weights(resume_from_checkpoint)
-            if self._average:
-                self._average.resume(Path(resume_from_checkpoint))
+        self._load_weights(resume_from_checkpoint)
+        if self._average:
+            self._average.resume(Path(resume_from_checkpoint))
 
     def _load_weights(self, folder: str) -> None:
         """Load all weights of a checkpoint.

@@ -6,6 +6,8 @@ import re
 
 _KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
 _WITHIN = re.compile(r"Caught \w+ in DataLoader worker process \d+\.")
+_NO_ROOM = re.compile(r"(?:</?torch_|shared memory|/dev/shm).*No space left on device", re.DOTALL)
+_FULL = "shared memory is full (in a container: raise --shm-size); or lower --workers"
 _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): (.*)\Z", re.DOTALL | re.MULTILINE)
 
 
@@ -28,12 +30,14 @@ def worker_error(error: Exception) -> Exception | None:
     if killed:
         ids, how = killed[1], killed[2]
         if "Bus error" in how:
-            likely = "shared memory is full (in a container: raise --shm-size)"
+            likely = _FULL
         elif "Segmentation fault" in how or "Aborted" in how:
             likely = "a library that decodes images failed; find the image with --workers 0"
         else:
             likely = "memory ran out; lower --workers or --batch-size"
         return WorkerError(f"a process that prepares samples was killed (pid {ids}); most likely {likely}")
+    if isinstance(error, OSError | RuntimeError) and _NO_ROOM.search(text):
+        return WorkerError(f"a process that prepares samples cannot hand them over; most likely {_FULL}")
     if not _WITHIN.match(text):
         return None
     message = text.splitlines()[-1]

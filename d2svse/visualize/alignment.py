@@ -218,7 +218,7 @@ def _patch_scores(found: PatchScores, kind: str, grid: PatchGrid) -> list[MapSet
 
 
 def _array(values: Tensor) -> np.ndarray:
-    array: np.ndarray = values.double().cpu().numpy()
+    array: np.ndarray = values.cpu().double().numpy()  # mps has no float64
     return array
 
 

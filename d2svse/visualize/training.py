@@ -79,7 +79,7 @@ def _curves(
     axis: Axes, log: Log, names: Mapping[str, str], prefix: str, style: str, factor: float = 1, marker: str = ""
 ) -> None:
     for number, (name, label) in enumerate(names.items()):
-        points = [(row["epoch"], factor * row[name]) for row in log if name in row]
+        points = [(row["epoch"], factor * row[name]) for row in log if row.get(name) is not None]
         if points:
             look: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "marker": marker}
             axis.plot(*zip(*points, strict=True), markersize=3, linewidth=1.2, label=prefix + label, **look)

@@ -180,3 +180,15 @@ def test_a_batch_is_pinned_as_a_data_loader_pins_it(make, monkeypatch):
     batch = Collator(0)([make()[Draw(0, index)] for index in range(2)])
     assert same(pin_memory(batch), batch)
     assert len(pinned) == 7
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("image_of_row", [None, np.repeat(np.arange(9), [3, 1, 1, 5, 2, 1, 1, 4, 1])])
+def test_the_count_of_batches_is_right_and_draws_nothing(drop_last, image_of_row, monkeypatch):
+    for size, processes in ((2, 1), (4, 2), (5, 1), (20, 1)):
+        options = {"world_size": processes, "drop_last": drop_last, "image_of_row": image_of_row}
+        batches = EpochBatches(19, size, 0, **options)
+        listed = len(list(batches))
+        with monkeypatch.context() as patch:
+            patch.setattr(np.random, "default_rng", None)
+            assert len(batches) == listed

@@ -130,6 +130,41 @@ def test_kept_coefficients_go_with_the_mode(gpo, batch):
         assert not torch.allclose(gpo(*batch), before)
 
 
+def test_kept_coefficients_survive_the_modes_around_each_batch(gpo, batch):
+    """As encoding sets them for every batch."""
+    made = []
+    gpo.gru.register_forward_pre_hook(lambda _, given: made.append(given))
+    for _ in range(3):
+        gpo.eval()
+        with torch.inference_mode():
+            gpo(*batch)
+        gpo.train()
+    assert len(made) == 1
+    gpo.requires_grad_(False)
+    tokens = batch[0].requires_grad_()
+    gpo(tokens, batch[1]).sum().backward()  # the kept ones take part in a backward pass
+    assert len(made) == 1
+    assert tokens.grad.any()
+
+
+def test_the_backward_pass_in_eval_mode_suits_cudnn(gpo, batch, monkeypatch):
+    """cuDNN refuses the backward pass of a recurrent layer that ran in eval mode; torch passes it the mode."""
+    modes, compute = [], torch._VF.gru
+
+    def gru(*given):
+        modes.append(given[-2])
+        return compute(*given)
+
+    monkeypatch.setattr(torch._VF, "gru", gru)
+    trained = gpo.train()(*batch)
+    gpo(*batch).sum().backward()
+    evaluated = gpo.eval()(*batch)
+    evaluated.sum().backward()
+    assert modes == [True, True, True]
+    assert torch.equal(trained, evaluated)
+    assert gpo.gru.weight_hh_l0.grad.any()
+
+
 def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch):
     asked = []
     gpo.gru.register_forward_pre_hook(lambda _, given: asked.append(given[0].batch_sizes.tolist()))

@@ -97,8 +97,17 @@ def cases(every: bool) -> Iterator[tuple[str, Any, Any, Batch, int]]:
                 yield "distil by " + name + end, model, task, make_batch(size), chunk_size
 
 
-def gradients(model: Any, task: Any, batch: Batch, chunk_size: int) -> dict[str, torch.Tensor]:
-    """Loss and gradients of a batch of which this process takes its share."""
+def static_cases() -> Iterator[tuple[str, Any, Any, Batch, int]]:
+    """The cases of a static graph, as `cases` has them."""
+    for chunk_size in (0, 2):
+        for name in ("cosine", "omit"):
+            yield f"{name}, {chunk_size}", make_model(name), AlignTask(build_loss("infonce")), make_batch(7), chunk_size
+
+
+def gradients(
+    model: Any, task: Any, batch: Batch, chunk_size: int, static_graph: bool = False
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a batch of which this process takes its share; with a static graph, of its second pass."""
     tie_temperature(model, task.loss)
     wrapped = model
     frozen = share_batch_norm(model, model.device)
@@ -107,18 +116,25 @@ def gradients(model: Any, task: Any, batch: Batch, chunk_size: int) -> dict[str,
     for layer in frozen:
         layer.eval()
     if dist.is_initialized():
-        wrapped = DistributedDataParallel(model)
+        wrapped = DistributedDataParallel(model, static_graph=static_graph)
         batch = share(batch, dist.get_rank(), dist.get_world_size())
-    if chunk_size:
-        with wrapped.no_sync() if wrapped is not model else torch.enable_grad():
-            parts = cached_backward(wrapped, task, batch, chunk_size, lambda loss: loss.backward())
-        average_gradients(wrapped.parameters())
-    else:
-        parts = task(wrapped, batch)
-        total_loss(parts).backward()
+    first: dict[str, torch.Tensor] = {}
+    for passed in range(2 if static_graph else 1):
+        if passed:
+            first = {
+                f"{name}, first pass": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+            }
+            model.zero_grad()
+        if chunk_size:
+            with wrapped.no_sync() if wrapped is not model else torch.enable_grad():
+                parts = cached_backward(wrapped, task, batch, chunk_size, lambda loss: loss.backward())
+            average_gradients(wrapped.parameters())
+        else:
+            parts = task(wrapped, batch)
+            total_loss(parts).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    return {"loss": total_loss(parts).detach(), **found, **statistics}
+    return {"loss": total_loss(parts).detach(), **found, **first, **statistics}
 
 
 def share(batch: Batch, rank: int, size: int) -> Batch:
@@ -127,13 +143,13 @@ def share(batch: Batch, rank: int, size: int) -> Batch:
     return batch[rows] if len(rows) else replace(batch[:1], valid=torch.tensor([False]))
 
 
-def main(output: str, every: bool) -> None:
-    """Write the gradients that the processes come to together."""
+def main(output: str, kind: str) -> None:
+    """Write the gradients that the processes come to together in the cases "every", "few" or "static"."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {}
-    for name, *case in cases(every):
-        for key, tensor in gradients(*case).items():
+    for name, *case in static_cases() if kind == "static" else cases(kind == "every"):
+        for key, tensor in gradients(*case, static_graph=kind == "static").items():
             found[f"{name}/{key}"] = tensor.clone()
     if dist.get_rank() == 0:
         save_file(found, output)

@@ -64,6 +64,42 @@ def test_another_key_or_a_broken_file_is_made_again(make_model, train_dataset, f
     assert (change in ("bytes", "values")) == bool(caplog.text)
 
 
+@pytest.fixture
+def tf32():
+    """Products in TF32, as transformers' `tf32` and `torch_compile` set them."""
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = before
+
+
+def test_embeddings_of_another_kernel_are_kept_in_tf32(make_model, train_dataset, folder, tf32, monkeypatch):
+    teacher, texts = Counting(make_model()), train_dataset.dense_captions
+    first = cached_teacher_embeddings(teacher, texts, folder, 16)
+    counted, linear = teacher.counted, torch.nn.functional.linear
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:  # to the 10 bits of TF32
+        return ((tensor.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, weight, bias=None: linear(rounded(x), rounded(weight), bias)
+    )
+    now = teacher.embed(texts)
+    assert not torch.allclose(now, first, rtol=1e-3, atol=1e-4)
+    teacher.counted = counted
+    again = cached_teacher_embeddings(teacher, texts, folder, 16)
+    assert teacher.counted == counted + 4
+    assert torch.equal(first, again)
+
+
+def test_other_embeddings_are_made_again_in_tf32_too(make_model, train_dataset, folder, tf32):
+    teacher, texts = Counting(make_model()), train_dataset.dense_captions
+    first = cached_teacher_embeddings(teacher, texts, folder, 16)
+    pooled = folder / "00000" / "pooled.npy"
+    np.save(pooled, np.load(pooled) + 0.1 * first.std().item())
+    assert torch.equal(cached_teacher_embeddings(teacher, texts, folder, 16), first)
+
+
 def test_image_tokens_are_those_of_the_backbone(make_model, train_dataset, tmp_path):
     model = make_model()
     tokens = cached_image_tokens(model, train_dataset, tmp_path, 16)

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from d2svse import Trainer, TrainingArguments
-from d2svse.training.checks import WITHOUT_EFFECT
+from d2svse.training.checks import SHARDING, WITHOUT_EFFECT
 
 # What transformers' own options do here was looked up for each; a new one must be decided on.
 WITH_EFFECT = set(
@@ -21,20 +21,20 @@ WITH_EFFECT = set(
     eval_on_start save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token
     hub_private_repo hub_model_id hub_strategy hub_revision load_best_model_at_end metric_for_best_model
     greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
-    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    use_cpu accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
     dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
-    fsdp_config deepspeed debug skip_memory_metrics do_eval local_rank
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    debug skip_memory_metrics do_eval local_rank activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs
     """.split()
 )
 
 
 def test_every_option_of_transformers_is_used_or_refused():
     inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    assert not WITH_EFFECT & set(WITHOUT_EFFECT)
+    assert not WITH_EFFECT & {*WITHOUT_EFFECT, *SHARDING}
     if transformers.__version__.startswith("5.23."):
-        assert inherited == WITH_EFFECT | set(WITHOUT_EFFECT)
+        assert inherited == WITH_EFFECT | {*WITHOUT_EFFECT, *SHARDING}
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
@@ -55,6 +55,36 @@ def test_an_option_without_effect_is_refused_with_the_reason(name, make_args):
         value = "all"
     with pytest.raises(ValueError, match=f"^{name} has no effect here: .*; leave it out$"):
         make_args(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "named"),
+    [
+        ({"fsdp": True}, {}, "fsdp"),
+        ({"fsdp": "full_shard"}, {}, "fsdp"),
+        ({"fsdp_config": {"version": 2}}, {}, "fsdp_config"),
+        ({"deepspeed": {"train_batch_size": 4}}, {}, "deepspeed"),
+        ({"parallelism_config": {"tp_size": 2}}, {}, "parallelism_config"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "fsdp of accelerate launch"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "deepspeed of accelerate launch"),
+    ],
+)
+def test_weights_that_would_be_divided_over_processes_are_refused(make_args, monkeypatch, options, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"^{named} is not supported: each process keeps the whole model \(DDP\)"):
+        make_args(**options)
+
+
+def test_fp16_on_a_cpu_is_refused_and_bf16_is_taken(make_args):
+    with pytest.raises(ValueError, match=r"^fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave"):
+        make_args(fp16=True)
+    assert make_args(bf16=True).bf16
+
+
+def test_evaluation_and_caches_have_a_batch_of_their_own(make_args):
+    assert make_args().per_device_eval_batch_size == 128
+    assert make_args(per_device_eval_batch_size=5).per_device_eval_batch_size == 5
 
 
 def test_defaults_and_copies_of_arguments_are_taken(make_args):

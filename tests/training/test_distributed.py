@@ -21,7 +21,7 @@ from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
 from support.processes import COMMAND, fork_workers, torchrun
 
-WORKER = "import sys; from support.distributed_worker import main; main(sys.argv[1], sys.argv[2] == 'every')"
+WORKER = "import sys; from support.distributed_worker import main; main(*sys.argv[1:])"
 
 
 def ends_well(*running: subprocess.Popen[str]) -> None:
@@ -49,6 +49,17 @@ def test_gradients_of_processes_equal_those_of_one(processes, alone, tmp_path, r
     for name, expected in alone.items():
         difference = (together[name] - expected).norm()
         assert difference <= 1e-6 * expected.norm() + 1e-12, (name, difference / expected.norm())
+
+
+def test_a_static_graph_averages_gradients(tmp_path):
+    file = tmp_path / "gradients.safetensors"
+    for one in fork_workers(2, WORKER, file, "static"):
+        assert one.wait(600) == 0, one.err()
+    together = load_file(file)
+    for name, *case in worker.static_cases():
+        for key, expected in worker.gradients(*case).items():
+            for found in (together[f"{name}/{key}"], together.get(f"{name}/{key}, first pass", expected)):
+                assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-12, (name, key)
 
 
 def test_chunks_give_the_gradient_of_the_whole_batch(alone):

@@ -1,8 +1,12 @@
 """What a recipe makes of its options."""
 
+import json
+
 import pytest
 
-from d2svse.training.recipe import Recipe, merge
+from d2svse import Trainer
+from d2svse.training.recipe import Recipe, merge, run_recipe
+from d2svse.visualize import read_logs
 
 GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
 
@@ -36,3 +40,22 @@ def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
 def test_the_option_that_is_most_like_an_unknown_one_is_named(wrong, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         Recipe.from_mapping(GIVEN | wrong, "c.yaml")
+
+
+def test_the_log_is_json_where_a_value_is_not_finite(scenes, backbones, tmp_path, monkeypatch):
+    """The norm of the gradients is infinite in a step that a loss scaler skips."""
+    log = Trainer.log
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, *more: log(self, logs | {"grad_norm": float("inf")}, *more))
+    sources = {"train": scenes / "train.jsonl", "val": scenes / "val.jsonl", "output": tmp_path}
+    given = {name: str(path) for name, path in sources.items()}
+    given |= {"vision": str(backbones / "vision"), "text": str(backbones / "text"), "stages": ["align"]}
+    training = {"num_train_epochs": 1, "per_device_train_batch_size": 24}
+    run_recipe(Recipe(**given, training=training, model_options={"embed_dim": 8}, show_progress_bar=False))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tmp_path / "align" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["grad_norm"] for row in rows] == [None] * len(rows)
+    assert read_logs(tmp_path)["align"] == rows

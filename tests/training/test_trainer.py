@@ -487,3 +487,29 @@ def test_layers_below_get_a_smaller_learning_rate(make_model, make_args):
             layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
             expected = 0.1 * (0.5 ** (1 - layer) if layer is not None else 0.25 if "embed" in name else 1.0)
         assert rate[id(parameter)] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "activation_checkpointing"])
+def test_recomputed_layers_give_the_same_weights(option, make_model, make_args, train_dataset, monkeypatch):
+    layers = []
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", counted := _counting(torch.utils.checkpoint.checkpoint, layers)
+    )
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    weights = []
+    for options in ({}, {option: True}, {option: True, "chunk_size": 5}):
+        model, start = make_model(), len(layers)
+        args = make_args(num_train_epochs=1, max_steps=2, save_strategy="no", **options)
+        Trainer(model, args, train_dataset).train()
+        weights.append(model.state_dict())
+        assert bool(len(layers) - start) == bool(options)
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, msg=name)
+
+
+def _counting(function, calls):
+    def call(*given, **options):
+        calls.append(1)
+        return function(*given, **options)
+
+    return call

@@ -63,5 +63,14 @@ def test_other_ends_have_other_reasons_and_other_errors_stay():
     assert "a library that decodes images failed" in str(worker_error(fault))
     gone = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
     assert "was killed (pid 7, 8); most likely memory" in str(worker_error(gone))
+    for full in (
+        "unable to write to file </torch_71_3407_0>: No space left on device (28)",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_71_1_0>: No space left on device (28)",
+    ):
+        told = str(worker_error(RuntimeError(full)))
+        assert "shared memory is full (in a container: raise --shm-size)" in told
+        assert "\n" not in told
     assert worker_error(RuntimeError("something else")) is None
+    assert worker_error(RuntimeError("run.json: No space left on device")) is None
     assert worker_error(ValueError("a value")) is None

@@ -45,6 +45,13 @@ def test_curves_are_what_was_logged(folder):
     assert drawn["distill: recall on the validation set, percent"] == {}
 
 
+def test_values_that_were_not_finite_are_left_out(folder):
+    with (folder / "pretrain" / "log.jsonl").open("a") as log:
+        log.write('{"loss": null, "align_loss": null, "epoch": 0.7}\n{"loss": 1.0, "align_loss": 1.0, "epoch": 0.9}\n')
+    axis = training_curves(folder).axes[0]
+    assert axis.lines[0].get_xydata().tolist() == [[0.5, 2.0], [0.9, 1.0]]
+
+
 def test_several_runs_share_the_axes_of_a_stage(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "distill").mkdir()

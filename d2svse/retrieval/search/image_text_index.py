@@ -46,6 +46,7 @@ from d2svse.retrieval.search.stored import StoredItems, joined_stores
 from d2svse.retrieval.search.together import check_together, joined, search_together
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
+from d2svse.retrieval.vectors.exact import ExactIndex
 from d2svse.retrieval.vectors.tuning import EXACT_SETTINGS, FAISS_SETTINGS, TuningRow, tune
 from d2svse.similarity.base import Candidates, Side
 
@@ -86,8 +87,9 @@ class ImageTextIndex:
         model: D2SVSE | None = None,
         device: str | torch.device | None = None,
         as_loaded: bool = False,
+        vectors_device: str | torch.device | None = None,
     ) -> None:
-        self._device = device
+        self._device, self._vectors_device = device, vectors_device
         self.folder = Path(folder)
         self._opened = self._read()
         self._model: D2SVSE | None = None
@@ -99,11 +101,13 @@ class ImageTextIndex:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the name of the folder and the model; unpickling opens the vectors again."""
-        return {"folder": self.folder.absolute(), "model": self._model, "device": self._device}
+        devices = {"device": self._device, "vectors_device": self._vectors_device}
+        return {"folder": self.folder.absolute(), "model": self._model, **devices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the folder again."""
-        self.__init__(state["folder"], device=state.get("device"))  # type: ignore[misc]
+        devices = {name: state.get(name) for name in ("device", "vectors_device")}
+        self.__init__(state["folder"], **devices)  # type: ignore[misc]
         self._model = state["model"]
 
     @property
@@ -200,7 +204,7 @@ class ImageTextIndex:
             note_folders(folder, [settings.vectors])
             vectors.save(folder / settings.vectors)
             settings.write(folder)
-            index = cls(folder, model)
+            index = cls(folder, model, vectors_device=engine_options.get("device"))
             vectors.close()
             write_skipped(folder, store.skipped)
             index._sweep(index._opened)
@@ -214,6 +218,7 @@ class ImageTextIndex:
         *,
         device: str | torch.device | None = None,
         as_loaded: bool = False,
+        vectors_device: str | torch.device | None = None,
     ) -> Self:
         """Open an index.
 
@@ -224,12 +229,14 @@ class ImageTextIndex:
             device: where the index loads its model to, such as "cuda"; the CPU without it.
             as_loaded: the weights of `model` are as `from_pretrained` loaded them, so that a kept fingerprint counts,
                 see `model_fingerprint`.
+            vectors_device: torch device that holds the vectors of the exact backend, see `ExactIndex`. The folder does
+                not name one.
 
         Raises:
             FileNotFoundError: if a file is missing; the message names it.
-            ValueError: if another model built the index.
+            ValueError: if another model built the index, or another backend would hold the vectors on a device.
         """
-        return cls(folder, model, device, as_loaded)
+        return cls(folder, model, device, as_loaded, vectors_device)
 
     def close(self) -> None:
         """Close the vectors; this frees an embedded Milvus for other processes."""
@@ -636,6 +643,8 @@ class ImageTextIndex:
             try:
                 vectors = load_index(own_folder(self.folder, settings.vectors))
                 try:
+                    if self._vectors_device is not None:
+                        _place(vectors, self._vectors_device)
                     return _Opened(settings, vectors, self._stored(settings, vectors))
                 except BaseException:
                     vectors.close()
@@ -670,6 +679,12 @@ class ImageTextIndex:
 
 def _folders(opened: _Opened) -> set[str]:
     return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
+
+
+def _place(vectors: VectorIndex, device: str | torch.device) -> None:
+    if not isinstance(vectors, ExactIndex):
+        raise ValueError(f"vectors_device is for the backend exact, and this index has {vectors.engine}; leave it out")
+    vectors.device = device
 
 
 def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:

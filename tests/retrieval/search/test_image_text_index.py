@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -65,6 +66,18 @@ def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dat
     check(texts.search(images=val_dataset.images[:2], k=10), captions, scores.T, 10)
     with pytest.raises(ValueError, match="the similarity folds into the vectors"):
         index.search(queries, rerank=10)
+
+
+def test_the_device_of_the_vectors_is_kept_by_the_object_and_not_by_the_folder(make_model, val_dataset, tmp_path):
+    model, images = make_model(), val_dataset.images
+    index = ImageTextIndex.build(model, images[:8], tmp_path / "i", device="cpu")
+    assert index.vectors.device == "cpu"
+    index.add(images[8:10])
+    assert pickle.loads(pickle.dumps(index)).vectors.device == index.vectors.device == "cpu"
+    assert ImageTextIndex.load(tmp_path / "i", model).vectors.device is None
+    loaded = ImageTextIndex.load(tmp_path / "i", model, vectors_device="cpu")
+    assert loaded.vectors.device == "cpu"
+    assert loaded.search(images=images[3], k=2)[0][0].id == str(images[3])
 
 
 @pytest.mark.parametrize(
