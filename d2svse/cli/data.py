@@ -1,4 +1,4 @@
-"""`d2svse data convert`, `dense`, `shard` and `index-shards`."""
+"""`d2svse data convert`, `dense`, `shard`, `index-shards` and `gru`."""
 
 from __future__ import annotations
 
@@ -166,3 +166,38 @@ def index_shards(
     if outside:
         raise ValueError(f"{outside[0]}: local shards must lie in the folder of the index, {output.parent}")
     typer.echo(visible(str(write_index(shards, output))))
+
+
+@app.command(
+    "gru",
+    epilog=examples(
+        "d2svse data gru train.jsonl gru",
+        "d2svse data gru train.jsonl gru --word-vectors glove.6B.300d.txt --min-count 4",
+    ),
+)
+def gru(
+    source: Annotated[str, typer.Argument(help="The training set; any layout that `convert` reads.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the backbone, to give to train as --text.")],
+    split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
+    dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
+    word_vectors: Annotated[Path | None, typer.Option(help="Word vectors, a text file in the format of GloVe.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Leave out rarer words.")] = 1,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the GRU.")] = 1024,
+    embedding_size: Annotated[int, typer.Option(min=1, help="Width of random word vectors; a file has its own.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 42,
+) -> None:
+    """Write a bidirectional GRU as a text backbone, with the words of all captions as its vocabulary."""
+    from d2svse.data.readers import read_records
+    from d2svse.files.folder import written_folder
+    from d2svse.hub.saving import model_kind
+    from d2svse.models.gru import build_gru
+
+    records = read_records(source, split=split, dense=dense, allow_missing=True)
+    texts = [text for record in records for text in (*record.captions, record.dense) if text]
+    options = {"min_count": min_count, "hidden_size": hidden_size, "embedding_size": embedding_size, "seed": seed}
+    model, tokenizer, found = build_gru(texts, word_vectors, **options)
+    with written_folder(output, model_kind("d2svse data gru", [])) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    vectors = "random vectors" if word_vectors is None else f"{found} with a vector of {word_vectors.name}"
+    typer.echo(f"{visible(str(output))}: {len(tokenizer)} words with the special tokens, {visible(vectors)}")

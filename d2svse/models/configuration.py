@@ -12,6 +12,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from d2svse.choices import ContextTokens, Fusion, Initialization, unknown
 from d2svse.hub.limits import check_limits
+from d2svse.models import gru  # noqa: F401 - AutoConfig and AutoModel know it then
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
