@@ -1,4 +1,4 @@
-"""`d2svse data convert`, `dense`, `shard`, `index-shards` and `gru`."""
+"""`d2svse data convert`, `dense`, `shard`, `index-shards`, `gru` and `regions`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from d2svse.choices import DataFormat
-from d2svse.cli.common import OnBadImage, examples
+from d2svse.cli.common import Device, OnBadImage, examples
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
@@ -201,3 +201,45 @@ def gru(
         tokenizer.save_pretrained(folder)
     vectors = "random vectors" if word_vectors is None else f"{found} with a vector of {word_vectors.name}"
     typer.echo(f"{visible(str(output))}: {len(tokenizer)} words with the special tokens, {visible(vectors)}")
+
+
+@app.command(
+    "regions",
+    epilog=examples(
+        "d2svse data regions train.jsonl regions --vision google/vit-base-patch16-224 --name train",
+        "d2svse data regions train.jsonl regions --vision facebook/detr-resnet-50 --name train",
+    ),
+)
+def regions(
+    source: Annotated[str, typer.Argument(help="Images and captions; any layout that `convert` reads.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    vision: Annotated[str, typer.Option(help="Hub id or folder of a vision backbone or of a detector.")],
+    name: Annotated[str, typer.Option(help="Name of the split, which begins the names of the files.")],
+    split: Annotated[str | None, typer.Option(help="Split of the source, for a layout with several.")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
+    num_regions: Annotated[int, typer.Option(min=1, help="Objects of an image, from a detector.")] = 36,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 32,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the features.")] = "float32",
+    device: Device = None,
+) -> None:
+    """Write region features of images, from the tokens of a vision backbone or the objects of a detector."""
+    from d2svse.data.readers import read_records, require_images
+    from d2svse.retrieval.embeddings.regions import write_regions
+
+    records = read_records(source, split=split, image_folder=image_folder, dense=dense)
+    require_images(records, source)
+    shape = write_regions(
+        records,
+        vision,
+        output,
+        name,
+        num_regions=num_regions,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        show_progress_bar=True,
+    )
+    typer.echo(f"{visible(str(output / name))}_ims.npy: {shape[0]} images, {shape[1]} regions, width {shape[2]}")

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from d2svse.files.folder import FolderKind, is_own, written_folder
 from d2svse.hub.saving import PROCESSOR_NAMES, named_files
 from d2svse.models.decoder import ContextDecoder
+from d2svse.models.gru import GRUModel
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.pooling import GeneralizedPooling
 
@@ -134,8 +135,12 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
         L2-normalised, and multiplied by the metric of a bilinear similarity.
 
     Raises:
-        ValueError: if the model has no processor.
+        ValueError: if the model has no processor, or its text backbone is a GRU.
     """
+    if isinstance(model.text_encoder.backbone, GRUModel):
+        raise ValueError(
+            "torch.export fixes the length of the texts of a GRU; export a model with another text backbone"
+        )
     if model.processor is None:
         raise ValueError("the model has no processor, which decides the size of images; set model.processor")
     pixels = model.processor.example().to(model.device, model.dtype)

@@ -215,8 +215,8 @@ def read_items(
     """Return the items of a source, without duplicates.
 
     Args:
-        source: a folder, a manifest, a file of region features (.npy) or a list of paths for images; a manifest, a text file with one text on each
-            line, or a list for texts.
+        source: a folder, a manifest, a file of region features (.npy) or a list of paths for images; a manifest, a
+            text file with one text on each line, or a list for texts.
         side: "image" or "text".
         may_be_empty: accept a folder without images.
         exclude: patterns of names or paths in a folder that are left out; see `walk_images`.
