@@ -10,14 +10,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import ContextTokens, Fusion, Initialization, unknown
+from d2svse.choices import ContextTokens, Fusion, Initialization, Projection, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models import gru, regions  # noqa: F401 - AutoConfig and AutoModel know them then
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
-PROJECTIONS = ("linear", "residual_mlp")
+PROJECTIONS = get_args(Projection)
 FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
 INITIALIZATIONS = get_args(Initialization)
