@@ -550,8 +550,10 @@ def image_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
     if isinstance(image, StoredImage):
         return image.state
     file, mark, row = os.fsdecode(image).rpartition("#")
-    is_row = mark and row.isdecimal() and file.endswith(".npy")  # a row of a region file
-    status = Path(file if is_row else image).stat()
+    if mark and row.isdecimal() and file.endswith(".npy"):  # a row of a region file
+        status = Path(file).stat()
+        return status.st_size, status.st_mtime_ns, int(row)
+    status = Path(image).stat()
     return status.st_size, status.st_mtime_ns
 
 

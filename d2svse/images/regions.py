@@ -42,9 +42,9 @@ class RegionImage(StoredImage):
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Size and modification time of the file."""
+        """Size and modification time of the file, and the row."""
         status = os.stat(self.file)
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, self.row
 
     def read_bytes(self) -> bytes:
         """Refuse to be read as an image.
