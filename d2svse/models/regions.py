@@ -118,7 +118,8 @@ class RegionsImageProcessor(BaseImageProcessor):
             name, features = os.fspath(image), image.features()
         elif isinstance(source, np.ndarray | Tensor):
             name = f"<{type(source).__name__}>"
-            features = np.array(source.detach().float().cpu() if isinstance(source, Tensor) else source, np.float32)
+            given = source.detach().float().cpu().numpy() if isinstance(source, Tensor) else source
+            features = np.array(given, dtype=np.float32)
         else:
             name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
             raise ImageError(f"{name}: the model reads region features: FILE.npy#ROW or an array (n_regions, width)")

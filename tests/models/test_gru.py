@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from d2svse import D2SVSE, Trainer, evaluate
+from d2svse.integrations.onnx import export_programs
 from d2svse.models.gru import build_gru, build_tokenizer, read_word_vectors
 
 TEXTS = ["a red dog", "a blue cat runs home", "the dog"]
@@ -122,3 +123,8 @@ def test_both_stages_train_evaluate_save_and_load(
     alone = np.concatenate([loaded.encode_text([text]) for text in texts])
     assert np.allclose(loaded.encode_text(texts), alone, atol=1e-5)
     assert evaluate(loaded, val_dataset).metrics == evaluate(model, val_dataset).metrics
+
+
+def test_export_refuses_a_gru(gru, backbones):
+    with pytest.raises(ValueError, match="fixes the length of the texts of a GRU"):
+        export_programs(D2SVSE.from_backbones(backbones / "vision", gru, embed_dim=24))

@@ -9,6 +9,7 @@ from transformers.models.detr.image_processing_pil_detr import DetrImageProcesso
 from d2svse import D2SVSE, ImageTextDataset, ImageTextIndex, Trainer, evaluate
 from d2svse.images import ImageError
 from d2svse.images.regions import RegionImage, region_images
+from d2svse.integrations.onnx import export_programs
 from d2svse.retrieval.embeddings.regions import write_regions
 
 
@@ -208,3 +209,27 @@ def test_a_detector_gives_its_most_certain_objects_with_their_boxes(val_dataset,
     assert row.shape == (4, 21)
     assert (row[:, 16:] >= 0).all()
     assert (row[:, 16:] <= 1).all()
+
+
+def test_the_exported_image_encoder_masks_padding(files, make):
+    model = make().eval()
+    program = export_programs(model)["image_encoder"].module()
+    pixels = model.processor.pixel_values(region_images(files / "dev_ims.npy"))
+    with torch.no_grad():
+        for count in (1, 3):
+            expected = model.image_vectors(pixels[:count])
+            torch.testing.assert_close(program(pixels[:count])[0], expected, atol=1e-5, rtol=0)
+
+
+def test_the_command_writes_the_files_of_a_split(run, val_dataset, scenes, backbones, tmp_path):
+    options = ("--vision", backbones / "vision", "--name", "val", "--device", "cpu")
+    code, out, err = run("data", "regions", scenes / "val.jsonl", tmp_path / "out", *options)
+    assert (code, err) == (0, "")
+    assert "val_ims.npy: 16 images, 17 regions, width 32" in out
+    dataset = ImageTextDataset.from_source(tmp_path / "out" / "val_ims.npy")
+    assert dataset.captions == val_dataset.captions
+    assert dataset.dense_captions == val_dataset.dense_captions
+    assert dataset.image_of_caption.tolist() == val_dataset.image_of_caption.tolist()
+    code, _, err = run("data", "regions", scenes / "val.jsonl", tmp_path / "out", *options)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "val_ims.npy: already exists" in err
