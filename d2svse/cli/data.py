@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from d2svse.choices import DataFormat
-from d2svse.cli.common import Device, OnBadImage, examples
+from d2svse.cli.common import Device, OnBadImage, examples, prepare_process
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
@@ -192,6 +192,7 @@ def gru(
     from d2svse.hub.saving import model_kind
     from d2svse.models.gru import build_gru
 
+    prepare_process("cpu")
     records = read_records(source, split=split, dense=dense, allow_missing=True)
     texts = [text for record in records for text in (*record.captions, record.dense) if text]
     options = {"min_count": min_count, "hidden_size": hidden_size, "embedding_size": embedding_size, "seed": seed}
@@ -229,6 +230,7 @@ def regions(
     from d2svse.data.readers import read_records, require_images
     from d2svse.retrieval.embeddings.regions import write_regions
 
+    prepare_process(device)
     records = read_records(source, split=split, image_folder=image_folder, dense=dense)
     require_images(records, source)
     shape = write_regions(
