@@ -172,7 +172,7 @@ def index_shards(
     "gru",
     epilog=examples(
         "d2svse data gru train.jsonl gru",
-        "d2svse data gru train.jsonl gru --word-vectors glove.6B.300d.txt --min-count 4",
+        "d2svse data gru train.jsonl gru --word-vectors glove.txt --min-count 4",
     ),
 )
 def gru(
@@ -207,8 +207,8 @@ def gru(
 @app.command(
     "regions",
     epilog=examples(
-        "d2svse data regions train.jsonl regions --vision google/vit-base-patch16-224 --name train",
-        "d2svse data regions train.jsonl regions --vision facebook/detr-resnet-50 --name train",
+        "d2svse data regions dev.jsonl out --name dev --vision facebook/dinov2-base",
+        "d2svse data regions dev.jsonl out --name dev --vision facebook/detr-resnet-50",
     ),
 )
 def regions(
