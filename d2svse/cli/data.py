@@ -207,8 +207,8 @@ def gru(
 @app.command(
     "regions",
     epilog=examples(
-        "d2svse data regions dev.jsonl out --name dev --vision facebook/dinov2-base",
-        "d2svse data regions dev.jsonl out --name dev --vision facebook/detr-resnet-50",
+        "d2svse data regions dev.jsonl . --name dev --vision facebook/dinov2-base",
+        "d2svse data regions dev.jsonl . --name dev --vision facebook/detr-resnet-50",
     ),
 )
 def regions(
