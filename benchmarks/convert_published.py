@@ -99,7 +99,7 @@ def main() -> None:
     for name in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer, checkpoint, model = (Path(folder) / part for part in ("tokenizer", "m.pth", "model"))
-            from d2svse.demo import build_tokenizer
+            from d2svse.models.gru import build_tokenizer
 
             build_tokenizer(["a dog runs on the beach"]).save_pretrained(tokenizer)
             write = f"c.write_checkpoint(c.Path({str(checkpoint)!r}), *c.SIZES[{name!r}], layers={arguments.layers})"

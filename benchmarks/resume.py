@@ -29,7 +29,7 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import read_manifest, write_scenes
-from d2svse.demo import build_tokenizer
+from d2svse.models.gru import build_tokenizer
 from d2svse.training.checkpoints import SUMS_FILE
 
 SIZE = 32

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils import convert_conv2d_weight_memory_format
-from transformers import BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, ResNetConfig, set_seed
+from transformers import BertConfig, PreTrainedConfig, ResNetConfig, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.cpu import choose_device
@@ -21,6 +20,7 @@ from d2svse.files.folder import check_folder, written_folder
 from d2svse.files.replace import shown, write_json
 from d2svse.hub.saving import model_kind
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
+from d2svse.models.gru import build_tokenizer
 from d2svse.retrieval import ImageTextIndex, draw_gallery
 from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments
@@ -28,7 +28,6 @@ from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
 DEMO = model_kind("d2svse demo", [RUN_CARD_FILE])
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
 PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 7
@@ -221,16 +220,3 @@ def _run_card(
 
 def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("test_"): value for name, value in metrics.items() if name != "epoch"}
-
-
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a word-level tokenizer that knows exactly the words of these texts, in lower case."""
-    normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    special = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=96, **names)

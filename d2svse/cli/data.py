@@ -1,4 +1,4 @@
-"""`d2svse data convert`, `dense`, `shard` and `index-shards`."""
+"""`d2svse data convert`, `dense`, `shard`, `index-shards`, `gru` and `regions`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from d2svse.choices import DataFormat
-from d2svse.cli.common import OnBadImage, examples
+from d2svse.cli.common import Device, OnBadImage, examples, prepare_process
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
@@ -166,3 +166,82 @@ def index_shards(
     if outside:
         raise ValueError(f"{outside[0]}: local shards must lie in the folder of the index, {output.parent}")
     typer.echo(visible(str(write_index(shards, output))))
+
+
+@app.command(
+    "gru",
+    epilog=examples(
+        "d2svse data gru train.jsonl gru",
+        "d2svse data gru train.jsonl gru --word-vectors glove.txt --min-count 4",
+    ),
+)
+def gru(
+    source: Annotated[str, typer.Argument(help="The training set; any layout that `convert` reads.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the backbone, to give to train as --text.")],
+    split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
+    dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
+    word_vectors: Annotated[Path | None, typer.Option(help="Word vectors, a text file in the format of GloVe.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Leave out rarer words.")] = 1,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the GRU.")] = 1024,
+    embedding_size: Annotated[int, typer.Option(min=1, help="Width of random word vectors; a file has its own.")] = 300,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 42,
+) -> None:
+    """Write a bidirectional GRU as a text backbone, with the words of all captions as its vocabulary."""
+    from d2svse.data.readers import read_records
+    from d2svse.files.folder import written_folder
+    from d2svse.hub.saving import model_kind
+    from d2svse.models.gru import build_gru
+
+    prepare_process("cpu")
+    records = read_records(source, split=split, dense=dense, allow_missing=True)
+    texts = [text for record in records for text in (*record.captions, record.dense) if text]
+    options = {"min_count": min_count, "hidden_size": hidden_size, "embedding_size": embedding_size, "seed": seed}
+    model, tokenizer, found = build_gru(texts, word_vectors, **options)
+    with written_folder(output, model_kind("d2svse data gru", [])) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    vectors = "random vectors" if word_vectors is None else f"{found} with a vector of {word_vectors.name}"
+    typer.echo(f"{visible(str(output))}: {len(tokenizer)} words with the special tokens, {visible(vectors)}")
+
+
+@app.command(
+    "regions",
+    epilog=examples(
+        "d2svse data regions dev.jsonl . --name dev --vision facebook/dinov2-base",
+        "d2svse data regions dev.jsonl . --name dev --vision facebook/detr-resnet-50",
+    ),
+)
+def regions(
+    source: Annotated[str, typer.Argument(help="Images and captions; any layout that `convert` reads.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    vision: Annotated[str, typer.Option(help="Hub id or folder of a vision backbone or of a detector.")],
+    name: Annotated[str, typer.Option(help="Name of the split, which begins the names of the files.")],
+    split: Annotated[str | None, typer.Option(help="Split of the source, for a layout with several.")] = None,
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
+    ] = None,
+    dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
+    num_regions: Annotated[int, typer.Option(min=1, help="Objects of an image, from a detector.")] = 36,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 32,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the features.")] = "float32",
+    device: Device = None,
+) -> None:
+    """Write region features of images, from the tokens of a vision backbone or the objects of a detector."""
+    from d2svse.data.readers import read_records, require_images
+    from d2svse.retrieval.embeddings.regions import write_regions
+
+    prepare_process(device)
+    records = read_records(source, split=split, image_folder=image_folder, dense=dense)
+    require_images(records, source)
+    shape = write_regions(
+        records,
+        vision,
+        output,
+        name,
+        num_regions=num_regions,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        show_progress_bar=True,
+    )
+    typer.echo(f"{visible(str(output / name))}_ims.npy: {shape[0]} images, {shape[1]} regions, width {shape[2]}")

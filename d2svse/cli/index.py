@@ -50,7 +50,10 @@ FollowLinks = Annotated[bool, typer.Option("--follow-links", help="Follow links 
 )
 def build(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    source: Annotated[Path, typer.Argument(help="A folder of images, a manifest, or with --side text a text file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A folder of images, a manifest, region features (.npy), or with --side text a text file."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
     side: Annotated[Side, typer.Option(help="What to index.")] = "image",
     engine: Annotated[Engine, typer.Option(help="The backend that searches the vectors.")] = "exact",

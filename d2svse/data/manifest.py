@@ -163,7 +163,7 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
     def row(record: Record) -> dict[str, Any]:
         if isinstance(record.image, StoredImage):
             raise ManifestError(
-                f"{record.image}: an image in a shard has no path for a manifest; use the shards' index"
+                f"{record.image}: an image in a shard or a region file has no path for a manifest; name that file"
             )
         inside = record.image.is_relative_to(path.parent)
         image = record.image.relative_to(path.parent) if inside else record.image.resolve()

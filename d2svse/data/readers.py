@@ -23,6 +23,7 @@ from d2svse.data.shards import INDEX_FILE, is_url, read_shards
 from d2svse.data.tables import TABLE_NAMES, find_table, read_table
 from d2svse.files.replace import written_aside
 from d2svse.images import StoredImage
+from d2svse.images.regions import SUFFIX, RegionImage, region_images
 
 FORMATS = get_args(DataFormat)
 FORMATS_WITH_COLUMNS = ("manifest", "table", "datasets")
@@ -46,8 +47,10 @@ def read_records(
     Args:
         source: a manifest; a folder of the published layout; Karpathy's or COCO's JSON; a table
             of images and captions, or its folder; a `datasets` folder or Hub id; the
-            index of WebDataset shards, `shards.jsonl`, its folder or its URL.
-        format: "manifest", "published", "karpathy", "coco", "table", "datasets" or "shards"; "auto" detects it.
+            index of WebDataset shards, `shards.jsonl`, its folder or its URL; a file of region features,
+            `{split}_ims.npy`.
+        format: "manifest", "published", "karpathy", "coco", "table", "datasets", "shards" or
+            "regions"; "auto" detects it.
         split: the split to read, for a layout with several; "train+restval" joins two of Karpathy's.
         image_folder: folder that relative image paths start from; None for the layout's usual folder.
         dense: source of the dense captions, see `join_dense`; for the published layout also "long" or
@@ -73,7 +76,7 @@ def read_records(
     if not has_splits and format != "datasets" and split is not None:
         raise ValueError(f"{os.fspath(source)}: a {format} source has no splits; leave out the split {split!r}")
     published_dense = str(dense) if dense in DENSE_SUFFIXES else None
-    if published_dense and format != "published":
+    if published_dense and format not in ("published", "regions"):
         raise ValueError(
             f"{os.fspath(source)}: only the published layout has the dense captions {dense!r}, not {format}"
         )
@@ -89,6 +92,8 @@ def read_records(
         records = read_datasets(os.fspath(source), split, image_folder=image_folder, **columns)
     elif format == "published":
         records = read_published(path, str(split), image_folder=image_folder, dense=published_dense)
+    elif format == "regions":
+        records = read_regions(path, dense=published_dense)
     elif format == "shards":
         records = read_shards(source)
     elif format == "karpathy":
@@ -128,6 +133,8 @@ def detect_format(source: str | os.PathLike[str]) -> str:
     if not path.is_file():
         raise ManifestError(f"{path}: no such file or folder")
     suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return "regions"
     if suffix == ".json":
         content = read_json(path)
         if isinstance(content, list):
@@ -205,6 +212,47 @@ def read_published(
         Record(root / names[image], tuple(own), text, lines[image])
         for (image, own), text in zip(grouped.items(), texts, strict=True)
     ]
+
+
+def read_regions(path: str | os.PathLike[str], *, dense: str | None = None) -> list[Record]:
+    """Read a file of region features, `{split}_ims.npy (n_images, n_regions, width)`, with the captions beside it.
+
+    The captions are those of the published layout, see `read_published`: `{split}_caps.txt`, and optionally
+    `{split}_ids.txt` and `{dataset}_{split}.jsonl`. Without ids all images have equally many captions in a row.
+
+    Args:
+        path: the file.
+        dense: "long" or "short200" for these dense captions, which must exist; None for "long", if it exists.
+
+    Raises:
+        ManifestError: if a file is missing or counts do not match.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIX):
+        raise ManifestError(f"{path}: expected a name that ends with {SUFFIX}, such as train{SUFFIX}")
+    try:
+        images: list[RegionImage] = region_images(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ManifestError(error) from None
+    folder, split = path.parent, path.name.removesuffix(SUFFIX)
+    source = folder / f"{split}_caps.txt"
+    captions = read_lines(source)
+    ids = read_lines(folder / f"{split}_ids.txt") if (folder / f"{split}_ids.txt").is_file() else []
+    grouped: list[list[str]] = [[] for _ in images]
+    if len(ids) == len(captions) and len(set(ids)) == len(images):
+        row_of = {image: row for row, image in enumerate(dict.fromkeys(ids))}
+        owners = [row_of[image] for image in ids]
+    elif captions and len(captions) % len(images) == 0:
+        each = len(captions) // len(images)
+        owners = [row for row in range(len(images)) for _ in range(each)]
+    else:
+        raise ManifestError(f"{path}: {len(images)} images and {len(captions)} captions in {source.name}")
+    for line, (owner, caption) in enumerate(zip(owners, captions, strict=True), start=1):
+        if not caption.strip():
+            raise ManifestError(f"{source}:{line}: an empty caption; expected a text")
+        grouped[owner].append(as_caption(caption, f"{source}:{line}"))
+    texts = _published_dense(folder, split, len(images), dense)
+    return [Record(image, tuple(own), text) for image, own, text in zip(images, grouped, texts, strict=True)]
 
 
 def read_karpathy(

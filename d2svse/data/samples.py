@@ -16,6 +16,7 @@ from d2svse.data import augment
 from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.images import ImageError, load_image
+from d2svse.images.regions import RegionImage
 
 
 class SupportsRows(Protocol):
@@ -214,7 +215,7 @@ class TrainingSamples(Dataset[Sample]):
         )
 
     def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the pixels of an image: `(channels, height, width)` float32.
+        """Return the pixels of an image: `(channels, height, width)` float32; or its region features as they are.
 
         Args:
             row: row of the image in the data set.
@@ -225,6 +226,8 @@ class TrainingSamples(Dataset[Sample]):
         """
         record = self.dataset.records[row]
         try:
+            if isinstance(record.image, RegionImage):
+                return self.processor.pixel_values([record.image])[0]
             image = load_image(record.image)
         except ImageError as error:
             raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None

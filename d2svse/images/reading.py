@@ -117,6 +117,14 @@ class StoredImage(os.PathLike[str]):
             OSError: if it cannot be read.
         """
 
+    def check(self) -> None:
+        """Check that the image can be decoded.
+
+        Raises:
+            ImageError: if it cannot.
+        """
+        load_image(self)
+
 
 class ImageError(ValueError):
     """An image cannot be read. The message names it and gives the reason."""
@@ -541,6 +549,10 @@ def image_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
     """Return numbers that change when an image changes: its size, and the time of a file or the `state` of another."""
     if isinstance(image, StoredImage):
         return image.state
+    file, mark, row = os.fsdecode(image).rpartition("#")
+    if mark and row.isdecimal() and file.endswith(".npy"):  # a row of a region file
+        status = Path(file).stat()
+        return status.st_size, status.st_mtime_ns, int(row)
     status = Path(image).stat()
     return status.st_size, status.st_mtime_ns
 
@@ -561,7 +573,10 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
 
     def check(path: str | os.PathLike[str]) -> str | None:
         try:
-            load_image(path)
+            if isinstance(path, StoredImage):
+                path.check()
+            else:
+                load_image(path)
         except ImageError as error:
             return str(error)
         return None

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from d2svse.files.folder import FolderKind, is_own, written_folder
 from d2svse.hub.saving import PROCESSOR_NAMES, named_files
 from d2svse.models.decoder import ContextDecoder
+from d2svse.models.gru import GRUModel
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.pooling import GeneralizedPooling
 
@@ -135,16 +135,20 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
         L2-normalised, and multiplied by the metric of a bilinear similarity.
 
     Raises:
-        ValueError: if the model has no processor.
+        ValueError: if the model has no processor, or its text backbone is a GRU.
     """
+    if isinstance(model.text_encoder.backbone, GRUModel):
+        raise ValueError(
+            "torch.export fixes the length of the texts of a GRU; export a model with another text backbone"
+        )
     if model.processor is None:
         raise ValueError("the model has no processor, which decides the size of images; set model.processor")
-    pixels = model.processor.pixel_values([Image.new("RGB", (64, 64))]).to(model.device, model.dtype)
+    pixels = model.processor.example().to(model.device, model.dtype)
     longest = _longest_text(model)
     ids = torch.ones(2, min(8, longest), dtype=torch.long, device=model.device)
     sizes = {"batch": Dim.DYNAMIC, "length": Dim.DYNAMIC(max=longest)}
     graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
-        IMAGE_ENCODER: (ImageGraph(model), (pixels.repeat(2, 1, 1, 1),)),
+        IMAGE_ENCODER: (ImageGraph(model), (torch.cat([pixels, pixels]),)),
         TEXT_ENCODER: (TextGraph(model, dense), (ids, ids.clone())),
     }
     programs = {}
@@ -202,7 +206,10 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
     model.eval()
     image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]
     lengths: dict[Any, range] = {
-        model.image_encoder: range(image_tokens, image_tokens + 1),
+        # Regions may be padding, so that an image has any number of them.
+        model.image_encoder: range(
+            1 if hasattr(model.image_encoder.backbone, "real_tokens") else image_tokens, image_tokens + 1
+        ),
         model.text_encoder: range(1, longest + 1),
     }
     if isinstance(model.decoder, ContextDecoder):

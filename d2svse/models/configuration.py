@@ -10,13 +10,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import ContextTokens, Fusion, Initialization, unknown
+from d2svse.choices import ContextTokens, Fusion, Initialization, Projection, unknown
 from d2svse.hub.limits import check_limits
+from d2svse.models import gru, regions  # noqa: F401 - AutoConfig and AutoModel know them then
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
-TEXT_PROJECTIONS = ("linear", "residual_mlp")
+PROJECTIONS = get_args(Projection)
 FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
 INITIALIZATIONS = get_args(Initialization)
@@ -36,6 +37,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             projection of `dual_encoder`.
         text_pooling: pooling of text tokens: "gpo", "mean", "max", "cls" or "native".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
+        image_projection: "linear", or "residual_mlp" as for region features (VSE-infinity).
         text_dropout: dropout of the text backbone's output, in training; 0.2 in the published code.
         initialization: "published" starts the context decoder and the projection of words as the published code does:
             learnable tokens from N(0, 1), and layers as torch makes them.
@@ -80,6 +82,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     image_pooling: str = "gpo"
     text_pooling: str = "gpo"
     text_projection: str = "linear"
+    image_projection: str = "linear"
     text_dropout: float | int = 0.0
     initialization: str = "default"
     context_decoder: dict[str, Any] | None = None
@@ -101,7 +104,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for kind, name, known in (
             ("pooling", self.image_pooling, POOLING_NAMES),
             ("pooling", self.text_pooling, POOLING_NAMES),
-            ("text projection", self.text_projection, TEXT_PROJECTIONS),
+            ("text projection", self.text_projection, PROJECTIONS),
+            ("image projection", self.image_projection, PROJECTIONS),
             ("fusion", self.fusion, FUSIONS),
             ("initialization", self.initialization, INITIALIZATIONS),
             ("context_tokens", self.context_tokens, CONTEXT_TOKENS),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from PIL import Image
 from transformers import AutoConfig
 
 from d2svse.files.data import read_json, read_text
@@ -112,9 +111,8 @@ def _read_config(folder: Path, name: str) -> D2SVSEConfig:
 
 
 def _size_of_processor(processor: Any) -> list[int]:
-    """Return height and width of a prepared image that is square."""
-    side = 512
-    return list(processor.pixel_values(Image.new("RGB", (side, side))).shape[-2:])
+    """Return height and width of a prepared image that is square; of region features their number and width."""
+    return list(processor.example().shape[-2:])
 
 
 def _size_of_config(config: Any) -> list[int] | None:

@@ -14,8 +14,10 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+from d2svse.images.regions import region_shape
 from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
 from d2svse.models.pooling import POOLINGS, ClsPooling
+from d2svse.models.regions import RegionsConfig, RegionsModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ class ImageEncoder(nn.Module):
         embed_dim: width of the joint space.
         pooling: a name in `POOLINGS`.
         backbone: a loaded backbone; by default one with random weights, made from `config`.
-        tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling` and
-            `backbone` have no effect with it.
+        tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
+            `backbone` and `projection` have no effect with it.
+        projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
 
     Raises:
         ValueError: if `pooling` is "cls" and the backbone has no class token.
@@ -48,10 +51,12 @@ class ImageEncoder(nn.Module):
         pooling: str = "gpo",
         backbone: PreTrainedModel | None = None,
         tower: Tower | None = None,
+        projection: str = "linear",
     ) -> None:
         super().__init__()
         self.native_pool = None if tower is None else tower.pool
         self.projection: Any
+        self.mlp: ResidualMLP | None = None
         if tower is not None:
             self.backbone, self.projection = tower.backbone, tower.projection
             self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
@@ -65,6 +70,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
         self.projection = nn.Linear(token_width(config), embed_dim)
+        if projection == "residual_mlp":
+            self.mlp = ResidualMLP(token_width(config), embed_dim)
         self.pooling = POOLINGS[pooling]()
 
     def forward(self, pixel_values: Tensor, token_mask: Tensor | None = None) -> Features:
@@ -72,7 +79,7 @@ class ImageEncoder(nn.Module):
 
         Args:
             pixel_values: `(batch, channels, height, width)`. Position embeddings are interpolated
-                if the size differs from the backbone's.
+                if the size differs from the backbone's. For region features `(batch, n_regions, width)`.
             token_mask: True for tokens of the backbone to keep, `(batch, length)` bool (token
                 dropping in training); None keeps all.
 
@@ -82,6 +89,11 @@ class ImageEncoder(nn.Module):
         Raises:
             ValueError: if the shape of the mask differs from that of the tokens.
         """
+        real_tokens = getattr(self.backbone, "real_tokens", None)
+        if real_tokens is not None:
+            real = real_tokens(pixel_values)
+            kept = real if token_mask is None else real & token_mask
+            token_mask = torch.where(kept.any(1, keepdim=True), kept, real)
         return self.from_backbone_tokens(self.backbone_tokens(pixel_values), token_mask)
 
     def from_backbone_tokens(self, hidden: Tensor, token_mask: Tensor | None = None) -> Features:
@@ -98,7 +110,10 @@ class ImageEncoder(nn.Module):
             ValueError: if the shape of the mask differs from that of the tokens.
         """
         if self.native_pool is None:
-            tokens = self.projection(hidden.to(self.projection.weight.dtype))
+            hidden = hidden.to(self.projection.weight.dtype)
+            tokens = self.projection(hidden)
+            if self.mlp is not None:
+                tokens = tokens + self.mlp(hidden)
         else:
             hidden = hidden.to(self.backbone.dtype)
             tokens = self.projection(pool_each(self.native_pool, self.backbone, hidden))
@@ -264,12 +279,16 @@ def load_backbone(name: str, part: str) -> PreTrainedModel:
 
     Args:
         name: Hub id or folder. A two-sided model such as CLIP gives the side that `part` names.
+            A region file (.npy) gives a vision backbone for its features.
         part: "vision_config" or "text_config".
 
     Raises:
         ValueError: if weights are missing, have another shape, or are not finite; if the model needs its own code,
             refers to a file outside its folder, or is larger than its weights.
     """
+    if name.endswith(".npy"):
+        count, width = region_shape(name)
+        return RegionsModel(RegionsConfig(hidden_size=width, num_regions=count))
     folder = local_files(name)
     with loading(name):
         whole = AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -142,7 +142,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
             dual = dual_encoder or make_dual_encoder(config.dual_encoder, vision_config, text_config)
             image_tower, text_tower = towers_of(dual)
         self.image_encoder = ImageEncoder(
-            vision_config, config.embed_dim, config.image_pooling, vision_backbone, image_tower
+            vision_config,
+            config.embed_dim,
+            config.image_pooling,
+            vision_backbone,
+            image_tower,
+            config.image_projection,
         )
         self.text_encoder = TextEncoder(
             text_config,
@@ -194,7 +199,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Join two pretrained backbones; projections, poolings and decoder get random weights.
 
         Args:
-            vision: Hub id or folder of a vision backbone, or of a two-sided model such as CLIP.
+            vision: Hub id or folder of a vision backbone, or of a two-sided model such as CLIP; or a file of region
+                features (.npy), which takes neither `image_size` nor `resizing`.
             text: Hub id or folder of a text backbone, or of a two-sided model such as CLIP.
             max_length: longest text in tokens; the backbone's limit by default.
             image_size: side of the square images in pixels; position embeddings are interpolated. None for the
@@ -209,6 +215,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         D2SVSEConfig.check_names(options)
         vision, text = os.fspath(vision), os.fspath(text)
+        if vision.endswith(".npy") and (image_size is not None or resizing != "backbone"):
+            raise ValueError(f"{vision}: region features have no pixels; leave out image_size and resizing")
         vision_backbone = load_backbone(vision, "vision_config")
         text_backbone = load_backbone(text, "text_config")
         config = D2SVSEConfig(

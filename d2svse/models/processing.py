@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.dual_encoders import KINDS
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
+from d2svse.models.regions import RegionsImageProcessor
 from d2svse.text import check_text, visible
 
 logger = logging.getLogger(__name__)
@@ -194,6 +196,8 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(text, **safe)
         if max_length is None:
             max_length = min(tokenizer.model_max_length, longest_text(AutoConfig.from_pretrained(text, **safe)))
+        if vision.endswith(".npy"):
+            return cls(RegionsImageProcessor.from_file(vision), tokenizer, max_length=max_length)
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
@@ -324,8 +328,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             raise ValueError("no image to prepare: an empty list")
         kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
         # One image at a time, so that only one is in memory at full size.
-        prepare = partial(prepare_image, self.image_processor, kwargs)
-        prepared = [use_image(source, prepare) for source in sources]
+        prepared = [self._prepare(source, kwargs) for source in sources]
         return prepared[0] if len(prepared) == 1 else _stack(prepared)
 
     def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
@@ -339,7 +342,20 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             ImageError: if the image cannot be read.
         """
         kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
-        return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)[0]
+        return self._prepare(source, kwargs, at_least)[0]
+
+    def example(self) -> Tensor:
+        """Return one prepared image, to measure shapes with."""
+        own = getattr(self.image_processor, "example", None)
+        return self.pixel_values([Image.new("RGB", (512, 512))]) if own is None else own()
+
+    def _prepare(self, source: ImageSource, kwargs: dict[str, Any], at_least: int | None = None) -> Any:
+        read = getattr(
+            self.image_processor, "read_source", None
+        )  # of a processor that takes something else than images
+        if read is not None:
+            return read(source, **kwargs)
+        return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)
 
     def draft_size(self) -> int | None:
         """Return the shortest side of an image in draft mode: twice the larger side of its target size, in pixels.

@@ -121,8 +121,8 @@ def make_samples(
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = image_tokens.shape[1]
     elif args.drop_image_tokens:
-        height, width = samples.pixels(0).shape[-2:]
-        samples.num_image_tokens = model.image_encoder.count_tokens(height, width)
+        shape = samples.pixels(0).shape  # two dimensions for region features
+        samples.num_image_tokens = shape[0] if len(shape) == 2 else model.image_encoder.count_tokens(*shape[-2:])
     return samples
 
 

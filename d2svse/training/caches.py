@@ -25,6 +25,7 @@ from d2svse.files.replace import remove
 from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.fingerprint import weights_fingerprint
+from d2svse.models.regions import RegionsModel
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
 from d2svse.training.teacher import Teacher
 
@@ -96,6 +97,8 @@ def cached_image_tokens(
     """
     processor: Any = model.processor
     backbone = model.image_encoder.backbone
+    if isinstance(backbone, RegionsModel):
+        raise ValueError("cache_image_tokens is for images; region features are read from their file")
     kind = {
         "side": "image",
         "output": "features",

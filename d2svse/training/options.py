@@ -26,6 +26,7 @@ from d2svse.choices import (
     OnBadImage,
     OnNonfinite,
     Placement,
+    Projection,
     Resizing,
 )
 
@@ -88,7 +89,9 @@ class DataOptions:
 class StartOptions:
     """The start of training, as keys of a recipe."""
 
-    vision: str | None = option(None, "Vision backbone: Hub id or folder.", flag=True)
+    vision: str | None = option(
+        None, "Vision backbone: Hub id or folder; or a file of region features (.npy).", flag=True
+    )
     text: str | None = option(None, "Text backbone: Hub id or folder.", flag=True)
     model: str | None = option(None, "Start from this model instead of backbones: Hub id or folder.", flag=True)
     image_size: int | None = option(
@@ -118,6 +121,9 @@ class ModelOptions:
     """A new model, below `model_options` of a recipe; all other fields of `D2SVSEConfig` are options too."""
 
     embed_dim: int = option(512, "Width of the joint space.", flag=True)
+    image_projection: Projection = option(
+        "linear", "Projection of image tokens: linear, or with an MLP added, as for region features.", flag=True
+    )
     similarity: str | dict[str, Any] = option(
         "cosine", "Similarity, such as max-mean or omit; in YAML also a name with arguments.", flag=True
     )

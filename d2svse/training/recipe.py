@@ -110,8 +110,9 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         if self.model is None:
             preset = MODEL_PRESETS.get(self.preset, {})
-            self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
-            self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
+            if not str(self.vision).endswith(".npy"):  # region features have no pixels
+                self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
+                self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
             self.model_options = {**preset.get("model_options", {}), **self.model_options}
             if self.gssf is not None:
                 self._add_metric(self.gssf)

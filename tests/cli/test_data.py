@@ -64,3 +64,17 @@ def test_a_file_that_is_not_there_is_named(join, tmp_path):
     code, _, err, rows = join(tmp_path / "no.jsonl")
     assert (code, rows) == (2, None)
     assert "no.jsonl: no such file" in err
+
+
+def test_gru_writes_a_text_backbone(run, manifest, tmp_path):
+    vectors = tmp_path / "glove.txt"
+    vectors.write_text("one 1 2\nzebra 3 4\n")
+    code, out, err = run("data", "gru", manifest, tmp_path / "gru", "--word-vectors", vectors, "--hidden-size", "4")
+    assert (code, err) == (0, "")
+    assert "11 words with the special tokens, 1 with a vector of glove.txt" in out  # 0, 1, 2, one, own, two
+    config = json.loads((tmp_path / "gru" / "config.json").read_text())
+    assert (config["model_type"], config["embedding_size"], config["vocab_size"]) == ("gru", 2, 11)
+    vectors.write_text("one 1 2\ntwo 3\n")
+    code, _, err = run("data", "gru", manifest, tmp_path / "gru", "--word-vectors", vectors)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "glove.txt:2: expected a word and 2 numbers" in err

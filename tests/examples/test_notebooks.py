@@ -14,8 +14,8 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse.data import make_scene
-from d2svse.demo import build_tokenizer
 from d2svse.losses import base as losses
+from d2svse.models.gru import build_tokenizer
 from d2svse.similarity import base as similarity
 from d2svse.training.arguments import PRESETS
 

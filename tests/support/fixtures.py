@@ -22,7 +22,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from d2svse import D2SVSE, D2SVSEConfig, D2SVSEProcessor, ImageTextDataset, TrainingArguments
 from d2svse.cli.app import main
 from d2svse.data import write_scenes
-from d2svse.demo import build_tokenizer, run_demo
+from d2svse.demo import run_demo
+from d2svse.models.gru import build_tokenizer
 from support.endpoint import Behave, Loopback
 from support.hub_server import LoopbackHub, use_hub
 from support.llava import save_tiny_llava

@@ -20,6 +20,7 @@ from d2svse.files.folder import inside
 from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
+from d2svse.images.regions import region_images
 from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
@@ -214,8 +215,8 @@ def read_items(
     """Return the items of a source, without duplicates.
 
     Args:
-        source: a folder, a manifest or a list of paths for images; a manifest, a text file with one text on each
-            line, or a list for texts.
+        source: a folder, a manifest, a file of region features (.npy) or a list of paths for images; a manifest, a
+            text file with one text on each line, or a list for texts.
         side: "image" or "text".
         may_be_empty: accept a folder without images.
         exclude: patterns of names or paths in a folder that are left out; see `walk_images`.
@@ -234,6 +235,8 @@ def read_items(
     elif path is None:
         names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
         paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
+    elif path.endswith(".npy"):
+        names = [os.fspath(image) for image in region_images(path)]
     elif Path(path).is_file():
         names = [_path(record.image) for record in read_manifest(source, allow_missing=allow_missing)]  # type: ignore[arg-type]
     else:

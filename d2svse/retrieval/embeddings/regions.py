@@ -1,0 +1,186 @@
+"""Write files of region features from any vision backbone or detector of transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+
+from d2svse.cpu import choose_device
+from d2svse.data.manifest import Record
+from d2svse.files.replace import write_json_lines, write_text, written_aside
+from d2svse.hub.folder import loading
+from d2svse.hub.weights import check_finite, local_files, weight_files
+from d2svse.images.regions import BOXES, SUFFIX
+from d2svse.models.encoders import ImageEncoder, load_backbone
+from d2svse.models.processing import D2SVSEProcessor
+from d2svse.progress import progress_bar
+
+
+class BackboneRegions:
+    """The tokens of a vision backbone, special ones included, as the regions of an image.
+
+    Args:
+        name: Hub id or folder of the backbone.
+        device: device to run it on.
+    """
+
+    has_boxes = False
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        backbone = load_backbone(name, "vision_config")
+        self.encoder = ImageEncoder(backbone.config, 1, "mean", backbone).to(device).eval()
+        self.device = device
+
+    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens of prepared images, `(batch, n_regions, hidden_size)`, and None instead of boxes."""
+        return self.encoder.backbone_tokens(pixel_values.to(self.device)), None
+
+
+class DetectorRegions:
+    """The most certain objects of a detector such as DETR, with their boxes, as the regions of an image.
+
+    Args:
+        name: Hub id or folder of the detector.
+        device: device to run it on.
+        num_regions: number of objects.
+
+    Raises:
+        ValueError: if weights are missing or not finite.
+    """
+
+    has_boxes = True
+
+    def __init__(self, name: str, device: torch.device, num_regions: int) -> None:
+        folder = local_files(name)
+        with loading(name):
+            model, info = AutoModelForObjectDetection.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False
+            )
+        if info["missing_keys"]:
+            raise ValueError(f"{name}: the weights lack {min(info['missing_keys'])}; they would be random")
+        check_finite(model, weight_files(folder, name), name)
+        self.model, self.device, self.num_regions = model.to(device).eval(), device, num_regions
+
+    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the decoder's outputs at the objects, `(batch, num_regions, d_model)`, and their boxes.
+
+        Boxes are `(x1, y1, x2, y2)` as shares of the prepared image's width and height, `(batch, num_regions, 4)`.
+        """
+        output = self.model(pixel_values=pixel_values.to(self.device))
+        if output.logits.shape[-1] > self.model.config.num_labels:  # the last class is "no object"
+            certain = output.logits.softmax(-1)[..., :-1].amax(-1)
+        else:
+            certain = output.logits.sigmoid().amax(-1)
+        rows = certain.topk(min(self.num_regions, certain.shape[1]), dim=1).indices[..., None]
+        features = output.last_hidden_state.gather(1, rows.expand(-1, -1, output.last_hidden_state.shape[2]))
+        x, y, width, height = output.pred_boxes.gather(1, rows.expand(-1, -1, 4)).unbind(-1)
+        boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=-1)
+        return features, boxes.clamp(0, 1)
+
+
+@torch.inference_mode()
+def write_regions(
+    records: Sequence[Record],
+    name: str,
+    folder: str | os.PathLike[str],
+    split: str,
+    *,
+    num_regions: int = 36,
+    batch_size: int = 32,
+    dtype: str = "float32",
+    device: str | None = None,
+    show_progress_bar: bool = False,
+) -> tuple[int, ...]:
+    """Write the regions of images, and their captions, as the files of one split.
+
+    The files are `{split}_ims.npy`, for a detector also `{split}_boxes.npy`, and `{split}_caps.txt`,
+    `{split}_ids.txt` and, if every image has a dense caption, `dense_{split}.jsonl`.
+
+    Args:
+        records: images and captions.
+        name: Hub id or folder of a vision backbone or of a detector.
+        folder: folder to write.
+        split: name of the split.
+        num_regions: number of objects that a detector gives; a backbone gives all its tokens.
+        batch_size: images encoded at a time.
+        dtype: "float32" or "float16".
+        device: device to run on; None for the accelerator, if there is one.
+        show_progress_bar: show a progress bar on the terminal.
+
+    Returns:
+        The shape of the features, `(n_images, n_regions, width)`.
+
+    Raises:
+        FileExistsError: if the split has files already.
+        ImageError: if an image cannot be read.
+        ValueError: if the images give different numbers of tokens, or a caption has several lines.
+    """
+    folder = Path(folder)
+    for end in (SUFFIX, BOXES, "_caps.txt", "_ids.txt"):
+        if (folder / f"{split}{end}").exists():
+            raise FileExistsError(f"{folder / (split + end)}: already exists; give another folder or split")
+    for record in records:
+        if any(len(caption.splitlines()) > 1 for caption in record.captions):
+            raise ValueError(f"{record.image}: a caption of several lines; a file of captions has one on each line")
+    run_on = choose_device(device)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    extract: Any
+    if (
+        type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING and config.model_type != "yolos"
+    ):  # a ViT; its tokens are taken
+        extract = DetectorRegions(name, run_on, num_regions)
+        image_processor.do_pad, image_processor.size = False, _square(image_processor.size)
+    else:
+        extract = BackboneRegions(name, run_on)
+    processor = D2SVSEProcessor(image_processor)
+
+    def batches() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        for first in range(0, len(records), batch_size):
+            images = [record.image for record in records[first : first + batch_size]]
+            features, boxes = extract(processor.pixel_values(images))
+            yield first, features.float().cpu().numpy(), None if boxes is None else boxes.float().cpu().numpy()
+
+    shown = progress_bar(batches(), "Regions", -(-len(records) // batch_size), "batches", show_progress_bar)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape: tuple[int, ...] = ()
+    with written_aside(folder / f"{split}{SUFFIX}") as aside:
+        for first, features, boxes in shown:
+            if not shape:
+                shape = (len(records), *features.shape[1:])
+                stored = np.lib.format.open_memmap(aside, "w+", dtype=np.dtype(dtype), shape=shape)
+                corners = np.zeros((*shape[:2], 4), np.float32)
+            if features.shape[1:] != shape[1:]:
+                raise ValueError(f"images give {shape[1]} and {features.shape[1]} regions; expected images of one size")
+            stored[first : first + len(features)] = features
+            if boxes is not None:
+                corners[first : first + len(boxes)] = boxes
+        stored.flush()
+        _write_texts(records, folder, split)
+        if extract.has_boxes:
+            with written_aside(folder / f"{split}{BOXES}") as other, open(other, "wb") as file:
+                np.save(file, corners)
+    return shape
+
+
+def _square(size: Any) -> dict[str, int]:
+    """Return a square size, so that boxes are shares of the whole image and batches have one shape."""
+    side = size.get("height") or size.get("shortest_edge") or 800
+    return {"height": side, "width": side}
+
+
+def _write_texts(records: Sequence[Record], folder: Path, split: str) -> None:
+    captions = [caption for record in records for caption in record.captions]
+    ids = [row for row, record in enumerate(records) for _ in record.captions]
+    write_text(folder / f"{split}_caps.txt", "".join(f"{caption}\n" for caption in captions))
+    write_text(folder / f"{split}_ids.txt", "".join(f"{row}\n" for row in ids))
+    if all(record.dense is not None for record in records):
+        write_json_lines(folder / f"dense_{split}.jsonl", ({"text": record.dense} for record in records))
