@@ -85,8 +85,8 @@ class GeneralizedPooling(nn.Module):
         kept_for, weights, kept = self._kept
         if state != kept_for:
             now = torch.cat([p.detach().flatten() for p in self.parameters()])
-            same = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
-            kept = kept if same and torch.equal(weights, now) else {}
+            alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
+            kept = kept if weights is not None and alike and torch.equal(weights, now) else {}
             weights = now
         missing = [n for n in lengths if n not in kept]
         if missing:
