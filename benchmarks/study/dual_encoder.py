@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -52,6 +53,12 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the end, in an interpolation
 RESULTS = Path(__file__).parent / "results" / "dual_encoder"
 PARTS = ("val", "test", "dev", "first-500")
 SEARCH = [(1e-4, 0.8), (3e-4, 0.8), (1e-3, 0.8), (3e-4, 1.0)]  # learning rate, layer decay
+NAMES = {
+    "start": "the dual encoder as it was",
+    "aligned": "aligned",
+    "both-stages": "both stages",
+    "backbones": "from the backbones",
+}
 
 
 def join_backbones(vision: str, text: str, folder: Path) -> None:
@@ -206,15 +213,29 @@ def rows(folder: Path) -> None:
                 record(folder, name, model, start=case != "backbones", seed=seed, seconds=seconds)
 
 
-def table() -> None:
-    """Print the records as Markdown."""
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    for name, found in records.items():
-        parts = {"end": found["metrics"]}
-        if "interpolation" in found:
-            parts[f"interpolation {found['interpolation']['share']}"] = found["interpolation"]["metrics"]
-        for label, metrics in parts.items():
-            print(f"| {name}, {label} | " + " | ".join(f"{100 * metrics[part]['rsum']:.1f}" for part in PARTS) + " |")
+def table() -> list[str]:
+    """Return the records as a Markdown table: rSum of each part, and its mean and deviation over the seeds."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        name = path.stem if path.stem.startswith("tune-") else path.stem.rstrip("0123456789").rstrip("-")
+        cases.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
+    lines = ["| run | seeds | 500 that choose | 500 that test | all 1000 | 500 of the first half |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, records in sorted(cases.items(), key=lambda case: (case[0] != "start", case[0].startswith("tune"))):
+        rows = {NAMES.get(name, name.replace("tune-", "search: rate and decay ")): [one["metrics"] for one in records]}
+        if "interpolation" in records[0]:
+            shares = sorted({one["interpolation"]["share"] for one in records})
+            label = f"&nbsp; interpolated, share of the end {', '.join(map(str, shares))}"
+            rows[label] = [one["interpolation"]["metrics"] for one in records]
+        for label, metrics in rows.items():
+            cells = [_mean([100 * one[part]["rsum"] for one in metrics]) for part in PARTS]
+            lines.append(f"| {label} | {len(metrics)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _mean(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
@@ -233,7 +254,7 @@ def main() -> None:
     if arguments.step == "prepare":
         prepare(arguments.folder, arguments.data, arguments.vision, arguments.text)
     elif arguments.step == "table":
-        table()
+        print("\n".join(table()))
     else:
         {"before": before, "tune": tune, "rows": rows}[arguments.step](arguments.folder)
 

@@ -14,7 +14,6 @@ LLAMA = {**TOWER, "num_key_value_heads": 2, "head_dim": 8}
 PATCHES = {**TOWER, "image_size": 32, "patch_size": 8}
 STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
-MOBILE = {"image_size": 32, "hidden_sizes": [16, 24, 32], "intermediate_size": 48}
 
 # Options of a tiny model of each family, by the `model_type` of its configuration. All of them work.
 VISION: dict[str, dict[str, Any]] = {
@@ -69,10 +68,6 @@ VISION: dict[str, dict[str, Any]] = {
     "resnet": {**STAGES, "embedding_size": 16},
     "regnet": {**STAGES, "embedding_size": 16, "groups_width": 8},
     "bit": {**STAGES, "embedding_size": 16, "num_groups": 4},
-    "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
-    "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},
-    "mobilevit": {**MOBILE, "num_attention_heads": 2, "neck_hidden_sizes": [16, 16, 24, 32, 32, 32, 64]},
-    "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
     "poolformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "segformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]},
     "pvt": {
@@ -89,15 +84,7 @@ VISION: dict[str, dict[str, Any]] = {
         "num_attention_heads": [1, 2, 2, 2],
     },
     "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2]},
-    "levit": {
-        "image_size": 64,
-        "hidden_sizes": [16, 24, 32],
-        "num_attention_heads": [2, 3, 4],
-        "depths": [1, 1, 1],
-        "key_dim": [8, 8, 8],
-    },
     "swiftformer": {"image_size": 32, "depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]},
-    "textnet": {},
 }
 
 TEXT: dict[str, dict[str, Any]] = {
@@ -115,7 +102,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "deberta-v2": {**TOWER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
     "electra": {**TOWER, "embedding_size": 16},
     "albert": {**TOWER, "embedding_size": 16},
-    "mobilebert": {**TOWER, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "squeezebert": {**TOWER, "embedding_size": 32},
     "roformer": {**TOWER, "embedding_size": 16},
     "rembert": {**TOWER, "input_embedding_size": 16},
@@ -132,7 +118,6 @@ TEXT: dict[str, dict[str, Any]] = {
     "chinese_clip_text_model": TOWER,
     "altclip_text_model": {**TOWER, "project_dim": 20},
     "metaclip_2_text_model": TOWER,
-    "aimv2_text_model": TOWER,
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "mt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
     "umt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
@@ -171,18 +156,13 @@ REFUSED_TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "t5gemma": ({}, "has an encoder and a decoder"),
     "fnet": (TOWER, "lets padding change the tokens"),
     "convbert": ({**TOWER, "embedding_size": 16}, "lets padding change the tokens"),
+    "aimv2_text_model": (TOWER, "lets padding change the tokens"),
     "canine": (TOWER, "lets padding change the tokens"),
     "funnel": (
         {"num_decoder_layers": 1, "d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": [1, 1]},
         "lets padding change the tokens",
     ),
 }
-LARGE = ("levit", "mobilevitv2")  # they halve an image too often for 32 pixels
-
-
-def image_side(family: str) -> int:
-    """The side of the images that a tiny backbone of the family takes, in pixels."""
-    return 64 if family in LARGE else 32
 
 
 def tiny_config(family: str, tokenizer: Any = None) -> PreTrainedConfig:
