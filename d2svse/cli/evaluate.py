@@ -19,7 +19,6 @@ _DATA, _SCORES, _RESULT = "Data", "Scores", "Result"
 
 EXAMPLES = examples(
     "d2svse eval MODEL --data val.jsonl",
-    "d2svse eval MODEL --data dataset_coco.json --split test --protocol coco-5k",
     "d2svse eval MODEL --data val.jsonl --also-on other.jsonl --against START",
     "d2svse eval MODEL --data val.jsonl --unimodal text",
 )

@@ -21,7 +21,6 @@ PAGE_SUFFIXES = (".html", ".htm")
 
 EXAMPLES = examples(
     'd2svse search INDEX "a dog on a beach" "two people at night" -k 12',
-    'd2svse search INDEX "a dog on a beach" --gallery answers.html',
     'd2svse search INDEX "at night" --image square.jpg --json',
     'd2svse search INDEX "a dog" "a beach at night" --together intersection',
 )

@@ -113,6 +113,8 @@ class TrainingArguments(
                 f"greater_is_better would keep the worst model: the smallest {self.metric_for_best_model} is the best; "
                 "leave it out"
             )
+        if self.ddp_static_graph and self.chunk_size:
+            raise ValueError("ddp_static_graph: chunk_size encodes a batch twice, and the graph changes; leave one out")
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens needs a frozen vision backbone; set freeze_vision too")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):

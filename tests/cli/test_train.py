@@ -75,7 +75,7 @@ def test_a_configuration_that_is_no_mapping_is_named(refused, text, message):
         ({"stages": None}, "stages must be a list of pretrain, distill, align, got null"),
         ({"stages": [1]}, "stages must be a list of pretrain, distill, align, got [1]"),
         ({"stages": {"pretrain": 1}}, "stages must be a list of pretrain, distill, align"),
-        ({"preset": ["paper"]}, "preset must be one of paper, published, recommended, dual-encoder, got ['paper']"),
+        ({"preset": ["paper"]}, "preset must be one of paper, published, recommended, dual-encoder, d2s-vse"),
         ({"vision": {"name": "x"}}, "vision must be a text"),
         ({"training": ["learning_rate"]}, "training must be a mapping"),
         ({"pretrain": "fast"}, "pretrain must be a mapping, got 'fast'"),

@@ -208,10 +208,10 @@ def test_padding_batches_and_pairs_change_nothing(name, metric):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiles_change_neither_scores_nor_gradients(name):
-    images, texts = side(4, 5, 0), side(5, 7, 1)
+    images, texts = side(4, 5, 0, dtype=torch.float64), side(5, 7, 1, dtype=torch.float64)
     found = []
-    for max_memory in (2**30, 4000, 1):
-        similarity = build(name, "diagonal", max_memory=max_memory)
+    for max_memory in (2**30, 8000, 1):
+        similarity = build(name, "diagonal", max_memory=max_memory).double()
         inputs = [s.tokens.clone().requires_grad_() for s in (images, texts)]
         given = [Features(s.pooled, t, s.mask) for s, t in zip((images, texts), inputs, strict=True)]
         scores = similarity(*given)
@@ -220,7 +220,7 @@ def test_tiles_change_neither_scores_nor_gradients(name):
         found.append([scores.detach(), *gradients])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "diagonal"])

@@ -192,3 +192,8 @@ def test_some_batches_without_negatives_are_warned_of(make_model, make_args, tra
     options = {"stage": "align", "captions_per_epoch": "all", "per_device_train_batch_size": 2}
     Trainer(make_model(), make_args(**options), two).prepare()
     assert "batches of an epoch hold captions of one image alone" in caplog.text
+
+
+def test_a_static_graph_with_chunks_is_refused(make_args):
+    with pytest.raises(ValueError, match="ddp_static_graph: chunk_size encodes a batch twice"):
+        make_args(ddp_static_graph=True, chunk_size=4)
