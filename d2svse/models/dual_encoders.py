@@ -74,8 +74,8 @@ def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tenso
     """Return the first end-of-text token, or the token of the largest id if the configuration names a wrong id."""
     if ids is None:
         return hidden[:, 0]
-    end, named_well = tower.config.eos_token_id, ("aimv2_text_model", "metaclip_2_text_model")
-    if end == 2 and tower.config.model_type not in named_well:
+    end = tower.config.eos_token_id
+    if end == 2 and tower.config.model_type != "metaclip_2_text_model":
         return pool_largest_id(tower, hidden, ids, mask)
     return hidden[torch.arange(len(hidden), device=hidden.device), (ids == end).int().argmax(1)]
 
@@ -112,7 +112,6 @@ class DualEncoderKind:
 
 
 KINDS: dict[str, DualEncoderKind] = {
-    "aimv2": DualEncoderKind(pool_by_head, pool_end_of_text),
     "align": DualEncoderKind(pool_mean, pool_first, projections=(False, True)),
     "altclip": DualEncoderKind(pool_class_token, pool_first),
     "chinese_clip": DualEncoderKind(pool_class_token, pool_first),

@@ -88,7 +88,7 @@ def test_tokens_go_through_the_norm_and_the_projection_of_the_pooled_one(name, p
 
 
 def test_one_text_and_a_batch_of_longer_ones_give_the_same(save_dual, val_dataset):
-    for name in ("clip", "siglip", "altclip"):
+    for name in ("clip", "siglip", "altclip", "owlvit", "tipsv2"):
         model = D2SVSE.from_pretrained(save_dual(name)[1]).eval()
         texts = ["a red circle", *val_dataset.captions[:9]]
         np.testing.assert_allclose(model.encode_text(texts)[0], model.encode_text(texts[0])[0], atol=1e-6)
@@ -138,6 +138,8 @@ def test_fields_of_the_configuration_can_be_given(save_dual):
         ({"model_type": "bert"}, "--vision VISION --text {}"),
         ({"model_type": "llava"}, "d2svse caption local {}"),
         ({"model_type": "groupvit"}, "not a supported dual encoder"),
+        ({"model_type": "siglip2"}, "not a supported dual encoder"),
+        ({"model_type": "aimv2"}, "not a supported dual encoder"),
     ],
 )
 def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, advice, tmp_path):

@@ -18,14 +18,15 @@ from support.families import (
     REFUSED_VISION,
     TEXT,
     VISION,
+    image_side,
     tiny_backbone,
     tiny_config,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
-# One of each kind in the gate: no masking, stages, a grid, no class token; and no
+# One of each kind in the gate: a grid, stages, a width that must be measured, no class token, no masking; and no
 # decoder, a tower, left to right, no limit of positions, positions from the padding id + 1.
-QUICK = ("vit_mae", "swin", "resnet", "siglip_vision_model")
+QUICK = ("vit_mae", "swin", "resnet", "efficientnet", "siglip_vision_model")
 QUICK += ("t5", "siglip_text_model", "chinese_clip_text_model", "gpt2", "xlnet", "mpnet")
 
 
@@ -41,7 +42,8 @@ def use(backbones, processor, make_args, train_dataset, val_dataset, tmp_path):
         folder = tmp_path / "backbone"
         tiny_backbone(family, processor.tokenizer).save_pretrained(folder)
         if side == "vision":
-            ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+            pixels = image_side(family)
+            ViTImageProcessorPil(size={"height": pixels, "width": pixels}).save_pretrained(folder)
             model = D2SVSE.from_backbones(folder, backbones / "text", embed_dim=24)
         else:
             processor.tokenizer.save_pretrained(folder)

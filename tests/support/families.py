@@ -14,6 +14,13 @@ LLAMA = {**TOWER, "num_key_value_heads": 2, "head_dim": 8}
 PATCHES = {**TOWER, "image_size": 32, "patch_size": 8}
 STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+MOBILE = {"image_size": 32, "hidden_sizes": [16, 24, 32], "intermediate_size": 48}
+INVERTED = {
+    "image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 0.3, "hidden_dim": 1280,
+    "batch_norm_eps": 1e-9, "in_channels": [32, 16],
+    "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 2], "depthwise_padding": [],
+}  # fmt: skip
 
 # Options of a tiny model of each family, by the `model_type` of its configuration. All of them work.
 VISION: dict[str, dict[str, Any]] = {
@@ -68,6 +75,11 @@ VISION: dict[str, dict[str, Any]] = {
     "resnet": {**STAGES, "embedding_size": 16},
     "regnet": {**STAGES, "embedding_size": 16, "groups_width": 8},
     "bit": {**STAGES, "embedding_size": 16, "num_groups": 4},
+    "efficientnet": INVERTED,
+    "mobilenet_v1": {"image_size": 32, "depth_multiplier": 0.25},
+    "mobilenet_v2": {"image_size": 32, "depth_multiplier": 0.25},
+    "mobilevit": {**MOBILE, "num_attention_heads": 2, "neck_hidden_sizes": [16, 16, 24, 32, 32, 32, 64]},
+    "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
     "poolformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "segformer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]},
     "pvt": {
@@ -83,8 +95,9 @@ VISION: dict[str, dict[str, Any]] = {
         "depths": [1, 1, 1, 1],
         "num_attention_heads": [1, 2, 2, 2],
     },
-    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2]},
+    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
     "swiftformer": {"image_size": 32, "depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]},
+    "textnet": {},
 }
 
 TEXT: dict[str, dict[str, Any]] = {
@@ -97,11 +110,12 @@ TEXT: dict[str, dict[str, Any]] = {
     "gte": TOWER,
     "jina_embeddings_v3": TOWER,
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
-    "mpnet": TOWER,
+    "mpnet": {**TOWER, "pad_token_id": 1},  # it counts positions from 2, whatever its configuration says
     "deberta": {**TOWER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
     "deberta-v2": {**TOWER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
     "electra": {**TOWER, "embedding_size": 16},
     "albert": {**TOWER, "embedding_size": 16},
+    "mobilebert": {**TOWER, "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "squeezebert": {**TOWER, "embedding_size": 32},
     "roformer": {**TOWER, "embedding_size": 16},
     "rembert": {**TOWER, "input_embedding_size": 16},
@@ -154,27 +168,33 @@ REFUSED_TEXT: dict[str, tuple[dict[str, Any], str]] = {
     "pegasus": ({"d_model": 32}, "has an encoder and a decoder"),
     "m2m_100": ({"d_model": 32}, "has an encoder and a decoder"),
     "t5gemma": ({}, "has an encoder and a decoder"),
+    "aimv2_text_model": (TOWER, "lets padding change the tokens"),
     "fnet": (TOWER, "lets padding change the tokens"),
     "convbert": ({**TOWER, "embedding_size": 16}, "lets padding change the tokens"),
-    "aimv2_text_model": (TOWER, "lets padding change the tokens"),
     "canine": (TOWER, "lets padding change the tokens"),
     "funnel": (
         {"num_decoder_layers": 1, "d_model": 32, "d_head": 8, "n_head": 4, "d_inner": 48, "block_sizes": [1, 1]},
         "lets padding change the tokens",
     ),
 }
+LARGE = ("mobilevitv2",)  # it halves an image too often for 32 pixels
+
+
+def image_side(family: str) -> int:
+    """The side of the images that a tiny backbone of the family takes, in pixels."""
+    return 64 if family in LARGE else 32
 
 
 def tiny_config(family: str, tokenizer: Any = None) -> PreTrainedConfig:
     """The configuration of a tiny backbone, for the words of a tokenizer."""
     if family in VISION or family in REFUSED_VISION:
-        return CONFIG_MAPPING[family](**VISION.get(family) or REFUSED_VISION[family][0])
+        return CONFIG_MAPPING[family](**(VISION[family] if family in VISION else REFUSED_VISION[family][0]))
     options = dict(TEXT[family] if family in TEXT else REFUSED_TEXT[family][0])
     if family != "xlnet":  # it has no limit
         options.setdefault("max_position_embeddings", 64)
     if tokenizer is not None:
-        options |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        options |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        options = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **ids, **options}
     return CONFIG_MAPPING[family](**options)
 
 
@@ -185,4 +205,15 @@ def tiny_backbone(family: str, tokenizer: Any = None) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return backbone
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+        norms = [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        if norms:  # with the statistics of images they do not lose what distinguishes images
+            for norm in norms:
+                norm.momentum = None
+            side = image_side(family)
+            backbone.train()(pixel_values=torch.randn(32, 3, side, side))
+            for norm in norms:
+                norm.momentum = 0.1
+    return backbone.eval()
