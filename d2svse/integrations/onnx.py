@@ -217,7 +217,9 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
         lengths[model.decoder] = range(count, count + 1) if count else range(1, longest + 1)
     backbones: list[Any] = [model.image_encoder.backbone, model.text_encoder.backbone]
     attentions = [backbone.config._attn_implementation for backbone in backbones]
-    pooled = [part for part in lengths if isinstance(part.pooling, GeneralizedPooling)]
+    pooled = [
+        part for part in lengths if isinstance(getattr(part, "pooling", None), GeneralizedPooling)
+    ]  # native ones have none
     kept = [part.pooling for part in pooled]
     try:
         torch.backends.mha.set_fastpath_enabled(False)

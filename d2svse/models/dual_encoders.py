@@ -70,6 +70,11 @@ def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | Non
     return tower.head(hidden[:, -1])
 
 
+def _token_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Return the token of each row at its position; a gather, so that an exported graph takes any batch."""
+    return hidden.gather(1, positions[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+
+
 def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the first end-of-text token, or the token of the largest id if the configuration names a wrong id."""
     if ids is None:
@@ -77,14 +82,14 @@ def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tenso
     end = tower.config.eos_token_id
     if end == 2 and tower.config.model_type != "metaclip_2_text_model":
         return pool_largest_id(tower, hidden, ids, mask)
-    return hidden[torch.arange(len(hidden), device=hidden.device), (ids == end).int().argmax(1)]
+    return _token_at(hidden, (ids == end).int().argmax(1))
 
 
 def pool_largest_id(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """Return the first token of the largest id, which is the end-of-text token in CLIP's vocabulary."""
     if ids is None:
         return hidden[:, 0]
-    return hidden[torch.arange(len(hidden), device=hidden.device), ids.int().argmax(1)]
+    return _token_at(hidden, ids.int().argmax(1))
 
 
 def pool_real_tokens(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
