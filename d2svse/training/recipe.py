@@ -302,6 +302,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
                 f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
                 "no negatives and trains nothing; give at least 2"
             )
+    _choose_dense(recipe)
     output = Path(recipe.output)
     if recipe.resume:
         check_unchanged(recipe)
@@ -322,7 +323,6 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
-    _choose_dense(recipe)
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
     if recipe.push_to_hub and is_main_process():  # fail now and not after training

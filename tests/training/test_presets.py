@@ -1,6 +1,7 @@
 """Presets: what they give to training, to a new model and to its data."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,34 @@ def test_a_preset_trains_a_model_that_is_evaluated_indexed_and_searched(preset, 
     assert evaluate(model, data).metrics["rsum"] == pytest.approx(results[list(results)[-1]]["rsum"])
     index = ImageTextIndex.build(model, [str(path) for path in data.images[:10]], tmp_path / "index")
     assert len(index.search([data.captions[0]], k=3)[0]) == 3
+
+
+def test_stage_1_reads_the_short_dense_captions_and_the_teacher_the_long_ones(backbones, scenes, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()][:16]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "id_mapping.json").write_text(json.dumps({str(i): row["image"] for i, row in enumerate(rows)}))
+    for split in ("train", "dev"):
+        captions = [caption for row in rows for caption in row["captions"][:2]]
+        (data / f"{split}_caps.txt").write_text("\n".join(captions) + "\n")
+        (data / f"{split}_ids.txt").write_text("".join(f"{i}\n" for i in range(len(rows))))
+        for suffix, text in (("", "a long text of"), ("_short200", "a short text of")):
+            lines = [json.dumps({"text": f"{text} {i}"}) for i in range(len(rows))]
+            (data / f"f30k_{split}{suffix}.jsonl").write_text("\n".join(lines) + "\n")
+    seen = {}
+
+    class Recorded(Trainer):
+        def train(self, *args, **kwargs):
+            seen[self.args.stage] = self.train_dataset.dense_captions
+            return super().train(*args, **kwargs)
+
+    monkeypatch.setattr("d2svse.training.recipe.Trainer", Recorded)
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False, "num_context_tokens": 2, "decoder_layers": 1, "decoder_heads": 2}
+    options = {"vision": str(backbones / "vision"), "text": str(backbones / "text"), "preset": "published"}
+    options |= {"train": str(data), "train_split": "train", "val": str(data), "val_split": "dev", "image_size": 32}
+    options |= {"image_folder": str(scenes), "output": str(tmp_path / "run"), "model_options": {"embed_dim": 24}}
+    run_recipe(Recipe(**options, training=training, show_progress_bar=False))
+    assert seen["pretrain"] == [f"a short text of {i}" for i in range(16)]
+    assert seen["distill"] == [f"a long text of {i}" for i in range(16)]
+    run_recipe(Recipe(**options, training=training, show_progress_bar=False, resume=True))  # the same options
