@@ -38,6 +38,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         text_pooling: pooling of text tokens: "gpo", "mean", "max", "cls" or "native".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
         image_projection: "linear", or "residual_mlp" as for region features (VSE-infinity).
+        image_token_merging: side of the squares of patches whose tokens are averaged into one before the projection;
+            2 leaves a quarter of the patches, 1 all.
         text_dropout: dropout of the text backbone's output, in training; 0.2 in the published code.
         initialization: "published" starts the context decoder and the projection of words as the published code does:
             learnable tokens from N(0, 1), and layers as torch makes them.
@@ -83,6 +85,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
     text_pooling: str = "gpo"
     text_projection: str = "linear"
     image_projection: str = "linear"
+    image_token_merging: int = 1
     text_dropout: float | int = 0.0
     initialization: str = "default"
     context_decoder: dict[str, Any] | None = None
@@ -127,6 +130,10 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "teacher_similarity", "lora")})
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be at least 0 and less than 1, got {self.text_dropout}")
+        if self.image_token_merging < 1 or (self.image_token_merging > 1 and "native" in native):
+            raise ValueError(
+                f"image_token_merging must be at least 1, and 1 with native pooling, got {self.image_token_merging}"
+            )
         if not isinstance(self.embed_dim, int) or self.embed_dim < 1:
             raise ValueError(f"embed_dim must be a positive whole number, got {self.embed_dim!r}")
         super().__post_init__(**kwargs)

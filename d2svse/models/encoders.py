@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -39,6 +40,7 @@ class ImageEncoder(nn.Module):
         tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
             `backbone` and `projection` have no effect with it.
         projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
+        merging: side of the squares of patches whose tokens are averaged into one; 1 averages none.
 
     Raises:
         ValueError: if `pooling` is "cls" and the backbone has no class token.
@@ -52,9 +54,10 @@ class ImageEncoder(nn.Module):
         backbone: PreTrainedModel | None = None,
         tower: Tower | None = None,
         projection: str = "linear",
+        merging: int = 1,
     ) -> None:
         super().__init__()
-        self.native_pool = None if tower is None else tower.pool
+        self.native_pool, self.merging = None if tower is None else tower.pool, merging
         self.projection: Any
         self.mlp: ResidualMLP | None = None
         if tower is not None:
@@ -128,11 +131,34 @@ class ImageEncoder(nn.Module):
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
         """Return the backbone's last hidden state as a sequence, `(batch, length, hidden_size)`; a grid is flattened.
 
+        With `merging`, the tokens of each square of patches are averaged. Squares at the edges may be smaller.
+
         Args:
             pixel_values: `(batch, channels, height, width)`.
+
+        Raises:
+            ValueError: if tokens are merged, and the patches of the backbone's configuration do not make up the last
+                tokens of its sequence.
         """
         hidden = self.backbone_output(pixel_values).last_hidden_state
-        return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+        if self.merging == 1:
+            return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+        if hidden.ndim == 4:
+            return self._merged(hidden)
+        patch = image_size(self.backbone.config, "patch_size")
+        grid = [side // (size or side) for side, size in zip(pixel_values.shape[-2:], patch, strict=True)]
+        special = hidden.shape[1] - grid[0] * grid[1]
+        if not patch[0] or special < 0:
+            kind = self.backbone.config.model_type
+            raise ValueError(f"image_token_merging: a {kind} backbone has no grid of patches")
+        patches = hidden[:, special:].transpose(1, 2).unflatten(2, grid)
+        return torch.cat([hidden[:, :special], self._merged(patches)], 1)
+
+    def _merged(self, grid: Tensor) -> Tensor:
+        """Average squares of `(batch, width, rows, columns)`, and return them as a sequence."""
+        side = self.merging
+        means = F.avg_pool2d(grid, side, ceil_mode=True, count_include_pad=False)
+        return means.flatten(2).transpose(1, 2)
 
     def backbone_output(self, pixel_values: Tensor, **arguments: Any) -> Any:
         """Return the output of the backbone.

@@ -148,6 +148,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             vision_backbone,
             image_tower,
             config.image_projection,
+            config.image_token_merging,
         )
         self.text_encoder = TextEncoder(
             text_config,
@@ -237,6 +238,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             processor.image_processor = D2SVSEImageProcessorPil(size={"height": side, "width": side})
         elif image_size is not None:
             set_image_size(processor.image_processor, image_size)
+        if config.image_token_merging > 1:
+            model.image_encoder.count_tokens(*(side or 224 for side in size_in(vision_backbone.config)))
         if image_size is not None:
             try:
                 model.image_encoder.count_tokens(image_size, image_size)

@@ -99,13 +99,14 @@ def cached_image_tokens(
     backbone = model.image_encoder.backbone
     if isinstance(backbone, RegionsModel):
         raise ValueError("cache_image_tokens is for images; region features are read from their file")
+    merging = [f"merged {side}" for side in [model.image_encoder.merging] if side > 1]
     kind = {
         "side": "image",
         "output": "features",
         "dtype": "float16",
         "shard_size": IMAGES_PER_SHARD,
         "dim": model.image_encoder.projection.in_features,
-        "fingerprint": weights_fingerprint(backbone, processor.image_processor.to_json_string()),
+        "fingerprint": weights_fingerprint(backbone, processor.image_processor.to_json_string(), *merging),
     }
     images = {os.fspath(image): image for image in dataset.images}
     names = [os.fspath(image) for image in dataset.images]

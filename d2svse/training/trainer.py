@@ -46,7 +46,7 @@ from d2svse.training.building import (
     tie_temperature,
     warn_of_truncation,
 )
-from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
+from d2svse.training.caches import ImageTokens, cached_image_tokens, cached_teacher_embeddings
 from d2svse.training.callbacks import AlignWarmupCallback, FindBestCallback, LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
@@ -69,6 +69,7 @@ from d2svse.training.workers import worker_error
 logger = logging.getLogger(__name__)
 
 TEACHER_CACHE, TEACHER_FEATURES = "teacher_embeddings", "teacher_features"
+VALIDATION_TOKENS = "validation"  # folder in that of the training images' tokens
 
 
 class Trainer(TransformersTrainer):
@@ -157,6 +158,7 @@ class Trainer(TransformersTrainer):
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
         self._average: AverageCallback | None = None  # during training with ema_decay
+        self._eval_tokens: ImageTokens | None = None  # of the validation images, with cache_image_tokens
 
     def prepare(self) -> TrainingSamples:
         """Prepare the model and the samples for the stage; `train` calls this first.
@@ -168,7 +170,7 @@ class Trainer(TransformersTrainer):
            teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
         4. Tie the temperature of model and loss.
-        5. Encode the images of a frozen vision backbone, if they are cached.
+        5. Encode the images of a frozen vision backbone, also those for validation, if they are cached.
         6. Make the samples and check their batches.
         7. With several processes, freeze what they cannot train.
 
@@ -218,6 +220,10 @@ class Trainer(TransformersTrainer):
             model.to(args.device)
             folder = Path(args.cache_image_tokens)
             image_tokens = cached_image_tokens(model, dataset, folder, args.per_device_eval_batch_size, shown)
+            if self.eval_dataset is not None:
+                self._eval_tokens = cached_image_tokens(
+                    model, self.eval_dataset, folder / VALIDATION_TOKENS, args.per_device_eval_batch_size, shown
+                )
         samples = make_samples(model, args, dataset, teacher_embeddings, image_tokens)
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
@@ -427,7 +433,8 @@ class Trainer(TransformersTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         start = time.perf_counter()
         with self._averaged():
-            metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train))
+            tokens = self._eval_tokens if dataset is self.eval_dataset else None
+            metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train), tokens)
         self._since += time.perf_counter() - start  # pairs_per_second is of training time only
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from d2svse.data import ImageTextDataset
+from d2svse.data.samples import SupportsRows
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.arguments import TrainingArguments
@@ -10,7 +11,11 @@ from d2svse.training.distributed import Processes, world_size
 
 
 def validate(
-    model: D2SVSE, dataset: ImageTextDataset, args: TrainingArguments, show_progress_bar: bool = False
+    model: D2SVSE,
+    dataset: ImageTextDataset,
+    args: TrainingArguments,
+    show_progress_bar: bool = False,
+    image_tokens: SupportsRows | None = None,
 ) -> dict[str, float]:
     """Return the rank metrics of a model; every process of a run calls this function and gets all of them.
 
@@ -19,6 +24,7 @@ def validate(
         dataset: images and sparse captions.
         args: `max_length`, `per_device_eval_batch_size` and the device are used.
         show_progress_bar: show a progress bar on the terminal.
+        image_tokens: tokens of the vision backbone by row of the image, instead of the images.
     """
     return evaluate(
         model,
@@ -26,6 +32,7 @@ def validate(
         batch_size=args.per_device_eval_batch_size,
         max_length=args.max_length,
         show_progress_bar=show_progress_bar,
+        image_tokens=image_tokens,
         processes=Processes(args.device) if world_size() > 1 else None,
         folds=1,
         fingerprint=False,

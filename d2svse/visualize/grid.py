@@ -43,7 +43,7 @@ class PatchGrid(NamedTuple):
 
 @torch.no_grad()
 def patch_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
-    """Return the grid of a backbone's tokens.
+    """Return the grid of an image encoder's tokens: that of its backbone, or of merged patches.
 
     Three kinds of backbone are supported:
 
@@ -59,6 +59,11 @@ def patch_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
     Raises:
         ValueError: if the backbone is of another kind.
     """
+    grid, side = _backbone_grid(encoder, pixel_values), encoder.merging
+    return PatchGrid(-(-grid.rows // side), -(-grid.columns // side), grid.special)
+
+
+def _backbone_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
     backbone, training = encoder.backbone, encoder.backbone.training
     backbone.eval()
     output = encoder.backbone_output(pixel_values, output_hidden_states=True)

@@ -61,6 +61,30 @@ def test_any_vision_backbone_and_resolution(name, size):
     torch.testing.assert_close(encoder(pixels[1:2]).pooled[0], features.pooled[1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "convnext"])
+@pytest.mark.parametrize("size", [32, 40, 96])
+def test_merged_tokens_are_means_of_squares(name, size):
+    encoder = ImageEncoder(VISION[name], 12, "mean", merging=2).eval()
+    pixels = torch.randn(2, 3, size, size)
+    output = encoder.backbone_output(pixels).last_hidden_state
+    special = {"vit": 1, "deit": 2}.get(name, 0)
+    side = output.shape[-1] if name == "convnext" else size // 8
+    whole = output if name == "convnext" else output[:, special:].transpose(1, 2).unflatten(2, (side, side))
+    squares = [whole[:, :, r : r + 2, c : c + 2].mean((2, 3)) for r in range(0, side, 2) for c in range(0, side, 2)]
+    expected = torch.stack(squares, 1)
+    if special:
+        expected = torch.cat([output[:, :special], expected], 1)
+    torch.testing.assert_close(encoder.backbone_tokens(pixels), expected)
+    assert encoder(pixels).tokens.shape[1] == encoder.count_tokens(size, size) == expected.shape[1]
+
+
+def test_merging_needs_a_grid():
+    with pytest.raises(ValueError, match="image_token_merging: a swin backbone has no grid of patches"):
+        ImageEncoder(VISION["swin"], 12, "mean", merging=2).count_tokens(32, 32)
+    with pytest.raises(ValueError, match="image_token_merging must be at least 1, and 1 with native pooling, got 0"):
+        D2SVSEConfig(image_token_merging=0)
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_any_text_backbone_and_padding_changes_nothing(name):
     encoder = TextEncoder(TEXT[name], 12).eval()

@@ -187,6 +187,19 @@ def test_training_on_kept_tokens_is_training_on_images(make_model, make_args, tr
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)
 
 
+def test_validation_on_kept_tokens_is_validation_on_images(make_model, make_args, train_dataset, tmp_path, monkeypatch):
+    model, found = make_model(image_token_merging=2), []
+    for cache in (None, str(tmp_path / "tokens")):
+        args = make_args(freeze_vision=True, cache_image_tokens=cache, save_strategy="no")
+        trainer = Trainer(model, args, train_dataset, train_dataset)
+        trainer.prepare()
+        if cache:
+            monkeypatch.setattr(type(model), "encode_image", None)
+        found.append(trainer.evaluate())
+    assert len(found[0]) > 10
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_what_is_trained_cannot_be_kept():
     with pytest.raises(ValueError, match="set freeze_vision too"):
         TrainingArguments(output_dir="x", cache_image_tokens="tokens")

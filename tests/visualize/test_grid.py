@@ -60,6 +60,11 @@ def test_a_patch_is_where_the_picture_differs(name, height, width):
         assert np.unravel_index(patches.argmax(), patches.shape) == (row, column)
 
 
+def test_merged_patches_make_a_smaller_grid():
+    encoder = ImageEncoder(BACKBONES["deit"][0], 24, pooling="mean", merging=2).eval()
+    assert patch_grid(encoder, torch.zeros(1, 3, 32, 40)) == (2, 3, 2)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d2svse.features import Features
+from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.retrieval.embeddings.store import encode_images, encode_texts
 from d2svse.retrieval.evaluation.metrics import caption_answers, fold_slices, mean_metrics
@@ -26,6 +27,7 @@ from d2svse.similarity.base import Candidates, Similarity, build_similarity, sim
 
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
+    from d2svse.data.samples import SupportsRows
     from d2svse.models.modeling import D2SVSE
 
 IMAGES_ON_CPU = 32  # larger batches are slower on a CPU, which returns the memory of each batch to the system
@@ -47,6 +49,7 @@ def evaluate(
     batch_size: int = 128,
     max_length: int | None = None,
     embeddings: str | os.PathLike[str] | None = None,
+    image_tokens: SupportsRows | None = None,
     processes: Processes | None = None,
     fingerprint: bool = True,
     show_progress_bar: bool = False,
@@ -72,6 +75,7 @@ def evaluate(
         batch_size: images and texts encoded at a time, see `encode_dataset`.
         max_length: longest text in tokens, see `encode_dataset`.
         embeddings: folder of stored embeddings, see `encode_dataset`.
+        image_tokens: stored tokens of a single model's vision backbone, see `encode_dataset`.
         processes: processes that share the work; each calls this function and gets the whole result.
         fingerprint: add the fingerprint of each model to the report; this reads all weights.
         show_progress_bar: show a progress bar on the terminal.
@@ -102,7 +106,8 @@ def evaluate(
     chosen = [choose_similarity(one, similarity) for _, one in models]
     _check_rerank(rerank, candidates, chosen, processes)
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "max_length": max_length}
-    encoding |= {"embeddings": embeddings, "processes": processes, "show_progress_bar": show_progress_bar}
+    encoding |= {"embeddings": embeddings, "image_tokens": image_tokens, "processes": processes}
+    encoding |= {"show_progress_bar": show_progress_bar}
     sides = [
         encode_dataset(one, dataset, tokens=scored.needs_tokens, **encoding)
         for (_, one), scored in zip(models, chosen, strict=True)
@@ -152,6 +157,7 @@ def encode_dataset(
     show_progress_bar: bool = False,
     processes: Processes | None = None,
     embeddings: str | os.PathLike[str] | None = None,
+    image_tokens: SupportsRows | None = None,
 ) -> tuple[Features, Features]:
     """Encode each image and each caption once.
 
@@ -167,6 +173,8 @@ def encode_dataset(
         processes: processes that share the work; each calls this function.
         embeddings: folder of stored float32 embeddings, one store for each side, model and list. Stored embeddings are
             read instead of encoded again. Not with `processes`.
+        image_tokens: output of the vision backbone by row of the image, `(n_image_tokens, hidden_size)` each. The
+            images are not read then.
 
     Returns:
         The images (of several processes only those of this one), and all captions, in order.
@@ -199,10 +207,25 @@ def encode_dataset(
         return encoded if tokens else Features(encoded)
 
     encoded_texts = features(model.encode_text(texts, convert_to_tensor=True, **of_text, **options))
-    encoded_images = features(model.encode_image(images, convert_to_tensor=True, **of_image, **options))
+    if image_tokens is None:
+        encoded_images = features(model.encode_image(images, convert_to_tensor=True, **of_image, **options))
+    else:
+        first = own[1].start if processes is not None and not empty[1] else 0
+        rows = range(first, first + len(images))
+        encoded_images = _encode_tokens(model, image_tokens, rows, batch_size, options["output"])
     if processes is not None:
         encoded_texts = processes.gather_features(encoded_texts[:0] if empty[0] else encoded_texts)
     return encoded_images[:0] if empty[1] else encoded_images, encoded_texts
+
+
+def _encode_tokens(model: D2SVSE, image_tokens: SupportsRows, rows: range, batch_size: int, output: Output) -> Features:
+    """Return the features of images from the tokens of the vision backbone."""
+    parts = []
+    with inference(model):
+        for start in range(rows.start, rows.stop, batch_size):
+            tokens = torch.stack([image_tokens[row] for row in range(start, min(start + batch_size, rows.stop))])
+            parts.append(as_output(model.image_encoder.from_backbone_tokens(tokens.to(model.device)), output))
+    return Features.cat(parts)
 
 
 def stored_features(
