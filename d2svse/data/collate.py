@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +22,7 @@ class Sample:
         pixel_values: `(channels, height, width)` float32 pixels.
         image_tokens: `(n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n_image_tokens,)` bool, the backbone's tokens to keep.
+        text_tokens: `(length, hidden_size)` tokens of the text backbone for `input_ids`.
         teacher_embeds: `(embed_dim,)` dense embedding to distil from.
         caption_id: row of the text among the captions of its data set; -1 for a dense caption.
     """
@@ -31,6 +33,7 @@ class Sample:
     pixel_values: Tensor | None = None
     image_tokens: Tensor | None = None
     image_token_mask: Tensor | None = None
+    text_tokens: Tensor | None = None
     teacher_embeds: Tensor | None = None
     caption_id: int = -1
 
@@ -48,6 +51,7 @@ class Batch:
         pixel_values: `(n, channels, height, width)` float32 pixels.
         image_tokens: `(n, n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n, n_image_tokens)` bool, the backbone's tokens to keep.
+        text_tokens: `(n, length, hidden_size)` tokens of the text backbone for `input_ids`.
         teacher_embeds: `(n, embed_dim)` dense embeddings to distil from.
         caption_ids: `(n,)` int64, row of each text among the captions of its data set; -1 for a dense caption.
     """
@@ -59,6 +63,7 @@ class Batch:
     pixel_values: Tensor | None = None
     image_tokens: Tensor | None = None
     image_token_mask: Tensor | None = None
+    text_tokens: Tensor | None = None
     teacher_embeds: Tensor | None = None
     caption_ids: Tensor | None = None
 
@@ -104,11 +109,14 @@ class Collator:
         for row, sample in zip(input_ids, samples, strict=True):
             row[: len(sample.input_ids)] = torch.tensor(sample.input_ids)
         parts = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]
+        parts = [name for name in parts if name != "text_tokens"]
+        texts = [sample.text_tokens for sample in samples if sample.text_tokens is not None]
         return Batch(
             input_ids=input_ids,
             attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             valid=torch.tensor([sample.valid for sample in samples]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
+            text_tokens=pad_sequence(texts, batch_first=True) if texts else None,
             **{name: torch.stack([getattr(sample, name) for sample in samples]) for name in parts},
         )

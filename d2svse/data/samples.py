@@ -149,6 +149,7 @@ class TrainingSamples(Dataset[Sample]):
         teacher_embeddings: `(n_images, embed_dim)` dense embeddings to distil from, or None.
         image_tokens: tokens of the vision backbone by row of the image, instead of pixels. Images are then neither read
             nor augmented.
+        text_tokens: tokens of the text backbone by row of the caption; of the image, if `text` is "dense".
         num_embeddings: number of token ids of the text backbone; None for that of the tokenizer.
 
     Raises:
@@ -169,12 +170,13 @@ class TrainingSamples(Dataset[Sample]):
         max_length: int | None = None,
         teacher_embeddings: Tensor | None = None,
         image_tokens: SupportsRows | None = None,
+        text_tokens: SupportsRows | None = None,
         num_embeddings: int | None = None,
     ) -> None:
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
-        self.image_tokens = image_tokens
+        self.image_tokens, self.text_tokens = image_tokens, text_tokens
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -211,6 +213,7 @@ class TrainingSamples(Dataset[Sample]):
             pixel_values=pixels,
             image_tokens=None if self.image_tokens is None else self.image_tokens[row],
             image_token_mask=mask,
+            text_tokens=None if self.text_tokens is None else self.text_tokens[row if caption < 0 else caption],
             teacher_embeds=None if self.teacher_embeddings is None else self.teacher_embeddings[row],
         )
 

@@ -237,7 +237,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.native_pool = None if tower is None else tower.pool
         self.projection: Any
-        self.fixed_length = tower is not None and tower.fixed_length
+        self.fixed_length = tower is not None and tower.fixed_length  # padding counts
         self.mlp: ResidualMLP | None = None
         if tower is not None:
             self.backbone, self.projection = tower.backbone, tower.projection
@@ -260,13 +260,36 @@ class TextEncoder(nn.Module):
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
         """
+        return self.from_backbone_tokens(self.backbone_tokens(input_ids, attention_mask), input_ids, attention_mask)
+
+    def from_backbone_tokens(
+        self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None = None
+    ) -> Features:
+        """Project and pool the tokens of the backbone.
+
+        Args:
+            hidden: output of `backbone_tokens`, `(batch, length, hidden_size)`.
+            input_ids: see `forward`; only read for the pooling of a dual encoder.
+            attention_mask: see `forward`.
+
+        Returns:
+            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
+        """
         mask = None if attention_mask is None else attention_mask.bool()
         if self.native_pool is None:
-            return self.pool(self.words(input_ids, attention_mask), mask)
-        seen = None if self.fixed_length else attention_mask
-        hidden = self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
+            return self.pool(self._project(hidden), mask)
         pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
+
+    def backbone_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the backbone's last hidden state, `(batch, length, hidden_size)`.
+
+        Args:
+            input_ids: `(batch, length)` int64.
+            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
+        """
+        seen = None if self.fixed_length else attention_mask
+        return self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
 
     def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the projected words of texts, `(batch, length, embed_dim)`, before pooling.
@@ -275,7 +298,9 @@ class TextEncoder(nn.Module):
             input_ids: `(batch, length)` int64.
             attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
         """
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self._project(self.backbone_tokens(input_ids, attention_mask))
+
+    def _project(self, hidden: Tensor) -> Tensor:
         hidden = self.dropout(hidden)
         words = self.projection(hidden)
         return words if self.mlp is None else words + self.mlp(hidden)

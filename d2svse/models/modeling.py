@@ -521,6 +521,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         attention_mask: Tensor | None = None,
         image_token_mask: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        text_tokens: Tensor | None = None,
         return_logits: bool = True,
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
@@ -534,6 +535,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
             image_tokens: `(n_images, n_image_tokens, hidden_size)` output of the vision backbone, instead of
                 `pixel_values`.
+            text_tokens: `(n_texts, length, hidden_size)` output of the text backbone for `input_ids`, which it then
+                does not read.
             return_logits: score all pairs, as transformers' zero-shot pipeline expects; training tasks set False and
                 score the features.
             text_groups: largest number of groups of texts of similar length; more groups save padding and give the
@@ -555,7 +558,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
         elif pixel_values is not None:
             images = self.image_encoder(pixel_values, image_token_mask)
-        texts = None if input_ids is None else self._encode_texts(input_ids, attention_mask, text_groups)
+        texts = None if input_ids is None else self._encode_texts(input_ids, attention_mask, text_groups, text_tokens)
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,
             text_embeds=None if texts is None else texts.pooled,
@@ -572,8 +575,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
             output.logits_per_image, output.logits_per_text = logits, logits.T
         return output
 
-    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None, groups: int) -> Features:
+    def _encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, groups: int, text_tokens: Tensor | None
+    ) -> Features:
         """Encode tokenized texts in groups of similar length, where padding does not change the result."""
+        if text_tokens is not None:
+            hidden = text_tokens.to(self.dtype)
+            return self.fuse(self.text_encoder.from_backbone_tokens(hidden, input_ids, attention_mask))
         padding_counts = (
             self.text_encoder.mlp is not None
             or self.text_encoder.native_pool is not None

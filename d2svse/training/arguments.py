@@ -117,6 +117,11 @@ class TrainingArguments(
             raise ValueError("ddp_static_graph: chunk_size encodes a batch twice, and the graph changes; leave one out")
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens needs a frozen vision backbone; set freeze_vision too")
+        if self.cache_text_tokens and (not self.freeze_text or self.augment_words):
+            raise ValueError(
+                "cache_text_tokens needs a frozen text backbone and unchanged words; set freeze_text, and "
+                "augment_words to false"
+            )
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")

@@ -20,7 +20,7 @@ from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.caches import ImageTokens
+from d2svse.training.caches import CachedTokens
 from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 
@@ -100,7 +100,8 @@ def make_samples(
     args: TrainingArguments,
     dataset: ImageTextDataset,
     teacher_embeddings: Tensor | None = None,
-    image_tokens: ImageTokens | None = None,
+    image_tokens: CachedTokens | None = None,
+    text_tokens: CachedTokens | None = None,
 ) -> TrainingSamples:
     """Return the training samples of a stage."""
     processor: Any = model.processor
@@ -116,10 +117,11 @@ def make_samples(
         max_length=args.dense_max_length if dense else args.max_length,
         teacher_embeddings=teacher_embeddings,
         image_tokens=image_tokens,
+        text_tokens=text_tokens,
         num_embeddings=embedding_count(model.text_encoder.backbone),
     )
     if args.drop_image_tokens and image_tokens is not None:
-        samples.num_image_tokens = image_tokens.shape[1]
+        samples.num_image_tokens = len(image_tokens[0])
     elif args.drop_image_tokens:
         shape = samples.pixels(0).shape  # two dimensions for region features
         samples.num_image_tokens = shape[0] if len(shape) == 2 else model.image_encoder.count_tokens(*shape[-2:])

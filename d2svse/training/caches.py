@@ -24,6 +24,7 @@ from d2svse.files.lock import write_lock
 from d2svse.files.replace import remove
 from d2svse.images import image_state
 from d2svse.models import D2SVSE
+from d2svse.models.encoding import inference
 from d2svse.models.fingerprint import weights_fingerprint
 from d2svse.models.regions import RegionsModel
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
@@ -45,8 +46,6 @@ def cached_teacher_embeddings(
         `(n_texts, embed_dim)` float32, equal to `Teacher.embed(texts)`.
     """
     _remove_earlier(folder, f"{folder.name}.safetensors", f"{folder.name}.safetensors.lock")
-    tokenizer = teacher.processor.tokenizer
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     kind = {
         "side": "text",
         "output": "pooled",
@@ -54,7 +53,7 @@ def cached_teacher_embeddings(
         "shard_size": TEXTS_PER_SHARD,
         "dim": teacher.embed_dim,
         "fingerprint": weights_fingerprint(
-            teacher.text_encoder, vocabulary, type(tokenizer).__name__, teacher.max_length
+            teacher.text_encoder, *_vocabulary(teacher.processor.tokenizer), teacher.max_length
         ),
     }
 
@@ -66,26 +65,28 @@ def cached_teacher_embeddings(
     return torch.from_numpy(store.pooled[rows])
 
 
-class ImageTokens:
-    """The tokens of a frozen vision backbone for every image, memory-mapped float16.
+class CachedTokens:
+    """The tokens of a frozen backbone for every image or text, memory-mapped float16.
 
     Args:
         store: store of the tokens.
-        rows: row of each image in the store.
+        rows: row of each image or text in the store.
     """
 
     def __init__(self, store: EmbeddingStore, rows: Sequence[int]) -> None:
         self.store, self.rows = store, np.asarray(rows)
-        self.shape = (len(rows), *store.tokens_of(self.rows[:1])[0].shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> Tensor:
-        """Return the tokens of an image, `(n_tokens, hidden_size)` float16."""
+        """Return the tokens of an image or a text, `(n_tokens, hidden_size)` float16."""
         return torch.from_numpy(np.array(self.store.tokens_of(self.rows[[row]])[0]))
 
 
 def cached_image_tokens(
     model: D2SVSE, dataset: ImageTextDataset, folder: Path, batch_size: int, show_progress_bar: bool = False
-) -> ImageTokens:
+) -> CachedTokens:
     """Return the vision backbone's tokens of all images without augmentation, from the store in `folder`.
 
     A stopped call continues at the first chunk that is missing. An image counts as unchanged if its path, size and
@@ -133,7 +134,56 @@ def cached_image_tokens(
         return list(image_state(images[name]))
 
     _remove_earlier(folder / TOKENS, *(f"{TOKENS}.{end}" for end in ("npy", "json", "json.lock", "partial.npy")))
-    return ImageTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
+    return CachedTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
+
+
+def cached_text_tokens(
+    model: D2SVSE,
+    texts: Sequence[str],
+    folder: Path,
+    batch_size: int,
+    show_progress_bar: bool = False,
+    max_length: int | None = None,
+) -> CachedTokens:
+    """Return the text backbone's tokens of all texts, from the store in `folder`; make the store if it is missing.
+
+    A stopped call continues at the first chunk that is missing.
+
+    Args:
+        model: the model, with its processor.
+        texts: captions.
+        folder: folder of the store.
+        batch_size: texts encoded at a time.
+        show_progress_bar: show a progress bar on the terminal.
+        max_length: longest text in tokens; None for the limit of the processor.
+    """
+    processor: Any = model.processor
+    encoder = model.text_encoder
+    kind = {
+        "side": "text",
+        "output": "features",
+        "dtype": "float16",
+        "shard_size": TEXTS_PER_SHARD,
+        "dim": int(encoder.projection.in_features),
+        "fingerprint": weights_fingerprint(encoder.backbone, *_vocabulary(processor.tokenizer), max_length),
+    }
+
+    def encode(names: Sequence[str], _: Any) -> Batches:
+        ids = processor.tokenize(names, max_length)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            batch = processor.pad([ids[row] for row in rows]).to(model.device)
+            with inference(encoder):
+                tokens = encoder.backbone_tokens(batch["input_ids"], batch["attention_mask"])
+            # As for images, the store's pooled vector has no meaning.
+            yield rows, Features(tokens[:, 0], tokens, batch["attention_mask"].bool())
+
+    return CachedTokens(*_cached(folder, list(texts), kind, encode, lambda _: None, batch_size, show_progress_bar))
+
+
+def _vocabulary(tokenizer: Any) -> tuple[str, str]:
+    return json.dumps(sorted(tokenizer.get_vocab().items())), type(tokenizer).__name__
 
 
 def _cached(

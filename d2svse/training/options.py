@@ -343,6 +343,11 @@ class ComputeOptions:
         "and mirroring.",
         flag=True,
     )
+    cache_text_tokens: str | None = option(
+        None,
+        "Folder for the tokens (float16) of a frozen text backbone. Captions are then encoded once, and words are not "
+        "augmented.",
+    )
     chunk_size: int = option(
         0,
         "Pairs of a process encoded at a time (gradient caching), for batches larger than memory; 0 encodes the whole "

@@ -48,6 +48,7 @@ class AlignTask(nn.Module):
             pixel_values=batch.pixel_values,
             image_tokens=batch.image_tokens,
             image_token_mask=batch.image_token_mask,
+            text_tokens=batch.text_tokens,
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             return_logits=False,

@@ -46,7 +46,7 @@ from d2svse.training.building import (
     tie_temperature,
     warn_of_truncation,
 )
-from d2svse.training.caches import ImageTokens, cached_image_tokens, cached_teacher_embeddings
+from d2svse.training.caches import CachedTokens, cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
 from d2svse.training.callbacks import AlignWarmupCallback, FindBestCallback, LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
@@ -69,7 +69,6 @@ from d2svse.training.workers import worker_error
 logger = logging.getLogger(__name__)
 
 TEACHER_CACHE, TEACHER_FEATURES = "teacher_embeddings", "teacher_features"
-VALIDATION_TOKENS = "validation"  # folder in that of the training images' tokens
 
 
 class Trainer(TransformersTrainer):
@@ -158,7 +157,8 @@ class Trainer(TransformersTrainer):
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
         self._average: AverageCallback | None = None  # during training with ema_decay
-        self._eval_tokens: ImageTokens | None = None  # of the validation images, with cache_image_tokens
+        # Backbone tokens of the validation images and captions, with cache_image_tokens and cache_text_tokens.
+        self._eval_tokens: dict[str, CachedTokens] = {}
 
     def prepare(self) -> TrainingSamples:
         """Prepare the model and the samples for the stage; `train` calls this first.
@@ -170,7 +170,7 @@ class Trainer(TransformersTrainer):
            teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
         4. Tie the temperature of model and loss.
-        5. Encode the images of a frozen vision backbone, also those for validation, if they are cached.
+        5. Encode the images and texts of frozen backbones, also those for validation, if they are cached.
         6. Make the samples and check their batches.
         7. With several processes, freeze what they cannot train.
 
@@ -215,16 +215,8 @@ class Trainer(TransformersTrainer):
             print(parameter_table(model), file=sys.stderr)
         tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
 
-        image_tokens = None
-        if args.cache_image_tokens:
-            model.to(args.device)
-            folder = Path(args.cache_image_tokens)
-            image_tokens = cached_image_tokens(model, dataset, folder, args.per_device_eval_batch_size, shown)
-            if self.eval_dataset is not None:
-                self._eval_tokens = cached_image_tokens(
-                    model, self.eval_dataset, folder / VALIDATION_TOKENS, args.per_device_eval_batch_size, shown
-                )
-        samples = make_samples(model, args, dataset, teacher_embeddings, image_tokens)
+        tokens = self._cache_tokens(model)
+        samples = make_samples(model, args, dataset, teacher_embeddings, **tokens)
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
         else:
@@ -238,6 +230,31 @@ class Trainer(TransformersTrainer):
             batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
             freeze_unused(model, self.task, batch.to(model.device))
         return samples
+
+    def _cache_tokens(self, model: D2SVSE) -> dict[str, CachedTokens]:
+        """Return the cached tokens of frozen backbones for the training samples; keep those for validation."""
+        args, options = self.args, (self.args.per_device_eval_batch_size, not self.args.disable_tqdm)
+        train, val, found = self.train_dataset, self.eval_dataset, dict[str, CachedTokens]()
+        if args.cache_image_tokens or args.cache_text_tokens:
+            model.to(args.device)  # type: ignore[arg-type]
+        if args.cache_image_tokens:
+            folder = Path(args.cache_image_tokens)
+            found["image_tokens"] = cached_image_tokens(model, train, folder, *options)
+            if val is not None:
+                self._eval_tokens["image_tokens"] = cached_image_tokens(model, val, folder / "validation", *options)
+        if args.cache_text_tokens:
+            if model.text_encoder.native_pool is not None:
+                raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+            folder = Path(args.cache_text_tokens)
+            if args.stage == "pretrain":
+                texts, name, length = train.dense_captions, "dense", args.dense_max_length
+            else:
+                texts, name, length = train.captions, "sparse", args.max_length
+            found["text_tokens"] = cached_text_tokens(model, texts, folder / name, *options, length)
+            if val is not None:
+                held_out, length = folder / "validation", args.max_length
+                self._eval_tokens["text_tokens"] = cached_text_tokens(model, val.captions, held_out, *options, length)
+        return found
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train the stage.
@@ -433,8 +450,8 @@ class Trainer(TransformersTrainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         start = time.perf_counter()
         with self._averaged():
-            tokens = self._eval_tokens if dataset is self.eval_dataset else None
-            metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train), tokens)
+            tokens = self._eval_tokens if dataset is self.eval_dataset else {}
+            metrics = validate(model, dataset, self.args, not (self.args.disable_tqdm or self.is_in_train), **tokens)
         self._since += time.perf_counter() - start  # pairs_per_second is of training time only
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(named)

@@ -16,6 +16,7 @@ def validate(
     args: TrainingArguments,
     show_progress_bar: bool = False,
     image_tokens: SupportsRows | None = None,
+    text_tokens: SupportsRows | None = None,
 ) -> dict[str, float]:
     """Return the rank metrics of a model; every process of a run calls this function and gets all of them.
 
@@ -25,6 +26,7 @@ def validate(
         args: `max_length`, `per_device_eval_batch_size` and the device are used.
         show_progress_bar: show a progress bar on the terminal.
         image_tokens: tokens of the vision backbone by row of the image, instead of the images.
+        text_tokens: tokens of the text backbone by row of the caption, instead of the captions.
     """
     return evaluate(
         model,
@@ -33,6 +35,7 @@ def validate(
         max_length=args.max_length,
         show_progress_bar=show_progress_bar,
         image_tokens=image_tokens,
+        text_tokens=text_tokens,
         processes=Processes(args.device) if world_size() > 1 else None,
         folds=1,
         fingerprint=False,

@@ -106,7 +106,7 @@ def test_image_tokens_are_those_of_the_backbone(make_model, train_dataset, tmp_p
     pixels = model.processor.pixel_values(train_dataset.images[:5])
     with torch.no_grad():
         direct = model.image_encoder.backbone_tokens(pixels)
-    assert tokens.shape == (len(train_dataset), 17, 32)
+    assert (len(tokens), *tokens[0].shape) == (len(train_dataset), 17, 32)
     for row in range(5):
         torch.testing.assert_close(tokens[row].float(), direct[row], rtol=1e-2, atol=1e-2)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
@@ -177,11 +177,17 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     assert all(torch.equal(tokens[row], whole[row]) for row in range(len(train_dataset)))
 
 
-def test_training_on_kept_tokens_is_training_on_images(make_model, make_args, train_dataset, tmp_path):
+@pytest.mark.parametrize("stage", ["align", "pretrain", "distill"])
+def test_training_on_kept_tokens_is_training_on_images_and_texts(make_model, make_args, train_dataset, tmp_path, stage):
     curves = []
+    frozen = {"freeze_vision": True, "freeze_text": True, "augment_words": False, "augment_images": False}
     for cache in (None, str(tmp_path / "tokens")):
-        args = make_args(freeze_vision=True, cache_image_tokens=cache, augment_images=False, save_strategy="no")
+        caches = {"cache_image_tokens": cache, "cache_text_tokens": cache and f"{cache}/text"}
+        args = make_args(stage, **frozen, **caches, save_strategy="no")
         trainer = Trainer(make_model(), args, train_dataset)
+        if cache:
+            trainer.prepare()
+            trainer.model.text_encoder.backbone.forward = None
         trainer.train()
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)
@@ -189,12 +195,14 @@ def test_training_on_kept_tokens_is_training_on_images(make_model, make_args, tr
 
 def test_validation_on_kept_tokens_is_validation_on_images(make_model, make_args, train_dataset, tmp_path, monkeypatch):
     model, found = make_model(image_token_merging=2), []
+    frozen = {"freeze_vision": True, "freeze_text": True, "augment_words": False, "save_strategy": "no"}
     for cache in (None, str(tmp_path / "tokens")):
-        args = make_args(freeze_vision=True, cache_image_tokens=cache, save_strategy="no")
+        args = make_args(**frozen, cache_image_tokens=cache, cache_text_tokens=cache and f"{cache}/text")
         trainer = Trainer(model, args, train_dataset, train_dataset)
         trainer.prepare()
         if cache:
             monkeypatch.setattr(type(model), "encode_image", None)
+            monkeypatch.setattr(type(model), "encode_text", None)
         found.append(trainer.evaluate())
     assert len(found[0]) > 10
     assert found[0] == pytest.approx(found[1], rel=0.02)
@@ -203,6 +211,9 @@ def test_validation_on_kept_tokens_is_validation_on_images(make_model, make_args
 def test_what_is_trained_cannot_be_kept():
     with pytest.raises(ValueError, match="set freeze_vision too"):
         TrainingArguments(output_dir="x", cache_image_tokens="tokens")
+    for options in ({}, {"freeze_text": True}, {"augment_words": False}):
+        with pytest.raises(ValueError, match="cache_text_tokens needs a frozen text backbone and unchanged words"):
+            TrainingArguments(output_dir="x", cache_text_tokens="tokens", **options)
 
 
 def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, folder, small_files):

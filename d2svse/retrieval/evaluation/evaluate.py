@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from d2svse.features import Features
 from d2svse.models.encoding import Output, as_output, inference
@@ -50,6 +51,7 @@ def evaluate(
     max_length: int | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     image_tokens: SupportsRows | None = None,
+    text_tokens: SupportsRows | None = None,
     processes: Processes | None = None,
     fingerprint: bool = True,
     show_progress_bar: bool = False,
@@ -76,6 +78,7 @@ def evaluate(
         max_length: longest text in tokens, see `encode_dataset`.
         embeddings: folder of stored embeddings, see `encode_dataset`.
         image_tokens: stored tokens of a single model's vision backbone, see `encode_dataset`.
+        text_tokens: stored tokens of a single model's text backbone.
         processes: processes that share the work; each calls this function and gets the whole result.
         fingerprint: add the fingerprint of each model to the report; this reads all weights.
         show_progress_bar: show a progress bar on the terminal.
@@ -106,8 +109,8 @@ def evaluate(
     chosen = [choose_similarity(one, similarity) for _, one in models]
     _check_rerank(rerank, candidates, chosen, processes)
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "max_length": max_length}
-    encoding |= {"embeddings": embeddings, "image_tokens": image_tokens, "processes": processes}
-    encoding |= {"show_progress_bar": show_progress_bar}
+    encoding |= {"embeddings": embeddings, "image_tokens": image_tokens, "text_tokens": text_tokens}
+    encoding |= {"processes": processes, "show_progress_bar": show_progress_bar}
     sides = [
         encode_dataset(one, dataset, tokens=scored.needs_tokens, **encoding)
         for (_, one), scored in zip(models, chosen, strict=True)
@@ -158,6 +161,7 @@ def encode_dataset(
     processes: Processes | None = None,
     embeddings: str | os.PathLike[str] | None = None,
     image_tokens: SupportsRows | None = None,
+    text_tokens: SupportsRows | None = None,
 ) -> tuple[Features, Features]:
     """Encode each image and each caption once.
 
@@ -175,6 +179,7 @@ def encode_dataset(
             read instead of encoded again. Not with `processes`.
         image_tokens: output of the vision backbone by row of the image, `(n_image_tokens, hidden_size)` each. The
             images are not read then.
+        text_tokens: output of the text backbone by row of the caption, `(length, hidden_size)` each.
 
     Returns:
         The images (of several processes only those of this one), and all captions, in order.
@@ -197,34 +202,45 @@ def encode_dataset(
             stored_features(model, "image", images, embeddings, **of_image, **options),
             stored_features(model, "text", texts, embeddings, **of_text, **options),
         )
+    rows = [slice(0, len(items)) for items in (texts, images)]
     empty = [False, False]
     if processes is not None:
-        own = [processes.share(len(items)) for items in (texts, images)]
-        empty = [part.start == part.stop for part in own]  # with more processes than items, encode one item and drop it
-        texts, images = texts[own[0]] or texts[:1], images[own[1]] or images[:1]
+        rows = [processes.share(len(items)) for items in (texts, images)]
+        empty = [part.start == part.stop for part in rows]  # then encode one item and drop it
+        rows = [slice(0, 1) if none else part for part, none in zip(rows, empty, strict=True)]
 
     def features(encoded: Any) -> Features:
         return encoded if tokens else Features(encoded)
 
-    encoded_texts = features(model.encode_text(texts, convert_to_tensor=True, **of_text, **options))
-    if image_tokens is None:
-        encoded_images = features(model.encode_image(images, convert_to_tensor=True, **of_image, **options))
+    if text_tokens is None:
+        encoded_texts = features(model.encode_text(texts[rows[0]], convert_to_tensor=True, **of_text, **options))
     else:
-        first = own[1].start if processes is not None and not empty[1] else 0
-        rows = range(first, first + len(images))
-        encoded_images = _encode_tokens(model, image_tokens, rows, batch_size, options["output"])
+        encoded_texts = _encode_tokens(model, text_tokens, rows[0], batch_size, options["output"], text=True)
+    if image_tokens is None:
+        encoded_images = features(model.encode_image(images[rows[1]], convert_to_tensor=True, **of_image, **options))
+    else:
+        encoded_images = _encode_tokens(model, image_tokens, rows[1], batch_size, options["output"])
     if processes is not None:
         encoded_texts = processes.gather_features(encoded_texts[:0] if empty[0] else encoded_texts)
     return encoded_images[:0] if empty[1] else encoded_images, encoded_texts
 
 
-def _encode_tokens(model: D2SVSE, image_tokens: SupportsRows, rows: range, batch_size: int, output: Output) -> Features:
-    """Return the features of images from the tokens of the vision backbone."""
+def _encode_tokens(
+    model: D2SVSE, tokens: SupportsRows, rows: slice, batch_size: int, output: Output, text: bool = False
+) -> Features:
+    """Return the features of images, or of texts, from the tokens of their backbone."""
     parts = []
     with inference(model):
         for start in range(rows.start, rows.stop, batch_size):
-            tokens = torch.stack([image_tokens[row] for row in range(start, min(start + batch_size, rows.stop))])
-            parts.append(as_output(model.image_encoder.from_backbone_tokens(tokens.to(model.device)), output))
+            batch = [tokens[row] for row in range(start, min(start + batch_size, rows.stop))]
+            lengths = torch.tensor([len(one) for one in batch])
+            hidden = pad_sequence(batch, batch_first=True).to(model.device, model.dtype)
+            if text:
+                mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).to(model.device)
+                features = model.fuse(model.text_encoder.from_backbone_tokens(hidden, None, mask))
+            else:
+                features = model.image_encoder.from_backbone_tokens(hidden)
+            parts.append(as_output(features, output))
     return Features.cat(parts)
 
 
