@@ -238,15 +238,19 @@ def _agrees(store: EmbeddingStore, encode: Callable[[Sequence[str], Any], Batche
     rows = [int(row) for row in np.linspace(0, len(store) - 1, min(SAMPLE, len(store)))]
     kept = store.features(rows)
     for order, features in encode([store.ids[row] for row in rows], {}):
-        here, now = kept[order], features.to("cpu").to(torch.float32)
-        for one, other in ((here.pooled, now.pooled), (here.tokens, now.tokens)):
-            if one is None or other is None:
-                continue
-            if one.shape != other.shape or not bool(
-                ((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all()
-            ):
-                return False
+        now = features.to("cpu").to(torch.float32)
+        for number, row in enumerate(order):
+            for one, other in zip(_vectors(kept[row]), _vectors(now[number]), strict=True):
+                if one.shape != other.shape or bool(
+                    ((one - other).norm(dim=-1) > tolerance * other.norm(dim=-1)).any()
+                ):
+                    return False
     return True
+
+
+def _vectors(features: Features) -> list[Tensor]:
+    """Return the pooled vector and the tokens without padding."""
+    return [features.pooled, *([] if features.tokens is None else [features.tokens[features.real_tokens()]])]
 
 
 def _remove_earlier(folder: Path, *names: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
-from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings
+from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
 
 
 class Counting(Teacher):
@@ -175,6 +175,21 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     assert len(encoded) - before == 1 + len(train_dataset) - 24 + 4  # how long they are, the rest, the sample
     whole = cached_image_tokens(make_model(), train_dataset, tmp_path / "whole", 8)
     assert all(torch.equal(tokens[row], whole[row]) for row in range(len(train_dataset)))
+
+
+def test_texts_of_different_lengths_are_encoded_once(make_model, train_dataset, tmp_path, caplog):
+    model = make_model()
+    texts = ["a red circle", "a small red circle left of a large blue square", "a ring", "a star above a cross"]
+    first = cached_text_tokens(model, texts, tmp_path, 3)
+    again = cached_text_tokens(model, [*texts, texts[0]], tmp_path / "again", 3)
+    cached_text_tokens(model, texts, tmp_path, 4)
+    assert "made again" not in caplog.text
+    for row, text in enumerate([*texts, texts[0]]):
+        ids = torch.tensor(model.processor.tokenize([text]))
+        with torch.no_grad():
+            alone = model.text_encoder.backbone_tokens(ids)[0]
+        torch.testing.assert_close(again[row].float(), alone, rtol=1e-2, atol=1e-2)
+        assert torch.equal(again[row], first[row % 4])
 
 
 @pytest.mark.parametrize("stage", ["align", "pretrain", "distill"])
