@@ -15,8 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from d2svse.data import augment
 from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
-from d2svse.images import ImageError, load_image
-from d2svse.images.regions import RegionImage
+from d2svse.images import ImageError
 
 
 class SupportsRows(Protocol):
@@ -31,8 +30,8 @@ class SampleProcessor(Protocol):
     tokenizer: Any
     max_length: int
 
-    def pixel_values(self, images: Any) -> Any:
-        """Return the pixels of images: `(n_images, channels, height, width)` float32."""
+    def raw_pixels(self, source: Any, at_least: int | None = None, change: Any = None) -> Tensor:
+        """Return the pixels of an image, changed by a function: `(channels, height, width)`, see `D2SVSEProcessor`."""
 
     def word_ids(self, encoded: Any) -> Sequence[int | None]:
         """Return the number of the word of each token of one text; None for special tokens."""
@@ -215,7 +214,9 @@ class TrainingSamples(Dataset[Sample]):
         )
 
     def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the pixels of an image: `(channels, height, width)` float32; or its region features as they are.
+        """Return the pixels of an image: `(channels, height, width)`; or its region features as they are.
+
+        They are uint8 if the model can normalise them, see `D2SVSEProcessor.raw_pixels`, and float32 otherwise.
 
         Args:
             row: row of the image in the data set.
@@ -225,15 +226,11 @@ class TrainingSamples(Dataset[Sample]):
             ImageError: if the image cannot be read; the message names the manifest's line.
         """
         record = self.dataset.records[row]
+        change = None if rng is None else functools.partial(augment.augment_image, rng=rng)
         try:
-            if isinstance(record.image, RegionImage):
-                return self.processor.pixel_values([record.image])[0]
-            image = load_image(record.image)
+            return self.processor.raw_pixels(record.image, change=change)
         except ImageError as error:
             raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
-        if rng is not None:
-            image = augment.augment_image(image, rng)
-        return self.processor.pixel_values([image])[0]
 
     def _generator(self, draw: Draw, purpose: int) -> np.random.Generator:
         return augment.generator(self.seed, draw.epoch, draw.index, purpose)
