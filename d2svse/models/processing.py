@@ -28,9 +28,9 @@ from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabular
 from d2svse.images import ImageSource, image_list, use_image
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.dual_encoders import KINDS
-from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
+from d2svse.models.image_processing import PREPARED, D2SVSEImageProcessorPil, prepare_image, raw_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
-from d2svse.models.pixels import PREPARED, RAW, gives_raw_pixels, join_pixels, normalize
+from d2svse.models.pixels import gives_raw_pixels, join_pixels, normalize
 from d2svse.models.regions import RegionsImageProcessor
 from d2svse.text import check_text, visible
 
@@ -342,7 +342,8 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         Args:
             source: the image, see `load_image`.
             at_least: shortest side in draft mode in pixels, see `load_image`.
-            change: function of the decoded image, such as a crop; its result is prepared.
+            change: function of the decoded image, such as a random crop; its result is prepared. It is resized by torch
+                if that is faster, see `raw_image`.
 
         Returns:
             `(channels, height, width)` uint8; float32 and normalised if the image processor does anything after
@@ -353,10 +354,13 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         """
         if hasattr(self.image_processor, "read_source"):
             return self._prepare(source, PREPARED)[0]
-        options = RAW if gives_raw_pixels(self.image_processor) else PREPARED
+        raw = gives_raw_pixels(self.image_processor)
 
         def prepare(image: Image.Image) -> Tensor:
-            return prepare_image(self.image_processor, options, image if change is None else change(image))[0]
+            changed = image if change is None else change(image)
+            if raw:
+                return raw_image(self.image_processor, changed, fast=change is not None)
+            return prepare_image(self.image_processor, PREPARED, changed)[0]
 
         return use_image(source, prepare, at_least)
 
