@@ -3,8 +3,8 @@
     python benchmarks/data.py IMAGES
     python benchmarks/data.py IMAGES --samples 2000 --size 640 480
 
-The images of a folder are resized to 500 × 375 pixels, as many of Flickr30k and MS-COCO have, and saved as JPEG. A loader
-with one worker prepares batches of 128 augmented samples from them, for a ViT and a CLIP of 224 pixels:
+The images of a folder are resized to 500 × 375 pixels, as many of Flickr30k and MS-COCO have, and saved as JPEG. A
+loader with one worker prepares batches of 128 augmented samples from them, for a ViT and a CLIP of 224 pixels:
 
 - float32: read, augment, read again, prepare, normalise in the worker (the earlier way),
 - uint8: read, augment, resize and crop in the worker; the model normalises.

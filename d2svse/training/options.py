@@ -350,7 +350,17 @@ class ComputeOptions:
         flag=True,
         least=0,
     )
-    dataloader_num_workers: int = option(0, "Processes that prepare samples.", flag="--workers", least=0, most=1024)
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that prepare samples, for each process that trains. Without it, 0 on a CPU, and with an accelerator "
+        "one less than its share of the usable cores.",
+        flag="--workers",
+        least=0,
+        most=1024,
+    )
+    dataloader_persistent_workers: bool | None = option(
+        None, "Keep these processes from epoch to epoch. Without it, true with an accelerator."
+    )
     attn_implementation: str | None = option(
         None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."
     )

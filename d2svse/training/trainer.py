@@ -64,7 +64,7 @@ from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import ScoreDistillTask, freeze_unused, total_loss
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 from d2svse.training.validation import validate
-from d2svse.training.workers import worker_error
+from d2svse.training.workers import PREFETCHED, worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -314,14 +314,14 @@ class Trainer(TransformersTrainer):
         if args.dataloader_num_workers:
             workers = {
                 "persistent_workers": args.dataloader_persistent_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
+                "prefetch_factor": args.dataloader_prefetch_factor or PREFETCHED,
                 "multiprocessing_context": args.dataloader_multiprocessing_context,
             }
         return _EpochLoader(
             self.prepare(),
             batch_sampler=self.batches(),
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers or 0,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             worker_init_fn=_leave_group,
             **workers,
