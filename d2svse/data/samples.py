@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from d2svse.data import augment
 from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
+from d2svse.data.decoded import DecodedImages
 from d2svse.images import ImageError
 
 
@@ -149,6 +150,7 @@ class TrainingSamples(Dataset[Sample]):
         image_tokens: tokens of the vision backbone by row of the image, instead of pixels. Images are then neither read
             nor augmented.
         num_embeddings: number of token ids of the text backbone; None for that of the tokenizer.
+        decoded: decoded images by row, see `decoded_images`; None reads the images' files.
 
     Raises:
         ValueError: if `text` is "dense" and an image has no dense caption.
@@ -169,11 +171,12 @@ class TrainingSamples(Dataset[Sample]):
         teacher_embeddings: Tensor | None = None,
         image_tokens: SupportsRows | None = None,
         num_embeddings: int | None = None,
+        decoded: Sequence[np.ndarray] | DecodedImages | None = None,
     ) -> None:
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
-        self.image_tokens = image_tokens
+        self.image_tokens, self.decoded = image_tokens, decoded
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -228,7 +231,8 @@ class TrainingSamples(Dataset[Sample]):
         record = self.dataset.records[row]
         change = None if rng is None else functools.partial(augment.augment_image, rng=rng)
         try:
-            return self.processor.raw_pixels(record.image, change=change)
+            source = record.image if self.decoded is None else self.decoded[row]
+            return self.processor.raw_pixels(source, change=change)
         except ImageError as error:
             raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
 

@@ -118,6 +118,8 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
             raise ValueError("ddp_static_graph: chunk_size encodes a batch twice, and the graph changes; leave one out")
         if self.cache_image_tokens and not self.freeze_vision:
             raise ValueError("cache_image_tokens needs a frozen vision backbone; set freeze_vision too")
+        if self.cache_image_tokens and self.cache_images:
+            raise ValueError("cache_image_tokens reads no images in training; leave cache_images out")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")

@@ -343,6 +343,17 @@ class ComputeOptions:
         "and mirroring.",
         flag=True,
     )
+    cache_images: str | None = option(
+        None,
+        "File for decoded images (uint8, memory-mapped), from which crops are taken; every image is then decoded once.",
+        flag=True,
+    )
+    cached_image_side: int = option(
+        320,
+        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop.",
+        least=16,
+        most=8192,
+    )
     chunk_size: int = option(
         0,
         "Pairs of a process encoded at a time (gradient caching), for batches larger than memory; 0 encodes the whole "

@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
+from d2svse.data.decoded import decoded_images
 from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
@@ -168,7 +169,7 @@ class Trainer(TransformersTrainer):
            teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
         4. Tie the temperature of model and loss.
-        5. Encode the images of a frozen vision backbone, if they are cached.
+        5. Encode the images of a frozen vision backbone, or decode images, if they are cached.
         6. Make the samples and check their batches.
         7. With several processes, freeze what they cannot train.
 
@@ -218,7 +219,10 @@ class Trainer(TransformersTrainer):
             model.to(args.device)
             folder = Path(args.cache_image_tokens)
             image_tokens = cached_image_tokens(model, dataset, folder, args.per_device_eval_batch_size, shown)
-        samples = make_samples(model, args, dataset, teacher_embeddings, image_tokens)
+        decoded = None
+        if args.cache_images:
+            decoded = decoded_images(dataset.images, args.cache_images, args.cached_image_side, shown)
+        samples = make_samples(model, args, dataset, teacher_embeddings, image_tokens, decoded)
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
         else:
