@@ -19,7 +19,7 @@ class Sample:
         input_ids: token ids of the text, a list.
         image_id: row of the image in its data set.
         valid: False for a sample that only keeps a process busy, see `EpochBatches`.
-        pixel_values: `(channels, height, width)` float32 pixels.
+        pixel_values: `(channels, height, width)` pixels: uint8 for the model to normalise, or float32.
         image_tokens: `(n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n_image_tokens,)` bool, the backbone's tokens to keep.
         text_tokens: `(length, hidden_size)` tokens of the text backbone for `input_ids`.
@@ -48,7 +48,7 @@ class Batch:
         image_ids: `(n,)` int64, row of each image in its data set.
         valid: `(n,)` bool, always on the CPU, the rows to learn from. The other rows only keep a process busy, if the
             last batch of an epoch has fewer pairs than there are processes.
-        pixel_values: `(n, channels, height, width)` float32 pixels.
+        pixel_values: `(n, channels, height, width)` pixels: uint8 for the model to normalise, or float32.
         image_tokens: `(n, n_image_tokens, hidden_size)` tokens of the vision backbone, instead of pixels.
         image_token_mask: `(n, n_image_tokens)` bool, the backbone's tokens to keep.
         text_tokens: `(n, length, hidden_size)` tokens of the text backbone for `input_ids`.

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset, Sampler
 from d2svse.data import augment
 from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
-from d2svse.images import ImageError, load_image
-from d2svse.images.regions import RegionImage
+from d2svse.data.decoded import DecodedImages
+from d2svse.images import ImageError
 
 
 class SupportsRows(Protocol):
@@ -31,8 +31,8 @@ class SampleProcessor(Protocol):
     tokenizer: Any
     max_length: int
 
-    def pixel_values(self, images: Any) -> Any:
-        """Return the pixels of images: `(n_images, channels, height, width)` float32."""
+    def raw_pixels(self, source: Any, at_least: int | None = None, change: Any = None) -> Tensor:
+        """Return the pixels of an image, changed by a function: `(channels, height, width)`, see `D2SVSEProcessor`."""
 
     def word_ids(self, encoded: Any) -> Sequence[int | None]:
         """Return the number of the word of each token of one text; None for special tokens."""
@@ -151,6 +151,7 @@ class TrainingSamples(Dataset[Sample]):
             nor augmented.
         text_tokens: tokens of the text backbone by row of the caption; of the image, if `text` is "dense".
         num_embeddings: number of token ids of the text backbone; None for that of the tokenizer.
+        decoded: decoded images by row, see `decoded_images`; None reads the images' files.
 
     Raises:
         ValueError: if `text` is "dense" and an image has no dense caption.
@@ -172,11 +173,12 @@ class TrainingSamples(Dataset[Sample]):
         image_tokens: SupportsRows | None = None,
         text_tokens: SupportsRows | None = None,
         num_embeddings: int | None = None,
+        decoded: Sequence[np.ndarray] | DecodedImages | None = None,
     ) -> None:
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
         self.num_image_tokens, self.teacher_embeddings = num_image_tokens, teacher_embeddings
-        self.image_tokens, self.text_tokens = image_tokens, text_tokens
+        self.image_tokens, self.text_tokens, self.decoded = image_tokens, text_tokens, decoded
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
@@ -218,7 +220,9 @@ class TrainingSamples(Dataset[Sample]):
         )
 
     def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the pixels of an image: `(channels, height, width)` float32; or its region features as they are.
+        """Return the pixels of an image: `(channels, height, width)`; or its region features as they are.
+
+        They are uint8 if the model can normalise them, see `D2SVSEProcessor.raw_pixels`, and float32 otherwise.
 
         Args:
             row: row of the image in the data set.
@@ -228,15 +232,12 @@ class TrainingSamples(Dataset[Sample]):
             ImageError: if the image cannot be read; the message names the manifest's line.
         """
         record = self.dataset.records[row]
+        change = None if rng is None else functools.partial(augment.augment_image, rng=rng)
         try:
-            if isinstance(record.image, RegionImage):
-                return self.processor.pixel_values([record.image])[0]
-            image = load_image(record.image)
+            source = record.image if self.decoded is None else self.decoded[row]
+            return self.processor.raw_pixels(source, change=change)
         except ImageError as error:
             raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
-        if rng is not None:
-            image = augment.augment_image(image, rng)
-        return self.processor.pixel_values([image])[0]
 
     def _generator(self, draw: Draw, purpose: int) -> np.random.Generator:
         return augment.generator(self.seed, draw.epoch, draw.index, purpose)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from d2svse.choices import ContextTokens, Resizing
-from d2svse.cpu import usable_cores
 from d2svse.features import Features
 from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
@@ -65,6 +63,7 @@ from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
 from d2svse.models.metric_attention import patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
+from d2svse.models.pixels import read_batches
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
 
@@ -497,7 +496,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             `pooler_output (batch, embed_dim)`, and the projected tokens as
             `last_hidden_state (batch, length, embed_dim)`.
         """
-        features = self.image_encoder(pixel_values)
+        features = self.image_encoder(self._normalized(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
@@ -529,7 +528,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Encode images, texts or both, and score all pairs.
 
         Args:
-            pixel_values: `(n_images, channels, height, width)`.
+            pixel_values: `(n_images, channels, height, width)`, normalised by the processor; or uint8, which the model
+                normalises.
             input_ids: `(n_texts, length)`.
             attention_mask: `(n_texts, length)`, non-zero where a token is real.
             image_token_mask: `(n_images, n_image_tokens)` bool, image tokens to keep in training.
@@ -557,7 +557,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if image_tokens is not None:
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
         elif pixel_values is not None:
-            images = self.image_encoder(pixel_values, image_token_mask)
+            images = self.image_encoder(self._normalized(pixel_values), image_token_mask)
         texts = None if input_ids is None else self._encode_texts(input_ids, attention_mask, text_groups, text_tokens)
         output = D2SVSEOutput(
             image_embeds=None if images is None else images.pooled,
@@ -701,39 +701,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if device is not None:
             model.to(device)
         at_least = processor.draft_size() if draft else None
-
-        def read(row: int) -> Tensor | ImageError:
-            try:
-                return processor.read_pixels(images[row], at_least)
-            except ImageError as error:
-                return error
-
-        readers = ThreadPoolExecutor(usable_cores())
-        try:
-            # Read and prepare the next batch while the model encodes this one.
-            starts = range(0, len(images), batch_size)
-            following: dict[int, Future[Tensor | ImageError]] = {}
-            for start in [*starts, None]:
-                batch = following
-                rows = () if start is None else range(start, min(start + batch_size, len(images)))
-                following = {row: readers.submit(read, row) for row in rows}
-                good: dict[int, Tensor] = {}
-                for row, reading in batch.items():
-                    pixels = reading.result()
-                    if not isinstance(pixels, ImageError):
-                        good[row] = pixels
-                    elif on_bad_image is None:
-                        raise pixels
-                    else:
-                        on_bad_image(row, pixels)
-                if good:
-                    with inference(model):
-                        pixel_values = torch.stack(list(good.values()))
-                        features = model.image_encoder(pixel_values.to(model.device, model.dtype))
-                        features = as_output(features, output)
-                    yield list(good), features
-        finally:
-            readers.shutdown(cancel_futures=True)
+        for rows, pixels in read_batches(processor, images, batch_size, at_least, on_bad_image):
+            with inference(model):
+                pixel_values = processor.normalize(pixels.to(model.device)).to(model.dtype)
+                features = as_output(model.image_encoder(pixel_values), output)
+            yield rows, features
 
     def encode_text(
         self,
@@ -854,7 +826,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Args:
             pixel_values: `(batch, channels, height, width)`.
         """
-        return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values.to(self.dtype)).pooled)
+        pixel_values = self._normalized(pixel_values).to(self.dtype)
+        return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values).pooled)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the vectors of tokenized texts for other libraries, `(batch, embed_dim)` float32.
@@ -867,6 +840,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         texts = self.fuse(self.text_encoder(input_ids, attention_mask))
         return self.similarity_fn.pooled_vectors("text", texts.pooled)
+
+    def _normalized(self, pixel_values: Tensor) -> Tensor:
+        """Return uint8 pixels rescaled and normalised by the model's image processor; others unchanged."""
+        return pixel_values if self.processor is None else self.processor.normalize(pixel_values)
 
     def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
         if output not in get_args(Output):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -29,8 +28,9 @@ from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabular
 from d2svse.images import ImageSource, image_list, use_image
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.dual_encoders import KINDS
-from d2svse.models.image_processing import D2SVSEImageProcessorPil, prepare_image
+from d2svse.models.image_processing import PREPARED, D2SVSEImageProcessorPil, prepare_image, raw_image
 from d2svse.models.neighbours import PROCESSOR_MAP, Shimmed, write_shim
+from d2svse.models.pixels import gives_raw_pixels, join_pixels, normalize
 from d2svse.models.regions import RegionsImageProcessor
 from d2svse.text import check_text, visible
 
@@ -326,36 +326,67 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         sources = image_list(images)
         if not sources:
             raise ValueError("no image to prepare: an empty list")
-        kwargs = {"return_tensors": "pt", **kwargs, "input_data_format": "channels_last"}
+        kwargs = {**PREPARED, **kwargs, "input_data_format": "channels_last"}
         # One image at a time, so that only one is in memory at full size.
         prepared = [self._prepare(source, kwargs) for source in sources]
-        return prepared[0] if len(prepared) == 1 else _stack(prepared)
+        return prepared[0] if len(prepared) == 1 else join_pixels(prepared)
 
-    def read_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
-        """Read and prepare one image: `(channels, height, width)` float32. Threads may call it together.
+    def raw_pixels(
+        self,
+        source: ImageSource,
+        at_least: int | None = None,
+        change: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> Tensor:
+        """Read and prepare one image, except for what `normalize` does. Threads may call it together.
 
         Args:
             source: the image, see `load_image`.
             at_least: shortest side in draft mode in pixels, see `load_image`.
+            change: function of the decoded image, such as a random crop; its result is prepared. It is resized by torch
+                if that is faster, see `raw_image`.
+
+        Returns:
+            `(channels, height, width)` uint8; float32 and normalised if the image processor does anything after
+            resizing and cropping than rescaling and normalising, or does not resize in uint8.
 
         Raises:
             ImageError: if the image cannot be read.
         """
-        kwargs = {"return_tensors": "pt", "input_data_format": "channels_last"}
-        return self._prepare(source, kwargs, at_least)[0]
+        if hasattr(self.image_processor, "read_source"):
+            return self._prepare(source, PREPARED)[0]
+        raw = gives_raw_pixels(self.image_processor)
+
+        def prepare(image: Image.Image) -> Tensor:
+            changed = image if change is None else change(image)
+            if raw:
+                return raw_image(self.image_processor, changed, fast=change is not None)
+            return prepare_image(self.image_processor, PREPARED, changed)[0]
+
+        return use_image(source, prepare, at_least)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return pixels of `raw_pixels` as those of `pixel_values`, on their own device.
+
+        Args:
+            pixels: `(n_images, channels, height, width)` uint8; other types are returned unchanged.
+
+        Returns:
+            `(n_images, channels, height, width)` float32; it differs from `pixel_values` by rounding, at most 1e-6.
+        """
+        return normalize(self.image_processor, pixels)
 
     def example(self) -> Tensor:
         """Return one prepared image, to measure shapes with."""
         own = getattr(self.image_processor, "example", None)
         return self.pixel_values([Image.new("RGB", (512, 512))]) if own is None else own()
 
-    def _prepare(self, source: ImageSource, kwargs: dict[str, Any], at_least: int | None = None) -> Any:
+    def _prepare(self, source: ImageSource, kwargs: dict[str, Any]) -> Any:
         read = getattr(
             self.image_processor, "read_source", None
         )  # of a processor that takes something else than images
         if read is not None:
             return read(source, **kwargs)
-        return use_image(source, partial(prepare_image, self.image_processor, kwargs), at_least)
+        return use_image(source, partial(prepare_image, self.image_processor, kwargs))
 
     def draft_size(self) -> int | None:
         """Return the shortest side of an image in draft mode: twice the larger side of its target size, in pixels.
@@ -546,16 +577,6 @@ def _encode_alone(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _chunks(texts: list[str]) -> list[list[str]]:
     return [texts[start : start + TOKENIZING_CHUNK] for start in range(0, len(texts), TOKENIZING_CHUNK)]
-
-
-def _stack(prepared: list[Any]) -> Any:
-    """Join prepared batches of one image to one batch of the same type."""
-    if len({np.shape(pixels) for pixels in prepared}) > 1:
-        shapes = " and ".join(str(shape[1:]) for shape in sorted({np.shape(pixels) for pixels in prepared})[:2])
-        raise ValueError(f"the image processor returns images of different shapes, {shapes}; set a fixed size or crop")
-    if isinstance(prepared[0], Tensor):
-        return torch.cat(prepared)
-    return np.concatenate(prepared) if isinstance(prepared[0], np.ndarray) else [row for one in prepared for row in one]
 
 
 def longest_text(config: Any) -> int:

@@ -37,6 +37,7 @@ from d2svse.training.options import (
     Stage,
     preset_options,
 )
+from d2svse.training.workers import choose_workers
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _ranges(arguments: Any) -> dict[str, Range]:
 
 
 @dataclass
-class TrainingArguments(
+class TrainingArguments(  # type: ignore[misc]  # None for two options of transformers: chosen by the device
     OptimizerOptions,
     LossOptions,
     BackboneOptions,
@@ -122,6 +123,8 @@ class TrainingArguments(
                 "cache_text_tokens needs a frozen text backbone and unchanged words; set freeze_text, and "
                 "augment_words to false"
             )
+        if self.cache_image_tokens and self.cache_images:
+            raise ValueError("cache_image_tokens reads no images in training; leave cache_images out")
         for side, frozen in (("vision", self.freeze_vision), ("text", self.freeze_text)):
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")
@@ -137,6 +140,7 @@ class TrainingArguments(
         self.build_loss()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers allows bf16 on the CPU only with it
+        self._choose_workers()
         check_sharding(values)
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
@@ -144,6 +148,13 @@ class TrainingArguments(
         if self.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun --nproc-per-node to use all of them", self.n_gpu)
             self._n_gpu = 1
+
+    def _choose_workers(self) -> None:
+        accelerator = None if self.use_cpu else torch.accelerator.current_accelerator()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = choose_workers(accelerator, self.per_device_train_batch_size)
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = accelerator is not None and self.dataloader_num_workers > 0
 
     def check_metric(self, always: bool = False) -> None:
         """Check that evaluation computes the metric that chooses the best model.

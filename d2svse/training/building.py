@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
+from d2svse.data.decoded import DecodedImages
 from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
@@ -102,6 +103,7 @@ def make_samples(
     teacher_embeddings: Tensor | None = None,
     image_tokens: CachedTokens | None = None,
     text_tokens: CachedTokens | None = None,
+    decoded: DecodedImages | None = None,
 ) -> TrainingSamples:
     """Return the training samples of a stage."""
     processor: Any = model.processor
@@ -119,6 +121,7 @@ def make_samples(
         image_tokens=image_tokens,
         text_tokens=text_tokens,
         num_embeddings=embedding_count(model.text_encoder.backbone),
+        decoded=decoded,
     )
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = len(image_tokens[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.encoding import inference
 from d2svse.models.fingerprint import weights_fingerprint
+from d2svse.models.pixels import read_batches
 from d2svse.models.regions import RegionsModel
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
 from d2svse.training.teacher import Teacher
@@ -112,23 +113,23 @@ def cached_image_tokens(
     images = {os.fspath(image): image for image in dataset.images}
     names = [os.fspath(image) for image in dataset.images]
 
-    def tokens_of(names: Sequence[str]) -> Tensor:
-        pixels = processor.pixel_values([images[name] for name in names])
-        training = model.image_encoder.training
-        with torch.inference_mode():
-            tokens = model.image_encoder.eval().backbone_tokens(pixels.to(model.device))
-        model.image_encoder.train(training)
-        return tokens
+    def tokens_of(names: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
+        for rows, pixels in read_batches(processor, [images[name] for name in names], batch_size):
+            training = model.image_encoder.training
+            with torch.inference_mode():
+                pixel_values = processor.normalize(pixels.to(model.device))
+                tokens = model.image_encoder.eval().backbone_tokens(pixel_values)
+            model.image_encoder.train(training)
+            yield rows, tokens
 
-    length = tokens_of(names[:1]).shape[1]
+    length = next(tokens_of(names[:1]))[1].shape[1]
 
     def encode(names: Sequence[str], _: Any) -> Batches:
-        for first in range(0, len(names), batch_size):
-            tokens = tokens_of(names[first : first + batch_size])
+        for rows, tokens in tokens_of(names):
             if tokens.shape[1] != length:
                 raise ValueError(f"images give {length} and {tokens.shape[1]} tokens; expected images of one size")
             # A store needs a pooled vector and a backbone has none; the mean of the tokens stands in for it.
-            yield list(range(first, first + len(tokens))), Features(tokens.mean(1), tokens)
+            yield rows, Features(tokens.mean(1), tokens)
 
     def state(name: str) -> Any:
         return list(image_state(images[name]))

@@ -348,6 +348,17 @@ class ComputeOptions:
         "Folder for the tokens (float16) of a frozen text backbone. Captions are then encoded once, and words are not "
         "augmented.",
     )
+    cache_images: str | None = option(
+        None,
+        "File for decoded images (uint8, memory-mapped), from which crops are taken; every image is then decoded once.",
+        flag=True,
+    )
+    cached_image_side: int = option(
+        320,
+        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop.",
+        least=16,
+        most=8192,
+    )
     chunk_size: int = option(
         0,
         "Pairs of a process encoded at a time (gradient caching), for batches larger than memory; 0 encodes the whole "
@@ -355,7 +366,17 @@ class ComputeOptions:
         flag=True,
         least=0,
     )
-    dataloader_num_workers: int = option(0, "Processes that prepare samples.", flag="--workers", least=0, most=1024)
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that prepare samples, for each process that trains. Without it, 0 on a CPU, and with an accelerator "
+        "one less than its share of the usable cores.",
+        flag="--workers",
+        least=0,
+        most=1024,
+    )
+    dataloader_persistent_workers: bool | None = option(
+        None, "Keep these processes from epoch to epoch. Without it, true with an accelerator."
+    )
     attn_implementation: str | None = option(
         None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."
     )

@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
+from d2svse.data.decoded import decoded_images
 from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
@@ -64,7 +65,7 @@ from d2svse.training.statistics import CollapseCallback
 from d2svse.training.tasks import ScoreDistillTask, freeze_unused, total_loss
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 from d2svse.training.validation import validate
-from d2svse.training.workers import worker_error
+from d2svse.training.workers import PREFETCHED, worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +171,8 @@ class Trainer(TransformersTrainer):
            teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
         4. Tie the temperature of model and loss.
-        5. Encode the images and texts of frozen backbones, also those for validation, if they are cached.
+        5. Encode the images and texts of frozen backbones, also those for validation, and decode images, if they are
+           cached.
         6. Make the samples and check their batches.
         7. With several processes, freeze what they cannot train.
 
@@ -215,8 +217,10 @@ class Trainer(TransformersTrainer):
             print(parameter_table(model), file=sys.stderr)
         tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
 
-        tokens = self._cache_tokens(model)
-        samples = make_samples(model, args, dataset, teacher_embeddings, **tokens)
+        decoded = None
+        if args.cache_images:
+            decoded = decoded_images(dataset.images, args.cache_images, args.cached_image_side, shown)
+        samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
         else:
@@ -337,14 +341,14 @@ class Trainer(TransformersTrainer):
         if args.dataloader_num_workers:
             workers = {
                 "persistent_workers": args.dataloader_persistent_workers,
-                "prefetch_factor": args.dataloader_prefetch_factor,
+                "prefetch_factor": args.dataloader_prefetch_factor or PREFETCHED,
                 "multiprocessing_context": args.dataloader_multiprocessing_context,
             }
         return _EpochLoader(
             self.prepare(),
             batch_sampler=self.batches(),
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers or 0,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             worker_init_fn=_leave_group,
             **workers,

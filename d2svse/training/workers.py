@@ -1,8 +1,22 @@
-"""Explain in one sentence why a process that prepares samples ended."""
+"""Processes that prepare samples: how many there are, and why one ended."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from d2svse.cpu import usable_cores
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_WORKERS = 16
+SHARED_MEMORY = Path("/dev/shm")
+SAMPLE_BYTES = 3 * 224 * 224 * 4  # pixels of a usual model in float32, or of 448 pixels in uint8
+PREFETCHED = 2  # batches that each worker holds ready
 
 _KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
 _WITHIN = re.compile(r"Caught \w+ in DataLoader worker process \d+\.")
@@ -13,6 +27,26 @@ _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w+): (.*)\Z", re.DOTALL | re.MULTILIN
 
 class WorkerError(OSError):
     """A process that prepares samples has ended; the message says why."""
+
+
+def choose_workers(accelerator: torch.device | None, batch_size: int) -> int:
+    """Return the number of processes that prepare samples, by default.
+
+    It leaves one of a training process's cores to it, and fits the batches that wait into the shared memory, which a
+    container limits to 64 MB.
+
+    Args:
+        accelerator: device that trains; None for the CPU, which has no core to spare.
+        batch_size: samples in a batch.
+    """
+    if accelerator is None or accelerator.type == "mps":  # there new processes import the main script again
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = min(MOST_WORKERS, max(1, usable_cores() // processes - 1))
+    if SHARED_MEMORY.is_dir():
+        room = shutil.disk_usage(SHARED_MEMORY).free // processes
+        count = min(count, room // (PREFETCHED * batch_size * SAMPLE_BYTES))
+    return count
 
 
 def worker_error(error: Exception) -> Exception | None:

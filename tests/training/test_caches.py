@@ -157,20 +157,22 @@ def test_encoding_goes_on_where_it_was_stopped(make_model, train_dataset, tmp_pa
     monkeypatch.setattr("d2svse.training.caches.IMAGES_PER_SHARD", 8)
     model = make_model()
     encoded = []
-    original = model.processor.pixel_values
+    original = model.image_encoder.backbone_tokens
 
-    def pixel_values(images):
-        encoded.extend(images)
+    def backbone_tokens(pixels):
+        encoded.extend(pixels)
         if len(encoded) > 30:
             raise KeyboardInterrupt
-        return original(images)
+        return original(pixels)
 
-    monkeypatch.setattr(model.processor, "pixel_values", pixel_values, raising=False)
+    monkeypatch.setattr(model.image_encoder, "backbone_tokens", backbone_tokens)
     with pytest.raises(KeyboardInterrupt):
         cached_image_tokens(model, train_dataset, tmp_path, 8)
     assert len(list(tmp_path.rglob("tokens.npy"))) == 3
     before = len(encoded)
-    monkeypatch.setattr(model.processor, "pixel_values", lambda images: (encoded.extend(images), original(images))[1])
+    monkeypatch.setattr(
+        model.image_encoder, "backbone_tokens", lambda pixels: (encoded.extend(pixels), original(pixels))[1]
+    )
     tokens = cached_image_tokens(model, train_dataset, tmp_path, 8)
     assert len(encoded) - before == 1 + len(train_dataset) - 24 + 4  # how long they are, the rest, the sample
     whole = cached_image_tokens(make_model(), train_dataset, tmp_path / "whole", 8)

@@ -1,16 +1,21 @@
-"""What ends a process that prepares samples is told in one sentence."""
+"""Processes that prepare samples: their number, and what ends one is told in one sentence."""
 
 import os
 import shutil
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
 from d2svse import ImageTextDataset, Trainer
 from d2svse.data import TrainingSamples
 from d2svse.images import ImageError
-from d2svse.training.workers import WorkerError, worker_error
+from d2svse.training.workers import WorkerError, choose_workers, worker_error
+
+KEPT = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory")
 
 
 def in_workers(monkeypatch, action) -> None:
@@ -74,3 +79,50 @@ def test_other_ends_have_other_reasons_and_other_errors_stay():
     assert worker_error(RuntimeError("something else")) is None
     assert worker_error(RuntimeError("run.json: No space left on device")) is None
     assert worker_error(ValueError("a value")) is None
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    def have(count, shared_memory=2**40, processes=1):
+        monkeypatch.setattr("d2svse.training.workers.usable_cores", lambda: count)
+        usage = SimpleNamespace(free=shared_memory)
+        monkeypatch.setattr("d2svse.training.workers.shutil", SimpleNamespace(disk_usage=lambda path: usage))
+        monkeypatch.setattr("d2svse.training.workers.SHARED_MEMORY", Path(__file__).parent)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("count", "processes", "workers"), [(16, 1, 15), (64, 1, 16), (64, 8, 7), (2, 1, 1), (1, 1, 1), (8, 8, 1)]
+)
+def test_an_accelerator_gets_the_cores_that_are_left(cores, count, processes, workers):
+    cores(count, processes=processes)
+    assert choose_workers(torch.device("cuda"), 128) == workers
+    assert choose_workers(None, 128) == choose_workers(torch.device("mps"), 128) == 0
+
+
+def test_batches_that_wait_fit_the_shared_memory(cores):
+    cores(16, shared_memory=64 * 2**20)
+    assert choose_workers(torch.device("cuda"), 128) == 0
+    assert choose_workers(torch.device("cuda"), 16) == 3
+    cores(16, shared_memory=64 * 2**20, processes=2)
+    assert choose_workers(torch.device("cuda"), 16) == 1
+
+
+def test_workers_are_chosen_by_the_device_and_kept(cores, make_args, monkeypatch):
+    cores(6)
+    args = make_args()
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (0, False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    args = make_args(use_cpu=False)
+    assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (5, True)
+    assert args.dataloader_pin_memory
+    cores(3)
+    again = make_args(use_cpu=False, **{name: args.to_dict()[name] for name in KEPT})
+    assert {name: getattr(again, name) for name in KEPT} == {name: getattr(args, name) for name in KEPT}
+    given = make_args(use_cpu=False, dataloader_num_workers=2, dataloader_persistent_workers=False)
+    assert (given.dataloader_num_workers, given.dataloader_persistent_workers) == (2, False)
+    assert make_args(use_cpu=False, dataloader_num_workers=0).dataloader_persistent_workers is False
+    assert make_args(use_cpu=True).dataloader_num_workers == 0

@@ -19,6 +19,7 @@ from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, local_files, weight_files
 from d2svse.images.regions import BOXES, SUFFIX
 from d2svse.models.encoders import ImageEncoder, load_backbone
+from d2svse.models.pixels import read_batches
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.progress import progress_bar
 
@@ -40,7 +41,7 @@ class BackboneRegions:
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the tokens of prepared images, `(batch, n_regions, hidden_size)`, and None instead of boxes."""
-        return self.encoder.backbone_tokens(pixel_values.to(self.device)), None
+        return self.encoder.backbone_tokens(pixel_values), None
 
 
 class DetectorRegions:
@@ -73,7 +74,7 @@ class DetectorRegions:
 
         Boxes are `(x1, y1, x2, y2)` as shares of the prepared image's width and height, `(batch, num_regions, 4)`.
         """
-        output = self.model(pixel_values=pixel_values.to(self.device))
+        output = self.model(pixel_values=pixel_values)
         if output.logits.shape[-1] > self.model.config.num_labels:  # the last class is "no object"
             certain = output.logits.softmax(-1)[..., :-1].amax(-1)
         else:
@@ -144,10 +145,10 @@ def write_regions(
     processor = D2SVSEProcessor(image_processor)
 
     def batches() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        for first in range(0, len(records), batch_size):
-            images = [record.image for record in records[first : first + batch_size]]
-            features, boxes = extract(processor.pixel_values(images))
-            yield first, features.float().cpu().numpy(), None if boxes is None else boxes.float().cpu().numpy()
+        images: list[Any] = [record.image for record in records]
+        for rows, pixels in read_batches(processor, images, batch_size):
+            features, boxes = extract(processor.normalize(pixels.to(run_on)))
+            yield rows[0], features.float().cpu().numpy(), None if boxes is None else boxes.float().cpu().numpy()
 
     shown = progress_bar(batches(), "Regions", -(-len(records) // batch_size), "batches", show_progress_bar)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,168 @@
+"""A cache of decoded images: small uint8 pixels in one memory-mapped file.
+
+Decoding takes most of the time of a sample. The file has a head, a table with offset, height and width of each image,
+and the pixels behind it in the order in which they were written. A row of the table is written after its pixels are on
+the disk. A killed call thus loses at most a chunk of images, and the next call goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from d2svse.cpu import usable_cores
+from d2svse.files.lock import write_lock
+from d2svse.files.replace import write_faults
+from d2svse.images import ImageSource, image_state, use_image
+from d2svse.images.regions import RegionImage
+from d2svse.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"d2svse decoded images 1\n"
+HEAD_SIZE = 64  # magic, SHA-256 of the images and 8 bytes for their number; rows of the table then lie within a page
+TABLE = np.dtype([("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
+CHUNK = 256  # images written between two updates of the table
+SIDE = 320
+
+
+class DecodedImages:
+    """The images of a cache, see `decoded_images`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.table = _read_table(self.path)
+        self._pixels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Return an image, `(height, width, 3)` uint8; it lies in the file and cannot be written."""
+        if self._pixels is None:
+            self._pixels = np.memmap(self.path, np.uint8, "r")
+        offset, height, width = self.table[row].tolist()
+        return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # another process maps the file itself
+
+
+def decoded_images(
+    images: Sequence[Any], path: str | os.PathLike[str], side: int = SIDE, show_progress_bar: bool = False
+) -> DecodedImages:
+    """Return the decoded images of a file; write the file if it is missing or unfinished.
+
+    The file is written anew if a name, size or modification time of an image differs, or the side. Other processes wait
+    for the one that writes.
+
+    Args:
+        images: paths of images, or images in shards.
+        path: the file.
+        side: shorter side of a decoded image in pixels; smaller images keep their size.
+        show_progress_bar: show a progress bar on the terminal.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        OSError: if the disk is full.
+        ValueError: if `path` is another file, or the images are region features.
+    """
+    if any(isinstance(image, RegionImage) for image in images):
+        raise ValueError("cache_images is for images; region features are read from their file")
+    path = Path(path)
+    states = [(os.fspath(image), *image_state(image)) for image in images]
+    head = MAGIC + hashlib.sha256(json.dumps([side, states]).encode()).digest() + len(images).to_bytes(8, "little")
+    with write_lock(path, is_file=True, wait=True), write_faults(path):
+        _start(path, head, len(images))
+        with open(path, "r+b") as file:
+            _fill(file, images, path, side, show_progress_bar)
+    return DecodedImages(path)
+
+
+def _read_table(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        count = int.from_bytes(file.read(HEAD_SIZE)[-8:], "little")
+        table = file.read(count * TABLE.itemsize)
+    if len(table) != count * TABLE.itemsize:
+        raise ValueError(f"{path}: the cache of decoded images is cut off; remove it")
+    return np.frombuffer(table, TABLE)
+
+
+def _start(path: Path, head: bytes, count: int) -> None:
+    """Make an empty file, unless one with this head is there."""
+    if path.exists():
+        with open(path, "rb") as file:
+            found = file.read(len(head))
+        if found[: len(MAGIC)] != MAGIC and found:
+            raise ValueError(f"{path}: not a cache of decoded images; give another file")
+        if found == head and path.stat().st_size >= len(head) + count * TABLE.itemsize:
+            return
+        if found:
+            logger.warning("%s was made from other images; it is made again", path)
+    with open(path, "wb") as file:
+        file.write(head + bytes(count * TABLE.itemsize))
+
+
+def _fill(file: BinaryIO, images: Sequence[Any], path: Path, side: int, show_progress_bar: bool) -> None:
+    """Write the images that are missing, and then their rows of the table, chunk by chunk."""
+    table = _read_table(path).copy()
+    ends = table["offset"] + 3 * table["height"].astype(np.int64) * table["width"]
+    table[ends > path.stat().st_size] = 0
+    end = max(HEAD_SIZE + table.nbytes, int(ends[table["offset"] > 0].max(initial=0)))
+    missing = np.flatnonzero(table["offset"] == 0).tolist()
+    shown = progress_bar(_decode(images, missing, side), "Decode", len(missing), "images", show_progress_bar)
+    written: list[int] = []
+    for row, pixels in shown:
+        file.seek(end)
+        file.write(pixels.data)
+        table[row], end = (end, *pixels.shape[:2]), end + pixels.nbytes
+        written.append(row)
+        if len(written) == CHUNK or row == missing[-1]:
+            _to_disk(file)  # the pixels first
+            file.seek(HEAD_SIZE + written[0] * TABLE.itemsize)
+            file.write(table[written[0] : row + 1].tobytes())
+            _to_disk(file)
+            written = []
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _decode(images: Sequence[ImageSource], rows: Sequence[int], side: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield rows with their pixels; threads decode and reduce the images of a chunk."""
+    reduce = partial(_reduced, side=side)
+    with ThreadPoolExecutor(usable_cores()) as readers:
+        for first in range(0, len(rows), CHUNK):
+            chunk = rows[first : first + CHUNK]
+            reading = [readers.submit(use_image, images[row], reduce, 2 * side) for row in chunk]
+            try:
+                for row, one in zip(chunk, reading, strict=True):
+                    yield row, one.result()
+            finally:
+                for one in reading:
+                    one.cancel()
+
+
+def _reduced(image: Image.Image, side: int) -> np.ndarray:
+    """Return an image with a shorter side of at most `side` pixels, `(height, width, 3)` uint8."""
+    shorter = min(image.size)
+    if shorter > side:
+        width, height = (round(length * side / shorter) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(image)
