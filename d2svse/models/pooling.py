@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from d2svse.features import at_least_float32
+from d2svse.features import at_least_float32, sent
 
 # The state of the weights, their values, their coefficients by length, and those of all lengths up to the longest.
 Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor], Tensor | None]
@@ -140,7 +140,7 @@ class GeneralizedPooling(nn.Module):
         # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
         step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])
         target = (len(lengths) - 1 - row) * longest + step
-        source, target = torch.from_numpy(np.stack([step, target])).to(device, non_blocking=True)
+        source, target = sent(torch.from_numpy(np.stack([step, target])), device)
         packed = PackedSequence(positions[source], torch.from_numpy(np.bincount(step)))
         if self.gru.training != torch.is_grad_enabled():
             # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.

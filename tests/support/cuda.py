@@ -16,10 +16,11 @@ kernels are near those of a device, not equal. Inference mode is no-grad mode, i
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -145,18 +146,20 @@ def simulated_cuda() -> Iterator[Seen]:
     """Simulate a CUDA device inside the block; yield the counts."""
     global _seen
     assert _seen is None, "there is one simulated device"
-    earlier = torch.__future__.get_overwrite_module_params_on_conversion()
+    earlier = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
         for target, name, value in (
             (torch.cuda, "_lazy_init", lambda: None),
+            (Tensor, "to", _to(Tensor.to)),
+            (threading.Thread, "run", _run_thread(threading.Thread.run)),
             (torch, "tensor", _made_on_device(torch.tensor)),
             (torch, "as_tensor", _made_on_device(torch.as_tensor)),
             (torch, "inference_mode", _no_grad),
             (torch._VF, "gru", _gru(torch._VF.gru)),  # type: ignore[attr-defined]
         ):
             stack.enter_context(patch.object(target, name, value))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
-        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, earlier)
+        torch.__future__.set_swap_module_params_on_conversion(True)  # as on a device, parameters stay the same objects
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, earlier)
         _seen = Seen()
         try:
             with _Device():
@@ -289,9 +292,31 @@ def _made_on_device(plain: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-class _no_grad(torch.no_grad):
-    def __init__(self, mode: bool = True) -> None:
-        super().__init__()
+def _to(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `Tensor.to` that takes "cuda" without a number, for which C++ would ask a real device."""
+
+    def numbered(value: Any) -> Any:
+        named = isinstance(value, str | torch.device) and torch.device(value).type == "cuda"
+        return CUDA if named else value
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return plain(self, *map(numbered, args), **{name: numbered(value) for name, value in kwargs.items()})
+
+    return to
+
+
+def _run_thread(plain: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """Return `Thread.run` inside the dispatch mode, which each thread has for itself."""
+
+    def run(self: threading.Thread) -> None:
+        with _Device():
+            plain(self)
+
+    return run
+
+
+def _no_grad(mode: bool = True) -> AbstractContextManager[Any]:
+    return torch.no_grad() if mode else nullcontext()
 
 
 def _gru(plain: Callable[..., Any]) -> Callable[..., Any]:
