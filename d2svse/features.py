@@ -120,6 +120,11 @@ def _unflatten(parts: Iterable[Any], _: Any) -> Features:
 _pytree.register_pytree_node(Features, _flatten, _unflatten, serialized_type_name="d2svse.Features")
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor of the CPU on a device; CUDA copies it without a wait for what it computes."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in float32; a float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from d2svse.features import at_least_float32
+from d2svse.features import at_least_float32, sent
 
-Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor]]
+# The state of the weights, their values, their coefficients by length, and those of all lengths up to the longest.
+Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor], Tensor | None]
+NOTHING: Kept = ((), None, {}, None)
 
 
 class GeneralizedPooling(nn.Module):
@@ -20,8 +23,9 @@ class GeneralizedPooling(nn.Module):
     Every dimension is sorted over the tokens, largest first, and the sorted values are averaged
     with learned coefficients. A small bidirectional GRU computes the coefficients from the
     positions in the sorted order. Mean, max and k-max pooling are special cases. Coefficients
-    depend on the length alone: they are computed once for each distinct length of a batch.
-    Without gradient they are kept until the weights change.
+    depend on the length alone: they are computed once for each distinct length of a batch, and on
+    an accelerator for every length up to the longest, because only the device knows which lengths
+    there are. Without gradient they are kept until the weights change.
 
     Args:
         position_dim: width of the sinusoidal position encoding.
@@ -35,8 +39,7 @@ class GeneralizedPooling(nn.Module):
         self.position_dim, self.hidden_dim = position_dim, hidden_dim
         self.gru = nn.GRU(position_dim, hidden_dim, batch_first=True, bidirectional=True)
         self.linear = nn.Linear(hidden_dim, 1, bias=False)
-        # State of the weights, their values, and their coefficients by length: threads replace the tuple as a whole.
-        self._kept: Kept = ((), None, {})
+        self._kept = NOTHING  # threads replace the tuple as a whole
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool the tokens of each row.
@@ -49,7 +52,8 @@ class GeneralizedPooling(nn.Module):
             `(batch, dim)` float32, or float64 for float64 tokens.
 
         Raises:
-            ValueError: if a row has no real token.
+            ValueError: if a row has no real token. On an accelerator, where the check would wait for the device, the
+                row becomes NaN.
         """
         length = tokens.shape[1]
         with torch.autocast(tokens.device.type, enabled=False):
@@ -57,6 +61,13 @@ class GeneralizedPooling(nn.Module):
             if mask is None:
                 return sort_descending(values) @ self.coefficients([length])[0].to(values)
             counts = mask.sum(1)
+            if values.device.type != "cpu":
+                values = sort_descending(values.masked_fill(~mask[:, None, :], -torch.inf))
+                real = torch.arange(length, device=values.device) < counts[:, None]
+                values = values.masked_fill(~real[:, None, :], 0)
+                weights = self.all_coefficients(length).to(values.dtype)[counts - 1]
+                weights = weights.masked_fill(counts[:, None] == 0, torch.nan)
+                return (values @ weights.unsqueeze(-1)).squeeze(-1)
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
             if lengths[0] == 0:
@@ -78,36 +89,66 @@ class GeneralizedPooling(nn.Module):
         Args:
             lengths: numbers of tokens in ascending order.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            self._kept = ((), None, {})  # fused optimizers change weights without a new version number
+        if self._learns():
             return self._compute(lengths)
-        state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
-        kept_for, weights, kept = self._kept
-        if state != kept_for:
-            now = torch.cat([p.detach().flatten() for p in self.parameters()])
-            alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
-            kept = kept if weights is not None and alike and torch.equal(weights, now) else {}
-            weights = now
+        state, weights, kept, table = self._checked()
         missing = [n for n in lengths if n not in kept]
         if missing:
             with torch.inference_mode(False), torch.no_grad():  # or else no later backward pass could read them
                 kept = {**kept, **dict(zip(missing, self._compute(missing), strict=True))}
-        self._kept = (state, weights, kept)
+        self._kept = (state, weights, kept, table)
         rows = [kept[n][:n] for n in lengths]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def _compute(self, lengths: list[int]) -> Tensor:
+    def all_coefficients(self, longest: int) -> Tensor:
+        """Return `coefficients` of the lengths 1 to `longest`, `(longest, longest)`."""
+        if self._learns():
+            return self._compute(range(1, longest + 1))
+        state, weights, kept, table = self._checked()
+        if table is None or len(table) < longest:
+            with torch.inference_mode(False), torch.no_grad():
+                table = self._compute(range(1, longest + 1))
+        self._kept = (state, weights, kept, table)
+        return table[:longest, :longest]
+
+    def _learns(self) -> bool:
+        """Return whether coefficients get a gradient; then forget the kept ones.
+
+        Fused optimizers change weights without a new version number.
+        """
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if learns:
+            self._kept = NOTHING
+        return learns
+
+    def _checked(self) -> Kept:
+        """Return what is kept, without coefficients if the weights have changed."""
+        state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
+        kept_for, weights, kept, table = self._kept
+        if state == kept_for:
+            return self._kept
+        now = torch.cat([p.detach().flatten() for p in self.parameters()])
+        alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
+        if weights is None or not alike or not torch.equal(weights, now):
+            kept, table = {}, None
+        return state, now, kept, table
+
+    def _compute(self, lengths: Sequence[int]) -> Tensor:
         device, longest = self.linear.weight.device, lengths[-1]
         positions = sinusoidal_positions(longest, self.position_dim, device).to(self.linear.weight.dtype)
-        packed = pack_padded_sequence(positions.expand(len(lengths), -1, -1), torch.tensor(lengths), True, False)
+        # A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
+        # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
+        step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])
+        target = (len(lengths) - 1 - row) * longest + step
+        source, target = sent(torch.from_numpy(np.stack([step, target])), device)
+        packed = PackedSequence(positions[source], torch.from_numpy(np.bincount(step)))
         if self.gru.training != torch.is_grad_enabled():
             # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.
             self.gru.train(torch.is_grad_enabled())
-        hidden, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=longest)
-        forwards, backwards = hidden.split(self.hidden_dim, dim=-1)
-        scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1))
-        real = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-        return (scores.masked_fill(~real, -torch.inf) / self.softmax_temperature).softmax(-1)
+        forwards, backwards = self.gru(packed)[0].data.split(self.hidden_dim, dim=-1)
+        scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1)) / self.softmax_temperature
+        table = scores.new_full((len(lengths) * longest,), -torch.inf).scatter(0, target, scores)
+        return table.view(len(lengths), longest).softmax(-1)
 
 
 class MeanPooling(nn.Module):

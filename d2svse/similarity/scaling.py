@@ -7,8 +7,9 @@ fragment pair. Scaling takes it once, K = exp(c / λ), and then alternates
 
 The plan is diag(f) K diag(g). K differs from exp((c − 1) / λ) by a factor that f absorbs: cosines then lie in
 the middle of the floating-point range instead of its lower half. The result is exact as long as no entry of K
-and no sum K g or Kᵀ f leaves that range (a small entry counts too, where f is large). Otherwise
-`scale_kernel` says so, and the caller turns to the log domain. The backward pass goes through the iterations.
+and no sum K g or Kᵀ f leaves that range (a small entry counts too, where f is large). `scale_kernel` tells
+whether it is, in a tensor that the caller can read later, because reading it waits for the device. If it is not exact,
+the caller turns to the log domain. The backward pass goes through the iterations.
 What it collects for K is a sum of outer products of vectors, so only K and its gradient have the size of K.
 """
 
@@ -31,7 +32,7 @@ def scale_kernel(
     iterations: int,
     scoring_rows: Tensor | None = None,
     scoring_columns: Tensor | None = None,
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Tensor]:
     """Score all pairs: Σ plan × product over all fragments, or over those that score.
 
     Args:
@@ -44,9 +45,9 @@ def scale_kernel(
         scoring_columns: which words score, `(n_words,)` bool; all without it.
 
     Returns:
-        Scores `(n_images, n_texts)`, and whether they are exact.
+        Scores `(n_images, n_texts)`, and whether all of them are exact, 0-dimensional bool.
     """
-    scores: tuple[Tensor, bool] = _Scaling.apply(
+    scores: tuple[Tensor, Tensor] = _Scaling.apply(
         products, row_weights, column_weights, regularization, iterations, scoring_rows, scoring_columns
     )
     return scores
@@ -63,13 +64,15 @@ class _Scaling(torch.autograd.Function):
         iterations: int,
         scoring_rows: Tensor | None,
         scoring_columns: Tensor | None,
-    ) -> tuple[Tensor, bool]:
+    ) -> tuple[Tensor, Tensor]:
         pairs = a.shape[:2]
         product = products.transpose(1, 2).flatten(0, 1)  # (pairs, n_patches, n_words), contiguous
         a, b = a.flatten(0, 1), b.flatten(0, 1)
         kernel = product.div(regularization).exp_()
-        if not _in_range(kernel, a, b):
-            return a.new_zeros(pairs), False
+        fits = _in_range(kernel, a, b)
+        if fits.device.type == "cpu" and not fits:  # nothing to wait for
+            ctx.mark_non_differentiable(fits)
+            return a.new_zeros(pairs), fits
         turned = kernel.mT.contiguous()
         fs, gs, exact = _solve(kernel, turned, a, b, iterations)
         scoring = kernel * product
@@ -77,6 +80,8 @@ class _Scaling(torch.autograd.Function):
         scores = (_vectors_times(f, scoring) * g).sum(-1)
         ctx.save_for_backward(product, kernel, turned, scoring, a, b, *fs, *gs)
         ctx.settings = (regularization, iterations, scoring_rows, scoring_columns, pairs)
+        exact = exact & fits
+        ctx.mark_non_differentiable(exact)
         return scores.view(pairs), exact
 
     @staticmethod
@@ -119,22 +124,27 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
     return d_products, d_a.view(*pairs, -1), d_b.view(*pairs, -1), None, None, None, None
 
 
-def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Return whether every entry between real fragments is finite, and large enough for the scaling to be exact."""
-    if _within(*kernel.aminmax()):
-        return True
+def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return whether every entry is finite, and large enough for the scaling to be exact.
+
+    On the CPU only entries between real fragments count. On a device all do, because a look at the masked ones first
+    would wait for it; the caller then turns to the log domain more often.
+    """
+    fits = _within(*kernel.aminmax())
+    if fits.device.type != "cpu" or fits:
+        return fits
     masked = (a <= 0).unsqueeze(2) | (b <= 0).unsqueeze(1)
     return _within(*kernel.masked_fill(masked, 1).aminmax())
 
 
-def _within(smallest: Tensor, largest: Tensor) -> bool:
+def _within(smallest: Tensor, largest: Tensor) -> Tensor:
     limits = torch.finfo(smallest.dtype)
-    return bool((smallest > limits.tiny * MARGIN) & (largest < limits.max / MARGIN))
+    return (smallest > limits.tiny * MARGIN) & (largest < limits.max / MARGIN)
 
 
 def _solve(
     kernel: Tensor, turned: Tensor, a: Tensor, b: Tensor, iterations: int
-) -> tuple[list[Tensor], list[Tensor], bool]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Return all f and g (the first g is the start) and whether they are exact; `turned` is the transposed kernel."""
     masked_rows, masked_columns = a <= 0, b <= 0
     fs: list[Tensor] = []
@@ -147,7 +157,7 @@ def _solve(
         sums = _vectors_times(fs[-1], kernel).masked_fill_(masked_columns, 1)
         smallest, largest = torch.minimum(smallest, sums.amin()), torch.maximum(largest, sums.amax())
         gs.append((b / sums).masked_fill_(masked_columns, 0))
-    exact = _within(smallest, largest) and bool((fs[-1].sum() + gs[-1].sum()).isfinite())
+    exact = _within(smallest, largest) & (fs[-1].sum() + gs[-1].sum()).isfinite()
     return fs, gs, exact
 
 

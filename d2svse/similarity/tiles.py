@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from d2svse.features import Features
+from d2svse.features import Features, sent
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import Side, Similarity
 from d2svse.similarity.metric import Metric, MetricOptions
@@ -135,6 +135,18 @@ class FragmentSimilarity(Similarity):
             `(n_images, n_texts)`.
         """
 
+    def try_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Score a tile by a faster way that may fail.
+
+        The outcomes of all tiles are read at once, because each read waits for the device. `score_tile` then scores
+        the tiles that failed. The backward pass takes the same way for each tile.
+
+        Returns:
+            What `score_tile` gives, and whether it is right, 0-dimensional bool; None if it always is. This class calls
+            `score_tile` and returns None.
+        """
+        return self.score_tile(images, texts, products), None
+
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
         left, right = self.fragments(images, texts)
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -156,7 +168,7 @@ class FragmentSimilarity(Similarity):
             width = lengths[index[0]]
             rows = max(1, elements // (len(index) * width * max(1, n_patches)))
             slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
-            yield torch.tensor(index, device=texts.mask.device), width, slices
+            yield sent(torch.tensor(index), texts.mask.device), width, slices
 
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
         """Score all pairs at once, because single tiles are expensive."""
@@ -236,7 +248,7 @@ class FragmentSimilarity(Similarity):
             for group in like_lengths([lengths[i] for i in rows], words):
                 index = [rows[position] for position in group]
                 tile = texts.cut(torch.tensor(index, device=own.device), lengths[index[0]])
-                own[torch.tensor(group, device=own.device)] = _multiply(self, image, tile)[0]
+                own[torch.tensor(group, device=own.device)] = _multiply(self, image, tile, surely=True)[0][0]
             scores.append(own)
         return scores
 
@@ -328,10 +340,24 @@ class _TiledScores(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         images, texts = Fragments(*tensors[:SIDE]), Fragments(*tensors[SIDE : 2 * SIDE])
         scores = images.vectors.new_zeros(len(images.mask), len(texts.mask))
-        for index, width, slices in similarity.tiles(images, texts):
+        ctx.plan, ctx.failed = list(similarity.tiles(images, texts)), set()
+        tried: list[tuple[tuple[int, int], Tensor]] = []
+        for number, (index, width, slices) in enumerate(ctx.plan):
             some_texts = texts.cut(index, width)
-            for rows in slices:
-                scores[rows].index_copy_(1, index, _multiply(similarity, images.cut(rows), some_texts))
+            for part, rows in enumerate(slices):
+                own, right = _multiply(similarity, images.cut(rows), some_texts)
+                scores[rows].index_copy_(1, index, own)
+                if right is not None:
+                    tried.append(((number, part), right))
+        if tried:
+            outcomes = torch.stack([right for _, right in tried]).tolist()
+            ctx.failed = {tile for (tile, _), right in zip(tried, outcomes, strict=True) if not right}
+        for number, part in ctx.failed:
+            index, width, slices = ctx.plan[number]
+            rows = slices[part]
+            scores[rows].index_copy_(
+                1, index, _multiply(similarity, images.cut(rows), texts.cut(index, width), True)[0]
+            )
         return scores
 
     @staticmethod
@@ -365,17 +391,17 @@ def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         part = whole[:, : gradient.shape[1]]
         part[rows] += gradient
 
-    for index, width, slices in similarity.tiles(images, texts):
+    for number, (index, width, slices) in enumerate(ctx.plan):
         some_texts = leaves(texts.cut(index, width), SIDE)
         of_texts: list[Tensor | None] = [None] * len(tensors)
-        for rows in slices:
-            some_images = leaves(images.cut(rows), 0)
+        for part_number, rows in enumerate(slices):
+            some_images, surely = leaves(images.cut(rows), 0), (number, part_number) in ctx.failed
             inputs = [*some_images, *some_texts, *trained]
             with torch.enable_grad():
                 part = (
-                    functional_call(module, swapped, (some_images, some_texts))
+                    functional_call(module, swapped, (some_images, some_texts, surely))
                     if swapped
-                    else module(some_images, some_texts)
+                    else module(some_images, some_texts, surely)
                 )
             if not part.requires_grad:
                 continue
@@ -403,12 +429,19 @@ class _Tile(nn.Module):
         super().__init__()
         self.similarity = similarity
 
-    def forward(self, images: Fragments, texts: Fragments) -> Tensor:
-        return _multiply(self.similarity, images, texts)
+    def forward(self, images: Fragments, texts: Fragments, surely: bool) -> Tensor:
+        return _multiply(self.similarity, images, texts, surely)[0]
 
 
-def _multiply(similarity: FragmentSimilarity, images: Fragments, texts: Fragments) -> Tensor:
-    """Make the products of all fragments of a tile, and their scores."""
+def _multiply(
+    similarity: FragmentSimilarity, images: Fragments, texts: Fragments, surely: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Make the products of all fragments of a tile, and their scores by `try_tile`, or `surely` by `score_tile`."""
     products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
-    scores = similarity.score_tile(images, texts, products.view(*images.mask.shape, *texts.mask.shape))
-    return similarity._shaped(scores, len(images.mask), len(texts.mask), method="score_tile")
+    products = products.view(*images.mask.shape, *texts.mask.shape)
+    scores, right = (
+        (similarity.score_tile(images, texts, products), None)
+        if surely
+        else similarity.try_tile(images, texts, products)
+    )
+    return similarity._shaped(scores, len(images.mask), len(texts.mask), method="score_tile"), right

@@ -212,6 +212,10 @@ class Transport(FragmentSimilarity):
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         return self._score_products(products, *self._marginals(images, texts))
 
+    def try_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Score a tile by scaling; see `FragmentSimilarity.try_tile`."""
+        return self._try_products(products, *self._marginals(images, texts))
+
     def score_pairs(
         self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
     ) -> list[Tensor]:
@@ -247,13 +251,16 @@ class Transport(FragmentSimilarity):
         return list(scores.split(counts))
 
     def _score_products(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if self.epsilon == 0 and self.regularization >= SMALLEST_SCALED:
-            scores, exact = scale_kernel(
-                products, a, b, self.regularization, self.num_iterations, self._without_bin(a), self._without_bin(b)
-            )
-            if exact:
-                return scores
-        return self._solve(products, a, b).scores
+        scores, exact = self._try_products(products, a, b)
+        return scores if exact is None or exact else self._solve(products, a, b).scores
+
+    def _try_products(self, products: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scores, and whether they are exact (None if they are by their making)."""
+        if self.epsilon or self.regularization < SMALLEST_SCALED:
+            return self._solve(products, a, b).scores, None
+        return scale_kernel(
+            products, a, b, self.regularization, self.num_iterations, self._without_bin(a), self._without_bin(b)
+        )
 
     def _without_bin(self, weights: Tensor) -> Tensor | None:
         """Return which fragments of a side score, `(length,)`: all but the bin, which is the first."""

@@ -92,6 +92,7 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
     report_to: Any = "none"
     hub_strategy: Any = "end"
     logging_steps: float = 10
+    logging_nan_inf_filter: bool = False  # the trainer has its own filter, which does not wait for the device
     ddp_find_unused_parameters: bool | None = False
     per_device_eval_batch_size: int = 128  # also of the teacher and of the caches
 

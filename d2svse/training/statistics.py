@@ -41,7 +41,8 @@ def batch_statistics(
         `negatives`: mean number of negatives of an image.
         `embedding_std`: mean spread of images and texts, see `spread`.
         `loss_if_collapsed`: the ranking loss if all scores were equal.
-        A batch without negatives has no `hardest_negative_score` and no `active_share`.
+        In a batch without negatives, `hardest_negative_score` and `active_share` are NaN. Only the device knows whether
+        there are negatives, and the host does not wait for it.
     """
     same = image_ids[:, None] == image_ids[None, :]
     positives = scores.diagonal()
@@ -52,12 +53,11 @@ def batch_statistics(
     }
     if len(images.pooled) > 1:
         statistics["embedding_std"] = (spread(images.pooled) + spread(texts.pooled)) / 2
-    if not same.all():
-        hardest = scores.masked_fill(same, -torch.inf).amax(1)[~same.all(1)]
-        reached = scores + getattr(loss, "margin", 0.0)
-        active = torch.stack([reached > positives[:, None], reached > positives[None, :]])
-        statistics["hardest_negative_score"] = hardest.mean()
-        statistics["active_share"] = active[:, ~same].float().mean()
+    hardest, has_negatives = scores.masked_fill(same, -torch.inf).amax(1), ~same.all(1)
+    reached = scores + getattr(loss, "margin", 0.0)
+    active = torch.stack([reached > positives[:, None], reached > positives[None, :]]) & ~same
+    statistics["hardest_negative_score"] = hardest.masked_fill(~has_negatives, 0).sum() / has_negatives.sum()
+    statistics["active_share"] = active.sum() / (2 * (~same).sum())
     return statistics
 
 

@@ -153,7 +153,7 @@ class Trainer(TransformersTrainer):
         self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._still: list[nn.Module] = []  # layers that stay in eval mode
-        self._sums: dict[str, tuple[Tensor | int, Tensor | int]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
@@ -380,7 +380,7 @@ class Trainer(TransformersTrainer):
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
         inputs = inputs.to(self.args.device, non_blocking=True)
         if not self.args.chunk_size:
-            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
+            return self._filtered(super().training_step(model, inputs, *args, **kwargs))  # type: ignore[arg-type]
         model.train()
         share = 1 / self.current_gradient_accumulation_steps
 
@@ -391,7 +391,7 @@ class Trainer(TransformersTrainer):
             parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
-        return self._count(parts, inputs).detach() * share
+        return self._filtered(self._count(parts, inputs).detach() * share)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the sum of the task's losses, and keep all its scalars for the log."""
@@ -399,13 +399,21 @@ class Trainer(TransformersTrainer):
             layer.eval()
         return self._count(self.task(model, inputs), inputs)
 
+    def _filtered(self, loss: Tensor) -> Tensor:
+        """Return the loss for the log: one that is not finite is replaced by the mean since the last entry.
+
+        This is what `logging_nan_inf_filter` of transformers does; that filter waits for the device in each step.
+        """
+        steps = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(loss.isfinite(), loss, self._tr_loss / steps)
+
     def _count(self, parts: dict[str, Tensor], batch: Batch) -> Tensor:
         self._guard.see(parts, batch)
         for name, value in parts.items():
-            total, count = self._sums.get(name, (0, 0))
             value = value.detach().float()
-            finite = value.isfinite()  # other values count as skipped steps
-            self._sums[name] = (total + torch.where(finite, value, 0), count + finite.int())
+            finite = value.isfinite()  # a skipped step has other values, and so have statistics of no negatives
+            total, count = self._sums.get(name, (0, 0))
+            self._sums[name] = (total + torch.where(finite, value, 0), count + finite.float())
         return total_loss(parts)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -432,13 +440,21 @@ class Trainer(TransformersTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values together with the means of the task's scalars since the last log entry."""
         if "loss" in logs:
-            logs |= {name: float(total) / max(int(count), 1) for name, (total, count) in self._sums.items()}
+            logs |= self._means()
             now = time.perf_counter()
             logs["pairs_per_second"] = self._pairs / (now - self._since)
             if self._guard.skipped:
                 logs["skipped_steps"] = self._guard.skipped
             self._sums, self._pairs, self._since = {}, 0, now
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """Return the mean of each scalar since the last log entry; statistics without a finite value are left out."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([part for pair in self._sums.values() for part in pair]).tolist()  # one read for all of them
+        pairs = zip(self._sums, sums[::2], sums[1::2], strict=True)
+        return {name: total / max(count, 1) for name, total, count in pairs if count or name.endswith("_loss")}
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: ImageTextDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
