@@ -135,7 +135,8 @@ class GeneralizedPooling(nn.Module):
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
         device, longest = self.linear.weight.device, lengths[-1]
-        positions = sinusoidal_positions(longest, self.position_dim, device).to(self.linear.weight.dtype)
+        # Sines differ between devices, and the coefficients are sensitive: all devices take those of the CPU.
+        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(self.linear.weight.dtype)
         # A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
         # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
         step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])
@@ -199,11 +200,11 @@ def sort_descending(values: Tensor) -> Tensor:
     return values.sort(dim=-1, descending=True).values
 
 
-def sinusoidal_positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """Return a position encoding, `(length, dim)` float32: sine in even and cosine in odd columns.
+def sinusoidal_positions(length: int, dim: int) -> Tensor:
+    """Return a position encoding, `(length, dim)` float32 on the CPU: sine in even and cosine in odd columns.
 
     Frequencies go from 1 to 1/10000.
     """
-    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
-    frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    position = torch.arange(length, dtype=torch.float32, device="cpu")[:, None]
+    frequency = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") * (-math.log(10000.0) / dim))
     return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)[:, :dim]

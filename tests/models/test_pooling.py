@@ -195,5 +195,5 @@ def test_sort_descending_equals_torch():
 
 
 def test_positions_have_sine_in_even_and_cosine_in_odd_columns():
-    positions = sinusoidal_positions(3, 4, torch.device("cpu"))
+    positions = sinusoidal_positions(3, 4)
     torch.testing.assert_close(positions[2], torch.tensor([np.sin(2), np.cos(2), np.sin(0.02), np.cos(0.02)]).float())
