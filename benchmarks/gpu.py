@@ -83,6 +83,7 @@ from d2svse.training.tasks import AlignTask, DistillTask, freeze_unused, total_l
 CPU = torch.device("cpu")
 WIDTH = 512
 SPARSE, DENSE = (14, 32), (117, 180)  # mean and greatest number of tokens, as captions have
+SOURCE = re.compile(r"/((?:d2svse|transformers|accelerate)/(?!benchmarks/)[^.]*\.py)$")
 KINDS = {  # names of kernels, by what they do
     "attention": r"flash|fmha|attention|sdpa",
     "products": r"gemm|cutlass|nvjet|xmma|cublas|splitK|wgrad|dgrad|conv",
@@ -129,6 +130,8 @@ class Bench:
         here = self.found[name] = {"seconds": 0.0, "checks": [], "aims": [], "figures": {}, "tables": []}
         with self.guarded(name):
             section(self)
+        if self.cuda:
+            torch.cuda.empty_cache()
         here["seconds"] = time.perf_counter() - start
         print(f"   {here['seconds']:.1f} s", flush=True)
 
@@ -416,6 +419,7 @@ def make_trainer(
         "num_context_tokens": 4,
         "decoder_layers": 1,
         "augment_images": False,
+        "dataloader_num_workers": 0,
         "logging_steps": 1,
         "seed": 1,
         "disable_tqdm": True,
@@ -456,6 +460,7 @@ class Within(TrainerCallback):
             self.entered.close()
 
 
+@functools.cache
 def make_batch(size: int, side: int, words: tuple[int, int], vocabulary: int, width: int, patches: int = 0) -> Batch:
     """Return random pairs on the CPU; the last two show the same image.
 
@@ -539,7 +544,9 @@ def share_gradients(rank: int, size: int, device: str, folder: str, small: bool)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine may have no network
     torch.set_num_threads(1)
     # NCCL takes no device twice.
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=90), size, rank)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=300 if device == "cpu" else 90), size, rank
+    )
     found = gradients(torch.device(device), small, rank, size)
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
@@ -654,19 +661,13 @@ def passes(bench: Bench) -> None:
 
 @contextmanager
 def counting_waits(lines: Counter[str]) -> Iterator[None]:
-    """Count where the process waits for the device, by the innermost line of d2svse, or else of transformers."""
+    """Count where the process waits for the device, by the innermost line of d2svse, transformers or accelerate."""
 
     def note(message: Warning | str, *_: Any) -> None:
-        if "synchronizing" not in str(message):
-            return
-        frames = traceback.extract_stack()[:-1]
-        for package in ("d2svse", "transformers", "accelerate", "torch"):
-            inner = [frame for frame in frames if f"/{package}/" in frame.filename]
-            if inner:
-                path = inner[-1].filename.rpartition(f"/{package}/")[2]
-                lines[f"{package}/{path}:{inner[-1].lineno} {str(inner[-1].line)[:60]}"] += 1
-                return
-        lines["elsewhere"] += 1
+        if "synchronizing" in str(message):
+            found = [(SOURCE.search(frame.filename), frame) for frame in traceback.extract_stack()]
+            inner = [f"{path[1]}:{frame.lineno} {str(frame.line)[:60]}" for path, frame in found if path]
+            lines[inner[-1] if inner else "elsewhere"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -769,7 +770,8 @@ class Profile(AbstractContextManager["Profile"]):
         if self.profile:
             self.profile.__exit__(*error)
             for event in self.profile.key_averages():
-                self.kernels[event.key] += event.self_device_time_total / 1e3
+                if event.self_device_time_total:
+                    self.kernels[event.key] += event.self_device_time_total / 1e3
             self.busy = self.kernels.total() / 1e3 / self.took
 
     def kinds(self) -> Counter[str]:
