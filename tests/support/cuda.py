@@ -10,8 +10,8 @@ tensors of the CPU, as CUDA does. `Seen` counts kernels, the bytes that they rea
 which the host waits for the device. These are what `torch.cuda.set_sync_debug_mode` warns of: values that are read,
 copies that are not `non_blocking`, and outputs whose shape depends on values.
 
-Two things differ from a device. Kernels are those of the CPU, which fuses other operations, so their number is near that
-of a device. Inference mode is no-grad mode, in which such tensors can live.
+Two things differ from a device. Kernels are those of the CPU, which fuses other operations, so their number is near
+that of a device. Inference mode is no-grad mode, in which such tensors can live.
 """
 
 from __future__ import annotations
