@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 WRAPPED = "_orig_mod"
@@ -27,3 +29,28 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+@contextmanager
+def compiled_parts(model: Any, **options: Any) -> Iterator[None]:
+    """Compile the backbones and the context decoder of a `D2SVSE` inside the block.
+
+    Each of them is one graph. Poolings and similarities are not compiled: their work depends on lengths and other
+    values, so that dynamo would break the graph there.
+
+    Args:
+        model: the model.
+        options: options of `torch.compile`.
+    """
+    backbones, decoder = [model.image_encoder.backbone, model.text_encoder.backbone], model.decoder
+    for backbone in backbones:
+        backbone.compile(**options)
+    if decoder is not None:
+        decoder.outputs = torch.compile(decoder.outputs, **options)
+    try:
+        yield
+    finally:
+        for backbone in backbones:
+            backbone._compiled_call_impl = None
+        if decoder is not None:
+            del decoder.outputs

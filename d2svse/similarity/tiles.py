@@ -354,10 +354,8 @@ class _TiledScores(torch.autograd.Function):
             ctx.failed = {tile for (tile, _), right in zip(tried, outcomes, strict=True) if not right}
         for number, part in ctx.failed:
             index, width, slices = ctx.plan[number]
-            rows = slices[part]
-            scores[rows].index_copy_(
-                1, index, _multiply(similarity, images.cut(rows), texts.cut(index, width), True)[0]
-            )
+            some_images, some_texts = images.cut(slices[part]), texts.cut(index, width)
+            scores[slices[part]].index_copy_(1, index, _multiply(similarity, some_images, some_texts, surely=True)[0])
         return scores
 
     @staticmethod
@@ -439,9 +437,9 @@ def _multiply(
     """Make the products of all fragments of a tile, and their scores by `try_tile`, or `surely` by `score_tile`."""
     products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
     products = products.view(*images.mask.shape, *texts.mask.shape)
-    scores, right = (
-        (similarity.score_tile(images, texts, products), None)
-        if surely
-        else similarity.try_tile(images, texts, products)
-    )
+    right: Tensor | None = None
+    if surely:
+        scores = similarity.score_tile(images, texts, products)
+    else:
+        scores, right = similarity.try_tile(images, texts, products)
     return similarity._shaped(scores, len(images.mask), len(texts.mask), method="score_tile"), right

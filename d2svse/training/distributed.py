@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from d2svse.features import Features
+from d2svse.features import Features, sent
 
 logger = logging.getLogger(__name__)
 
@@ -69,63 +69,93 @@ def lost_another(error: BaseException) -> bool:
     )
 
 
-def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Join the rows of all processes, in the order of their ranks, with gradient.
+class Gather:
+    """Join the valid rows of a batch over all processes, with gradient; the processes exchange their counts once.
 
     Args:
-        tensor: `(n, ...)`; n may differ between processes, and the other sizes are equal.
-        valid: `(n,)` bool on the CPU, the rows to join, see `Batch`; None for all.
-
-    Returns:
-        `(Σ valid, ...)`, equal in every process.
+        count: number of rows of this process, valid or not.
+        device: device of the tensors.
+        valid: `(count,)` bool on the CPU, the rows to join, see `Batch`; None for all.
+        length: number of tokens of this process's texts; shorter sequences are padded to the longest.
     """
-    if valid is not None and not valid.all():
-        tensor = tensor[valid]
-    if world_size() == 1:
-        return tensor
-    gathered: Tensor = _GatherRows.apply(tensor)
-    return gathered
+
+    def __init__(
+        self, count: int, device: torch.device, valid: Tensor | None = None, length: int | None = None
+    ) -> None:
+        self._chosen: Tensor | None = None
+        if valid is not None and not valid.all():
+            chosen = valid.nonzero().flatten()
+            count, self._chosen = len(chosen), sent(chosen, device)
+        self.counts, self.longest = [count], length or 0
+        if world_size() > 1:
+            own = sent(torch.tensor([count, self.longest]), device)
+            of_all = own.new_empty(world_size(), 2)
+            dist.all_gather(list(of_all.unbind()), own)
+            rows = of_all.tolist()  # the only wait for the device
+            self.counts, self.longest = [rows for rows, _ in rows], max(length for _, length in rows)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Join the rows of all processes, in the order of their ranks.
+
+        Args:
+            tensor: `(n, ...)`; n may differ between processes, and the other sizes are equal.
+
+        Returns:
+            `(Σ valid, ...)`, equal in every process.
+        """
+        if self._chosen is not None:
+            tensor = tensor[self._chosen]
+        if world_size() == 1:
+            return tensor
+        gathered: Tensor = _GatherRows.apply(tensor, self.counts)
+        return gathered
+
+    def features(self, features: Features) -> Features:
+        """Join the features of all processes; tokens are padded to the longest sequence."""
+        if features.tokens is None:
+            return Features(self.rows(features.pooled))
+        if world_size() == 1:
+            return features if self._chosen is None else features[self._chosen]
+        missing = self.longest - features.tokens.shape[1]
+        tokens = self.rows(F.pad(features.tokens, (0, 0, 0, missing)))
+        mask = self.rows(F.pad(features.real_tokens(), (0, missing)).to(torch.uint8)).bool()
+        return Features(self.rows(features.pooled), tokens, mask)
 
 
-def gather_features(features: Features, valid: Tensor | None = None) -> Features:
-    """Join the valid features of all processes, see `gather_rows`; tokens are padded to the longest sequence."""
-    if valid is not None and not valid.all():
-        features = features[valid]
-    if world_size() == 1:
-        return features
-    if features.tokens is None:
-        return Features(gather_rows(features.pooled))
-    longest = torch.tensor(features.tokens.shape[1], device=features.pooled.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    missing = int(longest) - features.tokens.shape[1]
-    tokens = gather_rows(F.pad(features.tokens, (0, 0, 0, missing)))
-    mask = gather_rows(F.pad(features.real_tokens(), (0, missing)).to(torch.uint8)).bool()
-    return Features(gather_rows(features.pooled), tokens, mask)
+def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Join the valid rows of one tensor, see `Gather`; a batch of several tensors takes one `Gather` for all."""
+    return Gather(len(tensor), tensor.device, valid).rows(tensor)
+
+
+def gather_features(features: Features) -> Features:
+    """Join the features of all processes, see `Gather`."""
+    length = None if features.tokens is None else features.tokens.shape[1]
+    return Gather(len(features), features.pooled.device, length=length).features(features)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        count = torch.tensor([len(tensor)], device=tensor.device)
-        counts = [torch.empty_like(count) for _ in range(world_size())]
-        dist.all_gather(counts, count)
-        sizes = [int(n) for n in counts]
-        most = max(sizes)
-        padded = tensor.new_zeros(most, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        first = sum(sizes[: dist.get_rank()])
-        ctx.rows = slice(first, first + len(tensor))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:
+        most, own = max(counts), len(tensor)
+        padded = tensor.contiguous()
+        if own < most:
+            padded = tensor.new_zeros(most, *tensor.shape[1:])
+            padded[:own] = tensor
+        joined = padded.new_empty(len(counts), *padded.shape)
+        dist.all_gather(list(joined.unbind()), padded)
+        first = sum(counts[: dist.get_rank()])
+        ctx.rows = slice(first, first + own)
+        if min(counts) == most:
+            return joined.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(joined, counts, strict=True)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         total = upstream.contiguous()
         total = total.clone() if total is upstream else total
         dist.all_reduce(total)
-        return total[ctx.rows]
+        return total[ctx.rows], None
 
 
 def share_batch_norm(model: nn.Module, device: torch.device) -> list[nn.Module]:

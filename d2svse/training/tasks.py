@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,32 @@ from d2svse.data import Batch
 from d2svse.features import Features
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
-from d2svse.training.distributed import gather_features, gather_rows
+from d2svse.training.distributed import Gather
 from d2svse.training.statistics import batch_statistics
 from d2svse.training.teacher import RetrievalTeacher
+
+
+@dataclass(frozen=True)
+class JoinedBatch:
+    """A batch of all processes, for the losses.
+
+    Attributes:
+        batch: the pairs of this process.
+        similarity: the similarity.
+        images: features of this process's images.
+        texts: features of the valid texts of all processes.
+        scores: `(n, n)` scores of the valid pairs of all processes.
+        image_ids: `(n,)` id of each image.
+        gather: joins further rows of all processes.
+    """
+
+    batch: Batch
+    similarity: Similarity
+    images: Features
+    texts: Features
+    scores: Tensor
+    image_ids: Tensor
+    gather: Gather
 
 
 class AlignTask(nn.Module):
@@ -59,19 +84,21 @@ class AlignTask(nn.Module):
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
         """Return the losses of the valid pairs of all processes, given the features of this process's rows."""
-        image_ids = gather_rows(batch.image_ids, batch.valid)
-        scores = gather_rows(similarity(images, gather_features(texts, batch.valid)), batch.valid)
+        length = None if texts.tokens is None else texts.tokens.shape[1]
+        gather = Gather(len(batch), images.pooled.device, batch.valid, length)
+        image_ids, of_all = gather.rows(batch.image_ids), gather.features(texts)
+        scores = gather.rows(similarity(images, of_all))
         losses = {"align_loss": self.align_scale * self.loss(scores, image_ids)}
-        losses |= self.further_losses(batch, scores, image_ids)
+        losses |= self.further_losses(JoinedBatch(batch, similarity, images, of_all, scores, image_ids, gather))
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
         with torch.no_grad():
-            sides = [Features(gather_rows(side.pooled.detach(), batch.valid)) for side in (images, texts)]
+            sides = Features(gather.rows(images.pooled.detach())), Features(of_all.pooled.detach())
         return {**losses, **batch_statistics(self.loss, scores, image_ids, *sides)}
 
-    def further_losses(self, batch: Batch, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
-        """Return further losses of the scores `(n, n)` of the valid pairs of all processes; by default none."""
+    def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
+        """Return further losses of a batch; by default none."""
         return {}
 
 
@@ -100,22 +127,24 @@ class DistillTask(AlignTask):
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
         """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
-        assert batch.teacher_embeds is not None
-        teacher = gather_rows(batch.teacher_embeds, batch.valid)
-        pooled = gather_rows(texts.pooled, batch.valid)
-        if isinstance(self.distillation_loss, ScoreDistillationLoss):
-            scores, target = (
-                gather_rows(similarity(images, Features(side)), batch.valid) for side in (pooled, teacher)
-            )
-            distill_loss = self.distillation_loss(scores, target, gather_rows(batch.image_ids, batch.valid))
-        else:
-            distill_loss = self.distillation_loss(pooled, teacher)
         losses = super().losses(similarity, batch, images, texts)
         if self.align_weight == 0:
-            losses = {name: value for name, value in losses.items() if not name.endswith("_loss")}
+            kept = {name: value for name, value in losses.items() if not name.endswith("_loss")}
+            return {**kept, "distill_loss": losses["distill_loss"]}
+        return {**losses, "align_loss": self.align_weight * losses["align_loss"]}
+
+    def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
+        """Return `distill_loss`."""
+        assert joined.batch.teacher_embeds is not None
+        teacher, pooled = joined.gather.rows(joined.batch.teacher_embeds), joined.texts.pooled
+        if isinstance(self.distillation_loss, ScoreDistillationLoss):
+            scores, target = (
+                joined.gather.rows(joined.similarity(joined.images, Features(side))) for side in (pooled, teacher)
+            )
+            distill_loss = self.distillation_loss(scores, target, joined.image_ids)
         else:
-            losses["align_loss"] = self.align_weight * losses["align_loss"]
-        return {**losses, "distill_loss": self.weight * distill_loss}
+            distill_loss = self.distillation_loss(pooled, teacher)
+        return {"distill_loss": self.weight * distill_loss}
 
 
 class ScoreDistillTask(AlignTask):
@@ -146,13 +175,14 @@ class ScoreDistillTask(AlignTask):
         super().__init__(loss, text_groups)
         self.distillation_loss, self.teacher, self.weight = distillation_loss, teacher, weight
 
-    def further_losses(self, batch: Batch, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
+    def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return `distill_loss`, and `teacher_loss` if the teacher's scores have a learned metric."""
-        assert batch.caption_ids is not None
-        captions = gather_rows(batch.caption_ids, batch.valid)
-        sides = self.teacher.features(image_ids.tolist(), captions.tolist())
-        target = self.similarity(*(side.to(scores.device) for side in sides))
-        losses = {"distill_loss": self.weight * self.distillation_loss(scores, target, image_ids)}
+        assert joined.batch.caption_ids is not None
+        captions, image_ids = joined.gather.rows(joined.batch.caption_ids), joined.image_ids
+        images, texts = torch.stack([image_ids, captions]).tolist()
+        sides = self.teacher.features(images, texts)
+        target = self.similarity(*(side.to(joined.scores.device) for side in sides))
+        losses = {"distill_loss": self.weight * self.distillation_loss(joined.scores, target, image_ids)}
         if target.requires_grad:
             losses["teacher_loss"] = self.loss(target, image_ids)
             penalty = self.similarity.penalty()

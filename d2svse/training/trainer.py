@@ -32,6 +32,7 @@ from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import parameter_table
+from d2svse.models.compiled import compiled_parts
 from d2svse.models.encoders import check_text_backbone
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
@@ -146,6 +147,8 @@ class Trainer(TransformersTrainer):
                 *(callbacks or []),
             ],
         )
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # no second copy of the gradients
         if hasattr(model.config, "use_cache"):
             del model.config.use_cache  # transformers' Trainer sets it for language models
         for printer in (PrinterCallback, ProgressCallback):
@@ -284,7 +287,8 @@ class Trainer(TransformersTrainer):
             self._average = AverageCallback(self.model, self.args.ema_decay)
             self.add_callback(self._average)
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._compiled():
+                result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._average and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
                 self._average.finish()
             self.accelerator.unwrap_model(self.model).config.trained = True
@@ -309,6 +313,13 @@ class Trainer(TransformersTrainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return result
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        """Return a context in which backbones and decoder are compiled, if `torch_compile` asks for it."""
+        args = self.args
+        if not args.torch_compile:
+            return nullcontext()
+        return compiled_parts(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Batches and losses -----------------------------------------------------------------------------------------
 

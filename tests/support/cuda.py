@@ -5,13 +5,13 @@
         model(...)
     print(seen.kernels.total(), seen.waits)
 
-Inside the block a tensor that is made on, or moved to, "cuda" is a `CudaTensor`. Operations refuse to mix it with tensors
-of the CPU, as CUDA does. `Seen` counts kernels, the bytes that they read and write, and the lines of code at which the host
-waits for the device. Those are the operations that `torch.cuda.set_sync_debug_mode` warns of: values that are read, copies
-that are not `non_blocking`, and outputs whose shape depends on values.
+Inside the block a tensor that is made on, or moved to, "cuda" is a `CudaTensor`. Operations refuse to mix it with
+tensors of the CPU, as CUDA does. `Seen` counts kernels, the bytes that they read and write, and the lines of code at
+which the host waits for the device. These are what `torch.cuda.set_sync_debug_mode` warns of: values that are read,
+copies that are not `non_blocking`, and outputs whose shape depends on values.
 
-Two things differ from a device. Kernels that a device fuses (attention, convolution) are those of the CPU, so counts of
-kernels are near those of a device, not equal. Inference mode is no-grad mode, in which such tensors can live.
+Two things differ from a device. Kernels are those of the CPU, which fuses other operations, so their number is near
+that of a device. Inference mode is no-grad mode, in which such tensors can live.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ JOINS = {"cat", "stack", "index_select", "gather", "bmm", "mm"}  # no scalar of 
 NO_KERNEL = {
     "view", "_unsafe_view", "detach", "detach_", "alias", "expand", "transpose", "t", "permute", "unsqueeze", "squeeze",
     "select", "slice", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "diagonal", "lift_fresh",
-    "unfold", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size", "_local_scalar_dense", "set_", "narrow",
-    "_has_compatible_shallow_copy_type",
+    "unfold", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size", "_local_scalar_dense", "set_",
+    "narrow", "_has_compatible_shallow_copy_type",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2svse.features import Features
+from d2svse.features import Features, sent
 from d2svse.progress import progress_bar
 from d2svse.retrieval.evaluation.metrics import (
     TILE,
@@ -18,7 +18,6 @@ from d2svse.retrieval.evaluation.metrics import (
     best_ranks_in_tiles,
     check_shape,
     refuse_nan,
-    tile_array,
     tile_slices,
 )
 from d2svse.retrieval.evaluation.ranking import Ranking, rank_in_tiles
@@ -196,11 +195,17 @@ def rank_in_two_stages(
         )
     left, right = _vectors(similarity, "image", images, candidates), _vectors(similarity, "text", texts, candidates)
 
-    def score_captions(image: int, rows: Tensor) -> Tensor:
-        return similarity(images[image], texts[rows])[0]
+    def score(side: Side, queries: Features, stored: Features, chosen: Sequence[np.ndarray]) -> list[Tensor]:
+        def read(rows: Sequence[str]) -> Features:
+            return stored[sent(torch.tensor([int(row) for row in rows]), stored.pooled.device)]
 
-    def score_images(caption: int, rows: Tensor) -> Tensor:
-        return similarity(images[rows], texts[caption])[:, 0]
+        return similarity.score_candidates(side, read, queries, [[str(row) for row in rows] for rows in chosen])
+
+    def score_captions(some: list[int], chosen: Sequence[np.ndarray]) -> list[Tensor]:
+        return score("text", images[some], texts, chosen)
+
+    def score_images(some: list[int], chosen: Sequence[np.ndarray]) -> list[Tensor]:
+        return score("image", texts[some], images, chosen)
 
     options = (depth, wrong, show_progress_bar)
     i2t, of_images = _rank_side(score_captions, left, right, captions, ("image", "caption"), *options)
@@ -217,14 +222,14 @@ def _joined(parts: Sequence[RunningTopK]) -> BestAnswers:
     return BestAnswers(np.concatenate(scores), np.concatenate(answers))
 
 
-def _without(scores: Tensor, right: RightAnswers, queries: slice, answers: slice) -> Tensor | np.ndarray:
-    """Return a copy of a tile with -inf for right answers."""
+def _without(scores: Tensor, right: RightAnswers, queries: slice, answers: slice) -> np.ndarray:
+    """Return a copy of a tile on the host, with -inf for right answers."""
     pairs = slice(right.offsets[queries.start], right.offsets[queries.stop])
     query, answer = right.queries[pairs] - queries.start, right.answers[pairs] - answers.start
     inside = (answer >= 0) & (answer < answers.stop - answers.start)
-    scores = scores.clone()
-    scores[query[inside], answer[inside]] = -torch.inf
-    return tile_array(scores)
+    tile = scores.detach().float().cpu().numpy().copy()
+    tile[query[inside], answer[inside]] = -np.inf
+    return tile
 
 
 def _vectors(similarity: Similarity, side: Side, features: Features, candidates: Candidates) -> Tensor:
@@ -234,7 +239,7 @@ def _vectors(similarity: Similarity, side: Side, features: Features, candidates:
 
 
 def _rank_side(
-    score: Callable[[int, Tensor], Tensor],
+    score: Callable[[list[int], Sequence[np.ndarray]], list[Tensor]],
     queries: Tensor,
     others: Tensor,
     right: RightAnswers,
@@ -252,15 +257,18 @@ def _rank_side(
         cosines = queries[block] @ others.T
         everything = slice(0, len(others))
         refuse_nan(*((cosines, block, everything) if names[0] == "image" else (cosines.T, everything, block)))
-        for query in range(block.start, block.stop):
+        asked = [query for query in range(block.start, block.stop) if right.offsets[query] < right.offsets[query + 1]]
+        if not asked:
+            continue
+        on_host = cosines.cpu().numpy()
+        marks = [_is_right(right, query, len(others)) for query in asked]
+        of_block = [
+            _candidates(on_host[query - block.start], mark, depth) for query, mark in zip(asked, marks, strict=True)
+        ]
+        scored = torch.stack(score(asked, of_block)).cpu().double().numpy()  # one read for the block
+        for query, is_right, chosen, found in zip(asked, marks, of_block, scored, strict=True):
             pairs = np.arange(right.offsets[query], right.offsets[query + 1])
-            if not len(pairs):
-                continue
             answers = right.answers[pairs]
-            is_right = np.zeros(len(others), dtype=bool)
-            is_right[answers[answers >= 0]] = True
-            chosen = _candidates(cosines[query - block.start].cpu().numpy(), is_right, depth)
-            found = score(query, torch.from_numpy(chosen).to(queries.device)).cpu().double().numpy()
             if np.isnan(found).any():
                 other = chosen[np.isnan(found).argmax()]
                 raise ValueError(f"the score of {names[0]} {query} and {names[1]} {other} is NaN")
@@ -274,6 +282,14 @@ def _rank_side(
             best = np.flatnonzero(of_wrong)[np.argsort(-found[of_wrong], kind="stable")[:wrong]]
             kept.scores[query, : len(best)], kept.answers[query, : len(best)] = found[best], chosen[best]
     return Ranking.from_counts(right, scores, before, ranked, depth), kept
+
+
+def _is_right(right: RightAnswers, query: int, count: int) -> np.ndarray:
+    """Return which of `count` answers are right for a query, `(count,)` bool."""
+    answers = right.answers[right.offsets[query] : right.offsets[query + 1]]
+    is_right = np.zeros(count, dtype=bool)
+    is_right[answers[answers >= 0]] = True
+    return is_right
 
 
 def _candidates(cosines: np.ndarray, is_right: np.ndarray, depth: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 from d2svse.choices import unknown
+from d2svse.features import sent
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.local import LocalIndex
-from d2svse.retrieval.vectors.topk import RunningTopK
+from d2svse.retrieval.vectors.topk import DeviceTopK, RunningTopK
 
 __all__ = ["ExactIndex", "VectorIndex"]
 
 StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
 ROWS_AT_A_TIME = 16384
+ROWS_ON_DEVICE = 131_072
 LARGEST_CODE = 127
 PIECE = 1 << 15  # numbers; torch uses several threads for more
 KEPT_MAPPED = 1 << 26
@@ -69,7 +71,7 @@ class ExactIndex(LocalIndex):
         device: None to multiply with NumPy, block by block from memory or from the file; or a torch device, to which
             the first search copies all stored vectors.
         fingerprint: fingerprint of the model that made the vectors.
-        block_size: vectors scored at a time.
+        block_size: vectors scored at a time; None for 16,384, or 131,072 on a device.
 
     Raises:
         ValueError: if the dtype is unknown or a size is not positive.
@@ -85,12 +87,12 @@ class ExactIndex(LocalIndex):
         *,
         device: str | torch.device | None = None,
         fingerprint: str | None = None,
-        block_size: int = ROWS_AT_A_TIME,
+        block_size: int | None = None,
     ) -> None:
         super().__init__(dim, fingerprint)
         if dtype not in get_args(StoreDtype):
             raise ValueError(unknown("dtype", dtype, get_args(StoreDtype)))
-        if block_size < 1:
+        if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be positive, got {block_size}")
         self.dtype, self.device, self.block_size = dtype, device, block_size
         self._parts: list[Part] = []
@@ -111,8 +113,12 @@ class ExactIndex(LocalIndex):
         self, queries: np.ndarray, k: int, rows: np.ndarray | None, exactly: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         groups = [queries[i : i + QUERIES_AT_A_TIME] for i in range(0, len(queries), QUERIES_AT_A_TIME)]
-        best = [RunningTopK(len(group), k) for group in groups]
-        score = self._scores_numpy if self.device is None else self._scores_torch
+        best: list[Any]
+        score: Callable[..., Iterator[tuple[int, Any, Any]]]
+        if self.device is None:
+            best, score = [RunningTopK(len(group), k) for group in groups], self._scores_numpy
+        else:
+            best, score = [DeviceTopK(len(group), k, self.device) for group in groups], self._scores_torch
         start = 0
         for part in self._parts:
             stop = start + len(part.codes)
@@ -128,7 +134,7 @@ class ExactIndex(LocalIndex):
         self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield group number, rows and scores for each group of queries and each block of a part."""
-        block_size, last = max(1, min(self.block_size, len(part.codes))), 0
+        block_size, last = max(1, min(self.block_size or ROWS_AT_A_TIME, len(part.codes))), 0
         block = np.empty((block_size, self.dim), dtype=np.float32)
         scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
         for numbers in _blocks(len(part.codes), rows, block_size):
@@ -148,15 +154,20 @@ class ExactIndex(LocalIndex):
 
     def _scores_torch(
         self, part: Part, groups: list[np.ndarray], rows: np.ndarray | None
-    ) -> Iterator[tuple[int, np.ndarray, torch.Tensor]]:
-        """Yield the results of `_scores_numpy`, computed on a torch device."""
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Yield the results of `_scores_numpy`, computed on a torch device; the host does not wait for it."""
         codes = self._device_codes(part)
-        queries = [torch.from_numpy(group).to(codes.device) for group in groups]
-        for numbers in _blocks(len(part.codes), rows, self.block_size):
-            chosen = slice(numbers[0], numbers[-1] + 1) if rows is None else torch.from_numpy(numbers).to(codes.device)
-            vectors = codes[chosen].float()
+        queries = [sent(torch.from_numpy(group), codes.device) for group in groups]
+        for numbers in _blocks(len(part.codes), rows, self.block_size or ROWS_ON_DEVICE):
+            first, last = int(numbers[0]), int(numbers[-1]) + 1
+            if rows is None:
+                chosen, vectors = torch.arange(first, last, device=codes.device), codes[first:last]
+            else:
+                chosen = sent(torch.from_numpy(numbers), codes.device)
+                vectors = codes[chosen]
+            vectors = vectors.float()
             for number, group in enumerate(queries):
-                yield number, numbers, group @ vectors.T
+                yield number, chosen, group @ vectors.T
 
     def _device_codes(self, part: Part) -> torch.Tensor:
         """Return the codes of a part on the device; they stay there as long as the index has the part."""
@@ -166,7 +177,7 @@ class ExactIndex(LocalIndex):
             if there is part:
                 return codes
         codes = torch.empty(part.codes.shape, dtype=getattr(torch, self.dtype), device=device)
-        for numbers in _blocks(len(part.codes), None, self.block_size):
+        for numbers in _blocks(len(part.codes), None, self.block_size or ROWS_ON_DEVICE):
             rows = slice(numbers[0], numbers[-1] + 1)
             codes[rows] = torch.from_numpy(part.codes[rows].copy()).to(device)
         part.forget(0, len(part.codes))

@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_INT = 2**31 - 1
+LARGEST_ROW = 2**32 - 1
+NO_KEY = -(2**63)  # the score is NaN as a float32, which no kept score is
+
 
 class RunningTopK:
     """Keep the k best rows of each query while blocks of rows arrive in ascending order.
@@ -25,11 +29,9 @@ class RunningTopK:
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._count = 0
 
-    def add(self, scores: np.ndarray | Tensor, rows: np.ndarray) -> None:
+    def add(self, scores: np.ndarray, rows: np.ndarray) -> None:
         """Add the scores `(num_queries, n)` of rows `(n,)`; the rows ascend and are greater than all earlier rows."""
-        bar = self.scores[:, -1]
-        find = _passing_on_device if isinstance(scores, Tensor) else _passing
-        query, column, passed = find(scores, bar, self.k)  # type: ignore[arg-type]
+        query, column, passed = _passing(scores, self.scores[:, -1], self.k)
         if len(query):
             self._waiting.append((query, rows[column], passed))
             self._count += len(query)
@@ -46,8 +48,8 @@ class RunningTopK:
             ValueError: if `full`, and a score is NaN or infinite.
         """
         self._settle()
-        if full and not np.isfinite(self.scores).all():
-            raise ValueError("a score is not finite: the vectors or the queries are too large for float32")
+        if full:
+            _check_finite(self.scores)
         return self.scores, self.rows
 
     def _settle(self) -> None:
@@ -63,10 +65,12 @@ class RunningTopK:
         self._waiting, self._count = [], 0
 
 
-Passing = tuple[np.ndarray, np.ndarray, np.ndarray]
+def _check_finite(scores: np.ndarray) -> None:
+    if not np.isfinite(scores).all():
+        raise ValueError("a score is not finite: the vectors or the queries are too large for float32")
 
 
-def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
+def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return query, column and score of scores above the bar; of many, only the k best of the block."""
     passes = scores > bar[:, None]
     if np.count_nonzero(passes) > 2 * k * len(scores):
@@ -75,10 +79,40 @@ def _passing(scores: np.ndarray, bar: np.ndarray, k: int) -> Passing:
     return query, column, scores[query, column]
 
 
-def _passing_on_device(scores: Tensor, bar: np.ndarray, k: int) -> Passing:
-    """Return the result of `_passing` for a tensor; only passing scores leave the device."""
-    passes = scores > torch.from_numpy(bar).to(scores.device)[:, None]
-    if int(passes.sum()) > 2 * k * len(scores):
-        passes &= scores >= scores.topk(k, dim=1).values[:, -1:]
-    query, column = passes.nonzero(as_tuple=True)
-    return query.cpu().numpy(), column.cpu().numpy(), scores[query, column].cpu().numpy()
+class DeviceTopK:
+    """`RunningTopK` on a torch device; the host waits for it in `best` alone.
+
+    A score and its row form one integer: the score in its upper 32 bits, and below it the row, counted backwards.
+    Larger integers are better, and among equal scores the first row wins.
+
+    Args:
+        num_queries: number of queries.
+        k: number of rows to keep for each query.
+        device: the device.
+    """
+
+    def __init__(self, num_queries: int, k: int, device: torch.device | str) -> None:
+        self.k = k
+        self._keys = torch.full((num_queries, k), NO_KEY, dtype=torch.int64, device=device)
+
+    def add(self, scores: Tensor, rows: Tensor) -> None:
+        """Add the scores `(num_queries, n)` float32 of rows `(n,)` int64 below 2³², both on the device."""
+        bits = (torch.where(scores > -torch.inf, scores, -torch.inf) + 0.0).view(torch.int32)  # no NaN, no -0.0
+        ordered = torch.where(bits < 0, bits ^ LARGEST_INT, bits)  # as integers, in the order of the scores
+        keys = (ordered.long() << 32) | (LARGEST_ROW - rows)
+        best = keys.topk(min(self.k, keys.shape[1]), dim=1, sorted=False).values
+        self._keys = torch.cat([self._keys, best], dim=1).topk(self.k, dim=1).values
+
+    def best(self, *, full: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return the result of `RunningTopK.best`."""
+        keys = self._keys.cpu().numpy()
+        ordered = (keys >> 32).astype(np.int32)
+        scores = np.where(ordered < 0, ordered ^ LARGEST_INT, ordered).view(np.float32)
+        there = scores > -np.inf
+        scores, rows = (
+            np.where(there, scores, np.float32(-np.inf)),
+            np.where(there, LARGEST_ROW - (keys & LARGEST_ROW), -1),
+        )
+        if full:
+            _check_finite(scores)
+        return scores, rows

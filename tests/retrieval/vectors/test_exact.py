@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from d2svse.files.lock import write_lock
 from d2svse.retrieval import ExactIndex, load_index, make_index
 from d2svse.retrieval.vectors.storage import first_to_merge
-from d2svse.retrieval.vectors.topk import RunningTopK
+from d2svse.retrieval.vectors.topk import DeviceTopK, RunningTopK
+from support.cuda import simulated_cuda
 
 
 @pytest.fixture
@@ -54,13 +56,42 @@ def test_running_top_k_is_a_stable_sort(order, k):
     scores = {"ascending": np.sort(scores), "descending": -np.sort(-scores), "tied": np.ones_like(scores)}.get(
         order, scores
     )
-    best = RunningTopK(5, k)
-    for first in range(0, 200, 11):
-        best.add(scores[:, first : first + 11], np.arange(first, min(first + 11, 200)))
-    values, rows = best.best()
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(rows, expected)
-    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, 1))
+    best, on_device = RunningTopK(5, k), DeviceTopK(5, k, "cpu")
+    for first in range(0, 200, 11):
+        block, rows = scores[:, first : first + 11], np.arange(first, min(first + 11, 200))
+        best.add(block, rows)
+        on_device.add(torch.from_numpy(block), torch.from_numpy(rows))
+    for values, rows in (best.best(), on_device.best()):
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, 1))
+
+
+def test_top_k_on_a_device_orders_all_floats_and_leaves_out_what_is_none():
+    values = [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, torch.inf, -torch.inf, torch.nan, -1.5, 1.5]
+    best = DeviceTopK(1, 12, "cpu")
+    best.add(torch.tensor([values]), torch.arange(11) + 2**32 - 11)
+    scores, rows = best.best(full=False)
+    expected = [torch.inf, 3e38, 1.5, 1e-45, 0, 0, -1e-45, -1.5, -3e38, *[-torch.inf] * 3]
+    np.testing.assert_array_equal(scores[0], np.array(expected, dtype=np.float32))
+    assert (rows[0] - (2**32 - 11)).tolist()[:9] == [6, 4, 10, 2, 0, 1, 3, 9, 5]
+    assert rows[0].tolist()[9:] == [-1] * 3
+    with pytest.raises(ValueError, match="a score is not finite"):
+        best.best()
+
+
+def test_a_search_on_a_device_waits_for_it_once_a_group_of_queries():
+    rng = np.random.default_rng(0)
+    index = ExactIndex(6, device="cuda", block_size=7)
+    index.add([f"n{i}" for i in range(50)], rng.normal(size=(50, 6)).astype(np.float32))
+    queries = rng.normal(size=(300, 6)).astype(np.float32)
+    with simulated_cuda() as seen:
+        index.search(queries, 5)
+        seen.reset()
+        found = index.search(queries, 5)
+    assert seen.waits.total() == 2, seen
+    index.device = None
+    assert found[1] == index.search(queries, 5)[1]
 
 
 def test_scores_beyond_float32_are_no_answer():
