@@ -7,7 +7,8 @@ The images of a folder are resized to 500 × 375 pixels, as many of Flickr30k an
 loader with one worker prepares batches of 128 augmented samples from them, for a ViT and a CLIP of 224 pixels:
 
 - float32: read, augment, read again, prepare, normalise in the worker (the earlier way),
-- uint8: read, augment, resize and crop in the worker; the model normalises.
+- uint8: read, augment, resize and crop in the worker; the model normalises,
+- uint8, decoded: the same from a cache of decoded images, as `--cache-images` makes it.
 
 Both processes run on one core. Seconds are those of its processor time, so that other programs do not count.
 """
@@ -18,6 +19,7 @@ import argparse
 import os
 import resource
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 from d2svse.data import Collator, EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.data.augment import augment_image
+from d2svse.data.decoded import decoded_images
 from d2svse.data.manifest import Record
 from d2svse.demo import build_tokenizer
 from d2svse.images import IMAGE_SUFFIXES, load_image
@@ -92,12 +95,16 @@ def main() -> None:
         for row, path in enumerate(paths):
             load_image(sources[row % len(sources)]).resize(tuple(args.size), Image.Resampling.BICUBIC).save(path)
         dataset = ImageTextDataset([Record(path, [CAPTION]) for path in paths])
+        decoded = decoded_images(paths, Path(folder) / "decoded")
         tokenizer = build_tokenizer([CAPTION])
         table = Table("processor", "pixels", "samples / s / core", "against float32", "MB a batch")
         for name, kind in (("ViT", ViTImageProcessorPil), ("CLIP", CLIPImageProcessorPil)):
             processor = D2SVSEProcessor(kind(), tokenizer)
-            kinds = {"float32": FloatSamples, "uint8": TrainingSamples}
-            ways = {way: partial(samples, dataset, processor) for way, samples in kinds.items()}
+            ways: dict[str, Callable[[], TrainingSamples]] = {
+                "float32": partial(FloatSamples, dataset, processor),
+                "uint8": partial(TrainingSamples, dataset, processor),
+                "uint8, decoded": partial(TrainingSamples, dataset, processor, decoded=decoded),
+            }
             best: dict[str, float] = dict.fromkeys(ways, 0)
             sizes: dict[str, float] = {}
             for _ in range(args.repeats):
