@@ -229,8 +229,9 @@ def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset,
     again = D2SVSE.from_pretrained(tmp_path).eval()
 
     images, texts = [str(path) for path in val_dataset.images[:3]], val_dataset.captions[:4]
-    np.testing.assert_array_equal(again.encode_image(images), model.encode_image(images))
-    np.testing.assert_array_equal(again.encode_text(texts), model.encode_text(texts))
+    # Mapped weights lie elsewhere in memory, and some products then round differently.
+    np.testing.assert_allclose(again.encode_image(images), model.encode_image(images), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(again.encode_text(texts), model.encode_text(texts), rtol=0, atol=1e-7)
     assert torch.allclose(again.logit_scale, model.logit_scale, atol=1e-6)
 
 

@@ -126,6 +126,25 @@ def test_same_seed_same_curve_whatever_the_number_of_workers(make_model, make_ar
     assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_pixels_that_the_model_normalises_train_as_those_of_the_processor(
+    augment, make_model, make_args, train_dataset, tmp_path, monkeypatch
+):
+    def curve(name, **options):
+        args = make_args(output_dir=str(tmp_path / name), augment_images=augment, save_strategy="no", **options)
+        trainer = Trainer(make_model(), args, train_dataset)
+        trainer.train()
+        return trainer.samples[0].pixel_values.dtype, losses(trainer)
+
+    dtype, raw = curve("raw")
+    cached = curve("cached", cache_images=str(tmp_path / "decoded"))
+    monkeypatch.setattr("d2svse.models.processing.gives_raw_pixels", lambda processor: False)
+    expected = curve("prepared")
+    assert (dtype, expected[0]) == (torch.uint8, torch.float32)
+    assert raw == pytest.approx(expected[1], rel=1e-2 if augment else 1e-4)  # crops are resized by torch
+    assert cached == (dtype, raw)
+
+
 def test_frozen_backbones_do_not_move(make_model, make_args, train_dataset):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
