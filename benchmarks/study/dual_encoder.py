@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def train(folder: Path, run: str, part: str, *words: str, **options: Any) -> flo
     else:
         settings = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
         command += ["--train", str(folder / f"{part}.jsonl"), "--val", str(folder / "val.jsonl"), "--dense", "concat"]
-        command += ["--image-folder", json.loads((folder / "images.json").read_text()), "--bf16", "--workers", "0"]
+        command += ["--image-folder", json.loads((folder / "images.json").read_text()), "--bf16"]
         command += [*words, *settings, "-o", str(output)]
     subprocess.run(command, check=True)
     return time.monotonic() - begun
@@ -184,8 +185,8 @@ def tune(folder: Path) -> None:
             record(folder, name, folder / "runs" / name / "model", start=True, seconds=seconds)
 
 
-def rows(folder: Path) -> None:
-    """Train each row of the table with three seeds."""
+def rows(folder: Path, seeds: Sequence[int]) -> None:
+    """Train each row of the table with some seeds."""
     tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", "--set", "align.num_train_epochs=4"]
     tuned += ["--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=3"]
     cases: dict[str, list[str]] = {
@@ -204,7 +205,7 @@ def rows(folder: Path) -> None:
             "5",
         ],
     }
-    for seed in range(3):
+    for seed in seeds:
         for case, words in cases.items():
             name = f"{case}-{seed}"
             if not (RESULTS / f"{name}.json").exists():
@@ -248,15 +249,20 @@ def main() -> None:
     part.add_argument("--vision", required=True, help="a ViT: folder or Hub id")
     part.add_argument("--text", required=True, help="a text backbone: folder or Hub id")
     for name in ("before", "tune", "rows"):
-        steps.add_parser(name).add_argument("folder", type=Path)
+        part = steps.add_parser(name)
+        part.add_argument("folder", type=Path)
+        if name == "rows":
+            part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     steps.add_parser("table")
     arguments = parser.parse_args()
     if arguments.step == "prepare":
         prepare(arguments.folder, arguments.data, arguments.vision, arguments.text)
     elif arguments.step == "table":
         print("\n".join(table()))
+    elif arguments.step == "rows":
+        rows(arguments.folder, arguments.seeds)
     else:
-        {"before": before, "tune": tune, "rows": rows}[arguments.step](arguments.folder)
+        {"before": before, "tune": tune}[arguments.step](arguments.folder)
 
 
 if __name__ == "__main__":
