@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -136,11 +135,6 @@ class TrainingArguments(
             self.use_cpu = True  # transformers allows bf16 on the CPU only with it
         check_sharding(values)
         super().__post_init__()
-        if (
-            self.torch_compile
-        ):  # the trainer compiles parts; by these variables accelerate would compile the whole model
-            for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
-                os.environ.pop(name, None)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave fp16 out")
         if self.n_gpu > 1:
