@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -145,11 +144,6 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         self._choose_workers()
         check_sharding(values)
         super().__post_init__()
-        if (
-            self.torch_compile
-        ):  # the trainer compiles parts; by these variables accelerate would compile the whole model
-            for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
-                os.environ.pop(name, None)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave fp16 out")
         if self.n_gpu > 1:

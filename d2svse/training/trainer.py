@@ -147,6 +147,9 @@ class Trainer(TransformersTrainer):
                 *(callbacks or []),
             ],
         )
+        if args.torch_compile:  # `train` compiles parts; accelerate would compile the whole model
+            plugin = self.accelerator.state.dynamo_plugin
+            plugin.backend = type(plugin.backend).NO
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # no second copy of the gradients
         if hasattr(model.config, "use_cache"):

@@ -136,3 +136,24 @@ def test_stage_2_trains_every_kind_of_decoder_and_its_model_loads_equal(
     torch.testing.assert_close(
         loaded.encode_text(texts, convert_to_tensor=True), model.encode_text(texts, convert_to_tensor=True)
     )
+
+
+@pytest.mark.parametrize(("similarity", "gathered"), [("cosine", 4), ("omit", 6)])
+def test_processes_exchange_their_counts_once_and_gather_each_feature_once(
+    make_model, processor, monkeypatch, similarity, gathered
+):
+    """Image ids, scores, pooled images and pooled texts; for OMIT also the texts' tokens and mask."""
+    sent = []
+
+    def all_gather(parts, own):
+        sent.append(own.shape)
+        for part in parts:
+            part.copy_(own)
+
+    monkeypatch.setattr("d2svse.training.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    with torch.no_grad():
+        AlignTask(InfoNCE())(make_model(similarity={"name": similarity}), batch(processor))
+    assert sent[0] == (2,)
+    assert len(sent) == 1 + gathered

@@ -532,3 +532,17 @@ def _counting(function, calls):
         return function(*given, **options)
 
     return call
+
+
+def test_torch_compile_trains_to_the_same_weights(make_model, make_args, train_dataset):
+    """Accelerate would compile the whole model, and break the graph at every pooling."""
+    found = []
+    for options in ({}, {"torch_compile_backend": "eager"}):
+        trainer = Trainer(make_model(), make_args("distill", max_steps=2, save_strategy="no", **options), train_dataset)
+        assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert any(not value.equal(found[0][name]) for name, value in make_model(seed=1).state_dict().items())
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, found[0][name], rtol=1e-3, atol=1e-3)
+    torch.compiler.reset()
