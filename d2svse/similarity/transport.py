@@ -15,9 +15,10 @@ from torch import Tensor
 from d2svse.features import Features
 from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
-from d2svse.similarity.scaling import scale_kernel
+from d2svse.similarity.scaling import fused_kernels, scale_kernel
 from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity, like_lengths
 
+FUSED_COPIES = 3  # tensors of the size of the products that are alive at once with the fused kernels
 SMALLEST_SCALED = 0.01  # below this, kernels underflow so often that the log domain is used at once
 Marginals = Literal["uniform", "norm", "similarity"]
 
@@ -249,6 +250,10 @@ class Transport(FragmentSimilarity):
             weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
             scores[pairs] = self._score_products(tile[:, :, None], *weights)[:, 0]
         return list(scores.split(counts))
+
+    def _elements(self, images: Fragments) -> int:
+        elements = super()._elements(images)
+        return elements * self.copies // FUSED_COPIES if fused_kernels(images.vectors) is not None else elements
 
     def _score_products(self, products: Tensor, a: Tensor, b: Tensor) -> Tensor:
         scores, exact = self._try_products(products, a, b)

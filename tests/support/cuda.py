@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from d2svse.similarity import scaling, transport
+
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 PACKAGES = ("/d2svse/", "/transformers/", "/accelerate/", "/torch/optim/", "/tests/")
@@ -156,6 +158,8 @@ def simulated_cuda() -> Iterator[Seen]:
             (torch, "as_tensor", _made_on_device(torch.as_tensor)),
             (torch, "inference_mode", _no_grad),
             (torch._VF, "gru", _gru(torch._VF.gru)),  # type: ignore[attr-defined]
+            (scaling, "fused_kernels", lambda tensor: None),  # they need a real device
+            (transport, "fused_kernels", lambda tensor: None),
         ):
             stack.enter_context(patch.object(target, name, value))
         torch.__future__.set_swap_module_params_on_conversion(True)  # as on a device, parameters stay the same objects
