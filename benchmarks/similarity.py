@@ -272,7 +272,7 @@ def scale(pairs: int, repeats: int) -> None:
         torch.manual_seed(0)
         if share < 1:
             chosen = hardest_and_random(sides[0].pooled, sides[1].pooled, ids, share)
-            scores = similarity.score_chosen(*inputs, chosen)
+            scores = similarity.score_some(*inputs, chosen)
         else:
             scores = similarity(*inputs)
         value = loss(scores, ids)

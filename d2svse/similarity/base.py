@@ -165,7 +165,7 @@ class Similarity(nn.Module, ABC):
         """Return `vectors` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them; with gradient."""
         return self.fold(side, pooled).float() if self.foldable else F.normalize(pooled.float(), dim=-1)
 
-    def score_chosen(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:
+    def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:
         """Score some of the pairs, with gradient, where that takes less than all of them.
 
         Args:

@@ -273,7 +273,7 @@ class FragmentSimilarity(Similarity):
         product: Tensor = _RoundedProduct.apply(left, right)
         return product
 
-    def score_chosen(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:  # noqa: D102
+    def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:  # noqa: D102
         device, chosen = chosen.device, chosen.cpu()
         pairs = chosen.nonzero()
         image, text = sent(pairs.T.contiguous(), device)

@@ -98,7 +98,7 @@ class AlignTask(nn.Module):
                 every = F.pad(mine.new_ones(len(batch), 1), (0, len(image_ids) - 1))
                 every[sent(batch.valid.nonzero().flatten(), mine.device)] = mine
                 mine = every
-            scores = gather.rows(similarity.score_chosen(images, of_all, mine))
+            scores = gather.rows(similarity.score_some(images, of_all, mine))
         else:
             scores = gather.rows(similarity(images, of_all))
         losses = {"align_loss": self.align_scale * self.loss(scores, image_ids)}

@@ -429,7 +429,7 @@ def test_chosen_pairs_have_the_scores_and_gradients_of_all_pairs(name):
         leaves = [side.requires_grad_() for side in tokens]
         mask = torch.arange(6) < torch.tensor([[6], [3], [4], [1], [6], [5], [2]])
         sides = Features(leaves[0].mean(1), leaves[0]), Features(leaves[1].mean(1), leaves[1], mask)
-        scores = similarity(*sides) if whole else similarity.score_chosen(*sides, chosen)
+        scores = similarity(*sides) if whole else similarity.score_some(*sides, chosen)
         if not whole:
             assert (scores[~chosen] == UNSCORED).all()
         scores = scores.where(chosen, 0)
