@@ -2,16 +2,19 @@
 
     python benchmarks/similarity.py
     python benchmarks/similarity.py large omit
+    python benchmarks/similarity.py scale --pairs 128
 
 128 pictures of 36 fragments and 128 sentences of up to 51 words, 1024 wide, float32, all pairs, 3 Sinkhorn
 iterations. The floor is the one matrix product that gives the cosines of all fragments, padding included; times are
 medians, and memory is the rise of the peak resident set in a process of its own, gradients of the tokens included.
-The second command takes one training step of 512 pictures of 196 patches with 512 sentences of 64 words.
+The second command takes one training step of 512 pictures of 196 patches with 512 sentences of 64 words. The third
+compares the options that make OMIT cheaper (`negatives_share`, `product_dtype`) with all pairs in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -24,8 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from d2svse import Features, build_similarity
+from d2svse.losses import build_loss
 from d2svse.similarity import CrossAttentionT2I, MoversDistance, Similarity, sinkhorn
 from d2svse.similarity.scaling import scale_kernel
+from d2svse.training.tasks import hardest_and_random
 
 PATCHES, WORDS, DIM = 36, 51, 1024
 FRAGMENTS = ("omit", "movers", "max-mean", "max-softmax", "scan-t2i", "scan-i2t")
@@ -240,6 +245,56 @@ def attention(pairs: int) -> None:
     )
 
 
+def scale(pairs: int, repeats: int) -> None:
+    """OMIT with some of the negatives, and with products in bfloat16: errors and times of a training step.
+
+    Each pair has a topic of its own, and 8 pairs have a theme. Fragments are the sum of both and noise.
+    """
+    torch.manual_seed(0)
+    topics = torch.randn(pairs, DIM) + torch.randn(-(-pairs // 8), DIM).repeat_interleave(8, 0)[:pairs]
+    plain, words = make_sides(pairs)
+    sides = []
+    for side in (plain, words):
+        tokens = topics[:, None] + 3 * side.tokens  # type: ignore[operator]
+        real = side.real_tokens()[..., None]
+        sides.append(Features((tokens * real).sum(1) / real.sum(1), tokens, side.mask))
+    ids, loss = torch.arange(pairs), build_loss({"name": "hinge", "mining": "hardest"})
+    leaves = [side.tokens.clone().requires_grad_() for side in sides]  # type: ignore[union-attr]
+    inputs = [Features(side.pooled, leaf, side.mask) for side, leaf in zip(sides, leaves, strict=True)]
+    omit, rounded = build_similarity("omit", DIM), build_similarity({"name": "omit", "product_dtype": "bfloat16"}, DIM)
+    with torch.no_grad():
+        negatives = omit(*inputs).fill_diagonal_(-torch.inf)
+    hardest = torch.zeros_like(negatives, dtype=torch.bool)
+    for dim in (0, 1):
+        hardest.scatter_(dim, negatives.argmax(dim, keepdim=True), value=True)
+
+    def step(similarity: Similarity, share: float) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        if share < 1:
+            chosen = hardest_and_random(sides[0].pooled, sides[1].pooled, ids, share)
+            scores = similarity.score_some(*inputs, chosen)
+        else:
+            scores = similarity(*inputs)
+        value = loss(scores, ids)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    whole, base = step(omit, 1), seconds(lambda: step(omit, 1), repeats)
+    print(f"OMIT, hinge loss with the hardest negatives, {pairs} pairs, forward and backward, {1000 * base:.0f} ms")
+    print("| | hardest negatives scored | loss, relative error | gradient, relative error | time / all pairs |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, similarity, share in (
+        *((f"`negatives_share` {share}", omit, share) for share in (0.05, 0.1, 0.2, 0.5)),
+        ("`product_dtype` bfloat16", rounded, 1),
+    ):
+        found, taken = step(similarity, share), seconds(functools.partial(step, similarity, share), repeats)
+        torch.manual_seed(0)
+        chosen = hardest_and_random(sides[0].pooled, sides[1].pooled, ids, share) if share < 1 else hardest
+        caught = (chosen & hardest).sum() / hardest.sum()
+        errors = [(one - other).norm() / other.norm() for one, other in zip(found, whole, strict=True)]
+        cells = f"{100 * caught:.1f} % | {errors[0]:.1e} | {max(errors[1:]):.1e} | {taken / base:.2f}"
+        print(f"| {name} | {cells} |", flush=True)
+
+
 def main() -> None:
     """Measure everything, or the part that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,6 +307,9 @@ def main() -> None:
     part = parts.add_parser("large", help="one training step")
     part.add_argument("name")
     part.add_argument("--pairs", type=int, default=512)
+    part = parts.add_parser("scale", help="OMIT with some of the negatives, and with products in bfloat16")
+    part.add_argument("--pairs", type=int, default=128)
+    part.add_argument("--repeats", type=int, default=3)
     part = parts.add_parser("memory", help="what the whole starts")
     part.add_argument("name")
     part.add_argument("words", choices=("8 to 51", "51"))
@@ -259,6 +317,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.part == "memory":
         print(extra_memory(given.name, given.words, given.pairs))
+    elif given.part == "scale":
+        scale(given.pairs, given.repeats)
     elif given.part == "large":
         large(given.name, given.pairs)
     else:

@@ -17,6 +17,8 @@ from d2svse.features import Features
 from d2svse.registry import Class, Registry
 from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
 
+UNSCORED = -1e4  # below every score, and finite, so that a loss that weighs it by 0 stays finite
+
 
 class Similarity(nn.Module, ABC):
     """A score for every pair of an image and a text.
@@ -162,6 +164,22 @@ class Similarity(nn.Module, ABC):
     def pooled_vectors(self, side: Side, pooled: Tensor) -> Tensor:
         """Return `vectors` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them; with gradient."""
         return self.fold(side, pooled).float() if self.foldable else F.normalize(pooled.float(), dim=-1)
+
+    def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:
+        """Score some of the pairs, with gradient, where that takes less than all of them.
+
+        Args:
+            images: features of `n_images` images.
+            texts: features of `n_texts` texts.
+            chosen: `(n_images, n_texts)` bool, the pairs to score, at least one of each image.
+
+        Returns:
+            `(n_images, n_texts)`; the scores of `forward`, and for the other pairs them or `UNSCORED`.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        return self(images, texts)
 
     @property
     def vector_score(self) -> Literal["cosine", "dot"]:

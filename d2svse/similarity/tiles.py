@@ -6,7 +6,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from d2svse.choices import unknown
 from d2svse.features import Features, sent
 from d2svse.similarity.alignment import Alignment, TokenScores
-from d2svse.similarity.base import Side, Similarity
+from d2svse.similarity.base import UNSCORED, Side, Similarity
 from d2svse.similarity.metric import Metric, MetricOptions
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
@@ -56,11 +57,15 @@ class Fragments(NamedTuple):
 SIDE = len(Fragments._fields)
 
 
+ProductDtype = Literal["float32", "bfloat16"]
+
+
 class FragmentOptions(TypedDict, total=False):
     """The options of every similarity of fragments, see `FragmentSimilarity`."""
 
     metric: Metric
     max_memory: int
+    product_dtype: ProductDtype
 
 
 class FragmentSimilarity(Similarity):
@@ -83,20 +88,29 @@ class FragmentSimilarity(Similarity):
     Args:
         metric: how two fragments are compared; cosine without it.
         max_memory: budget of a tile in bytes.
+        product_dtype: "bfloat16" rounds the fragments of float32 features to bfloat16 before they are multiplied. The
+            products are summed in float32, and gradients are those of the rounded fragments.
 
     Raises:
-        ValueError: if the budget is not positive.
+        ValueError: if the budget is not positive, or the dtype of the products is unknown.
     """
 
     requires: ClassVar[Literal["pooled", "tokens"]] = "tokens"
     copies: ClassVar[int] = 8  # how many tensors of the size of a tile's products are alive at once
 
-    def __init__(self, metric: Metric | None = None, max_memory: int = DEFAULT_MAX_MEMORY) -> None:
+    def __init__(
+        self,
+        metric: Metric | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+        product_dtype: ProductDtype = "float32",
+    ) -> None:
         super().__init__()
+        if product_dtype not in get_args(ProductDtype):
+            raise ValueError(unknown("product_dtype", product_dtype, get_args(ProductDtype)))
         if max_memory < 1:
             raise ValueError(f"max_memory must be positive, got {max_memory}")
         self.metric = metric or Metric()
-        self.max_memory = int(max_memory)
+        self.max_memory, self.product_dtype = int(max_memory), product_dtype
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:
@@ -247,10 +261,27 @@ class FragmentSimilarity(Similarity):
             image, own = images.cut(slice(row, row + 1)), images.vectors.new_zeros(len(rows))
             for group in like_lengths([lengths[i] for i in rows], words):
                 index = [rows[position] for position in group]
-                tile = texts.cut(torch.tensor(index, device=own.device), lengths[index[0]])
-                own[torch.tensor(group, device=own.device)] = _multiply(self, image, tile, surely=True)[0][0]
+                tile = texts.cut(sent(torch.tensor(index), own.device), lengths[index[0]])
+                own[sent(torch.tensor(group), own.device)] = _multiply(self, image, tile, surely=True)[0][0]
             scores.append(own)
         return scores
+
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the inner products of `(m, dim)` and `(n, dim)` fragments, `(m, n)`, see `product_dtype`."""
+        if self.product_dtype == "float32" or left.dtype != torch.float32:
+            return left @ right.T
+        product: Tensor = _RoundedProduct.apply(left, right)
+        return product
+
+    def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:  # noqa: D102
+        device, chosen = chosen.device, chosen.cpu()
+        pairs = chosen.nonzero()
+        image, text = sent(pairs.T.contiguous(), device)
+        rows = [part.tolist() for part in pairs[:, 1].split(chosen.sum(1).tolist())]
+        with self.prepared(images, texts) as sides:
+            left, right = self.fragments(*sides)
+            found = torch.cat(self.score_pairs(left, right, _lengths(right), rows))
+            return found.new_full(chosen.shape, UNSCORED).index_put((image, text), found)
 
     def alignment(self, images: Features, texts: Features) -> Alignment:
         """Compare every image token with every word by the metric."""
@@ -288,6 +319,25 @@ def _fragments(features: Features) -> Fragments:
     assert features.tokens is not None
     vectors, norms = _Normalized.apply(features.tokens)
     return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """Multiply fragments that are rounded to bfloat16, with sums in float32; the backward pass is in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        left, right = left.bfloat16(), right.bfloat16()
+        ctx.save_for_backward(left, right)
+        if left.is_cuda:
+            return torch.mm(left, right.T, out_dtype=torch.float32)
+        return left.float() @ right.float().T  # a product of two bfloat16 is exact in float32
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = (side.float() for side in ctx.saved_tensors)
+        with torch.autocast(upstream.device.type, enabled=False):
+            return upstream @ right, upstream.T @ left
 
 
 class _Normalized(torch.autograd.Function):
@@ -435,7 +485,7 @@ def _multiply(
     similarity: FragmentSimilarity, images: Fragments, texts: Fragments, surely: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Make the products of all fragments of a tile, and their scores by `try_tile`, or `surely` by `score_tile`."""
-    products = images.mapped.flatten(0, 1) @ texts.mapped.flatten(0, 1).T
+    products = similarity.multiply(images.mapped.flatten(0, 1), texts.mapped.flatten(0, 1))
     products = products.view(*images.mask.shape, *texts.mask.shape)
     right: Tensor | None = None
     if surely:

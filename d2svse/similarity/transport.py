@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.features import Features
+from d2svse.features import Features, sent
 from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.scaling import fused_kernels, scale_kernel
@@ -226,29 +226,43 @@ class Transport(FragmentSimilarity):
         device, (n_patches, n_words) = images.mask.device, (images.mask.shape[1], texts.mask.shape[1])
         counts, of_text = [len(rows) for rows in chosen], [text for rows in chosen for text in rows]
         of_pair = [lengths[text] for text in of_text]
-        text, length = torch.tensor(of_text, device=device), torch.tensor(of_pair, device=device)
-        image = torch.arange(len(chosen), device=device).repeat_interleave(torch.tensor(counts, device=device))
+        text, length = sent(torch.tensor(of_text), device), sent(torch.tensor(of_pair), device)
+        image = sent(torch.arange(len(chosen)).repeat_interleave(torch.tensor(counts)), device)
         end = length.cumsum(0)
         start = end - length
         # the words of all pairs one after another, and their products with the patches
-        words = (text * n_words - start).repeat_interleave(length) + torch.arange(sum(of_pair), device=device)
+        total = sum(of_pair)
+        words = (text * n_words - start).repeat_interleave(length, output_size=total) + torch.arange(
+            total, device=device
+        )
         products: list[Tensor] = []
         flat, row, first = texts.mapped.flatten(0, 1), 0, 0
         for rows, alike in groupby(chosen):
             vectors = images.mapped[row : row + sum(1 for _ in alike)]
             last = first + sum(lengths[text] for text in rows)
-            of_all = flat[words[first:last]] @ vectors.flatten(0, 1).T
+            of_all = self.multiply(flat[words[first:last]], vectors.flatten(0, 1))
             products += of_all.view(-1, len(vectors), n_patches).unbind(1)
             row, first = row + len(vectors), first + len(vectors) * (last - first)
         product = torch.cat(products)
         a, b = (self._marginal(self._weights(side), side.mask) for side in (images, texts))
         scores = product.new_zeros(len(of_pair))
-        for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
-            pairs, width = torch.tensor(group, device=device), of_pair[group[0]]
+
+        def tile_of(pairs: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
             positions = torch.arange(width, device=device) + start[pairs, None]
             tile = product[positions.minimum(end[pairs, None] - 1)].mT.contiguous()
-            weights = a[image[pairs]][:, None], b[text[pairs], :width][:, None]
-            scores[pairs] = self._score_products(tile[:, :, None], *weights)[:, 0]
+            return tile[:, :, None], a[image[pairs]][:, None], b[text[pairs], :width][:, None]
+
+        tried: list[tuple[Tensor, int, Tensor]] = []
+        for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
+            pairs, width = sent(torch.tensor(group), device), of_pair[group[0]]
+            found, exact = self._try_products(*tile_of(pairs, width))
+            scores[pairs] = found[:, 0]
+            if exact is not None:
+                tried.append((pairs, width, exact))
+        outcomes = torch.stack([exact for *_, exact in tried]).tolist() if tried else []
+        for (pairs, width, _), exact in zip(tried, outcomes, strict=True):
+            if not exact:
+                scores[pairs] = self._solve(*tile_of(pairs, width)).scores[:, 0]
         return list(scores.split(counts))
 
     def _elements(self, images: Fragments) -> int:

@@ -83,17 +83,20 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
     """Return the task of a stage.
 
     Raises:
-        ValueError: if the teacher gives scores and the distillation loss compares embeddings.
+        ValueError: if the teacher gives scores and the distillation loss compares embeddings, or negatives are left
+            out.
     """
     groups = args.text_groups or (4 if args.device.type == "cpu" else 1)  # each group waits for the device
+    task = AlignTask(loss, groups)
     if isinstance(teacher, RetrievalTeacher):
-        distillation_loss = score_distillation_loss(args)
-        return ScoreDistillTask(loss, distillation_loss, teacher, args.distill_weight, groups)
-    if args.stage == "distill":
-        return DistillTask(
-            loss, build_distillation_loss(args.distill_loss), args.distill_weight, groups, args.align_weight
-        )
-    return AlignTask(loss, groups)
+        if args.negatives_share < 1:
+            raise ValueError("negatives_share: a retrieval model as the teacher scores all pairs; leave it out")
+        task = ScoreDistillTask(loss, score_distillation_loss(args), teacher, args.distill_weight, groups)
+    elif args.stage == "distill":
+        distillation_loss = build_distillation_loss(args.distill_loss)
+        task = DistillTask(loss, distillation_loss, args.distill_weight, groups, args.align_weight)
+    task.negatives_share = args.negatives_share
+    return task
 
 
 def make_samples(

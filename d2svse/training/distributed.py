@@ -77,6 +77,10 @@ class Gather:
         device: device of the tensors.
         valid: `(count,)` bool on the CPU, the rows to join, see `Batch`; None for all.
         length: number of tokens of this process's texts; shorter sequences are padded to the longest.
+
+    Attributes:
+        counts: number of valid rows of each process.
+        own: which of the joined rows are of this process.
     """
 
     def __init__(
@@ -86,13 +90,15 @@ class Gather:
         if valid is not None and not valid.all():
             chosen = valid.nonzero().flatten()
             count, self._chosen = len(chosen), sent(chosen, device)
-        self.counts, self.longest = [count], length or 0
+        self.counts, self.longest, first = [count], length or 0, 0
         if world_size() > 1:
             own = sent(torch.tensor([count, self.longest]), device)
             of_all = own.new_empty(world_size(), 2)
             dist.all_gather(list(of_all.unbind()), own)
             rows = of_all.tolist()  # the only wait for the device
             self.counts, self.longest = [rows for rows, _ in rows], max(length for _, length in rows)
+            first = sum(self.counts[: dist.get_rank()])
+        self.own = slice(first, first + count)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Join the rows of all processes, in the order of their ranks.

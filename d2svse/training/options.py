@@ -380,6 +380,13 @@ class ComputeOptions:
     attn_implementation: str | None = option(
         None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."
     )
+    negatives_share: float = option(
+        1.0,
+        "Share of the negatives that a similarity of tokens scores: half of them the hardest by the cosine of pooled "
+        "vectors, half drawn at random; the others count for nothing. 1 scores all pairs.",
+        least=0.001,
+        most=1,
+    )
     text_groups: int | None = option(
         None,
         "Groups of similar length in which the texts of a batch are encoded; without it, 4 on a CPU and 1 elsewhere.",

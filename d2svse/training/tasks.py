@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2svse.data import Batch
-from d2svse.features import Features
+from d2svse.features import Features, sent
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
 from d2svse.training.distributed import Gather
@@ -48,11 +50,12 @@ class AlignTask(nn.Module):
 
     Attributes:
         align_scale: factor of the ranking loss, which `AlignWarmupCallback` raises from 0 to 1.
+        negatives_share: share of the negatives that a similarity of tokens scores, see `hardest_and_random`.
     """
 
     def __init__(self, loss: RankingLoss, text_groups: int = 1) -> None:
         super().__init__()
-        self.loss, self.text_groups, self.align_scale = loss, text_groups, 1.0
+        self.loss, self.text_groups, self.align_scale, self.negatives_share = loss, text_groups, 1.0, 1.0
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch.
@@ -87,14 +90,24 @@ class AlignTask(nn.Module):
         length = None if texts.tokens is None else texts.tokens.shape[1]
         gather = Gather(len(batch), images.pooled.device, batch.valid, length)
         image_ids, of_all = gather.rows(batch.image_ids), gather.features(texts)
-        scores = gather.rows(similarity(images, of_all))
+        with torch.no_grad():
+            pooled_images = gather.rows(images.pooled.detach())
+        if self.negatives_share < 1:
+            pairs = hardest_and_random(pooled_images, of_all.pooled.detach(), image_ids, self.negatives_share)
+            mine = pairs[gather.own]
+            if len(mine) < len(batch):  # rows that are not valid score something, which is then dropped
+                every = F.pad(mine.new_ones(len(batch), 1), (0, len(image_ids) - 1))
+                every[sent(batch.valid.nonzero().flatten(), mine.device)] = mine
+                mine = every
+            scores = gather.rows(similarity.score_some(images, of_all, mine))
+        else:
+            scores = gather.rows(similarity(images, of_all))
         losses = {"align_loss": self.align_scale * self.loss(scores, image_ids)}
         losses |= self.further_losses(JoinedBatch(batch, similarity, images, of_all, scores, image_ids, gather))
         penalty = similarity.penalty()
         if penalty is not None:
             losses["penalty_loss"] = penalty
-        with torch.no_grad():
-            sides = Features(gather.rows(images.pooled.detach())), Features(of_all.pooled.detach())
+        sides = Features(pooled_images), Features(of_all.pooled.detach())
         return {**losses, **batch_statistics(self.loss, scores, image_ids, *sides)}
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
@@ -189,6 +202,32 @@ class ScoreDistillTask(AlignTask):
             if penalty is not None:
                 losses["teacher_penalty_loss"] = penalty
         return losses
+
+
+@torch.no_grad()
+def hardest_and_random(images: Tensor, texts: Tensor, image_ids: Tensor, share: float) -> Tensor:
+    """Choose the matching pairs, and for each image and each text its hardest negatives and random ones.
+
+    The loss and its gradient are those of all pairs where the loss takes the hardest negatives alone and they are among
+    the chosen ones.
+
+    Args:
+        images: pooled vectors of n images, `(n, dim)`; the cosine to `texts` tells which negatives are hard.
+        texts: pooled vectors of their texts, `(n, dim)`.
+        image_ids: `(n,)` id of each image.
+        share: share of the other pairs to choose for each image and each text, half of them hard and half at random.
+
+    Returns:
+        `(n, n)` bool.
+    """
+    cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    cosines = cosines.masked_fill(image_ids[:, None] == image_ids, -torch.inf)
+    chosen = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    count = math.ceil(share * (len(cosines) - 1) / 2)
+    for order in (cosines, torch.rand_like(cosines)):
+        for dim in (0, 1):
+            chosen.scatter_(dim, order.topk(count, dim).indices, value=True)
+    return chosen
 
 
 def total_loss(parts: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import FragmentSimilarity
+from d2svse.similarity.base import UNSCORED
 from d2svse.similarity.tiles import like_lengths
 from d2svse.similarity.transport import Transport
 from support.similarities import names_of
@@ -410,3 +411,50 @@ def test_a_tile_of_another_shape_is_refused():
 
     with pytest.raises(ValueError, match=r"Words\.score_tile must give a tensor \(2, 1\), got \(2, 1, 4\)"):
         Words()(side(2, 3, 0), side(1, 4, 1, masked=False))
+
+
+@pytest.mark.parametrize(
+    "name", ["omit", "movers", "max-mean", "scan-t2i", {"name": "omit", "marginals": "similarity"}]
+)
+def test_chosen_pairs_have_the_scores_and_gradients_of_all_pairs(name):
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(5, 7, generator=generator) < 0.4
+    chosen[:, 2] = True
+    upstream, found = torch.randn(5, 7, generator=generator), []
+    similarity = build_similarity(name, 6)
+    for whole in (True, False):
+        tokens = [
+            torch.randn(n, length, 6, generator=torch.Generator().manual_seed(n)) for n, length in ((5, 4), (7, 6))
+        ]
+        leaves = [side.requires_grad_() for side in tokens]
+        mask = torch.arange(6) < torch.tensor([[6], [3], [4], [1], [6], [5], [2]])
+        sides = Features(leaves[0].mean(1), leaves[0]), Features(leaves[1].mean(1), leaves[1], mask)
+        scores = similarity(*sides) if whole else similarity.score_some(*sides, chosen)
+        if not whole:
+            assert (scores[~chosen] == UNSCORED).all()
+        scores = scores.where(chosen, 0)
+        (scores * upstream).sum().backward()
+        found.append((scores.detach(), *(leaf.grad for leaf in leaves)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["omit", "max-mean"])
+def test_products_in_bfloat16_are_those_of_rounded_fragments_with_sums_in_float32(name):
+    plain, rounded = build_similarity(name, 6), build_similarity({"name": name, "product_dtype": "bfloat16"}, 6)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(9, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    sides = [[side.clone().requires_grad_() for side in (left, right)] for _ in range(2)]
+    product = rounded.multiply(*sides[0])
+    expected = sides[1][0].bfloat16().double() @ sides[1][1].bfloat16().double().T
+    torch.testing.assert_close(product.double(), expected, rtol=1e-6, atol=1e-6)
+    upstream = torch.randn(9, 11, generator=generator)
+    product.backward(upstream)
+    for leaf, other in zip(
+        sides[0], (upstream @ right.bfloat16().float(), upstream.T @ left.bfloat16().float()), strict=True
+    ):
+        torch.testing.assert_close(leaf.grad, other)
+    images, texts = (Features(torch.randn(n, 6), torch.randn(n, 5, 6)) for n in (3, 4))
+    assert 0 < (plain(images, texts) - rounded(images, texts)).abs().max() < 0.05
+    with pytest.raises(ValueError, match="unknown product_dtype"):
+        build_similarity({"name": name, "product_dtype": "float16"}, 6)

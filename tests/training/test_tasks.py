@@ -5,9 +5,9 @@ import torch
 
 from d2svse import Features, Trainer, TrainingArguments
 from d2svse.data import Batch
-from d2svse.losses import InfoNCE, KLDistillation, build_distillation_loss
+from d2svse.losses import InfoNCE, KLDistillation, TripletLoss, build_distillation_loss
 from d2svse.similarity import similarity_names
-from d2svse.training.tasks import AlignTask, DistillTask, total_loss
+from d2svse.training.tasks import AlignTask, DistillTask, hardest_and_random, total_loss
 
 
 def batch(processor):
@@ -157,3 +157,37 @@ def test_processes_exchange_their_counts_once_and_gather_each_feature_once(
         AlignTask(InfoNCE())(make_model(similarity={"name": similarity}), batch(processor))
     assert sent[0] == (2,)
     assert len(sent) == 1 + gathered
+
+
+def test_the_hinge_loss_is_exact_if_the_hardest_negatives_are_among_the_chosen(make_model, processor, monkeypatch):
+    task, given, found = AlignTask(TripletLoss(mining="hardest")), batch(processor), []
+    model = make_model(similarity={"name": "omit"}, image_pooling="mean", text_pooling="mean")
+    negatives = model.similarity_fn(*task.encode(model, given)).detach().fill_diagonal_(-torch.inf)
+    kept = torch.eye(3, dtype=torch.bool)
+    for dim in (0, 1):
+        kept.scatter_(dim, negatives.argmax(dim, keepdim=True), value=True)
+    assert not kept.all()
+    monkeypatch.setattr("d2svse.training.tasks.hardest_and_random", lambda *_: kept)
+    for task.negatives_share in (1.0, 0.4):
+        model.zero_grad()
+        loss = task(model, given)["align_loss"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hardest_and_random_negatives_of_both_directions_are_chosen():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(40, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    ids = torch.arange(40) // 2
+    torch.manual_seed(0)
+    chosen = hardest_and_random(images, texts, ids, 0.2)
+    cosines = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
+    cosines[ids[:, None] == ids] = -2
+    assert chosen.diagonal().all()
+    for matrix, marks in ((cosines, chosen), (cosines.T, chosen.T)):
+        for row, mark in zip(matrix, marks, strict=True):
+            assert mark[row.argsort(descending=True)[:4]].all()  # half of 0.2 · 39
+    assert 40 * 8 < chosen.sum() < 40 * 18
+    assert not torch.equal(chosen, hardest_and_random(images, texts, ids, 0.2))
