@@ -3,14 +3,43 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
+from d2svse.training.sweep import read_sweep
+
 ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "benchmarks" / "study"
+SWEEPS = sorted(path.stem for path in STUDY.glob("*.yaml"))
 
 
-def test_the_table_of_the_dual_encoder_is_that_of_the_records():
-    path = ROOT / "benchmarks" / "study" / "dual_encoder.py"
-    spec = importlib.util.spec_from_file_location("dual_encoder", path)
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def page():
+    return (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_dual_encoder_is_that_of_the_records(page):
     shown = page.split("<!-- table of benchmarks/study/dual_encoder.py -->\n")[1].split("\n<!-- end -->")[0]
-    assert shown.splitlines() == study.table()
+    assert shown.splitlines() == script("dual_encoder").table()
+
+
+def test_the_tables_of_the_sweeps_are_those_of_the_records(page):
+    tables = script("tables")
+    assert tables.filled(page) == page
+    assert {match["sweep"] for match in tables.MARKED.finditer(page)} == set(SWEEPS)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_is_valid_and_its_records_are_of_its_rows(name, tmp_path):
+    sweep = read_sweep(STUDY / f"{name}.yaml")
+    for run in sweep.runs:
+        sweep.recipe(run, tmp_path)
+    for record in script("tables").records_of(name):
+        assert record["row"] in sweep.rows
+        assert record["overrides"] == sweep.rows[record["row"]]
