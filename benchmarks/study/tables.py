@@ -14,14 +14,18 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from d2svse.files.data import read_json
 from d2svse.files.replace import write_json, write_text
+from d2svse.training.options import PRESETS
 from d2svse.training.sweep import read_record, read_sweep
 from d2svse.training.sweep_table import table_rows
+from d2svse.visualize.figures import MEDIUM, new_figure, save_figure
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "results.md"
@@ -42,7 +46,8 @@ def collect(folder: Path) -> Path:
         record = read_record(path)
         kept = {name: record[name] for name in ("run", "row", "seed", "overrides", "seconds", "steps", "resumed")}
         sets = {name: dict(one) for name, one in record["sets"].items()}
-        del sets["val"]["ranks"]
+        if len(sets) > 1:
+            del sets["val"]["ranks"]
         kept |= {"sets": sets, "card": {name: record["card"][name] for name in OF_CARD}}
         records[_key(record)] = kept
     write_json(file, [records[key] for key in sorted(records)])
@@ -96,6 +101,43 @@ def filled(page: str) -> str:
     return MARKED.sub(fill, page)
 
 
+def mean_and_deviation(records: Sequence[Mapping[str, Any]], on: str = "test") -> tuple[float, float]:
+    """Return the mean of rSum in percent over runs, and its deviation (0 for one run)."""
+    values = [100 * one["sets"][on]["metrics"]["rsum"] for one in records]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_tokens() -> Figure:
+    """Draw rSum by the number of learnable tokens (D2S-VSE, Figure 4)."""
+    recommended = PRESETS["recommended"]["num_context_tokens"]
+    rows = {recommended: "cosine", 0: "no tokens", **{count: f"{count} tokens" for count in (4, 50, 100)}}
+    runs = {count: [one for one in records_of("distillation") if one["row"] == row] for count, row in rows.items()}
+    counts = sorted(count for count, found in runs.items() if found)
+    points = [mean_and_deviation(runs[count]) for count in counts]
+    figure = new_figure(MEDIUM, 5)
+    axes = figure.add_subplot()
+    axes.errorbar(counts, [mean for mean, _ in points], [deviation for _, deviation in points], marker="o", capsize=3)
+    axes.set_xlabel("learnable tokens")
+    axes.set_ylabel("rSum on the test images")
+    return figure
+
+
+def draw_times() -> Figure:
+    """Draw rSum of each similarity by the time of its training."""
+    figure = new_figure(MEDIUM, 5)
+    axes = figure.add_subplot()
+    records = records_of("similarities")
+    for row in dict.fromkeys(one["row"] for one in records):
+        runs = [one for one in records if one["row"] == row]
+        seconds = statistics.mean(training_seconds(one) for one in runs)
+        mean, deviation = mean_and_deviation(runs)
+        axes.errorbar([seconds], [mean], [deviation], marker="o", capsize=3)
+        axes.annotate(row, (seconds, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("rSum on the test images")
+    return figure
+
+
 def main() -> None:
     """Collect records, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,6 +147,8 @@ def main() -> None:
         print(collect(folder))
     if not given.collect:
         write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
+        for name, draw in (("study-tokens", draw_tokens), ("study-times", draw_times)):
+            save_figure(draw(), PAGE.parent / "images" / f"{name}.png")
 
 
 if __name__ == "__main__":

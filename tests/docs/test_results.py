@@ -30,6 +30,7 @@ def test_the_table_of_the_dual_encoder_is_that_of_the_records(page):
 
 
 def test_the_tables_of_the_sweeps_are_those_of_the_records(page):
+    pytest.importorskip("matplotlib", reason="the script draws figures")
     tables = script("tables")
     assert tables.filled(page) == page
     assert {match["sweep"] for match in tables.MARKED.finditer(page)} == set(SWEEPS)
@@ -40,6 +41,7 @@ def test_a_sweep_is_valid_and_its_records_are_of_its_rows(name, tmp_path):
     sweep = read_sweep(STUDY / f"{name}.yaml")
     for run in sweep.runs:
         sweep.recipe(run, tmp_path)
+    pytest.importorskip("matplotlib", reason="the script draws figures")
     for record in script("tables").records_of(name):
         assert record["row"] in sweep.rows
         assert record["overrides"] == sweep.rows[record["row"]]
