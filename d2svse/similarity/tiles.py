@@ -24,6 +24,7 @@ DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the cache between two operations
 NUM_BLOCKS = 4  # of a block-diagonal metric of fragments, the paper's "ratio"
 SMALLEST_NORM = 1e-12
+HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # `torch.mm` into float32
 IMAGES_TOGETHER = 16  # stored images, whose tokens stay in the CPU's cache
 QUERIES_TOGETHER = 64
 LIKE_LENGTH = 0.75  # the shortest text of a tile has at least this share of the words of the longest
@@ -328,7 +329,7 @@ class _RoundedProduct(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         left, right = left.bfloat16(), right.bfloat16()
         ctx.save_for_backward(left, right)
-        if left.is_cuda:
+        if left.is_cuda and HAS_OUT_DTYPE:
             return torch.mm(left, right.T, out_dtype=torch.float32)
         return left.float() @ right.float().T  # a product of two bfloat16 is exact in float32
 
