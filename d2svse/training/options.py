@@ -28,6 +28,7 @@ from d2svse.choices import (
     Placement,
     Projection,
     Resizing,
+    Side,
 )
 
 Stage = Literal["pretrain", "distill", "align"]
@@ -318,6 +319,12 @@ class SampleOptions:
     captions_per_epoch: CaptionsPerEpoch = option(
         "one", "Sparse captions of each image in an epoch: one that is drawn, or all."
     )
+    unimodal: Side | None = option(
+        None,
+        "Train one side in itself: images with images, or texts with texts, of one identity, in stage align; without "
+        "it, images with texts.",
+        flag=True,
+    )
     unique_images: bool = option(
         False, "Put at most one caption of each image into a batch, if an epoch takes all captions."
     )
@@ -398,7 +405,7 @@ class RunOptions:
     stages: list[Stage] = option(
         [],
         "Stages in order, separated by commas: pretrain, distill, align. Without it, pretrain,distill, or align for a "
-        "preset of another method than D2S-VSE.",
+        "preset of another method than D2S-VSE and with unimodal.",
         flag=True,
     )
     preset: Preset = option("recommended", "Preset that gives the defaults.", flag=True)
