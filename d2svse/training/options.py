@@ -34,7 +34,7 @@ from d2svse.choices import (
 Stage = Literal["pretrain", "distill", "align"]
 Preset = Literal[
     "paper", "published", "recommended", "dual-encoder", "d2s-vse", "vse++", "vse-infinity", "scan-t2i", "scan-i2t",
-    "bfan", "naaf", "chan", "filip", "teran", "wti", "omit",
+    "esa", "bfan", "naaf", "chan", "filip", "teran", "wti", "omit",
 ]  # fmt: skip
 Gssf = Literal["diagonal", "block-diagonal"]
 Lora = Literal["none", "vision", "text", "both"]
@@ -571,6 +571,8 @@ _HOSTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # VSE++ (Faghri et al., BMVC 2018): 30 epochs, a tenth of the rate after 15, the hardest negatives throughout.
     "vse++": ({"learning_rate": 2e-4, "num_train_epochs": 30, "mining": "hardest"}, _TOKENS),
     "vse-infinity": ({}, {"image_pooling": "gpo", "text_pooling": "gpo"}),
+    # ESA (Zhu et al., TCSVT 2023): the published settings are those of VSE-infinity.
+    "esa": ({}, {"image_pooling": "esa", "text_pooling": "esa"}),
     # SCAN (Lee et al., ECCV 2018) on Flickr30K: 30 epochs, a tenth of the rate after 15.
     "scan-t2i": (
         {"learning_rate": 2e-4, "num_train_epochs": 30, "mining": "hardest"},
