@@ -183,8 +183,8 @@ class ClsPooling(nn.Module):
 class ExternalSpaceAttention(nn.Module):
     """Weigh the tokens in each dimension by a learned linear layer (ESA, Zhu et al., TCSVT 2023).
 
-    pooled_d = Σ_i softmax_i((W x_i)_d) · x_id. The layer of the published code has a bias, which is equal for all tokens.
-    The softmax removes it, so there is none here.
+    pooled_d = Σ_i softmax_i((W x_i)_d) · x_id. The published layer has a bias, which is equal for all tokens. The
+    softmax removes it, so there is none here.
 
     Args:
         dim: width of the tokens.
