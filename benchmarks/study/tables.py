@@ -147,8 +147,9 @@ def main() -> None:
         print(collect(folder))
     if not given.collect:
         write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
-        for name, draw in (("study-tokens", draw_tokens), ("study-times", draw_times)):
-            save_figure(draw(), PAGE.parent / "images" / f"{name}.png")
+        for sweep, name, draw in (("distillation", "tokens", draw_tokens), ("similarities", "times", draw_times)):
+            if records_of(sweep):
+                save_figure(draw(), PAGE.parent / "images" / f"study-{name}.png")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,16 @@ def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = N
     print_table(titles, cells, title)
 
 
+def print_unimodal(rows: Mapping[str, Mapping[str, float]], title: str | None = None) -> None:
+    """Print a table of the metrics of one side in percent, see `unimodal_metrics`, with a row for each name."""
+    shares = {"R@1": "recall_at_1", "R@5": "recall_at_5", "R@10": "recall_at_10", "mAP": "map"}
+    cells = {
+        name: [f"{metrics['num_queries']:.0f}", *(f"{100 * metrics[key]:.1f}" for key in shares.values())]
+        for name, metrics in rows.items()
+    }
+    print_table(["queries", *shares], cells, title)
+
+
 def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title: str | None = None) -> None:
     """Print a table with a name before each row of cells."""
     from rich.box import SIMPLE

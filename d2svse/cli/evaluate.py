@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from d2svse.choices import Candidates, Captions, DataFormat, OnBadImage, ProtocolName, Side
-from d2svse.cli.common import Device, Dtype, examples, load_model, parse_assignments, print_recalls, print_table
+from d2svse.cli.common import (
+    Device,
+    Dtype,
+    examples,
+    load_model,
+    parse_assignments,
+    print_recalls,
+    print_table,
+    print_unimodal,
+)
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
@@ -179,7 +188,7 @@ def evaluate(
         from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal
 
         metrics = evaluate_unimodal(loaded[0][1], dataset, unimodal, batch_size=batch_size, show_progress_bar=True)
-        _print_unimodal(unimodal, data, metrics)
+        print_unimodal({f"{unimodal} to {unimodal}": metrics}, data.name)
         if output is not None:
             write_json(
                 output, {"model": names[0], "data": str(data), "split": split, "unimodal": unimodal, "metrics": metrics}
@@ -223,13 +232,6 @@ def evaluate(
         write_json(output, result)
     if per_query is not None:
         write_json_lines(per_query, evaluation.queries())
-
-
-def _print_unimodal(side: Side, data: Path, metrics: Mapping[str, float]) -> None:
-    shares = {"R@1": "recall_at_1", "R@5": "recall_at_5", "R@10": "recall_at_10", "mAP": "map"}
-    cells = [f"{100 * metrics[name]:.1f}" for name in shares.values()]
-    row = [str(metrics["num_queries"]), *cells]
-    print_table(["queries", *shares], {f"{side} to {side}": row}, data.name)
 
 
 def _compare(metrics: Mapping[str, float], earlier: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from d2svse.choices import unknown
-from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls
+from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls, print_unimodal
 from d2svse.cli.options import flags, with_flags
 from d2svse.files.data import read_json
 from d2svse.training.options import GROUPS, PRESETS, STAGES, DataOptions, ModelOptions, RunOptions, StartOptions
@@ -129,7 +129,11 @@ def run_training(
         results = run_recipe(recipe)
     if not is_main_process():
         return
-    print_recalls(results, f"validation, {Path(recipe.val).name}")
+    unimodal = {stage: metrics for stage, metrics in results.items() if "map" in metrics}
+    across = {stage: metrics for stage, metrics in results.items() if stage not in unimodal}
+    for rows, show in ((across, print_recalls), (unimodal, print_unimodal)):
+        if rows:
+            show(rows, f"validation, {Path(recipe.val).name}")
     kept = read_json(Path(recipe.output) / "run.json").get("interpolation")
     if kept:
         share, metric = 100 * kept["kept"], kept["metric"]

@@ -16,7 +16,8 @@ MASK_SHARE, REPLACE_SHARE = 0.5, 0.1  # shares of the changed words; the rest ar
 TOKEN_DROP_RATE = 0.2
 
 # Each purpose has its own stream of random numbers, so that one augmentation never shifts another.
-CAPTION, IMAGE, WORDS, IMAGE_TOKENS = range(4)
+CAPTION, IMAGE, WORDS, IMAGE_TOKENS, PARTNER = range(5)
+SECOND_VIEW = 16  # is added to the purpose for the second item of a pair
 
 
 def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:

@@ -25,6 +25,8 @@ class Sample:
         text_tokens: `(length, hidden_size)` tokens of the text backbone for `input_ids`.
         teacher_embeds: `(embed_dim,)` dense embedding to distil from.
         caption_id: row of the text among the captions of its data set; -1 for a dense caption.
+        identity: number of the identity of the item, in training of one side; -1 otherwise.
+        second: another item of the identity, in training of one side.
     """
 
     input_ids: list[int]
@@ -36,6 +38,8 @@ class Sample:
     text_tokens: Tensor | None = None
     teacher_embeds: Tensor | None = None
     caption_id: int = -1
+    identity: int = -1
+    second: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +58,9 @@ class Batch:
         text_tokens: `(n, length, hidden_size)` tokens of the text backbone for `input_ids`.
         teacher_embeds: `(n, embed_dim)` dense embeddings to distil from.
         caption_ids: `(n,)` int64, row of each text among the captions of its data set; -1 for a dense caption.
+        identities: `(n,)` int64, identity of each row in training of one side; rows of one identity match. None
+            otherwise, where rows of one image match.
+        second: another item of the identity of each row, in training of one side; as long as this batch.
     """
 
     input_ids: Tensor
@@ -66,6 +73,8 @@ class Batch:
     text_tokens: Tensor | None = None
     teacher_embeds: Tensor | None = None
     caption_ids: Tensor | None = None
+    identities: Tensor | None = None
+    second: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -73,6 +82,16 @@ class Batch:
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """Return a batch of some rows."""
         return self._map(lambda tensor: tensor[rows])
+
+    def both_views(self) -> Batch:
+        """Return the rows of this batch, followed by those of `second`."""
+        assert self.second is not None
+        views = replace(self, second=None), self.second
+        joined: dict[str, Any] = {}
+        for field in fields(self):
+            parts = [getattr(view, field.name) for view in views]
+            joined[field.name] = None if parts[0] is None else torch.cat(parts)
+        return Batch(**joined)
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """Yield batches of at most `size` consecutive rows."""
@@ -86,9 +105,9 @@ class Batch:
         """Return the batch in pinned memory; `DataLoader(pin_memory=True)` calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: function(tensor) for name, tensor in parts.items() if tensor is not None})
+        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
 
 
 class Collator:
@@ -104,12 +123,21 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Return a batch of samples; all samples must have equal parts, such as pixels."""
+        seconds = [sample.second for sample in samples if sample.second is not None]
+        if seconds:  # both views get texts of one length
+            whole = self._collate([*samples, *seconds])
+            return replace(whole[: len(samples)], second=whole[len(samples) :])
+        return self._collate(samples)
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
         input_ids = torch.full((len(samples), self.length or int(lengths.max())), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
             row[: len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        parts = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]
-        parts = [name for name in parts if name != "text_tokens"]
+        names = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]
+        stacked: dict[str, Any] = {
+            name: torch.stack([getattr(sample, name) for sample in samples]) for name in names if name != "text_tokens"
+        }
         texts = [sample.text_tokens for sample in samples if sample.text_tokens is not None]
         return Batch(
             input_ids=input_ids,
@@ -117,6 +145,7 @@ class Collator:
             image_ids=torch.tensor([sample.image_id for sample in samples]),
             valid=torch.tensor([sample.valid for sample in samples]),
             caption_ids=torch.tensor([sample.caption_id for sample in samples]),
+            identities=torch.tensor([sample.identity for sample in samples]) if samples[0].identity >= 0 else None,
             text_tokens=pad_sequence(texts, batch_first=True) if texts else None,
-            **{name: torch.stack([getattr(sample, name) for sample in samples]) for name in parts},
+            **stacked,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2svse.choices import Side
 from d2svse.data.manifest import DenseSource, Record, check_images
 from d2svse.data.readers import read_records, require_images
 from d2svse.images import OnBadImage, StoredImage
@@ -113,6 +114,28 @@ class ImageTextDataset:
         """The row of each caption's image, `(n_captions,)` int64."""
         counts = [len(record.captions) for record in self.records]
         return np.repeat(np.arange(len(self.records)), counts)
+
+    def identities(self, side: Side) -> np.ndarray:
+        """Return the identity of each image or caption as a number: `(n_images,)` or `(n_captions,)` int64.
+
+        Items of one identity have one number. A caption has the identity of its image, or is one of its image's where
+        the records have none.
+
+        Args:
+            side: "image" or "text".
+
+        Raises:
+            ValueError: if some records have an identity and others do not, or images have none.
+        """
+        names = [record.identity for record in self.records]
+        lacking = [row for row, name in enumerate(names) if name is None]
+        if lacking and (len(lacking) < len(names) or side == "image"):
+            raise ValueError(f'{self.records[lacking[0]].where(self.source)}: expected "identity", which is missing')
+        numbers: dict[str | None, int] = {}
+        of_image = np.array(
+            [row if lacking else numbers.setdefault(name, len(numbers)) for row, name in enumerate(names)]
+        )
+        return of_image if side == "image" else of_image[self.image_of_caption]
 
     @property
     def dense_captions(self) -> list[str]:

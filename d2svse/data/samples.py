@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from d2svse.choices import Side
 from d2svse.data import augment
 from d2svse.data.collate import Sample
 from d2svse.data.dataset import ImageTextDataset
@@ -152,9 +153,17 @@ class TrainingSamples(Dataset[Sample]):
         text_tokens: tokens of the text backbone by row of the caption; of the image, if `text` is "dense".
         num_embeddings: number of token ids of the text backbone; None for that of the tokenizer.
         decoded: decoded images by row, see `decoded_images`; None reads the images' files.
+        unimodal: make pairs of one side, "image" or "text", instead of images with texts. Each item gets a second one,
+            drawn from the others of its identity; a lone item gets a second view of itself. The augmentation of both
+            differs.
+
+    Attributes:
+        identity_of_row: `(len(self),)` numbers, equal for rows that match: the image of each row, or with `unimodal`
+            its identity.
 
     Raises:
-        ValueError: if `text` is "dense" and an image has no dense caption.
+        ValueError: if `text` is "dense" and an image has no dense caption, or `unimodal` needs an identity that is
+            missing.
     """
 
     def __init__(
@@ -174,6 +183,7 @@ class TrainingSamples(Dataset[Sample]):
         text_tokens: SupportsRows | None = None,
         num_embeddings: int | None = None,
         decoded: Sequence[np.ndarray] | DecodedImages | None = None,
+        unimodal: Side | None = None,
     ) -> None:
         self.dataset, self.processor, self.text, self.seed = dataset, processor, text, seed
         self.augment_images, self.augment_words = augment_images, augment_words
@@ -182,8 +192,17 @@ class TrainingSamples(Dataset[Sample]):
         tokenizer = processor.tokenizer
         self.max_length = min(max_length or processor.max_length, processor.max_length)
         self.dense_captions = dataset.dense_captions if text == "dense" else None
-        self.image_of_row = dataset.image_of_caption if text == "sparse" and captions_per_epoch == "all" else None
-        self.first_caption = np.searchsorted(dataset.image_of_caption, np.arange(len(dataset)))
+        self.unimodal, self.image_of_caption = unimodal, dataset.image_of_caption
+        every_caption = text == "sparse" and captions_per_epoch == "all" and unimodal != "image"
+        self.image_of_row = self.image_of_caption if every_caption else None
+        self.first_caption = np.searchsorted(self.image_of_caption, np.arange(len(dataset)))
+        self.identity_of_row = np.arange(len(dataset)) if self.image_of_row is None else self.image_of_row
+        if unimodal is not None:
+            self._identities = dataset.identities(unimodal)
+            by_identity = np.argsort(self._identities, kind="stable")
+            self._groups = np.split(by_identity, np.flatnonzero(np.diff(self._identities[by_identity])) + 1)
+            items = self.identity_of_row if unimodal == "image" else self.first_caption[self.identity_of_row]
+            self.identity_of_row = self._identities[items]
         known = min(len(tokenizer), num_embeddings or len(tokenizer))
         self.replacements = np.setdiff1d(np.arange(known), tokenizer.all_special_ids)
         mask = tokenizer.mask_token_id
@@ -200,15 +219,21 @@ class TrainingSamples(Dataset[Sample]):
         """
         draw = draw if isinstance(draw, Draw) else Draw(0, draw)
         row = draw.index if self.image_of_row is None else int(self.image_of_row[draw.index])
+        text, caption = ("", -1) if self.unimodal == "image" else self._text(draw, row)
+        sample = self._sample(draw, row, text, caption)
+        return sample if self.unimodal is None else self._with_second(draw, sample)
+
+    def _sample(self, draw: Draw, row: int, text: str, caption: int, view: int = 0) -> Sample:
+        """Return an image with a text, without the side that `unimodal` leaves out."""
         pixels = mask = None
-        if self.image_tokens is None:
-            pixels = self.pixels(row, self._generator(draw, augment.IMAGE) if self.augment_images else None)
+        if self.image_tokens is None and self.unimodal != "text":
+            rng = self._generator(draw, augment.IMAGE + view) if self.augment_images else None
+            pixels = self.pixels(row, rng)
         if self.num_image_tokens is not None:
-            rng = self._generator(draw, augment.IMAGE_TOKENS)
+            rng = self._generator(draw, augment.IMAGE_TOKENS + view)
             mask = torch.from_numpy(augment.keep_image_tokens(self.num_image_tokens, rng))
-        text, caption = self._text(draw, row)
         return Sample(
-            input_ids=self._token_ids(text, draw),
+            input_ids=[] if self.unimodal == "image" else self._token_ids(text, draw, view),
             caption_id=caption,
             image_id=row,
             valid=draw.valid,
@@ -218,6 +243,19 @@ class TrainingSamples(Dataset[Sample]):
             text_tokens=None if self.text_tokens is None else self.text_tokens[row if caption < 0 else caption],
             teacher_embeds=None if self.teacher_embeddings is None else self.teacher_embeddings[row],
         )
+
+    def _with_second(self, draw: Draw, sample: Sample) -> Sample:
+        item = sample.image_id if self.unimodal == "image" else sample.caption_id
+        identity = int(self._identities[item])
+        others = self._groups[identity][self._groups[identity] != item]
+        if len(others):
+            item = int(self._generator(draw, augment.PARTNER).choice(others))
+        row, text, caption = item, "", -1
+        if self.unimodal == "text":
+            row, caption = int(self.image_of_caption[item]), item
+            text = self.dataset.records[row].captions[item - int(self.first_caption[row])]
+        second = self._sample(draw, row, text, caption, augment.SECOND_VIEW)
+        return replace(sample, identity=identity, second=replace(second, identity=identity))
 
     def pixels(self, row: int, rng: np.random.Generator | None = None) -> Tensor:
         """Return the pixels of an image: `(channels, height, width)`; or its region features as they are.
@@ -253,10 +291,10 @@ class TrainingSamples(Dataset[Sample]):
             number = int(self._generator(draw, augment.CAPTION).integers(len(captions)))
         return captions[number], first + number
 
-    def _token_ids(self, text: str, draw: Draw) -> list[int]:
+    def _token_ids(self, text: str, draw: Draw, view: int) -> list[int]:
         encoded = self.processor.tokenizer(text, truncation=True, max_length=self.max_length)
         if not self.augment_words:
             return encoded["input_ids"]
         words = self.processor.word_ids(encoded)
-        rng = self._generator(draw, augment.WORDS)
+        rng = self._generator(draw, augment.WORDS + view)
         return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)

@@ -118,7 +118,41 @@ class TabledPooling(nn.Module):
         return (values.masked_fill(~real[:, None, :], 0) @ coefficients.unsqueeze(-1)).squeeze(-1)
 
 
-def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedProgram]:
+class OnnxGRU(nn.Module):
+    """A GRU of one layer and direction as ONNX's operator, whose length is free; only a graph of ONNX can run it.
+
+    Args:
+        gru: the GRU, batch first.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor
+
+    def __init__(self, gru: nn.GRU) -> None:
+        super().__init__()
+        self.hidden_size = gru.hidden_size
+        gates: dict[str, Tensor] = {}
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            reset, update, new = getattr(gru, f"{name}_l0").detach().chunk(3)
+            gates[name] = torch.cat([update, reset, new])[None]  # the order of ONNX
+        self.register_buffer("weight_ih", gates["weight_ih"])
+        self.register_buffer("weight_hh", gates["weight_hh"])
+        self.register_buffer("bias", torch.cat([gates["bias_ih"], gates["bias_hh"]], 1))
+
+    def forward(self, words: Tensor) -> tuple[Tensor]:
+        """Return the outputs, `(batch, length, hidden_size)`, of words `(batch, length, width)`."""
+        outputs = torch.onnx.ops.symbolic(
+            "GRU",
+            (words.transpose(0, 1), self.weight_ih, self.weight_hh, self.bias),
+            {"hidden_size": self.hidden_size, "linear_before_reset": 1},
+            dtype=words.dtype,
+            shape=(words.shape[1], 1, words.shape[0], self.hidden_size),
+        )
+        return (outputs[:, 0].transpose(0, 1),)
+
+
+def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = False) -> dict[str, ExportedProgram]:
     """Trace both encoders with `torch.export`.
 
     The batch size is free, and so is the length of texts up to the processor's limit. Images have
@@ -127,6 +161,7 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
     Args:
         model: the model, with its processor.
         dense: the texts are dense captions: skip the context decoder.
+        for_onnx: let a GRU be an operator of ONNX; torch cannot run the program then.
 
     Returns:
         "image_encoder", which takes `pixel_values`, and "text_encoder", which takes `input_ids` and
@@ -135,12 +170,10 @@ def export_programs(model: D2SVSE, dense: bool = False) -> dict[str, ExportedPro
         L2-normalised, and multiplied by the metric of a bilinear similarity.
 
     Raises:
-        ValueError: if the model has no processor, or its text backbone is a GRU.
+        ValueError: if the model has no processor, or its text backbone is a GRU and the programs are not for ONNX.
     """
-    if isinstance(model.text_encoder.backbone, GRUModel):
-        raise ValueError(
-            "torch.export fixes the length of the texts of a GRU; export a model with another text backbone"
-        )
+    if isinstance(model.text_encoder.backbone, GRUModel) and not for_onnx:
+        raise ValueError("torch.export fixes the length of the texts of a GRU; export the model to ONNX")
     if model.processor is None:
         raise ValueError("the model has no processor, which decides the size of images; set model.processor")
     pixels = model.processor.example().to(model.device, model.dtype)
@@ -179,7 +212,7 @@ def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = Fal
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"the export to ONNX needs {package}; install it with pip install 'd2svse[onnx]'")
     with written_folder(folder, EXPORTED) as aside:
-        for name, program in export_programs(model, dense).items():
+        for name, program in export_programs(model, dense, for_onnx=True).items():
             graph = torch.onnx.export(program, output_names=OUTPUTS, dynamic_shapes=AXES[name], verbose=False)
             assert graph is not None
             graph.save(aside / f"{name}.onnx")
@@ -221,6 +254,8 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
         part for part in lengths if isinstance(getattr(part, "pooling", None), GeneralizedPooling)
     ]  # native ones have none
     kept = [part.pooling for part in pooled]
+    gru = model.text_encoder.backbone if isinstance(model.text_encoder.backbone, GRUModel) else None
+    directions = {} if gru is None else {"forward_gru": gru.forward_gru, "backward_gru": gru.backward_gru}
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for backbone in backbones:
@@ -228,8 +263,12 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
                 backbone.set_attn_implementation("eager")
         for part in pooled:
             part.pooling = TabledPooling(part.pooling, lengths[part])
+        for name, direction in directions.items():
+            setattr(gru, name, OnnxGRU(direction))
         yield
     finally:
+        for name, direction in directions.items():
+            setattr(gru, name, direction)
         for part, pooling in zip(pooled, kept, strict=True):
             part.pooling = pooling
         for backbone, attention in zip(backbones, attentions, strict=True):

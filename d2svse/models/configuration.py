@@ -16,7 +16,7 @@ from d2svse.models import gru, regions  # noqa: F401 - AutoConfig and AutoModel 
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
-POOLING_NAMES = ("gpo", "mean", "max", "cls", "native")
+POOLING_NAMES = ("gpo", "esa", "mean", "max", "cls", "native")
 PROJECTIONS = get_args(Projection)
 FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
@@ -33,9 +33,9 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         text_config: configuration (or its dictionary, with `model_type`) of any transformers text
             backbone; BERT-base by default.
         embed_dim: width of the joint space; 512 in the published checkpoints.
-        image_pooling: pooling of image tokens: "gpo", "mean", "max" or "cls"; "native" for the pooling and
+        image_pooling: pooling of image tokens: "gpo", "esa", "mean", "max" or "cls"; "native" for the pooling and
             projection of `dual_encoder`.
-        text_pooling: pooling of text tokens: "gpo", "mean", "max", "cls" or "native".
+        text_pooling: pooling of text tokens: "gpo", "esa", "mean", "max", "cls" or "native".
         text_projection: "linear", or "residual_mlp" as in the published checkpoints.
         image_projection: "linear", or "residual_mlp" as for region features (VSE-infinity).
         image_token_merging: side of the squares of patches whose tokens are averaged into one before the projection;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2svse.choices import Placement, unknown
 from d2svse.features import at_least_float32
 from d2svse.models.metric_attention import MetricAttention, MetricConfiguration
-from d2svse.models.pooling import POOLINGS
+from d2svse.models.pooling import POOLINGS, build_pooling
 
 
 class ContextDecoder(nn.Module):
@@ -34,7 +34,7 @@ class ContextDecoder(nn.Module):
             depend on the unpadded length of the text, so padding does not change the result.
         max_positions: largest number of words plus tokens for the position embedding.
         mask_padding: hide padded words from the attention. The published code does not.
-        pooling: pooling of the outputs at the tokens: "mean" as in the paper, "gpo" or "max".
+        pooling: pooling of the outputs at the tokens: "mean" as in the paper, "gpo", "esa" or "max".
         metric: metric between query and key of every layer, such as "diagonal" (GSSF), see `MetricAttention`; None for
             plain attention.
 
@@ -78,7 +78,7 @@ class ContextDecoder(nn.Module):
         if metric is not None:
             layer.self_attn = MetricAttention(embed_dim, num_heads, metric)
         self.layers = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(embed_dim), enable_nested_tensor=False)
-        self.pooling = POOLINGS[pooling]()
+        self.pooling = build_pooling(pooling, embed_dim)
 
     def forward(self, words: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the pooled outputs at the learnable tokens for a batch of texts, see `outputs` and `pool`."""

@@ -17,7 +17,7 @@ from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
 from d2svse.images.regions import region_shape
 from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
-from d2svse.models.pooling import POOLINGS, ClsPooling
+from d2svse.models.pooling import ClsPooling, build_pooling
 from d2svse.models.regions import RegionsConfig, RegionsModel
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ class ImageEncoder(nn.Module):
         class_tokens = ("cls_token", "class_embedding")
         named = [name for name, _ in self.backbone.named_parameters() if not name.startswith("head.")]
         if pooling == "cls" and not any(name.endswith(class_tokens) for name in named):
-            raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, mean or max")
+            raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, esa, mean or max")
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
         self.projection = nn.Linear(token_width(config), embed_dim)
         if projection == "residual_mlp":
             self.mlp = ResidualMLP(token_width(config), embed_dim)
-        self.pooling = POOLINGS[pooling]()
+        self.pooling = build_pooling(pooling, embed_dim)
 
     def forward(self, pixel_values: Tensor, token_mask: Tensor | None = None) -> Features:
         """Encode images.
@@ -246,7 +246,7 @@ class TextEncoder(nn.Module):
         self.projection = nn.Linear(token_width(config), embed_dim)
         if projection == "residual_mlp":
             self.mlp = ResidualMLP(token_width(config), embed_dim)
-        self.pooling = POOLINGS[pooling]()
+        self.pooling = build_pooling(pooling, embed_dim)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -416,7 +416,7 @@ def check_text_backbone(encoder: TextEncoder) -> None:
     if isinstance(encoder.pooling, ClsPooling) and torch.allclose(alone[0, 0], alone[1, 0], rtol=1e-4, atol=1e-5):
         raise ValueError(
             f"text_pooling cls: a {kind} backbone reads from left to right, so its first token "
-            "is the same for all texts; use gpo, mean or max"
+            "is the same for all texts; use gpo, esa, mean or max"
         )
 
 

@@ -64,6 +64,7 @@ from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_si
 from d2svse.models.metric_attention import patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.pixels import read_batches
+from d2svse.models.pooling import ExternalSpaceAttention
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
 
@@ -962,6 +963,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             init.xavier_uniform_(module.projection.weight)
             if self.config.initialization == "published" and isinstance(module, TextEncoder):
                 _reset(module.projection)
+        elif isinstance(module, ExternalSpaceAttention):
+            init.xavier_uniform_(module.linear.weight)
         elif isinstance(module, nn.GRU):
             bound = module.hidden_size**-0.5
             for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Pool tokens to one vector: generalized pooling (GPO), mean, max, cls."""
+"""Pool tokens to one vector: generalized pooling (GPO), external space attention (ESA), mean, max, cls."""
 
 from __future__ import annotations
 
@@ -180,12 +180,43 @@ class ClsPooling(nn.Module):
         return at_least_float32(tokens[:, 0])
 
 
+class ExternalSpaceAttention(nn.Module):
+    """Weigh the tokens in each dimension by a learned linear layer (ESA, Zhu et al., TCSVT 2023).
+
+    pooled_d = Σ_i softmax_i((W x_i)_d) · x_id. The published layer has a bias, which is equal for all tokens. The
+    softmax removes it, so there is none here.
+
+    Args:
+        dim: width of the tokens.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim, bias=False)
+        nn.init.xavier_uniform_(self.linear.weight)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
+        scores = at_least_float32(self.linear(tokens))
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+            tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
+        return (scores.softmax(1) * at_least_float32(tokens)).sum(1)
+
+
 POOLINGS: dict[str, type[nn.Module]] = {
     "gpo": GeneralizedPooling,
+    "esa": ExternalSpaceAttention,
     "mean": MeanPooling,
     "max": MaxPooling,
     "cls": ClsPooling,
 }
+
+
+def build_pooling(name: str, dim: int) -> nn.Module:
+    """Return the pooling of a name in `POOLINGS` for tokens of width `dim`."""
+    pooling = POOLINGS[name]
+    return pooling(dim) if issubclass(pooling, ExternalSpaceAttention) else pooling()
 
 
 def sort_descending(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments as TransformersTrainingArguments
 
 from d2svse.choices import unknown
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
-from d2svse.retrieval.evaluation.metrics import rank_metrics
+from d2svse.retrieval.evaluation.metrics import RECALL_AT, rank_metrics
 from d2svse.training.checks import (
     INHERITED_RANGES,
     Range,
@@ -66,7 +66,7 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
     """Arguments of one training stage: the options of `d2svse.training.options` and `transformers.TrainingArguments`.
 
     docs/training.md lists them. By default each epoch ends with an evaluation and a checkpoint, and training keeps the
-    model with the best rSum on the validation set.
+    model with the best rSum on the validation set (with `unimodal`, the best mean average precision).
 
     Args:
         stage: "pretrain" aligns images with dense captions (stage 1); "distill" aligns them with
@@ -86,7 +86,7 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
     save_strategy: Any = "epoch"
     save_total_limit: int | None = 3  # the best, the newest, and the one before it in case the newest is damaged
     load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "rsum"
+    metric_for_best_model: str | None = None  # None: rsum, or map with unimodal
     greater_is_better: bool | None = None  # None: chosen by the metric
     remove_unused_columns: bool = False
     report_to: Any = "none"
@@ -107,6 +107,14 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         check_inherited(values)
         if self.num_train_epochs == 0 and self.max_steps <= 0:
             raise ValueError("num_train_epochs is 0, which trains nothing; give a positive number")
+        if self.unimodal is not None and self.stage != "align":
+            raise ValueError(f"unimodal is for stage align, got stage {self.stage}; set stages to align")
+        left_out = {"text": ("cache_image_tokens", "cache_images"), "image": ("cache_text_tokens",)}
+        for name in left_out.get(self.unimodal or "", ()):
+            if getattr(self, name):
+                raise ValueError(f"{name}: unimodal {self.unimodal} reads nothing of the other side; leave it out")
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "map" if self.unimodal else "rsum"
         lower_is_better = str(self.metric_for_best_model).endswith("rank")
         if self.greater_is_better is None:
             self.greater_is_better = not lower_is_better
@@ -168,7 +176,9 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         """
         best_only = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
         if always or self.load_best_model_at_end or best_only:
-            check_metric(self.metric_for_best_model, rank_metrics(np.zeros(1), np.zeros(1)))
+            of_sides = [f"recall_at_{k}" for k in RECALL_AT] + ["map"]
+            known = of_sides if self.unimodal else rank_metrics(np.zeros(1), np.zeros(1))
+            check_metric(self.metric_for_best_model, known)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:

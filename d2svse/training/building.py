@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2svse.choices import Side
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
 from d2svse.data.decoded import DecodedImages
 from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_distillation_loss
@@ -22,7 +23,7 @@ from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import CachedTokens
-from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask
+from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask, UnimodalTask
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def check_stage(
     """
     if isinstance(teacher, RetrievalTeacher) and args.stage != "align":
         raise ValueError(f"a retrieval model as the teacher is for stage align, got stage {args.stage}")
+    if isinstance(teacher, RetrievalTeacher) and args.unimodal:
+        raise ValueError("unimodal: a teacher scores images with texts; leave one of them out")
     if isinstance(teacher, Teacher) and args.stage != "distill":
         raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
     if args.stage == "distill" and teacher is None and model.decoder is not None:
@@ -95,6 +98,8 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
     elif args.stage == "distill":
         distillation_loss = build_distillation_loss(args.distill_loss)
         task = DistillTask(loss, distillation_loss, args.distill_weight, groups, args.align_weight)
+    elif args.unimodal:
+        task = UnimodalTask(loss, args.unimodal, groups)
     task.negatives_share = args.negatives_share
     return task
 
@@ -125,7 +130,10 @@ def make_samples(
         text_tokens=text_tokens,
         num_embeddings=embedding_count(model.text_encoder.backbone),
         decoded=decoded,
+        unimodal=args.unimodal,
     )
+    if args.unimodal == "text":
+        return samples
     if args.drop_image_tokens and image_tokens is not None:
         samples.num_image_tokens = len(image_tokens[0])
     elif args.drop_image_tokens:
@@ -220,14 +228,15 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
         ValueError: if no batch of the first epoch has captions of two images. If some batches have none, a warning
             counts them.
     """
-    images = samples.image_of_row
-    if images is None:
-        images = np.arange(len(samples))
+    images, what = samples.identity_of_row, "image" if samples.unimodal is None else "identity"
     counts = [len(np.unique(images[rows])) for rows in batches.whole_batches()]
     alone = sum(count < 2 for count in counts)
     if not alone:
         return
-    what = f"{alone} of {len(counts)} batches of an epoch hold captions of one image alone: without negatives"
+    if len(np.unique(images)) < 2:
+        raise ValueError(f"{samples.dataset.source}: one {what} alone; a ranking loss needs at least two")
+    holds = f"captions of one {what}" if samples.unimodal is None else f"items of one {what}"
+    what = f"{alone} of {len(counts)} batches of an epoch hold {holds} alone: without negatives"
     if alone < len(counts):
         logger.warning(
             "%s the ranking loss learns nothing from them; raise per_device_train_batch_size (--batch-size), or leave "
@@ -235,13 +244,39 @@ def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:
             what,
         )
         return
-    if len(np.unique(images)) < 2:
-        raise ValueError(f"{samples.dataset.source}: one image alone; a ranking loss needs at least two")
     size = batches.batch_size * batches.world_size
     raise ValueError(
         f"per_device_train_batch_size (--batch-size) gives batches of {size}: {what} a ranking loss learns nothing; "
         "give a larger batch"
     )
+
+
+def check_answers(dataset: ImageTextDataset, side: Side) -> None:
+    """Check that a search within one side of a data set has right answers.
+
+    Raises:
+        ValueError: if an identity is missing, or no two items share one.
+    """
+    identities = dataset.identities(side)
+    if len(np.unique(identities)) == len(identities):
+        raise ValueError(f"{dataset.source}: no two {side}s share an identity, so that no search has a right answer")
+
+
+def freeze_other_side(model: D2SVSE, side: Side | None) -> list[nn.Parameter]:
+    """Freeze the encoder that training of one side leaves out; return what was not frozen before.
+
+    Args:
+        model: the model.
+        side: the trained side; None freezes nothing.
+    """
+    if side is None:
+        return []
+    others: list[nn.Module | None] = [model.text_encoder, model.decoder] if side == "image" else [model.image_encoder]
+    parameters = [parameter for module in others if module is not None for parameter in module.parameters()]
+    resting = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    return resting
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:

@@ -11,6 +11,10 @@ from transformers import TrainerCallback
 
 from d2svse.progress import make_progress
 
+# Metrics that are shown after an evaluation: of images with texts, or of one side in itself.
+SHOWN = {"eval_i2t_recall_at_1": "i2t R@1", "eval_t2i_recall_at_1": "t2i R@1", "eval_rsum": "rSum"}
+SHOWN |= {"eval_recall_at_1": "R@1", "eval_map": "mAP"}
+
 
 class RichProgressCallback(TrainerCallback):
     """Show a bar with rate and remaining time, and print a line for each evaluation.
@@ -40,14 +44,11 @@ class RichProgressCallback(TrainerCallback):
         self.loss = (logs or {}).get("loss", self.loss)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:  # noqa: D102
-        if state.is_world_process_zero and metrics and "eval_rsum" in metrics:
-            recalls = "  ".join(
-                f"{direction} R@1 {100 * metrics[f'eval_{direction}_recall_at_1']:.1f}" for direction in ("i2t", "t2i")
-            )
+        shown = [f"{name} {100 * metrics[key]:.1f}" for key, name in SHOWN.items() if metrics and key in metrics]
+        if state.is_world_process_zero and shown:
             epoch = f"{args.stage} epoch {state.epoch or 0:.0f}/{args.num_train_epochs:.0f}"
-            rsum = f"rSum {100 * metrics['eval_rsum']:.1f}"
-            loss = "" if math.isnan(self.loss) else f"  loss {self.loss:.3f}"
-            self.console.print(f"{epoch}{loss}  {recalls}  {rsum}", highlight=False)
+            loss = [] if math.isnan(self.loss) else [f"loss {self.loss:.3f}"]
+            self.console.print("  ".join([epoch, *loss, *shown]), highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if self.progress is not None:

@@ -95,7 +95,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             for name in getattr(self, section):
                 if not isinstance(name, str):
                     raise ValueError(f"{section}: expected names of options, got {name!r}")
-        self.stages = self.stages or preset_stages(self.preset)
+        if not self.stages:
+            self.stages = ["align"] if self.training.get("unimodal") else preset_stages(self.preset)
         if not self.interpolation or not all(0 <= share <= 1 for share in self.interpolation):
             raise ValueError(f"interpolation takes shares from 0 to 1, got {self.interpolation}")
         if self.model is None and (self.vision is None or self.text is None):
@@ -457,7 +458,7 @@ def _interpolate(
         model,
         recipe.interpolation,
         lambda tried: validate(tried, eval_dataset, arguments),
-        str(arguments.metric_for_best_model or "rsum").removeprefix("eval_"),
+        str(arguments.metric_for_best_model).removeprefix("eval_"),
         arguments.greater_is_better is not False,
     )
 

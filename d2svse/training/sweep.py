@@ -124,7 +124,8 @@ class Sweep:
             given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
             for stage in recipe.stages:
-                recipe.arguments(stage)
+                if recipe.arguments(stage).unimodal:
+                    raise ValueError("a sweep measures images with texts; leave unimodal out")
         except ValueError as error:
             raise ValueError(f"row {run.row!r}: {error}") from None
         return recipe

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import Side
 from d2svse.data import Batch
 from d2svse.features import Features, sent
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
@@ -72,24 +73,33 @@ class AlignTask(nn.Module):
 
     def encode(self, model: nn.Module, batch: Batch) -> tuple[Features, Features]:
         """Return the features of all images and of all texts of a batch, without scores."""
+        images, texts = self.features(model, batch)
+        assert images is not None
+        assert texts is not None
+        return images, texts
+
+    def features(self, model: nn.Module, batch: Batch) -> tuple[Features | None, Features | None]:
+        """Return the features of a batch's images and texts; None for a side that the batch lacks."""
         output = model(
             pixel_values=batch.pixel_values,
             image_tokens=batch.image_tokens,
             image_token_mask=batch.image_token_mask,
             text_tokens=batch.text_tokens,
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if batch.input_ids.shape[1] else None,
             attention_mask=batch.attention_mask,
             return_logits=False,
             text_groups=self.text_groups,
         )
-        similarity = similarity_of(model)
-        return similarity.compared(output.image_features), similarity.compared(output.text_features)
+        compared, sides = similarity_of(model).compared, (output.image_features, output.text_features)
+        images, texts = (None if side is None else compared(side) for side in sides)
+        return images, texts
 
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
         """Return the losses of the valid pairs of all processes, given the features of this process's rows."""
         length = None if texts.tokens is None else texts.tokens.shape[1]
         gather = Gather(len(batch), images.pooled.device, batch.valid, length)
-        image_ids, of_all = gather.rows(batch.image_ids), gather.features(texts)
+        ids = batch.image_ids if batch.identities is None else batch.identities
+        image_ids, of_all = gather.rows(ids), gather.features(texts)
         with torch.no_grad():
             pooled_images = gather.rows(images.pooled.detach())
         if self.negatives_share < 1:
@@ -113,6 +123,30 @@ class AlignTask(nn.Module):
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return further losses of a batch; by default none."""
         return {}
+
+
+class UnimodalTask(AlignTask):
+    """Align items of one side with others of their identity, by a ranking loss (GSSF, Table III).
+
+    The first view of each item takes the part of the image, and the second that of the text. Items of one identity
+    match.
+
+    Args:
+        loss: the ranking loss.
+        side: "image" or "text".
+        text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
+    """
+
+    def __init__(self, loss: RankingLoss, side: Side, text_groups: int = 1) -> None:
+        super().__init__(loss, text_groups)
+        self.side = side
+
+    def encode(self, model: nn.Module, batch: Batch) -> tuple[Features, Features]:
+        """Return the features of the first and of the second views, which are encoded together."""
+        images, texts = self.features(model, batch.both_views())
+        both = images if self.side == "image" else texts
+        assert both is not None
+        return both[: len(batch)], both[len(batch) :]
 
 
 class DistillTask(AlignTask):

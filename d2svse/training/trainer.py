@@ -38,10 +38,12 @@ from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
     adapt,
+    check_answers,
     check_negatives,
     check_stage,
     check_tokens,
     data_seed,
+    freeze_other_side,
     make_samples,
     make_task,
     parameter_groups,
@@ -84,8 +86,8 @@ class Trainer(TransformersTrainer):
         model: the model, with its processor.
         args: arguments of the stage.
         train_dataset: images and captions, with dense captions for stages 1 and 2.
-        eval_dataset: validation set; training keeps the model with the best rSum on it. None turns evaluation off and
-            keeps the last model.
+        eval_dataset: validation set; training keeps the model that is best on it by `args.metric_for_best_model`. None
+            turns evaluation off and keeps the last model.
         loss: ranking loss to use instead of that of `args`.
         teacher: dense text encoder of stage 2, None for that of the model; or in stage align a `RetrievalTeacher`,
             whose scores the model learns from.
@@ -172,7 +174,8 @@ class Trainer(TransformersTrainer):
 
         The steps are, in this order:
 
-        1. Check that the text backbone has an embedding for every token.
+        1. Check that the text backbone has an embedding for every token, and that validation of one side has right
+           answers.
         2. In stage 2, embed dense captions by the teacher and add the context decoder. With a retrieval model as the
            teacher, encode images and captions by it.
         3. Freeze backbones and add LoRA.
@@ -197,6 +200,8 @@ class Trainer(TransformersTrainer):
         model: Any = self.model
         args, dataset, shown = self.args, self.train_dataset, not self.args.disable_tqdm
         set_seed(args.seed)
+        if args.unimodal and self.eval_dataset:
+            check_answers(self.eval_dataset, args.unimodal)
         check_text_backbone(model.text_encoder)
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
@@ -229,7 +234,7 @@ class Trainer(TransformersTrainer):
         samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
-        else:
+        elif args.unimodal != "image":
             model.processor.report(dataset.captions, samples.max_length).warn()
         self.samples = samples
         check_negatives(samples, self.batches())
@@ -280,6 +285,7 @@ class Trainer(TransformersTrainer):
             WorkerError: if a process that prepares samples ended.
         """
         self.prepare()
+        resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         if self.args.should_save:
@@ -306,6 +312,8 @@ class Trainer(TransformersTrainer):
             raise plain from None
         finally:
             self._stop.restore()
+            for parameter in resting:
+                parameter.requires_grad_(True)
             if self._average:
                 self.remove_callback(self._average)
                 self._average = None
@@ -473,7 +481,7 @@ class Trainer(TransformersTrainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: ImageTextDataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the metrics of `retrieval_metrics` on the validation set, each name after the prefix.
+        """Return the metrics of `validate` on the validation set, each name after the prefix.
 
         Args:
             eval_dataset: another data set; None for the validation set.
@@ -546,7 +554,8 @@ class Trainer(TransformersTrainer):
         """Return the validation metrics of the current weights by stage; empty if they are unknown."""
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         step = best or self.state.global_step
-        logs = [row for row in self.state.log_history if row["step"] == step and "eval_rsum" in row]
+        measured = ("eval_rsum", "eval_map")
+        logs = [row for row in self.state.log_history if row["step"] == step and any(key in row for key in measured)]
         kept = {name.removeprefix("eval_"): value for row in logs for name, value in row.items() if "eval_" in name}
         return {self.args.stage: kept} if kept else {}
 

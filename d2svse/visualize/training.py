@@ -19,6 +19,7 @@ LOG, STATE, CHECKPOINTS = "log.jsonl", "trainer_state.json", "checkpoints"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STAGES = ("pretrain", "distill", "align")
 RECALLS = {f"eval_{side}_recall_at_{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+RECALLS |= {f"eval_recall_at_{k}": f"R@{k}" for k in (1, 5, 10)} | {"eval_map": "mAP"}  # of one side in itself
 MEAN_LOSS = "train_loss"  # the mean of the whole run, logged in its last row
 STYLES = ("-", "--", ":", "-.")  # of several runs
 SCORES = {"positive_score": "right pairs", "hardest_negative_score": "hardest wrong pairs"}

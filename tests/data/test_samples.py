@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from d2svse.data import Batch, Collator, EpochBatches, TrainingSamples
+from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
+from d2svse.data.collate import Sample
 from d2svse.data.samples import Draw
 from d2svse.images import ImageError
 
@@ -18,8 +19,12 @@ def make(train_dataset, processor):
 
 
 def same(a, b):
-    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)]
-    return all(torch.equal(one, two) if torch.is_tensor(one) else one == two for one, two in pairs)
+    def equal(one, two):
+        if torch.is_tensor(one):
+            return torch.equal(one, two)
+        return same(one, two) if isinstance(one, Sample | Batch) else one == two
+
+    return all(equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
 
 
 def test_a_sample_is_a_pure_function_of_seed_epoch_and_index(make):
@@ -81,18 +86,17 @@ def test_the_order_is_a_permutation_that_changes_with_the_epoch():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(make, workers):
+@pytest.mark.parametrize("unimodal", [None, "text"])
+def test_workers_change_nothing(make, workers, unimodal):
     def batches(num_workers):
-        sampler = EpochBatches(48, 8, 0)
-        return list(DataLoader(make(), batch_sampler=sampler, collate_fn=Collator(0), num_workers=num_workers))
+        sampler, samples = EpochBatches(48, 8, 0), make(unimodal=unimodal, num_image_tokens=None)
+        return list(DataLoader(samples, batch_sampler=sampler, collate_fn=Collator(0), num_workers=num_workers))
 
     for a, b in zip(batches(0), batches(workers), strict=True):
         assert same(a, b)
 
 
 def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset, tmp_path):
-    from dataclasses import replace
-
     samples = make()
     samples.dataset = type(train_dataset)([replace(train_dataset.records[0], image=tmp_path / "gone.png")], "m.jsonl")
     with pytest.raises(ImageError, match=r"m\.jsonl:1: .*gone\.png: no such image"):
@@ -192,3 +196,65 @@ def test_the_count_of_batches_is_right_and_draws_nothing(drop_last, image_of_row
         with monkeypatch.context() as patch:
             patch.setattr(np.random, "default_rng", None)
             assert len(batches) == listed
+
+
+@pytest.fixture
+def identified(train_dataset, processor):
+    """Samples of one side: each four images have an identity, and the last has one of its own."""
+    count = len(train_dataset)
+    names = [f"p{row // 4}" if row < count - 1 else "alone" for row in range(count)]
+    records = [replace(record, identity=name) for record, name in zip(train_dataset.records, names, strict=True)]
+    dataset = ImageTextDataset(records, "here.jsonl")
+    return lambda side, **options: TrainingSamples(dataset, processor, seed=3, unimodal=side, **options)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_images_are_paired_with_others_of_their_identity(identified, epoch):
+    samples, again = identified("image", num_image_tokens=17), identified("image", num_image_tokens=17)
+    for row in (0, 5, 47, 46):
+        sample = samples[Draw(epoch, row)]
+        assert same(sample, again[Draw(epoch, row)])
+        assert sample.image_id == row
+        assert sample.input_ids == sample.second.input_ids == []
+        assert sample.identity == sample.second.identity == samples.identity_of_row[row]
+        assert (sample.second.image_id == row) == (row == 47)  # the lone one
+        assert sample.second.image_id // 4 == row // 4
+        assert not torch.equal(sample.pixel_values, sample.second.pixel_values)
+    assert len({samples[Draw(one, 0)].second.image_id for one in range(20)}) == 3
+    assert identified("image", captions_per_epoch="all").image_of_row is None
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_texts_are_paired_with_others_of_their_identity(identified, train_dataset, captions):
+    plain = {"augment_words": False, "captions_per_epoch": captions}
+    samples, owner = identified("text", **plain), train_dataset.image_of_caption
+    for row in range(0, len(samples), 7):
+        sample = samples[Draw(2, row)]
+        assert sample.pixel_values is None
+        assert sample.second.caption_id != sample.caption_id
+        assert owner[sample.second.caption_id] // 4 == owner[sample.caption_id] // 4
+        assert owner[sample.second.caption_id] == sample.second.image_id
+        for view in (sample, sample.second):
+            assert view.input_ids == samples.processor.tokenize([train_dataset.captions[view.caption_id]])[0]
+        assert sample.identity == samples.identity_of_row[row]
+    without = TrainingSamples(train_dataset, samples.processor, unimodal="text", **plain)
+    assert {without[row].second.image_id for row in range(5)} == {without[row].image_id for row in range(5)}
+
+
+def test_both_views_of_a_batch_have_texts_of_one_length(identified):
+    samples = [identified("text")[Draw(0, row)] for row in range(6)]
+    batch = Collator(7)(samples)
+    assert batch.input_ids.shape == batch.second.input_ids.shape
+    assert batch.second.caption_ids.tolist() == [sample.second.caption_id for sample in samples]
+    assert batch.identities.tolist() == [sample.identity for sample in samples]
+    both = batch[2:4].both_views()
+    assert both.input_ids.equal(torch.cat([batch.input_ids[2:4], batch.second.input_ids[2:4]]))
+    assert both.second is None
+    moved = batch.to("meta")
+    assert moved.second.input_ids.device.type == "meta"
+    assert not moved.second.valid.is_meta
+
+
+def test_an_image_without_identity_is_named(train_dataset, processor):
+    with pytest.raises(ValueError, match=r'train\.jsonl:1: expected "identity", which is missing'):
+        TrainingSamples(train_dataset, processor, unimodal="image")

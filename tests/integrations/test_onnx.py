@@ -126,6 +126,8 @@ def test_onnx_of_other_models(vision, text, dense, options, make, val_dataset, r
             {
                 "context_decoder": {"kind": "attention", "num_tokens": 4, "num_heads": 2},
                 "text_projection": "residual_mlp",
+                "image_pooling": "esa",
+                "text_pooling": "esa",
             },
             False,
         ),

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from d2svse import D2SVSE, Trainer, evaluate
-from d2svse.integrations.onnx import export_programs
+from d2svse.integrations.onnx import export_onnx, export_programs
 from d2svse.models.gru import build_gru, build_tokenizer, read_word_vectors
 
 TEXTS = ["a red dog", "a blue cat runs home", "the dog"]
@@ -125,6 +125,21 @@ def test_both_stages_train_evaluate_save_and_load(
     assert evaluate(loaded, val_dataset).metrics == evaluate(model, val_dataset).metrics
 
 
-def test_export_refuses_a_gru(gru, backbones):
-    with pytest.raises(ValueError, match="fixes the length of the texts of a GRU"):
-        export_programs(D2SVSE.from_backbones(backbones / "vision", gru, embed_dim=24))
+def test_onnx_of_a_gru_gives_what_the_model_gives(gru, backbones, val_dataset, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+    import onnxruntime
+
+    model = D2SVSE.from_backbones(backbones / "vision", gru, embed_dim=24, text_pooling="esa").eval()
+    export_onnx(model, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "text_encoder.onnx")
+    for texts in (["a red circle"], val_dataset.captions[:7]):
+        inputs = {name: part.numpy() for name, part in model.processor(text=texts).items() if name != "token_type_ids"}
+        embeddings, words = session.run(["embeddings", "tokens"], inputs)
+        features = model.encode_text(texts, output="features")
+        np.testing.assert_allclose(embeddings, features.pooled.numpy(), atol=1e-5)
+        real = features.real_tokens().numpy()
+        np.testing.assert_allclose(words[real], features.tokens.numpy()[real], atol=1e-5)
+    assert isinstance(model.text_encoder.backbone.forward_gru, torch.nn.GRU)
+    with pytest.raises(ValueError, match="fixes the length of the texts of a GRU; export the model to ONNX"):
+        export_programs(model)

@@ -261,8 +261,8 @@ def same_state(a, b):
 
 @pytest.mark.parametrize("auto", [False, True])
 def test_saves_and_loads_equal_frozen_parts_included(make_model, tmp_path, auto):
-    model = make_model(similarity={"name": "cosine"}, text_pooling="mean")
-    model.add_decoder(num_tokens=4, num_layers=1, num_heads=2, placement="postfix")
+    model = make_model(similarity={"name": "cosine"}, text_pooling="esa")
+    model.add_decoder(num_tokens=4, num_layers=1, num_heads=2, placement="postfix", pooling="esa")
     model.freeze(vision=True)
     model.eval().save_pretrained(tmp_path / "m")
     assert {path.name for path in (tmp_path / "m").iterdir()} >= {

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse.models.pooling import POOLINGS, GeneralizedPooling, sinusoidal_positions, sort_descending
+from d2svse.models.pooling import POOLINGS, GeneralizedPooling, build_pooling, sinusoidal_positions, sort_descending
 
 
 def sigmoid(x):
@@ -72,7 +72,7 @@ def test_gpo_equals_the_naive_loop(gpo, batch):
 @pytest.mark.parametrize("name", POOLINGS)
 def test_padding_and_batching_change_nothing(name, batch):
     torch.manual_seed(0)
-    pooling, (tokens, mask) = POOLINGS[name](), batch
+    pooling, (tokens, mask) = build_pooling(name, 6), batch
     together = pooling(tokens, mask)
     for row in range(len(tokens)):
         alone = pooling(tokens[row : row + 1], mask[row : row + 1])
@@ -83,6 +83,29 @@ def test_padding_and_batching_change_nothing(name, batch):
         longer = torch.nn.functional.pad(tokens, (0, 0, 0, 3), value=-7.0)
         padded = pooling(longer, torch.nn.functional.pad(mask, (0, 3), value=False))
         torch.testing.assert_close(padded, together, atol=1e-6, rtol=0)
+
+
+def naive_esa(pooling, tokens, mask):
+    """Row by row, dimension by dimension, in float64."""
+    weight = pooling.linear.weight.detach().double().numpy()
+    result = np.zeros((len(tokens), tokens.shape[2]))
+    for row, keep in enumerate(mask):
+        real = tokens[row][keep].astype(np.float64)
+        for d in range(tokens.shape[2]):
+            logits = np.array([weight[d] @ token for token in real])
+            shares = np.exp(logits - logits.max())
+            result[row, d] = sum(share * token[d] for share, token in zip(shares / shares.sum(), real, strict=True))
+    return result
+
+
+def test_esa_equals_the_naive_loop(batch):
+    torch.manual_seed(3)
+    pooling, (tokens, mask) = build_pooling("esa", 6), batch
+    for given in (mask, None):
+        expected = naive_esa(
+            pooling, tokens.numpy(), np.ones(mask.shape, dtype=bool) if given is None else mask.numpy()
+        )
+        np.testing.assert_allclose(pooling(tokens, given).detach().numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mean", "max"])

@@ -18,7 +18,7 @@ from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.training.building import tie_temperature
 from d2svse.training.distributed import average_gradients, share_batch_norm
 from d2svse.training.gradcache import cached_backward
-from d2svse.training.tasks import AlignTask, DistillTask, freeze_unused, total_loss
+from d2svse.training.tasks import AlignTask, DistillTask, UnimodalTask, freeze_unused, total_loss
 
 LOSSES = {
     "infonce": {"name": "infonce"},
@@ -72,6 +72,20 @@ def make_batch(size: int) -> Batch:
     )
 
 
+def make_views(side: str, size: int) -> Batch:
+    """Pairs of one side, of which the last two have one identity."""
+    pairs, others = make_batch(size), make_batch(size + 2)[:size]
+    views = []
+    for view in (pairs, others):
+        identities = replace(view, identities=pairs.image_ids, teacher_embeds=None)
+        if side == "text":
+            views.append(replace(identities, pixel_values=None))
+        else:
+            empty = view.input_ids[:, :0]
+            views.append(replace(identities, input_ids=empty, attention_mask=empty))
+    return replace(views[0], second=views[1])
+
+
 def cases(every: bool) -> Iterator[tuple[str, Any, Any, Batch, int]]:
     """Name, model, task, batch and chunk size of the cases.
 
@@ -95,6 +109,10 @@ def cases(every: bool) -> Iterator[tuple[str, Any, Any, Batch, int]]:
                 task = DistillTask(build_loss("infonce"), build_distillation_loss(name))
                 model = make_model("gssf-diagonal", True)
                 yield "distil by " + name + end, model, task, make_batch(size), chunk_size
+            for side in ("image", "text"):
+                for name in ("cosine", "max-mean"):
+                    task = UnimodalTask(build_loss("infonce"), side)
+                    yield f"{side} by {name}{end}", make_model(name), task, make_views(side, size), chunk_size
 
 
 def static_cases() -> Iterator[tuple[str, Any, Any, Batch, int]]:
@@ -111,7 +129,7 @@ def gradients(
     wrapped = model
     frozen = share_batch_norm(model, model.device)
     if dist.is_initialized():
-        freeze_unused(model, task, make_batch(2))
+        freeze_unused(model, task, batch[:2])
     for layer in frozen:
         layer.eval()
     if dist.is_initialized():

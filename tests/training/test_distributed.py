@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from d2svse import Features, Trainer
 from d2svse.cli.app import main
-from d2svse.retrieval import evaluate
+from d2svse.retrieval import evaluate, evaluate_unimodal
 from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
 from support.processes import COMMAND, fork_workers, torchrun
@@ -208,3 +208,9 @@ def test_a_process_without_images_still_evaluates(model, val_dataset, images):
         running = [pool.submit(evaluate, model, few, processes=Twin(rank, sent, barrier)) for rank in (0, 1)]
         shared = [one.result().metrics for one in running]
     assert shared[0] == shared[1] == pytest.approx(evaluate(model, few).metrics)
+    sides = [evaluate_unimodal(model, few, "text")]
+    with ThreadPoolExecutor(2) as pool:
+        twins = [Twin(rank, sent, barrier) for rank in (0, 1)]
+        running = [pool.submit(evaluate_unimodal, model, few, "text", processes=twin) for twin in twins]
+        sides += [one.result() for one in running]
+    assert sides[1] == sides[2] == pytest.approx(sides[0])

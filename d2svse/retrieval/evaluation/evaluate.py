@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from d2svse.choices import Side
 from d2svse.features import Features
 from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
@@ -126,7 +127,7 @@ def evaluate(
         options: dict[str, Any] = {"candidates": candidates, "wrong": wrong, "show_progress_bar": show_progress_bar}
         return Ranked(rows, columns, *rank_in_two_stages(chosen[0], images, texts, *answers, rerank, **options))
 
-    with _without_dropout(chosen):
+    with without_dropout(chosen):
         scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
         whole = rank(slice(0, len(dataset))) if len(fold_rows) == 1 or rules.folds is None else None
         parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
@@ -190,39 +191,70 @@ def encode_dataset(
     """
     dense = captions == "dense"
     texts, images = dataset.dense_captions if dense else dataset.captions, dataset.images
-    of_text: dict[str, Any] = {"dense": dense, "max_length": max_length, "batch_size": batch_size}
-    of_image: dict[str, Any] = {
-        "batch_size": min(batch_size, IMAGES_ON_CPU) if model.device.type == "cpu" else batch_size
-    }
-    options: dict[str, Any] = {"output": "features" if tokens else "pooled", "show_progress_bar": show_progress_bar}
+    of_text: dict[str, Any] = {"dense": dense, "max_length": max_length}
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     if embeddings is not None:
         if processes is not None:
             raise ValueError("stored embeddings need a single process")
+        options["output"] = "features" if tokens else "pooled"
+        at_a_time = {"batch_size": _images_at_a_time(model, batch_size)}
         return (
-            stored_features(model, "image", images, embeddings, **of_image, **options),
+            stored_features(model, "image", images, embeddings, **{**options, **at_a_time}),
             stored_features(model, "text", texts, embeddings, **of_text, **options),
         )
-    rows = [slice(0, len(items)) for items in (texts, images)]
-    empty = [False, False]
-    if processes is not None:
-        rows = [processes.share(len(items)) for items in (texts, images)]
-        empty = [part.start == part.stop for part in rows]  # then encode one item and drop it
-        rows = [slice(0, 1) if none else part for part, none in zip(rows, empty, strict=True)]
+    options |= {"tokens": tokens, "processes": processes}
+    encoded_texts = encode_side(model, "text", texts, backbone_tokens=text_tokens, **of_text, **options)
+    encoded_images = encode_side(model, "image", images, backbone_tokens=image_tokens, **options)
+    return encoded_images, encoded_texts if processes is None else processes.gather_features(encoded_texts)
 
-    def features(encoded: Any) -> Features:
-        return encoded if tokens else Features(encoded)
 
-    if text_tokens is None:
-        encoded_texts = features(model.encode_text(texts[rows[0]], convert_to_tensor=True, **of_text, **options))
+def encode_side(
+    model: D2SVSE,
+    side: Side,
+    items: Sequence[Any],
+    *,
+    tokens: bool,
+    batch_size: int = 128,
+    show_progress_bar: bool = False,
+    processes: Processes | None = None,
+    backbone_tokens: SupportsRows | None = None,
+    **of_text: Any,
+) -> Features:
+    """Encode images or texts; of several processes, each its share.
+
+    Args:
+        model: the model, with its processor.
+        side: "image" or "text".
+        items: `n` images or texts.
+        tokens: return the tokens too.
+        batch_size: items encoded at a time (at most 32 images on a CPU).
+        show_progress_bar: show a progress bar on the terminal.
+        processes: processes that share the work; each calls this function.
+        backbone_tokens: output of the backbone by row of the item, `(length, hidden_size)` each. The items are not read
+            then.
+        **of_text: further options of `D2SVSE.encode_text`.
+
+    Raises:
+        ImageError: if an image cannot be read.
+    """
+    rows = slice(0, len(items)) if processes is None else processes.share(len(items))
+    empty = rows.start == rows.stop  # then encode one item and drop it
+    rows = slice(0, 1) if empty else rows
+    output: Output = "features" if tokens else "pooled"
+    if backbone_tokens is not None:
+        found = _encode_tokens(model, backbone_tokens, rows, batch_size, output, text=side == "text")
     else:
-        encoded_texts = _encode_tokens(model, text_tokens, rows[0], batch_size, options["output"], text=True)
-    if image_tokens is None:
-        encoded_images = features(model.encode_image(images[rows[1]], convert_to_tensor=True, **of_image, **options))
-    else:
-        encoded_images = _encode_tokens(model, image_tokens, rows[1], batch_size, options["output"])
-    if processes is not None:
-        encoded_texts = processes.gather_features(encoded_texts[:0] if empty[0] else encoded_texts)
-    return encoded_images[:0] if empty[1] else encoded_images, encoded_texts
+        encode: Any = model.encode_text
+        if side == "image":
+            encode, batch_size = model.encode_image, _images_at_a_time(model, batch_size)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, **of_text}
+        encoded = encode(items[rows], output=output, convert_to_tensor=True, **options)
+        found = encoded if tokens else Features(encoded)
+    return found[:0] if empty else found
+
+
+def _images_at_a_time(model: D2SVSE, batch_size: int) -> int:
+    return min(batch_size, IMAGES_ON_CPU) if model.device.type == "cpu" else batch_size
 
 
 def _encode_tokens(
@@ -364,7 +396,7 @@ def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity
 
 
 @contextmanager
-def _without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
+def without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
     """Put the similarities in eval mode inside the block."""
     training = [similarity for similarity in similarities if similarity.training]
     for similarity in training:

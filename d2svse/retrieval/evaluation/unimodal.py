@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from d2svse.retrieval.evaluation.evaluate import IMAGES_ON_CPU
+from d2svse.choices import Side
+from d2svse.retrieval.evaluation.evaluate import Processes, encode_side, without_dropout
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, ScoreTile, tile_slices
 
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
+    from d2svse.data.samples import SupportsRows
     from d2svse.models.modeling import D2SVSE
 
 BLOCK = 2**22  # scores that are held at a time
@@ -101,10 +104,13 @@ def unimodal_metrics(
 def evaluate_unimodal(
     model: D2SVSE,
     dataset: ImageTextDataset,
-    side: Literal["image", "text"],
+    side: Side,
     *,
     batch_size: int = 128,
+    max_length: int | None = None,
     show_progress_bar: bool = False,
+    backbone_tokens: SupportsRows | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Encode one side of a data set and search it in itself, by the model's similarity.
 
@@ -116,7 +122,10 @@ def evaluate_unimodal(
         dataset: the records.
         side: "image" or "text".
         batch_size: images or texts encoded at a time (at most 32 images on a CPU).
+        max_length: longest text in tokens; None for the processor's limit.
         show_progress_bar: show a progress bar on the terminal.
+        backbone_tokens: output of the side's backbone by row of the item, see `encode_side`.
+        processes: processes that share the encoding; each calls this function and gets the whole result.
 
     Returns:
         See `unimodal_metrics`.
@@ -125,26 +134,22 @@ def evaluate_unimodal(
         ImageError: if an image cannot be read.
         ValueError: if some records have an identity (or a camera) and others do not, or images have none.
     """
-    from_records = {"identity": [record.identity for record in dataset.records]}
-    from_records["camera"] = [record.camera for record in dataset.records]
-    for name, values in from_records.items():
-        lacking = [row for row, value in enumerate(values) if value is None]
-        if lacking and (len(lacking) < len(values) or (name == "identity" and side == "image")):
-            raise ValueError(
-                f'{dataset.records[lacking[0]].where(dataset.source)}: expected "{name}", which is missing'
-            )
-    owner = np.arange(len(dataset)) if side == "image" else dataset.image_of_caption
-    known = from_records["identity"][0] is not None
-    identities = [from_records["identity"][row] for row in owner] if known else owner
-    cameras = from_records["camera"] if side == "image" and from_records["camera"][0] is not None else None
+    identities = dataset.identities(side)
+    seen_by = [record.camera for record in dataset.records]
+    lacking = [row for row, camera in enumerate(seen_by) if camera is None]
+    if lacking and len(lacking) < len(seen_by):
+        raise ValueError(f'{dataset.records[lacking[0]].where(dataset.source)}: expected "camera", which is missing')
+    cameras = seen_by if side == "image" and not lacking else None
     similarity = model.similarity_fn
-    encode: Any = model.encode_image if side == "image" else model.encode_text
     items = dataset.images if side == "image" else dataset.captions
-    if side == "image" and model.device.type == "cpu":
-        batch_size = min(batch_size, IMAGES_ON_CPU)
-    options = {"batch_size": batch_size, "show_progress_bar": show_progress_bar, "convert_to_tensor": True}
-    features = similarity.compared(encode(items, output="features", **options))
-    return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
+    options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    options |= {"tokens": similarity.needs_tokens, "processes": processes, "backbone_tokens": backbone_tokens}
+    of_text: dict[str, Any] = {"max_length": max_length} if side == "text" else {}
+    features = similarity.compared(encode_side(model, side, items, **options, **of_text))
+    if processes is not None:
+        features = processes.gather_features(features)
+    with torch.no_grad(), without_dropout([similarity]):
+        return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
 
 
 def _codes(*sides: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, ...]:
