@@ -36,8 +36,9 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         image_pooling: pooling of image tokens: "gpo", "esa", "mean", "max" or "cls"; "native" for the pooling and
             projection of `dual_encoder`.
         text_pooling: pooling of text tokens: "gpo", "esa", "mean", "max", "cls" or "native".
-        text_projection: "linear", or "residual_mlp" as in the published checkpoints.
-        image_projection: "linear", or "residual_mlp" as for region features (VSE-infinity).
+        text_projection: "linear"; "mlp" adds an MLP with a layer norm, and "residual_mlp" one with a batch norm, as in
+            the published checkpoints.
+        image_projection: as text_projection; VSE-infinity has "residual_mlp" for region features.
         image_token_merging: side of the squares of patches whose tokens are averaged into one before the projection;
             2 leaves a quarter of the patches, 1 all.
         text_dropout: dropout of the text backbone's output, in training; 0.2 in the published code.

@@ -39,7 +39,7 @@ class ImageEncoder(nn.Module):
         backbone: a loaded backbone; by default one with random weights, made from `config`.
         tower: the vision side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
             `backbone` and `projection` have no effect with it.
-        projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
+        projection: "linear", or "mlp" or "residual_mlp" to add a `ResidualMLP`.
         merging: side of the squares of patches whose tokens are averaged into one; 1 averages none.
 
     Raises:
@@ -73,8 +73,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"a {config.model_type} backbone has no class token to pool; use gpo, esa, mean or max")
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
         self.projection = nn.Linear(token_width(config), embed_dim)
-        if projection == "residual_mlp":
-            self.mlp = ResidualMLP(token_width(config), embed_dim)
+        if projection != "linear":
+            self.mlp = ResidualMLP(token_width(config), embed_dim, batch_norm=projection == "residual_mlp")
         self.pooling = build_pooling(pooling, embed_dim)
 
     def forward(self, pixel_values: Tensor, token_mask: Tensor | None = None) -> Features:
@@ -186,19 +186,21 @@ class ImageEncoder(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """MLP that the published model adds to the projection of words: linear, batch norm, ReLU, linear.
+    """MLP that is added to the projection of tokens: linear, norm, ReLU, linear.
 
-    In training the batch norm counts every position, padding included, as the published code does.
+    The published model has a batch norm. In training it counts every position, padding included, as the published code
+    does.
 
     Args:
         input_dim: width of the backbone's tokens.
         embed_dim: width of the joint space; the hidden layer is half as wide.
+        batch_norm: use a batch norm; otherwise a layer norm, with which padding and other texts have no effect.
     """
 
-    def __init__(self, input_dim: int, embed_dim: int) -> None:
+    def __init__(self, input_dim: int, embed_dim: int, batch_norm: bool = True) -> None:
         super().__init__()
         self.inner = nn.Linear(input_dim, embed_dim // 2)
-        self.norm = nn.BatchNorm1d(embed_dim // 2)
+        self.norm = (nn.BatchNorm1d if batch_norm else nn.LayerNorm)(embed_dim // 2)
         self.outer = nn.Linear(embed_dim // 2, embed_dim)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ class TextEncoder(nn.Module):
         config: configuration of a text backbone.
         embed_dim: width of the joint space.
         pooling: a name in `POOLINGS`.
-        projection: "linear", or "residual_mlp" to add a `ResidualMLP`.
+        projection: "linear", or "mlp" or "residual_mlp" to add a `ResidualMLP`.
         backbone: a loaded backbone; by default one with random weights, made from `config`.
         tower: the text side of a dual encoder, with its own pooling and projection; `embed_dim`, `pooling`,
             `projection` and `backbone` have no effect with it.
@@ -244,8 +246,8 @@ class TextEncoder(nn.Module):
             return
         self.backbone = make_backbone(config) if backbone is None else backbone
         self.projection = nn.Linear(token_width(config), embed_dim)
-        if projection == "residual_mlp":
-            self.mlp = ResidualMLP(token_width(config), embed_dim)
+        if projection != "linear":
+            self.mlp = ResidualMLP(token_width(config), embed_dim, batch_norm=projection == "residual_mlp")
         self.pooling = build_pooling(pooling, embed_dim)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)

@@ -584,7 +584,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             hidden = text_tokens.to(self.dtype)
             return self.fuse(self.text_encoder.from_backbone_tokens(hidden, input_ids, attention_mask))
         padding_counts = (
-            self.text_encoder.mlp is not None
+            (self.text_encoder.mlp is not None and isinstance(self.text_encoder.mlp.norm, nn.BatchNorm1d))
             or self.text_encoder.native_pool is not None
             or (self.decoder is not None and not (self.decoder.mask_padding and len(self.decoder.tokens)))
         )

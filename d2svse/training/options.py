@@ -123,7 +123,10 @@ class ModelOptions:
 
     embed_dim: int = option(512, "Width of the joint space.", flag=True)
     image_projection: Projection = option(
-        "linear", "Projection of image tokens: linear, or with an MLP added, as for region features.", flag=True
+        "linear",
+        "Projection of image tokens: linear, or with an MLP added that has a layer norm (mlp) or a batch norm "
+        "(residual_mlp, as for region features).",
+        flag=True,
     )
     similarity: str | dict[str, Any] = option(
         "cosine", "Similarity, such as max-mean or omit; in YAML also a name with arguments.", flag=True
@@ -544,7 +547,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What a preset gives to a new model of two backbones: keys of a recipe, and `model_options`.
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {"model_options": {"text_projection": "residual_mlp", "image_projection": "residual_mlp"}},
+    "recommended": {"model_options": {"text_projection": "mlp", "image_projection": "mlp"}},
     "paper": {
         "image_size": 224,
         "resizing": "published",
