@@ -73,7 +73,7 @@ from d2svse.demo import build_model, draw_scenes
 from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.losses.base import distillation_loss_names, loss_names
 from d2svse.models.decoder import ContextDecoder
-from d2svse.models.pooling import POOLINGS
+from d2svse.models.pooling import POOLINGS, build_pooling
 from d2svse.similarity import Similarity, build_similarity, similarity_names
 from d2svse.training.distributed import average_gradients
 from d2svse.training.gradcache import cached_backward
@@ -353,10 +353,10 @@ def cases(dtype: torch.dtype, count: int) -> Iterator[tuple[str, nn.Module, Call
     for name in distillation_loss_names():
         loss = build_distillation_loss(name)
         yield f"distillation {name}", loss, lambda m, student: m(student, student.detach().flip(0)), [scores]
-    for name, pooling in POOLINGS.items():
+    for name in POOLINGS:
         for mode in ("train", "eval") if name == "gpo" else ("train",):
             torch.manual_seed(0)
-            module = pooling().to(dtype).train(mode == "train")
+            module = build_pooling(name, 64).to(dtype).train(mode == "train")
             yield f"pooling {name}, {mode}", module, lambda m, side: m(side.tokens, side.mask), [images]
     torch.manual_seed(0)
     yield "decoder", ContextDecoder(64, 6, 3, 4).to(dtype), lambda m, side: m(side.tokens, side.mask), [texts]
