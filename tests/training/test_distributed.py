@@ -96,8 +96,20 @@ def test_batch_norm_of_a_frozen_backbone_is_left_alone():
 
 
 def train_command(scenes: Path, backbones: Path, output: Path, batch_size: int) -> list[object]:
-    """`d2svse train` of both stages without dropout, with an uneven last batch and averaged weights."""
-    command = ["train", "--train", scenes / "train.jsonl", "--val", scenes / "val.jsonl", "-o", output]
+    """`d2svse train` of both stages without dropout and batch norm, with an uneven last batch and averaged weights."""
+    config = output.with_name(f"{output.name}.yaml")
+    config.write_text("model_options: {image_projection: linear, text_projection: linear}")
+    command = [
+        "train",
+        "--config",
+        config,
+        "--train",
+        scenes / "train.jsonl",
+        "--val",
+        scenes / "val.jsonl",
+        "-o",
+        output,
+    ]
     command += ["--vision", backbones / "vision", "--text", backbones / "text", "--embed-dim", 24, "--epochs", 3]
     command += ["--batch-size", batch_size, "--set", "num_context_tokens=4", "--set", "decoder_heads=2"]
     return [*command, "--set", "logging_steps=1", "--set", "learning_rate=0.001", "--set", "ema_decay=0.5"]
@@ -112,9 +124,9 @@ def one_process(scenes, backbones, tmp_path_factory) -> Path:
     return output
 
 
-def same_run(one: Path, two: Path) -> None:
+def same_run(one: Path, two: Path, stages: tuple[str, ...] = ("pretrain", "distill")) -> None:
     """The same losses, but for rounding, and metrics within one query of the validation set."""
-    for stage in ("pretrain", "distill"):
+    for stage in stages:
         curves = []
         for run in (one, two):
             rows = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
@@ -132,6 +144,16 @@ def test_two_processes_train_as_one(one_process, scenes, backbones, tmp_path):
         assert one.wait(600) == 0, one.err()
     same_run(one_process, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hardware"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_side_as_one(scenes, backbones, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = fork_workers(1, COMMAND, *train_command(scenes, backbones, one, 20), "--unimodal", "text")
+    runs += fork_workers(2, COMMAND, *train_command(scenes, backbones, two, 10), "--unimodal", "text")
+    for process in runs:
+        assert process.wait(600) == 0, process.err()
+    same_run(one, two, ("align",))
 
 
 @pytest.mark.slow
