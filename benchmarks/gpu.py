@@ -1,4 +1,4 @@
-"""Check and measure on an accelerator what the CPU cannot show; at most five minutes on one H100.
+"""Check and measure on an accelerator what the CPU cannot show; at most eight minutes on one H100.
 
     python benchmarks/gpu.py --json gpu.json
     python benchmarks/gpu.py --only correctness,training
