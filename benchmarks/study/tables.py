@@ -107,6 +107,27 @@ def mean_and_deviation(records: Sequence[Mapping[str, Any]], on: str = "test") -
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def draw_stages() -> Figure:
+    """Draw rSum of each row of the table of stages, with its deviation."""
+    records = records_of("stages")
+    rows = [row for row in read_sweep(HERE / "stages.yaml").rows if any(one["row"] == row for one in records)]
+    points = [mean_and_deviation([one for one in records if one["row"] == row]) for row in rows]
+    figure = new_figure(MEDIUM, 3.5)
+    axes = figure.add_subplot()
+    axes.errorbar(
+        [mean for mean, _ in points],
+        rows,
+        xerr=[deviation for _, deviation in points],
+        fmt="o",
+        capsize=4,
+        color="#1f4e8c",
+    )
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("rSum on the test images: mean and deviation over seeds")
+    return figure
+
+
 def draw_tokens() -> Figure:
     """Draw rSum by the number of learnable tokens (D2S-VSE, Figure 4)."""
     recommended = PRESETS["recommended"]["num_context_tokens"]
@@ -147,7 +168,8 @@ def main() -> None:
         print(collect(folder))
     if not given.collect:
         write_text(PAGE, filled(PAGE.read_text(encoding="utf-8")))
-        for sweep, name, draw in (("distillation", "tokens", draw_tokens), ("similarities", "times", draw_times)):
+        figures = ("stages", "stages", draw_stages), ("distillation", "tokens", draw_tokens)
+        for sweep, name, draw in (*figures, ("similarities", "times", draw_times)):
             if records_of(sweep):
                 save_figure(draw(), PAGE.parent / "images" / f"study-{name}.png")
 
