@@ -80,7 +80,8 @@ def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
         runs = [one for one in records if one["row"] == row.name]
         cells = row.cells()
         steps = round(statistics.mean(sum(one["steps"].values()) for one in runs))
-        seconds = round(statistics.mean(training_seconds(one) for one in runs))
+        whole = [one for one in runs if not one["resumed"]] or runs
+        seconds = round(statistics.mean(training_seconds(one) for one in whole))
         name = row.name.removeprefix(prefix).replace("|", r"\|")
         lines.append(f"| {' | '.join([name, *(cells[i] for i in SHOWN), str(steps), str(seconds)])} |")
     return lines
