@@ -277,7 +277,7 @@ def quick_export(monkeypatch):
             Path(path).write_bytes(b"graph")
 
     monkeypatch.setattr(export, "NEEDED", ())
-    monkeypatch.setattr(export, "export_programs", lambda *_: dict.fromkeys(("image_encoder", "text_encoder")))
+    monkeypatch.setattr(export, "export_programs", lambda *_, **__: dict.fromkeys(("image_encoder", "text_encoder")))
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Graph())
 
 

@@ -18,7 +18,7 @@ from PIL import BmpImagePlugin, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from d2svse.images import ImageError, check_images, find_images, load_image, use_image
 from d2svse.images import reading as images_module
 from d2svse.images.reading import FORMATS
-from d2svse.models import modeling as modeling_module
+from d2svse.models import pixels as pixels_module
 
 FUZZ = Path(__file__).parents[2] / "benchmarks" / "image_fuzz.py"
 GRADIENT = np.linspace(0, 1, 48).reshape(6, 8)
@@ -472,7 +472,7 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 
     room.take = counted
     monkeypatch.setattr(images_module, "ROOM", room)
-    monkeypatch.setattr(modeling_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(pixels_module, "usable_cores", lambda: 8)
     model.encode_image(paths, batch_size=12)
     assert len(turns) == 12  # each once
     assert most[0] <= 4000
@@ -487,7 +487,7 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 def test_readers_are_as_many_as_usable_cores(model, tmp_path, monkeypatch):
     asked = []
     pool = images_module.ThreadPoolExecutor
-    for module in (images_module, modeling_module):
+    for module in (images_module, pixels_module):
         monkeypatch.setattr(module, "usable_cores", lambda: 3)
         monkeypatch.setattr(module, "ThreadPoolExecutor", lambda count, **options: asked.append(count) or pool(count))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
