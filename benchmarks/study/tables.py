@@ -35,6 +35,14 @@ MARKED = re.compile(
 )
 TITLES = ("row", "seeds", "I2T R@1", "T2I R@1", "rSum", "rSum − first, 95 %", "steps", "seconds")
 SHOWN = (0, 1, 4, 7, 8)  # of the cells of a row of `table_rows`
+WHY = {  # title, factor and digits of each measure of why.py
+    "sparse": ("sparse captions", 100, 1),
+    "dense": ("dense text", 100, 1),
+    "dev": ("sparse captions, all 1000", 100, 1),
+    "length": ("output of the decoder", 1, 2),
+    "cosine": ("cosine to dense", 1, 3),
+    "cosine_without": ("without decoder", 1, 3),
+}
 OF_CARD = ("d2svse", "git_revision", "versions", "hardware", "configuration")
 
 
@@ -92,11 +100,30 @@ def training_seconds(record: Mapping[str, Any]) -> float:
     return sum(value for name, value in record["seconds"].items() if name != "whole")
 
 
+def why_table() -> list[str]:
+    """Return the records of `why.py` as lines of Markdown, each the mean over the seeds."""
+    titles = ["row", "seeds", *(title for title, _, _ in WHY.values())]
+    lines = [f"| {' | '.join(titles)} |", f"| --- | {' | '.join(['---:'] * (len(titles) - 1))} |"]
+    records = records_of("why")
+    for row in dict.fromkeys(one["row"] for one in records):
+        runs = [one for one in records if one["row"] == row]
+        cells = [row, str(len(runs))]
+        for name, (_, factor, digits) in WHY.items():
+            values = [one[name] for one in runs if one[name] is not None]
+            cells.append(f"{factor * statistics.mean(values):.{digits}f}" if values else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def filled(page: str) -> str:
     """Return the page with the tables between its markers."""
 
     def fill(match: re.Match[str]) -> str:
-        lines = table(match["sweep"], match["on"] or "test", match["rows"] or "")
+        lines = (
+            why_table()
+            if match["sweep"] == "why"
+            else table(match["sweep"], match["on"] or "test", match["rows"] or "")
+        )
         return match[1] + "\n".join(lines) + "\n" + "<!-- end -->"
 
     return MARKED.sub(fill, page)

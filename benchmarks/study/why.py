@@ -1,10 +1,12 @@
 """Look into the models of the table of stages: what dense text tells, and what the context decoder adds.
 
-    python benchmarks/study/why.py FOLDER/stages --test FOLDER/test.jsonl --images flickr8k
+    python benchmarks/study/why.py FOLDER/stages --data flickr8k --seeds 0
 
-For each model of the sweep that was kept, the script measures on the test images:
+For each model of the sweep that was kept, the script measures on the test images, the last 500 of Flickr8k's
+development set:
 
 - rSum with the sparse captions, and with one dense text an image (the joined captions, without the decoder),
+- rSum with the sparse captions of all 1000 images of the development set, half of which chose the epoch,
 - the length of the decoder's output over that of the pooled text, as the mean over the captions,
 - the mean cosine of a caption's embedding to the dense embedding of its image, with the decoder and without it.
 
@@ -26,24 +28,17 @@ from d2svse.files.replace import write_json
 from d2svse.models.encoding import inference
 
 FILE = Path(__file__).parent / "results" / "why.json"
-TITLES = (
-    "row",
-    "seeds",
-    "sparse captions",
-    "dense text",
-    "output of the decoder",
-    "cosine to dense",
-    "without decoder",
-)
 
 
 @torch.no_grad()
-def measure(model: D2SVSE, data: ImageTextDataset) -> dict[str, float | None]:
+def measure(model: D2SVSE, dev: ImageTextDataset) -> dict[str, float | None]:
     """Return the measures of a model."""
+    data = ImageTextDataset(dev.records[500:])
     found: dict[str, float | None] = {
         captions: evaluate(model, data, captions=captions, fingerprint=False).metrics["rsum"]
         for captions in ("sparse", "dense")
     }
+    found["dev"] = evaluate(model, dev, fingerprint=False).metrics["rsum"]
     texts: Any = list(data.captions)
     dense = model.encode_text(list(data.dense_captions), dense=True, convert_to_tensor=True)[data.image_of_caption]
     alone = model.encode_text(texts, dense=True, convert_to_tensor=True)
@@ -64,36 +59,20 @@ def measure(model: D2SVSE, data: ImageTextDataset) -> dict[str, float | None]:
     return found
 
 
-def table() -> list[str]:
-    """Return the records as lines of Markdown, each the mean over the seeds."""
-    lines = [f"| {' | '.join(TITLES)} |", f"| --- | {' | '.join(['---:'] * (len(TITLES) - 1))} |"]
-    records = read_json(FILE) if FILE.exists() else []
-    for row in dict.fromkeys(one["row"] for one in records):
-        runs = [one for one in records if one["row"] == row]
-        cells = [row, str(len(runs))]
-        for name, factor, digits in (
-            ("sparse", 100, 1), ("dense", 100, 1), ("length", 1, 2), ("cosine", 1, 3), ("cosine_without", 1, 3)
-        ):  # fmt: skip
-            values = [one[name] for one in runs if one[name] is not None]
-            cells.append(f"{factor * statistics.mean(values):.{digits}f}" if values else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
 def main() -> None:
     """Measure all models of a sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="folder of the sweep")
-    parser.add_argument("--test", type=Path, required=True, help="manifest of the test images")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the images")
+    parser.add_argument("--data", type=Path, required=True, help="folder of Flickr8k, with dev.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    data = ImageTextDataset.from_source(given.test, image_folder=given.images, dense="concat")
+    dev = ImageTextDataset.from_source(given.data / "dev.jsonl", image_folder=given.data, dense="concat")
     records = []
     for path in sorted((given.sweep / "records").glob("*.json")):
         record, folder = read_json(path), given.sweep / "runs" / path.stem / "model"
-        if folder.is_dir():
+        if record["seed"] in given.seeds and folder.is_dir():
             model: D2SVSE = D2SVSE.from_pretrained(folder)
-            records.append({"row": record["row"], "seed": record["seed"], **measure(model.eval(), data)})
+            records.append({"row": record["row"], "seed": record["seed"], **measure(model.eval(), dev)})
             print(records[-1])
     write_json(FILE, sorted(records, key=lambda one: (one["row"], one["seed"])))
 
