@@ -83,13 +83,15 @@ def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
     every = [row for row in read_sweep(HERE / f"{sweep}.yaml").rows if row.startswith(prefix)]
     records = [one for one in records_of(sweep) if one["row"] in every]
     names = [row for row in every if any(one["row"] == row for one in records)]
+    if not names:
+        return [f"*Not run yet: `benchmarks/study/{sweep}.yaml` has the rows.*"]
     lines = [f"| {' | '.join(TITLES)} |", f"| --- | {' | '.join(['---:'] * (len(TITLES) - 1))} |"]
-    for row in table_rows(records, names, on) if names else []:
+    for row in table_rows(records, names, on):
         runs = [one for one in records if one["row"] == row.name]
         cells = row.cells()
         steps = round(statistics.mean(sum(one["steps"].values()) for one in runs))
-        whole = [one for one in runs if not one["resumed"]] or runs
-        seconds = round(statistics.mean(training_seconds(one) for one in whole))
+        whole = [training_seconds(one) for one in runs if not one["resumed"]]
+        seconds = round(statistics.mean(whole)) if whole else "–"
         name = row.name.removeprefix(prefix).replace("|", r"\|")
         lines.append(f"| {' | '.join([name, *(cells[i] for i in SHOWN), str(steps), str(seconds)])} |")
     return lines
@@ -103,6 +105,8 @@ def training_seconds(record: Mapping[str, Any]) -> float:
 def why_table() -> list[str]:
     """Return the records of `why.py` as lines of Markdown, each the mean over the seeds."""
     titles = ["row", "seeds", *(title for title, _, _ in WHY.values())]
+    if not records_of("why"):
+        return ["*Not run yet.*"]
     lines = [f"| {' | '.join(titles)} |", f"| --- | {' | '.join(['---:'] * (len(titles) - 1))} |"]
     records = records_of("why")
     for row in dict.fromkeys(one["row"] for one in records):
