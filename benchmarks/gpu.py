@@ -397,7 +397,7 @@ def embeddings(bench: Bench) -> None:
 
 @dataclass(eq=False)
 class World:
-    """The demo's model with a ViT in place of its ResNet, and its scenes.
+    """The demo's scenes, and its model with a ViT in place of the ResNet.
 
     Attributes:
         model: model with random weights, on the CPU.
@@ -441,7 +441,7 @@ def make_trainer(
     given = {
         "output_dir": tempfile.mkdtemp(dir=bench.folder),
         "per_device_train_batch_size": 32 if bench.small else 64,
-        "num_train_epochs": 1 if bench.small else 6,
+        "num_train_epochs": 1 if bench.small else 8,
         "learning_rate": 1e-3,
         "backbone_lr_scale": 1.0,
         "warmup_steps": 0.1,
@@ -640,7 +640,7 @@ def train_once(bench: Bench, name: str, options: dict[str, Any], first: dict[str
     last = statistics.mean(losses[-3:])
     start_of = first.setdefault(f"{options.get('stage')} {options.get('similarity')}", losses[0])
     good = bool(np.isfinite(losses).all()) and abs(losses[0] / start_of - 1) < 0.02
-    good &= bench.small or "max_steps" in options or last < 0.93 * losses[0]
+    good &= bench.small or "max_steps" in options or last < 0.9 * losses[0]
     good &= next(trainer.model.parameters()).device.type == bench.device.type
     told = f"loss {losses[0]:.4f} to {last:.4f} in {len(losses)} steps, rSum {100 * rsum:.0f}, {took:.1f} s"
     scaler = trainer.accelerator.scaler

@@ -67,8 +67,8 @@ def decoded_images(
 ) -> DecodedImages:
     """Return the decoded images of a file; write the file if it is missing or unfinished.
 
-    The file is written anew if a name, size or modification time of an image differs, or the side. Other processes wait
-    for the one that writes.
+    The file is written again if the side differs, or the name, size or modification time of an image. Other processes
+    wait for the one that writes.
 
     Args:
         images: paths of images, or images in shards.

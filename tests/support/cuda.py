@@ -53,7 +53,7 @@ NO_KERNEL = {
 
 @dataclass
 class Seen:
-    """What the device was asked for.
+    """Counts of what the device did.
 
     Attributes:
         kernels: number of kernels, by operation.
