@@ -8,7 +8,8 @@
 Inside the block a tensor that is made on, or moved to, "cuda" is a `CudaTensor`. Operations refuse to mix it with
 tensors of the CPU, as CUDA does. `Seen` counts kernels, the bytes that they read and write, and the lines of code at
 which the host waits for the device. These are what `torch.cuda.set_sync_debug_mode` warns of: values that are read,
-copies that are not `non_blocking`, and outputs whose shape depends on values.
+copies that are not `non_blocking`, and outputs whose shape depends on values. With `float64=False` the device refuses
+that type, as Apple's MPS does.
 
 Two things differ from a device. Kernels are those of the CPU, which fuses other operations, so their number is near
 that of a device. Inference mode is no-grad mode, in which such tensors can live.
@@ -141,12 +142,13 @@ class _Device(TorchDispatchMode):
 
 
 _seen: Seen | None = None
+_has_float64 = True
 
 
 @contextmanager
-def simulated_cuda() -> Iterator[Seen]:
+def simulated_cuda(float64: bool = True) -> Iterator[Seen]:
     """Simulate a CUDA device inside the block; yield the counts."""
-    global _seen
+    global _seen, _has_float64
     assert _seen is None, "there is one simulated device"
     earlier = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
@@ -164,12 +166,12 @@ def simulated_cuda() -> Iterator[Seen]:
             stack.enter_context(patch.object(target, name, value))
         torch.__future__.set_swap_module_params_on_conversion(True)  # as on a device, parameters stay the same objects
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, earlier)
-        _seen = Seen()
+        _seen, _has_float64 = Seen(), float64
         try:
             with _Device():
                 yield _seen
         finally:
-            _seen = None
+            _seen, _has_float64 = None, True
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -192,6 +194,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not (there or makes_there) or name == "_local_scalar_dense":
         return result
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    _check_dtype(*outputs)
     if name == "_pack_padded_sequence":  # whose second output stays on the CPU
         _count(name, tensors, outputs[:1])
         return CudaTensor(result[0]), result[1]
@@ -205,6 +208,8 @@ def _copy_to(func: Any, source: Tensor, kwargs: dict[str, Any], to_cuda: bool) -
     from_cuda = isinstance(source, CudaTensor)
     options = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
     copy: Tensor = func(_inner(source), **options, device=CPU)
+    if to_cuda:
+        _check_dtype(copy)
     if _seen is not None and from_cuda != to_cuda:
         if not kwargs.get("non_blocking"):
             _note_wait("copy to the host" if from_cuda else "copy to the device")
@@ -224,6 +229,11 @@ def _copy_into(func: Any, target: Tensor, source: Tensor, non_blocking: bool = F
     if isinstance(target, CudaTensor):
         _count("copy_", [source], [target])
     return target
+
+
+def _check_dtype(*tensors: Tensor) -> None:
+    if not _has_float64 and any(tensor.dtype == torch.float64 for tensor in tensors):
+        raise TypeError(f"the device does not support float64 ({_line()})")
 
 
 def _check_devices(name: str, args: Any, tensors: list[Tensor]) -> None:

@@ -53,6 +53,14 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """The folder of Flickr8k that `D2SVSE_FLICKR8K` names, with `train.jsonl` and `dev.jsonl`."""
+    if "D2SVSE_FLICKR8K" not in os.environ:
+        pytest.skip("D2SVSE_FLICKR8K does not name a folder with train.jsonl and dev.jsonl of Flickr8k")
+    return Path(os.environ["D2SVSE_FLICKR8K"])
+
+
+@pytest.fixture(scope="session")
 def train_dataset(scenes: Path) -> ImageTextDataset:
     return ImageTextDataset.from_manifest(scenes / "train.jsonl")
 

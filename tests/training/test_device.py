@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from d2svse import ImageTextIndex, Trainer, TrainingArguments
+from d2svse.models.averaging import average_models, interpolate
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training import Teacher
 from support.cuda import CUDA, simulated_cuda
@@ -39,7 +40,7 @@ def test_a_step_of_training_hardly_waits_for_the_device(make_model, make_args, t
     trainer.prepare()
     plain = {name: value.clone() for name, value in model.state_dict().items()}
     with (
-        simulated_cuda() as seen,
+        simulated_cuda(float64=False) as seen,
         patch.object(TrainingArguments, "device", CUDA),
         patch.object(Accelerator, "device", CUDA),
     ):
@@ -72,7 +73,7 @@ def test_encoding_evaluation_and_search_stay_on_the_device(make_model, val_datas
     expected = evaluate(plain, val_dataset, **rerank).metrics
     index = ImageTextIndex.build(plain, images, tmp_path / "plain")
     hits = index.search(texts, k=3, **rerank)
-    with simulated_cuda() as seen:
+    with simulated_cuda(float64=False) as seen:
         model.to("cuda")
         for encoded, known in (
             (model.encode_image(images), plain.encode_image(images)),
@@ -84,3 +85,20 @@ def test_encoding_evaluation_and_search_stay_on_the_device(make_model, val_datas
         found = index.search(texts, k=3, **rerank)
     assert seen.kernels
     assert [[hit.id for hit in row] for row in found] == [[hit.id for hit in row] for row in hits]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_weights_are_averaged_on_a_device_without_float64(make_model, share):
+    start, end, moved_start, moved_end = (make_model() for _ in range(4))
+    moved_start.load_state_dict(start.state_dict())
+    moved_end.load_state_dict(end.state_dict())
+    between = interpolate(start.state_dict(), end.state_dict(), share)
+    mean = average_models([start, end], weights=[1 - share, share]).state_dict()
+    with simulated_cuda(float64=False):
+        with pytest.raises(TypeError, match="does not support float64"):
+            torch.ones(1).to("cuda").double()
+        states = [model.to("cuda").state_dict() for model in (moved_start, moved_end)]
+        on_device = interpolate(*states, share)
+        averaged = average_models([moved_start, moved_end], weights=[1 - share, share]).state_dict()
+        for found, expected in ((on_device, between), (averaged, mean)):
+            assert all(tensor.is_cuda and torch.equal(tensor.cpu(), expected[name]) for name, tensor in found.items())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2svse import D2SVSE, ImageTextIndex, Trainer, TrainingArguments, evaluate
-from d2svse.data import ImageTextDataset
+from d2svse.data import ImageTextDataset, read_manifest, write_manifest
 from d2svse.losses import InfoNCE
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.training.building import parameter_groups
@@ -135,24 +135,21 @@ def test_the_docs_give_each_value_of_the_published_presets():
 
 
 HOSTS = sorted(set(PRESETS) - {"recommended", "dual-encoder", "d2s-vse"})
+GSSF = [("scan-t2i", "diagonal"), *((name, "block-diagonal") for name in ("vse-infinity", "chan", "omit"))]
+OF_GATE = (("published", None), ("scan-t2i", "diagonal"))
+OF_PRESETS = [
+    pytest.param(*of, marks=[] if of in OF_GATE else pytest.mark.slow) for of in [*((n, None) for n in HOSTS), *GSSF]
+]
 
 
-@pytest.mark.parametrize(
-    ("preset", "gssf"),
-    [
-        ("published", None),
-        ("scan-t2i", "diagonal"),
-        *(pytest.param(name, None, marks=pytest.mark.slow) for name in HOSTS if name not in ("published", "scan-t2i")),
-        *(pytest.param(name, "block-diagonal", marks=pytest.mark.slow) for name in ("vse-infinity", "chan", "omit")),
-    ],
-)
-def test_a_preset_trains_a_model_that_is_evaluated_indexed_and_searched(preset, gssf, backbones, scenes, tmp_path):
+def train_and_search(data: Path, backbones: Path, preset: str, gssf: str | None, output: Path, **options) -> None:
+    """Train two steps of each stage on `train.jsonl` and `val.jsonl`; save, load, evaluate, index and search."""
     decoder = {"num_context_tokens": 2, "decoder_layers": 1, "decoder_heads": 2}
     results = run_recipe(
         Recipe(
-            train=str(scenes / "train.jsonl"),
-            val=str(scenes / "val.jsonl"),
-            output=str(tmp_path / "run"),
+            train=str(data / "train.jsonl"),
+            val=str(data / "val.jsonl"),
+            output=str(output / "run"),
             vision=str(backbones / "vision"),
             text=str(backbones / "text"),
             preset=preset,
@@ -162,16 +159,30 @@ def test_a_preset_trains_a_model_that_is_evaluated_indexed_and_searched(preset, 
             training={"per_device_train_batch_size": 8, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no",
                       "load_best_model_at_end": False, **(decoder if preset in ("paper", "published") else {})},
             show_progress_bar=False,
+            **options,
         )
     )  # fmt: skip
     assert list(results) == preset_stages(preset)
-    model = D2SVSE.from_pretrained(tmp_path / "run" / "model")
+    model = D2SVSE.from_pretrained(output / "run" / "model")
     if gssf == "diagonal":
         assert model.config.similarity["metric"] == "diagonal"
-    data = ImageTextDataset.from_manifest(scenes / "val.jsonl")
-    assert evaluate(model, data).metrics["rsum"] == pytest.approx(results[list(results)[-1]]["rsum"])
-    index = ImageTextIndex.build(model, [str(path) for path in data.images[:10]], tmp_path / "index")
-    assert len(index.search([data.captions[0]], k=3)[0]) == 3
+    dataset = ImageTextDataset.from_manifest(data / "val.jsonl")
+    assert evaluate(model, dataset).metrics["rsum"] == pytest.approx(results[list(results)[-1]]["rsum"])
+    index = ImageTextIndex.build(model, [str(path) for path in dataset.images[:10]], output / "index")
+    assert len(index.search([dataset.captions[0]], k=3)[0]) == 3
+
+
+@pytest.mark.parametrize(("preset", "gssf"), OF_PRESETS)
+def test_a_preset_trains_a_model_that_is_evaluated_indexed_and_searched(preset, gssf, backbones, scenes, tmp_path):
+    train_and_search(scenes, backbones, preset, gssf, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "gssf"), [*((name, None) for name in [*HOSTS, "recommended"]), *GSSF])
+def test_a_preset_trains_on_photos(preset, gssf, backbones, flickr8k, tmp_path):
+    for name, split, count in (("train", "train", 200), ("val", "dev", 50)):
+        write_manifest(tmp_path / f"{name}.jsonl", read_manifest(flickr8k / f"{split}.jsonl")[:count])
+    train_and_search(tmp_path, backbones, preset, gssf, tmp_path, dense="concat")
 
 
 def test_stage_1_reads_the_short_dense_captions_and_the_teacher_the_long_ones(backbones, scenes, tmp_path, monkeypatch):
