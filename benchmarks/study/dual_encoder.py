@@ -13,13 +13,13 @@ test. It joins the two backbones as a `VisionTextDualEncoder` of transformers, f
 
 `tune` fine-tunes it on the second half with each setting of the search, seed 0, for 3 epochs.
 
-`rows` fine-tunes it with the preset `dual-encoder`, aligned and in both stages, and trains the two backbones on the
-second half from their own weights, three seeds each. The interpolation of a row is the mean of start and end that
-is best on the images that choose.
+`rows` fine-tunes it for 6 epochs with the preset `dual-encoder`, aligned and in both stages, and trains the two
+backbones on the second half from their own weights for as many epochs, three seeds each. The interpolation of a row is
+the mean of start and end that is best on the images that choose.
 
 Each run writes a record to `benchmarks/study/results/dual_encoder/`: the metrics on the images that choose, on those
 that test, on both, and on 500 images of the first half. Finished runs are skipped, begun ones go on. `table` prints the
-records.
+records. `--bf16` of a step computes in bfloat16, which pays on a GPU and on CPUs that have it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the end, in an interpolation
 RESULTS = Path(__file__).parent / "results" / "dual_encoder"
 PARTS = ("val", "test", "dev", "first-500")
 SEARCH = [(1e-4, 0.8), (3e-4, 0.8), (1e-3, 0.8), (3e-4, 1.0)]  # learning rate, layer decay
+CASES = ("aligned", "both-stages", "backbones")
 NAMES = {
     "start": "the dual encoder as it was",
     "aligned": "aligned",
@@ -114,7 +115,7 @@ def train(folder: Path, run: str, part: str, *words: str, **options: Any) -> flo
     else:
         settings = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
         command += ["--train", str(folder / f"{part}.jsonl"), "--val", str(folder / "val.jsonl"), "--dense", "concat"]
-        command += ["--image-folder", json.loads((folder / "images.json").read_text()), "--bf16"]
+        command += ["--image-folder", json.loads((folder / "images.json").read_text())]
         command += [*words, *settings, "-o", str(output)]
     subprocess.run(command, check=True)
     return time.monotonic() - begun
@@ -160,58 +161,50 @@ def starting_state(folder: Path, end: D2SVSE) -> dict[str, torch.Tensor]:
     }
 
 
-def before(folder: Path) -> None:
+def before(folder: Path, precision: Sequence[str]) -> None:
     """Align the joined backbones on the first half, and save the result in the format of transformers."""
     seconds = train(
         folder, "before", "first", "--model", str(folder / "joined"), "--stages", "align", "--preset", "recommended",
-        temperature="null", num_train_epochs=8, drop_image_tokens="false",
+        *precision, temperature="null", num_train_epochs=8, drop_image_tokens="false",
     )  # fmt: skip
     model: Any = D2SVSE.from_pretrained(folder / "runs/before/model")
     model.to_dual_encoder().save_pretrained(folder / "dual")
     model.processor.image_processor.save_pretrained(folder / "dual")
     model.processor.tokenizer.save_pretrained(folder / "dual")
-    record(folder, "start", folder / "dual", seconds=seconds)
+    record(folder, "start", folder / "dual", seconds=seconds, bf16=bool(precision))
 
 
-def tune(folder: Path) -> None:
+def tune(folder: Path, precision: Sequence[str]) -> None:
     """Fine-tune with each setting of the search."""
     for rate, decay in SEARCH:
         name = f"tune-{rate:g}-{decay:g}"
         if not (RESULTS / f"{name}.json").exists():
             seconds = train(
                 folder, name, "second", "--model", str(folder / "dual"), "--stages", "align",
-                "--preset", "dual-encoder", learning_rate=rate, layer_decay=decay, num_train_epochs=3,
+                "--preset", "dual-encoder", *precision, learning_rate=rate, layer_decay=decay, num_train_epochs=3,
             )  # fmt: skip
-            record(folder, name, folder / "runs" / name / "model", start=True, seconds=seconds)
+            model = folder / "runs" / name / "model"
+            record(folder, name, model, start=True, seconds=seconds, bf16=bool(precision))
 
 
-def rows(folder: Path, seeds: Sequence[int]) -> None:
-    """Train each row of the table with some seeds."""
-    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", "--set", "align.num_train_epochs=4"]
-    tuned += ["--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=3"]
-    cases: dict[str, list[str]] = {
-        "aligned": [*tuned, "--stages", "align"],
-        "both-stages": [*tuned, "--stages", "pretrain,distill"],
+def rows(folder: Path, precision: Sequence[str], seeds: Sequence[int], cases: Sequence[str]) -> None:
+    """Train rows of the table with some seeds."""
+    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", *precision]
+    words_of: dict[str, list[str]] = {
+        "aligned": [*tuned, "--stages", "align", "--epochs", "6"],
+        "both-stages": [*tuned, "--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=5"],
         "backbones": [
-            "--vision",
-            str(folder / "vision"),
-            "--text",
-            str(folder / "text"),
-            "--preset",
-            "recommended",
-            "--stages",
-            "align",
-            "--epochs",
-            "5",
+            "--vision", str(folder / "vision"), "--text", str(folder / "text"), "--preset", "recommended",
+            *precision, "--stages", "align", "--epochs", "6",
         ],
-    }
+    }  # fmt: skip
     for seed in seeds:
-        for case, words in cases.items():
+        for case in cases:
             name = f"{case}-{seed}"
             if not (RESULTS / f"{name}.json").exists():
-                seconds = train(folder, name, "second", *words, "--seed", str(seed))
+                seconds = train(folder, name, "second", *words_of[case], "--seed", str(seed))
                 model = folder / "runs" / name / "model"
-                record(folder, name, model, start=case != "backbones", seed=seed, seconds=seconds)
+                record(folder, name, model, start=case != "backbones", seed=seed, seconds=seconds, bf16=bool(precision))
 
 
 def table() -> list[str]:
@@ -251,8 +244,10 @@ def main() -> None:
     for name in ("before", "tune", "rows"):
         part = steps.add_parser(name)
         part.add_argument("folder", type=Path)
+        part.add_argument("--bf16", dest="precision", action="store_const", const=["--bf16"], default=[])
         if name == "rows":
             part.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            part.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     steps.add_parser("table")
     arguments = parser.parse_args()
     if arguments.step == "prepare":
@@ -260,9 +255,9 @@ def main() -> None:
     elif arguments.step == "table":
         print("\n".join(table()))
     elif arguments.step == "rows":
-        rows(arguments.folder, arguments.seeds)
+        rows(arguments.folder, arguments.precision, arguments.seeds, arguments.cases)
     else:
-        {"before": before, "tune": tune}[arguments.step](arguments.folder)
+        {"before": before, "tune": tune}[arguments.step](arguments.folder, arguments.precision)
 
 
 if __name__ == "__main__":
