@@ -194,7 +194,7 @@ def milvus(given: argparse.Namespace) -> int:
                     index.save(f"{name}/{kind}-{place}")
                     answers.append(index.search(queries, K))
                     rows.append([f"{kind}, {place}", *measured(index, queries, best), f"{added:.1f}"])
-                equal = answers[0][1] == answers[1][1] and np.array_equal(answers[0][0], answers[1][0])
+                equal = answers[0][1] == answers[1][1] and np.allclose(answers[0][0], answers[1][0], atol=1e-6)
                 if kind == "FLAT":
                     same = equal
                     print(f"{kind}: the {QUERIES} answers of both are {'the same' if equal else 'DIFFERENT'}")

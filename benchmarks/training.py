@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from d2svse import D2SVSE, D2SVSEConfig, TrainingArguments
+from d2svse import D2SVSE, D2SVSEConfig
 from d2svse.data import Batch, read_manifest
 from d2svse.data.augment import generator, keep_image_tokens
 from d2svse.losses import InfoNCE, build_distillation_loss
@@ -131,7 +131,7 @@ def main() -> None:
     model.train()
     processor = D2SVSEProcessor(ViTImageProcessorPil(), AutoTokenizer.from_pretrained(folder), max_length=512)
     batches = make_batches(given.manifest, processor, given.steps, given.batch)
-    task = DistillTask(InfoNCE(), build_distillation_loss("cosine"), text_groups=TrainingArguments().text_groups)
+    task = DistillTask(InfoNCE(), build_distillation_loss("cosine"), text_groups=4)
     naive = copy.deepcopy(model)
     for encoder in (naive.image_encoder, naive.text_encoder, slow_teacher := copy.deepcopy(teacher)):
         encoder.pooling.__class__ = EveryRow  # the same weights, taken the long way

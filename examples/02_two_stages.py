@@ -45,7 +45,7 @@ logging.disable_progress_bar()  # of reading and writing weights
 
 # %%
 DATA = None
-PRETRAIN_EPOCHS, DISTILL_EPOCHS = 1, 2
+PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 3
 OUTPUT = Path("d2svse-examples/two-stages")  # all output goes here
 
 # %%
@@ -149,8 +149,8 @@ print(f"stage 1, ranked by its dense text instead: T2I R@10 {100 * dense_ranked[
 # On the drawn scenes:
 #
 # - **Stage 1 is poor with sparse captions**, because it has never seen one. With dense text, which it was trained on,
-#   it finds twice as much after 25 steps.
-# - **Stage 2 is well above chance** after 50 more steps.
+#   it finds more than twice as much after 50 steps.
+# - **Stage 2 is well above chance** after 75 more steps.
 # - **Aligning alone is ahead.** All of its steps train exactly what is measured, and with so few steps that decides.
 #   When `d2svse demo` trains on 4000 scenes for minutes, both are equal ([results](../docs/results.md)). The paper
 #   reports a gain by the two stages on Flickr30K and MS-COCO, with pretrained backbones and captions by a large
