@@ -16,7 +16,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,7 @@ class EveryRow(GeneralizedPooling):
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
         counts, longest = mask.sum(1), int(mask.sum(1).max())
-        positions = sinusoidal_positions(longest, self.position_dim, tokens.device).expand(len(tokens), -1, -1)
+        positions = sinusoidal_positions(longest, self.position_dim).expand(len(tokens), -1, -1)
         packed = nn.utils.rnn.pack_padded_sequence(positions, counts.cpu(), True, False)
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], True, total_length=longest)
         forwards, backwards = hidden.split(self.hidden_dim, dim=-1)
@@ -61,9 +61,14 @@ class EveryRow(GeneralizedPooling):
 class EveryPosition(ContextDecoder):
     """The decoder as it is written in the paper, with every layer at every position."""
 
-    def _at_tokens(self, layer: nn.TransformerEncoderLayer, sequence: Tensor, hidden: Tensor | None) -> Tensor:
-        decoded = layer(sequence, src_key_padding_mask=hidden)
-        return torch.cat([decoded[:, : self.num_before], decoded[:, decoded.shape[1] - self._num_after :]], dim=1)
+    def _run(
+        self,
+        layer: nn.TransformerEncoderLayer,
+        sequence: Tensor,
+        hidden: Tensor | None,
+        chosen: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        return chosen(layer(sequence, src_key_padding_mask=hidden))
 
 
 class Rows(NamedTuple):
