@@ -43,7 +43,7 @@ def add_many(model, folder, images, limit, queue):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, which this system cannot")
-@pytest.mark.parametrize(("count", "limit"), [(80, 96), pytest.param(1000, 256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "limit"), [(80, 96), pytest.param(400, 256, marks=pytest.mark.slow)])
 def test_a_token_index_takes_many_adds_with_few_open_files(make_model, tmp_path, count, limit):
     model = make_model(similarity={"name": "omit"})
     rng = np.random.default_rng(0)
