@@ -13,7 +13,7 @@ test. It joins the two backbones as a `VisionTextDualEncoder` of transformers, f
 
 `tune` fine-tunes it on the second half with each setting of the search, seed 0, for 3 epochs.
 
-`rows` fine-tunes it for 6 epochs with the preset `dual-encoder`, aligned and in both stages, and trains the two
+`rows` fine-tunes it for 5 epochs with the preset `dual-encoder`, aligned and in both stages, and trains the two
 backbones on the second half from their own weights for as many epochs, three seeds each. The interpolation of a row is
 the mean of start and end that is best on the images that choose.
 
@@ -191,11 +191,11 @@ def rows(folder: Path, precision: Sequence[str], seeds: Sequence[int], cases: Se
     """Train rows of the table with some seeds."""
     tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", *precision]
     words_of: dict[str, list[str]] = {
-        "aligned": [*tuned, "--stages", "align", "--epochs", "6"],
-        "both-stages": [*tuned, "--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=5"],
+        "aligned": [*tuned, "--stages", "align", "--epochs", "5"],
+        "both-stages": [*tuned, "--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=4"],
         "backbones": [
             "--vision", str(folder / "vision"), "--text", str(folder / "text"), "--preset", "recommended",
-            *precision, "--stages", "align", "--epochs", "6",
+            *precision, "--stages", "align", "--epochs", "5",
         ],
     }  # fmt: skip
     for seed in seeds:
