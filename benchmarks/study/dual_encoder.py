@@ -181,7 +181,8 @@ def tune(folder: Path, precision: Sequence[str]) -> None:
         if not (RESULTS / f"{name}.json").exists():
             seconds = train(
                 folder, name, "second", "--model", str(folder / "dual"), "--stages", "align",
-                "--preset", "dual-encoder", *precision, learning_rate=rate, layer_decay=decay, num_train_epochs=3,
+                "--preset", "dual-encoder", "--interpolation", "1", *precision,
+                learning_rate=rate, layer_decay=decay, num_train_epochs=3,
             )  # fmt: skip
             model = folder / "runs" / name / "model"
             record(folder, name, model, start=True, seconds=seconds, bf16=bool(precision))
@@ -189,7 +190,7 @@ def tune(folder: Path, precision: Sequence[str]) -> None:
 
 def rows(folder: Path, precision: Sequence[str], seeds: Sequence[int], cases: Sequence[str]) -> None:
     """Train rows of the table with some seeds."""
-    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", *precision]
+    tuned = ["--model", str(folder / "dual"), "--preset", "dual-encoder", "--interpolation", "1", *precision]
     words_of: dict[str, list[str]] = {
         "aligned": [*tuned, "--stages", "align", "--epochs", "5"],
         "both-stages": [*tuned, "--set", "pretrain.num_train_epochs=1", "--set", "distill.num_train_epochs=4"],
