@@ -103,13 +103,9 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
 
 
 def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path]:
-    """Return the images of a folder or a manifest, after decoding each of them once as a check."""
-    from d2svse.data import ImageTextDataset
+    """Return the images of a folder, after decoding each of them once as a check."""
     from d2svse.images import find_images, select_readable
 
-    if source.is_file():
-        dataset = ImageTextDataset.from_manifest(source, on_bad_image=on_bad_image, show_progress_bar=True)
-        return [Path(path) for path in dataset.images]
     found = find_images(source)
     return [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
 

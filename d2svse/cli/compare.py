@@ -28,10 +28,14 @@ def compare(
     on_bad_image: Annotated[
         OnBadImage, typer.Option(help="Stop at an unreadable image, or leave it out and list it.")
     ] = "error",
-    on: Annotated[str, typer.Option(help="Set of the runs: val, or a test set of the sweep.")] = "val",
+    on: Annotated[
+        str | None, typer.Option(help="Set of the runs: val, or a test set of the sweep.", show_default="val")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Draws of the bootstrap.", min=100)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images and texts encoded at a time.", show_default="128")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -40,6 +44,19 @@ def compare(
 
     Each draw takes images with all their captions. An interval without 0 is a difference that other images would show.
     """
+    if data is not None and on is not None:
+        raise ValueError(f"--on {on} is a set of runs; with --data, models rank these data")
+    of_models = {
+        "--split": split,
+        "--image-folder": image_folder,
+        "--on-bad-image": on_bad_image != "error",
+        "--batch-size": batch_size,
+        "--device": device,
+        "--dtype": dtype,
+    }
+    if data is None and (given := [name for name, value in of_models.items() if value]):
+        raise ValueError(f"{', '.join(given)}: for models, which rank --data; runs are compared by their records")
+    on = on or "val"
     from d2svse.files.replace import write_json
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks, paired_bootstrap, recalls
     from d2svse.training.sweep import read_record, record_of
@@ -57,7 +74,7 @@ def compare(
             folder = Path(name) / "model" if (Path(name) / "model").is_dir() else name
             model = load_model(str(folder), device, dtype)
             options: dict[str, Any] = {
-                "batch_size": batch_size,
+                "batch_size": batch_size or 128,
                 "folds": 1,
                 "fingerprint": False,
                 "show_progress_bar": True,

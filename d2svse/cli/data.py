@@ -50,11 +50,14 @@ def convert(
     without_pictures: Annotated[
         bool, typer.Option("--without-pictures", hidden=True, help="Earlier name of --without-images.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Convert any layout to a manifest."""
     from d2svse.data.manifest import write_manifest
     from d2svse.data.readers import read_records, require_images
 
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output}: already exists; give another name, or --overwrite")
     without_images |= without_pictures
     records = read_records(
         source,
@@ -127,6 +130,7 @@ def shard(
     ] = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of other images or captions.")] = False,
     on_bad_image: OnBadImage = "error",
 ) -> None:
     """Pack images and captions into WebDataset tar shards, to train from a disk or a web server."""
@@ -145,7 +149,7 @@ def shard(
         show_progress_bar=True,
     )
     refuse_links(dataset.records, source, format, image_folder)
-    index = write_shards(dataset.records, output, images_per_shard, show_progress_bar=True)
+    index = write_shards(dataset.records, output, images_per_shard, show_progress_bar=True, overwrite=overwrite)
     count = -(-len(dataset) // images_per_shard)
     skipped = f"; {len(dataset.skipped)} skipped" if dataset.skipped else ""
     typer.echo(f"{visible(str(index))}: {len(dataset)} images in {count} shards{skipped}")

@@ -119,7 +119,7 @@ def evaluate(
     also_on: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Other data to evaluate in the same way, with the protocol custom; repeatable.",
+            help="Other data to evaluate with the protocol custom and the same --image-folder; repeatable.",
             rich_help_panel=_RESULT,
         ),
     ] = None,
@@ -141,8 +141,11 @@ def evaluate(
         ),
     ] = None,
     wrong: Annotated[
-        int, typer.Option(help="Number of wrong answers to write with --per-query.", rich_help_panel=_RESULT)
-    ] = 5,
+        int | None,
+        typer.Option(
+            help="Number of wrong answers to write with --per-query.", show_default="5", rich_help_panel=_RESULT
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -162,14 +165,16 @@ def evaluate(
             "--similarity-arg": similarity_arg,
             "--ensemble": ensemble,
             "--rerank-k": rerank_k is not None,
+            "--candidates": (shortlist or candidates) != "mean",
+            "--annotations": annotations,
             "--also-on": also_on,
             "--against": against,
             "--per-query": per_query,
         }
         if refused := [name for name, given in across.items() if given]:
             raise ValueError(f"--unimodal {unimodal} works without {', '.join(refused)}")
-    if wrong < 0:
-        raise ValueError(f"--wrong {wrong}: expected 0 or more")
+    if wrong is not None and (wrong < 0 or per_query is None):
+        raise ValueError(f"--wrong {wrong}: expected 0 or more, with --per-query")
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
     from d2svse.files.replace import write_json, write_json_lines
@@ -196,8 +201,9 @@ def evaluate(
         return
     others = []
     for path in also_on or []:
-        has_splits = detect_format(path) in ("published", "karpathy")
-        others.append(ImageTextDataset.from_source(path, split=split if has_splits else None, **reading))
+        has_splits = detect_format(path) in ("published", "karpathy", "datasets")
+        own = {"split": split if has_splits else None, "image_folder": image_folder}
+        others.append(ImageTextDataset.from_source(path, **own, **reading))
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
 
@@ -216,7 +222,9 @@ def evaluate(
         )
 
     by_protocol: dict[str, Any] = {"protocol": protocol, "folds": folds, "annotations": annotations}
-    evaluation = measure(loaded, dataset, wrong=wrong if per_query else 0, **by_protocol)
+    evaluation = measure(
+        loaded, dataset, wrong=0 if per_query is None else 5 if wrong is None else wrong, **by_protocol
+    )
     result = evaluation.report() | {"split": split}
     results = [result, *(measure(loaded, other).report() for other in others)]
     if also_on:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,9 @@ def build(
     from d2svse.retrieval import ImageTextIndex
 
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
+    own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
+    if refused := sorted(own & options.keys()):
+        raise ValueError(f"--engine-option {refused[0]}: not an option of the backend")
     options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size}
     options |= {"candidates": shortlist or candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
@@ -201,10 +205,12 @@ def tune(
 
 
 def open_index(folder: Path, model: str | None = None, device: str | None = None) -> ImageTextIndex:
-    """Open an index with the given model, or with the model that built it, on a device."""
-    given = None if model is None else load_model(model, device)
-    chosen = prepare_process(device) if given is None else given.device
+    """Open an index with the given model, in the dtype of the build, or with the model that built it, on a device."""
     from d2svse.retrieval import ImageTextIndex
+    from d2svse.retrieval.search.contents import IndexSettings
+
+    given = None if model is None else load_model(model, device, IndexSettings.read(folder).dtype)
+    chosen = prepare_process(device) if given is None else given.device
 
     return ImageTextIndex.load(folder, given, device=chosen, as_loaded=True)
 

@@ -33,7 +33,9 @@ def search(
         list[Path] | None,
         typer.Option(help="Image to search by; with texts, give one image for each text. Repeatable."),
     ] = None,
-    weight: Annotated[float, typer.Option(help="Weight of the text against the image, 0 to 1.")] = 0.5,
+    weight: Annotated[
+        float | None, typer.Option(help="Weight of the text against the image, 0 to 1.", show_default="0.5")
+    ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="Results for each query.")] = 5,
     rerank: Annotated[
         int | None,
@@ -56,6 +58,8 @@ def search(
     """Find the images (or texts) that fit a text, an image, or both."""
     if not queries and not image:
         raise ValueError("give texts, images with --image, or both")
+    if weight is not None and not (queries and image):
+        raise ValueError(f"--weight {weight} is of a text against an image; give both")
     if together and queries and image:
         raise ValueError(f"--together {together} takes texts or images, not both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
@@ -66,7 +70,9 @@ def search(
     if gallery is not None and gallery.suffix.lower() == ".png" and opened.side == "text":
         raise ValueError(f"--gallery {gallery}: the results are texts; give a name that ends in .html")
     given = None if not image else list(image)
-    answers = opened.search(queries or None, given, k, weight=weight, rerank=rerank, together=together)
+    answers = opened.search(
+        queries or None, given, k, weight=0.5 if weight is None else weight, rerank=rerank, together=together
+    )
     texts: Sequence[str | None] = queries or [None] * len(answers)
     images: Sequence[Path | None] = given or [None] * len(answers)
     if together is not None:

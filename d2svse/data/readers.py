@@ -218,7 +218,8 @@ def read_regions(path: str | os.PathLike[str], *, dense: str | None = None) -> l
     """Read a file of region features, `{split}_ims.npy (n_images, n_regions, width)`, with the captions beside it.
 
     The captions are those of the published layout, see `read_published`: `{split}_caps.txt`, and optionally
-    `{split}_ids.txt` and `{dataset}_{split}.jsonl`. Without ids all images have equally many captions in a row.
+    `{split}_ids.txt`, with an id for each caption or each image, and `{dataset}_{split}.jsonl`. Without an id for each
+    caption, all images have equally many captions in a row.
 
     Args:
         path: the file.
@@ -237,16 +238,21 @@ def read_regions(path: str | os.PathLike[str], *, dense: str | None = None) -> l
     folder, split = path.parent, path.name.removesuffix(SUFFIX)
     source = folder / f"{split}_caps.txt"
     captions = read_lines(source)
-    ids = read_lines(folder / f"{split}_ids.txt") if (folder / f"{split}_ids.txt").is_file() else []
+    listed = folder / f"{split}_ids.txt"
+    ids = read_lines(listed) if listed.is_file() else None
+    of_images = ids is None or len(ids) == len(set(ids)) == len(images)  # then captions stand in equal groups
     grouped: list[list[str]] = [[] for _ in images]
-    if len(ids) == len(captions) and len(set(ids)) == len(images):
+    if ids is not None and len(ids) == len(captions) and len(set(ids)) == len(images):
         row_of = {image: row for row, image in enumerate(dict.fromkeys(ids))}
         owners = [row_of[image] for image in ids]
-    elif captions and len(captions) % len(images) == 0:
+    elif of_images and captions and len(captions) % len(images) == 0:
         each = len(captions) // len(images)
         owners = [row for row in range(len(images)) for _ in range(each)]
     else:
-        raise ManifestError(f"{path}: {len(images)} images and {len(captions)} captions in {source.name}")
+        found = f"{len(images)} images and {len(captions)} captions in {source.name}"
+        if ids is not None:
+            found += f", and {len(ids)} ids of {len(set(ids))} images in {listed.name}"
+        raise ManifestError(f"{path}: {found}; expected an id for each caption, or for each image")
     for line, (owner, caption) in enumerate(zip(owners, captions, strict=True), start=1):
         if not caption.strip():
             raise ManifestError(f"{source}:{line}: an empty caption; expected a text")

@@ -119,6 +119,8 @@ def write_shards(
     folder: str | os.PathLike[str],
     images_per_shard: int = 1000,
     show_progress_bar: bool = False,
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Pack records into tar shards and write their index; image files are copied byte by byte.
 
@@ -130,11 +132,13 @@ def write_shards(
         folder: folder to write to.
         images_per_shard: images in each shard.
         show_progress_bar: show a progress bar on the terminal.
+        overwrite: replace shards of other images or captions in the folder.
 
     Returns:
         The path of the index.
 
     Raises:
+        FileExistsError: if the folder has shards of other images or captions and `overwrite` is false.
         ValueError: if `images_per_shard` is not positive, or records come from shards in `folder`.
         ImageError: if an image cannot be decoded.
         OSError: if an image cannot be read.
@@ -153,10 +157,17 @@ def write_shards(
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     starts = range(0, len(records), images_per_shard)
-    for number, first in enumerate(progress_bar(starts, "Writing shards", len(starts), "shards", show_progress_bar)):
+    paths = [folder / f"shard-{number:06d}.tar" for number in range(len(starts))]
+    others = sorted(set(folder.glob("shard-*.tar")) - set(paths))
+    if others and not overwrite:
+        raise FileExistsError(_of_others(others[0]))
+    for path, first in zip(
+        paths, progress_bar(starts, "Writing shards", len(starts), "shards", show_progress_bar), strict=True
+    ):
         part = {f"{row:09d}": records[row] for row in range(first, min(first + images_per_shard, len(records)))}
-        path = folder / f"shard-{number:06d}.tar"
         if not _holds(path, part):
+            if not overwrite and _is_whole(path):
+                raise FileExistsError(_of_others(path))
             (folder / INDEX_FILE).unlink(missing_ok=True)  # it would point into the replaced shard
             with written_aside(path) as aside:
                 _write_shard(aside, part)
@@ -165,7 +176,21 @@ def write_shards(
             raise ManifestError(f"{path}: {problems[0]}")
         rows += found
     write_json_lines(folder / INDEX_FILE, rows)
+    for path in others:
+        path.unlink()
     return folder / INDEX_FILE
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is an undamaged shard."""
+    try:
+        return path.is_file() and not _scan_shard(path)[1]
+    except ManifestError:
+        return False
+
+
+def _of_others(path: Path) -> str:
+    return f"{path}: holds other images or captions; give another folder, or replace them (overwrite, --overwrite)"
 
 
 def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -79,6 +79,15 @@ class Metric(nn.Module):
             raise ValueError(f"ratio is the number of blocks of a block-diagonal metric; a {structure} one has none")
         if structure == "cosine" and init == "random":
             raise ValueError("a cosine metric has no weights to start at random; name another structure")
+        if structure != "block-diagonal" and num_blocks is not None:
+            raise ValueError(f"num_blocks belongs to a block-diagonal metric; a {structure} one has none")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if not weight_penalty >= 0:
+            raise ValueError(f"weight_penalty must not be negative, got {weight_penalty}")
+        if structure == "cosine" and (dropout or weight_penalty):
+            named = "dropout" if dropout else "weight_penalty"
+            raise ValueError(f"a cosine metric has no weights for {named}; name another structure, such as diagonal")
         num_blocks = num_blocks if ratio is None else ratio
         self.structure, self.dropout, self.weight_penalty, self.init = structure, dropout, weight_penalty, init
         self.dim = dim
@@ -89,8 +98,6 @@ class Metric(nn.Module):
             raise ValueError(f"a {structure} metric needs the width of the vectors, dim")
         if num_blocks is not None and num_blocks < 1:
             raise ValueError(f"num_blocks must be positive, got {num_blocks}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if structure == "diagonal":
             self.weight = nn.Parameter(torch.ones(dim))
         else:
@@ -108,7 +115,7 @@ class Metric(nn.Module):
         Args:
             configuration: the structure, the structure and the arguments, or a metric, which is returned.
             dim: width of the vectors, where the configuration names none.
-            **defaults: arguments that the configuration may replace.
+            **defaults: arguments that the configuration may replace; `num_blocks` counts for blocks alone.
 
         Raises:
             ValueError: if an argument is unknown, or as the constructor.
@@ -116,7 +123,7 @@ class Metric(nn.Module):
         if isinstance(configuration, Metric):
             return configuration
         given = {"structure": configuration} if isinstance(configuration, str) else dict(configuration)
-        if given.get("ratio") is not None:
+        if given.get("ratio") is not None or given.get("structure") != "block-diagonal":
             defaults.pop("num_blocks", None)
         try:
             return cls(**{"dim": dim, **defaults, **given})

@@ -123,8 +123,10 @@ class FragmentSimilarity(Similarity):
             width = arguments.get("dim", dim)
             names = {"num_blocks", *MetricOptions.__annotations__} - parameters.keys()
             beside = {name: arguments.pop(name) for name in names & arguments.keys()}
-            blocks = {} if beside.get("ratio") is not None else {"num_blocks": NUM_BLOCKS}
-            arguments["metric"] = Metric.from_config(arguments.get("metric", "cosine"), width, **{**blocks, **beside})
+            named = arguments.get("metric", "cosine")
+            if not isinstance(named, Metric):
+                named = {**beside, **({"structure": named} if isinstance(named, str) else named)}
+            arguments["metric"] = Metric.from_config(named, width, num_blocks=NUM_BLOCKS)
         if "dim" not in parameters:
             arguments.pop("dim", None)  # which is the metric's
         return super().from_config(arguments, dim)

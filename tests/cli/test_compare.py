@@ -64,6 +64,8 @@ def test_what_cannot_be_compared_is_named(sweep, run):
         (["runs/a", "runs/none"], "none: no finished run of d2svse sweep; to compare models, give --data"),
         (["runs/a", "runs/other"], "ranked different data under the name 'val'"),
         (["runs/a", "runs/b", "--on", "test"], "a: no results on 'test'; it has val"),
+        (["runs/a", "runs/b", "--on", "val", "--data", "x.jsonl"], "--on val is a set of runs"),
+        (["runs/a", "runs/b", "--split", "test", "--batch-size", "3"], "--split, --batch-size: for models"),
     ):
         code, _, errors = run("compare", *(sweep / word if word.startswith("runs") else word for word in words))
         assert code == 2

@@ -78,3 +78,25 @@ def test_gru_writes_a_text_backbone(run, manifest, tmp_path):
     code, _, err = run("data", "gru", manifest, tmp_path / "gru", "--word-vectors", vectors)
     assert (code, err.count("\n")) == (2, 1)
     assert "glove.txt:2: expected a word and 2 numbers" in err
+
+
+def test_convert_replaces_only_if_asked(run, manifest, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("kept")
+    code, _, err = run("data", "convert", manifest, output)
+    assert code == 2
+    assert "out.jsonl: already exists; give another name, or --overwrite" in err
+    assert output.read_text() == "kept"
+    assert run("data", "convert", manifest, output, "--overwrite")[0] == 0
+    assert len(output.read_text().splitlines()) == 3
+
+
+def test_shards_of_other_data_are_replaced_only_if_asked(run, manifest, tmp_path):
+    assert run("data", "shard", manifest, tmp_path / "s")[0] == 0
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(manifest.read_text().splitlines()[0])
+    code, _, err = run("data", "shard", fewer, tmp_path / "s")
+    assert code == 2
+    assert "holds other images or captions" in err
+    code, out, _ = run("data", "shard", fewer, tmp_path / "s", "--overwrite")
+    assert (code, "1 images in 1 shards" in out) == (0, True)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -96,6 +97,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
         ((saved["one"], *data, "--wrong", -1), "--wrong -1"),
+        ((saved["one"], *data, "--wrong", 2), "--wrong 2: expected 0 or more, with --per-query"),
     ):
         code, _, err = run("eval", *arguments)
         assert code == 2
@@ -127,6 +129,11 @@ def test_other_data_and_another_model_tell_what_was_lost_elsewhere(saved, scenes
     assert equal["also_on"][0]["metrics"] == equal["metrics"]
     assert "against" not in equal
     assert f"2: {scenes / 'val.jsonl'}" in out
+    for name in ("a", "b"):
+        shutil.copy(scenes / "val.jsonl", tmp_path / f"{name}.jsonl")
+    elsewhere = ("--data", tmp_path / "a.jsonl", "--image-folder", scenes, "--also-on", tmp_path / "b.jsonl")
+    moved, _ = result(run, tmp_path, saved["one"], *elsewhere)
+    assert moved["also_on"][0]["metrics"] == moved["metrics"] == equal["metrics"]
 
 
 def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
@@ -145,6 +152,8 @@ def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
     for arguments, message in (
         (["--data", scenes / "val.jsonl", "--unimodal", "image"], 'val.jsonl:1: expected "identity", which is missing'),
         (["--data", data, "--unimodal", "text", "--folds", 2], "--unimodal text works without --folds"),
+        (["--data", data, "--unimodal", "text", "--candidates", "pooled"], "works without --candidates"),
+        (["--data", data, "--unimodal", "text", "--annotations", "no.json"], "works without --annotations"),
     ):
         code, _, err = run("eval", saved["one"], *arguments)
         assert code == 2

@@ -143,6 +143,18 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
         run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"),
         "'ignore' is not one of 'error', 'skip'",
     )
+    for name in ("fingerprint=x", "dim=3", "side=text", "batch_size=3", "show_progress_bar=1"):
+        message = f"--engine-option {name.partition('=')[0]}: not an option of the backend"
+        one_line_error(run(*build, "--engine-option", name), message)
+    (tmp_path / "captions.csv").write_text("image,caption")
+    for source, message in (
+        (photos / "000050.png", "an image; give its folder"),
+        (tmp_path / "captions.csv", "not a folder of images or a manifest"),
+        (tmp_path / "shards.jsonl", "not a folder of images or a manifest"),
+    ):
+        source.touch()
+        one_line_error(run("index", "build", folder, source, "-o", tmp_path / "j"), message)
+    one_line_error(run("search", tmp_path / "i", "x", "--weight", 0.9), "--weight 0.9 is of a text against an image")
     with FileLock(tmp_path / "i" / ".lock"):
         one_line_error(run("index", "add", tmp_path / "i", photos), "another process is writing")
     shutil.rmtree(folder)
@@ -284,3 +296,12 @@ def test_several_texts_are_one_query_on_the_command_line(saved, photos, tmp_path
     assert "union of a red circle | a blue star at the top" in out
     assert page.read_text().count("<section>") == 1
     one_line_error(run("search", index, *texts, "--image", names[0], "--together", "mean"), "texts or images, not both")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_model_that_is_given_takes_the_dtype_of_the_build(saved, photos, tmp_path, run, dtype):
+    folder, _ = saved()
+    assert run("index", "build", folder, photos, "-o", tmp_path / "i", "--dtype", dtype)[0] == 0
+    code, _, errors = run("search", tmp_path / "i", "a red circle", "--model", folder)
+    assert code == 0, errors
+    assert run("index", "add", tmp_path / "i", photos, "--model", folder)[0] == 0

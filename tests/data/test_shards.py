@@ -192,8 +192,20 @@ def test_a_rewrite_that_stops_leaves_no_index_into_other_shards(train_dataset, t
     write_shards(train_dataset.records, tmp_path, 20)
     monkeypatch.setattr("tarfile.TarFile.addfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        write_shards(train_dataset.records, tmp_path, 5)
+        write_shards(train_dataset.records, tmp_path, 5, overwrite=True)
     assert not (tmp_path / INDEX_FILE).exists()
+
+
+@pytest.mark.parametrize("others", [slice(1, 40), slice(20), slice(20, 40)])
+def test_shards_of_other_images_are_not_replaced_unasked(train_dataset, tmp_path, others):
+    write_shards(train_dataset.records[:40], tmp_path, 20)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="holds other images or captions"):
+        write_shards(train_dataset.records[others], tmp_path, 20)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    index = write_shards(train_dataset.records[others], tmp_path, 20, overwrite=True)
+    assert len(read_shards(index)) == len(train_dataset.records[others])
+    assert len(list(tmp_path.glob("*.tar"))) == -(-len(train_dataset.records[others]) // 20)
 
 
 def test_urls_of_folders_and_signed_urls(server, train_dataset):

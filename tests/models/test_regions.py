@@ -47,6 +47,15 @@ def test_the_captions_beside_a_file_belong_to_its_rows(files):
     (files / "train_ids.txt").write_text("".join(f"{100 - row}\n" for row in ids))
     dataset = ImageTextDataset.from_source(files / "train_ims.npy")
     assert dataset.image_of_caption.tolist() == ids
+    for lines, count in ((ids[:-1], 23), ([*ids[:-1], 3], 24), (ids[:11], 11)):
+        (files / "train_ids.txt").write_text("".join(f"{row}\n" for row in lines))
+        message = rf"24 captions in train_caps.txt, and {count} ids of {len(set(lines))} images in train_ids.txt"
+        if len(set(lines)) < 12:
+            with pytest.raises(ValueError, match=message):
+                ImageTextDataset.from_source(files / "train_ims.npy")
+    (files / "train_ids.txt").write_text("".join(f"{row}\n" for row in range(12)))
+    dataset = ImageTextDataset.from_source(files / "train_ims.npy")
+    assert dataset.image_of_caption.tolist() == [row for row in range(12) for _ in range(2)]
     (files / "train_ids.txt").unlink()
     (files / "train_caps.txt").write_text("one\n" * 13)
     with pytest.raises(ValueError, match=r"train_ims.npy: 12 images and 13 captions in train_caps.txt"):
@@ -165,6 +174,11 @@ def test_tokens_in_a_file_train_as_the_images_of_a_frozen_backbone(
     for split, dataset in (("train", train_dataset), ("val", val_dataset)):
         shape = write_regions(dataset.records, str(backbones / "vision"), tmp_path, split, batch_size=8, device="cpu")
         assert shape == (len(dataset), 17, 32)
+        with pytest.raises(FileExistsError, match=f"{split}_ims.npy: already exists"):
+            write_regions(dataset.records, str(backbones / "vision"), tmp_path, split)
+    (tmp_path / "dense_dev.jsonl").touch()
+    with pytest.raises(FileExistsError, match=r"dense_dev\.jsonl: already exists"):
+        write_regions(val_dataset.records, str(backbones / "vision"), tmp_path, "dev")
     sources = {
         "images": (backbones / "vision", train_dataset, val_dataset),
         "regions": (

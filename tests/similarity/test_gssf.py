@@ -156,6 +156,16 @@ def test_what_does_not_fit_is_named():
         Metric(init="random")
     with pytest.raises(ValueError, match="a dense one has none"):
         Metric("dense", DIM, ratio=2)
+    for options, message in (
+        ({"num_blocks": 2}, "num_blocks belongs to a block-diagonal metric; a cosine one has none"),
+        ({"dropout": 0.1}, "a cosine metric has no weights for dropout"),
+        ({"weight_penalty": 1e-4}, "a cosine metric has no weights for weight_penalty"),
+        ({"metric": "diagonal", "num_blocks": 2}, "a diagonal one has none"),
+        ({"metric": "diagonal", "weight_penalty": -1}, "weight_penalty must not be negative, got -1"),
+        ({"metric": "diagonal", "dropout": 7.5}, r"dropout must be at least 0 and below 1, got 7\.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_similarity({"name": "omit", **options}, DIM)
     with pytest.raises(ValueError, match="3 blocks do not divide the width 8"):
         build_similarity({"name": "gssf-block-diagonal", "num_blocks": 3}, DIM)
     with pytest.raises(ValueError, match="unknown metric 'euclid'"):

@@ -219,7 +219,16 @@ def encode_images(
 
     description = {"side": "image", "output": output, "dtype": dtype, "shard_size": chunk_size, "draft": draft}
     description |= _made_by(model)
-    return write_store(list(by_name), folder, description, encode, state, batch_size, show_progress_bar)
+    return write_store(
+        list(by_name),
+        folder,
+        description,
+        encode,
+        state,
+        batch_size,
+        show_progress_bar,
+        keep_skipped=on_bad_image == "skip",
+    )
 
 
 def encode_texts(
@@ -291,6 +300,7 @@ def write_store(
     batch_size: int,
     show_progress_bar: bool = False,
     replace: bool = False,
+    keep_skipped: bool = True,
 ) -> EmbeddingStore:
     """Write a store chunk by chunk; after a kill, the next call continues at the next chunk.
 
@@ -305,6 +315,7 @@ def write_store(
         batch_size: items that `encode` processes at a time.
         show_progress_bar: show a progress bar on the terminal.
         replace: replace a store of another kind or list.
+        keep_skipped: keep finished chunks that lack items; false to encode them again.
 
     Raises:
         FileExistsError: if the folder has other files but no store.
@@ -329,7 +340,7 @@ def write_store(
         open_ones = []
         for number, chunk in enumerate(chunks):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
-            if not _holds(chunk, states, description):
+            if not _holds(chunk, states, description, keep_skipped):
                 open_ones.append((chunk, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
 
@@ -475,13 +486,14 @@ def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
 
 
-def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any]) -> bool:
-    """Return whether a chunk is complete and its items are unchanged."""
+def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any], keep_skipped: bool) -> bool:
+    """Return whether a chunk is complete and its items are unchanged; without `keep_skipped`, it lacks no item."""
     if not chunk.is_dir():
         return False
     inside(chunk.parent, chunk.name)
     try:
-        return bool(_open_chunk(chunk, description).items["states"] == states)
+        items = _open_chunk(chunk, description).items
+        return bool(items["states"] == states and (keep_skipped or not items["skipped"]))
     except (ValueError, FileNotFoundError) as error:
         logger.warning("%s; the chunk is encoded again", error)
         return False

@@ -238,6 +238,7 @@ def read_items(
     elif path.endswith(".npy"):
         names = [os.fspath(image) for image in region_images(path)]
     elif Path(path).is_file():
+        _check_manifest(Path(path))
         names = [_path(record.image) for record in read_manifest(source, allow_missing=allow_missing)]  # type: ignore[arg-type]
     else:
         found = walk_images(path, exclude=exclude, follow_links=follow_links)
@@ -265,6 +266,18 @@ def read_items(
         found,
         {name: image for image, name in kept.items()},
     )
+
+
+def _check_manifest(path: Path) -> None:
+    """Raise a ValueError that says what to give for a file that is no manifest by its name."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: an image; give its folder, or a manifest that names it")
+    if suffix in (".txt", ".csv", ".tsv", ".token", ".tar") or path.name == "shards.jsonl":
+        raise ValueError(
+            f"{path}: not a folder of images or a manifest; `d2svse data convert` makes a manifest of a table or "
+            "shards, and the lines of a text file are indexed with --side text (side='text')"
+        )
 
 
 def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:

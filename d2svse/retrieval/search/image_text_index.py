@@ -340,8 +340,9 @@ class ImageTextIndex:
                     on_bad_image,
                     {"batch_size": batch_size, "show_progress_bar": show_progress_bar},
                 )
-                if written:
+                if written or changes.skipped:
                     write_skipped(self.folder, changes.skipped)
+                if written:
                     opened = self._settled(opened, join=True)
                 else:
                     self._sweep(opened)  # remove the leftovers of a killed call

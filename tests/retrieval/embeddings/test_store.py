@@ -143,6 +143,8 @@ def test_a_broken_image_is_named_or_listed_and_encoded_once_it_is_repaired(model
     assert "broken image" in reason
     assert json.loads((tmp_path / "s" / "skipped.jsonl").read_text())["image"] == name
     np.testing.assert_allclose(store.pooled[:], np.delete(whole, 4, axis=0), atol=1e-3)
+    with pytest.raises(ImageError, match=os.path.basename(pictures[4])):  # the finished chunk lacks it
+        encode_images(model, pictures, tmp_path / "s", chunk_size=2)
     with open(pictures[4], "wb") as file:
         file.write(good)
     seen = count_encoded(model)

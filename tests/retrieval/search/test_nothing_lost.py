@@ -98,6 +98,7 @@ def test_images_of_a_manifest_that_are_not_there_stay_with_skip(model, deep, tmp
         index.add(list(index.ids))
     changes = index.add(list(index.ids), on_bad_image="skip")
     assert (changes.dropped, len(changes.skipped)) == ([], 16)
+    assert len((tmp_path / "i" / "skipped.jsonl").read_text().splitlines()) == 16
     assert index.search("a red circle", k=16) == before
     assert len(index.add(list(index.ids)[:3], on_bad_image="skip", prune=True).dropped) == 3
 
