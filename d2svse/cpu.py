@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+JOBS = "D2SVSE_JOBS"  # set by a sweep, for its runs
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
+def jobs() -> int:
+    """Return the number of runs of a sweep that share the machine."""
+    return int(os.environ.get(JOBS, "1"))
+
+
 def usable_cores() -> int:
-    """Return the number of cores that the affinity and the container's quota allow."""
+    """Return the number of cores that the affinity and the container's quota allow, divided by the runs of a sweep."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_QUOTA.read_text().split()
         count = min(count, max(1, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no such file, or the quota is "max"
         pass
-    return count
+    return max(1, count // jobs())
 
 
 def choose_threads() -> None:

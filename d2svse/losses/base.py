@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,9 +55,11 @@ class ScaledLoss(RankingLoss):
     Attributes:
         log_scale: a scalar tensor.
         bias: a scalar tensor that is added; only of a loss that has one.
+        max_log_scale: the greatest useful `log_scale`.
     """
 
     log_scale: Tensor
+    max_log_scale: float = math.inf
 
     def __init__(self, log_scale: float, learned: bool) -> None:
         super().__init__()

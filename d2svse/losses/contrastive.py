@@ -38,6 +38,7 @@ class InfoNCE(ScaledLoss):
         if temperature < 1 / MAX_LOGIT_SCALE:
             raise ValueError(f"temperature must be at least {1 / MAX_LOGIT_SCALE}, got {temperature}")
         super().__init__(-math.log(temperature), learn_temperature)
+        self.max_log_scale = math.log(MAX_LOGIT_SCALE)
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
         scale = self.log_scale.to(scores.dtype).exp().clamp(max=MAX_LOGIT_SCALE)

@@ -22,6 +22,8 @@ FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
 INITIALIZATIONS = get_args(Initialization)
 
+JOINS_A_GATE = "context_tokens join appends tokens that context_gate cannot close; use add"
+
 
 @strict
 class D2SVSEConfig(Shimmed, PreTrainedConfig):
@@ -123,7 +125,7 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         if self.context_gate and not self.context_residual:
             raise ValueError("context_gate starts at zero and context_residual=False adds nothing to it; choose one")
         if self.context_gate and self.context_tokens == "join":
-            raise ValueError("context_tokens join appends tokens that context_gate cannot close; use add")
+            raise ValueError(JOINS_A_GATE)
         native = {self.image_pooling, self.text_pooling}
         if "native" in native and (native != {"native"} or self.dual_encoder is None):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")

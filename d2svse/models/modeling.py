@@ -32,7 +32,7 @@ from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
 from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
-from d2svse.models.configuration import D2SVSEConfig
+from d2svse.models.configuration import JOINS_A_GATE, D2SVSEConfig
 from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
 from d2svse.models.dual_encoders import (
     Tower,
@@ -883,6 +883,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         if self.decoder is not None:
             raise ValueError("the model has a context decoder already")
+        if self.config.context_gate and context_tokens == "join":
+            raise ValueError(JOINS_A_GATE)
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype)

@@ -18,6 +18,7 @@ from d2svse.data.decoded import DecodedImages
 from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_distillation_loss
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
+from d2svse.models.configuration import JOINS_A_GATE
 from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
@@ -28,7 +29,10 @@ from d2svse.training.teacher import RetrievalTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
-_LAYER = re.compile(r"\.backbone\..*?(?:layers?|blocks?)\.(\d+)\.")
+# A layer of a backbone by the usual names (GPT-2's is `h`), and what is in a stage of a ResNet outside of its layers.
+_LAYER = re.compile(r".*?\.backbone\.(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
+_STAGE = re.compile(r".*?\.backbone\.(?:.*?\.)?stages\.\d+(?=\.)")
+_EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.")
 
 
 def data_seed(args: TrainingArguments) -> int:
@@ -54,6 +58,13 @@ def check_stage(
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; stage 1 trains a model without the context decoder")
+    if (
+        args.stage == "distill"
+        and model.decoder is None
+        and model.config.context_gate
+        and args.context_tokens == "join"
+    ):
+        raise ValueError(JOINS_A_GATE)
     reach = args.context_tokens if model.decoder is None else model.config.context_tokens
     if args.stage == "distill" and reach == "none" and not model.similarity_fn.compares_pooled:
         name = type(model.similarity_fn).__name__
@@ -62,9 +73,11 @@ def check_stage(
     known = [scalar for scalar in (model.logit_scale, model.logit_bias, *tied) if scalar is not None]
     if any(all(parameter is not scalar for scalar in known) for parameter in loss.parameters()):
         raise ValueError(f"{type(loss).__name__} has parameters of its own, which are neither trained nor saved")
-    if args.distill_loss == "kl" and args.stage == "distill" and model.similarity_fn.needs_tokens:
-        name = type(model.similarity_fn).__name__
-        raise ValueError(f"distill_loss kl compares pooled vectors with the teacher's; {name} compares tokens")
+    if args.stage == "distill" and model.similarity_fn.needs_tokens:
+        distillation_loss, name = build_distillation_loss(args.distill_loss), type(model.similarity_fn).__name__
+        if isinstance(distillation_loss, ScoreDistillationLoss):
+            kind = args.distill_loss if isinstance(args.distill_loss, str) else args.distill_loss["name"]
+            raise ValueError(f"distill_loss {kind} compares pooled vectors with the teacher's; {name} compares tokens")
 
 
 def score_distillation_loss(args: TrainingArguments) -> ScoreDistillationLoss:
@@ -295,6 +308,12 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     everything = {name for name, _ in model.named_parameters()}
     kept = args.decayed(everything if args.weight_decay_all else matrices)
     below = layers_below_the_top([name for name, _ in model.named_parameters()])
+    if args.layer_decay != 1:
+        for side in ("image_encoder", "text_encoder"):
+            of_backbone = [name for name, one in model.named_parameters() if one.requires_grad and not is_added(name)]
+            of_backbone = [name for name in of_backbone if name.startswith(f"{side}.backbone.")]
+            if of_backbone and not any(below[name] for name in of_backbone):
+                raise ValueError(f"layer_decay: the layers of the {side}'s backbone have no known names; leave it at 1")
     groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -317,18 +336,22 @@ def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
     Embeddings are below all layers. Other parameters outside of the layers get 0.
 
     Args:
-        names: names of all parameters, such as `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
+        names: names of all parameters, in the order of the modules, such as
+            `image_encoder.backbone.encoder.layers.3.mlp.fc1.weight`.
     """
-    found = {name: _LAYER.search(name) for name in names}
-    counts: dict[str, int] = {}
+    found = {name: _LAYER.match(name) or _STAGE.match(name) for name in names}
+    layers: dict[str, list[str]] = {}  # of each side, in their order
     for name, match in found.items():
-        if match:
-            side = name.partition(".backbone.")[0]
-            counts[side] = max(counts.get(side, 0), int(match[1]) + 1)
+        of_side = layers.setdefault(name.partition(".backbone.")[0], [])
+        if match and match[0] not in of_side:
+            of_side.append(match[0])
     below = {}
     for name, match in found.items():
-        count = counts.get(name.partition(".backbone.")[0], 0)
-        below[name] = count - 1 - int(match[1]) if match else count if "embed" in name else 0
+        of_side = layers[name.partition(".backbone.")[0]]
+        if match:
+            below[name] = len(of_side) - 1 - of_side.index(match[0])
+        else:
+            below[name] = len(of_side) if _EMBEDDING.search(name) else 0
     return below
 
 
@@ -356,6 +379,10 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) 
         if own is not None and of_model is not None:
             source, target = (of_model, own) if from_model else (own, of_model)
             target.copy_(source)
+    if loss.learn_temperature:
+        for scale in (loss.log_scale, model.logit_scale):
+            if scale > loss.max_log_scale:  # which has no gradient
+                scale.fill_(loss.max_log_scale - 1e-6)
     if loss.learn_temperature:
         loss.log_scale = model.logit_scale.requires_grad_(True)
         if bias is not None and model.logit_bias is not None:

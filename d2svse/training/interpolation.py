@@ -13,6 +13,7 @@ from d2svse.models.averaging import interpolate
 
 logger = logging.getLogger(__name__)
 
+SIDES = {"vision": "image_encoder.", "text": "text_encoder."}
 ADAPTER_INPUTS = ("lora_A", "bottleneck_down")  # a new adapter changes nothing, whatever these weights are
 
 
@@ -70,10 +71,12 @@ def align_start(start: D2SVSE, end: D2SVSE) -> dict[str, Tensor] | None:
     """
     if start.config.lora and not end.config.lora:
         start.merge_lora()
+    new = tuple(SIDES[side] for side in end.config.lora or {} if side not in (start.config.lora or {}))
     for side, arguments in (end.config.lora or {}).items():
-        if side not in (start.config.lora or {}):
+        if SIDES[side] in new:
             start.add_lora(side, **arguments)
-    known = {name for name in start.state_dict() if not any(part in name for part in ADAPTER_INPUTS)}
+    inputs = {name for name in start.state_dict() if any(part in name for part in ADAPTER_INPUTS)}
+    known = {name for name in start.state_dict() if name not in inputs or not name.startswith(new)}
     if start.decoder is None and end.decoder is not None:
         if end.context_gate is None:
             return None

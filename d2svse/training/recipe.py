@@ -34,7 +34,7 @@ from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import score_distillation_loss, set_attention
+from d2svse.training.building import check_stage, score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
@@ -45,6 +45,7 @@ from d2svse.training.options import (
     STAGES,
     DataOptions,
     RunOptions,
+    Stage,
     StartOptions,
     preset_options,
     preset_stages,
@@ -105,6 +106,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             )
         if self.model is not None and (self.vision or self.text):
             raise ValueError("a model to start from has its own backbones; give one or the other")
+        if "distill" in self.stages and "pretrain" in self.stages[self.stages.index("distill") :]:
+            raise ValueError("stage pretrain comes before stage distill, which adds the context decoder")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -121,6 +124,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("image_size and resizing belong to --vision; a model to start from has its own")
         elif self.gssf is not None:
             raise ValueError("gssf belongs to --vision; give a model to start from --similarity")
+        if self.model is None and "context_tokens" in self.model_options:
+            raise ValueError("context_tokens belongs to the stage that adds the decoder: put it below training")
         D2SVSEConfig.check_names(self.model_options)
         own = {
             name: D2SVSEConfig.__dict__[name] for name in ("__annotations__", "__module__")
@@ -137,7 +142,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                         f"{name} is not an option of {section}; push with the recipe's push_to_hub: ORG/NAME, and give "
                         "the token by HF_TOKEN or hf auth login"
                     )
-                if name in D2SVSEConfig.__annotations__:
+                if name not in known and name in D2SVSEConfig.__annotations__:
                     raise ValueError(f"{name} is an option of the model, not of {section}: put it below model_options")
                 if name not in known:
                     raise ValueError(unknown(f"option of {section}", name, known, "docs/training.md lists them"))
@@ -303,7 +308,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
                 f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
                 "no negatives and trains nothing; give at least 2"
             )
-    _choose_dense(recipe)
+    choose_dense(recipe)
     output = Path(recipe.output)
     if recipe.resume:
         check_unchanged(recipe)
@@ -318,6 +323,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     for arguments in stage_arguments.values():  # fail now and not after stage 1
         if name := arguments.attn_implementation:
             set_attention(model, *set_attention(model, name, name))
+        own = teacher if arguments.stage == _taught(teacher) else None
+        check_stage(model, arguments, arguments.build_loss(), own)
     if "distill" in recipe.stages:
         with torch.device("meta"):
             build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
@@ -385,7 +392,6 @@ def _train_each(
     """Train the stages that have no results yet."""
     output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
     data = {"distill": _with_dense(recipe, train_dataset)} if "distill" in recipe.stages else {}
-    taught = "align" if isinstance(teacher, RetrievalTeacher) else "distill"
     for stage in recipe.stages:
         if stage in results:
             model = D2SVSE.from_pretrained(recipe.model_folder(stage))
@@ -396,7 +402,7 @@ def _train_each(
             stage_arguments[stage],
             data.get(stage, train_dataset),
             eval_dataset,
-            teacher=teacher if stage == taught else None,
+            teacher=teacher if stage == _taught(teacher) else None,
         )
         trainer.train(resume_from_checkpoint=recipe.resume)
         metrics = trainer.evaluate(metric_key_prefix="final")
@@ -547,7 +553,12 @@ def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any])
         write_json(aside / RUN_CARD_FILE, card)
 
 
-def _choose_dense(recipe: Recipe) -> None:
+def _taught(teacher: Teacher | RetrievalTeacher | None) -> Stage:
+    """Return the stage that a given teacher is for."""
+    return "align" if isinstance(teacher, RetrievalTeacher) else "distill"
+
+
+def choose_dense(recipe: Recipe) -> None:
     """Choose both dense captions of the published layout, if the preset reads both and the recipe names none."""
     automatic = recipe.dense == "auto" and recipe.teacher_dense is None and recipe.preset in SHORT_AND_LONG
     if automatic and detect_format(recipe.train) == "published":

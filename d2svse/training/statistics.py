@@ -40,7 +40,7 @@ def batch_statistics(
         `active_share`: share of negatives within the margin of their positive, in both directions.
         `negatives`: mean number of negatives of an image.
         `embedding_std`: mean spread of images and texts, see `spread`.
-        `loss_if_collapsed`: the ranking loss if all scores were equal.
+        `loss_if_collapsed`: the ranking loss if all scores were equal; without a ranking loss, the log lacks it.
         In a batch without negatives, `hardest_negative_score` and `active_share` are NaN. Only the device knows whether
         there are negatives, and the host does not wait for it.
     """
@@ -82,8 +82,8 @@ class CollapseCallback(TrainerCallback):
         logs = logs or {}
         if "embedding_std" not in logs or self.warned or not state.is_world_process_zero:
             return
-        collapsed = logs["loss_if_collapsed"]
-        near = (state.epoch or 0) > 1 and math.isclose(logs["align_loss"], collapsed, rel_tol=NEAR)
+        loss, collapsed = logs.get("align_loss", math.nan), logs.get("loss_if_collapsed", math.nan)
+        near = (state.epoch or 0) > 1 and math.isclose(loss, collapsed, rel_tol=NEAR)
         for name, sign in (("spread", logs["embedding_std"] < VANISHED), ("loss", near)):
             self.seen[name] = self.seen[name] + 1 if sign else 0
         if max(self.seen.values()) >= PATIENCE:
@@ -93,7 +93,7 @@ class CollapseCallback(TrainerCallback):
                 "equal), and the spread of the embeddings is %.3g. Try a lower learning rate, more warm-up, a larger "
                 "batch, InfoNCE, or the hinge loss with mining=schedule and more warmup_loss_epochs",
                 state.global_step,
-                logs["align_loss"],
+                loss,
                 collapsed,
                 logs["embedding_std"],
             )

@@ -22,7 +22,7 @@ from typing import Any
 
 import transformers
 
-from d2svse.cpu import choose_device, usable_cores
+from d2svse.cpu import JOBS, choose_device, usable_cores
 from d2svse.data import ImageTextDataset
 from d2svse.files.data import parse_json, read_json, read_json_lines
 from d2svse.files.lock import write_lock
@@ -33,7 +33,7 @@ from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.options import STAGES
-from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, differing, read_recipe, run_recipe
+from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, choose_dense, differing, read_recipe, run_recipe
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ class Sweep:
             output = str(folder / "runs" / run.name)
             given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
+            choose_dense(recipe)  # as the run does
             for stage in recipe.stages:
                 if recipe.arguments(stage).unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")
@@ -272,6 +273,7 @@ def run_sweep(
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
+        environment[JOBS] = str(jobs)
     waiting = [run for run, state in states.items() if state != "done"]
     done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
     with write_lock(folder, busy=ValueError), _sigterm_exits():

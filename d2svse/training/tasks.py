@@ -118,7 +118,9 @@ class AlignTask(nn.Module):
         if penalty is not None:
             losses["penalty_loss"] = penalty
         sides = Features(pooled_images), Features(of_all.pooled.detach())
-        return {**losses, **batch_statistics(self.loss, scores, image_ids, *sides)}
+        statistics = batch_statistics(self.loss, scores, image_ids, *sides)
+        statistics["loss_if_collapsed"] = self.align_scale * statistics["loss_if_collapsed"]
+        return {**losses, **statistics}
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return further losses of a batch; by default none."""
@@ -176,9 +178,11 @@ class DistillTask(AlignTask):
         """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
         losses = super().losses(similarity, batch, images, texts)
         if self.align_weight == 0:
-            kept = {name: value for name, value in losses.items() if not name.endswith("_loss")}
+            left_out = ("align_loss", "penalty_loss", "loss_if_collapsed")
+            kept = {name: value for name, value in losses.items() if name not in left_out}
             return {**kept, "distill_loss": losses["distill_loss"]}
-        return {**losses, "align_loss": self.align_weight * losses["align_loss"]}
+        weighted = {name: self.align_weight * losses[name] for name in ("align_loss", "loss_if_collapsed")}
+        return {**losses, **weighted}
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return `distill_loss`."""

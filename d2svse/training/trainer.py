@@ -120,11 +120,14 @@ class Trainer(TransformersTrainer):
     ) -> None:
         if model.processor is None:
             raise ValueError("the model has no processor; set model.processor before training")
+        given = loss is not None or "temperature" in args.loss_configuration()
+        self._scale_of_model = args.temperature is None and not given
         loss = loss or args.build_loss()
         check_stage(model, args, loss, teacher)
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+            args.eval_on_start = False
         elif type(self).evaluate is Trainer.evaluate:
             args.check_metric()
         self.task = make_task(args, loss, teacher)
@@ -226,7 +229,7 @@ class Trainer(TransformersTrainer):
         adapt(model, args)
         if model.config.lora and shown and self.is_world_process_zero():
             print(parameter_table(model), file=sys.stderr)
-        tie_temperature(model, self.task.loss, from_model=self.args.temperature is None)
+        tie_temperature(model, self.task.loss, from_model=self._scale_of_model)
 
         decoded = None
         if args.cache_images:

@@ -80,6 +80,24 @@ def test_lora_matrices_that_are_new_are_scaled_in_a_straight_line(start):
     assert np.abs(merged - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("sides", [["text"], ["text", "vision"]])
+def test_matrices_that_the_start_has_are_its_own(start, sides):
+    pytest.importorskip("peft")
+    first, end = start(), start()
+    for model in (first, end):
+        model.add_lora("text", rank=2, target_modules=["q_proj"])
+    train(first, 2)
+    end.load_state_dict(first.state_dict())
+    if "vision" in sides:
+        end.add_lora("vision", rank=2)
+    before = embed(first)
+    train(end, 3)
+    aligned = align_start(first, end)
+    end.load_state_dict(aligned)
+    for found, expected in zip(embed(end), before, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_a_start_whose_lora_was_merged_is_merged_too(start):
     pytest.importorskip("peft")
     first, end = start(), start()

@@ -1,11 +1,12 @@
 """What a recipe makes of its options."""
 
+import dataclasses
 import json
 
 import pytest
 
-from d2svse import Trainer
-from d2svse.training.recipe import Recipe, merge, run_recipe
+from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
 from d2svse.visualize import read_logs
 
 GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
@@ -59,3 +60,54 @@ def test_the_log_is_json_where_a_value_is_not_finite(scenes, backbones, tmp_path
     rows = [json.loads(line, parse_constant=refuse) for line in lines]
     assert [row["grad_norm"] for row in rows] == [None] * len(rows)
     assert read_logs(tmp_path)["align"] == rows
+
+
+def test_every_training_option_can_be_given_to_a_stage():
+    for field in dataclasses.fields(TrainingArguments):
+        if field.name not in HUB_ARGUMENTS:
+            recipe = Recipe(**GIVEN, training={field.name: None}, distill={field.name: None})
+            assert field.name in recipe.training
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_options": {"context_tokens": "add"}}, "context_tokens belongs to the stage that adds the decoder"),
+        ({"stages": ["pretrain", "distill", "pretrain"]}, "stage pretrain comes before stage distill"),
+        ({"stages": ["distill", "pretrain"], "model": "m", "vision": None, "text": None}, "comes before stage distill"),
+        ({"training": {"embed_dim": 8}}, "embed_dim is an option of the model, not of training"),
+    ],
+)
+def test_options_of_another_section_and_order_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**GIVEN | options)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "distill", "message"),
+    [
+        ("max-mean", {"distill_loss": "kl"}, "distill_loss kl compares pooled vectors"),
+        ("max-mean", {"distill_loss": {"name": "kl"}}, "distill_loss kl compares pooled vectors"),
+        ("scan-t2i", {"context_tokens": "none"}, "context_tokens none: the decoder cannot reach the scores"),
+    ],
+)
+def test_what_a_later_stage_refuses_is_told_before_the_first(scenes, backbones, tmp_path, similarity, distill, message):
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    given |= {"vision": str(backbones / "vision"), "text": str(backbones / "text")}
+    options = {"embed_dim": 24, "similarity": similarity, "image_pooling": "mean", "text_pooling": "mean"}
+    small = {"per_device_train_batch_size": 8, "max_steps": 1, "decoder_heads": 2, "decoder_layers": 1}
+    recipe = Recipe(**given, model_options=options, training=small, distill=distill, show_progress_bar=False)
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe)
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_lora_is_trained_by_a_recipe_and_merged(scenes, backbones, tmp_path):
+    pytest.importorskip("peft")
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path)}
+    given |= {"vision": str(backbones / "vision"), "text": str(backbones / "text"), "stages": ["align"]}
+    training = {"per_device_train_batch_size": 8, "max_steps": 2, "lora": "both", "merge_lora": True}
+    run_recipe(Recipe(**given, model_options={"embed_dim": 24}, training=training, show_progress_bar=False))
+    model = D2SVSE.from_pretrained(tmp_path / "model")
+    assert model.config.lora in (None, {})
+    assert not any("lora_" in name for name in model.state_dict())

@@ -61,6 +61,8 @@ def test_a_collapse_is_warned_of_once(caplog):
     for _ in range(5):
         say(callback, 1.5, **normal | {"align_loss": 51.1})
     assert caplog.text.count("seems to have collapsed") == 1
+    for _ in range(5):  # without a ranking loss
+        say(CollapseCallback(), 1.5, distill_loss=0.1, embedding_std=0.9)
     vanished = CollapseCallback()
     for _ in range(3):
         say(vanished, 0.1, **normal | {"embedding_std": 0.001})

@@ -338,3 +338,22 @@ def test_a_sweep_that_is_killed_twice_ends_with_the_same_table(small, write, tmp
     assert any(record["resumed"] for record in records)
     for name in ("table.md", "table.csv", "table.tex"):
         assert (killed / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.parametrize("preset", ["paper", "published", "d2s-vse"])
+def test_a_sweep_of_the_published_layout_goes_on(small, write, tmp_path, preset):
+    """A run chooses the short and the long dense captions; the same sweep must find its own run again."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train_caps.txt", "train_ids.txt", "f30k_train.jsonl"):
+        (data / name).touch()
+    (data / "id_mapping.json").write_text("{}")
+    values = {**small, "train": str(data), "train_split": "train", "preset": preset, "stages": ["pretrain"]}
+    sweep = read_sweep(write(values))
+    [run] = sweep.runs
+    recipe = sweep.recipe(run, tmp_path / "out")
+    assert (recipe.dense, recipe.teacher_dense) == ("short200", "long")
+    Path(recipe.output).mkdir(parents=True)
+    (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
+    (Path(recipe.output) / "start.json").write_text("{}")
+    assert sweep.state(run, tmp_path / "out") == "begun"

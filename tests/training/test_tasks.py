@@ -103,6 +103,7 @@ def test_the_align_weight_scales_the_ranking_loss_and_0_leaves_the_images_withou
     distillation = build_distillation_loss("cosine")
     one, half = (DistillTask(InfoNCE(0.1), distillation, align_weight=weight)(model, given) for weight in (1.0, 0.5))
     torch.testing.assert_close(half["align_loss"], one["align_loss"] / 2)
+    torch.testing.assert_close(half["loss_if_collapsed"], one["loss_if_collapsed"] / 2)
     torch.testing.assert_close(total_loss(half), one["align_loss"] / 2 + one["distill_loss"])
     alone = DistillTask(InfoNCE(0.1), distillation, align_weight=0.0)(model, given)
     torch.testing.assert_close(total_loss(alone), one["distill_loss"])

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
-from d2svse.training.building import parameter_groups
+from d2svse.training.building import layers_below_the_top, parameter_groups
 from d2svse.training.checkpoints import last_whole_checkpoint
 
 
@@ -546,3 +547,67 @@ def test_torch_compile_trains_to_the_same_weights(make_model, make_args, train_d
     for name, value in found[1].items():
         torch.testing.assert_close(value, found[0][name], rtol=1e-3, atol=1e-3)
     torch.compiler.reset()
+
+
+def test_without_a_ranking_loss_training_goes_on_after_the_first_epoch(make_model, make_args, train_dataset):
+    args = make_args("distill", align_weight=0.0, num_train_epochs=2, logging_steps=1)
+    trainer = Trainer(make_model(), args, train_dataset)
+    trainer.train()
+    assert any("distill_loss" in row and "align_loss" not in row for row in trainer.state.log_history)
+
+
+def test_tokens_that_a_gate_cannot_close_are_refused_before_training(make_model, make_args, train_dataset):
+    model = make_model(similarity={"name": "max-mean"}, context_gate=True)
+    with pytest.raises(ValueError, match="context_tokens join appends tokens that context_gate cannot close"):
+        Trainer(model, make_args("distill", context_tokens="join"), train_dataset)
+    with pytest.raises(ValueError, match="context_tokens join appends tokens that context_gate cannot close"):
+        model.add_decoder("join", num_tokens=4, num_layers=1, num_heads=2)
+    assert model.decoder is None
+
+
+def test_without_a_validation_set_nothing_is_evaluated_at_the_start(make_model, make_args, train_dataset):
+    Trainer(make_model(), make_args("align", eval_on_start=True, max_steps=1), train_dataset).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"loss": {"name": "infonce", "temperature": 0.5}}, 2.0),
+        ({"loss": "infonce"}, 5.0),
+        ({"loss": "infonce", "temperature": 0.25}, 4.0),
+    ],
+)
+def test_a_temperature_that_is_named_is_used(make_model, make_args, train_dataset, options, scale):
+    model = make_model(logit_scale_init_value=math.log(5.0))
+    trainer = Trainer(model, make_args("align", **{"temperature": None, **options}), train_dataset)
+    trainer.prepare()
+    assert float(trainer.task.loss.log_scale.detach().exp()) == pytest.approx(scale)
+
+
+def test_a_scale_above_the_limit_is_learned(make_model, make_args, train_dataset):
+    model = make_model(logit_scale_init_value=4.77)
+    args = make_args("align", temperature=None, learn_temperature=True, max_steps=2)
+    trainer = Trainer(model, args, train_dataset)
+    trainer.train()
+    assert float(model.logit_scale.detach()) < math.log(100) - 1e-5
+
+
+NAMES_OF_LAYERS = {
+    "convnext": ("embeddings.a", "stages.0.layers.0.a", "stages.0.layers.1.a", "stages.1.d.0.a", "stages.1.layers.0.a"),
+    "gpt2": ("wte.a", "h.0.a", "h.1.a", "h.2.a", "ln_f.a"),
+    "bert": ("embeddings.a", "encoder.layer.0.a", "encoder.layer.1.output.layers.0.a", "encoder.layer.2.a", "pooler.a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "below"), [("convnext", [4, 3, 2, 1, 0]), ("gpt2", [3, 2, 1, 0, 0]), ("bert", [3, 2, 1, 0, 0])]
+)
+def test_layers_are_numbered_over_all_stages(kind, below):
+    names = [f"image_encoder.backbone.{name}" for name in NAMES_OF_LAYERS[kind]]
+    assert list(layers_below_the_top(names).values()) == below
+
+
+def test_a_decay_without_layers_is_refused(make_model, make_args, monkeypatch):
+    monkeypatch.setattr("d2svse.training.building.layers_below_the_top", lambda names: dict.fromkeys(names, 0))
+    with pytest.raises(ValueError, match="the layers of the image_encoder's backbone have no known names"):
+        parameter_groups(make_model(), make_args(layer_decay=0.5), set())

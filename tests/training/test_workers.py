@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from d2svse import ImageTextDataset, Trainer
+from d2svse.cpu import usable_cores
 from d2svse.data import TrainingSamples
 from d2svse.images import ImageError
 from d2svse.training.workers import WorkerError, choose_workers, worker_error
@@ -108,6 +109,15 @@ def test_batches_that_wait_fit_the_shared_memory(cores):
     assert choose_workers(torch.device("cuda"), 16) == 3
     cores(16, shared_memory=64 * 2**20, processes=2)
     assert choose_workers(torch.device("cuda"), 16) == 1
+
+
+@pytest.mark.parametrize("jobs", [2, 4, 64])
+def test_runs_of_a_sweep_share_cores_and_memory(cores, monkeypatch, jobs):
+    alone = usable_cores()
+    monkeypatch.setenv("D2SVSE_JOBS", str(jobs))
+    assert usable_cores() == max(1, alone // jobs)
+    cores(64, shared_memory=2**30)
+    assert jobs * choose_workers(torch.device("cuda"), 128) * 2 * 128 * 3 * 224 * 224 * 4 <= 2**30
 
 
 def test_workers_are_chosen_by_the_device_and_kept(cores, make_args, monkeypatch):
