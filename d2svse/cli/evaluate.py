@@ -202,8 +202,8 @@ def evaluate(
     others = []
     for path in also_on or []:
         has_splits = detect_format(path) in ("published", "karpathy", "datasets")
-        own = {"split": split if has_splits else None, "image_folder": image_folder}
-        others.append(ImageTextDataset.from_source(path, **own, **reading))
+        own = split if has_splits else None
+        others.append(ImageTextDataset.from_source(path, split=own, image_folder=image_folder, **reading))
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
 

@@ -206,11 +206,12 @@ def tune(
 
 def open_index(folder: Path, model: str | None = None, device: str | None = None) -> ImageTextIndex:
     """Open an index with the given model, in the dtype of the build, or with the model that built it, on a device."""
+    chosen = prepare_process(device)
     from d2svse.retrieval import ImageTextIndex
     from d2svse.retrieval.search.contents import IndexSettings
 
-    given = None if model is None else load_model(model, device, IndexSettings.read(folder).dtype)
-    chosen = prepare_process(device) if given is None else given.device
+    dtype: Any = IndexSettings.read(folder).dtype
+    given = None if model is None else load_model(model, device, dtype)
 
     return ImageTextIndex.load(folder, given, device=chosen, as_loaded=True)
 
