@@ -79,8 +79,8 @@ class Metric(nn.Module):
             raise ValueError(f"ratio is the number of blocks of a block-diagonal metric; a {structure} one has none")
         if structure == "cosine" and init == "random":
             raise ValueError("a cosine metric has no weights to start at random; name another structure")
-        if structure != "block-diagonal" and num_blocks is not None:
-            raise ValueError(f"num_blocks belongs to a block-diagonal metric; a {structure} one has none")
+        if structure == "cosine" and num_blocks is not None:
+            raise ValueError("num_blocks belongs to a block-diagonal metric; a cosine one has none")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if not weight_penalty >= 0:

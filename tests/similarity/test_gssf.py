@@ -160,7 +160,6 @@ def test_what_does_not_fit_is_named():
         ({"num_blocks": 2}, "num_blocks belongs to a block-diagonal metric; a cosine one has none"),
         ({"dropout": 0.1}, "a cosine metric has no weights for dropout"),
         ({"weight_penalty": 1e-4}, "a cosine metric has no weights for weight_penalty"),
-        ({"metric": "diagonal", "num_blocks": 2}, "a diagonal one has none"),
         ({"metric": "diagonal", "weight_penalty": -1}, "weight_penalty must not be negative, got -1"),
         ({"metric": "diagonal", "dropout": 7.5}, r"dropout must be at least 0 and below 1, got 7\.5"),
     ):
