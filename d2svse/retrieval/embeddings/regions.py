@@ -124,9 +124,9 @@ def write_regions(
         ValueError: if the images give different numbers of tokens, or a caption has several lines.
     """
     folder = Path(folder)
-    for file in (*(split + end for end in (SUFFIX, BOXES, "_caps.txt", "_ids.txt")), f"dense_{split}.jsonl"):
-        if (folder / file).exists():
-            raise FileExistsError(f"{folder / file}: already exists; give another folder or split")
+    for name_in_folder in (*(split + end for end in (SUFFIX, BOXES, "_caps.txt", "_ids.txt")), f"dense_{split}.jsonl"):
+        if (folder / name_in_folder).exists():
+            raise FileExistsError(f"{folder / name_in_folder}: already exists; give another folder or split")
     for record in records:
         if any(len(caption.splitlines()) > 1 for caption in record.captions):
             raise ValueError(f"{record.image}: a caption of several lines; a file of captions has one on each line")
