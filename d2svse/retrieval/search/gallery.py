@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import textwrap
 from collections.abc import Collection, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from d2svse.files.replace import write_text, written_aside
-from d2svse.images import jpeg_bytes, jpeg_uri, load_image
+from d2svse.images import ImageError, jpeg_bytes, jpeg_uri, load_image
 from d2svse.retrieval.search.hits import Hit
 from d2svse.text import visible
+
+logger = logging.getLogger(__name__)
 
 GAP = 8
 CAPTION_WIDTH = 220
@@ -33,13 +36,14 @@ def compose_gallery(
 ) -> Image.Image:
     """Draw one row for each query: the query at the left and its images at the right.
 
+    An image that cannot be read is left blank, and a warning names it.
+
     Args:
         rows: each query with the paths of its images, best first.
         thumbnail: side of a drawn image in pixels.
         right: for each row, the positions of the right images, which get a frame.
 
     Raises:
-        ImageError: if an image cannot be read.
         ValueError: if there are no rows, or `right` has another length.
     """
     if not rows:
@@ -57,7 +61,8 @@ def compose_gallery(
         pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
         for column, image in enumerate(images):
             left = CAPTION_WIDTH + column * cell
-            canvas.paste(ImageOps.fit(load_image(image), (thumbnail, thumbnail)), (left, top))
+            if (picture := _readable(image)) is not None:
+                canvas.paste(ImageOps.fit(picture, (thumbnail, thumbnail)), (left, top))
             if right is not None and column in right[row]:
                 last = (left + thumbnail - 1, top + thumbnail - 1)
                 pen.rectangle([(left, top), last], outline=FRAME, width=FRAME_WIDTH)
@@ -75,7 +80,6 @@ def draw_gallery(
         thumbnail: side of a drawn image in pixels.
 
     Raises:
-        ImageError: if an image cannot be read.
         ValueError: if there are no rows.
     """
     canvas = compose_gallery(rows, thumbnail)
@@ -92,6 +96,8 @@ def write_gallery_page(
 ) -> None:
     """Write queries and their hits as one HTML file, with small copies of the images inside it.
 
+    An image that cannot be read is left out, and a warning names it.
+
     Args:
         rows: the text of each query or None, its image or None, and its hits, best first.
         path: the HTML file to write.
@@ -99,7 +105,6 @@ def write_gallery_page(
         thumbnail: longest side of a drawn image in pixels.
 
     Raises:
-        ImageError: if an image cannot be read.
         ValueError: if there are no rows.
     """
     if not rows:
@@ -118,8 +123,17 @@ def write_gallery_page(
     write_text(path, head + "".join(sections))
 
 
+def _readable(path: str | os.PathLike[str]) -> Image.Image | None:
+    try:
+        return load_image(path)
+    except ImageError as error:
+        logger.warning("the gallery leaves an image out: %s", error)
+        return None
+
+
 def _embedded(path: str | os.PathLike[str], thumbnail: int) -> str:
-    image = load_image(path)
+    if (image := _readable(path)) is None:
+        return ""
     image.thumbnail((thumbnail, thumbnail))
     # Users pass pages on, so the name leaves out the folders of this machine.
     return f'<img alt="{_shown(Path(os.fspath(path)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'

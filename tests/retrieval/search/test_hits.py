@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,6 +84,25 @@ def test_a_page_holds_its_pictures_and_escapes_every_text(val_dataset, tmp_path)
     assert "&lt;i&gt;a ring" in page
     with pytest.raises(ValueError, match="no queries"):
         write_gallery_page([], tmp_path / "h.html")
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut", "a folder"])
+def test_a_gallery_leaves_out_an_image_that_cannot_be_read(val_dataset, tmp_path, fault, caplog):
+    lost = tmp_path / "lost.png"
+    if fault == "cut":
+        lost.write_bytes(Path(val_dataset.images[0]).read_bytes()[:40])
+    elif fault == "a folder":
+        lost.mkdir()
+    there = str(val_dataset.images[0])
+    draw_gallery([("a query", [str(lost), there])], tmp_path / "g.png", 40)
+    drawn = Image.open(tmp_path / "g.png")
+    assert drawn.crop((220, 8, 260, 48)).getcolors() == [(1600, (255, 255, 255))]
+    assert drawn.crop((268, 8, 308, 48)).getcolors(1) is None
+    write_gallery_page([("a query", None, [Hit(str(lost), 0.5), Hit(there, 0.25)])], tmp_path / "g.html")
+    page = (tmp_path / "g.html").read_text()
+    assert page.count("data:image") == 1
+    assert page.count("lost.png") == 1
+    assert [record.getMessage().count("lost.png") for record in caplog.records] == [1, 1]
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
