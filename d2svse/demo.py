@@ -16,9 +16,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from d2svse.cpu import choose_device
 from d2svse.data import ImageTextDataset, write_scenes
-from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.folder import FolderKind, check_folder, written_folder
 from d2svse.files.replace import shown, write_json
-from d2svse.hub.saving import model_kind
+from d2svse.hub.saving import CONFIG_FILE
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.models.gru import build_tokenizer
 from d2svse.retrieval import ImageTextIndex, draw_gallery
@@ -27,7 +27,7 @@ from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
-DEMO = model_kind("d2svse demo", [RUN_CARD_FILE])
+DEMO = FolderKind("d2svse demo", CONFIG_FILE)
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
 PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 7

@@ -192,8 +192,8 @@ def gru(
 ) -> None:
     """Write a bidirectional GRU as a text backbone, with the words of all captions as its vocabulary."""
     from d2svse.data.readers import read_records
-    from d2svse.files.folder import written_folder
-    from d2svse.hub.saving import model_kind
+    from d2svse.files.folder import FolderKind, written_folder
+    from d2svse.hub.saving import CONFIG_FILE
     from d2svse.models.gru import build_gru
 
     prepare_process("cpu")
@@ -201,7 +201,7 @@ def gru(
     texts = [text for record in records for text in (*record.captions, record.dense) if text]
     options = {"min_count": min_count, "hidden_size": hidden_size, "embedding_size": embedding_size, "seed": seed}
     model, tokenizer, found = build_gru(texts, word_vectors, **options)
-    with written_folder(output, model_kind("d2svse data gru", [])) as folder:
+    with written_folder(output, FolderKind("d2svse data gru", CONFIG_FILE)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     vectors = "random vectors" if word_vectors is None else f"{found} with a vector of {word_vectors.name}"

@@ -47,8 +47,7 @@ class FolderKind:
     Attributes:
         name: name of the command, for messages and the list.
         marker: the file that readers need first, or None.
-        earlier: returns the names that an earlier version of the command wrote to a folder without a list; None if
-            the command did not write the folder.
+        earlier: with `overwrites`, checks a folder and returns the older names to remove from it; None for none.
         overwrites: keep no list, and replace files of the new names, even those of other commands.
     """
 
@@ -83,13 +82,10 @@ def check_folder(path: str | os.PathLike[str], kind: FolderKind) -> set[str]:
         return set(listed["files"])
     if not found:
         return set()
-    earlier = kind.earlier(folder)
-    if earlier is None:
-        raise FileExistsError(
-            f"{shown(path)}: {kind.name} did not write this folder (it holds {shown(found[0])}), so it is not "
-            "replaced; give another name or an empty folder"
-        )
-    return set(earlier)
+    raise FileExistsError(
+        f"{shown(path)}: {kind.name} did not write this folder (it holds {shown(found[0])}), so it is not "
+        "replaced; give another name or an empty folder"
+    )
 
 
 def marked_kind(marker: str) -> FolderKind:

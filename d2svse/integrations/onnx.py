@@ -6,15 +6,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from d2svse.files.folder import FolderKind, is_own, written_folder
-from d2svse.hub.saving import PROCESSOR_NAMES, named_files
+from d2svse.files.folder import FolderKind, written_folder
 from d2svse.models.decoder import ContextDecoder
 from d2svse.models.gru import GRUModel
 from d2svse.models.metric_attention import METRIC_ATTENTION
@@ -31,16 +29,7 @@ AXES = {
 }
 NEEDED = ("onnx", "onnxscript")
 GRAPHS = (f"{IMAGE_ENCODER}.onnx", f"{TEXT_ENCODER}.onnx")
-
-
-def _exported_earlier(folder: Path) -> set[str] | None:
-    """Return the file names of a folder that an earlier version exported; None for any other folder."""
-    names = {path.name for path in folder.iterdir() if not is_own(path.name)}
-    known = named_files(folder, (*GRAPHS, *PROCESSOR_NAMES))
-    return known if GRAPHS[0] in names and names == known else None
-
-
-EXPORTED = FolderKind("d2svse export", GRAPHS[0], _exported_earlier)
+EXPORTED = FolderKind("d2svse export", GRAPHS[0])
 
 
 class ImageGraph(nn.Module):

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from d2svse.files.data import read_json
-from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.folder import FolderKind, check_folder, written_folder
 from d2svse.files.replace import write_json, written_aside
 from d2svse.hub.folder import check_contents, check_vocabulary, loading
-from d2svse.hub.saving import PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE, model_kind
+from d2svse.hub.saving import CONFIG_FILE, PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE
 from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE, D2SVSEImageProcessorPil, D2SVSEProcessor
 from d2svse.published.architecture import (
@@ -51,7 +51,7 @@ from d2svse.published.names import (
 logger = logging.getLogger(__name__)
 
 PUBLISHED_TOKENIZER = "google-bert/bert-base-uncased"
-CONVERTED = model_kind("d2svse convert published", [PUBLISHED_FILE], [UNUSED_FILE, TEACHER_FILE])
+CONVERTED = FolderKind("d2svse convert published", CONFIG_FILE)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 

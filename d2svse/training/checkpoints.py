@@ -21,18 +21,7 @@ logger = logging.getLogger(__name__)
 SUMS_FILE = "checksums.json"
 ASIDE_PREFIX = "unfinished-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def _sealed_names(checkpoint: Path) -> set[str] | None:
-    """Return the files of a checkpoint that an earlier version sealed, or None."""
-    try:
-        names = read_json(checkpoint / SUMS_FILE).keys()
-    except (OSError, ValueError, AttributeError):
-        return None
-    return {name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()} | {SUMS_FILE}
-
-
-CHECKPOINT = FolderKind("d2svse training", SUMS_FILE, _sealed_names)
+CHECKPOINT = FolderKind("d2svse training", SUMS_FILE)
 
 
 def seal_checkpoint(aside: Path, target: Path) -> None:
@@ -66,7 +55,7 @@ def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: 
         limit: number of checkpoints to keep; None or 0 keeps all.
         best: the checkpoint whose weights the run will end with, or None.
     """
-    found = [path for _, path in _checkpoints(folder) if (path / LIST).is_file() or (path / SUMS_FILE).is_file()]
+    found = [path for _, path in _checkpoints(folder) if (path / LIST).is_file()]
     kept = {path.name for path in found[-1:]} | ({Path(best).name} if best else set())
     removable = [path for path in found if path.name not in kept]
     surplus = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0

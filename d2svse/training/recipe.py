@@ -23,13 +23,13 @@ from d2svse.choices import unknown
 from d2svse.data import ImageTextDataset
 from d2svse.data.readers import detect_format, read_records
 from d2svse.files.data import read_json, read_text, to_json
-from d2svse.files.folder import check_folder, written_folder
+from d2svse.files.folder import FolderKind, check_folder, written_folder
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import shown, write_json, write_text
 from d2svse.files.yaml import parse_yaml
 from d2svse.hub import make_repository, push_folder
 from d2svse.hub.folder import check_start_folder
-from d2svse.hub.saving import model_kind
+from d2svse.hub.saving import CONFIG_FILE
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
@@ -56,7 +56,7 @@ from d2svse.training.trainer import Trainer
 from d2svse.training.validation import validate
 
 START_FILE = "start.json"
-TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
+TRAINED = FolderKind("d2svse train", CONFIG_FILE)
 INTERPOLATED = "interpolated"
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 

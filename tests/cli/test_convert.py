@@ -143,10 +143,6 @@ def test_convert_keeps_what_lies_beside_its_files_and_refuses_the_folders_of_oth
     code, _, err = run(*arguments, ".", *options)
     assert code == 0, err
     assert files_of(tmp_path / "own") == before
-    (tmp_path / "own" / ".d2svse-files.json").unlink()  # as of an earlier version
-    code, _, err = run(*arguments, ".", *options)
-    assert code == 0, err
-    assert files_of(tmp_path / "own") == before
     (tmp_path / "web" / "src").mkdir(parents=True)
     (tmp_path / "web" / "config.json").write_text('{"port": 80}')
     (tmp_path / "web" / "src" / "index.js").write_text("mine")

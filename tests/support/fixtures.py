@@ -206,7 +206,7 @@ def trained(backbones: Path, scenes: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def exported(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny `model`, and with `onnx`, which `d2svse export` wrote from it in place of an earlier one."""
+    """A folder with a tiny `model`, and with `onnx`, which `d2svse export` wrote from it."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="the extra [onnx]")
 
@@ -220,8 +220,6 @@ def exported(processor: D2SVSEProcessor, tmp_path_factory: pytest.TempPathFactor
         model = D2SVSE(D2SVSEConfig(**configs, embed_dim=24, context_decoder=decoder)).eval()
         model.processor = D2SVSEProcessor(processor.image_processor, processor.tokenizer, max_length=40)
         model.save_pretrained(folder / "model")
-        (folder / "onnx").mkdir()
-        (folder / "onnx" / "image_encoder.onnx").write_bytes(b"of an earlier export")
         with redirect_stdout(StringIO()) as said, pytest.raises(SystemExit) as stop:
             main(["export", str(folder / "model"), "-o", str(folder / "onnx")])
         assert not stop.value.code
