@@ -9,8 +9,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -333,51 +333,22 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
     train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
-    if recipe.push_to_hub and is_main_process():  # fail now and not after training
+    if recipe.push_to_hub and main:  # fail now and not after training
         make_repository(recipe.push_to_hub, private=recipe.hub_private)
     output.mkdir(parents=True, exist_ok=True)
-    with _only_run(output):
-        return _train_stages(recipe, model, teacher, train_dataset, eval_dataset)
-
-
-@contextmanager
-def _only_run(output: Path) -> Iterator[None]:
-    """Lock the output against other runs; the lock ends with the process."""
-    if not is_main_process():
-        yield
-        return
-    with ExitStack() as held:
+    with write_lock(output, busy=ValueError) if main else nullcontext():
+        results = _finished(recipe) if recipe.resume else {}
+        results.pop(INTERPOLATED, None)
+        _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
+        barrier()  # before the first process changes the files that the others check
+        if main:
+            if not recipe.resume:
+                (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
+            write_text(output / "recipe.yaml", recipe.effective_configuration())
         try:
-            held.enter_context(write_lock(output))
-        except BlockingIOError:
-            raise ValueError(
-                f"{output}: another run is writing to it; wait for its end, or give another output"
-            ) from None
-        yield
-
-
-def _train_stages(
-    recipe: Recipe,
-    model: D2SVSE,
-    teacher: Teacher | RetrievalTeacher | None,
-    train_dataset: ImageTextDataset,
-    eval_dataset: ImageTextDataset,
-) -> dict[str, dict[str, float]]:
-    output, main = Path(recipe.output), is_main_process()
-    stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
-    configuration = recipe.effective_configuration()
-    results = _finished(recipe) if recipe.resume else {}
-    results.pop(INTERPOLATED, None)
-    _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
-    barrier()  # before the first process changes the files that the others check
-    if main:
-        if not recipe.resume:
-            (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
-        write_text(output / "recipe.yaml", configuration)
-    try:
-        return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
-    except KeyboardInterrupt as stop:
-        raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
+            return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
+        except KeyboardInterrupt as stop:
+            raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
 
 
 def _train_each(

@@ -115,7 +115,7 @@ def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_pat
     with FileLock(tmp_path / "run" / ".lock"):
         code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
     assert code == 2
-    assert "another run is writing to it" in err
+    assert "another process is writing to it" in err
 
 
 def test_a_run_is_not_resumed_with_other_options(trained, tmp_path, run):
