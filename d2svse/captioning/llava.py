@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,11 +26,12 @@ from transformers import (
 
 from d2svse.captioning.images import ImageToCaption, Outcome, Sampling
 from d2svse.captioning.text import find_fault
+from d2svse.choices import Dtype
+from d2svse.cpu import choose_device
 from d2svse.hub.folder import check_contents, loading
 from d2svse.hub.weights import check_finite, weight_files
 from d2svse.images import ImageError, load_image
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The template of LLaVA-1.5's training, for processors without a chat template.
 PLAIN_TEMPLATE = "USER: {image}\n{prompt} ASSISTANT:"
 
@@ -128,11 +128,11 @@ class LlavaCaptioner:
             OSError: if the model does not exist or lacks a file.
             ValueError: if the model does not generate text from images, or the dtype or the device is unknown.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such model folder")
-        target = _device(device)
+        target = choose_device(device)
         if Path(name).is_dir():
             check_contents(name, max_image_size=math.inf)
         safe: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -144,7 +144,7 @@ class LlavaCaptioner:
             )
         with loading(name):
             processor = AutoProcessor.from_pretrained(name, **safe)
-            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=DTYPES[dtype], **safe)
+            model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **safe)
         check_finite(model, weight_files(Path(name), name) if Path(name).is_dir() else (), name)
         return cls(model.to(target).eval(), processor, sampling, batch_size, tries)
 
@@ -218,16 +218,3 @@ class LlavaCaptioner:
         return self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
         )
-
-
-def _device(name: str | os.PathLike[str] | None) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name is None:
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(os.fspath(name))
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; expected a device such as cpu or cuda:0") from None
-    if device.type not in ("cpu", accelerator.type if accelerator else "cpu"):
-        raise ValueError(f"this machine has no device {name!r}; use {accelerator or 'cpu'}")
-    return device

@@ -58,7 +58,7 @@ def local(
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
-    dtype: Annotated[choices.CaptionerDtype, typer.Option(help="Type of the weights.")] = "bfloat16",
+    dtype: Annotated[choices.Dtype, typer.Option(help="Type of the weights.")] = "bfloat16",
     device: Annotated[
         str | None, typer.Option(help="Device, such as cuda:1.", show_default="an accelerator, or the CPU")
     ] = None,

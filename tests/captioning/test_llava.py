@@ -204,7 +204,7 @@ def test_wrong_options_are_named(llava, options, message):
 def test_a_device_that_is_not_there_is_named(llava):
     if torch.accelerator.is_available():
         pytest.skip("needs a machine without an accelerator")
-    with pytest.raises(ValueError, match="this machine has no device 'cuda'; use cpu"):
+    with pytest.raises(ValueError, match="device 'cuda' is not here; there is cpu"):
         load(llava, device="cuda")
 
 

@@ -74,7 +74,7 @@ def test_h_is_help(name, run):
         ("encode", [choices.OnBadImage]),
         ("index build", [choices.Side, choices.Engine, choices.Candidates, choices.OnBadImage]),
         ("index add", [choices.OnBadImage]),
-        ("caption local", [choices.CaptionerDtype, choices.OnBadImage]),
+        ("caption local", [choices.Dtype, choices.OnBadImage]),
         ("caption endpoint", [choices.OnBadImage]),
         ("convert published", [choices.Fusion, choices.Placement]),
         ("data convert", [Literal["auto", choices.DataFormat]]),

@@ -71,8 +71,7 @@ def test_what_the_options_say_of_other_declarations_is_true():
     import transformers
 
     from d2svse import D2SVSEConfig, TrainingArguments
-    from d2svse.captioning.llava import DTYPES
-    from d2svse.choices import CaptionerDtype, Engine, ProtocolName
+    from d2svse.choices import Engine, ProtocolName
     from d2svse.losses import distillation_loss_names, loss_names
     from d2svse.retrieval.evaluation.protocols import PROTOCOLS
     from d2svse.retrieval.vectors import BACKENDS
@@ -81,7 +80,6 @@ def test_what_the_options_say_of_other_declarations_is_true():
     config, model = D2SVSEConfig(), ModelOptions()
     assert (config.embed_dim, config.similarity["name"]) == (model.embed_dim, model.similarity)
     for choices, known in (
-        (CaptionerDtype, DTYPES),
         (Engine, BACKENDS),
         (ProtocolName, PROTOCOLS),
         (Preset, PRESETS),
