@@ -210,12 +210,6 @@ def test_a_part_that_is_written_aside_keeps_what_lies_in_it(tmp_path):
     assert contents(tmp_path / "part") == {"items.json": b"two", "notes.txt": b"mine"}
 
 
-def test_a_folder_that_an_earlier_version_had_renamed_gets_its_name_back(tmp_path):
-    put(tmp_path / ".out.0a1b2c3d.old", OLD)
-    recover_folder(tmp_path / "out")
-    assert contents(tmp_path / "out") == OLD
-
-
 def test_a_full_disk_names_the_folder_and_leaves_it_as_it_was(tmp_path, small_files, model):
     model.save_pretrained(tmp_path / "m")
     put(tmp_path / "m", FOREIGN)

@@ -17,7 +17,6 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -181,9 +180,6 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
         OSError: if the write cannot be finished, for example in a read-only folder.
     """
     folder = followed(path)
-    if not folder.exists():
-        _restore_renamed(folder)
-        return
     if not (folder / READY).is_dir():
         return
     try:
@@ -335,11 +331,3 @@ def _names_to_disk(folder: Path, files: Iterable[str]) -> None:
     for part in {part for name in files for part in PurePosixPath(name).parents}:
         if (folder / part).is_dir():
             to_disk(folder / part)
-
-
-def _restore_renamed(folder: Path) -> None:
-    """Restore the name of a folder that an earlier version left renamed when it was killed."""
-    with suppress(OSError):
-        found = [path for path in folder.parent.glob(f".{escape(folder.name)}.????????.old") if path.is_dir()]
-        if found:
-            max(found, key=lambda path: path.stat().st_mtime).rename(folder)

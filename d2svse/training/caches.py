@@ -21,7 +21,6 @@ from torch import Tensor
 from d2svse.data import ImageTextDataset
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
-from d2svse.files.replace import remove
 from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.encoding import inference
@@ -46,7 +45,6 @@ def cached_teacher_embeddings(
     Returns:
         `(n_texts, embed_dim)` float32, equal to `Teacher.embed(texts)`.
     """
-    _remove_earlier(folder, f"{folder.name}.safetensors", f"{folder.name}.safetensors.lock")
     kind = {
         "side": "text",
         "output": "pooled",
@@ -134,7 +132,6 @@ def cached_image_tokens(
     def state(name: str) -> Any:
         return list(image_state(images[name]))
 
-    _remove_earlier(folder / TOKENS, *(f"{TOKENS}.{end}" for end in ("npy", "json", "json.lock", "partial.npy")))
     return CachedTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
 
 
@@ -252,12 +249,3 @@ def _agrees(store: EmbeddingStore, encode: Callable[[Sequence[str], Any], Batche
 def _vectors(features: Features) -> list[Tensor]:
     """Return the pooled vector and the tokens without padding."""
     return [features.pooled, *([] if features.tokens is None else [features.tokens[features.real_tokens()]])]
-
-
-def _remove_earlier(folder: Path, *names: str) -> None:
-    """Remove the cache files that an earlier version wrote beside `folder`."""
-    earlier = [folder.with_name(name) for name in names if folder.with_name(name).is_file()]
-    if earlier:
-        logger.warning("%s was written by an earlier version; it is made again in %s", earlier[0], folder)
-    for path in earlier:
-        remove(path)

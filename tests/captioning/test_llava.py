@@ -190,8 +190,8 @@ def test_bfloat16_captions_on_the_cpu(llava, photos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
-        ({"device": "warp"}, "unknown device 'warp'"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"device": "warp"}, "device 'warp': expected one of cpu"),
         ({"batch_size": 0}, "must be positive, got 0 and 3"),
         ({"tries": 0}, "must be positive, got 8 and 0"),
     ],

@@ -241,18 +241,3 @@ def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_
     with small_files(1000), pytest.raises(OSError, match="image_tokens/00000: cannot be written: File too large"):
         cached_image_tokens(model, train_dataset, tokens, 16)
     assert {path.name for path in folder.parent.rglob("*") if path.is_file()} == {".lock", "store.json"}
-
-
-def test_what_an_earlier_version_kept_is_made_again_and_told(make_model, train_dataset, folder, caplog):
-    tokens = folder.parent / "tokens"
-    earlier = [folder.with_name("teacher.safetensors"), tokens / "image_tokens.npy", tokens / "image_tokens.json"]
-    mine = tokens / "notes.txt"
-    tokens.mkdir()
-    for path in (*earlier, mine):
-        path.write_bytes(b"of an earlier version")
-    model = make_model()
-    cached_teacher_embeddings(Teacher(model), train_dataset.dense_captions, folder, 16)
-    cached_image_tokens(model, train_dataset, tokens, 16)
-    assert caplog.text.count("was written by an earlier version; it is made again in") == 2
-    assert not any(path.exists() for path in earlier)
-    assert mine.exists()
