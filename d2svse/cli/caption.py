@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse import choices
-from d2svse.cli.common import OnBadImage, examples, prepare_process, print_table
+from d2svse.cli.common import Device, OnBadImage, examples, prepare_process, print_table
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -29,7 +29,6 @@ TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest 
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens of the longest caption.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 Part = Annotated[str, typer.Option(help="i/n: caption every n-th image from the i-th, on one of n machines.")]
-Shard = Annotated[str | None, typer.Option(hidden=True, help="Earlier name of --part.")]
 Sentences = Annotated[
     int | None, typer.Option(min=1, help="Write the first N sentences of each caption to a second file.")
 ]
@@ -54,14 +53,11 @@ def local(
     max_new_tokens: MaxNewTokens = 500,
     seed: Seed = 0,
     part: Part = "1/1",
-    shard: Shard = None,
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
     dtype: Annotated[choices.Dtype, typer.Option(help="Type of the weights.")] = "bfloat16",
-    device: Annotated[
-        str | None, typer.Option(help="Device, such as cuda:1.", show_default="an accelerator, or the CPU")
-    ] = None,
+    device: Device = None,
     batch_size: Annotated[int, typer.Option(help="Images captioned at a time.")] = 8,
     tries: Annotated[int, typer.Option(help="Texts sampled before an image counts as failed.")] = 3,
 ) -> None:
@@ -74,7 +70,7 @@ def local(
     from d2svse.captioning.llava import LlavaCaptioner
 
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    images = _images(source, split, image_folder, shard or part, on_bad_image)
+    images = _images(source, split, image_folder, part, on_bad_image)
     placed: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     captioner = LlavaCaptioner.from_pretrained(model, sampling, batch_size=batch_size, tries=tries, **placed)
     notes = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -97,7 +93,6 @@ def endpoint(
     max_new_tokens: MaxNewTokens = 500,
     seed: Seed = 0,
     part: Part = "1/1",
-    shard: Shard = None,
     sentences: Sentences = None,
     on_bad_image: OnBadImage = "error",
     concurrency: Annotated[int, typer.Option(help="Largest number of open requests.")] = 8,
@@ -118,7 +113,7 @@ def endpoint(
         raise ValueError(f"--api-key-env {api_key_env}: the environment variable is not set, or it is empty")
     limits: dict[str, Any] = {"timeout": timeout, "tries": tries, "max_requests": max_requests, "backoff": backoff}
     sampling = Sampling(prompt, temperature, top_p, max_new_tokens, seed)
-    images = _images(source, split, image_folder, shard or part, on_bad_image)
+    images = _images(source, split, image_folder, part, on_bad_image)
     captioner = EndpointCaptioner(url, model, sampling, api_key=key, concurrency=concurrency, **limits)
     notes = {"url": captioner.base}
     _run(captioner, images, captioner.settings, notes, output, sentences, on_bad_image)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.choices import OnBadImage
-from d2svse.cli.common import Device, Dtype, examples, load_model, print_table
+from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model, print_table
 
 if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks
@@ -25,9 +24,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, for data with several.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
-    on_bad_image: Annotated[
-        OnBadImage, typer.Option(help="Stop at an unreadable image, or leave it out and list it.")
-    ] = "error",
+    on_bad_image: OnBadImage = "error",
     on: Annotated[
         str | None, typer.Option(help="Set of the runs: val, or a test set of the sweep.", show_default="val")
     ] = None,

@@ -12,6 +12,9 @@ from d2svse.cli.common import Device, OnBadImage, examples, prepare_process
 from d2svse.text import visible
 
 NAMED_IMAGES = 10
+ImageFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
+]
 
 app = typer.Typer(help="Convert, extend and pack data sets.", no_args_is_help=True)
 
@@ -28,9 +31,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
     format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
-    ] = None,
+    image_folder: ImageFolder = None,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -47,9 +48,6 @@ def convert(
     without_images: Annotated[
         bool, typer.Option("--without-images", help="Skip the check that the image files exist.")
     ] = False,
-    without_pictures: Annotated[
-        bool, typer.Option("--without-pictures", hidden=True, help="Earlier name of --without-images.")
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Convert any layout to a manifest."""
@@ -58,7 +56,6 @@ def convert(
 
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output}: already exists; give another name, or --overwrite")
-    without_images |= without_pictures
     records = read_records(
         source,
         format,
@@ -125,9 +122,7 @@ def shard(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards and their index, shards.jsonl.")],
     split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
-    ] = None,
+    image_folder: ImageFolder = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards of other images or captions.")] = False,
@@ -221,9 +216,7 @@ def regions(
     vision: Annotated[str, typer.Option(help="Hub id or folder of a vision backbone or of a detector.")],
     name: Annotated[str, typer.Option(help="Name of the split, which begins the names of the files.")],
     split: Annotated[str | None, typer.Option(help="Split of the source, for a layout with several.")] = None,
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
-    ] = None,
+    image_folder: ImageFolder = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     num_regions: Annotated[int, typer.Option(min=1, help="Objects of an image, from a detector.")] = 36,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 32,

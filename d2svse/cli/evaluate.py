@@ -109,7 +109,6 @@ def evaluate(
     candidates: Annotated[
         Candidates, typer.Option(help="Find candidates by these vectors.", rich_help_panel=_SCORES)
     ] = "mean",
-    shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     unimodal: Annotated[
         Side | None,
         typer.Option(
@@ -165,7 +164,7 @@ def evaluate(
             "--similarity-arg": similarity_arg,
             "--ensemble": ensemble,
             "--rerank-k": rerank_k is not None,
-            "--candidates": (shortlist or candidates) != "mean",
+            "--candidates": candidates != "mean",
             "--annotations": annotations,
             "--also-on": also_on,
             "--against": against,
@@ -214,7 +213,7 @@ def evaluate(
             similarity=_similarity(models[0][1], similarity, similarity_arg),
             captions=captions,
             rerank=rerank_k,
-            candidates=shortlist or candidates,
+            candidates=candidates,
             batch_size=batch_size,
             embeddings=embeddings,
             show_progress_bar=True,

@@ -64,7 +64,6 @@ def build(
     candidates: Annotated[
         Candidates, typer.Option(help="Where the similarity compares tokens, find candidates by these vectors.")
     ] = "mean",
-    shortlist: Annotated[Candidates | None, typer.Option(hidden=True, help="Earlier name of --candidates.")] = None,
     draft: Annotated[
         bool, typer.Option("--draft", help="Decode large JPEG files at a reduced size, which is faster.")
     ] = False,
@@ -85,8 +84,7 @@ def build(
     own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
     if refused := sorted(own & options.keys()):
         raise ValueError(f"--engine-option {refused[0]}: not an option of the backend")
-    options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size}
-    options |= {"candidates": shortlist or candidates}
+    options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size, "candidates": candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(
         load_model(model, device, dtype),

@@ -42,7 +42,6 @@ def test_local_captions_go_into_training_and_a_stopped_run_goes_on(local, llava,
     assert "6 of 6 images have a caption, 3 of them new" in out
     assert output.read_bytes().startswith(first)
     assert "6 of 6 images have a caption, 0 of them new" in local(photos, output)[1]
-    assert "3 of 3 images have a caption, 0 of them new" in local(photos, output, "--shard", "1/2")[1]  # earlier name
     assert sorted(row["image"] for row in lines(output)) == [f"00{row}.png" for row in range(6)]
     settings = json.loads((tmp_path / "dense.settings.json").read_text())
     assert settings["model"] == str(llava)

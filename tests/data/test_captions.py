@@ -131,7 +131,7 @@ def test_images_of_other_layouts_that_are_not_there_are_skipped_too(folder):
 def test_a_manifest_is_converted_without_its_images(folder, run):
     manifest = lines(folder / "m.jsonl", {**FINE, "image": "gone.png"})
     assert run("data", "convert", manifest, folder / "o.jsonl")[0] == 2
-    assert run("data", "convert", manifest, folder / "o.jsonl", "--without-pictures")[0] == 0
+    assert run("data", "convert", manifest, folder / "o.jsonl", "--without-images")[0] == 0
 
 
 def test_names_in_messages_do_not_control_the_terminal(folder):
