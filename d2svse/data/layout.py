@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from d2svse.data.manifest import ManifestError, as_caption
+from d2svse.data.manifest import ManifestError, as_caption, manifest_errors
 from d2svse.files import data
 
 IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
@@ -18,10 +18,8 @@ def read_json(path: Path) -> Any:
     Raises:
         ManifestError: if the file is missing or is not JSON.
     """
-    try:
+    with manifest_errors():
         return data.read_json(path)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-        raise ManifestError(error) from None
 
 
 def read_text(path: Path) -> str:
@@ -30,10 +28,8 @@ def read_text(path: Path) -> str:
     Raises:
         ManifestError: if the file is missing or in another encoding.
     """
-    try:
+    with manifest_errors():
         return data.read_text(path)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-        raise ManifestError(error) from None
 
 
 def read_lines(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,15 @@ class ManifestError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(visible(str(message)))  # the message quotes names and values from untrusted files
+
+
+@contextmanager
+def manifest_errors() -> Iterator[None]:
+    """Raise the errors of reading a text file as `ManifestError`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        raise ManifestError(error) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +148,6 @@ def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, 
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list | tuple) or not captions:
         raise ManifestError(f'{where}: expected "{column}" with at least one text, got {value!r:.80}')
-    for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
-            raise ManifestError(f"{where}: expected every caption to be a text, got {caption!r:.80}")
     return tuple(as_caption(caption, where) for caption in captions)
 
 
@@ -150,10 +157,8 @@ def as_caption(value: Any, where: str) -> str:
     Raises:
         ManifestError: if the value is not a text, is empty, or holds half a character.
     """
-    try:
+    with manifest_errors():
         return check_text(value, where)
-    except ValueError as error:
-        raise ManifestError(error) from None
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -180,10 +185,8 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     Raises:
         ManifestError: if the file is missing or is not text, or a line is not a JSON object.
     """
-    try:
+    with manifest_errors():
         yield from read_rows(path)
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
-        raise ManifestError(error) from None
 
 
 def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -192,10 +195,8 @@ def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> It
     Raises:
         ManifestError: if a line is not a JSON object.
     """
-    try:
+    with manifest_errors():
         yield from parse_rows(lines, source)
-    except ValueError as error:
-        raise ManifestError(error) from None
 
 
 def check_images(

@@ -16,6 +16,7 @@ from d2svse.data.manifest import (
     as_caption,
     as_captions,
     join_dense,
+    manifest_errors,
     read_json_lines,
     read_manifest,
 )
@@ -200,8 +201,6 @@ def read_published(
     grouped: dict[str, list[str]] = {}
     lines: dict[str, int] = {}
     for line, (image, caption) in enumerate(zip(owners, captions, strict=True), start=1):
-        if not caption:
-            raise ManifestError(f"{folder / f'{split}_caps.txt'}:{line}: an empty caption; expected a text")
         if not isinstance(names, dict) or not isinstance(names.get(image), str):
             raise ManifestError(f"{folder}: id_mapping.json has no file name for the id {image} of {split}_ids.txt")
         grouped.setdefault(image, []).append(as_caption(caption, f"{folder / f'{split}_caps.txt'}:{line}"))
@@ -231,10 +230,8 @@ def read_regions(path: str | os.PathLike[str], *, dense: str | None = None) -> l
     path = Path(path)
     if not path.name.endswith(SUFFIX):
         raise ManifestError(f"{path}: expected a name that ends with {SUFFIX}, such as train{SUFFIX}")
-    try:
+    with manifest_errors():
         images: list[RegionImage] = region_images(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise ManifestError(error) from None
     folder, split = path.parent, path.name.removesuffix(SUFFIX)
     source = folder / f"{split}_caps.txt"
     captions = read_lines(source)
@@ -254,8 +251,6 @@ def read_regions(path: str | os.PathLike[str], *, dense: str | None = None) -> l
             found += f", and {len(ids)} ids of {len(set(ids))} images in {listed.name}"
         raise ManifestError(f"{path}: {found}; expected an id for each caption, or for each image")
     for line, (owner, caption) in enumerate(zip(owners, captions, strict=True), start=1):
-        if not caption.strip():
-            raise ManifestError(f"{source}:{line}: an empty caption; expected a text")
         grouped[owner].append(as_caption(caption, f"{source}:{line}"))
     texts = _published_dense(folder, split, len(images), dense)
     return [Record(image, tuple(own), text) for image, own, text in zip(images, grouped, texts, strict=True)]
@@ -369,7 +364,7 @@ def read_datasets(
         where = source
         saved = any((Path(source) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
         try:
-            source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, **_no_foreign_code())
+            source = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
         except Exception as error:  # datasets raises errors of many kinds for a broken folder
             raise ManifestError(f"{where}: datasets cannot read it ({type(error).__name__}: {error})") from error
     else:
@@ -399,13 +394,6 @@ def read_datasets(
             path = _write_image(image["bytes"], row, image_folder, where)
         captions_of.setdefault(path, []).extend(captions)
     return [Record(path, tuple(captions)) for path, captions in captions_of.items()]
-
-
-def _no_foreign_code() -> dict[str, bool]:
-    """Return the option that keeps `datasets` before version 4 from running a data set's code; later ones have none."""
-    import datasets
-
-    return {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
 
 
 def dense_folder(source: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None) -> Path:

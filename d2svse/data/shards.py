@@ -27,7 +27,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from d2svse.cpu import usable_cores
-from d2svse.data.manifest import ManifestError, Record, as_captions, parse_json_lines, record_texts
+from d2svse.data.manifest import ManifestError, Record, as_captions, manifest_errors, parse_json_lines, record_texts
 from d2svse.files.data import decode_text, parse_json, read_lines, split_lines, to_json
 from d2svse.files.replace import write_json_lines, written_aside
 from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, image_format, load_image
@@ -287,16 +287,13 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """
     if is_url(source):
         path = url_of_index(str(source))
-        try:
+        with manifest_errors():
             lines = split_lines(decode_text(fetch(path), path))
-        except ValueError as error:
-            raise ManifestError(error) from None
     else:
         path = os.fspath(Path(source) / INDEX_FILE if Path(source).is_dir() else source)
         try:
-            lines = read_lines(path)
-        except ValueError as error:
-            raise ManifestError(error) from None
+            with manifest_errors():
+                lines = read_lines(path)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
     records = []

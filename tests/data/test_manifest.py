@@ -47,7 +47,7 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
         ({"captions": ["x"]}, 'expected "image"'),
         ({"image": "a.jpg"}, 'expected "captions"'),
         ({"image": "a.jpg", "captions": []}, "at least one text"),
-        ({"image": "a.jpg", "captions": ["x", " "]}, "every caption to be a text"),
+        ({"image": "a.jpg", "captions": ["x", " "]}, "empty, expected a text"),
         ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
         ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg does not exist"),
         ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg is already in line 1"),
