@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from d2svse.choices import unknown
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.data.layout import as_id, read_json
@@ -106,7 +104,10 @@ def take_split(protocol: Protocol, dataset: ImageTextDataset) -> tuple[ImageText
     ids = []
     for record in dataset.records:
         try:
-            ids.append(coco_image_id(record) if protocol.coco else flickr_image_id(record))
+            if protocol.coco:
+                ids.append(coco_image_id(record))
+            else:
+                ids.append(_number(record, FLICKR_NAME, "a Flickr30K image, such as 1007129816.jpg"))
         except ValueError as error:
             raise refuse(str(error)) from None
         given, wanted = len(record.captions), protocol.captions_each
@@ -173,15 +174,6 @@ def coco_image_id(record: Record) -> int:
         ValueError: if the name is of another kind.
     """
     return _number(record, COCO_NAME, "an MS-COCO image, such as COCO_val2014_000000391895.jpg")
-
-
-def flickr_image_id(record: Record) -> int:
-    """Return Flickr's number in the name of a Flickr30K image.
-
-    Raises:
-        ValueError: if the name is of another kind.
-    """
-    return _number(record, FLICKR_NAME, "a Flickr30K image, such as 1007129816.jpg")
 
 
 def find_caption_ids(dataset: ImageTextDataset, annotations: str | os.PathLike[str]) -> dict[int, list[int]]:
@@ -257,10 +249,7 @@ def _read_truth(path: Path) -> dict[int, list[int]]:
 def _relation(truth: Mapping[int, Sequence[int]], queries: Sequence[int], answers: Sequence[int]) -> RightAnswers:
     """Return the rows of each query's right answers. An answer outside the split counts as never found."""
     row_of = {answer: row for row, answer in enumerate(answers)}
-    lists = [truth.get(query, ()) for query in queries]
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    rows = np.array([row_of.get(answer, -1) for line in lists for answer in line], dtype=np.int64)
-    return RightAnswers(offsets, rows)
+    return RightAnswers.from_lists([[row_of.get(answer, -1) for answer in truth.get(query, ())] for query in queries])
 
 
 def _number(record: Record, pattern: re.Pattern[str], what: str) -> int:
