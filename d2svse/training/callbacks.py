@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from d2svse.losses import RankingLoss
 from d2svse.training.distributed import is_main_process, world_size
 from d2svse.training.tasks import AlignTask
 
@@ -25,18 +24,8 @@ logger = logging.getLogger(__name__)
 ONE_PRESS = 2.0  # seconds in which one Ctrl-C may arrive twice: from the terminal and from torchrun
 
 
-class LossScheduleCallback(TrainerCallback):
-    """Pass the number of complete epochs to the loss."""
-
-    def __init__(self, loss: RankingLoss) -> None:
-        self.loss = loss
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
-        self.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
-
-
-class AlignWarmupCallback(TrainerCallback):
-    """Raise the factor of a task's ranking loss from 0 to 1 over the first epochs.
+class ScheduleCallback(TrainerCallback):
+    """Pass the number of complete epochs to a task's ranking loss; raise its factor from 0 to 1 over the first epochs.
 
     Args:
         task: the task.
@@ -45,6 +34,9 @@ class AlignWarmupCallback(TrainerCallback):
 
     def __init__(self, task: AlignTask, epochs: float) -> None:
         self.task, self.epochs = task, epochs
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.task.loss.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         self.task.align_scale = min(1.0, (state.epoch or 0) / self.epochs) if self.epochs else 1.0

@@ -50,7 +50,7 @@ class AlignTask(nn.Module):
         text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
 
     Attributes:
-        align_scale: factor of the ranking loss, which `AlignWarmupCallback` raises from 0 to 1.
+        align_scale: factor of the ranking loss, which `ScheduleCallback` raises from 0 to 1.
         negatives_share: share of the negatives that a similarity of tokens scores, see `hardest_and_random`.
     """
 

@@ -51,7 +51,7 @@ from d2svse.training.building import (
     warn_of_truncation,
 )
 from d2svse.training.caches import CachedTokens, cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
-from d2svse.training.callbacks import AlignWarmupCallback, FindBestCallback, LossScheduleCallback, StopOnSignalCallback
+from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     last_whole_checkpoint,
@@ -144,8 +144,7 @@ class Trainer(TransformersTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[
-                LossScheduleCallback(loss),
-                AlignWarmupCallback(self.task, args.align_warmup_epochs),
+                ScheduleCallback(self.task, args.align_warmup_epochs),
                 FindBestCallback(),
                 self._stop,
                 CollapseCallback(),

@@ -13,7 +13,7 @@ from d2svse.data import ImageTextDataset, read_manifest, write_manifest
 from d2svse.losses import InfoNCE
 from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.training.building import parameter_groups
-from d2svse.training.callbacks import AlignWarmupCallback
+from d2svse.training.callbacks import ScheduleCallback
 from d2svse.training.options import MODEL_PRESETS, PRESETS, preset_options, preset_stages
 from d2svse.training.recipe import Recipe, run_recipe
 from d2svse.training.tasks import AlignTask
@@ -112,7 +112,7 @@ def test_the_ranking_loss_rises_over_the_first_epoch(make_model, make_args, trai
 
 def test_without_a_rise_the_factor_is_one():
     task = AlignTask(InfoNCE(0.1))
-    AlignWarmupCallback(task, 0).on_step_begin(None, type("State", (), {"epoch": 0.0}), None)
+    ScheduleCallback(task, 0).on_step_begin(None, type("State", (), {"epoch": 0.0}), None)
     assert task.align_scale == 1.0
 
 
