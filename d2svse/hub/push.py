@@ -29,7 +29,7 @@ from d2svse.hub.saving import (
     TEACHER_FILE,
     UNUSED_FILE,
 )
-from d2svse.hub.weights import check_tensors, weight_files
+from d2svse.hub.weights import tensor_shapes, weight_files
 
 CARD_FILE = "README.md"
 RUN_CARD_FILE = "run.json"
@@ -216,7 +216,7 @@ def _content(name: str, path: Path) -> Path | bytes:
     if name == SHIM_FILE:
         return SHIM_CODE.encode()
     if path.suffix == ".safetensors":
-        check_tensors(path)
+        tensor_shapes(path, str(path.parent))  # it checks the header
     elif path.suffix == ".json":
         read_json(path)
     elif path.suffix != ".model":

@@ -96,7 +96,7 @@ def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str)
     Raises:
         ValueError: if the model is larger, has far more layers, or cannot be built.
     """
-    shapes = [shape for file in files for shape in _shapes(file, name)]
+    shapes = [shape for file in files for shape in tensor_shapes(file, name)]
     held, limit = sum(map(math.prod, shapes)), MODULES_PER_TENSOR * len(shapes) + FURTHER_MODULES
     model = build_on_meta(build, limit, name)
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -156,15 +156,6 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(path: Path) -> None:
-    """Check by its header that a file is a safetensors file.
-
-    Raises:
-        ValueError: if the header is broken.
-    """
-    _shapes(path, str(path.parent))
-
-
 def check_finite(model: nn.Module, files: Sequence[Path], name: str) -> None:
     """Check that all weights of a loaded model are finite.
 
@@ -196,7 +187,16 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def _shapes(file: Path, name: str) -> list[list[int]]:
+def tensor_shapes(file: Path, name: str) -> list[list[int]]:
+    """Return the shapes in the header of a weight file; of a file without one, its size in bytes.
+
+    Args:
+        file: the file.
+        name: the folder or Hub id, for the messages.
+
+    Raises:
+        ValueError: if the header of a safetensors file is broken.
+    """
     if file.suffix != ".safetensors":
         return [[file.stat().st_size]]  # a file has at most one number per byte
     try:
