@@ -35,7 +35,6 @@ MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
 VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
-_HOLDS = {VECTORS: "index.json", STORE: "store.json"}
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
 _KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
@@ -127,8 +126,7 @@ def check_index_folder(folder: Path) -> None:
         return
     listed = _listed(folder)
     for path in folder.iterdir():
-        ours = _NAME.fullmatch(path.name) and (path.name in listed or _is_ours(path))
-        if not path.name.startswith(".") and path.name != FOLDERS and not ours:
+        if not path.name.startswith(".") and path.name != FOLDERS and path.name not in listed:
             raise FileExistsError(
                 f"{folder}: a folder that holds no {MANIFEST} but other files, such as {path.name}, so it is not "
                 "replaced; give another name"
@@ -169,13 +167,6 @@ def _write_list(folder: Path, names: Iterable[str]) -> None:
     if (folder / FOLDERS).is_symlink():
         raise ValueError(f"{folder / FOLDERS}: a symbolic link, expected a file; remove the link")
     write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether an index of an earlier version, which kept no list of folders, wrote this folder."""
-    kind = VECTORS if path.name.startswith(VECTORS) else STORE
-    held = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
-    return not held or (path / _HOLDS[kind]).is_file() or all(part.name.startswith(".") for part in held)
 
 
 def name_of(model: D2SVSE) -> str | None:
