@@ -17,6 +17,7 @@ from d2svse.hub.folder import check_contents, holds_another_model, loading
 from d2svse.hub.weights import build_on_meta
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.dual_encoders import check_kind, describe, embed_dim_of
+from d2svse.models.encoders import image_size
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.modeling import D2SVSE, read_configuration
 from d2svse.models.processing import longest_text
@@ -74,6 +75,8 @@ def describe_model(name: str | os.PathLike[str]) -> dict[str, Any]:
         part = next(part for start, part in PARTS.items() if key.startswith(start))
         parameters[part] = parameters.get(part, 0) + parameter.numel()
     processor = None if model is None else model.processor
+    # Height and width of a prepared image that is square; of region features their number and width.
+    size = image_size(config.vision_config) if processor is None else list(processor.example().shape[-2:])
     return {
         "model": name,
         "commit": commit,
@@ -81,7 +84,7 @@ def describe_model(name: str | os.PathLike[str]) -> dict[str, Any]:
         "vision": config.vision_config.model_type,
         "text": config.text_config.model_type,
         "parameters": {**parameters, "total": sum(parameters.values())},
-        "input_size": _size_of_config(config) if processor is None else _size_of_processor(processor),
+        "input_size": size if any(size) else None,
         "max_length": longest_text(config.text_config) if processor is None else processor.max_length,
         **{key: getattr(config, key) for key in ("embed_dim", "image_pooling", "text_pooling", "similarity")},
         **{key: getattr(config, key) for key in ("context_decoder", "lora", "trained")},
@@ -108,16 +111,6 @@ def _read_config(folder: Path, name: str) -> D2SVSEConfig:
         logit_bias_init_value=0.0 if dual.model_type == "siglip" else None,
         context_gate=True,
     )
-
-
-def _size_of_processor(processor: Any) -> list[int]:
-    """Return height and width of a prepared image that is square; of region features their number and width."""
-    return list(processor.example().shape[-2:])
-
-
-def _size_of_config(config: Any) -> list[int] | None:
-    size = getattr(config.vision_config, "image_size", None)
-    return [size, size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else None
 
 
 def _history(folder: Path) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2svse.models.encoders import ImageEncoder
+from d2svse.models.encoders import ImageEncoder, image_size
 from d2svse.models.processing import D2SVSEProcessor
 
 SINGLE_TOKENS = ("cls_token", "class_embedding", "distillation_token")
@@ -77,8 +77,8 @@ def _backbone_grid(encoder: ImageEncoder, pixel_values: Tensor) -> PatchGrid:
         rows, columns = stages[-1].shape[2:]
         if rows * columns == n_tokens:
             return PatchGrid(rows, columns)
-    special, patch = _special_tokens(encoder), _patch_size(backbone.config)
-    if patch is not None:
+    special, patch = _special_tokens(encoder), image_size(backbone.config, "patch_size")
+    if all(patch):
         rows, columns = pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1]
         if special + rows * columns == n_tokens:
             return PatchGrid(rows, columns, special)
@@ -94,13 +94,6 @@ def _special_tokens(encoder: ImageEncoder) -> int:
         kind = name.rpartition(".")[2]
         count += 1 if kind in SINGLE_TOKENS else parameter.shape[-2] if kind == "register_tokens" else 0
     return count
-
-
-def _patch_size(config: Any) -> tuple[int, int] | None:
-    size = getattr(config, "patch_size", None)
-    if isinstance(size, int):
-        return size, size
-    return (size[0], size[1]) if isinstance(size, list | tuple) and len(size) == 2 else None
 
 
 def seen_box(processor: D2SVSEProcessor, size: tuple[int, int]) -> tuple[float, float, float, float]:
