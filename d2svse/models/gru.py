@@ -53,6 +53,7 @@ class GRUModel(PreTrainedModel):
     config_class = GRUConfig
     base_model_prefix = "gru"
     main_input_name = "input_ids"
+    _input_embed_layer = "word_embeddings"
 
     def __init__(self, config: GRUConfig) -> None:
         super().__init__(config)
@@ -60,14 +61,6 @@ class GRUModel(PreTrainedModel):
         self.forward_gru = nn.GRU(config.embedding_size, config.hidden_size, batch_first=True)
         self.backward_gru = nn.GRU(config.embedding_size, config.hidden_size, batch_first=True)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the word vectors."""
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        """Replace the word vectors."""
-        self.word_embeddings = value
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """Encode words.
