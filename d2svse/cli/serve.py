@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,7 +44,12 @@ def serve(
     for name in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page at start; a proxy would not find it
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     _check_address(host, port)  # fail before the slow imports
-    with _exit_on_signals(), TemporaryDirectory(prefix="d2svse-serve-", ignore_cleanup_errors=True) as scratch:
+    from d2svse.training.callbacks import exit_on_signals
+
+    with (
+        exit_on_signals("SIGTERM", "SIGHUP"),  # so that the uploads are removed
+        TemporaryDirectory(prefix="d2svse-serve-", ignore_cleanup_errors=True) as scratch,
+    ):
         os.environ["GRADIO_TEMP_DIR"] = scratch
         from d2svse.serving.guard import Hosts
         from d2svse.serving.page import SearchPage
@@ -64,26 +65,6 @@ def serve(
             page.blocks.block_thread()
         finally:
             page.close()
-
-
-@contextmanager
-def _exit_on_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into ordinary exits, so that the uploads are removed."""
-
-    def leave(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not stop the removal
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(name, leave) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def _check_address(host: str, port: int) -> None:

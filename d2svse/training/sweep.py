@@ -14,8 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from d2svse.files.yaml import parse_yaml
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
-from d2svse.training.callbacks import StoppedByUser
+from d2svse.training.callbacks import StoppedByUser, exit_on_signals
 from d2svse.training.options import STAGES
 from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, choose_dense, differing, read_recipe, run_recipe
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
@@ -276,7 +275,7 @@ def run_sweep(
         environment[JOBS] = str(jobs)
     waiting = [run for run, state in states.items() if state != "done"]
     done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
-    with write_lock(folder, busy=ValueError), _sigterm_exits():
+    with write_lock(folder, busy=ValueError), exit_on_signals("SIGTERM"):
         try:
             for run in states:
                 if states[run] == "done":  # the sweep may have been killed after its record
@@ -342,22 +341,6 @@ def _stop(running: Any) -> None:
         for process in running:
             process.kill()
         raise
-
-
-@contextmanager
-def _sigterm_exits() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_one() -> None:
