@@ -19,9 +19,10 @@ from d2svse.cli.common import (
     load_model,
     parse_assignments,
     prepare_process,
-    whole_lines,
+    print_table,
 )
 from d2svse.files.data import to_json
+from d2svse.files.replace import shown
 from d2svse.text import visible
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def build(
         show_progress_bar=True,
         **options,
     )
-    typer.echo(f"{_shown(output)}: {_count(index)}")
+    typer.echo(f"{shown(output)}: {_count(index)}")
     _list_skipped(index.skipped, output)
 
 
@@ -125,7 +126,7 @@ def add(
         show_progress_bar=True,
     )
     done = f"{len(changes.added)} added, {len(changes.changed)} encoded again, {len(changes.dropped)} dropped"
-    typer.echo(f"{_shown(index)}: {done}; {_count(opened)}")
+    typer.echo(f"{shown(index)}: {done}; {_count(opened)}")
     _list_skipped(changes.skipped, index)
 
 
@@ -137,7 +138,7 @@ def remove(
     """Remove images or texts."""
     opened = open_index(index)
     opened.remove(ids)
-    typer.echo(f"{_shown(index)}: {len(ids)} removed; {_count(opened)}")
+    typer.echo(f"{shown(index)}: {len(ids)} removed; {_count(opened)}")
 
 
 @app.command("compact", epilog=examples("d2svse index compact INDEX"))
@@ -145,7 +146,7 @@ def compact(index: Index) -> None:
     """Rewrite an index in few files, without removed and replaced items."""
     opened = open_index(index)
     saved = opened.compact()
-    typer.echo(f"{_shown(index)}: {saved / 1e6:.1f} MB smaller; {_count(opened)}")
+    typer.echo(f"{shown(index)}: {saved / 1e6:.1f} MB smaller; {_count(opened)}")
 
 
 @app.command(
@@ -179,27 +180,19 @@ def tune(
         raise ValueError(f"--k and --max-queries must be positive, got {k} and {max_queries}")
     from dataclasses import asdict
 
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     rows = open_index(index, model, device).tune(data, k=k, max_queries=max_queries)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(asdict(row)))
         return
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("setting")
-    for name in (f"recall@{k}", f"R@{k}", "loss", "ms alone", "ms in batch", "bytes each", "build s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    cells: dict[str, list[str]] = {}
     for row in rows:
-        if row.error is not None:
-            table.add_row(row.setting, row.error)
-            continue
         shares = (row.recall, row.hit_rate, row.hit_rate_loss)
         figures = (row.milliseconds, row.milliseconds_in_batch, row.bytes_per_vector, row.build_seconds)
-        cells = ["" if share is None else f"{100 * share:.2f}" for share in shares]
-        table.add_row(row.setting, *cells, *("" if figure is None else f"{figure:.3g}" for figure in figures))
-    whole_lines().print(table)
+        numbers = ["" if share is None else f"{100 * share:.2f}" for share in shares]
+        numbers += ["" if figure is None else f"{figure:.3g}" for figure in figures]
+        cells[row.setting] = numbers if row.error is None else [row.error]
+    print_table([f"recall@{k}", f"R@{k}", "loss", "ms alone", "ms in batch", "bytes each", "build s"], cells)
 
 
 def open_index(folder: Path, model: str | None = None, device: str | None = None) -> ImageTextIndex:
@@ -214,10 +207,6 @@ def open_index(folder: Path, model: str | None = None, device: str | None = None
     return ImageTextIndex.load(folder, given, device=chosen, as_loaded=True)
 
 
-def _shown(path: Path) -> str:
-    return visible(str(path))
-
-
 def _count(index: ImageTextIndex) -> str:
     return f"{len(index)} {'images' if index.side == 'image' else 'texts'}"
 
@@ -226,5 +215,5 @@ def _list_skipped(skipped: Sequence[tuple[str, str]], folder: Path) -> None:
     from d2svse.retrieval.embeddings.store import SKIPPED
 
     if skipped:
-        listed, first = _shown(folder / SKIPPED), visible(skipped[0][1])
+        listed, first = shown(folder / SKIPPED), visible(skipped[0][1])
         typer.echo(f"skipped {len(skipped)} images, listed in {listed}; the first: {first}", err=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from d2svse.files.replace import shown
 from d2svse.images.reading import HEIF_SUFFIXES, IMAGE_SUFFIXES, OTHER_SUFFIXES, PLUGIN_SUFFIXES, has_image_suffix
-from d2svse.text import visible
 
 logger = logging.getLogger(__name__)
 
@@ -67,25 +67,25 @@ class FoundImages:
             count = len(self.other_formats) + len(self.paths)
             heif = any(path.suffix.lower() in HEIF_SUFFIXES for path in self.other_formats)
             logger.warning(
-                f"{_shown(folder)}: skipped {len(self.other_formats)} of {count} images in an unsupported format, such "
+                f"{shown(folder)}: skipped {len(self.other_formats)} of {count} images in an unsupported format, such "
                 f"as {_below(self.other_formats[0], folder)}; convert them, for example to JPEG"
                 + (", or pip install 'd2svse[heif]' for HEIC" if heif else "")
             )
         skipped = [path for path, images in self.left_out.items() if images]
         if skipped:
             logger.warning(
-                f"{_shown(folder)}: skipped {sum(self.left_out.values())} images that are hidden or in bin and "
+                f"{shown(folder)}: skipped {sum(self.left_out.values())} images that are hidden or in bin and "
                 f"thumbnail folders, such as {_below(skipped[0], folder)}; name such a folder itself to include it"
             )
         if self.excluded:
-            logger.warning(f"{_shown(folder)}: skipped {self.excluded} images and folders by pattern")
+            logger.warning(f"{shown(folder)}: skipped {self.excluded} images and folders by pattern")
         if self.links:
             logger.warning(
-                f"{_shown(folder)}: did not follow {len(self.links)} links to folders, such as "
+                f"{shown(folder)}: did not follow {len(self.links)} links to folders, such as "
                 f"{_below(self.links[0], folder)}; --follow-links (follow_links=True) does"
             )
         for path, reason in self.unread.items():
-            logger.warning(f"{_shown(path)}: cannot be read ({reason}); images in it were skipped, not removed")
+            logger.warning(f"{shown(path)}: cannot be read ({reason}); images in it were skipped, not removed")
 
 
 def walk_images(
@@ -108,7 +108,7 @@ def walk_images(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{_shown(folder)}: no such folder")
+        raise FileNotFoundError(f"{shown(folder)}: no such folder")
     patterns = [pattern.rstrip("/").removeprefix("./") for pattern in _checked(exclude)]
     if not all(patterns):
         raise ValueError("an empty pattern in exclude; give a name or a path such as '*.gif' or '2019/*'")
@@ -235,12 +235,8 @@ def _count(folder: Path) -> int:
     )
 
 
-def _shown(path: Path) -> str:
-    return visible(str(path))
-
-
 def _below(path: Path, folder: Path) -> str:
-    return _shown(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    return shown(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def one_of_each(
