@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2svse.images import ImageError
+from d2svse.models.processing import TextReport
 from d2svse.retrieval.search.hits import DEFAULT_RERANK, Hit
 from d2svse.retrieval.search.image_text_index import ImageTextIndex
 from d2svse.serving.maps import DrawnSet, draw_sets
@@ -145,12 +146,12 @@ class Searcher:
         across = text is not None if self.side == "image" else image is not None
         depth = min(DEFAULT_RERANK, count) if rerank and across and self.can_rerank else 0
         with self._lock:
-            notes = [] if text is None else self.index.query_notes(text)  # the page shows them above the hits
+            reports: list[TextReport] = []
             try:
                 queries = self.index.encode_queries(
                     None if text is None else [text],
                     None if image is None else [image],
-                    lambda report: None,  # the notes contain the report
+                    reports.append,  # the page shows their notes above the hits
                 )
             except ImageError as error:
                 assert image is not None
@@ -160,6 +161,7 @@ class Searcher:
                 best = self.index.search_features(queries, depth, weight=weight, rerank=depth)[0]
                 known = {hit.id for hit in best}
                 hits = [*best, *(hit for hit in hits if hit.id not in known)]
+        notes = [note for report in reports for note in report.notes()]
         if rerank and self.can_rerank and not across:
             like = "images with images" if self.side == "image" else "texts with texts"
             notes.append(f"Not re-ranked: {like} are compared by their vectors.")

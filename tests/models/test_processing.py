@@ -131,7 +131,6 @@ def test_a_search_tells_of_its_text(model, val_dataset, tmp_path, told):
     assert bad.notes[0].startswith("The tokenizer knows no word")
     assert len(told()) == 1
     assert index.search(images=val_dataset.images[0], k=2)[0].notes == ()
-    assert index.query_notes("你好") == list(bad.notes)
     answer = Searcher(index).ask("你好")
     assert answer.notes == bad.notes
     assert told() == []  # a page tells it to who asked

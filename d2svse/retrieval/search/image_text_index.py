@@ -490,12 +490,6 @@ class ImageTextIndex:
         notes = [report[[row]].notes() for report in reports for row in range(len(report))] or [[]] * len(answers)
         return [Hits(*found) for found in zip(answers, notes, strict=True)]
 
-    def query_notes(self, texts: str | Sequence[str]) -> list[str]:
-        """Return notes on the parts of texts that the model does not read: unknown words and truncated text."""
-        processor = self.model.processor
-        assert processor is not None  # a model without a processor has no fingerprint
-        return processor.report(texts).notes()
-
     def search_features(
         self,
         queries: Mapping[Side, Features],
