@@ -71,9 +71,6 @@ class ShardImage(StoredImage):
     def __fspath__(self) -> str:
         return f"{self.shard}/{self.member}"
 
-    def __str__(self) -> str:
-        return self.__fspath__()
-
     @property
     def name(self) -> str:
         """The member's name."""

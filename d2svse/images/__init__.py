@@ -11,7 +11,6 @@ from d2svse.images.reading import (
     has_image_suffix,
     image_format,
     image_list,
-    image_state,
     jpeg_bytes,
     jpeg_uri,
     load_image,
@@ -19,6 +18,7 @@ from d2svse.images.reading import (
     select_readable,
     use_image,
 )
+from d2svse.images.regions import image_state
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -93,6 +92,9 @@ TRANSPOSED = {
 
 class StoredImage(os.PathLike[str]):
     """An image that is not a file of its own; `os.fspath` gives its name, for messages and as an id."""
+
+    def __str__(self) -> str:
+        return self.__fspath__()
 
     @property
     @abstractmethod
@@ -543,18 +545,6 @@ def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
         return Image.fromarray(grey).convert("RGB")
 
     return scale
-
-
-def image_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Return numbers that change when an image changes: its size, and the time of a file or the `state` of another."""
-    if isinstance(image, StoredImage):
-        return image.state
-    file, mark, row = os.fsdecode(image).rpartition("#")
-    if mark and row.isdecimal() and file.endswith(".npy"):  # a row of a region file
-        status = Path(file).stat()
-        return status.st_size, status.st_mtime_ns, int(row)
-    status = Path(image).stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def has_image_suffix(name: str) -> bool:

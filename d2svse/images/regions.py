@@ -32,9 +32,6 @@ class RegionImage(StoredImage):
     def __fspath__(self) -> str:
         return f"{self.file}#{self.row}"
 
-    def __str__(self) -> str:
-        return self.__fspath__()
-
     @property
     def name(self) -> str:
         """The file's name with the row."""
@@ -119,6 +116,15 @@ def as_region_image(source: Any) -> RegionImage | None:
         if mark and row.isdecimal():
             return RegionImage(f"{file}.npy", int(row))
     return None
+
+
+def image_state(image: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return numbers that change when an image changes: its size, and the time of a file or the `state` of another."""
+    stored = image if isinstance(image, StoredImage) else as_region_image(image)
+    if stored is not None:
+        return stored.state
+    status = Path(image).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def open_regions(path: str | os.PathLike[str]) -> np.ndarray:
