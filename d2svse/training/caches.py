@@ -43,7 +43,7 @@ def cached_teacher_embeddings(
     """Return the teacher's embeddings of dense captions, from the store in `folder`; make the store if it is missing.
 
     Returns:
-        `(n_texts, embed_dim)` float32, equal to `Teacher.embed(texts)`.
+        `(n_texts, embed_dim)` float32, in the order of the texts; see `Teacher.batches`.
     """
     kind = {
         "side": "text",

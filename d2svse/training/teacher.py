@@ -88,22 +88,13 @@ class Teacher:
             )
         return cls(source, max_length, device or model.device)
 
-    def embed(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Return the embeddings of dense captions: `(n_texts, embed_dim)` float32 on the CPU, not normalised.
-
-        Raises:
-            ValueError: if a text is empty.
-        """
-        parts = list(self.batches(texts, batch_size))
-        order = torch.tensor([row for rows, _ in parts for row in rows])
-        return torch.cat([embeddings for _, embeddings in parts])[order.argsort()]
-
     @torch.inference_mode()
     def batches(self, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the embeddings of dense captions batch by batch, short captions first.
 
         Yields:
-            The rows of `texts` in a batch, and their embeddings: `(n_rows, embed_dim)` float32, see `embed`.
+            The rows of `texts` in a batch, and their embeddings: `(n_rows, embed_dim)` float32 on the CPU, not
+            normalised.
 
         Raises:
             ValueError: if a text is empty.

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from d2svse.cli.app import main
 from d2svse.data import write_scenes
 from d2svse.demo import run_demo
 from d2svse.models.gru import build_tokenizer
+from d2svse.training import Teacher
 from support.endpoint import Behave, Loopback
 from support.hub_server import LoopbackHub, use_hub
 from support.llava import save_tiny_llava
@@ -292,3 +293,10 @@ def in_new_process(hub: LoopbackHub, tmp_path: Path) -> Callable[..., subprocess
         return subprocess.run(command, capture_output=True, text=True, env=keep | settings | environment, timeout=200)
 
     return call
+
+
+def teacher_embeddings(teacher: Teacher, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+    """The teacher's embeddings of dense captions, in the order of the captions."""
+    parts = list(teacher.batches(texts, batch_size))
+    order = torch.tensor([row for rows, _ in parts for row in rows])
+    return torch.cat([embeddings for _, embeddings in parts])[order.argsort()]

@@ -10,6 +10,7 @@ from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
+from support.fixtures import teacher_embeddings
 
 
 class Counting(Teacher):
@@ -34,7 +35,7 @@ def test_the_teacher_is_asked_once(make_model, train_dataset, folder):
     again = cached_teacher_embeddings(teacher, texts, folder, 16)
     assert torch.equal(first, again)
     assert teacher.counted == len(texts) + 4  # the sample that is checked
-    torch.testing.assert_close(first, teacher.embed(texts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, teacher_embeddings(teacher, texts), rtol=1e-4, atol=1e-5)
     twice = cached_teacher_embeddings(teacher, [texts[2], *texts], folder, 16)
     torch.testing.assert_close(twice, first[[2, *range(len(texts))]])
 
@@ -60,7 +61,7 @@ def test_another_key_or_a_broken_file_is_made_again(make_model, train_dataset, f
     teacher = Counting(model, max_length)
     again = cached_teacher_embeddings(teacher, texts, folder, 16)
     assert teacher.counted >= len(texts)
-    torch.testing.assert_close(again, Teacher(model, max_length).embed(texts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, teacher_embeddings(Teacher(model, max_length), texts), rtol=1e-4, atol=1e-5)
     assert (change in ("bytes", "values")) == bool(caplog.text)
 
 
@@ -84,7 +85,7 @@ def test_embeddings_of_another_kernel_are_kept_in_tf32(make_model, train_dataset
     monkeypatch.setattr(
         torch.nn.functional, "linear", lambda x, weight, bias=None: linear(rounded(x), rounded(weight), bias)
     )
-    now = teacher.embed(texts)
+    now = teacher_embeddings(teacher, texts)
     assert not torch.allclose(now, first, rtol=1e-3, atol=1e-4)
     teacher.counted = counted
     again = cached_teacher_embeddings(teacher, texts, folder, 16)

@@ -16,6 +16,7 @@ from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
 from d2svse.training.building import layers_below_the_top, parameter_groups
 from d2svse.training.checkpoints import last_whole_checkpoint
+from support.fixtures import teacher_embeddings
 
 
 def losses(trainer, name="loss"):
@@ -107,11 +108,11 @@ def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dat
     assert not teacher.text_encoder.training
     assert not any(p.requires_grad for p in teacher.text_encoder.parameters())
     texts = train_dataset.dense_captions[:7]
-    whole = teacher.embed(texts)
-    torch.testing.assert_close(teacher.embed(texts, batch_size=2), whole, atol=1e-5, rtol=0)
+    whole = teacher_embeddings(teacher, texts)
+    torch.testing.assert_close(teacher_embeddings(teacher, texts, batch_size=2), whole, atol=1e-5, rtol=0)
     with torch.no_grad():
         model.text_encoder.projection.weight.zero_()
-    torch.testing.assert_close(teacher.embed(texts), whole)
+    torch.testing.assert_close(teacher_embeddings(teacher, texts), whole)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
