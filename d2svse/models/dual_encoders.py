@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,6 @@ Pool = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 TOWERS = ("vision_config", "text_config")
 CAPTIONERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 IMAGE_MODELS = frozenset(MODEL_FOR_IMAGE_MAPPING_NAMES)
-
-
-class Parts(NamedTuple):
-    """The parts of a processor that are used here."""
-
-    image_processor: Any
-    tokenizer: Any
 
 
 def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -354,4 +348,5 @@ def load_dual_processor(name: str | os.PathLike[str]) -> Any:
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         if Path(name).is_dir():
             check_vocabulary(name)
-        return Parts(image_processor, AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)

@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,18 +23,14 @@ from d2svse.cpu import usable_cores
 from d2svse.images import ImageError, ImageSource
 from d2svse.models.image_processing import PREPARED, raw_image
 
+if TYPE_CHECKING:
+    from d2svse.models.processing import D2SVSEProcessor
+
 TRIED_SIZES = ((250, 180), (60, 90), (400, 100))  # width and height of the images that a processor is tried with
 ROUNDING = 1e-5
 
 # The attributes that a processor had when it was tried, and the result.
 _TRIED: WeakKeyDictionary[Any, tuple[dict[str, Any], bool]] = WeakKeyDictionary()
-
-
-class SupportsRawPixels(Protocol):
-    """An object that prepares an image, such as a `D2SVSEProcessor`."""
-
-    def raw_pixels(self, source: ImageSource, at_least: int | None = None) -> Tensor:
-        """Return the pixels of an image, see `D2SVSEProcessor.raw_pixels`."""
 
 
 def gives_raw_pixels(processor: Any) -> bool:
@@ -108,7 +104,7 @@ def _scale_and_offset(
 
 
 def read_batches(
-    processor: SupportsRawPixels,
+    processor: D2SVSEProcessor,
     images: Sequence[ImageSource],
     batch_size: int,
     at_least: int | None = None,
