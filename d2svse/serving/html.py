@@ -5,24 +5,18 @@ No part contains a character that UTF-8 cannot encode. A single one would break 
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from d2svse.images import ImageError, jpeg_uri
+from d2svse.retrieval.search.gallery import escape
 from d2svse.serving.asking import Answer, Reason, Searcher
 from d2svse.serving.images import FOLDER, LARGE, SMALL, ShownImages, is_there, small_copy
 from d2svse.serving.maps import DrawnPanel, DrawnSet
-from d2svse.text import visible
 
 PAGE = 12
-
-
-def _escape(text: str) -> str:
-    """Return a text or a name as HTML, with control characters and bytes outside of UTF-8 made visible."""
-    return html.escape(visible(text))
 
 
 def image_address(images: ShownImages, path: str, size: int = SMALL) -> str:
@@ -36,7 +30,7 @@ def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "no
     if not lines:
         return ""
     role = "alert" if kind == "error" else "status"
-    body = "".join(f"<p>{_escape(line)}</p>" for line in lines)
+    body = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return f'<div class="d2-message d2-{kind}" role="{role}">{body}</div>'
 
 
@@ -60,16 +54,16 @@ def show_hits(answer: Answer | None, first: int, searcher: Searcher, images: Sho
     cards = []
     for position in range(first, min(first + PAGE, len(answer.hits))):
         hit = answer.hits[position]
-        score = f'<span class="d2-score" title="{_escape(answer.score_name(position))}">{hit.score:.4f}</span>'
+        score = f'<span class="d2-score" title="{escape(answer.score_name(position))}">{hit.score:.4f}</span>'
         rank = f'<span class="d2-rank">{position + 1}</span>'
         if searcher.side == "text":
-            inside = f'{rank}<span class="d2-text">{_escape(hit.id)}</span>{score}'
+            inside = f'{rank}<span class="d2-text">{escape(hit.id)}</span>{score}'
         else:
-            name = _escape(Path(hit.id).name)
+            name = escape(Path(hit.id).name)
             inside = f'{_frame(hit.id, name, images)}<span class="d2-caption">{rank}'
             inside += f'<span class="d2-name">{name}</span>{score}</span>'
         cards.append(f'<button type="button" class="d2-card" data-position="{position}">{inside}</button>')
-    scores = _escape(answer.all_scores)
+    scores = escape(answer.all_scores)
     kind = "d2-images" if searcher.side == "image" else "d2-texts"
     return f'<p class="d2-scores">Scores: {scores}</p><div class="{kind}">{"".join(cards)}</div>'
 
@@ -78,12 +72,12 @@ def show_reason(answer: Answer, reason: Reason, searcher: Searcher, images: Show
     """Return a large view of a hit, with its score and its maps."""
     hit = reason.hit
     asked = hit.id if searcher.side == "text" else answer.text
-    facts = "" if asked is None else f'<p class="d2-asked">{_escape(asked)}</p>'
+    facts = "" if asked is None else f'<p class="d2-asked">{escape(asked)}</p>'
     if searcher.side == "image":
-        facts += f'<p class="d2-path">{_escape(searcher.shown_name(hit.id))}</p>'
+        facts += f'<p class="d2-path">{escape(searcher.shown_name(hit.id))}</p>'
     count = f"<b>{reason.position + 1}</b> of {len(answer.hits)}"
-    facts += f'<p class="d2-facts">{count} · {_escape(reason.score)} <b>{hit.score:.4f}</b></p>'
-    facts += "".join(f'<p class="d2-remark">{_escape(note)}</p>' for note in reason.notes)
+    facts += f'<p class="d2-facts">{count} · {escape(reason.score)} <b>{hit.score:.4f}</b></p>'
+    facts += "".join(f'<p class="d2-remark">{escape(note)}</p>' for note in reason.notes)
     large = _large_images(answer, hit.id, searcher, images)
     two = " d2-two" if searcher.side == "image" and answer.image is not None else ""
     maps = "".join(map(_maps, reason.sets))
@@ -100,7 +94,7 @@ def _frame(path: str, name: str, images: ShownImages, size: int = SMALL) -> str:
 def _large_images(answer: Answer, name: str, searcher: Searcher, images: ShownImages) -> str:
     shown = []
     if searcher.side == "image":
-        shown.append(_frame(name, _escape(Path(name).name), images, LARGE))
+        shown.append(_frame(name, escape(Path(name).name), images, LARGE))
     if answer.image is not None:
         try:
             address = jpeg_uri(small_copy(answer.image, SMALL if searcher.side == "image" else LARGE))
@@ -112,26 +106,26 @@ def _large_images(answer: Answer, name: str, searcher: Searcher, images: ShownIm
 
 def _maps(one: DrawnSet) -> str:
     bar = f"linear-gradient(to right,{','.join(one.colours)})"
-    ends = f'<span>{_escape(one.low)}</span><i style="background:{bar}"></i><span>{_escape(one.high)}</span>'
+    ends = f'<span>{escape(one.low)}</span><i style="background:{bar}"></i><span>{escape(one.high)}</span>'
     panels = "".join(_panel(panel) for panel in one.panels)
-    remarks = "".join(f'<p class="d2-remark">{_escape(remark)}</p>' for remark in one.remarks)
+    remarks = "".join(f'<p class="d2-remark">{escape(remark)}</p>' for remark in one.remarks)
     return (
-        f'<section class="d2-maps"><h3>{_escape(one.title)}</h3>'
-        f'<p class="d2-scale">{ends}<em>{_escape(one.unit)}</em></p>'
+        f'<section class="d2-maps"><h3>{escape(one.title)}</h3>'
+        f'<p class="d2-scale">{ends}<em>{escape(one.unit)}</em></p>'
         f'<div class="d2-panels">{panels}</div>{remarks}</section>'
     )
 
 
 def _panel(panel: DrawnPanel) -> str:
-    title, note = _escape(panel.title), _escape(panel.note)
+    title, note = escape(panel.title), escape(panel.note)
     image = f'<img src="{jpeg_uri(panel.jpeg)}" alt="map of {title}">'
     return f"<figure>{image}<figcaption><b>{title}</b><small>{note}</small></figcaption></figure>"
 
 
 def heading(searcher: Searcher) -> str:
     """Return the heading of the page: what it searches."""
-    name = _escape(os.path.basename(os.path.abspath(searcher.index.folder)))
-    what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {_escape(searcher.similarity)}"
+    name = escape(os.path.basename(os.path.abspath(searcher.index.folder)))
+    what = f"{len(searcher.index)} {searcher.things} in {name}, compared by {escape(searcher.similarity)}"
     if not searcher.can_rerank:
         what += "; the vectors give these scores, so nothing is re-ranked"
     return f'<header class="d2-head"><h1>Search {searcher.things}</h1><p>{what}</p></header>'

@@ -111,11 +111,11 @@ def write_gallery_page(
         raise ValueError("nothing to show: no queries")
     sections = []
     for text, image, hits in rows:
-        asked = "" if text is None else f"<h2>{_shown(text)}</h2>"
+        asked = "" if text is None else f"<h2>{escape(text)}</h2>"
         asked += "" if image is None else _embedded(image, thumbnail)
         items = "".join(
             f"<li>{_embedded(hit.id, thumbnail) if images else ''}"
-            f"<small>{hit.score:.4f} {_shown(Path(hit.id).name if images else hit.id)}</small></li>"
+            f"<small>{hit.score:.4f} {escape(Path(hit.id).name if images else hit.id)}</small></li>"
             for hit in hits
         )
         sections.append(f"<section>{asked}<ol>{items}</ol></section>\n")
@@ -136,8 +136,9 @@ def _embedded(path: str | os.PathLike[str], thumbnail: int) -> str:
         return ""
     image.thumbnail((thumbnail, thumbnail))
     # Users pass pages on, so the name leaves out the folders of this machine.
-    return f'<img alt="{_shown(Path(os.fspath(path)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
+    return f'<img alt="{escape(Path(os.fspath(path)).name)}" src="{jpeg_uri(jpeg_bytes(image))}">'
 
 
-def _shown(text: str) -> str:
-    return html.escape(visible(text), quote=True)
+def escape(text: str) -> str:
+    """Return a text or a name as HTML, with control characters and bytes outside of UTF-8 made visible."""
+    return html.escape(visible(text))
