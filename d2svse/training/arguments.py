@@ -17,13 +17,13 @@ from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, rank_metrics
 from d2svse.training.checks import (
     INHERITED_RANGES,
+    LOOSE,
     Range,
     check_inherited,
     check_metric,
     check_ranges,
     check_sharding,
     check_types,
-    inherited_hints,
 )
 from d2svse.training.distributed import launched_processes
 from d2svse.training.options import (
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def _hints(arguments: type) -> dict[str, Any]:
-    return inherited_hints(get_type_hints(arguments))
+    return {name: hint for name, hint in get_type_hints(arguments).items() if name not in LOOSE}
 
 
 @functools.cache

@@ -69,7 +69,7 @@ INHERITED_RANGES: dict[str, Range] = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
-_LOOSE = (
+LOOSE = (
     "accelerator_config",
     "fsdp",
     "deepspeed",
@@ -177,11 +177,6 @@ def check_metric(name: str | None, known: Iterable[str]) -> None:
     listed = f"evaluation computes {', '.join(known := sorted(known))}"
     if name is not None and plain not in known:
         raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known, listed)}")
-
-
-def inherited_hints(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the types of options, without options for which transformers accepts more than their type says."""
-    return {name: hint for name, hint in hints.items() if name not in _LOOSE}
 
 
 def _plain(value: Any) -> Any:

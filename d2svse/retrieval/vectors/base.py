@@ -83,7 +83,7 @@ class VectorIndex(ABC):
         finite = np.isfinite(rows).all(1)
         if not finite.all():
             raise ValueError(f"the vector of {names[int(np.argmin(finite))]!r} is not finite")
-        known = self._known(names).difference(leaving)
+        known = self.known(names).difference(leaving)
         for name in names:
             if name in known:
                 raise ValueError(f"the id {name!r} is in the index already")
@@ -163,11 +163,11 @@ class VectorIndex(ABC):
     def __len__(self) -> int: ...
 
     def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and bool(self._known([id]))
+        return isinstance(id, str) and bool(self.known([id]))
 
-    def known(self, ids: Sequence[str]) -> set[str]:
+    @abstractmethod
+    def known(self, ids: list[str]) -> set[str]:
         """Return the given ids that are in the index."""
-        return self._known(list(ids))
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
@@ -198,10 +198,6 @@ class VectorIndex(ABC):
         """
 
     @abstractmethod
-    def _known(self, ids: list[str]) -> set[str]:
-        """Return the given ids that are in the index."""
-
-    @abstractmethod
     def _replace(self, gone: list[str], ids: list[str], vectors: np.ndarray, metadata: list[Metadata]) -> None: ...
 
     @abstractmethod
@@ -217,7 +213,7 @@ class VectorIndex(ABC):
 
     def _checked_known(self, ids: Sequence[str], twice: bool = False) -> list[str]:
         names = _checked_ids(ids, twice)
-        known = self._known(names)
+        known = self.known(names)
         for name in names:
             if name not in known:
                 raise ValueError(f"the id {name!r} is not in the index")

@@ -124,7 +124,7 @@ class LocalIndex(VectorIndex):
     def _options(self) -> dict[str, Any]:
         """The constructor arguments that determine the stored vectors."""
 
-    def _known(self, ids: list[str]) -> set[str]:
+    def known(self, ids: list[str]) -> set[str]:  # noqa: D102
         return {name for name in ids if name in self._row_of}
 
     @property

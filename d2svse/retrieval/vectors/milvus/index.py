@@ -276,7 +276,7 @@ class MilvusIndex(VectorIndex):
         rows = self._milvus.ask("query", self.collection, filter=expression, output_fields=["count(*)"])
         return int(rows[0]["count(*)"])
 
-    def _known(self, ids: list[str]) -> set[str]:
+    def known(self, ids: list[str]) -> set[str]:  # noqa: D102
         return set(self._rows_of(ids, []))
 
     def _rows_of(self, ids: list[str], fields: list[str]) -> dict[str, dict[str, Any]]:
