@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from d2svse.retrieval.evaluation.metrics import NEVER, RECALL_AT, join_directions
+from d2svse.retrieval.evaluation.ranking import times_drawn
 from d2svse.retrieval.evaluation.report import Evaluation
 
 DRAWS_AT_A_TIME = 250
@@ -153,7 +154,7 @@ def paired_bootstrap(
     drawn = []
     for first in range(0, samples, DRAWS_AT_A_TIME):
         draws = min(DRAWS_AT_A_TIME, samples - first)
-        images, runs = _times_drawn(random, draws, len(pairs[0][0].i2t)), _times_drawn(random, draws, len(pairs))
+        images, runs = times_drawn(random, draws, len(pairs[0][0].i2t)), times_drawn(random, draws, len(pairs))
         by_run = np.einsum("di,pmi->dpm", images, more, optimize=True) / (images @ queries.T)[:, None]
         drawn.append(np.einsum("dp,dpm->dm", runs, by_run) / len(pairs))
     values = dict(zip(names, (more.sum(2) / queries.sum(1)).mean(0), strict=True))
@@ -172,12 +173,6 @@ def recalls(ranks: QueryRanks, recall_at: Sequence[int] = RECALL_AT) -> dict[str
 
 def _hits(ranks: QueryRanks, recall_at: Sequence[int]) -> np.ndarray:
     return np.stack([found for found, _ in ranks.hits(recall_at).values()])
-
-
-def _times_drawn(random: np.random.Generator, draws: int, count: int) -> np.ndarray:
-    """Return how often each of `count` items is among `count` drawn with replacement, `(draws, count)`."""
-    drawn = random.integers(0, count, (draws, count)) + count * np.arange(draws)[:, None]
-    return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)
 
 
 def _difference(value: float, drawn: np.ndarray, level: float) -> Difference:

@@ -285,7 +285,11 @@ def _resampled_means(values: np.ndarray, samples: int, random: np.random.Generat
     parts = []
     for first in range(0, samples, DRAWS_AT_A_TIME):
         draws = min(DRAWS_AT_A_TIME, samples - first)
-        drawn = random.integers(0, count, (draws, count)) + count * np.arange(draws)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count)
-        parts.append(values @ times.T / count)
+        parts.append(values @ times_drawn(random, draws, count).T / count)
     return np.concatenate(parts, axis=1)
+
+
+def times_drawn(random: np.random.Generator, draws: int, count: int) -> np.ndarray:
+    """Return how often each of `count` items is among `count` drawn with replacement, `(draws, count)` float64."""
+    drawn = random.integers(0, count, (draws, count)) + count * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float64)
