@@ -75,6 +75,7 @@ def test_the_hub_gives_the_original_and_takes_the_model(name, saved, hub, val_da
         np.testing.assert_array_equal(one.encode_image(val_dataset.images), local.encode_image(val_dataset.images))
 
 
+@pytest.mark.slow
 def test_onnx_of_a_clip_gives_our_embeddings(saved, val_dataset, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="the extra [onnx]")

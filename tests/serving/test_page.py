@@ -9,10 +9,6 @@ import pytest
 
 pytest.importorskip("gradio", reason="the search page needs gradio (d2svse[demo])")
 from gradio_client import Client, handle_file
-from transformers import SiglipProcessor
-
-from d2svse import D2SVSE, ImageTextIndex
-from support.dual_encoders import make_dual
 
 RED, BLUE = "a red circle", "a blue star"
 PAGE = 12
@@ -107,17 +103,6 @@ def test_queries_pages_pictures_and_two_users(make_index, folder, serve_page, co
         f"gradio_api/file={index.folder / 'image_text_index.json'}",
     ):
         assert fetch(f"{address}/{path}")[0] in (403, 404), path
-
-
-def test_a_siglip_is_searched_on_the_page(processor, folder, serve_page, connect, tmp_path):
-    SiglipProcessor(processor.image_processor, processor.tokenizer).save_pretrained(tmp_path / "siglip")
-    make_dual("siglip", processor).save_pretrained(tmp_path / "siglip")
-    model = D2SVSE.from_pretrained(tmp_path / "siglip")
-    index = ImageTextIndex.build(model, folder, tmp_path / "index")
-    _, address = serve_page(index)
-    expected = model.similarity(model.encode_image(sorted(folder.iterdir())), model.encode_text([RED]))[:, 0]
-    found = ask(connect(address), RED)
-    assert scores(found) == pytest.approx(sorted(expected.tolist(), reverse=True)[:PAGE], abs=1e-4)
 
 
 def test_bad_queries_are_told_and_the_page_goes_on(make_index, folder, serve_page, connect, tmp_path):

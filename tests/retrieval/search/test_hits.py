@@ -12,11 +12,7 @@ from d2svse.similarity.tiles import IMAGES_TOGETHER, QUERIES_TOGETHER
 from support.similarities import names_of
 
 
-def test_evaluate_ranks_every_image_and_caption(model, val_dataset):
-    metrics = evaluate(model, val_dataset, batch_size=5).rank_metrics
-    scores = model.similarity(model.encode_image(val_dataset.images), model.encode_text(val_dataset.captions))
-    expected = retrieval_metrics(scores, val_dataset.image_of_caption)
-    assert metrics == pytest.approx(expected, abs=0.02)
+def test_evaluate_ranks_every_image_and_dense_caption(model, val_dataset):
     dense = evaluate(model, val_dataset, captions="dense").rank_metrics
     texts = model.encode_text(val_dataset.dense_captions, dense=True)
     scores = model.similarity(model.encode_image(val_dataset.images), texts)
