@@ -153,7 +153,7 @@ def test_bad_indexes_and_shards_are_named(shards, tmp_path):
         index.write_text(content)
         with pytest.raises(ManifestError, match=message):
             read_shards(index)
-    with pytest.raises(ManifestError, match="cannot be read"):
+    with pytest.raises(ManifestError, match="no such file"):
         read_shards(tmp_path / "nowhere" / INDEX_FILE)
     (tmp_path / "no.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ManifestError, match=r"no\.tar: not a tar shard"):
