@@ -259,8 +259,8 @@ def hardest_and_random(images: Tensor, texts: Tensor, image_ids: Tensor, share: 
         `(n, n)` bool.
     """
     cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    cosines = cosines.masked_fill(image_ids[:, None] == image_ids, -torch.inf)
-    chosen = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    chosen = image_ids[:, None] == image_ids
+    cosines = cosines.masked_fill(chosen, -torch.inf)
     count = math.ceil(share * (len(cosines) - 1) / 2)
     for order in (cosines, torch.rand_like(cosines)):
         for dim in (0, 1):
