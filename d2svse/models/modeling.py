@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
+from d2svse.losses.base import capped_exp
 from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import JOINS_A_GATE, D2SVSEConfig
@@ -567,9 +569,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_features=texts,
         )
         if images is not None and texts is not None and return_logits:
-            scale = self.logit_scale.float().exp()
-            if self.config.max_logit_scale is not None:
-                scale = scale.clamp(max=self.config.max_logit_scale)
+            most = self.config.max_logit_scale
+            scale = capped_exp(self.logit_scale.float(), math.inf if most is None else math.log(most))
             logits = self.similarity_fn(images, texts) * scale
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.float()

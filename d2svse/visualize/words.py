@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from d2svse.models.processing import D2SVSEProcessor
 
@@ -61,6 +62,7 @@ def split_words(processor: D2SVSEProcessor, text: str) -> Words:
         )
     encoded, owners = processor.encoded_words(text, processor.max_length)
     first, names = processor.text_start(), encoded.tokens()
+    encodings: Any = encoded.encodings
     spans = [(max(0, start - first), max(0, stop - first)) for start, stop in encoded["offset_mapping"]]
     words: dict[int, list[int]] = {}
     special = []
@@ -74,5 +76,5 @@ def split_words(processor: D2SVSEProcessor, text: str) -> Words:
         tuple(word or names[pieces[0]] for word, pieces in zip(texts, words.values(), strict=True)),
         tuple(tuple(pieces) for pieces in words.values()),
         tuple(special),
-        bool(encoded.encodings[0].overflowing),
+        bool(encodings[0].overflowing),
     )

@@ -250,6 +250,8 @@ def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
     output = model(**batch)
     scores = model.similarity_fn(output.image_features, output.text_features)
     torch.testing.assert_close(output.logits_per_image, scores * MAX_LOGIT_SCALE)
+    output.logits_per_image.sum().backward()
+    torch.testing.assert_close(model.logit_scale.grad, scores.sum() * MAX_LOGIT_SCALE)
 
 
 def same_state(a, b):
