@@ -145,10 +145,12 @@ def merge_lora(backbone: nn.Module) -> None:
         raise ValueError("a bottleneck is not linear, so it cannot be merged into the weights; save the model with it")
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(backbone.named_modules()):
+    layers: list[tuple[str, Any]] = list(backbone.named_modules())
+    for name, layer in layers:
         if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
-            _replace(backbone, name, layer.get_base_layer())
+            training = layer.training
+            layer.eval().merge(safe_merge=True)  # in training the metric of the rank has dropout
+            _replace(backbone, name, layer.get_base_layer().train(training))
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
     backbone.requires_grad_(True)

@@ -69,6 +69,7 @@ from d2svse.models.pixels import read_batches
 from d2svse.models.pooling import ExternalSpaceAttention
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -815,7 +816,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Returns:
             `(n_images, n_texts)` float32, higher is closer; a NumPy array if both sides are arrays.
         """
-        scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
+        with evaluating(self.similarity_fn):
+            scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 

@@ -161,6 +161,16 @@ def test_adapters_with_a_metric_are_saved_and_loaded(make_model, val_dataset, tm
         torch.testing.assert_close(embeddings(loaded, val_dataset), expected, atol=1e-5, rtol=0)
 
 
+def test_a_merge_in_training_mode_has_no_dropout(make_model, val_dataset):
+    model = make_model()
+    model.add_lora("text", rank=4, metric={"structure": "dense", "dropout": 0.5})
+    stir(model)
+    expected = embeddings(model, val_dataset)
+    model.train().merge_lora()
+    assert all(part.training for part in model.text_encoder.backbone.modules())
+    torch.testing.assert_close(embeddings(model, val_dataset), expected, atol=1e-5, rtol=0)
+
+
 def test_the_table_counts_parameters_and_memory(adapted):
     table = parameter_table(adapted).splitlines()
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

@@ -254,6 +254,18 @@ def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
     torch.testing.assert_close(model.logit_scale.grad, scores.sum() * MAX_LOGIT_SCALE)
 
 
+@pytest.mark.parametrize("options", [{"name": "gssf-dense"}, {"name": "max-mean", "metric": "dense"}])
+def test_scores_are_without_dropout_when_the_model_still_trains(make_model, val_dataset, options):
+    model = make_model(similarity={**options, "dropout": 0.5})
+    sides = (
+        model.encode_image(val_dataset.images[:3], output="features"),
+        model.encode_text(SENTENCES, output="features"),
+    )
+    expected = model.eval().similarity(*sides)
+    torch.testing.assert_close(model.train().similarity(*sides), expected)
+    assert model.similarity_fn.training
+
+
 def same_state(a, b):
     one, two = a.state_dict(), b.state_dict()
     assert one.keys() == two.keys()
