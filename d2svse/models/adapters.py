@@ -145,12 +145,11 @@ def merge_lora(backbone: nn.Module) -> None:
         raise ValueError("a bottleneck is not linear, so it cannot be merged into the weights; save the model with it")
     from peft.tuners.lora import LoraLayer
 
-    layers: list[tuple[str, Any]] = list(backbone.named_modules())
-    for name, layer in layers:
-        if isinstance(layer, LoraLayer):
-            training = layer.training
-            layer.eval().merge(safe_merge=True)  # in training the metric of the rank has dropout
-            _replace(backbone, name, layer.get_base_layer().train(training))
+    adapted: list[tuple[str, Any]] = [one for one in backbone.named_modules() if isinstance(one[1], LoraLayer)]
+    for name, layer in adapted:
+        training = layer.training
+        layer.eval().merge(safe_merge=True)  # in training the metric of the rank has dropout
+        _replace(backbone, name, layer.get_base_layer().train(training))
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
     backbone.requires_grad_(True)
