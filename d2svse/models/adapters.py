@@ -39,7 +39,7 @@ def add_lora(
     metric: str | Mapping[str, Any] | None = None,
     kind: AdapterKind = "lora",
 ) -> None:
-    """Add adapters to the linear layers of a backbone and freeze its weights.
+    """Add adapters to the linear layers of a backbone and freeze its weights, except for a metric of its attention.
 
     The new matrices leave the outputs unchanged until they are trained.
 
@@ -67,10 +67,13 @@ def add_lora(
         raise ImportError("LoRA needs peft: pip install 'd2svse[lora]'") from None
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     scale: Any = 2 * rank if alpha is None else alpha
+    trained = [one for name, one in backbone.named_parameters() if is_added(name) and one.requires_grad]
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets),
         backbone,
     )
+    for parameter in trained:  # such as a metric of the attention, which peft freezes as it does the weights
+        parameter.requires_grad_(True)
     if kind == "bottleneck":  # in the place of the layers that peft found
         for name, layer in list(backbone.named_modules()):
             if isinstance(layer, Linear):

@@ -171,6 +171,23 @@ def test_a_merge_in_training_mode_has_no_dropout(make_model, val_dataset):
     torch.testing.assert_close(embeddings(model, val_dataset), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}, {"metric": "diagonal"}])
+def test_a_metric_of_the_attention_is_trained_beside_adapters(make_model, options):
+    model = make_model(attention_metric={"text": "diagonal"}, lora={"text": {"rank": 2, **options}})
+    later = make_model(attention_metric={"text": "diagonal"})
+    later.add_lora("text", rank=2, **options)
+    for one in (model, later):
+        backbone = one.text_encoder.backbone
+        assert [part for part in backbone.modules() if isinstance(part, Metric)]
+        for name, parameter in backbone.named_parameters():
+            assert parameter.requires_grad == is_added(name), name
+    frozen = make_model(attention_metric={"text": "diagonal"})
+    frozen.freeze(text=True)
+    frozen.add_lora("text", rank=2, **options)
+    metrics = [name for name, _ in frozen.text_encoder.backbone.named_parameters() if "attention_metric." in name]
+    assert not any(frozen.text_encoder.backbone.get_parameter(name).requires_grad for name in metrics)
+
+
 def test_the_table_counts_parameters_and_memory(adapted):
     table = parameter_table(adapted).splitlines()
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
