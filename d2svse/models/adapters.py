@@ -48,7 +48,8 @@ def add_lora(
         rank: inner width of the matrices.
         alpha: numerator of the scale alpha / rank; 2 · rank by default. A bottleneck has no scale.
         dropout: dropout probability on the input of the matrices.
-        target_modules: endings of layer names, such as "query"; "all-linear" for all linear layers.
+        target_modules: endings of layer names, such as "query"; "all-linear" for all linear layers. The output
+            layer of torch's `nn.MultiheadAttention`, as in SigLIP's pooling, gets none.
         metric: metric between the two matrices, such as "diagonal", see `Metric`; 4 blocks for a block-diagonal one.
         kind: "lora" or "bottleneck".
 
@@ -67,9 +68,18 @@ def add_lora(
         raise ImportError("LoRA needs peft: pip install 'd2svse[lora]'") from None
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     scale: Any = 2 * rank if alpha is None else alpha
+    # `nn.MultiheadAttention` reads the weight of its output layer and does not call the layer.
+    attentions = [one for one in backbone.named_modules() if isinstance(one[1], nn.MultiheadAttention)]
+    uncalled = [f"{name}.{child}".lstrip(".") for name, module in attentions for child, _ in module.named_children()]
     trained = [one for name, one in backbone.named_parameters() if is_added(name) and one.requires_grad]
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets),
+        LoraConfig(
+            r=rank,
+            lora_alpha=scale,
+            lora_dropout=dropout,
+            target_modules=targets,
+            exclude_modules=uncalled or None,
+        ),
         backbone,
     )
     for parameter in trained:  # such as a metric of the attention, which peft freezes as it does the weights

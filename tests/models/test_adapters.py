@@ -7,6 +7,7 @@ from d2svse import D2SVSE, Trainer
 from d2svse.models.adapters import add_lora, is_added, merge_lora, parameter_table
 from d2svse.similarity import Metric
 from d2svse.training.building import parameter_groups
+from support.dual_encoders import make_dual
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft: pip install 'd2svse[lora]'")
 
@@ -186,6 +187,19 @@ def test_a_metric_of_the_attention_is_trained_beside_adapters(make_model, option
     frozen.add_lora("text", rank=2, **options)
     metrics = [name for name, _ in frozen.text_encoder.backbone.named_parameters() if "attention_metric." in name]
     assert not any(frozen.text_encoder.backbone.get_parameter(name).requires_grad for name in metrics)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}, {"target_modules": ["fc1", "out_proj"]}], ids=str)
+def test_siglips_pooling_keeps_the_layer_that_torch_does_not_call(processor, val_dataset, options):
+    model = D2SVSE.from_dual_encoder(make_dual("siglip", processor), processor=processor).eval()
+    before = model.encode_image(val_dataset.images[:2], convert_to_tensor=True)
+    model.add_lora("vision", rank=2, **options)
+    after = model.encode_image(val_dataset.images[:2], convert_to_tensor=True)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+    added = {name for name, parameter in model.named_parameters() if parameter.requires_grad and is_added(name)}
+    assert [name for name in added if ".head.mlp.fc1" in name]
+    model.image_encoder(model.processor.pixel_values(val_dataset.images[:2])).pooled.sum().backward()
+    assert added == {name for name, p in model.named_parameters() if is_added(name) and p.grad is not None}
 
 
 def test_the_table_counts_parameters_and_memory(adapted):
