@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -586,7 +587,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             hidden = text_tokens.to(self.dtype)
             return self.fuse(self.text_encoder.from_backbone_tokens(hidden, input_ids, attention_mask))
         padding_counts = (
-            (self.text_encoder.mlp is not None and isinstance(self.text_encoder.mlp.norm, nn.BatchNorm1d))
+            (self.text_encoder.mlp is not None and isinstance(self.text_encoder.mlp.norm, _BatchNorm))
             or self.text_encoder.native_pool is not None
             or (self.decoder is not None and not (self.decoder.mask_padding and len(self.decoder.tokens)))
         )

@@ -429,6 +429,16 @@ def test_a_second_decoder_is_refused(model):
         model.add_decoder()
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_texts_go_through_a_batch_norm_together_shared_by_processes_or_not(make_model, monkeypatch, converted):
+    model = make_model(text_projection="residual_mlp")
+    if converted:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    monkeypatch.setattr(modeling, "GROUP_TOKENS", 4)
+    monkeypatch.setattr(model.text_encoder, "words", None)  # called for each group
+    model(**model.processor(text=SENTENCES * 2), text_groups=2)
+
+
 def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch):
     texts = [caption for record in train_dataset.records[:12] for caption in (record.captions[0], record.dense)]
     batch = model.processor(text=texts)
