@@ -273,6 +273,15 @@ def test_both_views_of_a_batch_have_texts_of_one_length(identified):
     assert not moved.second.valid.is_meta
 
 
+@pytest.mark.parametrize("length", [None, 64])
+def test_samples_without_texts_are_not_padded(identified, length):
+    """The text tower of a model of fixed length would encode nothing but padding."""
+    images, texts = (Collator(7, length)([identified(side)[row] for row in range(4)]) for side in ("image", "text"))
+    assert images.input_ids.shape == images.second.attention_mask.shape == (4, 0)
+    assert texts.input_ids.shape == texts.second.input_ids.shape
+    assert texts.input_ids.shape[1] == (length or int(texts.both_views().attention_mask.sum(1).max()))
+
+
 def test_an_image_without_identity_is_named(train_dataset, processor):
     with pytest.raises(ValueError, match=r'train\.jsonl:1: expected "identity", which is missing'):
         TrainingSamples(train_dataset, processor, unimodal="image")
