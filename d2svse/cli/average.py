@@ -24,7 +24,7 @@ def average(
 ) -> None:
     """Average the weights of models, such as several runs, or a model before and after training.
 
-    The result has the configuration and the processor of the first model.
+    The result has the configuration and the processor of the first model. LoRA is merged into the weights before.
     """
     shares = None if weights is None else [_number(part) for part in weights.split(",")]
     prepare_process()

@@ -115,7 +115,8 @@ class Collator:
 
     Args:
         pad_token_id: token id that pads shorter texts.
-        length: length of every text in tokens; None for that of the longest text of the batch.
+        length: length of every text in tokens; None for that of the longest text of the batch. Without any
+            text it is 0 in both cases.
     """
 
     def __init__(self, pad_token_id: int, length: int | None = None) -> None:
@@ -131,7 +132,9 @@ class Collator:
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
         lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-        input_ids = torch.full((len(samples), self.length or int(lengths.max())), self.pad_token_id)
+        longest = int(lengths.max())
+        length = (self.length or longest) if longest else 0  # samples without texts get no padding to encode
+        input_ids = torch.full((len(samples), length), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
             row[: len(sample.input_ids)] = torch.tensor(sample.input_ids)
         names = [field.name for field in fields(Sample) if isinstance(getattr(samples[0], field.name), Tensor)]

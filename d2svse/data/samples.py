@@ -35,8 +35,11 @@ class SampleProcessor(Protocol):
     def raw_pixels(self, source: Any, at_least: int | None = None, change: Any = None) -> Tensor:
         """Return the pixels of an image, changed by a function: `(channels, height, width)`, see `D2SVSEProcessor`."""
 
-    def word_ids(self, encoded: Any) -> Sequence[int | None]:
-        """Return the number of the word of each token of one text; None for special tokens."""
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Return the token ids of each text, truncated."""
+
+    def token_words(self, text: str, max_length: int | None = None) -> tuple[list[int], list[int | None]]:
+        """Return the token ids of one text, and for each the number of its word; None where it is not of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +295,8 @@ class TrainingSamples(Dataset[Sample]):
         return captions[number], first + number
 
     def _token_ids(self, text: str, draw: Draw, view: int) -> list[int]:
-        encoded = self.processor.tokenizer(text, truncation=True, max_length=self.max_length)
         if not self.augment_words:
-            return encoded["input_ids"]
-        words = self.processor.word_ids(encoded)
+            return self.processor.tokenize([text], self.max_length)[0]
+        ids, words = self.processor.token_words(text, self.max_length)
         rng = self._generator(draw, augment.WORDS + view)
-        return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)
+        return augment.augment_words(ids, words, rng, self.mask_token_id, self.replacements)

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from d2svse.choices import Side
 from d2svse.data import ImageTextDataset
 from d2svse.images import StoredImage
+from d2svse.similarity import Similarity
+from d2svse.similarity.use import evaluating
 from d2svse.version import __version__
 
 try:
@@ -91,7 +94,10 @@ class MTEBModel(AbsEncoder):
                 found = self.model.encode_image(batch["image"], batch_size=len(batch["image"]), convert_to_tensor=True)
             else:
                 found = self.model.encode_text(batch["text"], batch_size=len(batch["text"]), convert_to_tensor=True)
-            parts.append(self.model.similarity_fn.pooled_vectors("image" if "image" in batch else "text", found).cpu())
+            similarity: Similarity = self.model.similarity_fn
+            side: Side = "image" if "image" in batch else "text"
+            with evaluating(similarity):
+                parts.append(similarity.pooled_vectors(side, found).cpu())
         return torch.cat(parts)
 
 

@@ -73,6 +73,10 @@ class ScaledLoss(RankingLoss):
         else:
             self.register_buffer(name, torch.tensor(value))
 
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """Return the scale, at most `exp(max_log_scale)`, as a scalar."""
+        return capped_exp(self.log_scale.to(dtype), self.max_log_scale)
+
 
 class DistillationLoss(nn.Module, ABC):
     """A distance between the student's embeddings and the teacher's; no gradient flows to the teacher."""
@@ -128,6 +132,11 @@ class ScoreDistillationLoss(nn.Module, ABC):
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:
         """Compute the scalar from float scores and the bool mask of negatives, all `(n, n)`."""
+
+
+def capped_exp(log_scale: Tensor, most: float) -> Tensor:
+    """Return exp(min(log_scale, most)), with the gradient of exp above `most` too, so that the scale can come back."""
+    return (log_scale - (log_scale - most).clamp(min=0).detach()).exp()
 
 
 def _scalar(loss: nn.Module, value: Tensor) -> Tensor:

@@ -41,8 +41,7 @@ class InfoNCE(ScaledLoss):
         self.max_log_scale = math.log(MAX_LOGIT_SCALE)
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
-        scale = self.log_scale.to(scores.dtype).exp().clamp(max=MAX_LOGIT_SCALE)
         kept = negatives | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        logits = (scores * scale).masked_fill(~kept, float("-inf"))
+        logits = (scores * self.scale(scores.dtype)).masked_fill(~kept, float("-inf"))
         target = torch.arange(len(scores), device=scores.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

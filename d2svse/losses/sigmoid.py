@@ -40,6 +40,6 @@ class SigmoidLoss(ScaledLoss):
         self.add_scalar("bias", bias)
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102
-        logits = scores * self.log_scale.to(scores.dtype).exp() + self.bias.to(scores.dtype)
+        logits = scores * self.scale(scores.dtype) + self.bias.to(scores.dtype)
         signs = torch.where(negatives, -1.0, 1.0).to(scores.dtype)
         return -F.logsigmoid(signs * logits).sum() / len(scores)

@@ -39,7 +39,7 @@ def add_lora(
     metric: str | Mapping[str, Any] | None = None,
     kind: AdapterKind = "lora",
 ) -> None:
-    """Add adapters to the linear layers of a backbone and freeze its weights.
+    """Add adapters to the linear layers of a backbone and freeze its weights, except for a metric of its attention.
 
     The new matrices leave the outputs unchanged until they are trained.
 
@@ -48,7 +48,8 @@ def add_lora(
         rank: inner width of the matrices.
         alpha: numerator of the scale alpha / rank; 2 · rank by default. A bottleneck has no scale.
         dropout: dropout probability on the input of the matrices.
-        target_modules: endings of layer names, such as "query"; "all-linear" for all linear layers.
+        target_modules: endings of layer names, such as "query"; "all-linear" for all linear layers. The output
+            layer of torch's `nn.MultiheadAttention`, as in SigLIP's pooling, gets none.
         metric: metric between the two matrices, such as "diagonal", see `Metric`; 4 blocks for a block-diagonal one.
         kind: "lora" or "bottleneck".
 
@@ -67,10 +68,22 @@ def add_lora(
         raise ImportError("LoRA needs peft: pip install 'd2svse[lora]'") from None
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     scale: Any = 2 * rank if alpha is None else alpha
+    # `nn.MultiheadAttention` reads the weight of its output layer and does not call the layer.
+    attentions = [one for one in backbone.named_modules() if isinstance(one[1], nn.MultiheadAttention)]
+    uncalled = [f"{name}.{child}".lstrip(".") for name, module in attentions for child, _ in module.named_children()]
+    trained = [one for name, one in backbone.named_parameters() if is_added(name) and one.requires_grad]
     inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets),
+        LoraConfig(
+            r=rank,
+            lora_alpha=scale,
+            lora_dropout=dropout,
+            target_modules=targets,
+            exclude_modules=uncalled or None,
+        ),
         backbone,
     )
+    for parameter in trained:  # such as a metric of the attention, which peft freezes as it does the weights
+        parameter.requires_grad_(True)
     if kind == "bottleneck":  # in the place of the layers that peft found
         for name, layer in list(backbone.named_modules()):
             if isinstance(layer, Linear):
@@ -145,10 +158,11 @@ def merge_lora(backbone: nn.Module) -> None:
         raise ValueError("a bottleneck is not linear, so it cannot be merged into the weights; save the model with it")
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(backbone.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
-            _replace(backbone, name, layer.get_base_layer())
+    adapted: list[tuple[str, Any]] = [one for one in backbone.named_modules() if isinstance(one[1], LoraLayer)]
+    for name, layer in adapted:
+        training = layer.training
+        layer.eval().merge(safe_merge=True)  # in training the metric of the rank has dropout
+        _replace(backbone, name, layer.get_base_layer().train(training))
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
     backbone.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 
@@ -19,12 +20,17 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
     result has the mean of floating-point tensors, summed in float64. Other tensors, configuration and processor are
     those of the first model. It counts as trained if all models do.
 
+    LoRA is merged into the weights before, in copies of the models: the product of two mean matrices is not the mean of
+    the products. The result then has no LoRA.
+
     Args:
-        models: two or more models, or their folders or Hub ids; a model given first is changed in place.
+        models: two or more models, or their folders or Hub ids; a model given first is changed in place, unless it has
+            LoRA.
         weights: share of each model, not negative; divided by their sum. None for equal shares.
 
     Raises:
-        ValueError: if there are fewer than two models, the weights do not fit, or two models differ in their tensors.
+        ValueError: if there are fewer than two models, the weights do not fit, two models differ in their tensors, or
+            a model has bottleneck adapters.
     """
     if len(models) < 2:
         raise ValueError(f"an average needs two models or more, got {len(models)}")
@@ -33,11 +39,11 @@ def average_models(models: Sequence[D2SVSE | str | os.PathLike[str]], weights: S
         raise ValueError(f"weights: one for each of the {len(models)} models, got {len(shares)}")
     if min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise ValueError(f"weights must not be negative, and their sum must be positive, got {shares}")
-    first = _load(models[0])
+    first = _merged(models[0])
     state, trained = first.state_dict(), first.config.trained
     sums = {name: value.cpu().double() * shares[0] for name, value in state.items() if value.is_floating_point()}
     for model, share in zip(models[1:], shares[1:], strict=True):
-        loaded = _load(model)
+        loaded = _merged(model)
         other, trained = loaded.state_dict(), trained and loaded.config.trained
         _check_alike(state, other, _name(models[0]), _name(model))
         for name, total in sums.items():
@@ -72,8 +78,21 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: f
     }
 
 
-def _load(model: D2SVSE | str | os.PathLike[str]) -> D2SVSE:
-    return model if isinstance(model, D2SVSE) else D2SVSE.from_pretrained(model)
+def _merged(model: D2SVSE | str | os.PathLike[str]) -> D2SVSE:
+    """Return a model, loaded if it is a name, and a copy with its LoRA merged if it has any."""
+    loaded: D2SVSE = model if isinstance(model, D2SVSE) else D2SVSE.from_pretrained(model)
+    adapters = loaded.config.lora or {}
+    for side, arguments in adapters.items():
+        if arguments.get("kind") == "bottleneck":
+            raise ValueError(
+                f"{_name(model)}: the {side} backbone has bottleneck adapters, which cannot be merged into the "
+                "weights; average models without them"
+            )
+    if not adapters:
+        return loaded
+    merged = copy.deepcopy(loaded) if loaded is model else loaded
+    merged.merge_lora()
+    return merged
 
 
 def _name(model: D2SVSE | str | os.PathLike[str]) -> str:

@@ -131,6 +131,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
         own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder")
         check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "teacher_similarity", "lora")})
+        if self.max_logit_scale is not None and not self.max_logit_scale > 0:
+            raise ValueError(f"max_logit_scale must be positive, got {self.max_logit_scale}")
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be at least 0 and less than 1, got {self.text_dropout}")
         if self.image_token_merging < 1 or (self.image_token_merging > 1 and "native" in native):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
 
 from d2svse.hub.folder import check_vocabulary, loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+
+logger = logging.getLogger(__name__)
 
 Pool = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
 TOWERS = ("vision_config", "text_config")
@@ -266,7 +269,7 @@ def logit_scale_of(dual: Any) -> tuple[float, float | None]:
 
 
 def set_logit_scale(dual: Any, scale: Tensor, bias: Tensor | None) -> Any:
-    """Set the logit scale of a dual encoder.
+    """Set the logit scale of a dual encoder. A bias that it has no place for is left out, and a warning says so.
 
     Args:
         dual: the dual encoder; it is changed.
@@ -276,6 +279,13 @@ def set_logit_scale(dual: Any, scale: Tensor, bias: Tensor | None) -> Any:
     Returns:
         The dual encoder.
     """
+    if bias is not None and not hasattr(dual, "logit_bias"):
+        logger.warning(
+            "a %s model has no logit bias: that of this model (%.3g) is left out, which changes no ranking",
+            dual.config.model_type,
+            float(bias),
+        )
+        bias = None
     own = {"temperature": (-scale).exp()} if hasattr(dual, "temperature") else {"logit_scale": scale}
     for name, value in (own | ({} if bias is None else {"logit_bias": bias})).items():
         setattr(dual, name, nn.Parameter(value.detach().clone().reshape(getattr(dual, name).shape)))

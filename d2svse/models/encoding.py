@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,33 +15,17 @@ from torch import Tensor
 from d2svse.features import Features
 from d2svse.models.onednn import faster_linear
 from d2svse.progress import progress_bar
+from d2svse.similarity.use import evaluating
 
 Output = Literal["pooled", "features"]
 Embeddings = np.ndarray | Tensor | Features
-
-# Number of threads that encode with a model now, and its training mode before the first thread started.
-_ENCODING: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
-_MODES = threading.Lock()
 
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Run the block in eval mode without gradients. The last of several threads restores the training mode."""
-    with _MODES:
-        others, training = _ENCODING.get(model, (0, model.training))
-        _ENCODING[model] = (others + 1, training)
-        if any(module.training for module in model.modules()):
-            model.eval()
-    try:
-        with torch.inference_mode(), faster_linear(next(model.parameters()).device):
-            yield
-    finally:
-        with _MODES:
-            threads, training = _ENCODING.pop(model)
-            if threads > 1:
-                _ENCODING[model] = (threads - 1, training)
-            elif training:
-                model.train()
+    with evaluating(model), torch.inference_mode(), faster_linear(next(model.parameters()).device):
+        yield
 
 
 def distinct(items: Sequence[Any]) -> tuple[list[Any], list[int] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -30,6 +32,7 @@ from d2svse.hub.push import Pushed, push_folder
 from d2svse.hub.saving import saved_kind
 from d2svse.hub.weights import check_finite, check_size, weight_files
 from d2svse.images import ImageError, ImageSource, image_list
+from d2svse.losses.base import capped_exp
 from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import JOINS_A_GATE, D2SVSEConfig
@@ -67,6 +70,7 @@ from d2svse.models.pixels import read_batches
 from d2svse.models.pooling import ExternalSpaceAttention
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -567,9 +571,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_features=texts,
         )
         if images is not None and texts is not None and return_logits:
-            scale = self.logit_scale.float().exp()
-            if self.config.max_logit_scale is not None:
-                scale = scale.clamp(max=self.config.max_logit_scale)
+            most = self.config.max_logit_scale
+            scale = capped_exp(self.logit_scale.float(), math.inf if most is None else math.log(most))
             logits = self.similarity_fn(images, texts) * scale
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.float()
@@ -584,7 +587,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             hidden = text_tokens.to(self.dtype)
             return self.fuse(self.text_encoder.from_backbone_tokens(hidden, input_ids, attention_mask))
         padding_counts = (
-            (self.text_encoder.mlp is not None and isinstance(self.text_encoder.mlp.norm, nn.BatchNorm1d))
+            (self.text_encoder.mlp is not None and isinstance(self.text_encoder.mlp.norm, _BatchNorm))
             or self.text_encoder.native_pool is not None
             or (self.decoder is not None and not (self.decoder.mask_padding and len(self.decoder.tokens)))
         )
@@ -814,7 +817,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Returns:
             `(n_images, n_texts)` float32, higher is closer; a NumPy array if both sides are arrays.
         """
-        scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
+        with evaluating(self.similarity_fn):
+            scores = self.similarity_fn(as_features(images, self.device), as_features(texts, self.device))
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 

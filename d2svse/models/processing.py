@@ -486,18 +486,47 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             )
         return limit
 
-    def word_ids(self, encoded: BatchEncoding) -> Sequence[int | None]:
-        """Return the number of the word that each token of one text belongs to; None for special tokens.
+    def token_words(self, text: str, max_length: int | None = None) -> tuple[list[int], list[int | None]]:
+        """Return the token ids of one text, as `tokenize` does, and the number of the word of each token.
 
-        Tokenizers that run in Python do not know it: each of their tokens counts as a word.
+        Tokenizers that run in Python do not tell words: each of their tokens counts as one, those of the prompt too.
 
         Args:
-            encoded: output of the tokenizer for the text.
+            text: the text.
+            max_length: longest text in tokens; the limit of the processor by default.
+
+        Returns:
+            The ids, and for each the number of its word; None for special tokens and for those of the prompt alone.
         """
-        if getattr(self.tokenizer, "is_fast", False):
-            return encoded.word_ids()
-        special = set(self.tokenizer.all_special_ids)
-        return [None if token in special else position for position, token in enumerate(encoded["input_ids"])]
+        limit = self._limit(max_length)
+        encoded, owners = self.encoded_words(text, limit)
+        return list(encoded["input_ids"]), owners
+
+    def encoded_words(self, text: str, limit: int) -> tuple[BatchEncoding, list[int | None]]:
+        """Return the tokenizer's output for one text in the prompt, and what `token_words` tells of its tokens.
+
+        The output of a fast tokenizer has an `offset_mapping` into the text in the prompt.
+
+        Args:
+            text: the text.
+            limit: longest text in tokens.
+        """
+        whole, fast = self._prompted([text])[0], bool(getattr(self.tokenizer, "is_fast", False))
+        encoded = self.tokenizer(whole, truncation=True, max_length=limit, return_offsets_mapping=fast)
+        if not fast:
+            special = set(self.tokenizer.all_special_ids)
+            return encoded, [None if token in special else row for row, token in enumerate(encoded["input_ids"])]
+        owners = list(encoded.word_ids())
+        if self.prompt is None:
+            return encoded, owners
+        first = self.text_start()
+        spans = encoded["offset_mapping"]
+        own = [stop > first and start < first + len(text) for start, stop in spans]
+        return encoded, [owner if mine else None for owner, mine in zip(owners, own, strict=True)]
+
+    def text_start(self) -> int:
+        """Return the number of characters of the prompt before the text; 0 without a prompt."""
+        return 0 if self.prompt is None else self.prompt.index("{}")
 
     def pad(self, ids: Sequence[Sequence[int]]) -> BatchEncoding:
         """Return `input_ids` and `attention_mask`, `(n_texts, length)` int64, padded to the longest text.

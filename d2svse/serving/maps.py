@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from d2svse.images import ImageSource, jpeg_bytes
+from d2svse.similarity.use import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -68,9 +69,10 @@ def draw_sets(model: D2SVSE, image: ImageSource, text: str) -> tuple[tuple[Drawn
     from d2svse.visualize import alignment_maps, look_at
 
     pair = look_at(model, image, text)
-    sets = alignment_maps(model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)
-    with torch.no_grad():
-        score = model.similarity_fn(pair.images, pair.texts).item()
+    similarity = model.similarity_fn
+    with evaluating(similarity), torch.no_grad():
+        sets = alignment_maps(similarity, pair.images, pair.texts, pair.grid, pair.words)
+        score = similarity(pair.images, pair.texts).item()
     notes = []
     if pair.words.cut:
         notes.append("The text is longer than the model reads: its end has no maps.")

@@ -12,6 +12,7 @@ from d2svse.features import Features
 from d2svse.similarity.alignment import Attention
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity
+from d2svse.similarity.use import in_use
 
 Pooling = Literal["mean", "lse"]
 MetricIn = Literal["both", "attention", "comparison"]
@@ -155,7 +156,7 @@ class CrossAttentionT2I(CrossAttention):
         attended, compared = (p.permute(0, 2, 3, 1) for p in self.both_products(images, texts, products))
         return self.pool(self.relevance(attended, texts.mask, images.vectors, images.mask, compared), texts.mask)
 
-    @torch.no_grad()
+    @in_use
     def alignment(self, images: Features, texts: Features) -> Attention:  # noqa: D102
         with self.prepared(images, texts) as sides:
             left, right = self.fragments(*sides)
@@ -194,7 +195,7 @@ class CrossAttentionI2T(CrossAttention):
         attended, compared = (p.permute(2, 0, 1, 3) for p in self.both_products(images, texts, products))
         return self.pool(self.relevance(attended, images.mask, texts.vectors, texts.mask, compared), images.mask).T
 
-    @torch.no_grad()
+    @in_use
     def alignment(self, images: Features, texts: Features) -> Attention:  # noqa: D102
         with self.prepared(images, texts) as sides:
             left, right = self.fragments(*sides)

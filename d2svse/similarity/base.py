@@ -16,6 +16,7 @@ from d2svse.choices import Candidates, Side
 from d2svse.features import Features
 from d2svse.registry import Class, Registry
 from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
+from d2svse.similarity.use import in_use
 
 UNSCORED = -1e4  # below every score, and finite, so that a loss that weighs it by 0 stays finite
 
@@ -135,7 +136,7 @@ class Similarity(nn.Module, ABC):
         """
         return None if self.foldable else wanted if self.needs_tokens else "pooled"
 
-    @torch.no_grad()
+    @in_use
     def vectors(self, side: Side, features: Features, candidates: Candidates | None = None) -> Tensor:
         """Return one vector an item, whose inner products are the scores or find candidates for them.
 
@@ -186,15 +187,15 @@ class Similarity(nn.Module, ABC):
         """Return how another library compares its `vectors`: "dot" if inner products are the scores, else "cosine"."""
         return "dot" if self.foldable else "cosine"
 
-    @torch.no_grad()
+    @in_use
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
         """Prepare both sides once; return a function that scores some images with some texts, `(rows, columns)`."""
         if not self.foldable:
-            return torch.no_grad()(lambda rows, columns: self(images[rows], texts[columns]))
+            return lambda rows, columns: self._used(images[rows], texts[columns])
         left, right = self.fold("image", images.pooled), self.fold("text", texts.pooled)
         return lambda rows, columns: left[rows] @ right[columns].T
 
-    @torch.no_grad()
+    @in_use
     def score_candidates(
         self,
         side: Side,
@@ -219,7 +220,7 @@ class Similarity(nn.Module, ABC):
             scores.append((self(items, query) if side == "image" else self(query, items)).flatten())
         return scores
 
-    @torch.no_grad()
+    @in_use
     def alignment(self, images: Features, texts: Features) -> Alignment:
         """Return how one image's tokens and one text's words belong together.
 
@@ -239,6 +240,11 @@ class Similarity(nn.Module, ABC):
         assert texts.tokens is not None
         sides = [Features(tokens, tokens[:, None]) for tokens in (patches, texts.tokens[0])]
         return TokenScores(self(*sides).masked_fill(~(real[:, None] & words), -torch.inf))
+
+    @in_use
+    def _used(self, images: Features, texts: Features) -> Tensor:
+        scores: Tensor = self(images, texts)
+        return scores
 
     @contextmanager
     def prepared(self, images: Features, texts: Features) -> Iterator[tuple[Features, Features]]:

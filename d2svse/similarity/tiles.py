@@ -19,6 +19,7 @@ from d2svse.features import Features, sent
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import UNSCORED, Side, Similarity
 from d2svse.similarity.metric import Metric, MetricOptions
+from d2svse.similarity.use import in_use
 
 DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the cache between two operations
@@ -187,12 +188,13 @@ class FragmentSimilarity(Similarity):
             slices = [slice(i, i + rows) for i in range(0, n_images, rows)]
             yield sent(torch.tensor(index), texts.mask.device), width, slices
 
+    @in_use
     def scorer(self, images: Features, texts: Features) -> Callable[[slice, slice], Tensor]:
         """Score all pairs at once, because single tiles are expensive."""
         scores = self(images, texts)
         return lambda rows, columns: scores[rows, columns]
 
-    @torch.no_grad()
+    @in_use
     def score_candidates(
         self,
         side: Side,
@@ -290,7 +292,7 @@ class FragmentSimilarity(Similarity):
         """Compare every image token with every word by the metric."""
         return TokenScores(self.products(images, texts))
 
-    @torch.no_grad()
+    @in_use
     def products(self, images: Features, texts: Features) -> Tensor:
         """Return the metric of every image token and word of one image and one text.
 

@@ -17,6 +17,7 @@ from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
 from d2svse.similarity.scaling import fused_kernels, scale_kernel
 from d2svse.similarity.tiles import FragmentOptions, Fragments, FragmentSimilarity, like_lengths
+from d2svse.similarity.use import in_use
 
 FUSED_COPIES = 3  # tensors of the size of the products that are alive at once with the fused kernels
 SMALLEST_SCALED = 0.01  # below this, kernels underflow so often that the log domain is used at once
@@ -206,7 +207,7 @@ class Transport(FragmentSimilarity):
             products = torch.einsum("ikd,tld->iktl", left.mapped, right.mapped)
             return self._solve(products, *self._marginals(left, right))
 
-    @torch.no_grad()
+    @in_use
     def alignment(self, images: Features, texts: Features) -> TransportPlan:  # noqa: D102
         return TransportPlan(self.solve(images, texts).plan[0, 0], self.partial)
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # A layer of a backbone by the usual names (GPT-2's is `h`), and what is in a stage of a ResNet outside of its layers.
 _LAYER = re.compile(r".*?\.backbone\.(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
 _STAGE = re.compile(r".*?\.backbone\.(?:.*?\.)?stages\.\d+(?=\.)")
-_EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.")
+_EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.|\.pre_lay(?:r|er)norm\.")  # CLIP's norm before the layers too
 
 
 def data_seed(args: TrainingArguments) -> int:
@@ -333,7 +333,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
 def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:
     """Return the number of layers of its backbone that are above each parameter.
 
-    Embeddings are below all layers. Other parameters outside of the layers get 0.
+    Embeddings, and CLIP's norm behind them, are below all layers. Other parameters outside of the layers get 0.
 
     Args:
         names: names of all parameters, in the order of the modules, such as

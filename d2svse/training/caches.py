@@ -99,15 +99,6 @@ def cached_image_tokens(
     backbone = model.image_encoder.backbone
     if isinstance(backbone, RegionsModel):
         raise ValueError("cache_image_tokens is for images; region features are read from their file")
-    merging = [f"merged {side}" for side in [model.image_encoder.merging] if side > 1]
-    kind = {
-        "side": "image",
-        "output": "features",
-        "dtype": "float16",
-        "shard_size": IMAGES_PER_SHARD,
-        "dim": model.image_encoder.projection.in_features,
-        "fingerprint": weights_fingerprint(backbone, processor.image_processor.to_json_string(), *merging),
-    }
     images = {os.fspath(image): image for image in dataset.images}
     names = [os.fspath(image) for image in dataset.images]
 
@@ -120,7 +111,16 @@ def cached_image_tokens(
             model.image_encoder.train(training)
             yield rows, tokens
 
-    length = next(tokens_of(names[:1]))[1].shape[1]
+    length, width = next(tokens_of(names[:1]))[1].shape[1:]
+    merging = [f"merged {side}" for side in [model.image_encoder.merging] if side > 1]
+    kind = {
+        "side": "image",
+        "output": "features",
+        "dtype": "float16",
+        "shard_size": IMAGES_PER_SHARD,
+        "dim": width,
+        "fingerprint": weights_fingerprint(backbone, processor.image_processor.to_json_string(), *merging),
+    }
 
     def encode(names: Sequence[str], _: Any) -> Batches:
         for rows, tokens in tokens_of(names):

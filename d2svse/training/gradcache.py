@@ -67,8 +67,9 @@ def cached_backward(
                 if output is not None and leaf is not None and leaf.grad is not None and output.requires_grad:
                     width = output.shape[1]  # the batch's tokens are padded to its longest chunk
                     reached.append((output, leaf.grad[rows, :width]))
-        outputs, upstream = zip(*reached, strict=True)
-        torch.autograd.backward(outputs, upstream)
+        if reached:  # not if only the similarity is trained
+            outputs, upstream = zip(*reached, strict=True)
+            torch.autograd.backward(outputs, upstream)
         first += len(chunk)
     return {name: value.detach() for name, value in parts.items()}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from d2svse.choices import Side
 from d2svse.data import Batch
@@ -203,7 +204,8 @@ class ScoreDistillTask(AlignTask):
 
     The student's scores come from its own similarity. Those of the teacher come from the teacher's similarity, with a
     learned metric if one is asked for. The distillation loss trains the student alone. The metric learns by the
-    ranking loss on the teacher's scores.
+    ranking loss on the teacher's scores, from the first step on: `align_scale` does not slow it. That loss has the
+    student's temperature and does not train it.
 
     Args:
         loss: the ranking loss.
@@ -235,7 +237,8 @@ class ScoreDistillTask(AlignTask):
         target = self.similarity(*(side.to(joined.scores.device) for side in sides))
         losses = {"distill_loss": self.weight * self.distillation_loss(joined.scores, target, image_ids)}
         if target.requires_grad:
-            losses["teacher_loss"] = self.loss(target, image_ids)
+            fixed = {name: parameter.detach() for name, parameter in self.loss.named_parameters()}
+            losses["teacher_loss"] = functional_call(self.loss, fixed, (target, image_ids))
             penalty = self.similarity.penalty()
             if penalty is not None:
                 losses["teacher_penalty_loss"] = penalty
@@ -259,8 +262,8 @@ def hardest_and_random(images: Tensor, texts: Tensor, image_ids: Tensor, share: 
         `(n, n)` bool.
     """
     cosines = F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    cosines = cosines.masked_fill(image_ids[:, None] == image_ids, -torch.inf)
-    chosen = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    chosen = image_ids[:, None] == image_ids
+    cosines = cosines.masked_fill(chosen, -torch.inf)
     count = math.ceil(share * (len(cosines) - 1) / 2)
     for order in (cosines, torch.rand_like(cosines)):
         for dim in (0, 1):

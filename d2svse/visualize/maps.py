@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from d2svse.images import ImageSource
 from d2svse.models import D2SVSE
 from d2svse.similarity import Similarity
+from d2svse.similarity.use import evaluating
 from d2svse.visualize.alignment import MapSet, Panel, alignment_maps
 from d2svse.visualize.figures import MEDIUM, SMALL, new_figure
 from d2svse.visualize.pair import look_at
@@ -56,11 +57,11 @@ def explain(
     pair = look_at(model, image, text)
     chosen = None if words is None else pair.words.select(list(words))
     similarity = similarity or model.similarity_fn
-    sets = alignment_maps(similarity, pair.images, pair.texts, pair.grid, pair.words)
+    with evaluating(similarity), torch.no_grad():
+        sets = alignment_maps(similarity, pair.images, pair.texts, pair.grid, pair.words)
+        score = similarity(pair.images, pair.texts).item()
     if chosen is not None:
         sets = [_only(one, chosen, len(pair.words)) for one in sets]
-    with torch.no_grad():
-        score = similarity(pair.images, pair.texts).item()
     cut = " (cut: longer than the model reads)" if pair.words.cut else ""
     return draw_maps(pair.image, sets, pair.box, f"{text}{cut}\n{type(similarity).__name__}: {score:.3f}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from d2svse.models.processing import D2SVSEProcessor
 
@@ -48,21 +49,24 @@ class Words:
 def split_words(processor: D2SVSEProcessor, text: str) -> Words:
     """Split a text into tokens, as the model does, and return the tokens of each word.
 
+    The tokens of the processor's prompt count as special ones.
+
     Raises:
         ValueError: if the text is empty, or the tokenizer does not report words.
     """
-    n_tokens = len(processor.tokenize([text])[0])
+    processor.tokenize([text])  # which checks the text
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} does not report the tokens of each word; use the fast form of the tokenizer"
         )
-    encoded = tokenizer(text, truncation=True, max_length=processor.max_length, return_offsets_mapping=True)
-    assert len(encoded["input_ids"]) == n_tokens
-    names, spans = encoded.tokens(), encoded["offset_mapping"]
+    encoded, owners = processor.encoded_words(text, processor.max_length)
+    first, names = processor.text_start(), encoded.tokens()
+    encodings: Any = encoded.encodings
+    spans = [(max(0, start - first), max(0, stop - first)) for start, stop in encoded["offset_mapping"]]
     words: dict[int, list[int]] = {}
     special = []
-    for position, word in enumerate(encoded.word_ids()):
+    for position, word in enumerate(owners):
         if word is None:
             special.append((names[position], position))
         else:
@@ -72,5 +76,5 @@ def split_words(processor: D2SVSEProcessor, text: str) -> Words:
         tuple(word or names[pieces[0]] for word, pieces in zip(texts, words.values(), strict=True)),
         tuple(tuple(pieces) for pieces in words.values()),
         tuple(special),
-        bool(encoded.encodings[0].overflowing),
+        bool(encodings[0].overflowing),
     )

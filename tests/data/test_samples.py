@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
+from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples, augment
 from d2svse.data.collate import Sample
 from d2svse.data.samples import Draw
 from d2svse.images import ImageError
@@ -51,6 +51,24 @@ def test_dense_text_is_one_an_image_and_cut_at_the_length_asked(make, train_data
     samples = make(text="dense", augment_words=False, max_length=9)
     assert len(samples) == len(train_dataset)
     assert len(samples[0].input_ids) == 9
+
+
+@pytest.mark.parametrize("prompt", ["a photo of {}", "{} seen from above", None])
+def test_captions_are_trained_in_the_prompt_that_they_are_searched_with(make, train_dataset, monkeypatch, prompt):
+    samples = make(captions_per_epoch="all", augment_words=False)
+    monkeypatch.setattr(samples.processor, "prompt", prompt)
+    whole = samples.processor.tokenize(train_dataset.captions[:8])
+    assert [samples[row].input_ids for row in range(8)] == whole
+    samples.augment_words = True
+    monkeypatch.setattr(augment, "WORD_PROBABILITY", 1.0)  # every word of the caption changes, and none of the prompt
+    monkeypatch.setattr(augment, "MASK_SHARE", 1.0)
+    of_prompt = prompt.replace("{}", "").split() if prompt else []
+    tokenizer = samples.processor.tokenizer
+    for row in range(8):
+        kept = [token for token in samples[row].input_ids if token != tokenizer.mask_token_id]
+        expected = tokenizer.convert_tokens_to_ids([tokenizer.cls_token, *of_prompt, tokenizer.sep_token])
+        assert kept == expected
+        assert len(samples[row].input_ids) == len(whole[row])
 
 
 def test_teacher_embeddings_go_with_their_image(make, train_dataset):
@@ -253,6 +271,15 @@ def test_both_views_of_a_batch_have_texts_of_one_length(identified):
     moved = batch.to("meta")
     assert moved.second.input_ids.device.type == "meta"
     assert not moved.second.valid.is_meta
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_samples_without_texts_are_not_padded(identified, length):
+    """The text tower of a model of fixed length would encode nothing but padding."""
+    images, texts = (Collator(7, length)([identified(side)[row] for row in range(4)]) for side in ("image", "text"))
+    assert images.input_ids.shape == images.second.attention_mask.shape == (4, 0)
+    assert texts.input_ids.shape == texts.second.input_ids.shape
+    assert texts.input_ids.shape[1] == (length or int(texts.both_views().attention_mask.sum(1).max()))
 
 
 def test_an_image_without_identity_is_named(train_dataset, processor):

@@ -77,6 +77,22 @@ def test_scale_and_bias_of_the_sigmoid_loss_are_learned_or_fixed(scores):
         SigmoidLoss(temperature=0)
 
 
+@pytest.mark.parametrize("start", [math.log(100), math.log(100) + 0.5, math.log(100) - 0.01])
+def test_a_learned_scale_comes_down_from_its_cap(start):
+    loss = InfoNCE(0.07, learn_temperature=True)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    scores = torch.tensor([[0.5, 0.6], [0.4, 0.5]])  # no scale makes these right, so a lower one is better
+    with torch.no_grad():
+        loss.log_scale.fill_(start)
+        kept = min(start, math.log(100))
+        torch.testing.assert_close(loss(scores), InfoNCE(math.exp(-kept) + 1e-9)(scores))
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss(scores).backward()
+        optimizer.step()
+    assert loss.log_scale < min(start, math.log(100)) - 0.1
+
+
 def test_the_schedule_goes_from_sum_to_hardest(scores):
     loss = TripletLoss(mining="schedule", warmup_epochs=2)
     for epoch, mining in enumerate(["sum", "sum", "hardest", "hardest"]):

@@ -7,6 +7,7 @@ from d2svse import D2SVSE, Trainer
 from d2svse.models.adapters import add_lora, is_added, merge_lora, parameter_table
 from d2svse.similarity import Metric
 from d2svse.training.building import parameter_groups
+from support.dual_encoders import make_dual
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft: pip install 'd2svse[lora]'")
 
@@ -159,6 +160,46 @@ def test_adapters_with_a_metric_are_saved_and_loaded(make_model, val_dataset, tm
     if "kind" not in options:
         loaded.merge_lora()
         torch.testing.assert_close(embeddings(loaded, val_dataset), expected, atol=1e-5, rtol=0)
+
+
+def test_a_merge_in_training_mode_has_no_dropout(make_model, val_dataset):
+    model = make_model()
+    model.add_lora("text", rank=4, metric={"structure": "dense", "dropout": 0.5})
+    stir(model)
+    expected = embeddings(model, val_dataset)
+    model.train().merge_lora()
+    assert all(part.training for part in model.text_encoder.backbone.modules())
+    torch.testing.assert_close(embeddings(model, val_dataset), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}, {"metric": "diagonal"}])
+def test_a_metric_of_the_attention_is_trained_beside_adapters(make_model, options):
+    model = make_model(attention_metric={"text": "diagonal"}, lora={"text": {"rank": 2, **options}})
+    later = make_model(attention_metric={"text": "diagonal"})
+    later.add_lora("text", rank=2, **options)
+    for one in (model, later):
+        backbone = one.text_encoder.backbone
+        assert [part for part in backbone.modules() if isinstance(part, Metric)]
+        for name, parameter in backbone.named_parameters():
+            assert parameter.requires_grad == is_added(name), name
+    frozen = make_model(attention_metric={"text": "diagonal"})
+    frozen.freeze(text=True)
+    frozen.add_lora("text", rank=2, **options)
+    metrics = [name for name, _ in frozen.text_encoder.backbone.named_parameters() if "attention_metric." in name]
+    assert not any(frozen.text_encoder.backbone.get_parameter(name).requires_grad for name in metrics)
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}, {"target_modules": ["fc1", "out_proj"]}], ids=str)
+def test_siglips_pooling_keeps_the_layer_that_torch_does_not_call(processor, val_dataset, options):
+    model = D2SVSE.from_dual_encoder(make_dual("siglip", processor), processor=processor).eval()
+    before = model.encode_image(val_dataset.images[:2], convert_to_tensor=True)
+    model.add_lora("vision", rank=2, **options)
+    after = model.encode_image(val_dataset.images[:2], convert_to_tensor=True)
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+    added = {name for name, parameter in model.named_parameters() if parameter.requires_grad and is_added(name)}
+    assert [name for name in added if ".head.mlp.fc1" in name]
+    model.image_encoder(model.processor.pixel_values(val_dataset.images[:2])).pooled.sum().backward()
+    assert added == {name for name, p in model.named_parameters() if is_added(name) and p.grad is not None}
 
 
 def test_the_table_counts_parameters_and_memory(adapted):

@@ -32,6 +32,37 @@ def test_weights_that_do_not_fit_are_refused(make_model, weights, message):
         average_models([make_model(0), make_model(1)], weights)
 
 
+@pytest.mark.parametrize("metric", [None, "dense"])
+def test_the_mean_of_lora_is_that_of_the_merged_weights(make_model, tmp_path, metric):
+    """The second model has no LoRA, and the third comes from a folder."""
+    models = [make_model() for _ in range(3)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        if seed != 1:
+            model.add_lora("text", rank=2, metric=metric)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name or seed == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    models[2].save_pretrained(tmp_path)
+    given = {name: value.clone() for name, value in models[0].state_dict().items()}
+    averaged = average_models([models[0], models[1], tmp_path])
+    assert averaged.config.lora is None
+    assert all(torch.equal(value, given[name]) for name, value in models[0].state_dict().items())
+    assert models[0].config.lora
+    for model in (models[0], models[2]):
+        model.merge_lora()
+    expected = [sum(parts) / 3 for parts in zip(*(model.parameters() for model in models), strict=True)]
+    torch.testing.assert_close([*averaged.parameters()], expected, rtol=0, atol=1e-6)
+
+
+def test_bottlenecks_are_refused(make_model):
+    models = [make_model(), make_model()]
+    models[1].add_lora("vision", rank=2, kind="bottleneck")
+    with pytest.raises(ValueError, match="the vision backbone has bottleneck adapters, which cannot be merged"):
+        average_models(models)
+
+
 def test_models_of_other_shapes_are_refused_by_the_tensor(make_model):
     with pytest.raises(ValueError, match=r"projection\.weight is \(24, 32\) and \(16, 32\)"):
         average_models([make_model(0), make_model(1, embed_dim=16)])

@@ -39,6 +39,12 @@ def test_what_names_no_similarity_is_told(form):
         D2SVSEConfig(similarity=form)
 
 
+@pytest.mark.parametrize("most", [0, -1.0, float("nan")])
+def test_a_largest_logit_scale_that_is_not_positive_is_refused(most):
+    with pytest.raises(ValueError, match="max_logit_scale must be positive"):
+        D2SVSEConfig(max_logit_scale=most)
+
+
 def test_backbones_are_joined_with_a_similarity_by_name(backbones):
     model = D2SVSE.from_backbones(backbones / "vision", backbones / "text", embed_dim=24, similarity="max-mean")
     assert model.config.similarity == {"name": "max-mean"}

@@ -8,8 +8,10 @@ import torch
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextIndex
+from d2svse.losses import SigmoidLoss
 from d2svse.models import model_fingerprint
 from d2svse.models.dual_encoders import KINDS, stretch_positions
+from d2svse.training.building import tie_temperature
 from support.dual_encoders import NAMES, TOWER, make_dual
 
 
@@ -233,6 +235,16 @@ def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset,
     np.testing.assert_allclose(again.encode_image(images), model.encode_image(images), rtol=0, atol=1e-7)
     np.testing.assert_allclose(again.encode_text(texts), model.encode_text(texts), rtol=0, atol=1e-7)
     assert torch.allclose(again.logit_scale, model.logit_scale, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "align", "siglip"])
+def test_a_bias_that_the_original_lacks_is_left_out_and_told(name, processor, caplog):
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor).eval()
+    tie_temperature(model, SigmoidLoss(bias=-3.0))
+    dual = model.to_dual_encoder()
+    assert ("has no logit bias" in caplog.text) == (name != "siglip")
+    assert "logit_bias" not in dual.state_dict() or dual.logit_bias.item() == -3.0
+    assert torch.allclose(D2SVSE.from_dual_encoder(dual, processor=processor).logit_scale, model.logit_scale)
 
 
 @pytest.mark.parametrize("options", [{"similarity": "max-mean"}, {"context_decoder": {"num_tokens": 2}}])

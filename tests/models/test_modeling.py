@@ -250,6 +250,20 @@ def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
     output = model(**batch)
     scores = model.similarity_fn(output.image_features, output.text_features)
     torch.testing.assert_close(output.logits_per_image, scores * MAX_LOGIT_SCALE)
+    output.logits_per_image.sum().backward()
+    torch.testing.assert_close(model.logit_scale.grad, scores.sum() * MAX_LOGIT_SCALE)
+
+
+@pytest.mark.parametrize("options", [{"name": "gssf-dense"}, {"name": "max-mean", "metric": "dense"}])
+def test_scores_are_without_dropout_when_the_model_still_trains(make_model, val_dataset, options):
+    model = make_model(similarity={**options, "dropout": 0.5})
+    sides = (
+        model.encode_image(val_dataset.images[:3], output="features"),
+        model.encode_text(SENTENCES, output="features"),
+    )
+    expected = model.eval().similarity(*sides)
+    torch.testing.assert_close(model.train().similarity(*sides), expected)
+    assert model.similarity_fn.training
 
 
 def same_state(a, b):
@@ -413,6 +427,16 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
 def test_a_second_decoder_is_refused(model):
     with pytest.raises(ValueError, match="has a context decoder already"):
         model.add_decoder()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_texts_go_through_a_batch_norm_together_shared_by_processes_or_not(make_model, monkeypatch, converted):
+    model = make_model(text_projection="residual_mlp")
+    if converted:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    monkeypatch.setattr(modeling, "GROUP_TOKENS", 4)
+    monkeypatch.setattr(model.text_encoder, "words", None)  # called for each group
+    model(**model.processor(text=SENTENCES * 2), text_groups=2)
 
 
 def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse import ImageTextDataset, Trainer, TrainingArguments
+from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
+from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
 
 
@@ -114,6 +115,16 @@ def test_image_tokens_are_those_of_the_backbone(make_model, train_dataset, tmp_p
     again = pickle.loads(pickle.dumps(cached_image_tokens(model, train_dataset, tmp_path, 16)))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == files
     assert torch.equal(again[4], tokens[4])
+
+
+@pytest.mark.parametrize("name", ["siglip", "align", "clip"])
+def test_image_tokens_of_a_dual_encoder_are_kept(processor, train_dataset, tmp_path, name):
+    dataset = ImageTextDataset(train_dataset.records[:6])
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor).eval()
+    tokens = cached_image_tokens(model, dataset, tmp_path, 4)
+    with torch.no_grad():
+        direct = model.image_encoder.backbone_tokens(processor.pixel_values(dataset.images))
+    torch.testing.assert_close(torch.stack([tokens[row].float() for row in range(6)]), direct, rtol=1e-2, atol=1e-2)
 
 
 def test_an_image_that_changed_is_encoded_again(make_model, photos, tmp_path):

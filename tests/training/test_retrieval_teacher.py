@@ -48,6 +48,20 @@ def test_the_loss_is_kl_to_the_teachers_own_scores(make_model, make_args, train_
     assert weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid", "hinge"])
+def test_the_students_scale_is_not_trained_by_the_teachers_scores(make_model, make_args, train_dataset, loss):
+    options = {"loss": loss} if loss == "hinge" else {"loss": loss, "learn_temperature": True}
+    trainer, _ = make_trainer(make_model, make_args, train_dataset, "cosine", **options)
+    samples = trainer.prepare()
+    losses = trainer.task(trainer.model, trainer.data_collator([samples[row] for row in range(6)]))
+    losses["teacher_loss"].backward()
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+    assert trained == {"teacher_similarity.metric.weight"}
+    if loss != "hinge":
+        losses["align_loss"].backward()
+        assert trainer.model.logit_scale.grad is not None
+
+
 def test_training_learns_the_metric_and_the_student_keeps_its_own_similarity(
     make_model, make_args, train_dataset, val_dataset, tmp_path
 ):

@@ -5,7 +5,7 @@ import torch
 
 from d2svse import Features, Trainer, TrainingArguments
 from d2svse.data import Batch
-from d2svse.losses import InfoNCE, KLDistillation, TripletLoss, build_distillation_loss
+from d2svse.losses import CMPM, InfoNCE, KLDistillation, SigmoidLoss, TripletLoss, build_distillation_loss
 from d2svse.similarity import similarity_names
 from d2svse.training.tasks import AlignTask, DistillTask, hardest_and_random, total_loss
 
@@ -186,9 +186,18 @@ def test_the_hardest_and_random_negatives_of_both_directions_are_chosen():
     chosen = hardest_and_random(images, texts, ids, 0.2)
     cosines = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
     cosines[ids[:, None] == ids] = -2
-    assert chosen.diagonal().all()
+    assert chosen[ids[:, None] == ids].all()
     for matrix, marks in ((cosines, chosen), (cosines.T, chosen.T)):
         for row, mark in zip(matrix, marks, strict=True):
             assert mark[row.argsort(descending=True)[:4]].all()  # half of 0.2 · 39
     assert 40 * 8 < chosen.sum() < 40 * 18
     assert not torch.equal(chosen, hardest_and_random(images, texts, ids, 0.2))
+
+
+@pytest.mark.parametrize("loss", [SigmoidLoss(), CMPM(), InfoNCE(0.1)], ids=lambda loss: type(loss).__name__)
+def test_all_matching_pairs_are_scored_where_negatives_are_left_out(make_model, processor, loss):
+    task, model = AlignTask(loss), make_model(similarity={"name": "omit"}, image_pooling="mean", text_pooling="mean")
+    given = replace(batch(processor), image_ids=torch.tensor([4, 4, 4]))
+    every = task(model, given)["align_loss"]
+    task.negatives_share = 0.01
+    torch.testing.assert_close(task(model, given)["align_loss"], every)

@@ -16,6 +16,7 @@ from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
 from d2svse.training.building import layers_below_the_top, parameter_groups
 from d2svse.training.checkpoints import last_whole_checkpoint
+from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
 
 
@@ -606,6 +607,21 @@ NAMES_OF_LAYERS = {
 def test_layers_are_numbered_over_all_stages(kind, below):
     names = [f"image_encoder.backbone.{name}" for name in NAMES_OF_LAYERS[kind]]
     assert list(layers_below_the_top(names).values()) == below
+
+
+@pytest.mark.parametrize("name", ["clip", "chinese_clip", "siglip"])
+def test_what_is_before_the_first_layer_gets_the_lowest_rate(make_args, processor, name):
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor))
+    args = make_args(layer_decay=0.5, backbone_lr_scale=1.0, learning_rate=1.0)
+    rate = {id(one): group["lr"] for group in parameter_groups(model, args, set()) for one in group["params"]}
+    backbone, lowest = model.image_encoder.backbone, set()
+    for part, parameter in backbone.named_parameters():
+        if "embeddings" in part or "pre_l" in part:
+            lowest.add(part)
+            assert rate[id(parameter)] == 0.25, part
+        elif "post_layernorm" in part:
+            assert rate[id(parameter)] == 1.0
+    assert any("pre_l" in part for part in lowest) == (name != "siglip")
 
 
 def test_a_decay_without_layers_is_refused(make_model, make_args, monkeypatch):

@@ -67,6 +67,12 @@ def test_some_words_and_another_similarity(make_model, val_dataset):
     assert list(heat(explain(model, val_dataset.images[0], SENTENCE))) == ["the whole text"]
 
 
+def test_a_score_is_drawn_without_dropout_when_the_model_still_trains(make_model, val_dataset):
+    model = make_model(similarity={"name": "gssf-dense", "dropout": 0.5})
+    expected = texts(explain(model, val_dataset.images[0], SENTENCE))
+    assert texts(explain(model.train(), val_dataset.images[0], SENTENCE)) == expected
+
+
 def test_a_learned_metric_is_drawn_without_a_warning(make_model, val_dataset, recwarn):
     figure = explain(make_model(similarity={"name": "gssf-diagonal"}), val_dataset.images[0], SENTENCE)
     assert "GSSFDiagonal: " in texts(figure)

@@ -40,6 +40,17 @@ def test_a_cut_sentence_says_so(processor):
     assert not split_words(processor, "a dog " * 5).cut
 
 
+@pytest.mark.parametrize("prompt", ["a dog {}", "{} dog.", "a {}playing"])
+def test_the_words_of_a_text_are_found_inside_a_prompt(processor, prompt):
+    processor.prompt = prompt
+    words = split_words(processor, "A playful Dog ")
+    assert words.texts == ("A", "playful", "Dog")
+    names = processor.tokenizer.convert_ids_to_tokens(processor.tokenize(["A playful Dog "])[0])
+    assert [names[position] for pieces in words.pieces for position in pieces] == ["a", "play", "##ful", "dog"]
+    assert words.num_tokens == len(names)
+    assert [names[position] for _, position in words.special] == [name for name, _ in words.special]
+
+
 def test_some_words_are_found_in_any_case():
     words = Words(("A", "dog", "bites", "a", "Dog"), ((0,), (1,), (2,), (3,), (4,)))
     assert words.select(["DOG"]) == [1, 4]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -26,6 +26,7 @@ from d2svse.retrieval.evaluation.ranking import ranking_metrics
 from d2svse.retrieval.evaluation.report import Captions, EvaluatedModel, Evaluation, Ranked
 from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, rank_in_two_stages, stream_rankings
 from d2svse.similarity.base import Candidates, Similarity, build_similarity, similarity_options
+from d2svse.similarity.use import evaluating
 
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
@@ -398,11 +399,7 @@ def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity
 @contextmanager
 def without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
     """Put the similarities in eval mode inside the block."""
-    training = [similarity for similarity in similarities if similarity.training]
-    for similarity in training:
-        similarity.eval()
-    try:
+    with ExitStack() as stack:
+        for similarity in similarities:
+            stack.enter_context(evaluating(similarity))
         yield
-    finally:
-        for similarity in training:
-            similarity.train()
