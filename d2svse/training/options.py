@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
@@ -614,6 +614,47 @@ def preset_stages(preset: str) -> list[Stage]:
 
 # Presets that read both dense captions of the published layout: `_short200` in stage 1, the long one for the teacher.
 SHORT_AND_LONG = ("paper", "published", "d2s-vse")
+
+
+def change_preset(values: Mapping[str, Any], preset: Any, processes: int = 1) -> dict[str, Any]:
+    """Return the values of a recipe with another preset, without those that its own preset gave.
+
+    A `recipe.yaml` has the values of its preset beside those of the user, which are kept. The sections of stages have
+    those of the user alone.
+
+    Args:
+        values: fields of a `Recipe`.
+        preset: the other preset.
+        processes: number of processes, over which the batch of the preset is divided.
+    """
+    result, own = {**values, "preset": preset}, values.get("preset")
+    if own == preset or not isinstance(own, str) or own not in PRESETS:
+        return result
+    start = MODEL_PRESETS.get(own, {})
+    training = {**PRESETS[own], "per_device_train_batch_size": PRESETS[own]["per_device_train_batch_size"] // processes}
+    given = {"stages": preset_stages(own), **start, "training": training}
+    if own in SHORT_AND_LONG and (values.get("dense"), values.get("teacher_dense")) == ("short200", "long"):
+        given |= {"dense": "short200", "teacher_dense": "long"}
+    for name, of_preset in given.items():
+        value = values.get(name)
+        if isinstance(of_preset, dict) and isinstance(value, Mapping):
+            result[name] = {key: one for key, one in value.items() if key not in of_preset or one != of_preset[key]}
+        elif value == of_preset:
+            del result[name]
+    _take_metric(result, start.get("model_options", {}).get("similarity"))
+    return result
+
+
+def _take_metric(values: dict[str, Any], of_preset: dict[str, Any] | None) -> None:
+    """Replace the similarity of a preset with a metric, which `gssf` made, by that option."""
+    options: Any = values.get("model_options") or {}
+    similarity = options.get("similarity") if isinstance(options, Mapping) else None
+    if of_preset is None or not isinstance(similarity, Mapping):
+        return
+    metric = similarity.get("metric")
+    if metric in get_args(Gssf) and {**of_preset, "metric": metric} == similarity and values.get("gssf") is None:
+        values["gssf"] = metric
+        values["model_options"] = {name: value for name, value in options.items() if name != "similarity"}
 
 
 def preset_options(preset: str, processes: int = 1) -> dict[str, Any]:

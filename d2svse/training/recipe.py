@@ -47,6 +47,7 @@ from d2svse.training.options import (
     RunOptions,
     Stage,
     StartOptions,
+    change_preset,
     preset_options,
     preset_stages,
 )
@@ -256,6 +257,8 @@ def merge(
 ) -> dict[str, Any]:
     """Return the values of a recipe; values of the command line override those of a file.
 
+    With another preset on the command line, the file's values that come from its own preset are left out.
+
     Args:
         values: values of the file, by name.
         given: values of the command line, by section and name; section "" is the recipe itself.
@@ -265,6 +268,8 @@ def merge(
     Raises:
         ValueError: if a section of the file is not a mapping.
     """
+    if "preset" in given.get("", {}):
+        values = change_preset(values, given[""]["preset"], launched_processes())
     result = {**values, **given.get("", {})}
     for section in given:
         own = result.get(section) or {}
