@@ -118,7 +118,11 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             if not str(self.vision).endswith(".npy"):  # region features have no pixels
                 self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
                 self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
-            self.model_options = {**preset.get("model_options", {}), **self.model_options}
+            of_preset, similarity = preset.get("model_options", {}), self.model_options.get("similarity")
+            self.model_options = {**of_preset, **self.model_options}
+            if isinstance(similarity, Mapping) and "name" not in similarity:  # arguments for that of the preset
+                own = similarity_options(of_preset.get("similarity"))
+                self.model_options["similarity"] = {**own, **similarity}
             if self.gssf is not None:
                 self._add_metric(self.gssf)
         elif self.image_size is not None or self.resizing is not None:
@@ -152,7 +156,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         """Put a GSSF metric into the similarity."""
         similarity = similarity_options(self.model_options.get("similarity"))
         if similarity["name"] == "cosine":
-            similarity = {"name": f"gssf-{structure}"}
+            similarity = {**similarity, "name": f"gssf-{structure}"}
         elif "metric" in similarity or similarity["name"].startswith("gssf-"):
             raise ValueError("gssf: the similarity has a metric already; give one of them")
         else:
@@ -279,7 +283,8 @@ def merge(
             result[section] = {**own, **given[section]}
     if similarity_arguments:
         options = result.setdefault("model_options", {})
-        options["similarity"] = {**similarity_options(options.get("similarity")), **similarity_arguments}
+        own = options.get("similarity")  # without one the recipe takes that of the preset
+        options["similarity"] = {**(similarity_options(own) if own else {}), **similarity_arguments}
     return result
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse.similarity import build_similarity
 from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
 from d2svse.visualize import read_logs
 
@@ -27,6 +28,28 @@ def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
     named = merge(values, {"model_options": {"similarity": "cosine"}}, {}, "c.yaml")["model_options"]
     assert named == {"similarity": "cosine", "embed_dim": 8}
     assert values == {"model_options": {"similarity": before, "embed_dim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "expected"),
+    [
+        ({"preset": "omit"}, {"regularization": 0.05}, {"name": "omit", "regularization": 0.05}),
+        ({"preset": "chan"}, {"direction": "i2t"}, {"name": "max-lse", "direction": "i2t"}),
+        ({"preset": "omit", "similarity": "max-mean"}, {"direction": "i2t"}, {"name": "max-mean", "direction": "i2t"}),
+        (
+            {"preset": "omit", "gssf": "diagonal"},
+            {"regularization": 0.05},
+            {"name": "omit", "regularization": 0.05, "metric": "diagonal"},
+        ),
+        ({"gssf": "block-diagonal"}, {"num_blocks": 2}, {"name": "gssf-block-diagonal", "num_blocks": 2}),
+    ],
+)
+def test_arguments_without_a_similarity_are_for_that_of_the_preset(options, arguments, expected):
+    own = {"similarity": options["similarity"]} if "similarity" in options else {}
+    given = {"": {name: value for name, value in options.items() if name != "similarity"}, "model_options": own}
+    recipe = Recipe.from_mapping(merge(GIVEN, given, arguments, "options"))
+    assert recipe.model_options["similarity"] == expected
+    build_similarity(recipe.model_options["similarity"], 8)
 
 
 @pytest.mark.parametrize(
