@@ -54,6 +54,7 @@ def check_stage(
         raise ValueError("unimodal: a teacher scores images with texts; leave one of them out")
     if isinstance(teacher, Teacher) and args.stage != "distill":
         raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
+    _check_precision(model, args)
     if args.stage == "distill" and teacher is None and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
@@ -78,6 +79,22 @@ def check_stage(
         if isinstance(distillation_loss, ScoreDistillationLoss):
             kind = args.distill_loss if isinstance(args.distill_loss, str) else args.distill_loss["name"]
             raise ValueError(f"distill_loss {kind} compares pooled vectors with the teacher's; {name} compares tokens")
+
+
+def _check_precision(model: D2SVSE, args: TrainingArguments) -> None:
+    """Refuse to train weights of 16 bits, in which small steps are lost; frozen ones are accepted."""
+    added = args.lora_arguments()  # matrices have the type of the weights beside them
+    sides = (("image_encoder", "vision", args.freeze_vision), ("text_encoder", "text", args.freeze_text))
+    for name, parameter in model.named_parameters():
+        trained = parameter.requires_grad
+        for encoder, side, frozen in sides:
+            if name.startswith(f"{encoder}.backbone."):
+                trained = not frozen and (trained or side in added)
+        if trained and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is of {str(parameter.dtype).removeprefix('torch.')}, in which small steps are lost; load the "
+                "model in float32 (dtype=torch.float32), and set bf16 for mixed precision"
+            )
 
 
 def score_distillation_loss(args: TrainingArguments) -> ScoreDistillationLoss:

@@ -404,7 +404,7 @@ def _train_each(
     data = {"distill": _with_dense(recipe, train_dataset)} if "distill" in recipe.stages else {}
     for stage in recipe.stages:
         if stage in results:
-            model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+            model = _load(recipe.model_folder(stage))
             continue
         model.freeze(vision=False, text=False)
         trainer = Trainer(
@@ -430,7 +430,7 @@ def _train_each(
         del trainer
         gc.collect()
         # Load the saved model, so that a run that is resumed here starts from equal weights in equally aligned memory.
-        model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+        model = _load(recipe.model_folder(stage))
     interpolation = _interpolate(recipe, model, stage_arguments[recipe.stages[-1]], eval_dataset)
     if interpolation:
         kept = next(one["metrics"] for one in interpolation["tried"] if one["share"] == interpolation["kept"])
@@ -586,16 +586,22 @@ def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     return ImageTextDataset(records, dataset.source)
 
 
+def _load(folder: str | os.PathLike[str], **options: Any) -> D2SVSE:
+    """Load a model to train, in float32 even if it was saved in 16 bits."""
+    model: D2SVSE = D2SVSE.from_pretrained(folder, dtype=torch.float32, **options)
+    return model
+
+
 def _start(recipe: Recipe) -> D2SVSE:
     if recipe.model is not None:
         if Path(recipe.model).is_dir():
             check_start_folder(recipe.model)
-        model: D2SVSE = D2SVSE.from_pretrained(recipe.model)
+        model = _load(recipe.model)
         if not recipe.model_options:
             return model
         if not model.taken_over:
             raise ValueError(f"{recipe.model} has its own {', '.join(recipe.model_options)}; leave these options out")
-        return D2SVSE.from_pretrained(recipe.model, **recipe.model_options)
+        return _load(recipe.model, **recipe.model_options)
     assert recipe.vision is not None
     assert recipe.text is not None
     images: dict[str, Any] = {"image_size": recipe.image_size, "resizing": recipe.resizing or "backbone"}

@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.similarity import build_similarity
@@ -134,3 +136,15 @@ def test_lora_is_trained_by_a_recipe_and_merged(scenes, backbones, tmp_path):
     model = D2SVSE.from_pretrained(tmp_path / "model")
     assert model.config.lora in (None, {})
     assert not any("lora_" in name for name in model.state_dict())
+
+
+def test_a_model_of_16_bits_is_trained_in_float32(scenes, make_model, tmp_path):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert D2SVSE.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False, "decoder_layers": 1, "decoder_heads": 2}
+    run_recipe(Recipe(**given, model=str(tmp_path / "half"), training=training, show_progress_bar=False))
+    for stage in ("pretrain", "distill"):
+        weights = load_file(tmp_path / "run" / stage / "model" / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}

@@ -220,6 +220,19 @@ def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dat
     assert all(loss == loss for loss in losses(trainer))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_trained_only_if_they_are_frozen(dtype, make_model, make_args, train_dataset):
+    model = make_model()
+    model.image_encoder.backbone.to(getattr(torch, dtype))
+    message = rf"image_encoder\.backbone\..* is of {dtype}, in which small steps are lost; load the model in float32"
+    for options in ({}, {"freeze_text": True}, {"lora": "vision"}):
+        with pytest.raises(ValueError, match=message):
+            Trainer(model, make_args(**options), train_dataset)
+    Trainer(model, make_args(freeze_vision=True), train_dataset)
+    model.freeze(vision=True)
+    Trainer(model, make_args(), train_dataset)
+
+
 def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset, monkeypatch):
     calls, plain = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
