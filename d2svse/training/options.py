@@ -169,17 +169,18 @@ class OptimizerOptions:
         most=0.999999,
     )
 
-    def decayed(self, names: Collection[str]) -> Collection[str]:
+    def decayed(self, names: Collection[str], later: Collection[str] = ()) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
         Args:
             names: names of all matrices and kernels of the model, without biases, gains and the temperature.
+            later: names of those that a later stage adds, which a pattern may match instead.
 
         Raises:
             ValueError: if a pattern of `weight_decay_exclude` matches no name.
         """
         for pattern in self.weight_decay_exclude:
-            if not fnmatch.filter(names, pattern):
+            if not fnmatch.filter([*names, *later], pattern):
                 raise ValueError(f"weight_decay_exclude: no weight has a name like {pattern!r}")
         return {name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in self.weight_decay_exclude)}
 
@@ -280,7 +281,7 @@ class DecoderOptions:
         "decoder", "Transformer layers over words and tokens, or one attention of the tokens to the words."
     )
     num_context_tokens: int = option(
-        100, "Number of learnable tokens; 0 runs the decoder over the words alone.", least=0, most=10_000
+        100, "Number of learnable tokens; 0 runs the decoder over the words alone.", least=0, most=4096
     )
     decoder_layers: int = option(4, "Number of layers.", least=1, most=100)
     decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)

@@ -31,10 +31,9 @@ from d2svse.hub import make_repository, push_folder
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import model_kind
 from d2svse.models import D2SVSE, D2SVSEConfig
-from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import check_stage, score_distillation_loss, set_attention
+from d2svse.training.building import check_stage, check_stages, score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
@@ -335,9 +334,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             set_attention(model, *set_attention(model, name, name))
         own = teacher if arguments.stage == _taught(teacher) else None
         check_stage(model, arguments, arguments.build_loss(), own)
-    if "distill" in recipe.stages:
-        with torch.device("meta"):
-            build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
+    check_stages(model, stage_arguments, teacher)
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}

@@ -43,6 +43,7 @@ from d2svse.training.building import (
     check_stage,
     check_tokens,
     data_seed,
+    decoder_arguments,
     freeze_other_side,
     make_samples,
     make_task,
@@ -223,7 +224,7 @@ class Trainer(TransformersTrainer):
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
-                model.add_decoder(args.context_tokens, **args.decoder_arguments())
+                model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.similarity import build_similarity
+from d2svse.training.building import check_stages
 from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
 from d2svse.visualize import read_logs
 
@@ -125,6 +127,59 @@ def test_what_a_later_stage_refuses_is_told_before_the_first(scenes, backbones, 
     with pytest.raises(ValueError, match=message):
         run_recipe(recipe)
     assert not (tmp_path / "run" / "pretrain").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "distill", "message"),
+    [
+        ({"lora": "both"}, {"lora_rank": 4}, "stage distill: the vision backbone has LoRA with {'rank': 8}, got"),
+        ({"lora": "text"}, {"lora_alpha": 1.0}, "stage distill: the text backbone has LoRA with"),
+        ({}, {"lora": "text", "lora_targets": ["querry"]}, "stage distill: .*querry"),
+        ({}, {"lora": "text", "lora_metric": "diagonl"}, "stage distill: .*diagonl"),
+        ({}, {"weight_decay_exclude": ["decoder.token"]}, r"stage distill: weight_decay_exclude: .*'decoder\.token'"),
+        ({"weight_decay_exclude": ["decoder.token"]}, {}, r"stage pretrain: weight_decay_exclude: .*'decoder\.token'"),
+        ({}, {"decoder_heads": 5}, "stage distill: .*5 heads do not divide the width 24"),
+        ({}, {"decoder_metric": "diagonl"}, "stage distill: .*diagonl"),
+    ],
+)
+def test_what_the_model_of_a_stage_refuses_is_told_before_the_first(
+    scenes, make_model, tmp_path, training, distill, message
+):
+    pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path / "start")
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    small = {"per_device_train_batch_size": 8, "max_steps": 1, "decoder_heads": 2, "decoder_layers": 1, **training}
+    recipe = Recipe(**given, model=str(tmp_path / "start"), training=small, distill=distill, show_progress_bar=False)
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_peft_is_told_before_the_first_stage(make_model, make_args, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    stages = {"pretrain": make_args(), "distill": make_args("distill", lora="both")}
+    with pytest.raises(ImportError, match="LoRA needs peft"):
+        check_stages(make_model(), stages)
+
+
+def test_a_walk_through_the_stages_leaves_the_model_as_it_is(make_model, make_args):
+    pytest.importorskip("peft")
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metric = {"lora": "both", "lora_metric": "diagonal"}
+    stages = {
+        "pretrain": make_args(**metric, merge_lora=True, weight_decay_exclude=["decoder.tokens"], loss="sigmoid"),
+        "distill": make_args("distill", lora="text", lora_rank=4, weight_decay_exclude=["decoder.tokens"]),
+        "align": make_args("align", lora="text", lora_rank=4, weight_decay_exclude=["*lora_A*", "decoder.tokens"]),
+    }
+    check_stages(model, stages)
+    assert model.decoder is None
+    assert model.config.lora is None
+    assert model.config.context_decoder is None
+    assert all(value.equal(before.pop(name)) for name, value in model.state_dict().items())
+    assert not before
+    with pytest.raises(ValueError, match="stage distill: the vision backbone has LoRA with"):
+        check_stages(model, {"pretrain": make_args(**metric), "distill": make_args("distill", lora="both")})
 
 
 def test_lora_is_trained_by_a_recipe_and_merged(scenes, backbones, tmp_path):
