@@ -375,14 +375,18 @@ def _train_stages(
     configuration = recipe.effective_configuration()
     results = _finished(recipe) if recipe.resume else {}
     results.pop(INTERPOLATED, None)
-    _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
+    of_teacher = _with_dense(recipe, train_dataset) if "distill" in recipe.stages else train_dataset
+    now = {"data": data_hash(train_dataset), "processes": world_size(), "validation": data_hash(eval_dataset)}
+    if of_teacher is not train_dataset:
+        now["teacher_dense"] = data_hash(of_teacher)
+    _check_start(output / START_FILE, now, recipe.resume)
     barrier()  # before the first process changes the files that the others check
     if main:
         if not recipe.resume:
             (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
         write_text(output / "recipe.yaml", configuration)
     try:
-        return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
+        return _train_each(recipe, model, teacher, train_dataset, of_teacher, eval_dataset, stage_arguments, results)
     except KeyboardInterrupt as stop:
         raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
 
@@ -392,13 +396,13 @@ def _train_each(
     model: D2SVSE,
     teacher: Teacher | RetrievalTeacher | None,
     train_dataset: ImageTextDataset,
+    of_teacher: ImageTextDataset,
     eval_dataset: ImageTextDataset,
     stage_arguments: Mapping[str, TrainingArguments],
     results: dict[str, dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """Train the stages that have no results yet."""
     output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
-    data = {"distill": _with_dense(recipe, train_dataset)} if "distill" in recipe.stages else {}
     for stage in recipe.stages:
         if stage in results:
             model = _load(recipe.model_folder(stage))
@@ -407,7 +411,7 @@ def _train_each(
         trainer = Trainer(
             model,
             stage_arguments[stage],
-            data.get(stage, train_dataset),
+            of_teacher if stage == "distill" else train_dataset,
             eval_dataset,
             teacher=teacher if stage == _taught(teacher) else None,
         )
@@ -479,11 +483,17 @@ def _interpolate(
 def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
     """Write what the position within an epoch depends on; refuse to resume if it has changed."""
     before = _read_mapping(path, "what the run started with") if resume and path.exists() else now
+    checked = {
+        "data": "the training data",
+        "processes": "the number of processes",
+        "validation": "the validation data",
+        "teacher_dense": "the dense captions of the teacher",
+    }
     for name, value in now.items():
-        if name not in before:
+        if name not in before and name in ("data", "processes"):  # earlier versions wrote these two alone
             raise ValueError(f"{path}: {name!r} is missing; remove the file if data and processes are unchanged")
-        if before[name] != value:
-            what = {"data": "the training data", "processes": "the number of processes"}[name]
+        if before.get(name, value) != value:
+            what = checked[name]
             raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the earlier one")
     barrier()
     if is_main_process():

@@ -203,3 +203,41 @@ def test_a_model_of_16_bits_is_trained_in_float32(scenes, make_model, tmp_path):
     for stage in ("pretrain", "distill"):
         weights = load_file(tmp_path / "run" / stage / "model" / "model.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_run_is_resumed_only_with_its_validation_set_and_the_dense_captions_of_its_teacher(
+    scenes, make_model, tmp_path
+):
+    make_model().save_pretrained(tmp_path / "start")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("val", "long")}
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()]
+    long = "".join(
+        json.dumps({"image": row["image"], "dense": "the longer one of " + row["dense"]}) + "\n" for row in rows
+    )
+    val = (scenes / "val.jsonl").read_text()
+    files["val"].write_text(val)
+    files["long"].write_text(long)
+    given = {"train": str(scenes / "train.jsonl"), "val": str(files["val"]), "output": str(tmp_path / "run")}
+    given |= {"image_folder": str(scenes), "teacher_dense": str(files["long"]), "stages": ["distill"]}
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False, "decoder_layers": 1, "decoder_heads": 2}
+
+    def train(resume: bool) -> None:
+        start = str(tmp_path / "start")
+        run_recipe(Recipe(**given, model=start, training=training, resume=resume, show_progress_bar=False))
+
+    train(False)
+    first = (tmp_path / "run" / "start.json").read_text()
+    files["val"].write_text(val.replace("circle", "ring"))
+    with pytest.raises(ValueError, match=r"start\.json: the validation data was .* resume with the earlier one"):
+        train(True)
+    files["val"].write_text(val)
+    files["long"].write_text(long.replace("longer", "longest"))
+    with pytest.raises(ValueError, match=r"start\.json: the dense captions of the teacher was "):
+        train(True)
+    started = json.loads(first)
+    earlier = {name: started[name] for name in ("data", "processes")}  # as earlier versions wrote it
+    (tmp_path / "run" / "start.json").write_text(json.dumps(earlier))
+    files["long"].write_text(long)
+    train(True)
+    assert json.loads((tmp_path / "run" / "start.json").read_text()) == started
