@@ -55,6 +55,7 @@ from d2svse.training.caches import CachedTokens, cached_image_tokens, cached_tea
 from d2svse.training.callbacks import AlignWarmupCallback, FindBestCallback, LossScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
+    check_resumable,
     last_whole_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
@@ -285,13 +286,15 @@ class Trainer(TransformersTrainer):
 
         Raises:
             KeyboardInterrupt: after Ctrl-C and a checkpoint.
-            ValueError: see `prepare`; also if a checkpoint is unsafe to load.
+            ValueError: see `prepare`; also if a checkpoint is unsafe to load, or has no state of the optimizer.
             WorkerError: if a process that prepares samples ended.
         """
-        self.prepare()
-        resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint)
+        self.prepare()
+        resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
         self.lr_scheduler = None  # a second call gets its own schedule
