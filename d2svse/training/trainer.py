@@ -34,6 +34,7 @@ from d2svse.models import D2SVSE
 from d2svse.models.adapters import parameter_table
 from d2svse.models.compiled import compiled_parts
 from d2svse.models.encoders import check_text_backbone
+from d2svse.retrieval.embeddings.store import DESCRIPTION
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
@@ -255,6 +256,8 @@ class Trainer(TransformersTrainer):
         """Return the cached tokens of frozen backbones for the training samples; keep those for validation."""
         args, options = self.args, (self.args.per_device_eval_batch_size, not self.args.disable_tqdm)
         train, val, found = self.train_dataset, self.eval_dataset, dict[str, CachedTokens]()
+        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
+            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
         if args.cache_image_tokens or args.cache_text_tokens:
             model.to(args.device)  # type: ignore[arg-type]
         if args.cache_image_tokens:
@@ -263,8 +266,6 @@ class Trainer(TransformersTrainer):
             if val is not None:
                 self._eval_tokens["image_tokens"] = cached_image_tokens(model, val, folder / "validation", *options)
         if args.cache_text_tokens:
-            if model.text_encoder.native_pool is not None:
-                raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
             folder = Path(args.cache_text_tokens)
             if args.stage == "pretrain":
                 texts, name, length = train.dense_captions, "dense", args.dense_max_length
@@ -272,7 +273,10 @@ class Trainer(TransformersTrainer):
                 texts, name, length = train.captions, "sparse", args.max_length
             found["text_tokens"] = cached_text_tokens(model, texts, folder / name, *options, length)
             if val is not None:
-                held_out, length = folder / "validation", args.max_length
+                held_out, length = folder / "validation_texts", args.max_length  # "validation" is for images
+                earlier = folder / "validation"  # where texts were before both sides could have one folder
+                if (earlier / DESCRIPTION).is_file() and not (earlier / "image_tokens").exists():
+                    held_out = earlier
                 self._eval_tokens["text_tokens"] = cached_text_tokens(model, val.captions, held_out, *options, length)
         return found
 
