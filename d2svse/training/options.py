@@ -315,6 +315,29 @@ class DecoderOptions:
         }
         return arguments if self.decoder_pooling == "mean" else {**arguments, "pooling": self.decoder_pooling}
 
+    @classmethod
+    def of_decoder(cls, arguments: Mapping[str, Any], context_tokens: str) -> dict[str, Any]:
+        """Return the options that a decoder was made with.
+
+        Args:
+            arguments: arguments of `build_context_decoder`.
+            context_tokens: how the decoder reaches a similarity of tokens.
+        """
+        attention = arguments.get("kind") == "attention"
+        found = {
+            "decoder_kind": arguments.get("kind", "decoder"),
+            "num_context_tokens": arguments.get("num_tokens", 100),
+            "decoder_heads": arguments.get("num_heads", 8 if attention else 4),
+            "decoder_pooling": arguments.get("pooling", "mean"),
+            "decoder_metric": arguments.get("metric"),
+            "context_tokens": context_tokens,
+        }
+        if not attention:
+            found["decoder_layers"] = arguments.get("num_layers", 4)
+            found["token_placement"] = arguments.get("placement", "surround")
+            found["decoder_positions"] = arguments.get("positions", True)
+        return found
+
 
 @dataclass
 class SampleOptions:

@@ -43,6 +43,7 @@ from d2svse.training.options import (
     SHORT_AND_LONG,
     STAGES,
     DataOptions,
+    DecoderOptions,
     RunOptions,
     Stage,
     StartOptions,
@@ -309,6 +310,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             disk; the message names the file.
         ValueError: if an option does not fit, or another run writes to this output.
     """
+    choose_decoder(recipe, refuse=not recipe.resume)
     stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     for arguments in stage_arguments.values():
         arguments.check_metric()
@@ -547,7 +549,9 @@ def check_unchanged(recipe: Recipe) -> None:
     path = Path(recipe.output) / "recipe.yaml"
     if not path.exists():
         return
-    before = parse_yaml(Recipe.from_mapping(read_recipe(path), path).effective_configuration())
+    run = Recipe.from_mapping(read_recipe(path), path)
+    choose_decoder(run, refuse=False)  # earlier versions wrote the options of the preset
+    before = parse_yaml(run.effective_configuration())
     now = parse_yaml(recipe.effective_configuration())
     for name in differing(before, recipe):
         if name != "stages":
@@ -580,6 +584,40 @@ def choose_dense(recipe: Recipe) -> None:
     automatic = recipe.dense == "auto" and recipe.teacher_dense is None and recipe.preset in SHORT_AND_LONG
     if automatic and detect_format(recipe.train) == "published":
         recipe.dense, recipe.teacher_dense = "short200", "long"
+
+
+def choose_decoder(recipe: Recipe, refuse: bool = True) -> None:
+    """Put the options of the decoder that the start has into the recipe; they replace those of the preset.
+
+    Args:
+        recipe: the recipe.
+        refuse: refuse other options that the recipe names; False replaces them too.
+
+    Raises:
+        ValueError: if the recipe names another option of the decoder.
+    """
+    if recipe.model is None:
+        return
+    folder = Path(recipe.model)
+    try:
+        config = read_json(folder / "config.json") if folder.is_dir() else D2SVSEConfig.get_config_dict(recipe.model)[0]
+    except (OSError, ValueError):  # loading the model tells what is wrong
+        return
+    own_kind = isinstance(config, dict) and config.get("model_type", D2SVSEConfig.model_type) == D2SVSEConfig.model_type
+    arguments = config.get("context_decoder") if own_kind else None
+    if not isinstance(arguments, dict):
+        return
+    own = DecoderOptions.of_decoder(arguments, config.get("context_tokens", "none"))
+    for section in ("training", *STAGES):
+        given = getattr(recipe, section)
+        for name in own.keys() & given.keys():
+            if refuse and given[name] is not None and given[name] != own[name]:
+                raise ValueError(
+                    f"{section}: {name} is {given[name]!r}, but {recipe.model} has a context decoder already, whose "
+                    f"{name} is {own[name]!r}; leave the option out"
+                )
+            given[name] = own[name]
+    recipe.training |= own
 
 
 def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:

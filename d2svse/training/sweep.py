@@ -34,7 +34,16 @@ from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.distributed import launched_processes
 from d2svse.training.options import STAGES, change_preset
-from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, choose_dense, differing, read_recipe, run_recipe
+from d2svse.training.recipe import (
+    START_FILE,
+    Recipe,
+    check_unchanged,
+    choose_decoder,
+    choose_dense,
+    differing,
+    read_recipe,
+    run_recipe,
+)
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 
 logger = logging.getLogger(__name__)
@@ -125,7 +134,8 @@ class Sweep:
             output = str(folder / "runs" / run.name)
             given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
-            choose_dense(recipe)  # as the run does
+            choose_dense(recipe)  # as the run does, and the decoder too
+            choose_decoder(recipe)
             for stage in recipe.stages:
                 if recipe.arguments(stage).unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
+from d2svse.files.yaml import parse_yaml
 from d2svse.similarity import build_similarity
 from d2svse.training.building import check_stages
 from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
@@ -241,3 +243,49 @@ def test_a_run_is_resumed_only_with_its_validation_set_and_the_dense_captions_of
     files["long"].write_text(long)
     train(True)
     assert json.loads((tmp_path / "run" / "start.json").read_text()) == started
+
+
+def test_options_of_the_decoder_are_those_of_a_start_that_has_one(scenes, model, tmp_path):
+    start = tmp_path / "start"
+    model.save_pretrained(start)
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    given |= {"model": str(start), "stages": ["align"], "show_progress_bar": False}
+    small = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    small |= {"load_best_model_at_end": False}
+    for section, name, value in (
+        ("training", "num_context_tokens", 16),
+        ("align", "decoder_layers", 2),
+        ("training", "token_placement", "prefix"),
+        ("training", "decoder_kind", "attention"),
+        ("training", "context_tokens", "add"),
+    ):
+        options = {"training": dict(small)}
+        options.setdefault(section, {})[name] = value
+        with pytest.raises(ValueError, match=rf"{section}: {name} is {value!r}, but .*start has a context decoder"):
+            run_recipe(Recipe(**given, **options))
+    assert not (tmp_path / "run").exists()
+    recipe = Recipe(**given, training={**small, "num_context_tokens": 4})
+    run_recipe(recipe)
+    own = {"num_context_tokens": 4, "decoder_layers": 1, "decoder_heads": 2, "token_placement": "surround"}
+    own |= {"decoder_kind": "decoder", "context_tokens": "none", "decoder_positions": True, "decoder_metric": None}
+    recorded = parse_yaml((tmp_path / "run" / "recipe.yaml").read_text())
+    card = json.loads((tmp_path / "run" / "run.json").read_text())["configuration"]
+    assert recorded["training"] == card["training"] == recorded["training"] | own
+    # The same call, the file, and a file of an earlier version resume the run.
+    run_recipe(Recipe(**given, training=small, resume=True))
+    run_recipe(Recipe.from_mapping(recorded | {"resume": True}))
+    earlier = recorded | {"training": recorded["training"] | {"num_context_tokens": 16, "decoder_layers": 2}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(earlier))
+    run_recipe(Recipe.from_mapping(earlier | {"resume": True}))
+
+
+def test_options_of_a_decoder_are_found_again(make_args):
+    for options in (
+        {},
+        {"num_context_tokens": 0, "decoder_positions": False, "decoder_pooling": "max", "context_tokens": "join"},
+        {"decoder_kind": "attention", "decoder_metric": "diagonal", "decoder_heads": 8},
+        {"token_placement": "prefix", "decoder_layers": 3},
+    ):
+        args = make_args("distill", **options)
+        found = args.of_decoder(args.decoder_arguments(), args.context_tokens)
+        assert found == {name: getattr(args, name) for name in found}

@@ -376,3 +376,18 @@ def test_a_sweep_of_the_published_layout_goes_on(small, write, tmp_path, preset)
     (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
     (Path(recipe.output) / "start.json").write_text("{}")
     assert sweep.state(run, tmp_path / "out") == "begun"
+
+
+def test_a_sweep_from_a_model_with_a_decoder_goes_on_and_refuses_another_decoder(small, write, model, tmp_path):
+    model.save_pretrained(tmp_path / "start")
+    values = {name: value for name, value in small.items() if name not in ("vision", "text", "model_options")}
+    sweep = read_sweep(write(values | {"model": str(tmp_path / "start")}), {"num_context_tokens": [4, 8]})
+    run, other = sweep.runs
+    recipe = sweep.recipe(run, tmp_path / "out")
+    assert recipe.training["decoder_heads"] == 2
+    Path(recipe.output).mkdir(parents=True)
+    (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
+    (Path(recipe.output) / "start.json").write_text("{}")
+    assert sweep.state(run, tmp_path / "out") == "begun"
+    with pytest.raises(ValueError, match="row 'num_context_tokens=8': training: num_context_tokens is 8, but"):
+        sweep.recipe(other, tmp_path / "out")
