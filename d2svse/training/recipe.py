@@ -129,7 +129,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("image_size and resizing belong to --vision; a model to start from has its own")
         elif self.gssf is not None:
             raise ValueError("gssf belongs to --vision; give a model to start from --similarity")
-        if self.model is None and "context_tokens" in self.model_options:
+        if "context_tokens" in self.model_options:
             raise ValueError("context_tokens belongs to the stage that adds the decoder: put it below training")
         D2SVSEConfig.check_names(self.model_options)
         own = {

@@ -102,6 +102,10 @@ def test_every_training_option_can_be_given_to_a_stage():
     ("options", "message"),
     [
         ({"model_options": {"context_tokens": "add"}}, "context_tokens belongs to the stage that adds the decoder"),
+        (
+            {"model_options": {"context_tokens": "none"}, "model": "m", "vision": None, "text": None},
+            "context_tokens belongs to the stage that adds the decoder: put it below training",
+        ),
         ({"stages": ["pretrain", "distill", "pretrain"]}, "stage pretrain comes before stage distill"),
         ({"stages": ["distill", "pretrain"], "model": "m", "vision": None, "text": None}, "comes before stage distill"),
         ({"training": {"embed_dim": 8}}, "embed_dim is an option of the model, not of training"),
