@@ -61,6 +61,8 @@ TRAINED = model_kind("d2svse train", [RUN_CARD_FILE, "recipe.yaml"])
 INTERPOLATED = "interpolated"
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
+OF_RECIPE = {"stage": "give stages (--stages)", "output_dir": "the folder is output (--output)"}  # of TrainingArguments
+
 
 @dataclass(kw_only=True)
 class Recipe(DataOptions, StartOptions, RunOptions):
@@ -109,6 +111,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("a model to start from has its own backbones; give one or the other")
         if "distill" in self.stages and "pretrain" in self.stages[self.stages.index("distill") :]:
             raise ValueError("stage pretrain comes before stage distill, which adds the context decoder")
+        if repeated := [stage for stage in STAGES if self.stages.count(stage) > 1]:
+            raise ValueError(f"stages has {repeated[0]} more than once; give each stage once")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -147,6 +151,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                         f"{name} is not an option of {section}; push with the recipe's push_to_hub: ORG/NAME, and give "
                         "the token by HF_TOKEN or hf auth login"
                     )
+                if name in OF_RECIPE:
+                    raise ValueError(f"{name} is not an option of {section}; {OF_RECIPE[name]}")
                 if name not in known and name in D2SVSEConfig.__annotations__:
                     raise ValueError(f"{name} is an option of the model, not of {section}: put it below model_options")
                 if name not in known:

@@ -13,7 +13,7 @@ from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.files.yaml import parse_yaml
 from d2svse.similarity import build_similarity
 from d2svse.training.building import check_stages
-from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
+from d2svse.training.recipe import HUB_ARGUMENTS, OF_RECIPE, Recipe, merge, run_recipe
 from d2svse.visualize import read_logs
 
 GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
@@ -93,7 +93,7 @@ def test_the_log_is_json_where_a_value_is_not_finite(scenes, backbones, tmp_path
 
 def test_every_training_option_can_be_given_to_a_stage():
     for field in dataclasses.fields(TrainingArguments):
-        if field.name not in HUB_ARGUMENTS:
+        if field.name not in HUB_ARGUMENTS | OF_RECIPE.keys():
             recipe = Recipe(**GIVEN, training={field.name: None}, distill={field.name: None})
             assert field.name in recipe.training
 
@@ -108,6 +108,13 @@ def test_every_training_option_can_be_given_to_a_stage():
         ),
         ({"stages": ["pretrain", "distill", "pretrain"]}, "stage pretrain comes before stage distill"),
         ({"stages": ["distill", "pretrain"], "model": "m", "vision": None, "text": None}, "comes before stage distill"),
+        ({"stages": "align,align"}, "stages has align more than once; give each stage once"),
+        ({"stages": ["pretrain", "align", "pretrain"]}, "stages has pretrain more than once"),
+        ({"training": {"stage": "align"}}, r"stage is not an option of training; give stages \(--stages\)"),
+        (
+            {"distill": {"output_dir": "x"}},
+            r"output_dir is not an option of distill; the folder is output \(--output\)",
+        ),
         ({"training": {"embed_dim": 8}}, "embed_dim is an option of the model, not of training"),
     ],
 )
