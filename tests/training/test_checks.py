@@ -100,8 +100,9 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
     ):
         with pytest.raises(ValueError, match="has no effect here"):
             make_args(**wrong)
-    with pytest.raises(ValueError, match="optim galore_adamw is not supported"):
-        make_args(optim="galore_adamw")
+    for optimizer in ("galore_adamw", "schedule_free_adamw", "schedule_free_sgd"):
+        with pytest.raises(ValueError, match=f"optim {optimizer} is not supported, because"):
+            make_args(optim=optimizer)
 
 
 @pytest.mark.parametrize(

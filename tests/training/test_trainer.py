@@ -196,6 +196,29 @@ def test_milestones_step_the_learning_rate(make_model, make_args, train_dataset)
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 6 + [1e-5] * 3)
 
 
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, "max"),
+        ({"metric_for_best_model": "t2i_mean_rank"}, "min"),
+        ({"lr_scheduler_kwargs": {"patience": 1}}, "max"),
+        ({"lr_scheduler_kwargs": {"mode": "min"}}, "min"),
+    ],
+)
+def test_the_rate_falls_where_the_metric_stops_to_improve(options, mode, make_model, make_args, train_dataset):
+    greedy = make_args(lr_scheduler_type="greedy", **options)
+    assert (greedy.lr_scheduler_kwargs or {}).get("mode", "min") == mode
+    args = make_args(lr_scheduler_type="reduce_lr_on_plateau", **options)
+    trainer = Trainer(make_model(), dataclasses.replace(args, seed=1), train_dataset)
+    trainer.create_optimizer()
+    schedule = trainer.create_scheduler(10)
+    assert schedule.mode == mode
+    assert schedule.patience == options.get("lr_scheduler_kwargs", {}).get("patience", 10)
+    for value in range(1, 20):
+        schedule.step(value if mode == "max" else -value)
+    assert schedule.get_last_lr()[0] == args.learning_rate
+
+
 def test_the_hinge_schedule_follows_the_epochs(make_model, make_args, train_dataset):
     loss = TripletLoss(warmup_epochs=1)
     seen = []
