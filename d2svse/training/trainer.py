@@ -62,7 +62,7 @@ from d2svse.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-from d2svse.training.distributed import average_gradients, share_batch_norm, world_size
+from d2svse.training.distributed import average_gradients, average_statistics, share_batch_norm, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
@@ -424,6 +424,7 @@ class Trainer(TransformersTrainer):
             parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
+            average_statistics(model)
         return self._filtered(self._count(parts, inputs).detach() * share)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
