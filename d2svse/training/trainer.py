@@ -301,7 +301,10 @@ class Trainer(TransformersTrainer):
         resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
-        self.lr_scheduler = None  # a second call gets its own schedule
+        self.lr_scheduler = None  # a second call gets its own schedule, from the first rate on
+        if self.optimizer is not None and not resume_from_checkpoint:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
         if self.args.ema_decay:
             assert self.model is not None
             self._average = AverageCallback(self.model, self.args.ema_decay)
@@ -458,6 +461,8 @@ class Trainer(TransformersTrainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
             groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
             self.optimizer = optimizer_class(groups, **options)
+            for group in self.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # not all schedules of torch keep it
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
