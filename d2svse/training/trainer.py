@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
@@ -425,6 +426,9 @@ class Trainer(TransformersTrainer):
 
         with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
             parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:  # as transformers does without chunks
+            clear_device_cache()
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
             average_statistics(model)

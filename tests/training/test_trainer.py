@@ -416,6 +416,17 @@ def test_chunks_train_as_the_whole_batch_does(make_model, make_args, train_datas
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(("every", "count"), [(None, 0), (1, 3), (2, 2)])
+def test_the_cache_of_the_device_is_emptied_with_chunks_too(
+    every, count, make_model, make_args, train_dataset, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr("d2svse.training.trainer.clear_device_cache", lambda: calls.append(1))
+    args = make_args("align", max_steps=3, chunk_size=8, torch_empty_cache_steps=every, save_strategy="no")
+    Trainer(make_model(), args, train_dataset).train()
+    assert len(calls) == count
+
+
 def test_dropout_is_drawn_alike_in_both_passes_of_chunks(make_model, make_args, train_dataset):
     """The surrogate is exact only if the second pass sees what the first saw: two runs give one curve."""
     curves = []
