@@ -152,6 +152,10 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         self._choose_workers()
         check_sharding(values)
         super().__post_init__()
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if schedule in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:  # whose mode is min
+            given: Any = self.lr_scheduler_kwargs
+            self.lr_scheduler_kwargs = {"mode": "max", **(given or {})}
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave fp16 out")
         if self.n_gpu > 1:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer as TransformersTrainer
 
 from d2svse.choices import Side
 from d2svse.data import EpochBatches, ImageTextDataset, TrainingSamples
@@ -19,6 +21,7 @@ from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
 from d2svse.models.configuration import JOINS_A_GATE
+from d2svse.models.decoder import build_context_decoder
 from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 # A layer of a backbone by the usual names (GPT-2's is `h`), and what is in a stage of a ResNet outside of its layers.
 _LAYER = re.compile(r".*?\.backbone\.(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
 _STAGE = re.compile(r".*?\.backbone\.(?:.*?\.)?stages\.\d+(?=\.)")
+POSITIONS = 640  # of the context decoder, words and tokens; more if a text can be longer
 _EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.|\.pre_lay(?:r|er)norm\.")  # CLIP's norm before the layers too
 
 
@@ -54,6 +58,7 @@ def check_stage(
         raise ValueError("unimodal: a teacher scores images with texts; leave one of them out")
     if isinstance(teacher, Teacher) and args.stage != "distill":
         raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
+    _check_precision(model, args)
     if args.stage == "distill" and teacher is None and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
@@ -78,6 +83,22 @@ def check_stage(
         if isinstance(distillation_loss, ScoreDistillationLoss):
             kind = args.distill_loss if isinstance(args.distill_loss, str) else args.distill_loss["name"]
             raise ValueError(f"distill_loss {kind} compares pooled vectors with the teacher's; {name} compares tokens")
+
+
+def _check_precision(model: D2SVSE, args: TrainingArguments) -> None:
+    """Refuse to train weights of 16 bits, in which small steps are lost; frozen ones are accepted."""
+    added = args.lora_arguments()  # matrices have the type of the weights beside them
+    sides = (("image_encoder", "vision", args.freeze_vision), ("text_encoder", "text", args.freeze_text))
+    for name, parameter in model.named_parameters():
+        trained = parameter.requires_grad
+        for encoder, side, frozen in sides:
+            if name.startswith(f"{encoder}.backbone."):
+                trained = not frozen and (trained or side in added)
+        if trained and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is of {str(parameter.dtype).removeprefix('torch.')}, in which small steps are lost; load the "
+                "model in float32 (dtype=torch.float32), and set bf16 for mixed precision"
+            )
 
 
 def score_distillation_loss(args: TrainingArguments) -> ScoreDistillationLoss:
@@ -153,6 +174,67 @@ def make_samples(
         shape = samples.pixels(0).shape  # two dimensions for region features
         samples.num_image_tokens = shape[0] if len(shape) == 2 else model.image_encoder.count_tokens(*shape[-2:])
     return samples
+
+
+def check_stages(
+    model: D2SVSE, stages: Mapping[str, TrainingArguments], teacher: Teacher | RetrievalTeacher | None = None
+) -> None:
+    """Check that a model can go through all stages: walk through them with a copy of it that has no numbers.
+
+    Args:
+        model: the model that the first stage starts from; it stays as it is.
+        stages: the arguments of each stage, in order.
+        teacher: the teacher, of the stage that has one.
+
+    Raises:
+        ImportError: if LoRA is asked for and peft is missing.
+        ValueError: if the decoder, LoRA or the parameter groups of a stage do not fit; the message names the stage.
+    """
+    memo: dict[int, Any] = {id(model.processor): model.processor}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    with torch.device("meta"):
+        walked = copy.deepcopy(model, memo)
+        for stage, args in stages.items():
+            try:
+                _walk(walked, args, teacher)
+            except ValueError as error:
+                raise ValueError(f"stage {stage}: {error}") from None
+
+
+def _walk(model: D2SVSE, args: TrainingArguments, teacher: Teacher | RetrievalTeacher | None) -> None:
+    """Change a model as a stage changes it, but for its numbers."""
+    model.freeze(vision=False, text=False)
+    if isinstance(teacher, RetrievalTeacher) and args.stage == "align":
+        model.set_teacher_similarity(**teacher.configuration)
+    if args.stage == "distill" and model.decoder is None:
+        model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
+    model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
+    adapt(model, args)
+    if getattr(args.build_loss(), "bias", None) is not None and model.logit_bias is None:
+        model.logit_bias = nn.Parameter(torch.zeros(()))
+    parameter_groups(model, args, set(TransformersTrainer.get_decay_parameter_names(None, model)))  # type: ignore[arg-type]
+    model.set_teacher_similarity(None)
+    if args.merge_lora:
+        if any(adapter.get("kind") == "bottleneck" for adapter in (model.config.lora or {}).values()):
+            raise ValueError("merge_lora: the model has a bottleneck, which cannot be merged; leave merge_lora out")
+        for name, layer in list(model.named_modules()):
+            if hasattr(layer, "get_base_layer"):
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, layer.get_base_layer())
+        for encoder in (model.image_encoder, model.text_encoder):
+            vars(encoder.backbone).pop("peft_config", None)
+        model.config.lora = None
+
+
+def decoder_arguments(model: D2SVSE, args: TrainingArguments) -> dict[str, Any]:
+    """Return the arguments of the context decoder, with positions for the tokens and the longest text."""
+    arguments, processor = args.decoder_arguments(), model.processor
+    positions = arguments["num_tokens"] + (0 if processor is None else processor.max_length)
+    if arguments.get("positions") and positions > POSITIONS:
+        arguments["max_positions"] = positions
+    return arguments
 
 
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:
@@ -306,7 +388,8 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
     # Excludes the temperature and the gains of norms.
     matrices = {name for name, parameter in model.named_parameters() if name in decayed and parameter.ndim > 1}
     everything = {name for name, _ in model.named_parameters()}
-    kept = args.decayed(everything if args.weight_decay_all else matrices)
+    later = _names_of_decoder(model, args) if args.stage == "pretrain" and args.weight_decay_exclude else set()
+    kept = args.decayed(everything if args.weight_decay_all else matrices, later)
     below = layers_below_the_top([name for name, _ in model.named_parameters()])
     if args.layer_decay != 1:
         for side in ("image_encoder", "text_encoder"):
@@ -328,6 +411,16 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
         }
         for (backbone, depth, decay), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
+
+
+def _names_of_decoder(model: Any, args: TrainingArguments) -> set[str]:
+    """Return the names of the weights that stage 2 adds, so that options of all stages can name them in stage 1."""
+    if model.decoder is not None:
+        return set()
+    with torch.device("meta"):
+        decoder = build_context_decoder(model.config.embed_dim, **decoder_arguments(model, args))
+    names = {name for name, one in decoder.named_parameters() if one.ndim > 1 or args.weight_decay_all}
+    return {f"decoder.{name}" for name in names} | ({"context_gate"} if args.weight_decay_all else set())
 
 
 def layers_below_the_top(names: Sequence[str]) -> dict[str, int]:

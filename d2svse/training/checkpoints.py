@@ -10,7 +10,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from d2svse.files.data import read_json
 from d2svse.files.folder import LIST, FolderKind, check_folder, is_own, place_folder, recover_folder, remove_written
@@ -118,6 +118,20 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
         if _sum(checkpoint / name) != expected:
             return f"{name} has changed since it was written"
     return None
+
+
+def check_resumable(checkpoint: str | os.PathLike[str]) -> None:
+    """Check that a checkpoint has the state of the optimizer and the schedule, which transformers does without.
+
+    Raises:
+        ValueError: if one is missing; the message names it.
+    """
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if Path(checkpoint).is_dir() and not (Path(checkpoint) / name).is_file():
+            raise ValueError(
+                f"{os.fspath(checkpoint)}: {name} is missing, without which training would not go on as before; it was "
+                "written with save_only_model: start from its model instead, into another output"
+            )
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:

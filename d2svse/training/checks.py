@@ -148,6 +148,11 @@ def check_inherited(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"optim {optimizer} is not supported, because backbones have their own learning rate; give another one"
         )
+    if optimizer.startswith("schedule_free"):
+        raise ValueError(
+            f"optim {optimizer} is not supported, because it evaluates and saves other weights than it trains; give "
+            "another one, and ema_decay to average weights"
+        )
 
 
 def check_sharding(values: Mapping[str, Any]) -> None:

@@ -204,16 +204,28 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         _average(bucket)
 
 
+@torch.no_grad()
+def average_statistics(model: nn.Module) -> None:
+    """Replace the running statistics of batch norm in train mode by their means over the processes.
+
+    DistributedDataParallel shares no buffers within `no_sync`.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS) and layer.training]
+    statistics = [one for layer in layers for one in (layer.running_mean, layer.running_var) if one is not None]
+    if statistics and world_size() > 1:
+        _average(statistics)
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _average(gradients: list[Tensor]) -> None:
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+def _average(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for tensor, part in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class Processes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
@@ -169,17 +169,18 @@ class OptimizerOptions:
         most=0.999999,
     )
 
-    def decayed(self, names: Collection[str]) -> Collection[str]:
+    def decayed(self, names: Collection[str], later: Collection[str] = ()) -> Collection[str]:
         """Return the names of the parameters that weight decay acts on.
 
         Args:
             names: names of all matrices and kernels of the model, without biases, gains and the temperature.
+            later: names of those that a later stage adds, which a pattern may match instead.
 
         Raises:
             ValueError: if a pattern of `weight_decay_exclude` matches no name.
         """
         for pattern in self.weight_decay_exclude:
-            if not fnmatch.filter(names, pattern):
+            if not fnmatch.filter([*names, *later], pattern):
                 raise ValueError(f"weight_decay_exclude: no weight has a name like {pattern!r}")
         return {name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in self.weight_decay_exclude)}
 
@@ -280,7 +281,7 @@ class DecoderOptions:
         "decoder", "Transformer layers over words and tokens, or one attention of the tokens to the words."
     )
     num_context_tokens: int = option(
-        100, "Number of learnable tokens; 0 runs the decoder over the words alone.", least=0, most=10_000
+        100, "Number of learnable tokens; 0 runs the decoder over the words alone.", least=0, most=4096
     )
     decoder_layers: int = option(4, "Number of layers.", least=1, most=100)
     decoder_heads: int = option(4, "Number of attention heads.", least=1, most=1000)
@@ -313,6 +314,29 @@ class DecoderOptions:
             "positions": self.decoder_positions,
         }
         return arguments if self.decoder_pooling == "mean" else {**arguments, "pooling": self.decoder_pooling}
+
+    @classmethod
+    def of_decoder(cls, arguments: Mapping[str, Any], context_tokens: str) -> dict[str, Any]:
+        """Return the options that a decoder was made with.
+
+        Args:
+            arguments: arguments of `build_context_decoder`.
+            context_tokens: how the decoder reaches a similarity of tokens.
+        """
+        attention = arguments.get("kind") == "attention"
+        found = {
+            "decoder_kind": arguments.get("kind", "decoder"),
+            "num_context_tokens": arguments.get("num_tokens", 100),
+            "decoder_heads": arguments.get("num_heads", 8 if attention else 4),
+            "decoder_pooling": arguments.get("pooling", "mean"),
+            "decoder_metric": arguments.get("metric"),
+            "context_tokens": context_tokens,
+        }
+        if not attention:
+            found["decoder_layers"] = arguments.get("num_layers", 4)
+            found["token_placement"] = arguments.get("placement", "surround")
+            found["decoder_positions"] = arguments.get("positions", True)
+        return found
 
 
 @dataclass
@@ -614,6 +638,47 @@ def preset_stages(preset: str) -> list[Stage]:
 
 # Presets that read both dense captions of the published layout: `_short200` in stage 1, the long one for the teacher.
 SHORT_AND_LONG = ("paper", "published", "d2s-vse")
+
+
+def change_preset(values: Mapping[str, Any], preset: Any, processes: int = 1) -> dict[str, Any]:
+    """Return the values of a recipe with another preset, without those that its own preset gave.
+
+    A `recipe.yaml` has the values of its preset beside those of the user, which are kept. The sections of stages have
+    those of the user alone.
+
+    Args:
+        values: fields of a `Recipe`.
+        preset: the other preset.
+        processes: number of processes, over which the batch of the preset is divided.
+    """
+    result, own = {**values, "preset": preset}, values.get("preset")
+    if own == preset or not isinstance(own, str) or own not in PRESETS:
+        return result
+    start = MODEL_PRESETS.get(own, {})
+    training = {**PRESETS[own], "per_device_train_batch_size": PRESETS[own]["per_device_train_batch_size"] // processes}
+    given = {"stages": preset_stages(own), **start, "training": training}
+    if own in SHORT_AND_LONG and (values.get("dense"), values.get("teacher_dense")) == ("short200", "long"):
+        given |= {"dense": "short200", "teacher_dense": "long"}
+    for name, of_preset in given.items():
+        value = values.get(name)
+        if isinstance(of_preset, dict) and isinstance(value, Mapping):
+            result[name] = {key: one for key, one in value.items() if key not in of_preset or one != of_preset[key]}
+        elif value == of_preset:
+            del result[name]
+    _take_metric(result, start.get("model_options", {}).get("similarity"))
+    return result
+
+
+def _take_metric(values: dict[str, Any], of_preset: dict[str, Any] | None) -> None:
+    """Replace the similarity of a preset with a metric, which `gssf` made, by that option."""
+    options: Any = values.get("model_options") or {}
+    similarity = options.get("similarity") if isinstance(options, Mapping) else None
+    if of_preset is None or not isinstance(similarity, Mapping):
+        return
+    metric = similarity.get("metric")
+    if metric in get_args(Gssf) and {**of_preset, "metric": metric} == similarity and values.get("gssf") is None:
+        values["gssf"] = metric
+        values["model_options"] = {name: value for name, value in options.items() if name != "similarity"}
 
 
 def preset_options(preset: str, processes: int = 1) -> dict[str, Any]:

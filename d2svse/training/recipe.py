@@ -31,10 +31,9 @@ from d2svse.hub import make_repository, push_folder
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import CONFIG_FILE
 from d2svse.models import D2SVSE, D2SVSEConfig
-from d2svse.models.decoder import build_context_decoder
 from d2svse.similarity.base import similarity_options
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import check_stage, score_distillation_loss, set_attention
+from d2svse.training.building import check_stage, check_stages, score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
 from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
@@ -44,9 +43,11 @@ from d2svse.training.options import (
     SHORT_AND_LONG,
     STAGES,
     DataOptions,
+    DecoderOptions,
     RunOptions,
     Stage,
     StartOptions,
+    change_preset,
     preset_options,
     preset_stages,
 )
@@ -59,6 +60,8 @@ START_FILE = "start.json"
 TRAINED = FolderKind("d2svse train", CONFIG_FILE)
 INTERPOLATED = "interpolated"
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
+
+OF_RECIPE = {"stage": "give stages (--stages)", "output_dir": "the folder is output (--output)"}  # of TrainingArguments
 
 
 @dataclass(kw_only=True)
@@ -108,6 +111,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("a model to start from has its own backbones; give one or the other")
         if "distill" in self.stages and "pretrain" in self.stages[self.stages.index("distill") :]:
             raise ValueError("stage pretrain comes before stage distill, which adds the context decoder")
+        if repeated := [stage for stage in STAGES if self.stages.count(stage) > 1]:
+            raise ValueError(f"stages has {repeated[0]} more than once; give each stage once")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -117,14 +122,18 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             if not str(self.vision).endswith(".npy"):  # region features have no pixels
                 self.image_size = preset.get("image_size") if self.image_size is None else self.image_size
                 self.resizing = preset.get("resizing") if self.resizing is None else self.resizing
-            self.model_options = {**preset.get("model_options", {}), **self.model_options}
+            of_preset, similarity = preset.get("model_options", {}), self.model_options.get("similarity")
+            self.model_options = {**of_preset, **self.model_options}
+            if isinstance(similarity, Mapping) and "name" not in similarity:  # arguments for that of the preset
+                own = similarity_options(of_preset.get("similarity"))
+                self.model_options["similarity"] = {**own, **similarity}
             if self.gssf is not None:
                 self._add_metric(self.gssf)
         elif self.image_size is not None or self.resizing is not None:
             raise ValueError("image_size and resizing belong to --vision; a model to start from has its own")
         elif self.gssf is not None:
             raise ValueError("gssf belongs to --vision; give a model to start from --similarity")
-        if self.model is None and "context_tokens" in self.model_options:
+        if "context_tokens" in self.model_options:
             raise ValueError("context_tokens belongs to the stage that adds the decoder: put it below training")
         D2SVSEConfig.check_names(self.model_options)
         own = {
@@ -142,6 +151,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
                         f"{name} is not an option of {section}; push with the recipe's push_to_hub: ORG/NAME, and give "
                         "the token by HF_TOKEN or hf auth login"
                     )
+                if name in OF_RECIPE:
+                    raise ValueError(f"{name} is not an option of {section}; {OF_RECIPE[name]}")
                 if name not in known and name in D2SVSEConfig.__annotations__:
                     raise ValueError(f"{name} is an option of the model, not of {section}: put it below model_options")
                 if name not in known:
@@ -151,7 +162,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         """Put a GSSF metric into the similarity."""
         similarity = similarity_options(self.model_options.get("similarity"))
         if similarity["name"] == "cosine":
-            similarity = {"name": f"gssf-{structure}"}
+            similarity = {**similarity, "name": f"gssf-{structure}"}
         elif "metric" in similarity or similarity["name"].startswith("gssf-"):
             raise ValueError("gssf: the similarity has a metric already; give one of them")
         else:
@@ -256,6 +267,8 @@ def merge(
 ) -> dict[str, Any]:
     """Return the values of a recipe; values of the command line override those of a file.
 
+    With another preset on the command line, the file's values that come from its own preset are left out.
+
     Args:
         values: values of the file, by name.
         given: values of the command line, by section and name; section "" is the recipe itself.
@@ -265,6 +278,8 @@ def merge(
     Raises:
         ValueError: if a section of the file is not a mapping.
     """
+    if "preset" in given.get("", {}):
+        values = change_preset(values, given[""]["preset"], launched_processes())
     result = {**values, **given.get("", {})}
     for section in given:
         own = result.get(section) or {}
@@ -274,7 +289,8 @@ def merge(
             result[section] = {**own, **given[section]}
     if similarity_arguments:
         options = result.setdefault("model_options", {})
-        options["similarity"] = {**similarity_options(options.get("similarity")), **similarity_arguments}
+        own = options.get("similarity")  # without one the recipe takes that of the preset
+        options["similarity"] = {**(similarity_options(own) if own else {}), **similarity_arguments}
     return result
 
 
@@ -300,6 +316,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             disk; the message names the file.
         ValueError: if an option does not fit, or another run writes to this output.
     """
+    choose_decoder(recipe, refuse=not recipe.resume)
     stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
     for arguments in stage_arguments.values():
         arguments.check_metric()
@@ -325,9 +342,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
             set_attention(model, *set_attention(model, name, name))
         own = teacher if arguments.stage == _taught(teacher) else None
         check_stage(model, arguments, arguments.build_loss(), own)
-    if "distill" in recipe.stages:
-        with torch.device("meta"):
-            build_context_decoder(model.config.embed_dim, **stage_arguments["distill"].decoder_arguments())
+    check_stages(model, stage_arguments, teacher)
     options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()
     shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
@@ -339,14 +354,20 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     with write_lock(output, busy=ValueError) if main else nullcontext():
         results = _finished(recipe) if recipe.resume else {}
         results.pop(INTERPOLATED, None)
-        _check_start(output / START_FILE, {"data": data_hash(train_dataset), "processes": world_size()}, recipe.resume)
+        of_teacher = _with_dense(recipe, train_dataset) if "distill" in recipe.stages else train_dataset
+        now = {"data": data_hash(train_dataset), "processes": world_size(), "validation": data_hash(eval_dataset)}
+        if of_teacher is not train_dataset:
+            now["teacher_dense"] = data_hash(of_teacher)
+        _check_start(output / START_FILE, now, recipe.resume)
         barrier()  # before the first process changes the files that the others check
         if main:
             if not recipe.resume:
                 (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
             write_text(output / "recipe.yaml", recipe.effective_configuration())
         try:
-            return _train_each(recipe, model, teacher, train_dataset, eval_dataset, stage_arguments, results)
+            return _train_each(
+                recipe, model, teacher, train_dataset, of_teacher, eval_dataset, stage_arguments, results
+            )
         except KeyboardInterrupt as stop:
             raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
 
@@ -356,22 +377,22 @@ def _train_each(
     model: D2SVSE,
     teacher: Teacher | RetrievalTeacher | None,
     train_dataset: ImageTextDataset,
+    of_teacher: ImageTextDataset,
     eval_dataset: ImageTextDataset,
     stage_arguments: Mapping[str, TrainingArguments],
     results: dict[str, dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """Train the stages that have no results yet."""
     output, main, configuration = Path(recipe.output), is_main_process(), recipe.effective_configuration()
-    data = {"distill": _with_dense(recipe, train_dataset)} if "distill" in recipe.stages else {}
     for stage in recipe.stages:
         if stage in results:
-            model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+            model = _load(recipe.model_folder(stage))
             continue
         model.freeze(vision=False, text=False)
         trainer = Trainer(
             model,
             stage_arguments[stage],
-            data.get(stage, train_dataset),
+            of_teacher if stage == "distill" else train_dataset,
             eval_dataset,
             teacher=teacher if stage == _taught(teacher) else None,
         )
@@ -391,7 +412,7 @@ def _train_each(
         del trainer
         gc.collect()
         # Load the saved model, so that a run that is resumed here starts from equal weights in equally aligned memory.
-        model = D2SVSE.from_pretrained(recipe.model_folder(stage))
+        model = _load(recipe.model_folder(stage))
     interpolation = _interpolate(recipe, model, stage_arguments[recipe.stages[-1]], eval_dataset)
     if interpolation:
         kept = next(one["metrics"] for one in interpolation["tried"] if one["share"] == interpolation["kept"])
@@ -443,11 +464,17 @@ def _interpolate(
 def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
     """Write what the position within an epoch depends on; refuse to resume if it has changed."""
     before = _read_mapping(path, "what the run started with") if resume and path.exists() else now
+    checked = {
+        "data": "the training data",
+        "processes": "the number of processes",
+        "validation": "the validation data",
+        "teacher_dense": "the dense captions of the teacher",
+    }
     for name, value in now.items():
-        if name not in before:
+        if name not in before and name in ("data", "processes"):  # earlier versions wrote these two alone
             raise ValueError(f"{path}: {name!r} is missing; remove the file if data and processes are unchanged")
-        if before[name] != value:
-            what = {"data": "the training data", "processes": "the number of processes"}[name]
+        if before.get(name, value) != value:
+            what = checked[name]
             raise ValueError(f"{path}: {what} was {before[name]} and is {value} now; resume with the earlier one")
     barrier()
     if is_main_process():
@@ -501,7 +528,9 @@ def check_unchanged(recipe: Recipe) -> None:
     path = Path(recipe.output) / "recipe.yaml"
     if not path.exists():
         return
-    before = parse_yaml(Recipe.from_mapping(read_recipe(path), path).effective_configuration())
+    run = Recipe.from_mapping(read_recipe(path), path)
+    choose_decoder(run, refuse=False)  # earlier versions wrote the options of the preset
+    before = parse_yaml(run.effective_configuration())
     now = parse_yaml(recipe.effective_configuration())
     for name in differing(before, recipe):
         if name != "stages":
@@ -536,6 +565,40 @@ def choose_dense(recipe: Recipe) -> None:
         recipe.dense, recipe.teacher_dense = "short200", "long"
 
 
+def choose_decoder(recipe: Recipe, refuse: bool = True) -> None:
+    """Put the options of the decoder that the start has into the recipe; they replace those of the preset.
+
+    Args:
+        recipe: the recipe.
+        refuse: refuse other options that the recipe names; False replaces them too.
+
+    Raises:
+        ValueError: if the recipe names another option of the decoder.
+    """
+    if recipe.model is None:
+        return
+    folder = Path(recipe.model)
+    try:
+        config = read_json(folder / "config.json") if folder.is_dir() else D2SVSEConfig.get_config_dict(recipe.model)[0]
+    except (OSError, ValueError):  # loading the model tells what is wrong
+        return
+    own_kind = isinstance(config, dict) and config.get("model_type", D2SVSEConfig.model_type) == D2SVSEConfig.model_type
+    arguments = config.get("context_decoder") if own_kind else None
+    if not isinstance(arguments, dict):
+        return
+    own = DecoderOptions.of_decoder(arguments, config.get("context_tokens", "none"))
+    for section in ("training", *STAGES):
+        given = getattr(recipe, section)
+        for name in own.keys() & given.keys():
+            if refuse and given[name] is not None and given[name] != own[name]:
+                raise ValueError(
+                    f"{section}: {name} is {given[name]!r}, but {recipe.model} has a context decoder already, whose "
+                    f"{name} is {own[name]!r}; leave the option out"
+                )
+            given[name] = own[name]
+    recipe.training |= own
+
+
 def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     """Return a data set with the dense captions of the teacher."""
     if recipe.teacher_dense in (None, recipe.dense):
@@ -547,16 +610,22 @@ def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     return ImageTextDataset(records, dataset.source)
 
 
+def _load(folder: str | os.PathLike[str], **options: Any) -> D2SVSE:
+    """Load a model to train, in float32 even if it was saved in 16 bits."""
+    model: D2SVSE = D2SVSE.from_pretrained(folder, dtype=torch.float32, **options)
+    return model
+
+
 def _start(recipe: Recipe) -> D2SVSE:
     if recipe.model is not None:
         if Path(recipe.model).is_dir():
             check_start_folder(recipe.model)
-        model: D2SVSE = D2SVSE.from_pretrained(recipe.model)
+        model = _load(recipe.model)
         if not recipe.model_options:
             return model
         if not model.taken_over:
             raise ValueError(f"{recipe.model} has its own {', '.join(recipe.model_options)}; leave these options out")
-        return D2SVSE.from_pretrained(recipe.model, **recipe.model_options)
+        return _load(recipe.model, **recipe.model_options)
     assert recipe.vision is not None
     assert recipe.text is not None
     images: dict[str, Any] = {"image_size": recipe.image_size, "resizing": recipe.resizing or "backbone"}

@@ -31,8 +31,18 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training.callbacks import StoppedByUser, exit_on_signals
-from d2svse.training.options import STAGES
-from d2svse.training.recipe import START_FILE, Recipe, check_unchanged, choose_dense, differing, read_recipe, run_recipe
+from d2svse.training.distributed import launched_processes
+from d2svse.training.options import STAGES, change_preset
+from d2svse.training.recipe import (
+    START_FILE,
+    Recipe,
+    check_unchanged,
+    choose_decoder,
+    choose_dense,
+    differing,
+    read_recipe,
+    run_recipe,
+)
 from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 
 logger = logging.getLogger(__name__)
@@ -117,12 +127,14 @@ class Sweep:
         """
         values = self.values
         try:
-            for name, value in run.overrides.items():
+            # A preset comes first, because it takes values out of the file.
+            for name, value in sorted(run.overrides.items(), key=lambda one: one[0] != "preset"):
                 values = override(values, name, value)
             output = str(folder / "runs" / run.name)
             given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
-            choose_dense(recipe)  # as the run does
+            choose_dense(recipe)  # as the run does, and the decoder too
+            choose_decoder(recipe)
             for stage in recipe.stages:
                 if recipe.arguments(stage).unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")
@@ -207,6 +219,8 @@ def read_sweep(
 def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
     """Return the values of a recipe with one of them replaced.
 
+    Another preset also takes out the values that come from the file's own one.
+
     Args:
         values: fields of a `Recipe`.
         name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
@@ -219,6 +233,8 @@ def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]
     path = name.split(".")
     if len(path) == 1 and path[0] not in {item.name for item in dataclasses.fields(Recipe)}:
         path = ["training", *path]
+    if path == ["preset"]:
+        return change_preset(values, value, launched_processes())
     if len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
         for inner, one in value.items():
             values = override(values, f"{name}.{inner}", one)

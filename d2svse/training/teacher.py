@@ -18,7 +18,7 @@ from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
 from d2svse.models import D2SVSE
 from d2svse.retrieval.embeddings.store import EmbeddingStore, encode_images, encode_texts
-from d2svse.similarity.base import REGISTRY
+from d2svse.similarity.base import REGISTRY, build_similarity
 from d2svse.similarity.metric import Metric
 from d2svse.training.distributed import barrier, is_main_process
 
@@ -119,7 +119,7 @@ class RetrievalTeacher:
             scores as they are.
 
     Raises:
-        ValueError: if the model has no processor, or its similarity takes no metric.
+        ValueError: if the model has no processor, or its similarity does not take the metric.
     """
 
     def __init__(self, model: D2SVSE, metric: str | Mapping[str, Any] | None = None) -> None:
@@ -130,6 +130,8 @@ class RetrievalTeacher:
         if metric is not None:
             options = REGISTRY.find(options["name"]).calibrated(options, metric)
         self.configuration: dict[str, Any] = {"similarity": options, "dim": model.config.embed_dim}
+        with torch.device("meta"):
+            build_similarity(options, model.config.embed_dim)  # fail now and not in `attach`
         self.has_metric = metric is not None
         self._stores: list[tuple[EmbeddingStore, list[int]]] = []
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
@@ -34,6 +35,7 @@ from d2svse.models import D2SVSE
 from d2svse.models.adapters import parameter_table
 from d2svse.models.compiled import compiled_parts
 from d2svse.models.encoders import check_text_backbone
+from d2svse.retrieval.embeddings.store import DESCRIPTION
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
@@ -43,6 +45,7 @@ from d2svse.training.building import (
     check_stage,
     check_tokens,
     data_seed,
+    decoder_arguments,
     freeze_other_side,
     make_samples,
     make_task,
@@ -54,12 +57,13 @@ from d2svse.training.caches import CachedTokens, cached_image_tokens, cached_tea
 from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
+    check_resumable,
     last_whole_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
     seal_checkpoint,
 )
-from d2svse.training.distributed import average_gradients, share_batch_norm, world_size
+from d2svse.training.distributed import average_gradients, average_statistics, share_batch_norm, world_size
 from d2svse.training.gradcache import cached_backward
 from d2svse.training.nonfinite import NonFiniteGuard
 from d2svse.training.progress import RichProgressCallback
@@ -222,7 +226,7 @@ class Trainer(TransformersTrainer):
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
-                model.add_decoder(args.context_tokens, **args.decoder_arguments())
+                model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)
@@ -252,6 +256,8 @@ class Trainer(TransformersTrainer):
         """Return the cached tokens of frozen backbones for the training samples; keep those for validation."""
         args, options = self.args, (self.args.per_device_eval_batch_size, not self.args.disable_tqdm)
         train, val, found = self.train_dataset, self.eval_dataset, dict[str, CachedTokens]()
+        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
+            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
         if args.cache_image_tokens or args.cache_text_tokens:
             model.to(args.device)  # type: ignore[arg-type]
         if args.cache_image_tokens:
@@ -260,8 +266,6 @@ class Trainer(TransformersTrainer):
             if val is not None:
                 self._eval_tokens["image_tokens"] = cached_image_tokens(model, val, folder / "validation", *options)
         if args.cache_text_tokens:
-            if model.text_encoder.native_pool is not None:
-                raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
             folder = Path(args.cache_text_tokens)
             if args.stage == "pretrain":
                 texts, name, length = train.dense_captions, "dense", args.dense_max_length
@@ -269,7 +273,10 @@ class Trainer(TransformersTrainer):
                 texts, name, length = train.captions, "sparse", args.max_length
             found["text_tokens"] = cached_text_tokens(model, texts, folder / name, *options, length)
             if val is not None:
-                held_out, length = folder / "validation", args.max_length
+                held_out, length = folder / "validation_texts", args.max_length  # "validation" is for images
+                earlier = folder / "validation"  # where texts were before both sides could have one folder
+                if (earlier / DESCRIPTION).is_file() and not (earlier / "image_tokens").exists():
+                    held_out = earlier
                 self._eval_tokens["text_tokens"] = cached_text_tokens(model, val.captions, held_out, *options, length)
         return found
 
@@ -283,16 +290,21 @@ class Trainer(TransformersTrainer):
 
         Raises:
             KeyboardInterrupt: after Ctrl-C and a checkpoint.
-            ValueError: see `prepare`; also if a checkpoint is unsafe to load.
+            ValueError: see `prepare`; also if a checkpoint is unsafe to load, or has no state of the optimizer.
             WorkerError: if a process that prepares samples ended.
         """
-        self.prepare()
-        resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint)
+        self.prepare()
+        resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
-        self.lr_scheduler = None  # a second call gets its own schedule
+        self.lr_scheduler = None  # a second call gets its own schedule, from the first rate on
+        if self.optimizer is not None and not resume_from_checkpoint:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])
         if self.args.ema_decay:
             assert self.model is not None
             self._average = AverageCallback(self.model, self.args.ema_decay)
@@ -413,8 +425,12 @@ class Trainer(TransformersTrainer):
 
         with self.compute_loss_context_manager(), self.accelerator.no_sync(model):
             parts = cached_backward(model, self.task, inputs, self.args.chunk_size, backward)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:  # as transformers does without chunks
+            clear_device_cache()
         if self.accelerator.sync_gradients:
             average_gradients(model.parameters())
+            average_statistics(model)
         return self._filtered(self._count(parts, inputs).detach() * share)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -448,6 +464,8 @@ class Trainer(TransformersTrainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)  # type: ignore[arg-type]
             groups = parameter_groups(model, self.args, set(self.get_decay_parameter_names(model)))
             self.optimizer = optimizer_class(groups, **options)
+            for group in self.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])  # not all schedules of torch keep it
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

@@ -112,6 +112,10 @@ def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_pat
     code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
     assert code == 2
     assert "the training data was of other images" in err
+    (tmp_path / "run" / "start.json").write_text(json.dumps(start | {"validation": "of other images"}))
+    code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
+    assert code == 2
+    assert "the validation data was of other images" in err
     with FileLock(tmp_path / "run" / ".lock"):
         code, _, err = run("train", "--config", tmp_path / "c.yaml", "--resume")
     assert code == 2

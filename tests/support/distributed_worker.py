@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, ResNetConfig, ViTConfig
 
-from d2svse import D2SVSE, D2SVSEConfig
+from d2svse import D2SVSE, D2SVSEConfig, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Batch
 from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.training.building import tie_temperature
@@ -170,4 +170,19 @@ def main(output: str, kind: str) -> None:
             found[f"{name}/{key}"] = tensor.clone()
     if dist.get_rank() == 0:
         save_file(found, output)
+    dist.destroy_process_group()
+
+
+def train_in_chunks(start: str, manifest: str, output: str) -> None:
+    """Train a model in chunks for some steps, and write its tensors as this process has them."""
+    torch.set_num_threads(1)
+    args = TrainingArguments(
+        output_dir=output, stage="align", chunk_size=3, max_steps=4, per_device_train_batch_size=6, use_cpu=True,
+        gradient_accumulation_steps=2, save_strategy="no", eval_strategy="no", load_best_model_at_end=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(D2SVSE.from_pretrained(start), args, ImageTextDataset.from_manifest(manifest))
+    trainer.train()
+    state = {name: tensor.clone().contiguous() for name, tensor in trainer.model.state_dict().items()}
+    save_file(state, f"{output}/{dist.get_rank()}.safetensors")
     dist.destroy_process_group()

@@ -237,6 +237,39 @@ def test_validation_on_kept_tokens_is_validation_on_images(make_model, make_args
     assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
+FROZEN = {"freeze_vision": True, "freeze_text": True, "augment_words": False, "save_strategy": "no"}
+
+
+@pytest.mark.parametrize("order", [("both", "both"), ("text", "image", "text"), ("image", "text", "both")])
+def test_images_and_texts_can_have_one_folder(make_model, make_args, train_dataset, val_dataset, tmp_path, order):
+    model = make_model()
+    for sides in order:
+        caches = {f"cache_{side}_tokens": str(tmp_path / "c") for side in ("image", "text") if sides in (side, "both")}
+        trainer = Trainer(model, make_args(**FROZEN, **caches), train_dataset, val_dataset)
+        samples = trainer.prepare()
+        assert (samples.image_tokens is not None, samples.text_tokens is not None) == (
+            "cache_image_tokens" in caches,
+            "cache_text_tokens" in caches,
+        )
+        tokens = trainer._eval_tokens
+        assert len(tokens.get("image_tokens", val_dataset.images)) == len(val_dataset.images)
+        assert len(tokens.get("text_tokens", val_dataset.captions)) == len(val_dataset.captions)
+
+
+def test_the_texts_that_an_earlier_version_kept_for_validation_are_used(
+    make_model, make_args, train_dataset, val_dataset, tmp_path
+):
+    model, images, texts = make_model(), tmp_path / "images", tmp_path / "texts"
+    cached_text_tokens(model, val_dataset.captions, texts / "validation", 128)
+    caches = {"cache_image_tokens": str(images), "cache_text_tokens": str(texts)}
+    Trainer(model, make_args(**FROZEN, **caches), train_dataset, val_dataset).prepare()
+    assert not (texts / "validation_texts").exists()
+    one = {"cache_image_tokens": str(texts), "cache_text_tokens": f"{tmp_path}/./texts"}
+    Trainer(model, make_args(**FROZEN, **one), train_dataset, val_dataset).prepare()
+    assert (texts / "validation_texts").exists()
+    assert (texts / "validation" / "image_tokens").exists()
+
+
 def test_what_is_trained_cannot_be_kept():
     with pytest.raises(ValueError, match="set freeze_vision too"):
         TrainingArguments(output_dir="x", cache_image_tokens="tokens")

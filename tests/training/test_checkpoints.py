@@ -80,6 +80,25 @@ def test_a_checkpoint_that_names_files_elsewhere_is_left_out(tmp_path, name, cap
     assert "lies outside of the checkpoint" in caplog.text
 
 
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_the_state_of_the_optimizer_is_refused(
+    make_model, make_args, train_dataset, monkeypatch, missing
+):
+    args = make_args(max_steps=1, eval_strategy="no", load_best_model_at_end=False, save_only_model=True)
+    if missing == "scheduler.pt":
+        args.save_only_model = False
+    Trainer(make_model(), args, train_dataset).train()
+    checkpoint = Path(last_whole_checkpoint(args.output_dir))
+    (checkpoint / missing).unlink(missing_ok=True)
+    sums = json.loads((checkpoint / SUMS_FILE).read_text())
+    sums.pop(missing, None)
+    (checkpoint / SUMS_FILE).write_text(json.dumps(sums))
+    monkeypatch.setattr(Trainer, "prepare", None)  # before any work
+    for given in (True, str(checkpoint)):
+        with pytest.raises(ValueError, match=rf"checkpoint-1: {missing} is missing, .* written with save_only_model"):
+            Trainer(make_model(), args, train_dataset).train(resume_from_checkpoint=given)
+
+
 class Runs:
     def __init__(self, mark) -> None:
         self.mark = str(mark)

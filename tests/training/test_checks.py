@@ -100,8 +100,9 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
     ):
         with pytest.raises(ValueError, match="has no effect here"):
             make_args(**wrong)
-    with pytest.raises(ValueError, match="optim galore_adamw is not supported"):
-        make_args(optim="galore_adamw")
+    for optimizer in ("galore_adamw", "schedule_free_adamw", "schedule_free_sgd"):
+        with pytest.raises(ValueError, match=f"optim {optimizer} is not supported, because"):
+            make_args(optim=optimizer)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,11 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be from 1 to 1000000, got 0"),
         ({"decoder_layers": 10**9}, "decoder_layers must be from 1 to 100, got 1000000000"),
         ({"lora_rank": 10**6}, "lora_rank must be from 1 to 4096"),
-        ({"num_context_tokens": -1}, "num_context_tokens must be from 0 to 10000, got -1"),
+        ({"num_context_tokens": -1}, "num_context_tokens must be from 0 to 4096, got -1"),
+        (
+            {"num_context_tokens": 5000},
+            "num_context_tokens must be from 0 to 4096, got 5000",
+        ),  # which no model may have
         ({"stage": "distill", "align_weight": 0, "distill_weight": 0.0}, "align_weight and distill_weight are 0"),
         ({"decoder_kind": "attention", "num_context_tokens": 0}, "decoder_kind attention has learnable tokens"),
         ({"decoder_kind": "attention", "decoder_pooling": "max"}, "decoder_kind attention has learnable tokens"),

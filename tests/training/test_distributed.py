@@ -86,6 +86,17 @@ def test_several_processes_on_the_cpu_keep_the_statistics_of_batch_norm(
     assert "batch norm keeps its running statistics (layers: 1)" in caplog.text
 
 
+def test_processes_that_train_in_chunks_have_one_batch_norm(make_model, scenes, tmp_path):
+    model = make_model(text_projection="residual_mlp")
+    model.save_pretrained(tmp_path / "start")
+    code = WORKER.replace("main", "train_in_chunks")
+    for one in fork_workers(2, code, tmp_path / "start", scenes / "train.jsonl", tmp_path):
+        assert one.wait(600) == 0, one.err()
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert not first["text_encoder.mlp.norm.running_mean"].equal(model.text_encoder.mlp.norm.running_mean)
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
 def test_batch_norm_of_a_frozen_backbone_is_left_alone():
     model = worker.make_model("cosine", False, True)
     assert len(share_batch_norm(model, model.device)) == 1 + sum(

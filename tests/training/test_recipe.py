@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from d2svse import D2SVSE, Trainer, TrainingArguments
-from d2svse.training.recipe import HUB_ARGUMENTS, Recipe, merge, run_recipe
+from d2svse.files.yaml import parse_yaml
+from d2svse.similarity import build_similarity
+from d2svse.training.building import check_stages
+from d2svse.training.recipe import HUB_ARGUMENTS, OF_RECIPE, Recipe, merge, run_recipe
 from d2svse.visualize import read_logs
 
 GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
@@ -27,6 +34,28 @@ def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
     named = merge(values, {"model_options": {"similarity": "cosine"}}, {}, "c.yaml")["model_options"]
     assert named == {"similarity": "cosine", "embed_dim": 8}
     assert values == {"model_options": {"similarity": before, "embed_dim": 8}}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "expected"),
+    [
+        ({"preset": "omit"}, {"regularization": 0.05}, {"name": "omit", "regularization": 0.05}),
+        ({"preset": "chan"}, {"direction": "i2t"}, {"name": "max-lse", "direction": "i2t"}),
+        ({"preset": "omit", "similarity": "max-mean"}, {"direction": "i2t"}, {"name": "max-mean", "direction": "i2t"}),
+        (
+            {"preset": "omit", "gssf": "diagonal"},
+            {"regularization": 0.05},
+            {"name": "omit", "regularization": 0.05, "metric": "diagonal"},
+        ),
+        ({"gssf": "block-diagonal"}, {"num_blocks": 2}, {"name": "gssf-block-diagonal", "num_blocks": 2}),
+    ],
+)
+def test_arguments_without_a_similarity_are_for_that_of_the_preset(options, arguments, expected):
+    own = {"similarity": options["similarity"]} if "similarity" in options else {}
+    given = {"": {name: value for name, value in options.items() if name != "similarity"}, "model_options": own}
+    recipe = Recipe.from_mapping(merge(GIVEN, given, arguments, "options"))
+    assert recipe.model_options["similarity"] == expected
+    build_similarity(recipe.model_options["similarity"], 8)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +93,7 @@ def test_the_log_is_json_where_a_value_is_not_finite(scenes, backbones, tmp_path
 
 def test_every_training_option_can_be_given_to_a_stage():
     for field in dataclasses.fields(TrainingArguments):
-        if field.name not in HUB_ARGUMENTS:
+        if field.name not in HUB_ARGUMENTS | OF_RECIPE.keys():
             recipe = Recipe(**GIVEN, training={field.name: None}, distill={field.name: None})
             assert field.name in recipe.training
 
@@ -73,8 +102,19 @@ def test_every_training_option_can_be_given_to_a_stage():
     ("options", "message"),
     [
         ({"model_options": {"context_tokens": "add"}}, "context_tokens belongs to the stage that adds the decoder"),
+        (
+            {"model_options": {"context_tokens": "none"}, "model": "m", "vision": None, "text": None},
+            "context_tokens belongs to the stage that adds the decoder: put it below training",
+        ),
         ({"stages": ["pretrain", "distill", "pretrain"]}, "stage pretrain comes before stage distill"),
         ({"stages": ["distill", "pretrain"], "model": "m", "vision": None, "text": None}, "comes before stage distill"),
+        ({"stages": "align,align"}, "stages has align more than once; give each stage once"),
+        ({"stages": ["pretrain", "align", "pretrain"]}, "stages has pretrain more than once"),
+        ({"training": {"stage": "align"}}, r"stage is not an option of training; give stages \(--stages\)"),
+        (
+            {"distill": {"output_dir": "x"}},
+            r"output_dir is not an option of distill; the folder is output \(--output\)",
+        ),
         ({"training": {"embed_dim": 8}}, "embed_dim is an option of the model, not of training"),
     ],
 )
@@ -102,6 +142,59 @@ def test_what_a_later_stage_refuses_is_told_before_the_first(scenes, backbones, 
     assert not (tmp_path / "run" / "pretrain").exists()
 
 
+@pytest.mark.parametrize(
+    ("training", "distill", "message"),
+    [
+        ({"lora": "both"}, {"lora_rank": 4}, "stage distill: the vision backbone has LoRA with {'rank': 8}, got"),
+        ({"lora": "text"}, {"lora_alpha": 1.0}, "stage distill: the text backbone has LoRA with"),
+        ({}, {"lora": "text", "lora_targets": ["querry"]}, "stage distill: .*querry"),
+        ({}, {"lora": "text", "lora_metric": "diagonl"}, "stage distill: .*diagonl"),
+        ({}, {"weight_decay_exclude": ["decoder.token"]}, r"stage distill: weight_decay_exclude: .*'decoder\.token'"),
+        ({"weight_decay_exclude": ["decoder.token"]}, {}, r"stage pretrain: weight_decay_exclude: .*'decoder\.token'"),
+        ({}, {"decoder_heads": 5}, "stage distill: .*5 heads do not divide the width 24"),
+        ({}, {"decoder_metric": "diagonl"}, "stage distill: .*diagonl"),
+    ],
+)
+def test_what_the_model_of_a_stage_refuses_is_told_before_the_first(
+    scenes, make_model, tmp_path, training, distill, message
+):
+    pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path / "start")
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    small = {"per_device_train_batch_size": 8, "max_steps": 1, "decoder_heads": 2, "decoder_layers": 1, **training}
+    recipe = Recipe(**given, model=str(tmp_path / "start"), training=small, distill=distill, show_progress_bar=False)
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_peft_is_told_before_the_first_stage(make_model, make_args, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    stages = {"pretrain": make_args(), "distill": make_args("distill", lora="both")}
+    with pytest.raises(ImportError, match="LoRA needs peft"):
+        check_stages(make_model(), stages)
+
+
+def test_a_walk_through_the_stages_leaves_the_model_as_it_is(make_model, make_args):
+    pytest.importorskip("peft")
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    metric = {"lora": "both", "lora_metric": "diagonal"}
+    stages = {
+        "pretrain": make_args(**metric, merge_lora=True, weight_decay_exclude=["decoder.tokens"], loss="sigmoid"),
+        "distill": make_args("distill", lora="text", lora_rank=4, weight_decay_exclude=["decoder.tokens"]),
+        "align": make_args("align", lora="text", lora_rank=4, weight_decay_exclude=["*lora_A*", "decoder.tokens"]),
+    }
+    check_stages(model, stages)
+    assert model.decoder is None
+    assert model.config.lora is None
+    assert model.config.context_decoder is None
+    assert all(value.equal(before.pop(name)) for name, value in model.state_dict().items())
+    assert not before
+    with pytest.raises(ValueError, match="stage distill: the vision backbone has LoRA with"):
+        check_stages(model, {"pretrain": make_args(**metric), "distill": make_args("distill", lora="both")})
+
+
 def test_lora_is_trained_by_a_recipe_and_merged(scenes, backbones, tmp_path):
     pytest.importorskip("peft")
     given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path)}
@@ -111,3 +204,99 @@ def test_lora_is_trained_by_a_recipe_and_merged(scenes, backbones, tmp_path):
     model = D2SVSE.from_pretrained(tmp_path / "model")
     assert model.config.lora in (None, {})
     assert not any("lora_" in name for name in model.state_dict())
+
+
+def test_a_model_of_16_bits_is_trained_in_float32(scenes, make_model, tmp_path):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert D2SVSE.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False, "decoder_layers": 1, "decoder_heads": 2}
+    run_recipe(Recipe(**given, model=str(tmp_path / "half"), training=training, show_progress_bar=False))
+    for stage in ("pretrain", "distill"):
+        weights = load_file(tmp_path / "run" / stage / "model" / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_run_is_resumed_only_with_its_validation_set_and_the_dense_captions_of_its_teacher(
+    scenes, make_model, tmp_path
+):
+    make_model().save_pretrained(tmp_path / "start")
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("val", "long")}
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()]
+    long = "".join(
+        json.dumps({"image": row["image"], "dense": "the longer one of " + row["dense"]}) + "\n" for row in rows
+    )
+    val = (scenes / "val.jsonl").read_text()
+    files["val"].write_text(val)
+    files["long"].write_text(long)
+    given = {"train": str(scenes / "train.jsonl"), "val": str(files["val"]), "output": str(tmp_path / "run")}
+    given |= {"image_folder": str(scenes), "teacher_dense": str(files["long"]), "stages": ["distill"]}
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False, "decoder_layers": 1, "decoder_heads": 2}
+
+    def train(resume: bool) -> None:
+        start = str(tmp_path / "start")
+        run_recipe(Recipe(**given, model=start, training=training, resume=resume, show_progress_bar=False))
+
+    train(False)
+    first = (tmp_path / "run" / "start.json").read_text()
+    files["val"].write_text(val.replace("circle", "ring"))
+    with pytest.raises(ValueError, match=r"start\.json: the validation data was .* resume with the earlier one"):
+        train(True)
+    files["val"].write_text(val)
+    files["long"].write_text(long.replace("longer", "longest"))
+    with pytest.raises(ValueError, match=r"start\.json: the dense captions of the teacher was "):
+        train(True)
+    started = json.loads(first)
+    earlier = {name: started[name] for name in ("data", "processes")}  # as earlier versions wrote it
+    (tmp_path / "run" / "start.json").write_text(json.dumps(earlier))
+    files["long"].write_text(long)
+    train(True)
+    assert json.loads((tmp_path / "run" / "start.json").read_text()) == started
+
+
+def test_options_of_the_decoder_are_those_of_a_start_that_has_one(scenes, model, tmp_path):
+    start = tmp_path / "start"
+    model.save_pretrained(start)
+    given = {"train": str(scenes / "train.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    given |= {"model": str(start), "stages": ["align"], "show_progress_bar": False}
+    small = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    small |= {"load_best_model_at_end": False}
+    for section, name, value in (
+        ("training", "num_context_tokens", 16),
+        ("align", "decoder_layers", 2),
+        ("training", "token_placement", "prefix"),
+        ("training", "decoder_kind", "attention"),
+        ("training", "context_tokens", "add"),
+    ):
+        options = {"training": dict(small)}
+        options.setdefault(section, {})[name] = value
+        with pytest.raises(ValueError, match=rf"{section}: {name} is {value!r}, but .*start has a context decoder"):
+            run_recipe(Recipe(**given, **options))
+    assert not (tmp_path / "run").exists()
+    recipe = Recipe(**given, training={**small, "num_context_tokens": 4})
+    run_recipe(recipe)
+    own = {"num_context_tokens": 4, "decoder_layers": 1, "decoder_heads": 2, "token_placement": "surround"}
+    own |= {"decoder_kind": "decoder", "context_tokens": "none", "decoder_positions": True, "decoder_metric": None}
+    recorded = parse_yaml((tmp_path / "run" / "recipe.yaml").read_text())
+    card = json.loads((tmp_path / "run" / "run.json").read_text())["configuration"]
+    assert recorded["training"] == card["training"] == recorded["training"] | own
+    # The same call, the file, and a file of an earlier version resume the run.
+    run_recipe(Recipe(**given, training=small, resume=True))
+    run_recipe(Recipe.from_mapping(recorded | {"resume": True}))
+    earlier = recorded | {"training": recorded["training"] | {"num_context_tokens": 16, "decoder_layers": 2}}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(earlier))
+    run_recipe(Recipe.from_mapping(earlier | {"resume": True}))
+
+
+def test_options_of_a_decoder_are_found_again(make_args):
+    for options in (
+        {},
+        {"num_context_tokens": 0, "decoder_positions": False, "decoder_pooling": "max", "context_tokens": "join"},
+        {"decoder_kind": "attention", "decoder_metric": "diagonal", "decoder_heads": 8},
+        {"token_placement": "prefix", "decoder_layers": 3},
+    ):
+        args = make_args("distill", **options)
+        found = args.of_decoder(args.decoder_arguments(), args.context_tokens)
+        assert found == {name: getattr(args, name) for name in found}

@@ -100,5 +100,8 @@ def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
         RetrievalTeacher(make_model(similarity={"name": "omit", "metric": "diagonal"}), "dense")
     with pytest.raises(ValueError, match="gssf-diagonal takes no metric"):
         RetrievalTeacher(make_model(similarity={"name": "gssf-diagonal"}), "dense")
+    for wrong, similarity in (("diagonl", "cosine"), ("diagonl", "max-mean"), ({"structure": "dense", "x": 1}, "omit")):
+        with pytest.raises(ValueError, match=r"diagonl|unexpected keyword argument 'x'"):
+            RetrievalTeacher(make_model(similarity={"name": similarity}), wrong)
     with pytest.raises(ValueError, match="is for stage align, got stage pretrain"):
         Trainer(make_model(), make_args("pretrain"), train_dataset, teacher=RetrievalTeacher(make_model()))

@@ -14,6 +14,8 @@ from d2svse.data import write_scenes
 from d2svse.files.lock import write_lock
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
 from d2svse.training import sweep as sweeps
+from d2svse.training.options import preset_options
+from d2svse.training.recipe import Recipe
 from d2svse.training.sweep import override, parse_grid, read_record, read_sweep, record_of, run_sweep
 from support.processes import Fork
 
@@ -95,6 +97,19 @@ def test_a_recipe_of_a_run_is_a_sweep_of_one_row(small, write):
     assert [(run.row, run.seed) for run in sweep.runs] == [("recipe", 7)]
     assert sweep.tests == {"test": sweeps.EvaluationSet("t.json", "dev")}
     assert sweep.recipe(sweep.runs[0], Path("o")).output == "o/runs/recipe-seed7"
+
+
+def test_a_row_with_a_preset_has_its_values_beside_those_of_the_row(small, write):
+    whole = {name: value for name, value in small.items() if name not in ("stages", "model_options")}
+    file = Recipe(**whole, output="o", preset="recommended").effective_configuration()
+    rows = {"rows": {"a": {"learning_rate": 2e-3, "preset": "omit"}, "b": {"margin": 0.5}}}
+    sweep = read_sweep(write(yaml.safe_load(file) | rows))
+    first, second = (sweep.recipe(run, Path("o")) for run in sweep.runs)
+    assert first.stages == ["align"]
+    assert first.model_options["similarity"] == {"name": "omit"}
+    assert "text_projection" not in first.model_options
+    assert first.training_options() == {**preset_options("omit"), "learning_rate": 2e-3, **small["training"]}
+    assert second.training_options() == {**preset_options("recommended"), "margin": 0.5, **small["training"]}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,8 @@ def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
 SWEEP = """
 import sys
 from d2svse.training import sweep as sweeps
+from d2svse.training.options import preset_options
+from d2svse.training.recipe import Recipe
 sweeps.CHILD = sys.argv[1]
 from d2svse.cli.app import main
 main(sys.argv[2:])
@@ -296,6 +313,8 @@ def begun(folder):
 FORKING = """
 import os, subprocess, sys
 from d2svse.training import sweep as sweeps
+from d2svse.training.options import preset_options
+from d2svse.training.recipe import Recipe
 from d2svse.cli.app import main
 
 class Forked(subprocess.Popen):
@@ -357,3 +376,18 @@ def test_a_sweep_of_the_published_layout_goes_on(small, write, tmp_path, preset)
     (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
     (Path(recipe.output) / "start.json").write_text("{}")
     assert sweep.state(run, tmp_path / "out") == "begun"
+
+
+def test_a_sweep_from_a_model_with_a_decoder_goes_on_and_refuses_another_decoder(small, write, model, tmp_path):
+    model.save_pretrained(tmp_path / "start")
+    values = {name: value for name, value in small.items() if name not in ("vision", "text", "model_options")}
+    sweep = read_sweep(write(values | {"model": str(tmp_path / "start")}), {"num_context_tokens": [4, 8]})
+    run, other = sweep.runs
+    recipe = sweep.recipe(run, tmp_path / "out")
+    assert recipe.training["decoder_heads"] == 2
+    Path(recipe.output).mkdir(parents=True)
+    (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
+    (Path(recipe.output) / "start.json").write_text("{}")
+    assert sweep.state(run, tmp_path / "out") == "begun"
+    with pytest.raises(ValueError, match="row 'num_context_tokens=8': training: num_context_tokens is 8, but"):
+        sweep.recipe(other, tmp_path / "out")

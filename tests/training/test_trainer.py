@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
-from d2svse.training.building import layers_below_the_top, parameter_groups
+from d2svse.training.building import decoder_arguments, layers_below_the_top, parameter_groups
 from d2svse.training.checkpoints import last_whole_checkpoint
 from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
@@ -116,6 +116,20 @@ def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dat
     torch.testing.assert_close(teacher_embeddings(teacher, texts), whole)
 
 
+@pytest.mark.parametrize(("tokens", "positions"), [(4, 640), (544, 640), (545, 641), (700, 796)])
+def test_the_decoder_has_positions_for_its_tokens_and_the_longest_text(tokens, positions, make_model, make_args):
+    model = make_model()
+    assert model.processor.max_length == 96
+    arguments = decoder_arguments(model, make_args("distill", num_context_tokens=tokens))
+    assert ("max_positions" in arguments) == (positions > 640)
+    decoder = model.add_decoder(**arguments)
+    assert decoder.position_embeddings.num_embeddings == positions
+    decoder.outputs(torch.zeros(1, 96, 24))
+    assert "max_positions" not in decoder_arguments(
+        model, make_args("distill", num_context_tokens=tokens, decoder_positions=False)
+    )
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
 def test_same_seed_same_curve_whatever_the_number_of_workers(make_model, make_args, train_dataset, stage):
     def run(workers, seed=7):
@@ -184,6 +198,29 @@ def test_milestones_step_the_learning_rate(make_model, make_args, train_dataset)
     assert rates == pytest.approx([1e-3] * 3 + [1e-4] * 6 + [1e-5] * 3)
 
 
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({}, "max"),
+        ({"metric_for_best_model": "t2i_mean_rank"}, "min"),
+        ({"lr_scheduler_kwargs": {"patience": 1}}, "max"),
+        ({"lr_scheduler_kwargs": {"mode": "min"}}, "min"),
+    ],
+)
+def test_the_rate_falls_where_the_metric_stops_to_improve(options, mode, make_model, make_args, train_dataset):
+    greedy = make_args(lr_scheduler_type="greedy", **options)
+    assert (greedy.lr_scheduler_kwargs or {}).get("mode", "min") == mode
+    args = make_args(lr_scheduler_type="reduce_lr_on_plateau", **options)
+    trainer = Trainer(make_model(), dataclasses.replace(args, seed=1), train_dataset)
+    trainer.create_optimizer()
+    schedule = trainer.create_scheduler(10)
+    assert schedule.mode == mode
+    assert schedule.patience == options.get("lr_scheduler_kwargs", {}).get("patience", 10)
+    for value in range(1, 20):
+        schedule.step(value if mode == "max" else -value)
+    assert schedule.get_last_lr()[0] == args.learning_rate
+
+
 def test_the_hinge_schedule_follows_the_epochs(make_model, make_args, train_dataset):
     loss = TripletLoss(warmup_epochs=1)
     seen = []
@@ -220,6 +257,19 @@ def test_bfloat16_trains_with_losses_in_float32(make_model, make_args, train_dat
     trainer.train()
     assert kinds == {torch.float32}
     assert all(loss == loss for loss in losses(trainer))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_are_trained_only_if_they_are_frozen(dtype, make_model, make_args, train_dataset):
+    model = make_model()
+    model.image_encoder.backbone.to(getattr(torch, dtype))
+    message = rf"image_encoder\.backbone\..* is of {dtype}, in which small steps are lost; load the model in float32"
+    for options in ({}, {"freeze_text": True}, {"lora": "vision"}):
+        with pytest.raises(ValueError, match=message):
+            Trainer(model, make_args(**options), train_dataset)
+    Trainer(model, make_args(freeze_vision=True), train_dataset)
+    model.freeze(vision=True)
+    Trainer(model, make_args(), train_dataset)
 
 
 def test_attention_is_computed_as_is_asked(make_model, make_args, train_dataset, monkeypatch):
@@ -312,7 +362,25 @@ def test_a_trainer_can_train_again(make_model, make_args, train_dataset):
     trainer.train()
     first = losses(trainer, "learning_rate")
     trainer.train()
-    assert losses(trainer, "learning_rate") == first[3:] + [rate * 0.1 for rate in first[3:]]
+    assert losses(trainer, "learning_rate") == first
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_milestones": [1], "lr_gamma": 0.1},
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 1e9}},
+    ],
+)
+def test_a_second_training_has_the_rates_of_the_first(schedule, make_model, make_args, train_dataset, val_dataset):
+    args = make_args("align", num_train_epochs=3, save_strategy="no", **schedule)
+    trainer, rates = Trainer(make_model(), args, train_dataset, val_dataset), []
+    for _ in range(2):
+        trainer.train()
+        rates.append(losses(trainer, "learning_rate"))
+    assert rates[0] == rates[1]
+    assert rates[0][-1] < rates[0][0] == pytest.approx(args.learning_rate)
 
 
 def test_a_loss_with_weights_of_its_own_is_refused(make_model, make_args, train_dataset):
@@ -348,6 +416,17 @@ def test_chunks_train_as_the_whole_batch_does(make_model, make_args, train_datas
         trainer.train()
         curves.append(losses(trainer))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("every", "count"), [(None, 0), (1, 3), (2, 2)])
+def test_the_cache_of_the_device_is_emptied_with_chunks_too(
+    every, count, make_model, make_args, train_dataset, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr("d2svse.training.trainer.clear_device_cache", lambda: calls.append(1))
+    args = make_args("align", max_steps=3, chunk_size=8, torch_empty_cache_steps=every, save_strategy="no")
+    Trainer(make_model(), args, train_dataset).train()
+    assert len(calls) == count
 
 
 def test_dropout_is_drawn_alike_in_both_passes_of_chunks(make_model, make_args, train_dataset):
