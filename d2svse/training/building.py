@@ -473,10 +473,6 @@ def tie_temperature(model: D2SVSE, loss: RankingLoss, from_model: bool = False) 
             source, target = (of_model, own) if from_model else (own, of_model)
             target.copy_(source)
     if loss.learn_temperature:
-        for scale in (loss.log_scale, model.logit_scale):
-            if scale > loss.max_log_scale:  # which has no gradient
-                scale.fill_(loss.max_log_scale - 1e-6)
-    if loss.learn_temperature:
         loss.log_scale = model.logit_scale.requires_grad_(True)
         if bias is not None and model.logit_bias is not None:
             loss.bias = model.logit_bias.requires_grad_(True)
