@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -162,7 +162,7 @@ def push_folder(
         kept = CARD_FILE not in files and CARD_FILE in there and not _card_is_ours(api, repo_id, target)
         if CARD_FILE not in files and not kept:
             contents[CARD_FILE] = model_card(repo_id, config, processor, run_card, known, facts).encode()
-        stale = [name for name in there if name not in contents and any(fnmatch(name, kind) for kind in WEIGHTS)]
+        stale = [name for name in there if name not in contents and any(_fits(name, kind) for kind in WEIGHTS)]
         commit = api.create_commit(
             repo_id,
             [

@@ -78,6 +78,17 @@ def test_sharded_weights_and_the_end_of_shards_that_are_no_more(model, folder, h
         D2SVSE.from_pretrained(tmp_path / "sharded")
 
 
+def test_weights_in_folders_of_the_repository_stay(folder, hub):
+    push_folder(folder, "lab/tiny")
+    files = ("models/other/adapter.safetensors", "model-v1/adapter.safetensors", "model/x.safetensors.index.json")
+    repository = hub.repositories["lab/tiny"]
+    further = {**dict.fromkeys(files, b"mine"), "model-old.safetensors": b"stale"}
+    repository.commit("main", hub.files("lab/tiny") | further, "further weights")
+    push_folder(folder, "lab/tiny")
+    assert set(files) <= set(hub.files("lab/tiny"))
+    assert "model-old.safetensors" not in hub.files("lab/tiny")
+
+
 def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_path):
     first = push_folder(folder, "lab/tiny")
     hub.repositories["lab/tiny"].refs["v1"] = first.commit  # a tag
