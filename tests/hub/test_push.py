@@ -103,6 +103,23 @@ def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_pa
         D2SVSE.from_pretrained("lab/tiny", revision="v2")
 
 
+@pytest.mark.parametrize("branch", [None, "trial", "my/new"])
+def test_a_pull_request_is_opened_against_its_branch(folder, hub, branch):
+    push_folder(folder, "lab/tiny")
+    repository = hub.repositories["lab/tiny"]
+    files = {"README.md": b"# Mine\n", "model-old.safetensors": b"of the trial"}
+    repository.commit("trial", hub.files("lab/tiny") | files, "trial")
+    before = dict(repository.refs)
+    (folder / "LICENSE").write_text("for all")
+    pushed = push_folder(folder, "lab/tiny", revision=branch, create_pr=True)
+    assert hub.requests("POST", "/commit/")[-1].path.endswith(f"/commit/{branch or 'main'}")
+    new = {"refs/pr/1": pushed.commit} | ({} if branch in (None, "trial") else {branch: before["main"]})
+    assert repository.refs == before | new
+    assert pushed.url == f"{hub.url}/lab/tiny/discussions/1"
+    assert pushed.card_kept == (branch == "trial")
+    assert "model-old.safetensors" not in hub.files("lab/tiny", "refs/pr/1")
+
+
 def test_private_repositories_open_to_those_who_may(folder, hub, val_dataset, monkeypatch, tmp_path):
     push_folder(folder, "lab/secret", private=True)
     hidden = "lab/secret: no folder here and no visible repository at .*, or for a private repository log in"
