@@ -18,6 +18,8 @@ from d2svse.images import ImageError
 from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
+from d2svse.retrieval.search.comparison import gone_items
+from d2svse.retrieval.search.contents import read_items
 
 
 def lock(monkeypatch, folder):
@@ -109,9 +111,35 @@ def test_what_is_left_out_by_default_stays_if_it_was_added_by_name(model, deep, 
     assert len(index) == 12
     assert len(index.add(deep / ".private").added) == 4
     assert index.add(deep).dropped == []
-    with pytest.raises(ValueError, match="--prune"):
-        index.add(deep, exclude=["*.png"])
+    assert index.add(deep, exclude=["*.png"]).dropped == []
     assert len(index) == 16
+
+
+def test_images_that_exist_stay_if_the_walk_leaves_them_out(model, deep, tmp_path):
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    first, second, *_ = sorted(deep.glob("*.png"))
+    shutil.copy(first, deep / "of-no-suffix")
+    shutil.copy(second, deep / "phone.heic")
+    assert len(index.add([deep / "of-no-suffix", deep / "phone.heic"]).added) == 2
+    for exclude in ((), [first.name], ["sub"], ["*.png"]):
+        assert index.add(deep, exclude=exclude).dropped == []
+        assert index.add(deep, exclude=exclude, prune=True).dropped == []
+    first.unlink()
+    (deep / "of-no-suffix").unlink()
+    assert sorted(index.add(deep, exclude=["sub"], prune=True).dropped) == [str(first), str(deep / "of-no-suffix")]
+
+
+def test_rows_of_region_files_and_members_of_shards_are_gone_with_their_file(tmp_path):
+    names = [
+        f"{tmp_path}/a_ims.npy#0",
+        f"{tmp_path}/b_ims.npy#0",
+        f"{tmp_path}/a.tar/x/0.png",
+        f"{tmp_path}/b.tar/0.png",
+    ]
+    for name in ("a_ims.npy", "a.tar"):
+        (tmp_path / name).touch()
+    items = read_items(tmp_path, "image", may_be_empty=True)
+    assert gone_items(items, {name: {} for name in names}, ()) == [names[1], names[3]]
 
 
 def test_an_image_under_several_spellings_is_one_item(model, deep, tmp_path, monkeypatch):
