@@ -328,8 +328,7 @@ def write_store(
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
     if kind["shard_size"] < 1:
         raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
-    listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    description = {**kind, "count": len(names), "list": listed}
+    description = {**kind, "count": len(names), "list": _digest(names)}
     if not names:
         raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
@@ -358,6 +357,30 @@ def write_store(
         store = EmbeddingStore(folder)
         write_skipped(folder, store.skipped)
         return store
+
+
+def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_skipped: bool) -> bool:
+    """Return whether a store is complete and holds these items in these states, so that encoding them writes nothing.
+
+    Args:
+        folder: the folder of the store.
+        names: ids of the items.
+        states: state of each item, see `write_store`.
+        keep_skipped: whether a chunk may lack items.
+    """
+    description = _read_description(folder)
+    if description is None or description.get("list") != _digest(names):
+        return False
+    size = description["shard_size"]
+    parts = [list(states[start : start + size]) for start in range(0, len(names), size)]
+    chunks = _chunks(folder, description)
+    return len(chunks) == len(parts) and all(
+        _holds(chunk, part, description, keep_skipped) for chunk, part in zip(chunks, parts, strict=True)
+    )
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -566,7 +589,7 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
     """
     first = parts[0][0]
     rows_of = [(store, int(row)) for store, rows in parts for row in rows]
-    listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in rows_of]).encode()).hexdigest()
+    listed = _digest([store.ids[row] for store, row in rows_of])
     description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": chunk_size}
     description |= {"dim": first.dim, "count": len(rows_of), "list": listed, "fingerprint": first.fingerprint}
     write_json(folder / DESCRIPTION, description)

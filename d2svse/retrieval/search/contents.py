@@ -21,7 +21,7 @@ from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
-from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
+from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts, is_current
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
@@ -341,27 +341,35 @@ def encode_items(
     settings: IndexSettings,
     in_use: Collection[str] = (),
     *,
+    live: Collection[str] = (),
     on_bad_image: OnBadImage,
     batch_size: int,
     show_progress_bar: bool,
 ) -> EmbeddingStore:
     """Encode items into a store; its name is a hash of the items, so that a later call continues a stopped one.
 
+    A store of the index is never written to.
+
     Args:
         model: the model, with its processor.
         names: paths of images, or texts.
         folder: the folder of the index.
         settings: the settings of the index.
-        in_use: names of stores that the index uses; they stay unchanged.
+        in_use: names that the store must not have.
+        live: names of stores that the index uses; one that holds exactly these items is returned.
         on_bad_image: "error" or "skip", see `encode_images`.
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
     output: Any = model.similarity_fn.output
+    state = _state if settings.side == "image" else lambda _: None
     key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
     name = STORE + key.hexdigest()[:12]
-    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
-    chosen = next(one for one in numbered if one not in in_use)
+    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use) + len(live))))
+    for one in numbered:
+        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], on_bad_image == "skip"):
+            return EmbeddingStore(folder / one)
+    chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])
     store = folder / chosen
     options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}

@@ -196,8 +196,8 @@ class ImageTextIndex:
         with write_lock(folder):
             note_folders(folder, before)
             options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-            taken = joined_stores(folder)
-            store = encode_items(model, items.names, folder, settings, taken, on_bad_image=on_bad_image, **options)
+            options |= {"on_bad_image": on_bad_image, "live": before}
+            store = encode_items(model, items.names, folder, settings, joined_stores(folder), **options)
             if not len(store):
                 raise ImageError(f"none of the {len(items.names)} images can be read; the first: {store.skipped[0][1]}")
             add_store(vectors, model, store, settings, items.paths)

@@ -7,6 +7,8 @@ import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +228,37 @@ def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_pat
     ImageTextIndex.build(model, photos, tmp_path / "i")
     assert not seen
     assert not list((tmp_path / "i").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_a_rebuild_that_is_killed_leaves_the_index_and_goes_on(
+    make_model, photos, scenes, tmp_path, monkeypatch, on_bad_image
+):
+    """Before the step, the stores of the index are as they were, also where images have changed or were repaired."""
+    model = make_model(similarity={"name": "omit"})
+    build = partial(ImageTextIndex.build, model, photos, tmp_path / "i", on_bad_image=on_bad_image)
+    first, second, *_ = sorted(photos.iterdir())
+    good = first.read_bytes()
+    if on_bad_image == "skip":
+        first.write_bytes(b"no")
+    index = build()
+    before = index.ids, index.search("a red circle", k=16)
+    first.write_bytes(good)
+    shutil.copy(scenes / "train" / "000000.png", second)
+    with monkeypatch.context() as patch:
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build()
+    for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
+        assert (opened.ids, opened.search("a red circle", k=16)) == before
+    seen = []
+    batches = model.image_batches
+    model.image_batches = lambda images, **options: seen.extend(images) or batches(images, **options)
+    after = build().search("a red circle", k=16)
+    assert build(engine="faiss" if find_spec("faiss") else "exact").search("a red circle", k=16) == after
+    assert not seen  # the killed build is continued, and the store of unchanged images is used again
+    assert after == ImageTextIndex.build(model, photos, tmp_path / "j").search("a red circle", k=16) != before[1]
+    assert len(list((tmp_path / "i").glob("store-*"))) == 1
 
 
 ODD = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "esc\x1b[2J.png", "sep\u2028arator.png"]
