@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
 VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
 _KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
@@ -54,6 +55,8 @@ class IndexSettings:
         vectors: name of the folder of the vectors.
         source: folder or file that the index was built from, None for a list.
         dtype: dtype of the model's weights, None in an index of an earlier version.
+        revision: commit of a model of the Hub, None in an index of an earlier version.
+        subfolder: subfolder of the model in its folder or repository, or None.
     """
 
     side: Side
@@ -64,6 +67,8 @@ class IndexSettings:
     vectors: str
     source: str | None = None
     dtype: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -92,7 +97,7 @@ class IndexSettings:
 
 
 def _check(settings: IndexSettings) -> None:
-    optional = {"candidates", "model", "source", "dtype"}
+    optional = {"candidates", "model", "source", "dtype", "revision", "subfolder"}
     for name in (one.name for one in fields(settings)):
         value = getattr(settings, name)
         kind: Any = bool if name == "draft" else str
@@ -100,6 +105,11 @@ def _check(settings: IndexSettings) -> None:
             raise ValueError(f"{name} is {value!r:.80}")
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
         raise ValueError(f"side {settings.side!r:.80}, candidates {settings.candidates!r:.80}")
+    if settings.revision is not None and not _COMMIT.fullmatch(settings.revision):
+        raise ValueError(f"revision {settings.revision!r:.80}, expected a commit of the Hub")
+    inner = PurePath(settings.subfolder or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(f"subfolder {settings.subfolder!r:.80}, expected a folder inside the model's")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 
@@ -169,10 +179,20 @@ def _write_list(folder: Path, names: Iterable[str]) -> None:
     write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
 
 
-def name_of(model: D2SVSE) -> str | None:
-    """Return the absolute folder or the Hub id of a model, or None if it was never saved."""
+def origin_of(model: D2SVSE) -> dict[str, str | None]:
+    """Return where a model was loaded from, under the names of `IndexSettings`; nothing if it was never saved.
+
+    The model is its absolute folder or its Hub id; a Hub id has the commit as its revision.
+    """
     name = model.name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+    if not name:
+        return {"model": None}
+    subfolder = getattr(model, "subfolder", None) or None
+    if Path(name).is_dir():
+        return {"model": str(Path(name).resolve()), "subfolder": subfolder}
+    commit = getattr(model.config, "_commit_hash", None)
+    revision = commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None
+    return {"model": name, "revision": revision, "subfolder": subfolder}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ from d2svse.retrieval.search.contents import (
     add_store,
     check_index_folder,
     encode_items,
-    name_of,
     note_folders,
+    origin_of,
     own_folder,
     read_items,
     stored_names,
@@ -180,14 +180,14 @@ class ImageTextIndex:
             source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
         )
         settings = IndexSettings(
-            side,
-            similarity.candidates(candidates),
-            draft,
-            name_of(model),
-            fingerprint,
-            VECTORS + uuid.uuid4().hex[:12],
-            items.path,
-            str(model.dtype).removeprefix("torch."),
+            side=side,
+            candidates=similarity.candidates(candidates),
+            draft=draft,
+            fingerprint=fingerprint,
+            vectors=VECTORS + uuid.uuid4().hex[:12],
+            source=items.path,
+            dtype=str(model.dtype).removeprefix("torch."),
+            **origin_of(model),
         )
         before = replaced_folders(folder, settings, items, overwrite)
         vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
@@ -689,16 +689,19 @@ def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:
         raise ValueError(f"{folder}: the model that built the index was not saved; give it with model=")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such model folder, but it built {folder}; give the model with model=")
+    options: dict[str, Any] = {"dtype": dtype} | ({"subfolder": settings.subfolder} if settings.subfolder else {})
     if Path(name).is_absolute():
-        return D2SVSE.from_pretrained(name, dtype=dtype)
+        return D2SVSE.from_pretrained(name, **options)
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{folder}: names the model {name!r:.200}, neither an absolute path nor a Hub id; give model=")
     try:
-        return D2SVSE.from_pretrained(name, dtype=dtype, local_files_only=True)
+        return D2SVSE.from_pretrained(name, revision=settings.revision, local_files_only=True, **options)
     except OSError:
+        commit = settings.revision
+        download = f"run hf download {name} --revision {commit}" if commit else f"give --model {name} (model=)"
         raise FileNotFoundError(
-            f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to download it, "
-            f"give --model {name} (model=)"
+            f"{folder}: was built with the model {name} of the Hub, which is not on this machine"
+            f"{f' at the commit {commit}' if commit else ''}; to download it, {download}"
         ) from None
 
 
