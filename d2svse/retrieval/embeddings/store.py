@@ -271,6 +271,7 @@ def encode_texts(
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": chunk_size}
     description |= {"dense": dense, "max_length": max_length, **_made_by(model)}
     names = list(dict.fromkeys(texts))
+    _check_batch_size(batch_size)
     if model.text_depends_on_batch(dense):
         if chunk_size % batch_size:
             raise ValueError(f"chunk_size {chunk_size} must be a multiple of batch_size {batch_size} for this decoder")
@@ -285,6 +286,11 @@ def encode_texts(
     if reports:
         TextReport.join(reports).warn()
     return store
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
 
 
 def _made_by(model: D2SVSE) -> dict[str, Any]:
@@ -319,13 +325,14 @@ def write_store(
 
     Raises:
         FileExistsError: if the folder has other files but no store.
-        ValueError: if the folder has a store of another kind or list and `replace` is false; the message names the
-            difference.
+        ValueError: if a size is not positive, or the folder has a store of another kind or list and `replace` is
+            false; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
+    _check_batch_size(batch_size)
     if kind["shard_size"] < 1:
         raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
     description = {**kind, "count": len(names), "list": _digest(names)}

@@ -175,6 +175,16 @@ def test_rows_of_several_arrays_are_read_as_of_one():
             rows[wrong]
 
 
+def test_a_batch_of_nothing_is_refused_before_anything_is_written(model, make_model, pictures, tmp_path):
+    padding = make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False})
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size must be positive, got {size}"):
+            encode_images(model, pictures, tmp_path / "s", batch_size=size)
+        with pytest.raises(ValueError, match=f"batch_size must be positive, got {size}"):
+            encode_texts(padding, ["a ring"], tmp_path / "s", batch_size=size)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_decoder_that_sees_padding_keeps_repeated_texts(make_model, val_dataset, tmp_path):
     decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
     model = make_model(context_decoder=decoder)
