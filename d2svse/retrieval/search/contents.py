@@ -311,7 +311,7 @@ def _path(item: Any) -> str:
 
 def _texts_of(path: Path) -> list[str]:
     if path.suffix == MANIFEST_SUFFIX:
-        return [caption for record in read_manifest(path) for caption in record.captions]
+        return [caption for record in read_manifest(path, allow_missing=True) for caption in record.captions]
     return read_texts(path)
 
 

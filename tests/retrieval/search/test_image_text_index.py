@@ -407,6 +407,16 @@ def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photo
     assert outcomes.count(after) > 1  # some kills came after the switch
 
 
+def test_the_texts_of_a_manifest_need_no_image(model, tmp_path):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text('{"image": "none.png", "captions": ["a ring", "a star"]}\n')
+    index = ImageTextIndex.build(model, manifest, tmp_path / "index", side="text")
+    assert index.ids == ["a ring", "a star"]
+    with manifest.open("a") as file:
+        file.write('{"image": "nothing.png", "captions": ["a cross"]}\n')
+    assert index.add(manifest).added == ["a cross"]
+
+
 def test_a_missing_image_of_a_manifest_is_skipped_as_a_broken_one(scenes, model, tmp_path):
     lines = (scenes / "val.jsonl").read_text().splitlines()[:3]
     rows = [json.loads(line) for line in lines]
