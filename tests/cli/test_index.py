@@ -151,8 +151,9 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     (tmp_path / "captions.csv").write_text("image,caption")
     for source, message in (
         (photos / "000050.png", "an image; give its folder"),
-        (tmp_path / "captions.csv", "not a folder of images or a manifest"),
-        (tmp_path / "shards.jsonl", "not a folder of images or a manifest"),
+        (tmp_path / "captions.csv", "`d2svse data convert` makes a manifest of a table, and"),
+        (tmp_path / "shards.jsonl", "not a folder of images or a manifest; unpack the tar files"),
+        (tmp_path / "0000.tar", "not a folder of images or a manifest; unpack the tar files"),
     ):
         source.touch()
         one_line_error(run("index", "build", folder, source, "-o", tmp_path / "j"), message)

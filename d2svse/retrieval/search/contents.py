@@ -284,10 +284,12 @@ def _check_manifest(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         raise ValueError(f"{path}: an image; give its folder, or a manifest that names it")
-    if suffix in (".txt", ".csv", ".tsv", ".token", ".tar") or path.name == "shards.jsonl":
+    if suffix == ".tar" or path.name == "shards.jsonl":
+        raise ValueError(f"{path}: not a folder of images or a manifest; unpack the tar files of shards into a folder")
+    if suffix in (".txt", ".csv", ".tsv", ".token"):
         raise ValueError(
-            f"{path}: not a folder of images or a manifest; `d2svse data convert` makes a manifest of a table or "
-            "shards, and the lines of a text file are indexed with --side text (side='text')"
+            f"{path}: not a folder of images or a manifest; `d2svse data convert` makes a manifest of a table, and the "
+            "lines of a text file are indexed with --side text (side='text')"
         )
 
 
