@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
+CHUNK_SIZE = 1024  # items
 _CHUNK = re.compile(r"\d{5,}")
 Batches = Iterator[tuple[list[int], Features]]
 
@@ -169,7 +170,7 @@ def encode_images(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
     batch_size: int = 64,
     on_bad_image: OnBadImage = "error",
     draft: bool = False,
@@ -238,7 +239,7 @@ def encode_texts(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     batch_size: int = 128,
     dense: bool = False,
     max_length: int | None = None,
@@ -255,7 +256,8 @@ def encode_texts(
         folder: the folder of the store, new or unfinished.
         output: "pooled", or "features" to store the tokens too.
         dtype: dtype of the stored vectors and tokens.
-        chunk_size: texts in a chunk.
+        chunk_size: texts in a chunk; 1024 by default, or the largest multiple of the batch size below it where a text
+            depends on its batch.
         batch_size: texts encoded at a time.
         dense: the texts are dense captions, see `D2SVSE.encode_text`.
         max_length: longest text in tokens, see `D2SVSE.encode_text`.
@@ -266,13 +268,15 @@ def encode_texts(
             model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
-    texts = as_texts(texts)
+    _check_batch_size(batch_size)
+    texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
     reports: list[TextReport] = []
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": chunk_size}
     description |= {"dense": dense, "max_length": max_length, **_made_by(model)}
     names = list(dict.fromkeys(texts))
-    _check_batch_size(batch_size)
-    if model.text_depends_on_batch(dense):
+    if in_batches:
         if chunk_size % batch_size:
             raise ValueError(f"chunk_size {chunk_size} must be a multiple of batch_size {batch_size} for this decoder")
         description["batch_size"] = batch_size
@@ -586,7 +590,7 @@ def _fill_chunk(
     (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
 
 
-def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = 1024) -> None:
+def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = CHUNK_SIZE) -> None:
     """Write some rows of several stores of one model and kind as one store.
 
     Args:

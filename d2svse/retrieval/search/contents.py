@@ -385,7 +385,10 @@ def encode_items(
     """
     output: Any = model.similarity_fn.output
     state = _state if settings.side == "image" else lambda _: None
-    key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
+    about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]
+    if settings.side == "text" and model.text_depends_on_batch(dense=False):
+        about.append(batch_size)
+    key = hashlib.sha256(json.dumps(about).encode())
     name = STORE + key.hexdigest()[:12]
     numbered = (name, *(f"{name}-{number}" for number in range(len(in_use) + len(live))))
     for one in numbered:

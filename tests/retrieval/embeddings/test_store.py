@@ -194,3 +194,7 @@ def test_a_decoder_that_sees_padding_keeps_repeated_texts(make_model, val_datase
     np.testing.assert_allclose(store.pooled[:], model.encode_text(texts, batch_size=4), atol=1e-5)
     with pytest.raises(ValueError, match="must be a multiple of batch_size"):
         encode_texts(model, texts, tmp_path / "u", chunk_size=5, batch_size=4)
+    for size, chunk in ((100, 1000), (64, 1024), (3000, 3000)):
+        store = encode_texts(model, texts, tmp_path / f"{size}", dtype="float32", batch_size=size)
+        assert json.loads((tmp_path / f"{size}" / "store.json").read_text())["shard_size"] == chunk
+        np.testing.assert_allclose(store.pooled[:], model.encode_text(texts, batch_size=size), atol=1e-5)

@@ -417,6 +417,17 @@ def test_the_texts_of_a_manifest_need_no_image(model, tmp_path):
     assert index.add(manifest).added == ["a cross"]
 
 
+def test_texts_that_depend_on_their_batch_are_indexed_with_any_batch_size(make_model, val_dataset, tmp_path):
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
+    model = make_model(similarity={"name": "omit"}, context_decoder=decoder)
+    texts = list(dict.fromkeys(val_dataset.captions))[:12]
+    for size in (5, 100, 5):
+        index = ImageTextIndex.build(model, texts, tmp_path / "i", side="text", batch_size=size)
+        fresh = ImageTextIndex.build(model, texts, tmp_path / f"{size}", side="text", batch_size=size)
+        found = (one.search(images=val_dataset.images[0], k=12) for one in (index, fresh))
+        assert next(found) == next(found)
+
+
 def test_a_missing_image_of_a_manifest_is_skipped_as_a_broken_one(scenes, model, tmp_path):
     lines = (scenes / "val.jsonl").read_text().splitlines()[:3]
     rows = [json.loads(line) for line in lines]
