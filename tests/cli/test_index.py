@@ -148,6 +148,9 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
     for name in ("fingerprint=x", "dim=3", "side=text", "batch_size=3", "show_progress_bar=1"):
         message = f"--engine-option {name.partition('=')[0]}: not an option of the backend"
         one_line_error(run(*build, "--engine-option", name), message)
+    for option in ("device=cpu", "block_size=64"):
+        message = f"--engine-option {option.partition('=')[0]}: an index does not keep it"
+        one_line_error(run(*build, "--engine-option", option), message)
     (tmp_path / "captions.csv").write_text("image,caption")
     for source, message in (
         (photos / "000050.png", "an image; give its folder"),
