@@ -8,6 +8,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -53,13 +54,23 @@ from d2svse.similarity.base import Candidates, Side
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Opened:
-    """An index as one write left it; a running search uses one state, even if a write follows."""
+    """An index as one write left it; a running search uses one state, even if a write follows.
+
+    Attributes:
+        settings: the settings of the index.
+        vectors: the vectors.
+        stored: the tokens; None if the similarity folds.
+        users: number of running searches.
+        replaced: whether a later state is published; the last user then closes the vectors.
+    """
 
     settings: IndexSettings
     vectors: VectorIndex
     stored: StoredItems | None
+    users: int = 0
+    replaced: bool = False
 
 
 class ImageTextIndex:
@@ -91,6 +102,7 @@ class ImageTextIndex:
     ) -> None:
         self._device, self._vectors_device = device, vectors_device
         self.folder = Path(folder)
+        self._counting = threading.Lock()  # of the users of a state
         self._opened = self._read()
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
@@ -243,12 +255,14 @@ class ImageTextIndex:
         self.vectors.close()
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        with self._in_use() as opened:
+            return len(opened.vectors)
 
     @property
     def ids(self) -> Sequence[str]:
         """The paths of the images, or the texts."""
-        return self.vectors.ids
+        with self._in_use() as opened:
+            return opened.vectors.ids
 
     @property
     def side(self) -> Side:
@@ -525,8 +539,21 @@ class ImageTextIndex:
         if both and len(queries["text"]) != len(queries["image"]):
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
-        shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
-        opened = self._opened
+        shares: dict[Side, float] = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
+        with self._in_use() as opened:
+            return self._search(opened, queries, k, shares, rerank, together)
+
+    def _search(
+        self,
+        opened: _Opened,
+        queries: Mapping[Side, Features],
+        k: int,
+        shares: Mapping[Side, float],
+        rerank: int | None,
+        together: Together | None,
+    ) -> list[list[Hit]]:
+        """Search one state; `shares` are the weights of the sides."""
+        both = len(queries) == 2
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
@@ -575,7 +602,8 @@ class ImageTextIndex:
         row_of = {name: row for row, name in enumerate(self.ids)}
         pairs: list[tuple[str, list[str]]]
         if self.side == "image":
-            ids = stored_names([str(record.image) for record in records], self.vectors)
+            with self._in_use() as opened:
+                ids = stored_names([str(record.image) for record in records], opened.vectors)
             pairs = [(text, [id]) for record, id in zip(records, ids, strict=True) for text in record.captions]
         else:
             pairs = [(str(record.image), list(record.captions)) for record in records]
@@ -585,7 +613,9 @@ class ImageTextIndex:
         [(side, features)] = asked.items()
         known = all(name in row_of for _, names in pairs for name in names)
         right = [[row_of[name] for name in names] for _, names in pairs] if known else None
-        vectors, query_vectors = self.vectors.vectors_of(list(self.ids)), np.asarray(self.query_vectors(side, features))
+        with self._in_use() as opened:
+            vectors = opened.vectors.vectors_of(list(opened.vectors.ids))
+        query_vectors = np.asarray(self.query_vectors(side, features))
         settings = (*EXACT_SETTINGS, *(FAISS_SETTINGS if importlib.util.find_spec("faiss") else ()))
         yield from tune(vectors, query_vectors, k=k, right_answers=right, settings=settings)
 
@@ -664,9 +694,27 @@ class ImageTextIndex:
         return opened
 
     def _publish(self, opened: _Opened) -> None:
-        """Make new searches use this state."""
-        before, self._opened = self._opened, opened
-        before.vectors.close()
+        """Make new searches use this state, and close the one before when its last search is done."""
+        with self._counting:
+            before, self._opened = self._opened, opened
+            before.replaced, unused = True, not before.users
+        if unused:
+            before.vectors.close()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[_Opened]:
+        """Yield the current state, which stays open until the end of the block."""
+        with self._counting:
+            opened = self._opened
+            opened.users += 1
+        try:
+            yield opened
+        finally:
+            with self._counting:
+                opened.users -= 1
+                unused = opened.replaced and not opened.users
+            if unused:
+                opened.vectors.close()
 
     def _sweep(self, opened: _Opened) -> None:
         sweep_folders(self.folder, _folders(opened))

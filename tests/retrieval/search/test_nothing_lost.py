@@ -22,6 +22,7 @@ from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
 from d2svse.retrieval.search.comparison import gone_items
 from d2svse.retrieval.search.contents import read_items
+from d2svse.retrieval.vectors.exact import ExactIndex
 
 
 def lock(monkeypatch, folder):
@@ -370,6 +371,37 @@ def test_searches_in_threads_answer_as_one_does_while_another_adds_and_removes(
         finally:
             stop.set()
         assert sum(one.result() for one in running) >= 40
+
+
+def test_vectors_are_closed_once_their_last_search_is_done(model, photos, tmp_path, monkeypatch):
+    """Closing ends the connection of an index of Milvus."""
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    queries = index.encode_queries(texts=["a red circle"])
+    first, closed = index.vectors, []
+    meet, go_on = threading.Barrier(3), threading.Event()
+    search = ExactIndex.search
+
+    def wait(self, *given):
+        if self is first:
+            meet.wait(10)
+            assert go_on.wait(10)
+            assert self not in closed
+        return search(self, *given)
+
+    monkeypatch.setattr(ExactIndex, "search", wait)
+    monkeypatch.setattr(ExactIndex, "close", lambda self: closed.append(self))
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(index.search_features, queries, 16) for _ in range(2)]
+        meet.wait(10)
+        index.remove([index.ids[0]])
+        assert not closed
+        second = index.vectors
+        assert len(index.search_features(queries, 16)[0]) == 15
+        go_on.set()
+        assert [len(one.result()[0]) for one in running] == [16, 16]
+    assert closed == [first]
+    index.remove([index.ids[0]])
+    assert closed == [first, second]
 
 
 def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path):
