@@ -143,6 +143,11 @@ def check_index_folder(folder: Path) -> None:
             )
 
 
+def noted_folders(folder: Path) -> set[str]:
+    """Return the names of this index's folders, also of an unfinished build."""
+    return _listed(folder)
+
+
 def note_folders(folder: Path, names: Iterable[str]) -> None:
     """Add names to the list of this index's folders; call it under the lock, before the folders are written."""
     listed = _listed(folder)

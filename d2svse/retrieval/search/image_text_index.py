@@ -36,6 +36,7 @@ from d2svse.retrieval.search.contents import (
     check_index_folder,
     encode_items,
     note_folders,
+    noted_folders,
     origin_of,
     own_folder,
     read_items,
@@ -167,8 +168,8 @@ class ImageTextIndex:
             on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
             draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`. Images that are added later,
                 and queries, use the same setting.
-            overwrite: also replace an index of another model or source, or one that would lose more than a tenth of
-                its items.
+            overwrite: also replace an index of another model or source, one that would lose more than a tenth of its
+                items, or the items of a collection of Milvus that this folder does not name.
             exclude: patterns of names or paths in a folder that are left out, such as `*.gif`. Hidden folders, trash
                 folders and thumbnail folders are always left out; a warning counts them.
             follow_links: follow links to folders in a folder.
@@ -203,23 +204,28 @@ class ImageTextIndex:
         )
         before = replaced_folders(folder, settings, items, overwrite)
         vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
-        if len(vectors):
-            raise ValueError(f"the {engine} index already holds {len(vectors)} items; remove it, or name another one")
-        with write_lock(folder):
-            note_folders(folder, before)
-            options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-            options |= {"on_bad_image": on_bad_image, "live": before}
-            store = encode_items(model, items.names, folder, settings, joined_stores(folder), **options)
-            if not len(store):
-                raise ImageError(f"none of the {len(items.names)} images can be read; the first: {store.skipped[0][1]}")
-            add_store(vectors, model, store, settings, items.paths)
-            note_folders(folder, [settings.vectors])
-            vectors.save(folder / settings.vectors)
-            settings.write(folder)
-            index = cls(folder, model, vectors_device=engine_options.get("device"))
+        try:
+            _check_replaceable(vectors, folder, settings, before, overwrite)
+            with write_lock(folder):
+                note_folders(folder, before)
+                if vectors.at_once:  # the next build knows by this folder whose items a killed one has left
+                    note_folders(folder, [settings.vectors])
+                    vectors.save(folder / settings.vectors)
+                options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+                options |= {"on_bad_image": on_bad_image, "live": before}
+                store = encode_items(model, items.names, folder, settings, joined_stores(folder), **options)
+                if not len(store):
+                    first = store.skipped[0][1]
+                    raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
+                add_store(vectors, model, store, settings, items.paths, list(vectors.ids))
+                note_folders(folder, [settings.vectors])
+                vectors.save(folder / settings.vectors)
+                settings.write(folder)
+                index = cls(folder, model, vectors_device=engine_options.get("device"))
+                write_skipped(folder, store.skipped)
+                index._sweep(index._opened)
+        finally:
             vectors.close()
-            write_skipped(folder, store.skipped)
-            index._sweep(index._opened)
         return index
 
     @classmethod
@@ -722,6 +728,33 @@ class ImageTextIndex:
 
 def _folders(opened: _Opened) -> set[str]:
     return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
+
+
+def _check_replaceable(
+    vectors: VectorIndex, folder: Path, settings: IndexSettings, before: Sequence[str], overwrite: bool
+) -> None:
+    """Refuse to replace items of a collection of Milvus that do not belong to this folder.
+
+    The items are replaced in one step before the settings are, so these must fit both.
+
+    Raises:
+        ValueError: if a build may not replace the items that the vectors hold.
+    """
+    if not len(vectors):
+        return
+    names = {name for name in (*before, *noted_folders(folder)) if name.startswith(VECTORS)}
+    if not (overwrite or any(vectors.is_saved_in(folder / name) for name in names)):
+        raise ValueError(
+            f"the {vectors.engine} index already holds {len(vectors)} items, not of {folder}; name another one, or "
+            "replace them with --overwrite (overwrite=True)"
+        )
+    try:
+        now = IndexSettings.read(folder)
+    except (FileNotFoundError, ValueError):
+        return
+    differs = [name for name in ("side", "candidates", "draft") if getattr(now, name) != getattr(settings, name)]
+    if differs and vectors.is_saved_in(folder / now.vectors):
+        raise ValueError(f"{folder}: its {vectors.engine} index has another {differs[0]}; name another collection")
 
 
 def _place(vectors: VectorIndex, device: str | torch.device) -> None:

@@ -21,7 +21,7 @@ from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
 from d2svse.retrieval.search.comparison import gone_items
-from d2svse.retrieval.search.contents import read_items
+from d2svse.retrieval.search.contents import IndexSettings, read_items
 from d2svse.retrieval.vectors.exact import ExactIndex
 
 
@@ -402,6 +402,46 @@ def test_vectors_are_closed_once_their_last_search_is_done(model, photos, tmp_pa
     assert closed == [first]
     index.remove([index.ids[0]])
     assert closed == [first, second]
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_a_collection_of_milvus_is_built_again_after_a_kill_too(
+    make_model, photos, scenes, tmp_path, monkeypatch, name
+):
+    pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
+    model, folder = make_model(similarity={"name": name}), tmp_path / "i"
+    place = {"engine": "milvus", "uri": str(tmp_path / "milvus.db")}
+
+    def answers(index):
+        try:
+            return sorted(index.ids), [
+                (hit.id, pytest.approx(hit.score)) for hit in index.search("a red circle", k=9)[0]
+            ]
+        finally:
+            index.close()
+
+    def killed(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(IndexSettings, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ImageTextIndex.build(model, photos, folder, **place, **options)
+
+    killed()  # after the items are in Milvus
+    before = answers(ImageTextIndex.build(model, photos, folder, **place))
+    assert before == answers(ImageTextIndex.build(model, photos, tmp_path / "exact"))
+    first, second, *_ = sorted(photos.iterdir())
+    first.unlink()
+    shutil.copy(scenes / "train" / "000000.png", second)
+    killed()
+    after = answers(ImageTextIndex.build(model, photos, tmp_path / "exact"))
+    assert answers(ImageTextIndex.load(folder, model)) == after != before
+    assert answers(ImageTextIndex.build(model, photos, folder, **place)) == after
+    assert len(list(folder.glob("vectors-*"))) == 1
+    with pytest.raises(ValueError, match=r"already holds 15 items, not of .*other; name another one"):
+        ImageTextIndex.build(model, photos, tmp_path / "other", **place)
+    with pytest.raises(ValueError, match="has another draft; name another collection"):
+        ImageTextIndex.build(model, photos, folder, draft=True, overwrite=True, **place)
+    assert answers(ImageTextIndex.build(model, photos, tmp_path / "other", overwrite=True, **place)) == after
 
 
 def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path):
