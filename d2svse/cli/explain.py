@@ -29,12 +29,14 @@ def explain(
     each single patch with the text.
     """
     from d2svse.images import load_image
+    from d2svse.images.regions import as_region_image
 
-    loaded_image = load_image(image)  # fail before the slow imports
+    if as_region_image(image) is None:
+        load_image(image)  # fail before the slow imports
     from d2svse.visualize.figures import check_figure_path, save_figure
     from d2svse.visualize.maps import explain as draw
 
     check_figure_path(out)
     loaded = load_model(model, device, dtype)
-    save_figure(draw(loaded, loaded_image, text, words=word), out)
+    save_figure(draw(loaded, image, text, words=word), out)
     typer.echo(f"map: {out}")

@@ -85,6 +85,8 @@ def build(
     own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
     if refused := sorted(own & options.keys()):
         raise ValueError(f"--engine-option {refused[0]}: not an option of the backend")
+    if engine == "exact" and (lost := sorted({"device", "block_size"} & options.keys())):
+        raise ValueError(f"--engine-option {lost[0]}: an index does not keep it; set it in Python, where you search")
     options |= {"side": side, "engine": engine, "draft": draft, "batch_size": batch_size, "candidates": candidates}
     options |= {"exclude": exclude or (), "follow_links": follow_links, "overwrite": overwrite}
     index = ImageTextIndex.build(

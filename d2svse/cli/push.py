@@ -26,7 +26,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
     message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
     pull_request: Annotated[
-        bool, typer.Option("--pull-request", help="Open a pull request instead of a commit.")
+        bool, typer.Option("--pull-request", help="Open a pull request against the branch instead of a commit.")
     ] = False,
     license: Annotated[
         str | None, typer.Option(help="The Hub's name of the licence, such as apache-2.0.", rich_help_panel=_CARD)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from d2svse.cpu import usable_cores
 from d2svse.files.lock import write_lock
-from d2svse.files.replace import write_faults
+from d2svse.files.replace import write_faults, written_aside
 from d2svse.images import ImageSource, image_state, use_image
 from d2svse.images.regions import RegionImage
 from d2svse.progress import progress_bar
@@ -45,8 +45,8 @@ class DecodedImages:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.table = _read_table(self.path)
-        self._pixels: np.ndarray | None = None
+        self._pixels: np.ndarray | None
+        self._head, self.table, self._pixels = _open(self.path)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -54,7 +54,12 @@ class DecodedImages:
     def __getitem__(self, row: int) -> np.ndarray:
         """Return an image, `(height, width, 3)` uint8; it lies in the file and cannot be written."""
         if self._pixels is None:
-            self._pixels = np.memmap(self.path, np.uint8, "r")
+            head, _, pixels = _open(self.path)
+            if head != self._head:
+                raise ValueError(
+                    f"{self.path}: another run made it again from other images; give each run its own file"
+                )
+            self._pixels = pixels
         offset, height, width = self.table[row].tolist()
         return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3)
 
@@ -68,7 +73,7 @@ def decoded_images(
     """Return the decoded images of a file; write the file if it is missing or unfinished.
 
     The file is written again if the side differs, or the name, size or modification time of an image. Other processes
-    wait for the one that writes.
+    wait for the one that writes. A process that has the earlier file open keeps it.
 
     Args:
         images: paths of images, or images in shards.
@@ -90,16 +95,18 @@ def decoded_images(
         _start(path, head, len(images))
         with open(path, "r+b") as file:
             _fill(file, images, path, side, show_progress_bar)
-    return DecodedImages(path)
+        return DecodedImages(path)
 
 
-def _read_table(path: Path) -> np.ndarray:
+def _open(path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """Return the head and the table of a file, and its bytes, memory-mapped; all are of one file."""
     with open(path, "rb") as file:
-        count = int.from_bytes(file.read(HEAD_SIZE)[-8:], "little")
+        head = file.read(HEAD_SIZE)
+        count = int.from_bytes(head[-8:], "little")
         table = file.read(count * TABLE.itemsize)
-    if len(table) != count * TABLE.itemsize:
-        raise ValueError(f"{path}: the cache of decoded images is cut off; remove it")
-    return np.frombuffer(table, TABLE)
+        if len(table) != count * TABLE.itemsize:
+            raise ValueError(f"{path}: the cache of decoded images is cut off; remove it")
+        return head, np.frombuffer(table, TABLE), np.memmap(file, np.uint8, "r")
 
 
 def _start(path: Path, head: bytes, count: int) -> None:
@@ -113,13 +120,13 @@ def _start(path: Path, head: bytes, count: int) -> None:
             return
         if found:
             logger.warning("%s was made from other images; it is made again", path)
-    with open(path, "wb") as file:
-        file.write(head + bytes(count * TABLE.itemsize))
+    with written_aside(path) as aside:  # readers of the earlier file keep it
+        aside.write_bytes(head + bytes(count * TABLE.itemsize))
 
 
 def _fill(file: BinaryIO, images: Sequence[Any], path: Path, side: int, show_progress_bar: bool) -> None:
     """Write the images that are missing, and then their rows of the table, chunk by chunk."""
-    table = _read_table(path).copy()
+    table = _open(path)[1].copy()
     ends = table["offset"] + 3 * table["height"].astype(np.int64) * table["width"]
     table[ends > path.stat().st_size] = 0
     end = max(HEAD_SIZE + table.nbytes, int(ends[table["offset"] > 0].max(initial=0)))

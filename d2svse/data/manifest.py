@@ -162,7 +162,7 @@ def as_caption(value: Any, where: str) -> str:
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write records as a manifest; paths of images below its folder are relative, others absolute."""
+    """Write records as a manifest; paths of images below its folder are relative, others absolute, links stay."""
     path = Path(path)
 
     def row(record: Record) -> dict[str, Any]:
@@ -171,12 +171,19 @@ def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> N
                 f"{record.image}: an image in a shard or a region file has no path for a manifest; name that file"
             )
         inside = record.image.is_relative_to(path.parent)
-        image = record.image.relative_to(path.parent) if inside else record.image.resolve()
+        image = record.image.relative_to(path.parent) if inside else _absolute(record.image)
         found: dict[str, Any] = {"image": image.as_posix(), "captions": list(record.captions)}
         further = {"dense": record.dense, "identity": record.identity, "camera": record.camera}
         return found | {name: value for name, value in further.items() if value is not None}
 
     write_json_lines(path, map(row, records))
+
+
+def _absolute(image: Path) -> Path:
+    """Return the absolute path of an image, with its links; `..` goes where no link comes before it."""
+    plain = os.path.abspath(image)
+    same = ".." not in image.parts or os.path.realpath(plain) == os.path.realpath(image)
+    return Path(plain) if same else image.absolute()
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:

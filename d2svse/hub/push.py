@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -126,7 +126,7 @@ def push_folder(
         token: access token; by default the one of the environment or of `hf auth login`.
         revision: branch, created if it does not exist; "main" by default.
         commit_message: title of the commit.
-        create_pr: open a pull request instead of a commit to the branch.
+        create_pr: open a pull request against the branch instead of a commit to it.
 
     Raises:
         FileNotFoundError: if a file of the model is missing; the message names it.
@@ -155,14 +155,13 @@ def push_folder(
     api = HfApi(token=token)
     repo_id = make_repository(repo_id, private=private, token=token)
     with hub_errors(repo_id, revision, push=True):
-        if revision is not None and not create_pr:
+        if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        target = None if create_pr else revision
-        there = api.list_repo_files(repo_id, revision=target)
-        kept = CARD_FILE not in files and CARD_FILE in there and not _card_is_ours(api, repo_id, target)
+        there = api.list_repo_files(repo_id, revision=revision)
+        kept = CARD_FILE not in files and CARD_FILE in there and not _card_is_ours(api, repo_id, revision)
         if CARD_FILE not in files and not kept:
             contents[CARD_FILE] = model_card(repo_id, config, processor, run_card, known, facts).encode()
-        stale = [name for name in there if name not in contents and any(fnmatch(name, kind) for kind in WEIGHTS)]
+        stale = [name for name in there if name not in contents and any(_fits(name, kind) for kind in WEIGHTS)]
         commit = api.create_commit(
             repo_id,
             [
@@ -170,7 +169,7 @@ def push_folder(
                 *(CommitOperationAdd(name, content) for name, content in contents.items()),
             ],
             commit_message=commit_message,
-            revision=target,
+            revision=revision,
             create_pr=create_pr,
         )
     return Pushed(repo_id, commit.oid, commit.pr_url or str(commit.commit_url), left_out, kept)

@@ -39,9 +39,14 @@ class RegionImage(StoredImage):
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Size and modification time of the file, and the row."""
+        """Size and modification time of the file, and the row; then those of the file of boxes, if there is one."""
         status = os.stat(self.file)
-        return status.st_size, status.st_mtime_ns, self.row
+        state = (status.st_size, status.st_mtime_ns, self.row)
+        boxes = _boxes_file(self.file)
+        if boxes is None:
+            return state
+        status = os.stat(boxes)
+        return (*state, status.st_size, status.st_mtime_ns)
 
     def read_bytes(self) -> bytes:
         """Refuse to be read as an image.
@@ -150,9 +155,15 @@ def region_shape(path: str | os.PathLike[str]) -> tuple[int, int]:
     return count, width + (0 if _boxes_of(os.fspath(path), open_regions(path).shape) is None else GEOMETRY)
 
 
-def _boxes_of(file: str, shape: tuple[int, ...]) -> np.ndarray | None:
+def _boxes_file(file: str) -> str | None:
+    """Return the path of the boxes that belong to a region file, or None."""
     path = f"{file.removesuffix(SUFFIX)}{BOXES}"
-    if not file.endswith(SUFFIX) or not os.path.isfile(path):
+    return path if file.endswith(SUFFIX) and os.path.isfile(path) else None
+
+
+def _boxes_of(file: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    path = _boxes_file(file)
+    if path is None:
         return None
     boxes = _mapped(path, os.stat(path).st_mtime_ns)
     if boxes.shape != (*shape[:2], 4) or boxes.dtype.kind != "f":

@@ -116,6 +116,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
     Attributes:
         processor: the `D2SVSEProcessor` that prepares images and texts, saved and loaded with the
             model; None until one is set.
+        subfolder: subfolder that the model was loaded from, in the folder or repository `name_or_path`.
         weight_files: state of the files that the weights were loaded from; empty for a model made in memory.
         taken_over: whether the model was made from a dual encoder of transformers since it was loaded.
         similarity_fn: the `Similarity` module.
@@ -179,6 +180,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         self.taken_over = dual_encoder is not None
         self.processor: D2SVSEProcessor | None = None
         self.weight_files: list[list[Any]] = []
+        self.subfolder = ""
         self._warned = False
         self.post_init()
         for encoder in ("image_encoder", "text_encoder"):  # transformers looks for tied weights in its own classes only
@@ -382,6 +384,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             adopted = cls.from_dual_encoder(inner, **kwargs)
             adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
+            adopted.subfolder = subfolder
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
             if dtype not in (None, "auto"):
@@ -408,6 +411,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         check_finite(model, files, name)
         model.weight_files = states
         model.name_or_path = model.config.name_or_path = name
+        model.subfolder = subfolder
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name
         if (folder / subfolder / PROCESSOR_FILES[0]).is_file():

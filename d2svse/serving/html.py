@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from d2svse.images import ImageError, jpeg_uri
+from d2svse.images.regions import as_region_image
 from d2svse.retrieval.search.gallery import escape
 from d2svse.serving.asking import Answer, Reason, Searcher
 from d2svse.serving.images import FOLDER, LARGE, SMALL, ShownImages, is_there, small_copy
@@ -87,6 +88,8 @@ def show_reason(answer: Answer, reason: Reason, searcher: Searcher, images: Show
 def _frame(path: str, name: str, images: ShownImages, size: int = SMALL) -> str:
     if not is_there(path):
         return '<span class="d2-frame d2-missing">missing: no longer on the disk</span>'
+    if as_region_image(path) is not None:
+        return '<span class="d2-frame d2-missing">region features: no image to show</span>'
     address = image_address(images, path, size)
     return f'<span class="d2-frame"><img src="{address}" alt="{name}" loading="lazy" decoding="async"></span>'
 

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from d2svse.images import ImageSource, jpeg_bytes, load_image
+from d2svse.images.regions import as_region_image
 
 FOLDER = "images"  # the part of the URL before the names of small copies
 SMALL, LARGE = 360, 960  # longest side in pixels
@@ -40,8 +41,9 @@ class ShownImages:
 
 
 def is_there(path: str) -> bool:
-    """Return whether an image is still on the disk."""
-    return Path(path).is_file()
+    """Return whether an image, or the file of a row of region features, is still on the disk."""
+    region = as_region_image(path)
+    return Path(path if region is None else region.file).is_file()
 
 
 def small_copy(source: ImageSource, size: int) -> bytes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from d2svse.features import Features
-from d2svse.images import ImageSource, load_image
+from d2svse.images import ImageError, ImageSource, load_image
+from d2svse.images.regions import as_region_image
 from d2svse.models import D2SVSE
+from d2svse.text import visible
 from d2svse.visualize.grid import PatchGrid, patch_grid, seen_box
 from d2svse.visualize.words import Words, split_words
 
@@ -45,12 +48,16 @@ def look_at(model: D2SVSE, image: ImageSource, text: str) -> Pair:
         text: a text; a model with a context decoder adds its context.
 
     Raises:
-        ImageError: if the image cannot be read.
+        ImageError: if the image cannot be read, or the model reads region features.
         ValueError: if the text is empty, the model has no processor, or the positions of the tokens
             are unknown; see `patch_grid`, `seen_box` and `split_words`.
     """
+    if as_region_image(image) is not None:
+        raise ImageError(f"{visible(os.fsdecode(image))}: region features have no image to draw maps over")  # type: ignore[arg-type]
     loaded = load_image(image)
-    images = model.encode_image([loaded], output="features")
+    # A path is encoded by its name, which errors then give.
+    source = image if isinstance(image, str | os.PathLike) else loaded
+    images = model.encode_image([source], output="features")
     texts = model.encode_text([text], output="features")
     assert model.processor is not None  # encode_image raises without one
     words = split_words(model.processor, text)

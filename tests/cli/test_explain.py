@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 from PIL import Image
 
+from d2svse import D2SVSE
 from support.processes import Fork
 
 SENTENCE = "a red circle and a blue star"
@@ -47,6 +49,19 @@ def test_user_errors_are_one_line(folder, val_dataset, run):
     one_line_error(
         run("explain", picture, SENTENCE, "--model", model, "--out", out, "--word", "cat"), "'cat' is not a word"
     )
+    assert not out.exists()
+
+
+def test_a_model_of_region_features_is_refused_by_the_name_of_the_file(folder, backbones, val_dataset, run):
+    pytest.importorskip("matplotlib", reason="d2svse explain needs matplotlib (d2svse[visualize])")
+    np.save(folder / "dev_ims.npy", np.ones((2, 3, 8), np.float32))
+    model = D2SVSE.from_backbones(folder / "dev_ims.npy", backbones / "text", embed_dim=24)
+    model.save_pretrained(folder / "regions")
+    out, picture = folder / "map.png", val_dataset.images[0]
+    rest = (SENTENCE, "--model", folder / "regions", "--out", out)
+    one_line_error(run("explain", picture, *rest), f"{picture}: the model reads region features")
+    row = f"{folder}/dev_ims.npy#1"
+    one_line_error(run("explain", row, *rest), f"{row}: region features have no image to draw maps over")
     assert not out.exists()
 
 

@@ -143,14 +143,20 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
         run("index", "build", folder, photos, "-o", tmp_path / "j", "--on-bad-image", "ignore"),
         "'ignore' is not one of 'error', 'skip'",
     )
+    one_line_error(run(*build, "--batch-size", 0), "batch_size must be positive, got 0")
+    one_line_error(run(*build, "--engine-option", "dtype=16"), "the option dtype of exact must be a text, got 16")
     for name in ("fingerprint=x", "dim=3", "side=text", "batch_size=3", "show_progress_bar=1"):
         message = f"--engine-option {name.partition('=')[0]}: not an option of the backend"
         one_line_error(run(*build, "--engine-option", name), message)
+    for option in ("device=cpu", "block_size=64"):
+        message = f"--engine-option {option.partition('=')[0]}: an index does not keep it"
+        one_line_error(run(*build, "--engine-option", option), message)
     (tmp_path / "captions.csv").write_text("image,caption")
     for source, message in (
         (photos / "000050.png", "an image; give its folder"),
-        (tmp_path / "captions.csv", "not a folder of images or a manifest"),
-        (tmp_path / "shards.jsonl", "not a folder of images or a manifest"),
+        (tmp_path / "captions.csv", "`d2svse data convert` makes a manifest of a table, and"),
+        (tmp_path / "shards.jsonl", "not a folder of images or a manifest; unpack the tar files"),
+        (tmp_path / "0000.tar", "not a folder of images or a manifest; unpack the tar files"),
     ):
         source.touch()
         one_line_error(run("index", "build", folder, source, "-o", tmp_path / "j"), message)

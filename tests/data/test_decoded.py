@@ -95,6 +95,20 @@ def test_other_images_or_another_side_make_it_again(images, tmp_path, read, capl
     assert len(read) == 15
 
 
+def test_a_cache_that_is_made_again_leaves_those_who_read_it(images, tmp_path):
+    first = decoded_images(images, tmp_path / "cache")
+    copy, late = (pickle.loads(pickle.dumps(first)) for _ in range(2))
+    expected = [np.array(image) for image in first]
+    assert np.array_equal(copy[9], expected[9])
+    second = decoded_images(images[::-1][:4], tmp_path / "cache", side=20)  # shorter: the end of the first is cut off
+    for one in (first, copy):
+        assert all(np.array_equal(one[row], image) for row, image in enumerate(expected))
+    assert second[0].shape == (20, 20, 3)
+    with pytest.raises(ValueError, match="cache: another run made it again from other images"):
+        late[0]  # as in a worker that starts late
+    assert sorted(path.name for path in tmp_path.iterdir() if "cache" in path.name) == [".cache.lock", "cache"]
+
+
 def test_another_file_is_left_alone(images, tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="notes: not a cache of decoded images; give another file"):

@@ -118,6 +118,23 @@ def test_a_dataset_lists_captions_with_their_images(folder):
         ImageTextDataset([])
 
 
+def test_links_to_images_keep_their_names(folder, tmp_path):
+    images = tmp_path / "images"
+    (images / "inner").mkdir(parents=True)
+    (images / "link").symlink_to(folder)
+    for name in ("one.jpg", "two.jpg"):
+        (images / name).symlink_to(folder / "a.jpg")
+    paths = [images / "one.jpg", images / "two.jpg", images / "link" / "b.jpg", images / "inner" / ".." / "one.jpg"]
+    paths.append(images / "link" / ".." / folder.name / "b.jpg")
+    (tmp_path / "out").mkdir()
+    for rows in (paths[:3], paths[2:]):
+        write_manifest(tmp_path / "out" / "m.jsonl", [Record(path, ("x",)) for path in rows])
+        records = read_manifest(tmp_path / "out" / "m.jsonl")
+        assert [record.image.name for record in records] == [path.name for path in rows]
+        assert [record.image.samefile(path) for record, path in zip(records, rows, strict=True)] == [True] * 3
+    assert records[1].image == images / "one.jpg"
+
+
 def test_identities_and_cameras_are_read_kept_and_written(folder):
     path = write(folder, {**GOOD, "identity": 7, "camera": "c1"}, {"image": "b.jpg", "captions": ["three"]})
     records = join_dense(read_manifest(path), "concat")

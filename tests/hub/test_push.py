@@ -78,6 +78,17 @@ def test_sharded_weights_and_the_end_of_shards_that_are_no_more(model, folder, h
         D2SVSE.from_pretrained(tmp_path / "sharded")
 
 
+def test_weights_in_folders_of_the_repository_stay(folder, hub):
+    push_folder(folder, "lab/tiny")
+    files = ("models/other/adapter.safetensors", "model-v1/adapter.safetensors", "model/x.safetensors.index.json")
+    repository = hub.repositories["lab/tiny"]
+    further = {**dict.fromkeys(files, b"mine"), "model-old.safetensors": b"stale"}
+    repository.commit("main", hub.files("lab/tiny") | further, "further weights")
+    push_folder(folder, "lab/tiny")
+    assert set(files) <= set(hub.files("lab/tiny"))
+    assert "model-old.safetensors" not in hub.files("lab/tiny")
+
+
 def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_path):
     first = push_folder(folder, "lab/tiny")
     hub.repositories["lab/tiny"].refs["v1"] = first.commit  # a tag
@@ -90,6 +101,23 @@ def test_revisions_are_branches_tags_and_commits(folder, make_model, hub, tmp_pa
     assert back.text_encoder.projection.weight.equal(other.text_encoder.projection.weight)
     with pytest.raises(FileNotFoundError, match=r"lab/tiny: no revision 'v2'; expected a branch, a tag or a commit"):
         D2SVSE.from_pretrained("lab/tiny", revision="v2")
+
+
+@pytest.mark.parametrize("branch", [None, "trial", "my/new"])
+def test_a_pull_request_is_opened_against_its_branch(folder, hub, branch):
+    push_folder(folder, "lab/tiny")
+    repository = hub.repositories["lab/tiny"]
+    files = {"README.md": b"# Mine\n", "model-old.safetensors": b"of the trial"}
+    repository.commit("trial", hub.files("lab/tiny") | files, "trial")
+    before = dict(repository.refs)
+    (folder / "LICENSE").write_text("for all")
+    pushed = push_folder(folder, "lab/tiny", revision=branch, create_pr=True)
+    assert hub.requests("POST", "/commit/")[-1].path.endswith(f"/commit/{branch or 'main'}")
+    new = {"refs/pr/1": pushed.commit} | ({} if branch in (None, "trial") else {branch: before["main"]})
+    assert repository.refs == before | new
+    assert pushed.url == f"{hub.url}/lab/tiny/discussions/1"
+    assert pushed.card_kept == (branch == "trial")
+    assert "model-old.safetensors" not in hub.files("lab/tiny", "refs/pr/1")
 
 
 def test_private_repositories_open_to_those_who_may(folder, hub, val_dataset, monkeypatch, tmp_path):

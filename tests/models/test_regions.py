@@ -1,5 +1,8 @@
 """Region features: the path of `.npy` files through training, evaluation and search."""
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 
 from d2svse import D2SVSE, ImageTextDataset, ImageTextIndex, Trainer, evaluate
-from d2svse.images import ImageError
+from d2svse.images import ImageError, image_state
 from d2svse.images.regions import RegionImage, region_images
 from d2svse.integrations.onnx import export_programs
 from d2svse.retrieval.embeddings.regions import write_regions
@@ -134,6 +137,27 @@ def test_boxes_beside_a_file_are_appended(files, make):
     np.save(files / "dev_boxes.npy", boxes)
     with pytest.raises(ImageError, match="as shares from 0 to 1"):
         RegionImage(str(files / "dev_ims.npy"), 0).features()
+
+
+def test_images_have_changed_if_their_boxes_have(files, make, tmp_path):
+    def save(value):
+        np.save(files / "dev_boxes.npy", np.full((6, 5, 4), value, np.float32))
+        os.utime(files / "dev_boxes.npy", (int(100 * value),) * 2)
+
+    source, image = files / "dev_ims.npy", RegionImage(str(files / "dev_ims.npy"), 3)
+    states = [image.state]
+    for value in (0.25, 0.5):
+        save(value)
+        states.append(image.state)
+        assert image_state(f"{source}#3") == image.state
+    assert len(set(states)) == 3
+    shutil.copy(files / "dev_boxes.npy", files / "train_boxes.npy")
+    np.save(files / "train_ims.npy", np.load(source))
+    model = make()
+    index = ImageTextIndex.build(model, source, tmp_path / "index")
+    assert index.add(source).changed == []
+    save(0.75)
+    assert index.add(source).changed == list(index.ids)
 
 
 def test_bad_features_are_named(files, make):

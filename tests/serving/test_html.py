@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2svse import D2SVSE, ImageTextIndex
 from d2svse.serving.asking import Searcher
 from d2svse.serving.html import page_start, show_hits, show_message, show_range, show_reason
 from d2svse.serving.images import SMALL, ShownImages, small_copy
@@ -35,6 +36,17 @@ def test_a_page_shows_twelve_answers_with_rank_and_score(make_index, folder, map
     gone = show_reason(answer, searcher.explain(answer, 1), searcher, pictures)
     assert "missing: no longer on the disk" in gone
     assert "No map" in gone
+
+
+def test_rows_of_region_files_are_missing_only_with_their_file(backbones, tmp_path):
+    np.save(tmp_path / "dev_ims.npy", np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32))
+    model = D2SVSE.from_backbones(tmp_path / "dev_ims.npy", backbones / "text", embed_dim=24)
+    searcher = Searcher(ImageTextIndex.build(model, tmp_path / "dev_ims.npy", tmp_path / "i"))
+    answer, pictures = searcher.ask("a red circle"), ShownImages()
+    assert show_hits(answer, 0, searcher, pictures).count("region features: no image to show") == 3
+    assert "region features: no image" in show_reason(answer, searcher.explain(answer, 0), searcher, pictures)
+    (tmp_path / "dev_ims.npy").unlink()
+    assert show_hits(answer, 0, searcher, pictures).count("missing: no longer on the disk") == 3
 
 
 def test_nothing_from_outside_is_html(make_index, folder):

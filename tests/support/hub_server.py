@@ -330,8 +330,13 @@ class _Handler(BaseHTTPRequestHandler):
                 repository.stored.add(value["path"])
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
+        answer = {}
+        if "create_pr=1" in urlsplit(self.path).query:
+            number = sum(ref.startswith("refs/pr/") for ref in repository.refs) + 1
+            revision = f"refs/pr/{number}"
+            answer = {"pullRequestUrl": f"{self.server.url}/{name}/discussions/{number}"}
         commit = repository.commit(revision, files, title)
-        raise Answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
+        raise Answer(200, answer | {"commitUrl": f"{self.server.url}/{name}/commit/{commit}", "commitOid": commit})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repository = self._repository(name)

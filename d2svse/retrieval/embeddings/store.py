@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 StoreType = Literal["float16", "float32"]
 DESCRIPTION, ITEMS, SKIPPED = "store.json", "items.json", "skipped.jsonl"
+CHUNK_SIZE = 1024  # items
 _CHUNK = re.compile(r"\d{5,}")
 Batches = Iterator[tuple[list[int], Features]]
 
@@ -169,7 +170,7 @@ def encode_images(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
     batch_size: int = 64,
     on_bad_image: OnBadImage = "error",
     draft: bool = False,
@@ -238,7 +239,7 @@ def encode_texts(
     *,
     output: Output = "pooled",
     dtype: StoreType = "float16",
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     batch_size: int = 128,
     dense: bool = False,
     max_length: int | None = None,
@@ -255,7 +256,8 @@ def encode_texts(
         folder: the folder of the store, new or unfinished.
         output: "pooled", or "features" to store the tokens too.
         dtype: dtype of the stored vectors and tokens.
-        chunk_size: texts in a chunk.
+        chunk_size: texts in a chunk; 1024 by default, or the largest multiple of the batch size below it where a text
+            depends on its batch.
         batch_size: texts encoded at a time.
         dense: the texts are dense captions, see `D2SVSE.encode_text`.
         max_length: longest text in tokens, see `D2SVSE.encode_text`.
@@ -266,12 +268,15 @@ def encode_texts(
             model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
-    texts = as_texts(texts)
+    _check_batch_size(batch_size)
+    texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
     reports: list[TextReport] = []
     description: dict[str, Any] = {"side": "text", "output": output, "dtype": dtype, "shard_size": chunk_size}
     description |= {"dense": dense, "max_length": max_length, **_made_by(model)}
     names = list(dict.fromkeys(texts))
-    if model.text_depends_on_batch(dense):
+    if in_batches:
         if chunk_size % batch_size:
             raise ValueError(f"chunk_size {chunk_size} must be a multiple of batch_size {batch_size} for this decoder")
         description["batch_size"] = batch_size
@@ -285,6 +290,11 @@ def encode_texts(
     if reports:
         TextReport.join(reports).warn()
     return store
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
 
 
 def _made_by(model: D2SVSE) -> dict[str, Any]:
@@ -319,17 +329,17 @@ def write_store(
 
     Raises:
         FileExistsError: if the folder has other files but no store.
-        ValueError: if the folder has a store of another kind or list and `replace` is false; the message names the
-            difference.
+        ValueError: if a size is not positive, or the folder has a store of another kind or list and `replace` is
+            false; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
+    _check_batch_size(batch_size)
     if kind["shard_size"] < 1:
         raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
-    listed = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    description = {**kind, "count": len(names), "list": listed}
+    description = {**kind, "count": len(names), "list": _digest(names)}
     if not names:
         raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
@@ -358,6 +368,30 @@ def write_store(
         store = EmbeddingStore(folder)
         write_skipped(folder, store.skipped)
         return store
+
+
+def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_skipped: bool) -> bool:
+    """Return whether a store is complete and holds these items in these states, so that encoding them writes nothing.
+
+    Args:
+        folder: the folder of the store.
+        names: ids of the items.
+        states: state of each item, see `write_store`.
+        keep_skipped: whether a chunk may lack items.
+    """
+    description = _read_description(folder)
+    if description is None or description.get("list") != _digest(names):
+        return False
+    size = description["shard_size"]
+    parts = [list(states[start : start + size]) for start in range(0, len(names), size)]
+    chunks = _chunks(folder, description)
+    return len(chunks) == len(parts) and all(
+        _holds(chunk, part, description, keep_skipped) for chunk, part in zip(chunks, parts, strict=True)
+    )
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def write_skipped(folder: Path, skipped: Sequence[tuple[str, str]]) -> None:
@@ -556,7 +590,7 @@ def _fill_chunk(
     (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
 
 
-def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = 1024) -> None:
+def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = CHUNK_SIZE) -> None:
     """Write some rows of several stores of one model and kind as one store.
 
     Args:
@@ -566,7 +600,7 @@ def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path
     """
     first = parts[0][0]
     rows_of = [(store, int(row)) for store, rows in parts for row in rows]
-    listed = hashlib.sha256(json.dumps([store.ids[row] for store, row in rows_of]).encode()).hexdigest()
+    listed = _digest([store.ids[row] for store, row in rows_of])
     description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": chunk_size}
     description |= {"dim": first.dim, "count": len(rows_of), "list": listed, "fingerprint": first.fingerprint}
     write_json(folder / DESCRIPTION, description)

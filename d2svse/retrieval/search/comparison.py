@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2svse.images.folders import canonical_path, one_of_each
+from d2svse.images.regions import as_region_image
 from d2svse.retrieval.search.contents import MANIFEST, IndexSettings, SourceItems, own_folder
 from d2svse.retrieval.vectors import load_index
 from d2svse.text import visible
@@ -78,7 +79,10 @@ def same_items(items: SourceItems, known: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def gone_items(items: SourceItems, known: Mapping[str, Any], there: Collection[str]) -> list[str]:
-    """Return the ids of missing images below the source's folder; images in unreadable folders do not count."""
+    """Return the ids of missing images below the source's folder.
+
+    Images that exist but were left out, such as by a pattern, and images in unreadable folders do not count.
+    """
     if items.found is None:
         return []
     found = set(map(str, items.found.paths))
@@ -86,8 +90,19 @@ def gone_items(items: SourceItems, known: Mapping[str, Any], there: Collection[s
     return [
         id
         for id, path in _paths_of(known).items()
-        if path.startswith(tops) and path not in found and id not in there and not items.found.unknown(Path(path))
+        if path.startswith(tops)
+        and path not in found
+        and id not in there
+        and not items.found.unknown(Path(path))
+        and not _exists(path)
     ]
+
+
+def _exists(path: str) -> bool:
+    """Return whether there is a file of this path, or the region file or tar file that holds the image."""
+    region = as_region_image(path)
+    holders = [region.file] if region else [part for part in Path(path).parents if part.suffix == ".tar"]
+    return os.path.lexists(path) or any(map(os.path.isfile, holders))
 
 
 def check_gone(items: SourceItems, known: Mapping[str, Any], gone: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
@@ -21,7 +21,7 @@ from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
-from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts
+from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts, is_current
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
@@ -35,6 +35,7 @@ MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
 VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFEST_SUFFIX = ".jsonl"
 ROWS_AT_A_TIME = 1024
 _KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
@@ -54,6 +55,8 @@ class IndexSettings:
         vectors: name of the folder of the vectors.
         source: folder or file that the index was built from, None for a list.
         dtype: dtype of the model's weights, None in an index of an earlier version.
+        revision: commit of a model of the Hub, None in an index of an earlier version.
+        subfolder: subfolder of the model in its folder or repository, or None.
     """
 
     side: Side
@@ -64,6 +67,8 @@ class IndexSettings:
     vectors: str
     source: str | None = None
     dtype: str | None = None
+    revision: str | None = None
+    subfolder: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -92,7 +97,7 @@ class IndexSettings:
 
 
 def _check(settings: IndexSettings) -> None:
-    optional = {"candidates", "model", "source", "dtype"}
+    optional = {"candidates", "model", "source", "dtype", "revision", "subfolder"}
     for name in (one.name for one in fields(settings)):
         value = getattr(settings, name)
         kind: Any = bool if name == "draft" else str
@@ -100,6 +105,11 @@ def _check(settings: IndexSettings) -> None:
             raise ValueError(f"{name} is {value!r:.80}")
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
         raise ValueError(f"side {settings.side!r:.80}, candidates {settings.candidates!r:.80}")
+    if settings.revision is not None and not _COMMIT.fullmatch(settings.revision):
+        raise ValueError(f"revision {settings.revision!r:.80}, expected a commit of the Hub")
+    inner = PurePath(settings.subfolder or "")
+    if inner.is_absolute() or ".." in inner.parts:
+        raise ValueError(f"subfolder {settings.subfolder!r:.80}, expected a folder inside the model's")
     if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 
@@ -131,6 +141,11 @@ def check_index_folder(folder: Path) -> None:
                 f"{folder}: a folder that holds no {MANIFEST} but other files, such as {path.name}, so it is not "
                 "replaced; give another name"
             )
+
+
+def noted_folders(folder: Path) -> set[str]:
+    """Return the names of this index's folders, also of an unfinished build."""
+    return _listed(folder)
 
 
 def note_folders(folder: Path, names: Iterable[str]) -> None:
@@ -169,10 +184,20 @@ def _write_list(folder: Path, names: Iterable[str]) -> None:
     write_text(folder / FOLDERS, to_json(sorted(names), indent=0) + "\n")
 
 
-def name_of(model: D2SVSE) -> str | None:
-    """Return the absolute folder or the Hub id of a model, or None if it was never saved."""
+def origin_of(model: D2SVSE) -> dict[str, str | None]:
+    """Return where a model was loaded from, under the names of `IndexSettings`; nothing if it was never saved.
+
+    The model is its absolute folder or its Hub id; a Hub id has the commit as its revision.
+    """
     name = model.name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name or None
+    if not name:
+        return {"model": None}
+    subfolder = getattr(model, "subfolder", None) or None
+    if Path(name).is_dir():
+        return {"model": str(Path(name).resolve()), "subfolder": subfolder}
+    commit = getattr(model.config, "_commit_hash", None)
+    revision = commit if isinstance(commit, str) and _COMMIT.fullmatch(commit) else None
+    return {"model": name, "revision": revision, "subfolder": subfolder}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +289,12 @@ def _check_manifest(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         raise ValueError(f"{path}: an image; give its folder, or a manifest that names it")
-    if suffix in (".txt", ".csv", ".tsv", ".token", ".tar") or path.name == "shards.jsonl":
+    if suffix == ".tar" or path.name == "shards.jsonl":
+        raise ValueError(f"{path}: not a folder of images or a manifest; unpack the tar files of shards into a folder")
+    if suffix in (".txt", ".csv", ".tsv", ".token"):
         raise ValueError(
-            f"{path}: not a folder of images or a manifest; `d2svse data convert` makes a manifest of a table or "
-            "shards, and the lines of a text file are indexed with --side text (side='text')"
+            f"{path}: not a folder of images or a manifest; `d2svse data convert` makes a manifest of a table, and the "
+            "lines of a text file are indexed with --side text (side='text')"
         )
 
 
@@ -291,7 +318,7 @@ def _path(item: Any) -> str:
 
 def _texts_of(path: Path) -> list[str]:
     if path.suffix == MANIFEST_SUFFIX:
-        return [caption for record in read_manifest(path) for caption in record.captions]
+        return [caption for record in read_manifest(path, allow_missing=True) for caption in record.captions]
     return read_texts(path)
 
 
@@ -341,27 +368,38 @@ def encode_items(
     settings: IndexSettings,
     in_use: Collection[str] = (),
     *,
+    live: Collection[str] = (),
     on_bad_image: OnBadImage,
     batch_size: int,
     show_progress_bar: bool,
 ) -> EmbeddingStore:
     """Encode items into a store; its name is a hash of the items, so that a later call continues a stopped one.
 
+    A store of the index is never written to.
+
     Args:
         model: the model, with its processor.
         names: paths of images, or texts.
         folder: the folder of the index.
         settings: the settings of the index.
-        in_use: names of stores that the index uses; they stay unchanged.
+        in_use: names that the store must not have.
+        live: names of stores that the index uses; one that holds exactly these items is returned.
         on_bad_image: "error" or "skip", see `encode_images`.
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
     output: Any = model.similarity_fn.output
-    key = hashlib.sha256(json.dumps([settings.fingerprint, output, settings.draft, list(names)]).encode())
+    state = _state if settings.side == "image" else lambda _: None
+    about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]
+    if settings.side == "text" and model.text_depends_on_batch(dense=False):
+        about.append(batch_size)
+    key = hashlib.sha256(json.dumps(about).encode())
     name = STORE + key.hexdigest()[:12]
-    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use))))
-    chosen = next(one for one in numbered if one not in in_use)
+    numbered = (name, *(f"{name}-{number}" for number in range(len(in_use) + len(live))))
+    for one in numbered:
+        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], on_bad_image == "skip"):
+            return EmbeddingStore(folder / one)
+    chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])
     store = folder / chosen
     options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}

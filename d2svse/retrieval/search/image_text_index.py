@@ -8,6 +8,7 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -34,8 +35,9 @@ from d2svse.retrieval.search.contents import (
     add_store,
     check_index_folder,
     encode_items,
-    name_of,
     note_folders,
+    noted_folders,
+    origin_of,
     own_folder,
     read_items,
     stored_names,
@@ -53,13 +55,23 @@ from d2svse.similarity.base import Candidates, Side
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Opened:
-    """An index as one write left it; a running search uses one state, even if a write follows."""
+    """An index as one write left it; a running search uses one state, even if a write follows.
+
+    Attributes:
+        settings: the settings of the index.
+        vectors: the vectors.
+        stored: the tokens; None if the similarity folds.
+        users: number of running searches.
+        replaced: whether a later state is published; the last user then closes the vectors.
+    """
 
     settings: IndexSettings
     vectors: VectorIndex
     stored: StoredItems | None
+    users: int = 0
+    replaced: bool = False
 
 
 class ImageTextIndex:
@@ -91,6 +103,7 @@ class ImageTextIndex:
     ) -> None:
         self._device, self._vectors_device = device, vectors_device
         self.folder = Path(folder)
+        self._counting = threading.Lock()  # of the users of a state
         self._opened = self._read()
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
@@ -155,8 +168,8 @@ class ImageTextIndex:
             on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
             draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`. Images that are added later,
                 and queries, use the same setting.
-            overwrite: also replace an index of another model or source, or one that would lose more than a tenth of
-                its items.
+            overwrite: also replace an index of another model or source, one that would lose more than a tenth of its
+                items, or the items of a collection of Milvus that this folder does not name.
             exclude: patterns of names or paths in a folder that are left out, such as `*.gif`. Hidden folders, trash
                 folders and thumbnail folders are always left out; a warning counts them.
             follow_links: follow links to folders in a folder.
@@ -180,34 +193,39 @@ class ImageTextIndex:
             source, side, exclude=exclude, follow_links=follow_links, allow_missing=on_bad_image == "skip"
         )
         settings = IndexSettings(
-            side,
-            similarity.candidates(candidates),
-            draft,
-            name_of(model),
-            fingerprint,
-            VECTORS + uuid.uuid4().hex[:12],
-            items.path,
-            str(model.dtype).removeprefix("torch."),
+            side=side,
+            candidates=similarity.candidates(candidates),
+            draft=draft,
+            fingerprint=fingerprint,
+            vectors=VECTORS + uuid.uuid4().hex[:12],
+            source=items.path,
+            dtype=str(model.dtype).removeprefix("torch."),
+            **origin_of(model),
         )
         before = replaced_folders(folder, settings, items, overwrite)
         vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
-        if len(vectors):
-            raise ValueError(f"the {engine} index already holds {len(vectors)} items; remove it, or name another one")
-        with write_lock(folder):
-            note_folders(folder, before)
-            options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
-            taken = joined_stores(folder)
-            store = encode_items(model, items.names, folder, settings, taken, on_bad_image=on_bad_image, **options)
-            if not len(store):
-                raise ImageError(f"none of the {len(items.names)} images can be read; the first: {store.skipped[0][1]}")
-            add_store(vectors, model, store, settings, items.paths)
-            note_folders(folder, [settings.vectors])
-            vectors.save(folder / settings.vectors)
-            settings.write(folder)
-            index = cls(folder, model, vectors_device=engine_options.get("device"))
+        try:
+            _check_replaceable(vectors, folder, settings, before, overwrite)
+            with write_lock(folder):
+                note_folders(folder, before)
+                if vectors.at_once:  # the next build knows by this folder whose items a killed one has left
+                    note_folders(folder, [settings.vectors])
+                    vectors.save(folder / settings.vectors)
+                options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+                options |= {"on_bad_image": on_bad_image, "live": before}
+                store = encode_items(model, items.names, folder, settings, joined_stores(folder), **options)
+                if not len(store):
+                    first = store.skipped[0][1]
+                    raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
+                add_store(vectors, model, store, settings, items.paths, list(vectors.ids))
+                note_folders(folder, [settings.vectors])
+                vectors.save(folder / settings.vectors)
+                settings.write(folder)
+                index = cls(folder, model, vectors_device=engine_options.get("device"))
+                write_skipped(folder, store.skipped)
+                index._sweep(index._opened)
+        finally:
             vectors.close()
-            write_skipped(folder, store.skipped)
-            index._sweep(index._opened)
         return index
 
     @classmethod
@@ -243,12 +261,14 @@ class ImageTextIndex:
         self.vectors.close()
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        with self._in_use() as opened:
+            return len(opened.vectors)
 
     @property
     def ids(self) -> Sequence[str]:
         """The paths of the images, or the texts."""
-        return self.vectors.ids
+        with self._in_use() as opened:
+            return opened.vectors.ids
 
     @property
     def side(self) -> Side:
@@ -525,8 +545,21 @@ class ImageTextIndex:
         if both and len(queries["text"]) != len(queries["image"]):
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
-        shares = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
-        opened = self._opened
+        shares: dict[Side, float] = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
+        with self._in_use() as opened:
+            return self._search(opened, queries, k, shares, rerank, together)
+
+    def _search(
+        self,
+        opened: _Opened,
+        queries: Mapping[Side, Features],
+        k: int,
+        shares: Mapping[Side, float],
+        rerank: int | None,
+        together: Together | None,
+    ) -> list[list[Hit]]:
+        """Search one state; `shares` are the weights of the sides."""
+        both = len(queries) == 2
         vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
         combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
         across: Side = "text" if self.side == "image" else "image"
@@ -575,7 +608,8 @@ class ImageTextIndex:
         row_of = {name: row for row, name in enumerate(self.ids)}
         pairs: list[tuple[str, list[str]]]
         if self.side == "image":
-            ids = stored_names([str(record.image) for record in records], self.vectors)
+            with self._in_use() as opened:
+                ids = stored_names([str(record.image) for record in records], opened.vectors)
             pairs = [(text, [id]) for record, id in zip(records, ids, strict=True) for text in record.captions]
         else:
             pairs = [(str(record.image), list(record.captions)) for record in records]
@@ -585,7 +619,9 @@ class ImageTextIndex:
         [(side, features)] = asked.items()
         known = all(name in row_of for _, names in pairs for name in names)
         right = [[row_of[name] for name in names] for _, names in pairs] if known else None
-        vectors, query_vectors = self.vectors.vectors_of(list(self.ids)), np.asarray(self.query_vectors(side, features))
+        with self._in_use() as opened:
+            vectors = opened.vectors.vectors_of(list(opened.vectors.ids))
+        query_vectors = np.asarray(self.query_vectors(side, features))
         settings = (*EXACT_SETTINGS, *(FAISS_SETTINGS if importlib.util.find_spec("faiss") else ()))
         yield from tune(vectors, query_vectors, k=k, right_answers=right, settings=settings)
 
@@ -664,9 +700,27 @@ class ImageTextIndex:
         return opened
 
     def _publish(self, opened: _Opened) -> None:
-        """Make new searches use this state."""
-        before, self._opened = self._opened, opened
-        before.vectors.close()
+        """Make new searches use this state, and close the one before when its last search is done."""
+        with self._counting:
+            before, self._opened = self._opened, opened
+            before.replaced, unused = True, not before.users
+        if unused:
+            before.vectors.close()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[_Opened]:
+        """Yield the current state, which stays open until the end of the block."""
+        with self._counting:
+            opened = self._opened
+            opened.users += 1
+        try:
+            yield opened
+        finally:
+            with self._counting:
+                opened.users -= 1
+                unused = opened.replaced and not opened.users
+            if unused:
+                opened.vectors.close()
 
     def _sweep(self, opened: _Opened) -> None:
         sweep_folders(self.folder, _folders(opened))
@@ -674,6 +728,33 @@ class ImageTextIndex:
 
 def _folders(opened: _Opened) -> set[str]:
     return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
+
+
+def _check_replaceable(
+    vectors: VectorIndex, folder: Path, settings: IndexSettings, before: Sequence[str], overwrite: bool
+) -> None:
+    """Refuse to replace items of a collection of Milvus that do not belong to this folder.
+
+    The items are replaced in one step before the settings are, so these must fit both.
+
+    Raises:
+        ValueError: if a build may not replace the items that the vectors hold.
+    """
+    if not len(vectors):
+        return
+    names = {name for name in (*before, *noted_folders(folder)) if name.startswith(VECTORS)}
+    if not (overwrite or any(vectors.is_saved_in(folder / name) for name in names)):
+        raise ValueError(
+            f"the {vectors.engine} index already holds {len(vectors)} items, not of {folder}; name another one, or "
+            "replace them with --overwrite (overwrite=True)"
+        )
+    try:
+        now = IndexSettings.read(folder)
+    except (FileNotFoundError, ValueError):
+        return
+    differs = [name for name in ("side", "candidates", "draft") if getattr(now, name) != getattr(settings, name)]
+    if differs and vectors.is_saved_in(folder / now.vectors):
+        raise ValueError(f"{folder}: its {vectors.engine} index has another {differs[0]}; name another collection")
 
 
 def _place(vectors: VectorIndex, device: str | torch.device) -> None:
@@ -689,16 +770,19 @@ def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:
         raise ValueError(f"{folder}: the model that built the index was not saved; give it with model=")
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such model folder, but it built {folder}; give the model with model=")
+    options: dict[str, Any] = {"dtype": dtype} | ({"subfolder": settings.subfolder} if settings.subfolder else {})
     if Path(name).is_absolute():
-        return D2SVSE.from_pretrained(name, dtype=dtype)
+        return D2SVSE.from_pretrained(name, **options)
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{folder}: names the model {name!r:.200}, neither an absolute path nor a Hub id; give model=")
     try:
-        return D2SVSE.from_pretrained(name, dtype=dtype, local_files_only=True)
+        return D2SVSE.from_pretrained(name, revision=settings.revision, local_files_only=True, **options)
     except OSError:
+        commit = settings.revision
+        download = f"run hf download {name} --revision {commit}" if commit else f"give --model {name} (model=)"
         raise FileNotFoundError(
-            f"{folder}: was built with the model {name} of the Hub, which is not on this machine; to download it, "
-            f"give --model {name} (model=)"
+            f"{folder}: was built with the model {name} of the Hub, which is not on this machine"
+            f"{f' at the commit {commit}' if commit else ''}; to download it, {download}"
         ) from None
 
 

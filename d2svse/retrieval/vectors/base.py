@@ -27,9 +27,11 @@ class VectorIndex(ABC):
 
     Attributes:
         engine: name of the backend, from which `load_index` finds the class.
+        at_once: whether a write takes effect at once, without `save`.
     """
 
     engine: ClassVar[str]
+    at_once: ClassVar[bool] = False
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         if dim < 1:
@@ -153,6 +155,10 @@ class VectorIndex(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Release open files and connections; this frees an embedded Milvus for other processes."""
+
+    def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
+        """Return whether a folder names these very vectors, which lie elsewhere."""
+        return False
 
     @property
     @abstractmethod

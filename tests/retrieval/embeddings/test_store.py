@@ -175,6 +175,16 @@ def test_rows_of_several_arrays_are_read_as_of_one():
             rows[wrong]
 
 
+def test_a_batch_of_nothing_is_refused_before_anything_is_written(model, make_model, pictures, tmp_path):
+    padding = make_model(context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False})
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=f"batch_size must be positive, got {size}"):
+            encode_images(model, pictures, tmp_path / "s", batch_size=size)
+        with pytest.raises(ValueError, match=f"batch_size must be positive, got {size}"):
+            encode_texts(padding, ["a ring"], tmp_path / "s", batch_size=size)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_decoder_that_sees_padding_keeps_repeated_texts(make_model, val_dataset, tmp_path):
     decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
     model = make_model(context_decoder=decoder)
@@ -184,3 +194,7 @@ def test_a_decoder_that_sees_padding_keeps_repeated_texts(make_model, val_datase
     np.testing.assert_allclose(store.pooled[:], model.encode_text(texts, batch_size=4), atol=1e-5)
     with pytest.raises(ValueError, match="must be a multiple of batch_size"):
         encode_texts(model, texts, tmp_path / "u", chunk_size=5, batch_size=4)
+    for size, chunk in ((100, 1000), (64, 1024), (3000, 3000)):
+        store = encode_texts(model, texts, tmp_path / f"{size}", dtype="float32", batch_size=size)
+        assert json.loads((tmp_path / f"{size}" / "store.json").read_text())["shard_size"] == chunk
+        np.testing.assert_allclose(store.pooled[:], model.encode_text(texts, batch_size=size), atol=1e-5)

@@ -252,6 +252,42 @@ def test_the_model_is_remembered_and_another_is_refused(model, make_model, photo
         ImageTextIndex.load(tmp_path / "i").search("a red circle")
 
 
+def test_the_commit_and_the_subfolder_of_a_model_of_the_hub_are_remembered(model, make_model, photos, hub, tmp_path):
+    model.save_pretrained(tmp_path / "m" / "inner")
+    model.push_to_hub("lab/tiny")
+    files = hub.files("lab/tiny")
+    first = hub.repositories["lab/tiny"].commit("old", files | {f"inner/{n}": files[n] for n in files}, "further")
+    loaded = [
+        D2SVSE.from_pretrained("lab/tiny"),
+        D2SVSE.from_pretrained("lab/tiny", revision="old", subfolder="inner"),
+        D2SVSE.from_pretrained(tmp_path / "m", subfolder="inner"),
+    ]
+    found = []
+    for number, one in enumerate(loaded):
+        found.append(ImageTextIndex.build(one, photos, tmp_path / f"{number}").search("a red circle", k=3))
+    make_model(1).push_to_hub("lab/tiny")
+    make_model(1).push_to_hub("lab/tiny", revision="old")
+    for options in ({}, {"revision": "old"}):
+        D2SVSE.from_pretrained("lab/tiny", **options)  # the cache's names of branches are now of another model
+    for number, hits in enumerate(found):
+        assert ImageTextIndex.load(tmp_path / f"{number}").search("a red circle", k=3) == hits
+    path = tmp_path / "1" / MANIFEST
+    content = json.loads(path.read_text())
+    assert (content["revision"], content["subfolder"]) == (first, "inner")
+    for wrong in ({"revision": "../../main"}, {"subfolder": "../inner"}, {"subfolder": "/inner"}):
+        path.write_text(json.dumps(content | wrong))
+        with pytest.raises(ValueError, match=f"not an index written by .*{next(iter(wrong))}"):
+            ImageTextIndex.load(tmp_path / "1")
+    path.write_text(json.dumps({name: content[name] for name in content if name not in ("revision", "subfolder")}))
+    with pytest.raises(ValueError, match="use the model that built the index"):  # of an earlier version
+        ImageTextIndex.load(tmp_path / "1").search("a red circle")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(
+        FileNotFoundError, match=r"at the commit .*; to download it, run hf download lab/tiny --revision"
+    ):
+        ImageTextIndex.load(tmp_path / "0").search("a red circle")
+
+
 def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_path):
     for _ in range(2):
         ImageTextIndex.build(model, photos, tmp_path / "i")
@@ -369,6 +405,27 @@ def test_an_index_killed_while_adding_is_as_before_or_as_after(make_model, photo
     assert outcomes[-1] == after
     assert before in outcomes
     assert outcomes.count(after) > 1  # some kills came after the switch
+
+
+def test_the_texts_of_a_manifest_need_no_image(model, tmp_path):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text('{"image": "none.png", "captions": ["a ring", "a star"]}\n')
+    index = ImageTextIndex.build(model, manifest, tmp_path / "index", side="text")
+    assert index.ids == ["a ring", "a star"]
+    with manifest.open("a") as file:
+        file.write('{"image": "nothing.png", "captions": ["a cross"]}\n')
+    assert index.add(manifest).added == ["a cross"]
+
+
+def test_texts_that_depend_on_their_batch_are_indexed_with_any_batch_size(make_model, val_dataset, tmp_path):
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2, "mask_padding": False}
+    model = make_model(similarity={"name": "omit"}, context_decoder=decoder)
+    texts = list(dict.fromkeys(val_dataset.captions))[:12]
+    for size in (5, 100, 5):
+        index = ImageTextIndex.build(model, texts, tmp_path / "i", side="text", batch_size=size)
+        fresh = ImageTextIndex.build(model, texts, tmp_path / f"{size}", side="text", batch_size=size)
+        found = (one.search(images=val_dataset.images[0], k=12) for one in (index, fresh))
+        assert next(found) == next(found)
 
 
 def test_a_missing_image_of_a_manifest_is_skipped_as_a_broken_one(scenes, model, tmp_path):

@@ -7,6 +7,8 @@ import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from d2svse.images import ImageError
 from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
+from d2svse.retrieval.search.comparison import gone_items
+from d2svse.retrieval.search.contents import IndexSettings, read_items
+from d2svse.retrieval.vectors.exact import ExactIndex
 
 
 def lock(monkeypatch, folder):
@@ -109,9 +114,35 @@ def test_what_is_left_out_by_default_stays_if_it_was_added_by_name(model, deep, 
     assert len(index) == 12
     assert len(index.add(deep / ".private").added) == 4
     assert index.add(deep).dropped == []
-    with pytest.raises(ValueError, match="--prune"):
-        index.add(deep, exclude=["*.png"])
+    assert index.add(deep, exclude=["*.png"]).dropped == []
     assert len(index) == 16
+
+
+def test_images_that_exist_stay_if_the_walk_leaves_them_out(model, deep, tmp_path):
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    first, second, *_ = sorted(deep.glob("*.png"))
+    shutil.copy(first, deep / "of-no-suffix")
+    shutil.copy(second, deep / "phone.heic")
+    assert len(index.add([deep / "of-no-suffix", deep / "phone.heic"]).added) == 2
+    for exclude in ((), [first.name], ["sub"], ["*.png"]):
+        assert index.add(deep, exclude=exclude).dropped == []
+        assert index.add(deep, exclude=exclude, prune=True).dropped == []
+    first.unlink()
+    (deep / "of-no-suffix").unlink()
+    assert sorted(index.add(deep, exclude=["sub"], prune=True).dropped) == [str(first), str(deep / "of-no-suffix")]
+
+
+def test_rows_of_region_files_and_members_of_shards_are_gone_with_their_file(tmp_path):
+    names = [
+        f"{tmp_path}/a_ims.npy#0",
+        f"{tmp_path}/b_ims.npy#0",
+        f"{tmp_path}/a.tar/x/0.png",
+        f"{tmp_path}/b.tar/0.png",
+    ]
+    for name in ("a_ims.npy", "a.tar"):
+        (tmp_path / name).touch()
+    items = read_items(tmp_path, "image", may_be_empty=True)
+    assert gone_items(items, {name: {} for name in names}, ()) == [names[1], names[3]]
 
 
 def test_an_image_under_several_spellings_is_one_item(model, deep, tmp_path, monkeypatch):
@@ -198,6 +229,37 @@ def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_pat
     ImageTextIndex.build(model, photos, tmp_path / "i")
     assert not seen
     assert not list((tmp_path / "i").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_a_rebuild_that_is_killed_leaves_the_index_and_goes_on(
+    make_model, photos, scenes, tmp_path, monkeypatch, on_bad_image
+):
+    """Before the step, the stores of the index are as they were, also where images have changed or were repaired."""
+    model = make_model(similarity={"name": "omit"})
+    build = partial(ImageTextIndex.build, model, photos, tmp_path / "i", on_bad_image=on_bad_image)
+    first, second, *_ = sorted(photos.iterdir())
+    good = first.read_bytes()
+    if on_bad_image == "skip":
+        first.write_bytes(b"no")
+    index = build()
+    before = index.ids, index.search("a red circle", k=16)
+    first.write_bytes(good)
+    shutil.copy(scenes / "train" / "000000.png", second)
+    with monkeypatch.context() as patch:
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build()
+    for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
+        assert (opened.ids, opened.search("a red circle", k=16)) == before
+    seen = []
+    batches = model.image_batches
+    model.image_batches = lambda images, **options: seen.extend(images) or batches(images, **options)
+    after = build().search("a red circle", k=16)
+    assert build(engine="faiss" if find_spec("faiss") else "exact").search("a red circle", k=16) == after
+    assert not seen  # the killed build is continued, and the store of unchanged images is used again
+    assert after == ImageTextIndex.build(model, photos, tmp_path / "j").search("a red circle", k=16) != before[1]
+    assert len(list((tmp_path / "i").glob("store-*"))) == 1
 
 
 ODD = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "esc\x1b[2J.png", "sep\u2028arator.png"]
@@ -309,6 +371,77 @@ def test_searches_in_threads_answer_as_one_does_while_another_adds_and_removes(
         finally:
             stop.set()
         assert sum(one.result() for one in running) >= 40
+
+
+def test_vectors_are_closed_once_their_last_search_is_done(model, photos, tmp_path, monkeypatch):
+    """Closing ends the connection of an index of Milvus."""
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    queries = index.encode_queries(texts=["a red circle"])
+    first, closed = index.vectors, []
+    meet, go_on = threading.Barrier(3), threading.Event()
+    search = ExactIndex.search
+
+    def wait(self, *given):
+        if self is first:
+            meet.wait(10)
+            assert go_on.wait(10)
+            assert self not in closed
+        return search(self, *given)
+
+    monkeypatch.setattr(ExactIndex, "search", wait)
+    monkeypatch.setattr(ExactIndex, "close", lambda self: closed.append(self))
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(index.search_features, queries, 16) for _ in range(2)]
+        meet.wait(10)
+        index.remove([index.ids[0]])
+        assert not closed
+        second = index.vectors
+        assert len(index.search_features(queries, 16)[0]) == 15
+        go_on.set()
+        assert [len(one.result()[0]) for one in running] == [16, 16]
+    assert closed == [first]
+    index.remove([index.ids[0]])
+    assert closed == [first, second]
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_a_collection_of_milvus_is_built_again_after_a_kill_too(
+    make_model, photos, scenes, tmp_path, monkeypatch, name
+):
+    pytest.importorskip("milvus_lite", reason="the milvus extra is not installed")
+    model, folder = make_model(similarity={"name": name}), tmp_path / "i"
+    place = {"engine": "milvus", "uri": str(tmp_path / "milvus.db")}
+
+    def answers(index):
+        try:
+            return sorted(index.ids), [
+                (hit.id, pytest.approx(hit.score)) for hit in index.search("a red circle", k=9)[0]
+            ]
+        finally:
+            index.close()
+
+    def killed(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(IndexSettings, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ImageTextIndex.build(model, photos, folder, **place, **options)
+
+    killed()  # after the items are in Milvus
+    before = answers(ImageTextIndex.build(model, photos, folder, **place))
+    assert before == answers(ImageTextIndex.build(model, photos, tmp_path / "exact"))
+    first, second, *_ = sorted(photos.iterdir())
+    first.unlink()
+    shutil.copy(scenes / "train" / "000000.png", second)
+    killed()
+    after = answers(ImageTextIndex.build(model, photos, tmp_path / "exact"))
+    assert answers(ImageTextIndex.load(folder, model)) == after != before
+    assert answers(ImageTextIndex.build(model, photos, folder, **place)) == after
+    assert len(list(folder.glob("vectors-*"))) == 1
+    with pytest.raises(ValueError, match=r"already holds 15 items, not of .*other; name another one"):
+        ImageTextIndex.build(model, photos, tmp_path / "other", **place)
+    with pytest.raises(ValueError, match="has another draft; name another collection"):
+        ImageTextIndex.build(model, photos, folder, draft=True, overwrite=True, **place)
+    assert answers(ImageTextIndex.build(model, photos, tmp_path / "other", overwrite=True, **place)) == after
 
 
 def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path):

@@ -226,3 +226,31 @@ def test_bad_input_is_named_and_nothing_is_added(filled, make, tmp_path):
         filled.search(good, 1)
     filled.add([], np.empty((0, DIM)))
     assert len(filled) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("exact", {"block_size": "abc"}, "block_size of exact must be a whole number, got 'abc'"),
+        ("exact", {"block_size": True}, "block_size of exact must be a whole number, got True"),
+        ("exact", {"dtype": ["float16"]}, "dtype of exact must be a text"),
+        ("exact", {"device": 0}, "device of exact must be a text or a device, got 0"),
+        ("faiss", {"kind": "hnsw", "m": "abc"}, "m of faiss must be a whole number, got 'abc'"),
+        ("faiss", {"kind": "hnsw", "m": 2.5}, "m of faiss must be a whole number, got 2.5"),
+        ("faiss", {"kind": ["hnsw"]}, "kind of faiss must be a text"),
+        ("milvus", {"uri": "a.db", "search_parameters": 3}, "search_parameters of milvus must be KEY: VALUE pairs"),
+        ("milvus", {"uri": "a.db", "timeout": "soon"}, "timeout of milvus must be a number, got 'soon'"),
+        ("milvus", {"uri": None, "collection": 7}, "collection of milvus must be a text, got 7"),
+    ],
+)
+def test_options_of_another_type_are_named(name, options, words, tmp_path, monkeypatch):
+    pytest.importorskip({"exact": "numpy", "faiss": "faiss", "milvus": "milvus_lite"}[name], reason="the extra")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        make_index(name, DIM, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_the_right_type_are_taken():
+    index = make_index("exact", DIM, block_size=np.int64(7), device=None, dtype="float16")
+    assert (index.block_size, index.device, index.dtype) == (7, None, "float16")

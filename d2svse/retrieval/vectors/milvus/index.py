@@ -68,6 +68,7 @@ class MilvusIndex(VectorIndex):
     """
 
     engine = "milvus"
+    at_once = True
     _typed = True  # False in `load`, where the folder gives the address
 
     def __init__(
@@ -184,6 +185,15 @@ class MilvusIndex(VectorIndex):
             manifest = {"engine": self.engine, "dim": self.dim, "fingerprint": self.fingerprint, "options": options}
             manifest["key"] = self._journal.about().get("key")
             storage.publish(folder, {**manifest, "files": []})
+
+    def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
+        """Return whether a folder names this collection, by the key that it got when it was created."""
+        try:
+            manifest = storage.read_manifest(folder)
+        except (FileNotFoundError, ValueError):
+            return False
+        key = self._journal.about().get("key")
+        return key is not None and manifest["engine"] == self.engine and manifest.get("key") == key
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], fingerprint: str | None = None) -> MilvusIndex:
