@@ -200,7 +200,7 @@ def evaluate(
         return
     others = []
     for path in also_on or []:
-        has_splits = detect_format(path) in ("published", "karpathy", "datasets")
+        has_splits = detect_format(path) in ("published", "karpathy") or (path / "dataset_dict.json").is_file()
         own = split if has_splits else None
         others.append(ImageTextDataset.from_source(path, split=own, image_folder=image_folder, **reading))
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):

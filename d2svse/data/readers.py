@@ -346,14 +346,14 @@ def read_datasets(
 
     Args:
         source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
-        split: the split to read, for a dataset with several.
+        split: the split to read, for a dataset with several; a dataset of one split takes the name of that one.
         image_column: the column of images.
         caption_column: the column of captions, one or a list in each row.
         image_folder: folder to write the images to that are stored as bytes.
 
     Raises:
         ImportError: if `datasets` is not installed.
-        ManifestError: if a column is missing or a caption is empty.
+        ManifestError: if the split or a column is missing or a caption is empty.
         ValueError: if images must be written and `image_folder` is None.
     """
     try:
@@ -373,6 +373,9 @@ def read_datasets(
         if split not in source:
             raise ManifestError(f"{where}: no split {split!r}; the splits are {', '.join(source)}; name one (--split)")
         source = source[split]
+    elif split is not None and str(source.split) != split:
+        own = "no splits" if source.split is None else f"the split {source.split} alone"
+        raise ManifestError(f"{where}: has {own}; leave out the split {split!r} (--split)")
     for column in (image_column, caption_column):
         if column not in source.column_names:
             raise ManifestError(f"{where}: no column {column!r}; the columns are {', '.join(source.column_names)}")

@@ -241,7 +241,7 @@ def test_datasets(tmp_path, pictures):
     datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
     columns = {"image": [str(pictures / name) for name in NAMES], "caption": CAPTIONS}
     by_path = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    check(read_datasets(by_path, "train"), pictures)
+    check(read_datasets(by_path), pictures)
     held = {**columns, "image": [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]}
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(held).cast_column("image", datasets.Image())})
     saved.save_to_disk(tmp_path / "saved")
@@ -253,7 +253,7 @@ def test_datasets(tmp_path, pictures):
         np.testing.assert_array_equal(np.asarray(Image.open(record.image)), np.asarray(Image.open(pictures / name)))
     other = {**held, "image": [{"bytes": (pictures / NAMES[0]).read_bytes(), "path": "one.jpg"}] * 3}
     again = datasets.Dataset.from_dict(other).cast_column("image", datasets.Image())
-    joined = read_datasets(again, "train", image_folder=tmp_path / "written")
+    joined = read_datasets(again, image_folder=tmp_path / "written")
     assert [record.image for record in joined] == [records[0].image]
     assert list(joined[0].captions) == [caption for group in CAPTIONS for caption in group]
     with pytest.raises(ManifestError, match="no split 'test'; the splits are train"):
@@ -264,7 +264,23 @@ def test_datasets(tmp_path, pictures):
     found = read_records(tmp_path / "one", image_folder=tmp_path / "written", **columns)
     assert [list(record.captions) for record in found] == CAPTIONS
     with pytest.raises(ManifestError, match="no column 'text'"):
-        read_datasets(by_path, "train", caption_column="text")
+        read_datasets(by_path, caption_column="text")
+
+
+def test_a_saved_dataset_of_one_split_refuses_another(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
+    columns = {"image": [str(pictures / name) for name in NAMES], "caption": CAPTIONS}
+    for name, split in (("without", None), ("val", "validation")):
+        rows = datasets.Dataset.from_dict(columns, split=split and datasets.NamedSplit(split))
+        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / name)
+        written = {"image_folder": tmp_path / "written"}
+        for asked in {None, split}:
+            records = read_records(tmp_path / name, split=asked, **written)
+            assert [list(record.captions) for record in records] == CAPTIONS
+    with pytest.raises(ManifestError, match=r"has no splits; leave out the split 'test' \(--split\)"):
+        read_records(tmp_path / "without", split="test", **written)
+    with pytest.raises(ManifestError, match="has the split validation alone; leave out the split 'nonsense'"):
+        read_records(tmp_path / "val", split="nonsense", **written)
 
 
 @pytest.mark.skipif("D2SVSE_F30K" not in os.environ, reason="set D2SVSE_F30K to the published Flickr30K text folder")
