@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model, print_table
+from d2svse.cli.common import Device, Dtype, OnBadImage, check_model_name, examples, load_model, print_table
 
 if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks
@@ -61,15 +61,21 @@ def compare(
     names = [first, *others]
     ranks: dict[str, QueryRanks] = {}
     if data is not None:
+        from d2svse.cpu import choose_device
         from d2svse.data import ImageTextDataset
+        from d2svse.hub.access import fetch_configuration
         from d2svse.retrieval import evaluate
 
+        choose_device(device)  # a wrong device or name is told before the first model ranks
+        folders = {name: str(Path(name) / "model") if (Path(name) / "model").is_dir() else name for name in names}
+        for folder in folders.values():
+            if not check_model_name(folder):
+                fetch_configuration(folder)
         dataset = ImageTextDataset.from_source(
             data, split=split, image_folder=image_folder, on_bad_image=on_bad_image, show_progress_bar=True
         )
-        for name in names:
-            folder = Path(name) / "model" if (Path(name) / "model").is_dir() else name
-            model = load_model(str(folder), device, dtype)
+        for name, folder in folders.items():
+            model = load_model(folder, device, dtype)
             options: dict[str, Any] = {
                 "batch_size": batch_size or 128,
                 "folds": 1,

@@ -177,7 +177,8 @@ def evaluate(
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format
     from d2svse.files.replace import write_json, write_json_lines
-    from d2svse.retrieval import evaluate as evaluate_models
+    from d2svse.retrieval.evaluation.evaluate import check_evaluation
+    from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate_models
 
     loaded = [(name, load_model(name, device, dtype)) for name in names]
     for _, given in loaded:
@@ -206,39 +207,45 @@ def evaluate(
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
         annotations = data
 
+    earlier = [] if against is None else [(against, load_model(against, device, dtype))]
+
+    def options_of(models: list[tuple[str, D2SVSE]]) -> dict[str, Any]:
+        return {
+            "similarity": _similarity(models[0][1], similarity, similarity_arg),
+            "captions": captions,
+            "rerank": rerank_k,
+            "candidates": candidates,
+        }
+
     def measure(models: list[tuple[str, D2SVSE]], dataset: ImageTextDataset, **options: Any) -> Evaluation:
-        return evaluate_models(
-            models,
-            dataset,
-            similarity=_similarity(models[0][1], similarity, similarity_arg),
-            captions=captions,
-            rerank=rerank_k,
-            candidates=candidates,
-            batch_size=batch_size,
-            embeddings=embeddings,
-            show_progress_bar=True,
-            **options,
-        )
+        options |= {"batch_size": batch_size, "embeddings": embeddings, "show_progress_bar": True}
+        return evaluate_models(models, dataset, **options_of(models), **options)
 
     by_protocol: dict[str, Any] = {"protocol": protocol, "folds": folds, "annotations": annotations}
+    sets: list[tuple[ImageTextDataset, dict[str, Any]]] = [(dataset, by_protocol), *((other, {}) for other in others)]
+    for models in (loaded, earlier) if earlier else (loaded,):
+        for one, options in sets:
+            check_evaluation(models, one, **options_of(models), **options)
     evaluation = measure(
         loaded, dataset, wrong=0 if per_query is None else 5 if wrong is None else wrong, **by_protocol
     )
     result = evaluation.report() | {"split": split}
-    results = [result, *(measure(loaded, other).report() for other in others)]
-    if also_on:
-        result["also_on"] = results[1:]
-    if against is not None:
-        earlier = [(against, load_model(against, device, dtype))]
-        for one, where, options in zip(results, [dataset, *others], [by_protocol, *[{}] * len(others)], strict=True):
-            one["against"] = _compare(one["metrics"], measure(earlier, where, **options).report())
     _print(result)
-    if len(results) > 1 or against is not None:
-        _print_all(results)
     if output is not None:
         write_json(output, result)
     if per_query is not None:
         write_json_lines(per_query, evaluation.queries())
+    if not others and not earlier:
+        return
+    results = [result, *(measure(loaded, other).report() for other in others)]
+    if others:
+        result["also_on"] = results[1:]
+    if earlier:
+        for found, (one, options) in zip(results, sets, strict=True):
+            found["against"] = _compare(found["metrics"], measure(earlier, one, **options).report())
+    _print_all(results)
+    if output is not None:
+        write_json(output, result)
 
 
 def _compare(metrics: Mapping[str, float], earlier: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,3 +156,49 @@ def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
         code, _, err = run("eval", saved["one"], *arguments)
         assert code == 2
         assert message in err
+
+
+def test_what_cannot_be_done_is_told_before_anything_is_encoded(saved, scenes, tmp_path, run, monkeypatch):
+    rows = [json.loads(line) for line in (scenes / "val.jsonl").read_text().splitlines()]
+    small = tmp_path / "small.jsonl"
+    small.write_text("\n".join(json.dumps({**row, "image": str(scenes / row["image"])}) for row in rows[:4]))
+
+    def refuse(*_, **__):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("d2svse.retrieval.evaluation.evaluate.encode_dataset", refuse)
+    data = ("--data", scenes / "val.jsonl")
+    for arguments, message in (
+        ((saved["one"], *data, "--against", tmp_path / "typo"), "typo: no such model folder"),
+        ((saved["tokens"], *data, "--against", saved["one"], "--rerank-k", 3), "rerank needs a similarity of tokens"),
+        (
+            (saved["tokens"], *data, "--also-on", small, "--rerank-k", 5),
+            "small.jsonl: 5 candidates do not fit 4 images",
+        ),
+        ((saved["tokens"], *data, "--folds", 4, "--rerank-k", 5), "5 candidates do not fit 4 images and 20 captions"),
+    ):
+        code, _, err = run("eval", *arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
+
+
+def test_the_result_is_written_before_other_data_are_ranked(saved, scenes, tmp_path, run, monkeypatch):
+    from d2svse.retrieval.evaluation import evaluate as module
+
+    whole, _ = result(run, tmp_path, saved["one"], "--data", scenes / "val.jsonl")
+    encode, calls = module.encode_dataset, []
+
+    def once(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("the disk is gone")
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(module, "encode_dataset", once)
+    options = ("--against", saved["two"], "-o", tmp_path / "r.json", "--per-query", tmp_path / "q.jsonl")
+    (tmp_path / "r.json").unlink()
+    code, out, err = run("eval", saved["one"], "--data", scenes / "val.jsonl", *options)
+    assert (code, "the disk is gone" in err) == (2, True)
+    assert "protocol custom" in out
+    assert json.loads((tmp_path / "r.json").read_text()) == whole
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 16 + 80
