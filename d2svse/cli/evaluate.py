@@ -211,7 +211,7 @@ def evaluate(
 
     def options_of(models: list[tuple[str, D2SVSE]]) -> dict[str, Any]:
         return {
-            "similarity": _similarity(models[0][1], similarity, similarity_arg),
+            "similarity": _similarities([one for _, one in models], similarity, similarity_arg),
             "captions": captions,
             "rerank": rerank_k,
             "candidates": candidates,
@@ -269,14 +269,14 @@ def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
         print_recalls(dict(zip(names, gained, strict=True)), f"{title} minus {other}", signed=True)
 
 
-def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
-    """Return the chosen similarity; arguments without a name change the model's own similarity."""
+def _similarities(
+    models: Sequence[D2SVSE], name: str | None, assignments: list[str] | None
+) -> list[dict[str, Any]] | None:
+    """Return the similarity of each model; arguments without a name change the models' own similarities."""
     if name is None and not assignments:
         return None
     arguments = parse_assignments(assignments or [], "--similarity-arg")
-    if name is not None:
-        return {"name": name, **arguments}
-    return model.config.similarity | arguments
+    return [(model.config.similarity if name is None else {"name": name}) | arguments for model in models]
 
 
 def _print(result: Mapping[str, Any]) -> None:

@@ -74,6 +74,21 @@ def test_reranking_and_another_similarity_are_labelled(saved, scenes, tmp_path, 
     assert found["models"][0]["similarity"] == {"name": "movers", "epsilon": 1e-6, "class": "MoversDistance"}
 
 
+def test_arguments_alone_change_the_own_similarity_of_each_model(saved, make_model, scenes, tmp_path, run):
+    sums = {"name": "max-sum", "direction": "t2i"}
+    make_model(1, similarity=sums).save_pretrained(tmp_path / "sums")
+    data = ("--data", scenes / "val.jsonl", "--similarity-arg", "direction=i2t")
+    found, _ = result(run, tmp_path, saved["tokens"], "--ensemble", tmp_path / "sums", *data)
+    own = [one["similarity"] for one in found["models"]]
+    assert [(one["name"], one["direction"]) for one in own] == [("max-mean", "i2t"), ("max-sum", "i2t")]
+    against, _ = result(run, tmp_path, saved["tokens"], "--against", tmp_path / "sums", *data)
+    assert against["against"]["models"][0]["similarity"]["name"] == "max-sum"
+    code, _, err = run("eval", saved["tokens"], "--ensemble", saved["one"], *data)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{saved['one']}: similarity 'cosine'" in err
+    assert "direction" in err
+
+
 def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_model):
     import torch
 

@@ -43,7 +43,7 @@ def evaluate(
     dataset: ImageTextDataset,
     *,
     protocol: str = "custom",
-    similarity: Mapping[str, Any] | None = None,
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank: int | None = None,
@@ -68,7 +68,8 @@ def evaluate(
         model: the model, with its processor; or pairs of a name and a model, to rank by the mean of their scores.
         dataset: images and captions; those of the protocol if it names a data set.
         protocol: a name in `PROTOCOLS`.
-        similarity: configuration of another similarity than the models' own, see `choose_similarity`.
+        similarity: configuration of another similarity than the models' own, see `choose_similarity`; or a list with
+            one for each model.
         captions: "sparse" captions, or the one "dense" caption of each image (custom protocol only).
         folds: number of folds to rank beside the whole set, in a custom protocol; five by default for 5000 images of
             MS-COCO.
@@ -132,8 +133,8 @@ def evaluate(
         folds=parts,
         protocol=rules.name,
         models=[
-            EvaluatedModel(name, model_revision(one) if fingerprint else None, _describe(one, similarity, scored))
-            for (name, one), scored in zip(models, chosen, strict=True)
+            EvaluatedModel(name, model_revision(one) if fingerprint else None, described)
+            for (name, one), described in zip(models, plan.described, strict=True)
         ],
         rerank=rerank,
         candidates=candidates,
@@ -156,6 +157,7 @@ class _Plan:
         truth: the right answers of the protocol; None for each caption's own image.
         folds: rows of the images of each fold.
         chosen: the similarity of each model.
+        described: the configuration of each similarity, with its class.
     """
 
     models: list[tuple[str, D2SVSE]]
@@ -166,6 +168,7 @@ class _Plan:
     truth: tuple[RightAnswers, RightAnswers] | None
     folds: list[slice]
     chosen: list[Similarity]
+    described: list[dict[str, Any]]
 
     @property
     def ranks_whole(self) -> bool:
@@ -181,7 +184,7 @@ def _plan(
     model: D2SVSE | Sequence[tuple[str, D2SVSE]],
     dataset: ImageTextDataset,
     protocol: str,
-    similarity: Mapping[str, Any] | None,
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
     captions: Captions,
     folds: int | None,
     rerank: int | None,
@@ -199,9 +202,15 @@ def _plan(
         is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
         folds = COCO_FOLDS if is_coco else 1
     fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
-    chosen = [choose_similarity(one, similarity) for _, one in models]
+    wanted: list[Mapping[str, Any] | None] = (
+        list(similarity) if isinstance(similarity, Sequence) else [similarity] * len(models)
+    )
+    if len(wanted) != len(models):
+        raise ValueError(f"{len(wanted)} similarities for {len(models)} models; expected one, or one for each")
+    chosen = [_choose(name, one, own, len(models)) for (name, one), own in zip(models, wanted, strict=True)]
     _check_rerank(rerank, candidates, chosen)
-    plan = _Plan(models, rules, dataset, left_out, owner, truth, fold_rows, chosen)
+    described = [_describe(one, own, scored) for (_, one), own, scored in zip(models, wanted, chosen, strict=True)]
+    plan = _Plan(models, rules, dataset, left_out, owner, truth, fold_rows, chosen, described)
     if rerank is not None:
         for rows in fold_rows:  # the whole set is no smaller
             columns = plan.columns(rows)
@@ -214,7 +223,7 @@ def check_evaluation(
     dataset: ImageTextDataset,
     *,
     protocol: str = "custom",
-    similarity: Mapping[str, Any] | None = None,
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank: int | None = None,
@@ -427,6 +436,14 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
             )
         built.load_state_dict(own)
     return built
+
+
+def _choose(name: str, model: D2SVSE, configuration: Mapping[str, Any] | None, count: int) -> Similarity:
+    """Return the similarity of one of several models; an error then names the model."""
+    try:
+        return choose_similarity(model, configuration)
+    except ValueError as error:
+        raise (ValueError(f"{name}: {error}") if count > 1 else error) from None
 
 
 def model_revision(model: D2SVSE) -> dict[str, str]:
