@@ -237,9 +237,9 @@ def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], l
                 is_image = has_image_suffix(member.name)
                 if os.path.basename(key).startswith("._") or not (is_image or suffix in (".json", ".txt")):
                     continue
-                earlier = images if is_image else {k for k, held in texts.items() if suffix in held}
+                known = key in images if is_image else suffix in texts.get(key, {})
                 problem = _misfit(member, MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES)
-                if problem is None and key in earlier:
+                if problem is None and known:
                     problem = "has the same name as another member, or as another image"
                 if problem is not None:
                     problems.setdefault(key, f"{member.name} {problem}")
