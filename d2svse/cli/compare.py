@@ -21,7 +21,7 @@ EXAMPLES = examples(
 def compare(
     first: Annotated[str, typer.Argument(help="Run of d2svse sweep (its folder or record); with --data, a model.")],
     others: Annotated[list[str], typer.Argument(help="Runs or models to compare with the first.")],
-    data: Annotated[Path | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, for data with several.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     on_bad_image: OnBadImage = "error",
@@ -93,7 +93,7 @@ def compare(
             hashes[record["sets"][on]["sha256"]] = name
         if len(hashes) > 1:
             raise ValueError(f"{' and '.join(hashes.values())} ranked different data under the name {on!r}")
-    source = str(data) if data is not None else on
+    source = on if data is None else data
     values = {name: recalls(ranks[name]) for name in names}
     found = {name: paired_bootstrap([(ranks[first], ranks[name])], samples=draws, seed=seed) for name in others}
     rows = {}

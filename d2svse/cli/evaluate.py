@@ -36,7 +36,7 @@ EXAMPLES = examples(
 def evaluate(
     model: Annotated[list[str], typer.Argument(help="Hub id or folder of a model; several with --ensemble.")],
     data: Annotated[
-        Path,
+        str,
         typer.Option(
             help="Manifest, published folder, Karpathy or COCO JSON, or a table of captions.", rich_help_panel=_DATA
         ),
@@ -116,7 +116,7 @@ def evaluate(
         ),
     ] = None,
     also_on: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             help="Other data to evaluate with the protocol custom and the same --image-folder; repeatable.",
             rich_help_panel=_RESULT,
@@ -193,19 +193,19 @@ def evaluate(
         from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal
 
         metrics = evaluate_unimodal(loaded[0][1], dataset, unimodal, batch_size=batch_size, show_progress_bar=True)
-        print_unimodal({f"{unimodal} to {unimodal}": metrics}, data.name)
+        print_unimodal({f"{unimodal} to {unimodal}": metrics}, Path(data).name)
         if output is not None:
             write_json(
-                output, {"model": names[0], "data": str(data), "split": split, "unimodal": unimodal, "metrics": metrics}
+                output, {"model": names[0], "data": data, "split": split, "unimodal": unimodal, "metrics": metrics}
             )
         return
     others = []
-    for path in also_on or []:
-        has_splits = detect_format(path) in ("published", "karpathy") or (path / "dataset_dict.json").is_file()
+    for other in also_on or []:
+        has_splits = detect_format(other) in ("published", "karpathy") or Path(other, "dataset_dict.json").is_file()
         own = split if has_splits else None
-        others.append(ImageTextDataset.from_source(path, split=own, image_folder=image_folder, **reading))
+        others.append(ImageTextDataset.from_source(other, split=own, image_folder=image_folder, **reading))
     if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
-        annotations = data
+        annotations = Path(data)
 
     earlier = [] if against is None else [(against, load_model(against, device, dtype))]
 
@@ -222,7 +222,7 @@ def evaluate(
         return evaluate_models(models, dataset, **options_of(models), **options)
 
     by_protocol: dict[str, Any] = {"protocol": protocol, "folds": folds, "annotations": annotations}
-    sets: list[tuple[ImageTextDataset, dict[str, Any]]] = [(dataset, by_protocol), *((other, {}) for other in others)]
+    sets: list[tuple[ImageTextDataset, dict[str, Any]]] = [(dataset, by_protocol), *((one, {}) for one in others)]
     for models in (loaded, earlier) if earlier else (loaded,):
         for one, options in sets:
             check_evaluation(models, one, **options_of(models), **options)
@@ -237,7 +237,7 @@ def evaluate(
         write_json_lines(per_query, evaluation.queries())
     if not others and not earlier:
         return
-    results = [result, *(measure(loaded, other).report() for other in others)]
+    results = [result, *(measure(loaded, one).report() for one in others)]
     if others:
         result["also_on"] = results[1:]
     if earlier:

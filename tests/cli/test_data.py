@@ -100,3 +100,24 @@ def test_shards_of_other_data_are_replaced_only_if_asked(run, manifest, tmp_path
     assert "holds other images or captions" in err
     code, out, _ = run("data", "shard", fewer, tmp_path / "s", "--overwrite")
     assert (code, "1 images in 1 shards" in out) == (0, True)
+
+
+def test_a_dataset_of_the_hub_is_read_by_every_command(run, manifest, backbones, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
+    columns = {
+        "image": [str(tmp_path / f"{row}.png") for row in range(3)],
+        "caption": [[f"one {row}", "two"] for row in range(3)],
+    }
+    held = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"org/name": held}[name])
+    out = tmp_path / "out"
+    for words in (
+        ("dense", "org/name", "--from", "concat", "-o", out / "dense.jsonl"),
+        ("shard", "org/name", out / "shards"),
+        ("gru", "org/name", out / "gru", "--hidden-size", 4),
+        ("regions", "org/name", out, "--name", "train", "--vision", backbones / "vision", "--device", "cpu"),
+    ):
+        code, _, err = run("data", *words, "--format", "datasets", "--split", "train", "--image-folder", tmp_path)
+        assert code == 0, err
+    for name in ("dense.jsonl", "shards/shards.jsonl", "train_caps.txt"):
+        assert len((out / name).read_text().splitlines()) == (6 if name == "train_caps.txt" else 3)

@@ -1,9 +1,14 @@
+import functools
+import http.server
 import json
 import shutil
+import threading
 
 import pytest
 
+from d2svse.data.shards import write_shards
 from d2svse.files.replace import write_json
+from support.web import RangeHandler
 
 
 @pytest.fixture
@@ -217,3 +222,25 @@ def test_the_result_is_written_before_other_data_are_ranked(saved, scenes, tmp_p
     assert "protocol custom" in out
     assert json.loads((tmp_path / "r.json").read_text()) == whole
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 16 + 80
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The URL under which the files of the test's folder are served."""
+    handler = functools.partial(RangeHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_data_may_be_shards_on_a_server(saved, val_dataset, tmp_path, run, served):
+    write_shards(val_dataset.records[:4], tmp_path / "shards")
+    url = f"{served}/shards/"
+    local, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "shards")
+    found, _ = result(run, tmp_path, saved["one"], "--data", url, "--also-on", url)
+    assert found["data"] == url
+    assert found["metrics"] == found["also_on"][0]["metrics"] == local["metrics"]
+    code, _, err = run("compare", saved["one"], saved["two"], "--data", url, "-o", tmp_path / "c.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "c.json").read_text())["on"] == url
