@@ -227,17 +227,26 @@ def regions(
     num_regions: Annotated[int, typer.Option(min=1, help="Objects of an image, from a detector.")] = 36,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 32,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the features.")] = "float32",
+    on_bad_image: OnBadImage = "error",
     device: Device = None,
 ) -> None:
     """Write region features of images, from the tokens of a vision backbone or the objects of a detector."""
-    from d2svse.data.readers import read_records, require_images
-    from d2svse.retrieval.embeddings.regions import write_regions
+    from d2svse.data import ImageTextDataset
+    from d2svse.retrieval.embeddings.regions import refuse_existing, write_regions
 
+    refuse_existing(output, name)
     prepare_process(device)
-    records = read_records(source, format, split=split, image_folder=image_folder, dense=dense)
-    require_images(records, source)
+    dataset = ImageTextDataset.from_source(
+        source,
+        format,
+        split=split,
+        image_folder=image_folder,
+        dense=dense,
+        on_bad_image=on_bad_image,
+        show_progress_bar=True,
+    )
     shape = write_regions(
-        records,
+        dataset.records,
         vision,
         output,
         name,
@@ -247,4 +256,6 @@ def regions(
         device=device,
         show_progress_bar=True,
     )
-    typer.echo(f"{visible(str(output / name))}_ims.npy: {shape[0]} images, {shape[1]} regions, width {shape[2]}")
+    skipped = f"; {len(dataset.skipped)} skipped" if dataset.skipped else ""
+    found = f"{shape[0]} images, {shape[1]} regions, width {shape[2]}{skipped}"
+    typer.echo(f"{visible(str(output / name))}_ims.npy: {found}")

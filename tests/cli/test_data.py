@@ -121,3 +121,17 @@ def test_a_dataset_of_the_hub_is_read_by_every_command(run, manifest, backbones,
         assert code == 0, err
     for name in ("dense.jsonl", "shards/shards.jsonl", "train_caps.txt"):
         assert len((out / name).read_text().splitlines()) == (6 if name == "train_caps.txt" else 3)
+
+
+def test_regions_check_every_image_before_the_first_is_encoded(run, manifest, backbones, tmp_path, monkeypatch, caplog):
+    (tmp_path / "2.png").write_bytes(b"no image")
+    words = ("data", "regions", manifest, tmp_path / "out", "--name", "a", "--vision", backbones / "vision")
+    with monkeypatch.context() as patched:
+        patched.setattr("d2svse.retrieval.embeddings.regions.write_regions", lambda *_, **__: pytest.fail("encoded"))
+        code, _, err = run(*words, "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "train.jsonl:3: " in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(*words, "--device", "cpu", "--on-bad-image", "skip")
+    assert (code, "2 images, 17 regions, width 32; 1 skipped" in out) == (0, True)
+    assert len((tmp_path / "out/a_caps.txt").read_text().splitlines()) == 4
