@@ -179,6 +179,7 @@ def evaluate(
     from d2svse.files.replace import write_json, write_json_lines
     from d2svse.retrieval.evaluation.evaluate import check_evaluation
     from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate_models
+    from d2svse.retrieval.evaluation.protocols import find_protocol
 
     loaded = [(name, load_model(name, device, dtype)) for name in names]
     for _, given in loaded:
@@ -204,7 +205,8 @@ def evaluate(
         has_splits = detect_format(other) in ("published", "karpathy") or Path(other, "dataset_dict.json").is_file()
         own = split if has_splits else None
         others.append(ImageTextDataset.from_source(other, split=own, image_folder=image_folder, **reading))
-    if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
+    has_ids = (detect_format(data) if format == "auto" else format) in ("coco", "karpathy")
+    if annotations is None and has_ids and find_protocol(protocol).truth is not None:
         annotations = Path(data)
 
     earlier = [] if against is None else [(against, load_model(against, device, dtype))]

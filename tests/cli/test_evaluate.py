@@ -114,6 +114,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         ((saved["tokens"], *data, "--rerank-k", 0), "0 candidates do not fit"),
         ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
+        ((saved["one"], *data, "--annotations", "typo.json"), "the protocol custom reads no annotations"),
         ((saved["one"], *data, "--wrong", -1), "--wrong -1"),
         ((saved["one"], *data, "--wrong", 2), "--wrong 2: expected 0 or more, with --per-query"),
     ):
@@ -244,3 +245,12 @@ def test_data_may_be_shards_on_a_server(saved, val_dataset, tmp_path, run, serve
     code, _, err = run("compare", saved["one"], saved["two"], "--data", url, "-o", tmp_path / "c.json")
     assert code == 0, err
     assert json.loads((tmp_path / "c.json").read_text())["on"] == url
+
+
+def test_coco_captions_need_no_protocol_with_their_ids(saved, val_dataset, tmp_path, run):
+    records = val_dataset.records[:4]
+    images = [{"id": row, "file_name": str(record.image)} for row, record in enumerate(records)]
+    rows = [{"image_id": row, "id": row, "caption": record.captions[0]} for row, record in enumerate(records)]
+    write_json(tmp_path / "captions.json", {"images": images, "annotations": rows})
+    found, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "captions.json")
+    assert (found["num_images"], found["num_captions"]) == (4, 4)

@@ -23,7 +23,14 @@ from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.retrieval.embeddings.store import encode_images, encode_texts
 from d2svse.retrieval.evaluation.metrics import RightAnswers, caption_answers, fold_slices, mean_metrics
-from d2svse.retrieval.evaluation.protocols import COCO_NAME, Protocol, find_protocol, right_answers, take_split
+from d2svse.retrieval.evaluation.protocols import (
+    COCO_NAME,
+    PROTOCOLS,
+    Protocol,
+    find_protocol,
+    right_answers,
+    take_split,
+)
 from d2svse.retrieval.evaluation.ranking import ranking_metrics
 from d2svse.retrieval.evaluation.report import Captions, EvaluatedModel, Evaluation, Ranked
 from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, check_depth, rank_in_two_stages, stream_rankings
@@ -195,6 +202,9 @@ def _plan(
     rules = find_protocol(protocol)
     if rules.name != "custom" and (captions != "sparse" or folds is not None):
         raise ValueError(f"the protocol {rules.name} sets captions and folds itself; only custom takes others")
+    if annotations is not None and rules.truth is None:
+        named = " and ".join(one.name for one in PROTOCOLS.values() if one.truth)
+        raise ValueError(f"the protocol {rules.name} reads no annotations (--annotations); {named} do")
     dataset, left_out = take_split(rules, dataset)
     truth = right_answers(rules, dataset, annotations) if rules.truth else None
     owner = owners(dataset, captions)
