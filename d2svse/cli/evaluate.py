@@ -175,7 +175,7 @@ def evaluate(
     if wrong is not None and (wrong < 0 or per_query is None):
         raise ValueError(f"--wrong {wrong}: expected 0 or more, with --per-query")
     from d2svse.data import ImageTextDataset
-    from d2svse.data.readers import detect_format
+    from d2svse.data.readers import detect_format, shared_folders
     from d2svse.files.replace import write_json, write_json_lines
     from d2svse.retrieval.evaluation.evaluate import check_evaluation
     from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate_models
@@ -189,7 +189,8 @@ def evaluate(
         "on_bad_image": on_bad_image,
         "show_progress_bar": True,
     }
-    dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=image_folder, **reading)
+    folders = shared_folders([data, *(also_on or [])], image_folder, format)
+    dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=folders[0], **reading)
     if unimodal:
         from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal
 
@@ -201,10 +202,10 @@ def evaluate(
             )
         return
     others = []
-    for other in also_on or []:
+    for other, folder in zip(also_on or [], folders[1:], strict=True):
         has_splits = detect_format(other) in ("published", "karpathy") or Path(other, "dataset_dict.json").is_file()
         own = split if has_splits else None
-        others.append(ImageTextDataset.from_source(other, split=own, image_folder=image_folder, **reading))
+        others.append(ImageTextDataset.from_source(other, split=own, image_folder=folder, **reading))
     has_ids = (detect_format(data) if format == "auto" else format) in ("coco", "karpathy")
     if annotations is None and has_ids and find_protocol(protocol).truth is not None:
         annotations = Path(data)

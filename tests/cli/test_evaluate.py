@@ -247,6 +247,16 @@ def test_data_may_be_shards_on_a_server(saved, val_dataset, tmp_path, run, serve
     assert json.loads((tmp_path / "c.json").read_text())["on"] == url
 
 
+def test_a_folder_of_images_is_for_the_data_that_have_use_for_it(saved, val_dataset, scenes, tmp_path, run):
+    write_shards(val_dataset.records, tmp_path / "shards")
+    shutil.copy(scenes / "val.jsonl", tmp_path / "a.jsonl")
+    words = ("--also-on", tmp_path / "a.jsonl", "--image-folder", scenes)
+    found, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "shards", *words)
+    assert found["also_on"][0]["metrics"] == found["metrics"]
+    code, _, err = run("eval", saved["one"], "--data", tmp_path / "shards", "--image-folder", scenes)
+    assert (code, "shards hold their images" in err) == (2, True)
+
+
 def test_coco_captions_need_no_protocol_with_their_ids(saved, val_dataset, tmp_path, run):
     records = val_dataset.records[:4]
     images = [{"id": row, "file_name": str(record.image)} for row, record in enumerate(records)]

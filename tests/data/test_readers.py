@@ -10,7 +10,8 @@ from PIL import Image
 
 from d2svse import ImageTextDataset
 from d2svse.data import ManifestError, read_manifest, read_records, write_manifest
-from d2svse.data.readers import detect_format, read_datasets
+from d2svse.data.readers import detect_format, read_datasets, shared_folders
+from d2svse.data.shards import write_shards
 
 CAPTIONS = [["a red dog", "a dog that is red"], ["a cat, asleep", "one cat"], ["two birds", "birds fly"]]
 NAMES = ["one.jpg", "two.jpg", "three.jpg"]
@@ -216,6 +217,20 @@ def test_a_row_without_a_caption_is_named(tmp_path):
     write(tmp_path / "captions.txt", "image,caption", "one.jpg,", "two.jpg,a cat")
     with pytest.raises(ManifestError, match=r"captions\.txt:2: expected an image and a caption"):
         read_records(tmp_path)
+
+
+def test_a_folder_of_images_is_refused_for_what_holds_its_own(published, pictures):
+    index = write_shards(read_records(published, split="test"), published / "shards")
+    np.save(published / "test_ims.npy", np.zeros((3, 2, 4), np.float32))
+    with pytest.raises(ValueError, match=r"shards hold their images; leave out the image_folder .* \(--image-folder\)"):
+        read_records(index, image_folder=pictures)
+    with pytest.raises(ValueError, match="region files hold features instead of images; leave out"):
+        read_records(published / "test_ims.npy", image_folder=pictures)
+    sources = [published, index]
+    assert shared_folders(sources, pictures) == [pictures, None]
+    assert shared_folders(sources[1:], pictures) == [pictures]  # to be refused
+    assert shared_folders(["org/name", index], pictures, "datasets") == [pictures, None]
+    assert shared_folders(["nowhere", index], None) == [None, None]
 
 
 def test_unknown_layouts_are_refused(tmp_path):
