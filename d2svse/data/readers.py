@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from d2svse.choices import DataFormat
-from d2svse.data.layout import as_id, as_one_line, find_image_folder, read_json, read_lines
+from d2svse.data.layout import FiledRecord, as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
     Record,
@@ -213,7 +213,7 @@ def read_published(
     texts = _published_dense(folder, split, len(grouped), dense)
     root = find_image_folder(folder, image_folder)
     return [
-        Record(root / names[image], tuple(own), text, lines[image])
+        FiledRecord(root / names[image], tuple(own), text, lines[image], file=str(folder / f"{split}_caps.txt"))
         for (image, own), text in zip(grouped.items(), texts, strict=True)
     ]
 

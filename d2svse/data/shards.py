@@ -28,6 +28,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from d2svse.cpu import usable_cores
+from d2svse.data.layout import FiledRecord
 from d2svse.data.manifest import (
     ManifestError,
     Record,
@@ -303,7 +304,7 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
                 lines = read_lines(path)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
-    records = []
+    records: list[Record] = []
     paths: dict[str, str] = {}
     for line, row in parse_json_lines(lines, path):
         where = f"{path}:{line}"
@@ -323,7 +324,8 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         if wrong := [name for name in LABELS if row.get(name) is not None and name not in labels]:
             value = row[wrong[0]]
             raise ManifestError(f'{where}: expected "{wrong[0]}" to be a text or a whole number, got {value!r:.80}')
-        records.append(Record(ShardImage(paths[shard], image, offset, size), captions, dense, line, **labels))
+        held = ShardImage(paths[shard], image, offset, size)
+        records.append(FiledRecord(held, captions, dense, line, **labels, file=path))
     if not records:
         raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
     hosts = sorted({urlsplit(shard_path).netloc for shard_path in paths.values() if is_url(shard_path)})

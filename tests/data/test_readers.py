@@ -219,6 +219,20 @@ def test_a_row_without_a_caption_is_named(tmp_path):
         read_records(tmp_path)
 
 
+def test_a_line_is_one_of_the_file_in_the_folder(published, pictures):
+    index = write_shards(read_records(published, split="test"), published / "shards")
+    (published / "table").mkdir()
+    write(published / "table" / "captions.csv", "image,caption", *(f"{name},a text" for name in NAMES))
+    records = read_records(published, split="test")
+    assert [r.where(published) for r in records] == [f"{published / 'test_caps.txt'}:{n}" for n in (1, 3, 5)]
+    assert read_records(index.parent)[1].where(index.parent) == f"{index}:2"
+    table = published / "table"
+    assert read_records(table, image_folder=pictures)[0].where(table) == f"{table / 'captions.csv'}:2"
+    (pictures / "two.jpg").write_bytes(b"no image")
+    with pytest.raises(ManifestError, match=r"test_caps\.txt:3: .*two\.jpg"):
+        ImageTextDataset.from_source(published, split="test", on_bad_image="error")
+
+
 def test_a_folder_of_images_is_refused_for_what_holds_its_own(published, pictures):
     index = write_shards(read_records(published, split="test"), published / "shards")
     np.save(published / "test_ims.npy", np.zeros((3, 2, 4), np.float32))
