@@ -6,7 +6,8 @@ import functools
 import os
 import re
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -96,8 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except (OSError, ValueError, ImportError) as error:
         _fail(error)
-    except Exception as error:  # typer's usage errors, which name the option
-        if not hasattr(error, "format_message"):
+    except Exception as error:
+        if _memory_ran_out(error):
+            _fail(error, _out_of_memory(error, sys.argv[1:] if arguments is None else arguments))
+        if not hasattr(error, "format_message"):  # typer's usage errors, which name the option, have it
             raise
         _fail(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -108,10 +111,30 @@ def main_train() -> None:
     main(["train", *sys.argv[1:]])
 
 
-def _fail(error: Exception) -> None:
+def _memory_ran_out(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:  # only torch has errors of its own for it
+        return False
+    return isinstance(error, sys.modules["torch"].OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception, arguments: Sequence[str]) -> str:
+    """Return a sentence for an error of memory, which names the option of the command that helps."""
+    command: Any = _command(app)
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument, command)
+    lowers = any("--batch-size" in parameter.opts for parameter in command.params)
+    help_ = "lower --batch-size" if lowers else "it needs a machine or a device with more"
+    on_device = f" ({str(error).partition('.')[0]})" if type(error).__name__ == "OutOfMemoryError" else ""
+    return f"memory ran out: {help_}{on_device}"
+
+
+def _fail(error: Exception, message: str | None = None) -> None:
     if os.environ.get("D2SVSE_DEBUG"):
         raise error
-    message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
+    if message is None:
+        message = error.format_message() if hasattr(error, "format_message") else str(error) or type(error).__name__
     message = message.replace("Value error, ", "")  # what pydantic puts before a refused choice
     if message.strip():  # without a command typer has printed the help already
         typer.echo(f"d2svse: {visible(' '.join(_SPACES.split(message.strip())))}", err=True)

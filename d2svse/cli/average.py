@@ -27,7 +27,7 @@ def average(
     The result has the configuration and the processor of the first model. LoRA is merged into the weights before.
     """
     shares = None if weights is None else [_number(part) for part in weights.split(",")]
-    prepare_process()
+    prepare_process("cpu")
     from d2svse.models.averaging import average_models
 
     average_models(models, shares).save_pretrained(output)

@@ -62,7 +62,7 @@ def local(
     tries: Annotated[int, typer.Option(help="Texts sampled before an image counts as failed.")] = 3,
 ) -> None:
     """Caption images with a model on this machine."""
-    prepare_process()
+    prepare_process(device)
     import torch
     import transformers
 
@@ -205,7 +205,7 @@ def report(
 
     tokenizer, limit = None, None
     if text is not None:
-        prepare_process()
+        prepare_process("cpu")
         tokenizer, limit = load_tokenizer(text)
     found = report_captions(file, tokenizer, max_length or limit)
     if as_json:

@@ -68,6 +68,22 @@ def show_transfers() -> None:
         enable_progress_bars()
 
 
+def check_model_name(name: str) -> bool:
+    """Return whether a model is a folder, after a check of its files; else it is a Hub id.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist or is not a model folder.
+    """
+    from d2svse.hub.folder import check_start_folder
+
+    if Path(name).is_dir():
+        check_start_folder(name)
+        return True
+    if name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such model folder")
+    return False
+
+
 def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None = None) -> D2SVSE:
     """Load a model with its processor onto a device.
 
@@ -76,14 +92,9 @@ def load_model(name: str, device: str | None = None, dtype: choices.Dtype | None
         ValueError: if there is no such device.
     """
     chosen = prepare_process(device)
-    from d2svse.hub.folder import check_start_folder
     from d2svse.models import D2SVSE
 
-    if Path(name).is_dir():
-        check_start_folder(name)
-    elif name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such model folder")
-    else:
+    if not check_model_name(name):
         show_transfers()
     loaded: D2SVSE = D2SVSE.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
     return loaded.to(chosen)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model, print_table
+from d2svse.cli.common import Device, Dtype, OnBadImage, check_model_name, examples, load_model, print_table
 
 if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks
@@ -21,7 +21,7 @@ EXAMPLES = examples(
 def compare(
     first: Annotated[str, typer.Argument(help="Run of d2svse sweep (its folder or record); with --data, a model.")],
     others: Annotated[list[str], typer.Argument(help="Runs or models to compare with the first.")],
-    data: Annotated[Path | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, for data with several.")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     on_bad_image: OnBadImage = "error",
@@ -61,15 +61,21 @@ def compare(
     names = [first, *others]
     ranks: dict[str, QueryRanks] = {}
     if data is not None:
+        from d2svse.cpu import choose_device
         from d2svse.data import ImageTextDataset
+        from d2svse.hub.access import fetch_configuration
         from d2svse.retrieval import evaluate
 
+        choose_device(device)  # a wrong device or name is told before the first model ranks
+        folders = {name: str(Path(name) / "model") if (Path(name) / "model").is_dir() else name for name in names}
+        for folder in folders.values():
+            if not check_model_name(folder):
+                fetch_configuration(folder)
         dataset = ImageTextDataset.from_source(
             data, split=split, image_folder=image_folder, on_bad_image=on_bad_image, show_progress_bar=True
         )
-        for name in names:
-            folder = Path(name) / "model" if (Path(name) / "model").is_dir() else name
-            model = load_model(str(folder), device, dtype)
+        for name, folder in folders.items():
+            model = load_model(folder, device, dtype)
             options: dict[str, Any] = {
                 "batch_size": batch_size or 128,
                 "folds": 1,
@@ -87,7 +93,7 @@ def compare(
             hashes[record["sets"][on]["sha256"]] = name
         if len(hashes) > 1:
             raise ValueError(f"{' and '.join(hashes.values())} ranked different data under the name {on!r}")
-    source = str(data) if data is not None else on
+    source = on if data is None else data
     values = {name: recalls(ranks[name]) for name in names}
     found = {name: paired_bootstrap([(ranks[first], ranks[name])], samples=draws, seed=seed) for name in others}
     rows = {}

@@ -39,7 +39,7 @@ def published(
     ] = None,
 ) -> None:
     """Convert a published checkpoint to a model folder; files of unknown origin are safe."""
-    prepare_process()
+    prepare_process("cpu")
     from d2svse.files.replace import shown
     from d2svse.published import convert_published
     from d2svse.published.architecture import SETTINGS
@@ -70,7 +70,7 @@ def to_published(
     output: Annotated[Path, typer.Argument(help="The .pth file to write.")],
 ) -> None:
     """Write a model folder in the published format."""
-    prepare_process()
+    prepare_process("cpu")
     from d2svse.files.replace import shown
     from d2svse.published import write_published
 

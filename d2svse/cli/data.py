@@ -15,6 +15,7 @@ NAMED_IMAGES = 10
 ImageFolder = Annotated[
     Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
 ]
+Format = Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data; datasets for a Hub id.")]
 
 app = typer.Typer(help="Convert, extend and pack data sets.", no_args_is_help=True)
 
@@ -30,7 +31,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data.")],
     output: Annotated[Path, typer.Argument(help="The manifest (.jsonl) to write.")],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
-    format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
+    format: Format = "auto",
     image_folder: ImageFolder = None,
     dense: Annotated[
         str | None,
@@ -85,6 +86,7 @@ def dense(
         ),
     ],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,
+    format: Format = "auto",
     image_folder: Annotated[
         Path | None,
         typer.Option(
@@ -103,7 +105,7 @@ def dense(
 
     if output.exists():
         raise FileExistsError(f"{output}: already exists; give another name")
-    records = read_records(manifest, split=split, image_folder=image_folder)
+    records = read_records(manifest, format, split=split, image_folder=image_folder)
     require_images(records, manifest)
     texts = dense_texts(records, from_, dense_folder(manifest, image_folder))
     missing = [str(record.image) for record, text in zip(records, texts, strict=True) if text is None]
@@ -122,6 +124,7 @@ def shard(
     source: Annotated[str, typer.Argument(help="File, folder or Hub id of the data; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards and their index, shards.jsonl.")],
     split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
+    format: Format = "auto",
     image_folder: ImageFolder = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     images_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
@@ -133,17 +136,17 @@ def shard(
     from d2svse.data.readers import detect_format, refuse_links
     from d2svse.data.shards import write_shards
 
-    format = detect_format(source)
+    layout = detect_format(source) if format == "auto" else format
     dataset = ImageTextDataset.from_source(
         source,
-        format,
+        layout,
         split=split,
         image_folder=image_folder,
         dense=dense,
         on_bad_image="skip" if on_bad_image == "skip" else None,  # write_shards decodes every image anyway
         show_progress_bar=True,
     )
-    refuse_links(dataset.records, source, format, image_folder)
+    refuse_links(dataset.records, source, layout, image_folder)
     index = write_shards(dataset.records, output, images_per_shard, show_progress_bar=True, overwrite=overwrite)
     count = -(-len(dataset) // images_per_shard)
     skipped = f"; {len(dataset.skipped)} skipped" if dataset.skipped else ""
@@ -178,6 +181,8 @@ def gru(
     source: Annotated[str, typer.Argument(help="The training set; any layout that `convert` reads.")],
     output: Annotated[Path, typer.Argument(help="Folder for the backbone, to give to train as --text.")],
     split: Annotated[str | None, typer.Option(help="Split, for a layout with several.")] = None,
+    format: Format = "auto",
+    image_folder: ImageFolder = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     word_vectors: Annotated[Path | None, typer.Option(help="Word vectors, a text file in the format of GloVe.")] = None,
     min_count: Annotated[int, typer.Option(min=1, help="Leave out rarer words.")] = 1,
@@ -192,7 +197,7 @@ def gru(
     from d2svse.models.gru import build_gru
 
     prepare_process("cpu")
-    records = read_records(source, split=split, dense=dense, allow_missing=True)
+    records = read_records(source, format, split=split, image_folder=image_folder, dense=dense, allow_missing=True)
     texts = [text for record in records for text in (*record.captions, record.dense) if text]
     options = {"min_count": min_count, "hidden_size": hidden_size, "embedding_size": embedding_size, "seed": seed}
     model, tokenizer, found = build_gru(texts, word_vectors, **options)
@@ -216,22 +221,32 @@ def regions(
     vision: Annotated[str, typer.Option(help="Hub id or folder of a vision backbone or of a detector.")],
     name: Annotated[str, typer.Option(help="Name of the split, which begins the names of the files.")],
     split: Annotated[str | None, typer.Option(help="Split of the source, for a layout with several.")] = None,
+    format: Format = "auto",
     image_folder: ImageFolder = None,
     dense: Annotated[str | None, typer.Option(help="Source of the dense captions, as for `convert`.")] = None,
     num_regions: Annotated[int, typer.Option(min=1, help="Objects of an image, from a detector.")] = 36,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 32,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the features.")] = "float32",
+    on_bad_image: OnBadImage = "error",
     device: Device = None,
 ) -> None:
     """Write region features of images, from the tokens of a vision backbone or the objects of a detector."""
-    from d2svse.data.readers import read_records, require_images
-    from d2svse.retrieval.embeddings.regions import write_regions
+    from d2svse.data import ImageTextDataset
+    from d2svse.retrieval.embeddings.regions import refuse_existing, write_regions
 
+    refuse_existing(output, name)
     prepare_process(device)
-    records = read_records(source, split=split, image_folder=image_folder, dense=dense)
-    require_images(records, source)
+    dataset = ImageTextDataset.from_source(
+        source,
+        format,
+        split=split,
+        image_folder=image_folder,
+        dense=dense,
+        on_bad_image=on_bad_image,
+        show_progress_bar=True,
+    )
     shape = write_regions(
-        records,
+        dataset.records,
         vision,
         output,
         name,
@@ -241,4 +256,6 @@ def regions(
         device=device,
         show_progress_bar=True,
     )
-    typer.echo(f"{visible(str(output / name))}_ims.npy: {shape[0]} images, {shape[1]} regions, width {shape[2]}")
+    skipped = f"; {len(dataset.skipped)} skipped" if dataset.skipped else ""
+    found = f"{shape[0]} images, {shape[1]} regions, width {shape[2]}{skipped}"
+    typer.echo(f"{visible(str(output / name))}_ims.npy: {found}")

@@ -36,7 +36,7 @@ EXAMPLES = examples(
 def evaluate(
     model: Annotated[list[str], typer.Argument(help="Hub id or folder of a model; several with --ensemble.")],
     data: Annotated[
-        Path,
+        str,
         typer.Option(
             help="Manifest, published folder, Karpathy or COCO JSON, or a table of captions.", rich_help_panel=_DATA
         ),
@@ -116,7 +116,7 @@ def evaluate(
         ),
     ] = None,
     also_on: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             help="Other data to evaluate with the protocol custom and the same --image-folder; repeatable.",
             rich_help_panel=_RESULT,
@@ -175,9 +175,11 @@ def evaluate(
     if wrong is not None and (wrong < 0 or per_query is None):
         raise ValueError(f"--wrong {wrong}: expected 0 or more, with --per-query")
     from d2svse.data import ImageTextDataset
-    from d2svse.data.readers import detect_format
+    from d2svse.data.readers import detect_format, shared_folders
     from d2svse.files.replace import write_json, write_json_lines
-    from d2svse.retrieval import evaluate as evaluate_models
+    from d2svse.retrieval.evaluation.evaluate import check_evaluation
+    from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate_models
+    from d2svse.retrieval.evaluation.protocols import find_protocol
 
     loaded = [(name, load_model(name, device, dtype)) for name in names]
     for _, given in loaded:
@@ -187,58 +189,66 @@ def evaluate(
         "on_bad_image": on_bad_image,
         "show_progress_bar": True,
     }
-    dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=image_folder, **reading)
+    folders = shared_folders([data, *(also_on or [])], image_folder, format)
+    dataset = ImageTextDataset.from_source(data, format, split=split, image_folder=folders[0], **reading)
     if unimodal:
         from d2svse.retrieval.evaluation.unimodal import evaluate_unimodal
 
         metrics = evaluate_unimodal(loaded[0][1], dataset, unimodal, batch_size=batch_size, show_progress_bar=True)
-        print_unimodal({f"{unimodal} to {unimodal}": metrics}, data.name)
+        print_unimodal({f"{unimodal} to {unimodal}": metrics}, Path(data).name)
         if output is not None:
             write_json(
-                output, {"model": names[0], "data": str(data), "split": split, "unimodal": unimodal, "metrics": metrics}
+                output, {"model": names[0], "data": data, "split": split, "unimodal": unimodal, "metrics": metrics}
             )
         return
     others = []
-    for path in also_on or []:
-        has_splits = detect_format(path) in ("published", "karpathy", "datasets")
+    for other, folder in zip(also_on or [], folders[1:], strict=True):
+        has_splits = detect_format(other) in ("published", "karpathy") or Path(other, "dataset_dict.json").is_file()
         own = split if has_splits else None
-        others.append(ImageTextDataset.from_source(path, split=own, image_folder=image_folder, **reading))
-    if annotations is None and (detect_format(data) if format == "auto" else format) in ("coco", "karpathy"):
-        annotations = data
+        others.append(ImageTextDataset.from_source(other, split=own, image_folder=folder, **reading))
+    has_ids = (detect_format(data) if format == "auto" else format) in ("coco", "karpathy")
+    if annotations is None and has_ids and find_protocol(protocol).truth is not None:
+        annotations = Path(data)
+
+    earlier = [] if against is None else [(against, load_model(against, device, dtype))]
+
+    def options_of(models: list[tuple[str, D2SVSE]]) -> dict[str, Any]:
+        return {
+            "similarity": _similarities([one for _, one in models], similarity, similarity_arg),
+            "captions": captions,
+            "rerank": rerank_k,
+            "candidates": candidates,
+        }
 
     def measure(models: list[tuple[str, D2SVSE]], dataset: ImageTextDataset, **options: Any) -> Evaluation:
-        return evaluate_models(
-            models,
-            dataset,
-            similarity=_similarity(models[0][1], similarity, similarity_arg),
-            captions=captions,
-            rerank=rerank_k,
-            candidates=candidates,
-            batch_size=batch_size,
-            embeddings=embeddings,
-            show_progress_bar=True,
-            **options,
-        )
+        options |= {"batch_size": batch_size, "embeddings": embeddings, "show_progress_bar": True}
+        return evaluate_models(models, dataset, **options_of(models), **options)
 
     by_protocol: dict[str, Any] = {"protocol": protocol, "folds": folds, "annotations": annotations}
+    sets: list[tuple[ImageTextDataset, dict[str, Any]]] = [(dataset, by_protocol), *((one, {}) for one in others)]
+    for models in (loaded, earlier) if earlier else (loaded,):
+        for one, options in sets:
+            check_evaluation(models, one, **options_of(models), **options)
     evaluation = measure(
         loaded, dataset, wrong=0 if per_query is None else 5 if wrong is None else wrong, **by_protocol
     )
     result = evaluation.report() | {"split": split}
-    results = [result, *(measure(loaded, other).report() for other in others)]
-    if also_on:
-        result["also_on"] = results[1:]
-    if against is not None:
-        earlier = [(against, load_model(against, device, dtype))]
-        for one, where, options in zip(results, [dataset, *others], [by_protocol, *[{}] * len(others)], strict=True):
-            one["against"] = _compare(one["metrics"], measure(earlier, where, **options).report())
     _print(result)
-    if len(results) > 1 or against is not None:
-        _print_all(results)
     if output is not None:
         write_json(output, result)
     if per_query is not None:
         write_json_lines(per_query, evaluation.queries())
+    if not others and not earlier:
+        return
+    results = [result, *(measure(loaded, one).report() for one in others)]
+    if others:
+        result["also_on"] = results[1:]
+    if earlier:
+        for found, (one, options) in zip(results, sets, strict=True):
+            found["against"] = _compare(found["metrics"], measure(earlier, one, **options).report())
+    _print_all(results)
+    if output is not None:
+        write_json(output, result)
 
 
 def _compare(metrics: Mapping[str, float], earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,14 +272,14 @@ def _print_all(results: Sequence[Mapping[str, Any]]) -> None:
         print_recalls(dict(zip(names, gained, strict=True)), f"{title} minus {other}", signed=True)
 
 
-def _similarity(model: D2SVSE, name: str | None, assignments: list[str] | None) -> dict[str, Any] | None:
-    """Return the chosen similarity; arguments without a name change the model's own similarity."""
+def _similarities(
+    models: Sequence[D2SVSE], name: str | None, assignments: list[str] | None
+) -> list[dict[str, Any]] | None:
+    """Return the similarity of each model; arguments without a name change the models' own similarities."""
     if name is None and not assignments:
         return None
     arguments = parse_assignments(assignments or [], "--similarity-arg")
-    if name is not None:
-        return {"name": name, **arguments}
-    return model.config.similarity | arguments
+    return [(model.config.similarity if name is None else {"name": name}) | arguments for model in models]
 
 
 def _print(result: Mapping[str, Any]) -> None:

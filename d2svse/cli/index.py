@@ -138,7 +138,7 @@ def remove(
     ids: Annotated[list[str], typer.Argument(help="Paths of images, or texts.")],
 ) -> None:
     """Remove images or texts."""
-    opened = open_index(index)
+    opened = open_index(index, device="cpu")
     opened.remove(ids)
     typer.echo(f"{shown(index)}: {len(ids)} removed; {_count(opened)}")
 
@@ -146,7 +146,7 @@ def remove(
 @app.command("compact", epilog=examples("d2svse index compact INDEX"))
 def compact(index: Index) -> None:
     """Rewrite an index in few files, without removed and replaced items."""
-    opened = open_index(index)
+    opened = open_index(index, device="cpu")
     saved = opened.compact()
     typer.echo(f"{shown(index)}: {saved / 1e6:.1f} MB smaller; {_count(opened)}")
 
@@ -160,7 +160,7 @@ def compact(index: Index) -> None:
 )
 def info(index: Index, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print the count, backend, width, model, fingerprint and size of an index."""
-    found = open_index(index).info()
+    found = open_index(index, device="cpu").info()
     if as_json:
         typer.echo(to_json(found))
     else:

@@ -58,7 +58,7 @@ def push(
         if not (protocol and equals and name):
             raise ValueError(f"--eval-dataset takes PROTOCOL=ORG/NAME, got {assignment!r}")
         facts[protocol] = name
-    prepare_process()
+    prepare_process("cpu")
     show_transfers()
     from d2svse.hub import CardFacts, push_folder
     from d2svse.text import visible

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from d2svse.choices import DataFormat
-from d2svse.data.layout import as_id, as_one_line, find_image_folder, read_json, read_lines
+from d2svse.data.layout import FiledRecord, as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
     Record,
@@ -29,6 +29,7 @@ from d2svse.images.regions import SUFFIX, RegionImage, region_images
 FORMATS = get_args(DataFormat)
 FORMATS_WITH_COLUMNS = ("manifest", "table", "datasets")
 FORMATS_OF_RELATIVE_NAMES = ("published", "karpathy", "coco")  # these name files in the folder of images
+FORMATS_OF_OWN_IMAGES = ("shards", "regions")  # these hold what they name
 DENSE_SUFFIXES = {"long": "", "short200": "_short200"}
 
 
@@ -53,7 +54,8 @@ def read_records(
         format: "manifest", "published", "karpathy", "coco", "table", "datasets", "shards" or
             "regions"; "auto" detects it.
         split: the split to read, for a layout with several; "train+restval" joins two of Karpathy's.
-        image_folder: folder that relative image paths start from; None for the layout's usual folder.
+        image_folder: folder that relative image paths start from; None for the layout's usual folder. Shards and region
+            files take none.
         dense: source of the dense captions, see `join_dense`; for the published layout also "long" or
             "short200". None keeps those of the layout ("long" for the published one).
         image_column: column of the images in a table or a `datasets` dataset, or field of a manifest;
@@ -63,7 +65,7 @@ def read_records(
 
     Raises:
         ManifestError: if the files do not fit the layout; the message names the file.
-        ValueError: if the format is unknown or the layout needs a split.
+        ValueError: if the format is unknown, the layout needs a split, or an option does not concern it.
     """
     if format == "auto":
         format = detect_format(source)
@@ -86,6 +88,9 @@ def read_records(
     if columns and format not in FORMATS_WITH_COLUMNS:
         option = "--" + next(iter(columns)).replace("_", "-")
         raise ValueError(f"{os.fspath(source)}: a {format} source has no columns to choose from; leave out {option}")
+    if image_folder is not None and format in FORMATS_OF_OWN_IMAGES:
+        kind = "shards hold their images" if format == "shards" else "region files hold features instead of images"
+        raise ValueError(f"{os.fspath(source)}: {kind}; leave out the image_folder {image_folder} (--image-folder)")
     path = Path(source)
     if format == "manifest":
         records = read_manifest(source, image_folder, allow_missing=allow_missing, **columns)
@@ -208,7 +213,7 @@ def read_published(
     texts = _published_dense(folder, split, len(grouped), dense)
     root = find_image_folder(folder, image_folder)
     return [
-        Record(root / names[image], tuple(own), text, lines[image])
+        FiledRecord(root / names[image], tuple(own), text, lines[image], file=str(folder / f"{split}_caps.txt"))
         for (image, own), text in zip(grouped.items(), texts, strict=True)
     ]
 
@@ -346,14 +351,14 @@ def read_datasets(
 
     Args:
         source: a loaded dataset, a folder that `save_to_disk` wrote, or a Hub id.
-        split: the split to read, for a dataset with several.
+        split: the split to read, for a dataset with several; a dataset of one split takes the name of that one.
         image_column: the column of images.
         caption_column: the column of captions, one or a list in each row.
         image_folder: folder to write the images to that are stored as bytes.
 
     Raises:
         ImportError: if `datasets` is not installed.
-        ManifestError: if a column is missing or a caption is empty.
+        ManifestError: if the split or a column is missing or a caption is empty.
         ValueError: if images must be written and `image_folder` is None.
     """
     try:
@@ -373,6 +378,9 @@ def read_datasets(
         if split not in source:
             raise ManifestError(f"{where}: no split {split!r}; the splits are {', '.join(source)}; name one (--split)")
         source = source[split]
+    elif split is not None and str(source.split) != split:
+        own = "no splits" if source.split is None else f"the split {source.split} alone"
+        raise ManifestError(f"{where}: has {own}; leave out the split {split!r} (--split)")
     for column in (image_column, caption_column):
         if column not in source.column_names:
             raise ManifestError(f"{where}: no column {column!r}; the columns are {', '.join(source.column_names)}")
@@ -394,6 +402,28 @@ def read_datasets(
             path = _write_image(image["bytes"], row, image_folder, where)
         captions_of.setdefault(path, []).extend(captions)
     return [Record(path, tuple(captions)) for path, captions in captions_of.items()]
+
+
+def shared_folders(
+    sources: Sequence[str | os.PathLike[str]], image_folder: str | os.PathLike[str] | None, format: str = "auto"
+) -> list[str | os.PathLike[str] | None]:
+    """Return the folder of images for each of several sources that one option names it for.
+
+    Shards and region files get None beside a source that has use for the folder; else it is left to be refused.
+
+    Args:
+        sources: the sources.
+        image_folder: the given folder, or None.
+        format: the format of the first source.
+
+    Raises:
+        ManifestError: if a source does not exist or its layout is unknown.
+    """
+    if image_folder is None:
+        return [None] * len(sources)
+    formats = [detect_format(one) if number or format == "auto" else format for number, one in enumerate(sources)]
+    own = [layout in FORMATS_OF_OWN_IMAGES for layout in formats]
+    return [None if one and not all(own) else image_folder for one in own]
 
 
 def dense_folder(source: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None) -> Path:

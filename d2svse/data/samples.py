@@ -278,7 +278,7 @@ class TrainingSamples(Dataset[Sample]):
             source = record.image if self.decoded is None else self.decoded[row]
             return self.processor.raw_pixels(source, change=change)
         except ImageError as error:
-            raise ImageError(f"{self.dataset.source}:{record.line}: {error}") from None
+            raise ImageError(f"{record.where(self.dataset.source)}: {error}") from None
 
     def _generator(self, draw: Draw, purpose: int) -> np.random.Generator:
         return augment.generator(self.seed, draw.epoch, draw.index, purpose)

@@ -1,7 +1,8 @@
 """Write, index and read WebDataset tar shards: images and captions in large files, local or behind http.
 
 The index `shards.jsonl` beside the shards gives the position of each image:
-`{"shard": "shard-000000.tar", "image": "000000000.jpg", "offset": 512, "size": 4711, "captions": [..], "dense": ".."}`.
+`{"shard": "shard-000000.tar", "image": "000000000.jpg", "offset": 512, "size": 4711, "captions": [..], "dense": ".."}`,
+with `identity` and `camera` if the manifest has them.
 With the index, a sample is one read of a few kilobytes (an http range request). So training from shards draws
 the same samples in the same order as from a manifest, with any number of processes and workers. It resumes in
 the same way. The tar files have WebDataset's own layout, `KEY.jpg` with `KEY.json`; other tools read them too.
@@ -27,7 +28,16 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from d2svse.cpu import usable_cores
-from d2svse.data.manifest import ManifestError, Record, as_captions, manifest_errors, parse_json_lines, record_texts
+from d2svse.data.layout import FiledRecord
+from d2svse.data.manifest import (
+    ManifestError,
+    Record,
+    as_caption,
+    as_captions,
+    manifest_errors,
+    parse_json_lines,
+    record_texts,
+)
 from d2svse.files.data import decode_text, parse_json, read_lines, split_lines, to_json
 from d2svse.files.replace import write_json_lines, written_aside
 from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, image_format, load_image
@@ -38,6 +48,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 INDEX_FILE = "shards.jsonl"
+LABELS = ("identity", "camera")
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds
 # Limits on what an index, a tar file or a server of unknown origin can load into memory.
@@ -193,8 +204,8 @@ def _of_others(path: Path) -> str:
 def index_shard(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read through one tar shard, local or behind http, and return its rows of the index.
 
-    Captions come from `KEY.json` (`captions`, a list, or `caption`, and `dense`) or from the lines of
-    `KEY.txt`. Members may have any order. Unusable samples are left out: those without an image or a caption,
+    Captions come from `KEY.json` (`captions`, a list, or `caption`, with `dense`, `identity` and `camera`) or from the
+    lines of `KEY.txt`. Members may have any order. Unusable samples are left out: those without an image or a caption,
     with a text in another encoding, or with a link for a file. A warning counts and lists them.
 
     Raises:
@@ -227,9 +238,9 @@ def _scan_shard(source: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], l
                 is_image = has_image_suffix(member.name)
                 if os.path.basename(key).startswith("._") or not (is_image or suffix in (".json", ".txt")):
                     continue
-                earlier = images if is_image else {k for k, held in texts.items() if suffix in held}
+                known = key in images if is_image else suffix in texts.get(key, {})
                 problem = _misfit(member, MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES)
-                if problem is None and key in earlier:
+                if problem is None and known:
                     problem = "has the same name as another member, or as another image"
                 if problem is not None:
                     problems.setdefault(key, f"{member.name} {problem}")
@@ -293,7 +304,7 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
                 lines = read_lines(path)
         except OSError as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from None
-    records = []
+    records: list[Record] = []
     paths: dict[str, str] = {}
     for line, row in parse_json_lines(lines, path):
         where = f"{path}:{line}"
@@ -309,7 +320,12 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         if shard not in paths:
             paths[shard] = _locate_shard(path, shard, where)
         captions, dense = record_texts(row, where)
-        records.append(Record(ShardImage(paths[shard], image, offset, size), captions, dense, line))
+        labels = _labels(row, where)
+        if wrong := [name for name in LABELS if row.get(name) is not None and name not in labels]:
+            value = row[wrong[0]]
+            raise ManifestError(f'{where}: expected "{wrong[0]}" to be a text or a whole number, got {value!r:.80}')
+        held = ShardImage(paths[shard], image, offset, size)
+        records.append(FiledRecord(held, captions, dense, line, **labels, file=path))
     if not records:
         raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
     hosts = sorted({urlsplit(shard_path).netloc for shard_path in paths.values() if is_url(shard_path)})
@@ -498,8 +514,8 @@ def _checked_members(item: tuple[str, Record]) -> list[tuple[str, bytes]]:
 
 def _members(key: str, record: Record) -> Iterator[tuple[str, bytes]]:
     texts: dict[str, Any] = {"captions": list(record.captions)}
-    if record.dense is not None:
-        texts["dense"] = record.dense
+    further = {"dense": record.dense, "identity": record.identity, "camera": record.camera}
+    texts |= {name: value for name, value in further.items() if value is not None}
     if not isinstance(record.image, StoredImage) and not record.image.is_file():
         raise ImageError(f"{record.image}: no such image")
     if not isinstance(record.image, StoredImage) and record.image.stat().st_size > MAX_IMAGE_BYTES:
@@ -536,7 +552,7 @@ def _holds(path: Path, records: dict[str, Record]) -> bool:
 
 
 def _texts(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> dict[str, Any]:
-    """Read the captions and the dense caption of a member; a missing one has no key.
+    """Read the captions, the dense caption, the identity and the camera of a member; a missing one has no key.
 
     Raises:
         ValueError: if the member cannot be read; the message names it.
@@ -551,9 +567,23 @@ def _texts(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> dict[s
         raise ValueError(f"{member.name}: expected a JSON object with captions, got {type(row).__name__}")
     found = row.get("captions", row.get("caption"))
     if not found:
-        return {}
+        return dict(_labels(row, member.name))
     held, dense = record_texts({"captions": found, "dense": row.get("dense") or None}, member.name)
-    return {"captions": list(held)} | ({"dense": dense} if dense else {})
+    return {"captions": list(held)} | ({"dense": dense} if dense else {}) | _labels(row, member.name)
+
+
+def _labels(row: dict[str, Any], where: str) -> dict[str, str]:
+    """Return the identity and the camera of a row as texts; other tools may mean something else by these names.
+
+    Raises:
+        ValueError: if one holds half a character.
+    """
+    given = {name: row.get(name) for name in LABELS}
+    return {
+        name: as_caption(str(value), where)
+        for name, value in given.items()
+        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip()
+    }
 
 
 class _Member(tarfile.TarInfo):

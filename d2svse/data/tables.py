@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from d2svse.data.layout import as_one_line, find_image_folder, read_json, read_lines, read_text
+from d2svse.data.layout import FiledRecord, as_one_line, find_image_folder, read_json, read_lines, read_text
 from d2svse.data.manifest import ManifestError, Record, as_captions
 from d2svse.images import has_image_suffix
 
@@ -57,7 +57,10 @@ def read_table(
         lines.setdefault(name, line)
     if not grouped:
         raise ManifestError(f"{path}: no rows; expected an image and a caption on each line")
-    return [Record(root / name, tuple(captions), None, lines[name]) for name, captions in grouped.items()]
+    return [
+        FiledRecord(root / name, tuple(captions), None, lines[name], file=str(path))
+        for name, captions in grouped.items()
+    ]
 
 
 def find_table(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from d2svse.files.data import read_json
 
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+MODEL_FILES = ("README.md", "*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
 DESCRIPTIONS = ("config.json", "run.json", "README.md")
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -217,6 +217,8 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
     own = _options_of(model)
     changed = {name: own[name] for name in ("img_res", "no_res_embed") if name in own}
     opt = {**own, **record.get("opt", {}), **changed}
+    written = Checkpoint(folder, state, opt)
+    _check_fit(written, infer_architecture(state, opt, folder))  # what cannot be read back is not written
     content = {"model": state, "opt": argparse.Namespace(**opt), **record.get("rest", {})}
     with written_aside(output) as aside:
         torch.save(content, aside)
@@ -264,6 +266,18 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
         problem = f"its attention heads are {HEAD_WIDTH} wide"
     elif (config.image_pooling, config.text_pooling) != ("gpo", "gpo"):
         problem = f"it pools by gpo, not by {config.image_pooling} and {config.text_pooling}"
+    elif config.lora:
+        problem = "it has no LoRA matrices; add them to the weights first (merge_lora), and save the model"
+    elif config.attention_metric:
+        problem = f"its attention has no metric, such as {config.attention_metric}"
+    elif config.image_token_merging > 1:
+        problem = f"it averages no tokens of patches, as image_token_merging {config.image_token_merging} does"
+    elif config.image_projection != "linear":
+        problem = f"its image projection is linear, not {config.image_projection}"
+    elif config.text_projection == "mlp":
+        problem = "its text projection is linear or residual_mlp, not mlp"
+    elif decoder and config.context_gate:
+        problem = "no gate multiplies its decoder's output (context_gate)"
     elif (config.similarity or {}).get("name") != "cosine":
         problem = f"it compares by cosine, not by {config.similarity}"
     elif decoder and not placed:
@@ -280,6 +294,13 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
         logger.warning("%s was trained on images that were not prepared as in the published code", folder)
     if decoder and model.decoder is not None and model.decoder.mask_padding:
         logger.warning("%s masks padding; the published code does not, so its embeddings differ slightly", folder)
+    if decoder and config.context_residual and config.fusion != "published":
+        logger.warning(
+            "%s adds the decoder's output as it is (fusion=%s); the published evaluation normalises it first, so its "
+            "embeddings differ",
+            folder,
+            config.fusion,
+        )
 
 
 def _options_of(model: D2SVSE) -> dict[str, Any]:

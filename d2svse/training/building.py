@@ -309,7 +309,7 @@ def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDat
             for ids in tokenizer(texts, truncation=True, max_length=processor.max_length)["input_ids"]:
                 if max(ids, default=0) >= count:
                     token = tokenizer.convert_ids_to_tokens(max(ids))
-                    raise ValueError(f"{dataset.source}:{record.line}: {size}: {token!r} has none; {advice}")
+                    raise ValueError(f"{record.where(dataset.source)}: {size}: {token!r} has none; {advice}")
 
 
 def check_negatives(samples: TrainingSamples, batches: EpochBatches) -> None:

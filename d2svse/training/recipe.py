@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from d2svse.choices import unknown
 from d2svse.data import ImageTextDataset
-from d2svse.data.readers import detect_format, read_records
+from d2svse.data.readers import detect_format, read_records, shared_folders
 from d2svse.files.data import read_json, read_text, to_json
 from d2svse.files.folder import FolderKind, check_folder, written_folder
 from d2svse.files.lock import write_lock
@@ -343,11 +343,16 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         own = teacher if arguments.stage == _taught(teacher) else None
         check_stage(model, arguments, arguments.build_loss(), own)
     check_stages(model, stage_arguments, teacher)
-    options = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
     main = is_main_process()
-    shown: dict[str, Any] = {"show_progress_bar": recipe.show_progress_bar and main, **options}
-    train_dataset = ImageTextDataset.from_source(recipe.train, split=recipe.train_split, dense=recipe.dense, **shown)
-    eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, **shown)
+    shown: dict[str, Any] = {
+        "show_progress_bar": recipe.show_progress_bar and main,
+        "on_bad_image": recipe.on_bad_image,
+    }
+    of_train, of_val = shared_folders([recipe.train, recipe.val], recipe.image_folder)
+    train_dataset = ImageTextDataset.from_source(
+        recipe.train, split=recipe.train_split, image_folder=of_train, dense=recipe.dense, **shown
+    )
+    eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, image_folder=of_val, **shown)
     if recipe.push_to_hub and main:  # fail now and not after training
         make_repository(recipe.push_to_hub, private=recipe.hub_private)
     output.mkdir(parents=True, exist_ok=True)
@@ -603,8 +608,10 @@ def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     """Return a data set with the dense captions of the teacher."""
     if recipe.teacher_dense in (None, recipe.dense):
         return dataset
-    options = {"split": recipe.train_split, "image_folder": recipe.image_folder, "dense": recipe.teacher_dense}
-    read = read_records(recipe.train, allow_missing=True, **options)  # type: ignore[arg-type]
+    folder = shared_folders([recipe.train, recipe.val], recipe.image_folder)[0]
+    read = read_records(
+        recipe.train, split=recipe.train_split, image_folder=folder, dense=recipe.teacher_dense, allow_missing=True
+    )
     dense = {record.image: record.dense for record in read}
     records = [dataclasses.replace(record, dense=dense[record.image]) for record in dataset.records]
     return ImageTextDataset(records, dataset.source)

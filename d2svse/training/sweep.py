@@ -23,6 +23,7 @@ import transformers
 
 from d2svse.cpu import JOBS, choose_device, usable_cores
 from d2svse.data import ImageTextDataset
+from d2svse.data.readers import shared_folders
 from d2svse.files.data import parse_json, read_json, read_json_lines
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_json
@@ -418,10 +419,13 @@ def make_record(
     card = read_json(output / RUN_CARD_FILE)
     arguments = recipe.arguments(recipe.stages[-1])
     model = D2SVSE.from_pretrained(output / "model").to(arguments.device)
-    shared: dict[str, Any] = {"image_folder": recipe.image_folder, "on_bad_image": recipe.on_bad_image}
+    evaluated = {VALIDATION: EvaluationSet(recipe.val, recipe.val_split), **tests}
+    folders = shared_folders([recipe.train, *(one.data for one in evaluated.values())], recipe.image_folder)[1:]
     sets = {}
-    for name, test in {VALIDATION: EvaluationSet(recipe.val, recipe.val_split), **tests}.items():
-        dataset = ImageTextDataset.from_source(test.data, split=test.split, **shared)
+    for (name, test), folder in zip(evaluated.items(), folders, strict=True):
+        dataset = ImageTextDataset.from_source(
+            test.data, split=test.split, image_folder=folder, on_bad_image=recipe.on_bad_image
+        )
         evaluation = evaluate(
             model,
             dataset,

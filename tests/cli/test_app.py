@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from d2svse import D2SVSE, evaluate
+from d2svse.cli.app import main
 
 FAST = (
     "--epochs",
@@ -301,3 +302,34 @@ def test_help_shows_defaults_that_a_configuration_may_change(run):
     out = run("train", "--help")[1]
     for default in ("(recommended)", "(cosine)", "(auto)", "(42)"):
         assert default in out, default
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), " (CUDA out of memory)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ""),
+        (MemoryError(), ""),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence(scenes, tmp_path, run, monkeypatch, error, detail):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("d2svse.models.D2SVSE.from_pretrained", fail)
+    code, _, err = run("encode", "org/name", "--images", scenes, "-o", tmp_path / "a.npy", "--device", "cpu")
+    assert (code, err) == (2, f"d2svse: memory ran out: lower --batch-size{detail}\n")
+    code, _, err = run("average", "org/one", "org/two", "-o", tmp_path / "mean")
+    assert (code, err) == (2, f"d2svse: memory ran out: it needs a machine or a device with more{detail}\n")
+    monkeypatch.setenv("D2SVSE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["average", "org/one", "org/two", "-o", "mean"])
+
+
+def test_another_error_of_the_program_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("d2svse.models.D2SVSE.from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["average", "org/one", "org/two", "-o", "mean"])

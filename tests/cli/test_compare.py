@@ -70,3 +70,16 @@ def test_what_cannot_be_compared_is_named(sweep, run):
         code, _, errors = run("compare", *(sweep / word if word.startswith("runs") else word for word in words))
         assert code == 2
         assert message in errors
+
+
+def test_a_wrong_name_of_a_model_is_told_before_the_first_ranks(make_model, scenes, run, tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path / "one")
+    monkeypatch.setattr("d2svse.cli.compare.load_model", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "empty").mkdir()
+    for name, message in (("typo", "typo: no such model folder"), ("empty", "empty: config.json is missing")):
+        code, _, errors = run("compare", tmp_path / "one", tmp_path / name, "--data", scenes / "val.jsonl")
+        assert (code, message in errors) == (2, True), errors
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, errors = run("compare", tmp_path / "one", "org/typo", "--data", scenes / "val.jsonl")
+    assert (code, "org/typo is no folder here" in errors) == (2, True), errors

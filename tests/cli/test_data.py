@@ -100,3 +100,38 @@ def test_shards_of_other_data_are_replaced_only_if_asked(run, manifest, tmp_path
     assert "holds other images or captions" in err
     code, out, _ = run("data", "shard", fewer, tmp_path / "s", "--overwrite")
     assert (code, "1 images in 1 shards" in out) == (0, True)
+
+
+def test_a_dataset_of_the_hub_is_read_by_every_command(run, manifest, backbones, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
+    columns = {
+        "image": [str(tmp_path / f"{row}.png") for row in range(3)],
+        "caption": [[f"one {row}", "two"] for row in range(3)],
+    }
+    held = datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"org/name": held}[name])
+    out = tmp_path / "out"
+    for words in (
+        ("dense", "org/name", "--from", "concat", "-o", out / "dense.jsonl"),
+        ("shard", "org/name", out / "shards"),
+        ("gru", "org/name", out / "gru", "--hidden-size", 4),
+        ("regions", "org/name", out, "--name", "train", "--vision", backbones / "vision", "--device", "cpu"),
+    ):
+        code, _, err = run("data", *words, "--format", "datasets", "--split", "train", "--image-folder", tmp_path)
+        assert code == 0, err
+    for name in ("dense.jsonl", "shards/shards.jsonl", "train_caps.txt"):
+        assert len((out / name).read_text().splitlines()) == (6 if name == "train_caps.txt" else 3)
+
+
+def test_regions_check_every_image_before_the_first_is_encoded(run, manifest, backbones, tmp_path, monkeypatch, caplog):
+    (tmp_path / "2.png").write_bytes(b"no image")
+    words = ("data", "regions", manifest, tmp_path / "out", "--name", "a", "--vision", backbones / "vision")
+    with monkeypatch.context() as patched:
+        patched.setattr("d2svse.retrieval.embeddings.regions.write_regions", lambda *_, **__: pytest.fail("encoded"))
+        code, _, err = run(*words, "--device", "cpu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "train.jsonl:3: " in err
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(*words, "--device", "cpu", "--on-bad-image", "skip")
+    assert (code, "2 images, 17 regions, width 32; 1 skipped" in out) == (0, True)
+    assert len((tmp_path / "out/a_caps.txt").read_text().splitlines()) == 4

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -61,3 +62,31 @@ def test_an_unknown_device_ends_the_command_before_its_work(name, run, tmp_path,
     assert (code, out) == (2, "")
     assert "device 'cuda:99' is not here; there is cpu" in err
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "average ./one ./two -o mean",
+        "convert published ./none.pth model",
+        "convert to-published ./none none.pth",
+        "push ./none org/name",
+        "caption report none.jsonl --text ./none",
+        "caption local ./none ./photos -o captions.jsonl --device cpu",
+        "index info ./none",
+        "index remove ./none a.jpg",
+        "index compact ./none",
+    ],
+)
+def test_a_command_that_works_on_the_cpu_names_no_accelerator(command, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def choose(name=None):
+        asked.append(name)
+        return torch.device(name or "cuda")
+
+    monkeypatch.setattr("d2svse.cpu.choose_device", choose)
+    code, _, err = run(*command.split())  # it ends at the missing file
+    assert (code, asked) == (2, ["cpu"])
+    assert "running on" not in err

@@ -1,9 +1,14 @@
+import functools
+import http.server
 import json
 import shutil
+import threading
 
 import pytest
 
+from d2svse.data.shards import write_shards
 from d2svse.files.replace import write_json
+from support.web import RangeHandler
 
 
 @pytest.fixture
@@ -74,6 +79,21 @@ def test_reranking_and_another_similarity_are_labelled(saved, scenes, tmp_path, 
     assert found["models"][0]["similarity"] == {"name": "movers", "epsilon": 1e-6, "class": "MoversDistance"}
 
 
+def test_arguments_alone_change_the_own_similarity_of_each_model(saved, make_model, scenes, tmp_path, run):
+    sums = {"name": "max-sum", "direction": "t2i"}
+    make_model(1, similarity=sums).save_pretrained(tmp_path / "sums")
+    data = ("--data", scenes / "val.jsonl", "--similarity-arg", "direction=i2t")
+    found, _ = result(run, tmp_path, saved["tokens"], "--ensemble", tmp_path / "sums", *data)
+    own = [one["similarity"] for one in found["models"]]
+    assert [(one["name"], one["direction"]) for one in own] == [("max-mean", "i2t"), ("max-sum", "i2t")]
+    against, _ = result(run, tmp_path, saved["tokens"], "--against", tmp_path / "sums", *data)
+    assert against["against"]["models"][0]["similarity"]["name"] == "max-sum"
+    code, _, err = run("eval", saved["tokens"], "--ensemble", saved["one"], *data)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{saved['one']}: similarity 'cosine'" in err
+    assert "direction" in err
+
+
 def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_model):
     import torch
 
@@ -94,6 +114,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         ((saved["tokens"], *data, "--rerank-k", 0), "0 candidates do not fit"),
         ((saved["one"], *data, "--similarity", "gssf-dense"), "has learned weights"),
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
+        ((saved["one"], *data, "--annotations", "typo.json"), "the protocol custom reads no annotations"),
         ((saved["one"], *data, "--wrong", -1), "--wrong -1"),
         ((saved["one"], *data, "--wrong", 2), "--wrong 2: expected 0 or more, with --per-query"),
     ):
@@ -156,3 +177,90 @@ def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
         code, _, err = run("eval", saved["one"], *arguments)
         assert code == 2
         assert message in err
+
+
+def test_what_cannot_be_done_is_told_before_anything_is_encoded(saved, scenes, tmp_path, run, monkeypatch):
+    rows = [json.loads(line) for line in (scenes / "val.jsonl").read_text().splitlines()]
+    small = tmp_path / "small.jsonl"
+    small.write_text("\n".join(json.dumps({**row, "image": str(scenes / row["image"])}) for row in rows[:4]))
+
+    def refuse(*_, **__):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("d2svse.retrieval.evaluation.evaluate.encode_dataset", refuse)
+    data = ("--data", scenes / "val.jsonl")
+    for arguments, message in (
+        ((saved["one"], *data, "--against", tmp_path / "typo"), "typo: no such model folder"),
+        ((saved["tokens"], *data, "--against", saved["one"], "--rerank-k", 3), "rerank needs a similarity of tokens"),
+        (
+            (saved["tokens"], *data, "--also-on", small, "--rerank-k", 5),
+            "small.jsonl: 5 candidates do not fit 4 images",
+        ),
+        ((saved["tokens"], *data, "--folds", 4, "--rerank-k", 5), "5 candidates do not fit 4 images and 20 captions"),
+    ):
+        code, _, err = run("eval", *arguments)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
+
+
+def test_the_result_is_written_before_other_data_are_ranked(saved, scenes, tmp_path, run, monkeypatch):
+    from d2svse.retrieval.evaluation import evaluate as module
+
+    whole, _ = result(run, tmp_path, saved["one"], "--data", scenes / "val.jsonl")
+    encode, calls = module.encode_dataset, []
+
+    def once(*arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("the disk is gone")
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(module, "encode_dataset", once)
+    options = ("--against", saved["two"], "-o", tmp_path / "r.json", "--per-query", tmp_path / "q.jsonl")
+    (tmp_path / "r.json").unlink()
+    code, out, err = run("eval", saved["one"], "--data", scenes / "val.jsonl", *options)
+    assert (code, "the disk is gone" in err) == (2, True)
+    assert "protocol custom" in out
+    assert json.loads((tmp_path / "r.json").read_text()) == whole
+    assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 16 + 80
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The URL under which the files of the test's folder are served."""
+    handler = functools.partial(RangeHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_data_may_be_shards_on_a_server(saved, val_dataset, tmp_path, run, served):
+    write_shards(val_dataset.records[:4], tmp_path / "shards")
+    url = f"{served}/shards/"
+    local, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "shards")
+    found, _ = result(run, tmp_path, saved["one"], "--data", url, "--also-on", url)
+    assert found["data"] == url
+    assert found["metrics"] == found["also_on"][0]["metrics"] == local["metrics"]
+    code, _, err = run("compare", saved["one"], saved["two"], "--data", url, "-o", tmp_path / "c.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "c.json").read_text())["on"] == url
+
+
+def test_a_folder_of_images_is_for_the_data_that_have_use_for_it(saved, val_dataset, scenes, tmp_path, run):
+    write_shards(val_dataset.records, tmp_path / "shards")
+    shutil.copy(scenes / "val.jsonl", tmp_path / "a.jsonl")
+    words = ("--also-on", tmp_path / "a.jsonl", "--image-folder", scenes)
+    found, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "shards", *words)
+    assert found["also_on"][0]["metrics"] == found["metrics"]
+    code, _, err = run("eval", saved["one"], "--data", tmp_path / "shards", "--image-folder", scenes)
+    assert (code, "shards hold their images" in err) == (2, True)
+
+
+def test_coco_captions_need_no_protocol_with_their_ids(saved, val_dataset, tmp_path, run):
+    records = val_dataset.records[:4]
+    images = [{"id": row, "file_name": str(record.image)} for row, record in enumerate(records)]
+    rows = [{"image_id": row, "id": row, "caption": record.captions[0]} for row, record in enumerate(records)]
+    write_json(tmp_path / "captions.json", {"images": images, "annotations": rows})
+    found, _ = result(run, tmp_path, saved["one"], "--data", tmp_path / "captions.json")
+    assert (found["num_images"], found["num_captions"]) == (4, 4)

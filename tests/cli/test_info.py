@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_download
 
 from d2svse import D2SVSE
 from d2svse.hub import CardFacts, push_folder
@@ -156,6 +157,18 @@ def test_results_of_a_model_card_are_told(trained, hub, run):
     assert found["training"]["stages"] == ["pretrain", "distill"]
     for strange in ("", "no metadata", "---\n- a\n---\n", "---\nmodel-index: 5\n---\n", "---\na: [\n---\n"):
         assert results_of_card(strange) == []
+
+
+def test_a_downloaded_model_keeps_the_results_of_its_card(trained, hub, run, monkeypatch):
+    push_folder(trained / "model", "lab/carded")
+    expected = info(run, "lab/carded")["results"]
+    card = Path(hf_hub_download("lab/carded", "README.md")).read_bytes()
+    files = {path.name: path.read_bytes() for path in (trained / "model").iterdir() if path.name != "run.json"}
+    repository = hub.repositories.setdefault("lab/used", Repository(private=False))
+    repository.commit("main", files | {"README.md": card}, "Upload")
+    D2SVSE.from_pretrained("lab/used")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert info(run, "lab/used")["results"] == expected != []
 
 
 def test_what_is_no_model_is_refused_in_one_line(hub, tmp_path, run):

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_members_stand_in_any_order(tmp_path):
     for seed in range(6):
         members = random.Random(seed).sample(GOOD, len(GOOD))
         assert read(write(tmp_path / f"{seed}.tar", members)) == expected
+
+
+def test_the_time_of_an_index_grows_with_the_shard_and_not_with_its_square(tmp_path):
+    def seconds(count: int) -> float:
+        members = [(f"{key}{suffix}", b"a") for key in range(count) for suffix in (".jpg", ".txt")]
+        path = write(tmp_path / f"{count}.tar", members)
+        start = time.process_time()
+        assert len(index_shard(path)) == count
+        return time.process_time() - start
+
+    assert seconds(6000) < 2.5 * 12 * min(seconds(500) for _ in range(3))
 
 
 def test_json_is_taken_before_txt_in_any_order(tmp_path):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from d2svse import ImageTextDataset
 from d2svse.data import ManifestError, read_manifest, read_records, write_manifest
-from d2svse.data.readers import detect_format, read_datasets
+from d2svse.data.readers import detect_format, read_datasets, shared_folders
+from d2svse.data.shards import write_shards
 
 CAPTIONS = [["a red dog", "a dog that is red"], ["a cat, asleep", "one cat"], ["two birds", "birds fly"]]
 NAMES = ["one.jpg", "two.jpg", "three.jpg"]
@@ -218,6 +219,34 @@ def test_a_row_without_a_caption_is_named(tmp_path):
         read_records(tmp_path)
 
 
+def test_a_line_is_one_of_the_file_in_the_folder(published, pictures):
+    index = write_shards(read_records(published, split="test"), published / "shards")
+    (published / "table").mkdir()
+    write(published / "table" / "captions.csv", "image,caption", *(f"{name},a text" for name in NAMES))
+    records = read_records(published, split="test")
+    assert [r.where(published) for r in records] == [f"{published / 'test_caps.txt'}:{n}" for n in (1, 3, 5)]
+    assert read_records(index.parent)[1].where(index.parent) == f"{index}:2"
+    table = published / "table"
+    assert read_records(table, image_folder=pictures)[0].where(table) == f"{table / 'captions.csv'}:2"
+    (pictures / "two.jpg").write_bytes(b"no image")
+    with pytest.raises(ManifestError, match=r"test_caps\.txt:3: .*two\.jpg"):
+        ImageTextDataset.from_source(published, split="test", on_bad_image="error")
+
+
+def test_a_folder_of_images_is_refused_for_what_holds_its_own(published, pictures):
+    index = write_shards(read_records(published, split="test"), published / "shards")
+    np.save(published / "test_ims.npy", np.zeros((3, 2, 4), np.float32))
+    with pytest.raises(ValueError, match=r"shards hold their images; leave out the image_folder .* \(--image-folder\)"):
+        read_records(index, image_folder=pictures)
+    with pytest.raises(ValueError, match="region files hold features instead of images; leave out"):
+        read_records(published / "test_ims.npy", image_folder=pictures)
+    sources = [published, index]
+    assert shared_folders(sources, pictures) == [pictures, None]
+    assert shared_folders(sources[1:], pictures) == [pictures]  # to be refused
+    assert shared_folders(["org/name", index], pictures, "datasets") == [pictures, None]
+    assert shared_folders(["nowhere", index], None) == [None, None]
+
+
 def test_unknown_layouts_are_refused(tmp_path):
     with pytest.raises(ManifestError, match="unknown data layout; looked for"):
         detect_format(tmp_path)
@@ -241,7 +270,7 @@ def test_datasets(tmp_path, pictures):
     datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
     columns = {"image": [str(pictures / name) for name in NAMES], "caption": CAPTIONS}
     by_path = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    check(read_datasets(by_path, "train"), pictures)
+    check(read_datasets(by_path), pictures)
     held = {**columns, "image": [{"bytes": (pictures / name).read_bytes(), "path": None} for name in NAMES]}
     saved = datasets.DatasetDict({"train": datasets.Dataset.from_dict(held).cast_column("image", datasets.Image())})
     saved.save_to_disk(tmp_path / "saved")
@@ -253,7 +282,7 @@ def test_datasets(tmp_path, pictures):
         np.testing.assert_array_equal(np.asarray(Image.open(record.image)), np.asarray(Image.open(pictures / name)))
     other = {**held, "image": [{"bytes": (pictures / NAMES[0]).read_bytes(), "path": "one.jpg"}] * 3}
     again = datasets.Dataset.from_dict(other).cast_column("image", datasets.Image())
-    joined = read_datasets(again, "train", image_folder=tmp_path / "written")
+    joined = read_datasets(again, image_folder=tmp_path / "written")
     assert [record.image for record in joined] == [records[0].image]
     assert list(joined[0].captions) == [caption for group in CAPTIONS for caption in group]
     with pytest.raises(ManifestError, match="no split 'test'; the splits are train"):
@@ -264,7 +293,23 @@ def test_datasets(tmp_path, pictures):
     found = read_records(tmp_path / "one", image_folder=tmp_path / "written", **columns)
     assert [list(record.captions) for record in found] == CAPTIONS
     with pytest.raises(ManifestError, match="no column 'text'"):
-        read_datasets(by_path, "train", caption_column="text")
+        read_datasets(by_path, caption_column="text")
+
+
+def test_a_saved_dataset_of_one_split_refuses_another(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets", reason="needs the extra [data]")
+    columns = {"image": [str(pictures / name) for name in NAMES], "caption": CAPTIONS}
+    for name, split in (("without", None), ("val", "validation")):
+        rows = datasets.Dataset.from_dict(columns, split=split and datasets.NamedSplit(split))
+        rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / name)
+        written = {"image_folder": tmp_path / "written"}
+        for asked in {None, split}:
+            records = read_records(tmp_path / name, split=asked, **written)
+            assert [list(record.captions) for record in records] == CAPTIONS
+    with pytest.raises(ManifestError, match=r"has no splits; leave out the split 'test' \(--split\)"):
+        read_records(tmp_path / "without", split="test", **written)
+    with pytest.raises(ManifestError, match="has the split validation alone; leave out the split 'nonsense'"):
+        read_records(tmp_path / "val", split="nonsense", **written)
 
 
 @pytest.mark.skipif("D2SVSE_F30K" not in os.environ, reason="set D2SVSE_F30K to the published Flickr30K text folder")

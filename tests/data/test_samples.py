@@ -121,6 +121,13 @@ def test_a_picture_that_breaks_later_is_named_with_its_line(make, train_dataset,
         samples[Draw(0, 0)]
 
 
+def test_a_picture_of_a_source_without_lines_is_named_without_one(train_dataset, processor, tmp_path):
+    record = replace(train_dataset.records[0], image=tmp_path / "gone.png", line=0)  # as those of Karpathy's JSON
+    samples = TrainingSamples(ImageTextDataset([record], "dataset_coco.json"), processor)
+    with pytest.raises(ImageError, match=r"^dataset_coco\.json: .*gone\.png: no such image"):
+        samples[Draw(0, 0)]
+
+
 def test_replacements_hold_no_special_token(make):
     samples = make()
     assert not np.isin(samples.processor.tokenizer.all_special_ids, samples.replacements).any()

@@ -100,6 +100,34 @@ def test_other_tools_read_the_shards(shards, train_dataset):
     assert rows[0]["png"] == train_dataset.images[0].read_bytes()
 
 
+def test_shards_keep_identities_and_cameras(train_dataset, tmp_path):
+    labels = [{"identity": "7", "camera": "c1"}, {"identity": "8"}, {}]
+    given = zip(train_dataset.records[:3], labels, strict=True)
+    records = [replace(record, **own) for record, own in given]
+    index = write_shards(records, tmp_path / "shards")
+    expected = [("7", "c1"), ("8", None), (None, None)]
+    assert [(record.identity, record.camera) for record in read_shards(index)] == expected
+    again = index_shards(
+        [tmp_path / "shards/shard-000000.tar"], tmp_path / "shards" / INDEX_FILE
+    )  # as other tools would
+    assert [(record.identity, record.camera) for record in read_shards(again)] == expected
+    with tarfile.open(tmp_path / "shards/shard-000000.tar") as tar:
+        assert json.load(tar.extractfile("000000002.json")).keys() == {"captions", "dense"}
+    rows = index.read_text()
+    index.write_text(rows.replace('"camera": "c1"', '"camera": ["c1"]'))
+    with pytest.raises(ManifestError, match=r'shards\.jsonl:1: expected "camera" to be a text or a whole number'):
+        read_shards(index)
+
+
+def test_other_meanings_of_identity_and_camera_are_no_labels(train_dataset, tmp_path):
+    (tmp_path / "k.json").write_text('{"caption": "One.", "identity": 7, "camera": {"make": "Acme", "iso": 100}}')
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        tar.add(train_dataset.images[0], "k.png")
+        tar.add(tmp_path / "k.json", "k.json")
+    record = read_shards(index_shards([tmp_path / "other.tar"], tmp_path / INDEX_FILE))[0]
+    assert (record.identity, record.camera) == ("7", None)
+
+
 def test_shards_of_other_tools_can_be_indexed(train_dataset, tmp_path):
     with tarfile.open(tmp_path / "other.tar", "w") as tar:
         (tmp_path / "k.txt").write_text("A first sentence.\n\nA second one.\n")

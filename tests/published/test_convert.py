@@ -344,6 +344,7 @@ def test_a_model_trained_here_is_written_as_published_and_read_back(processor, t
             found, expected = (getattr(m, method)(value).pooler_output for m in (back, model))
             torch.testing.assert_close(found, expected)
     assert "not prepared as in the published code" not in caplog.text
+    assert "fusion=sum" in caplog.text
     model.processor = processor
     model.save_pretrained(tmp_path / "prepared")
     write_published(tmp_path / "prepared", tmp_path / "p.pth")
@@ -351,6 +352,29 @@ def test_a_model_trained_here_is_written_as_published_and_read_back(processor, t
     make(placement="surround").save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="postfix tokens without positions"):
         write_published(tmp_path / "other", tmp_path / "n.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": {"text": {"rank": 2}}}, r"no LoRA matrices; .*merge_lora"),
+        ({"attention_metric": {"text": "diagonal"}}, "its attention has no metric"),
+        ({"image_token_merging": 2}, "averages no tokens of patches, as image_token_merging 2"),
+        ({"image_projection": "residual_mlp"}, "image projection is linear, not residual_mlp"),
+        ({"text_projection": "mlp"}, "text projection is linear or residual_mlp, not mlp"),
+        ({"context_gate": True}, "context_gate"),
+    ],
+)
+def test_a_part_that_the_published_code_lacks_is_refused(tmp_path, options, message):
+    small = {"num_hidden_layers": 1, "intermediate_size": 16, "hidden_size": 64, "num_attention_heads": 1}
+    vision = ViTConfig(**small, image_size=32, patch_size=8).to_dict()
+    text = BertConfig(**small, vocab_size=100, max_position_embeddings=96).to_dict()
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 4, "placement": "postfix", "positions": False}
+    config = D2SVSEConfig(vision_config=vision, text_config=text, embed_dim=24, context_decoder=decoder, **options)
+    D2SVSE(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"the published code has no such model: .*{message}"):
+        write_published(tmp_path / "model", tmp_path / "m.pth")
+    assert not (tmp_path / "m.pth").exists()
 
 
 def test_options_are_plain_json(golden_files, tmp_path):
@@ -437,6 +461,7 @@ def test_what_the_published_code_cannot_express_is_refused(golden_files, tmp_pat
     assert "not prepared as in the published code" not in caplog.text
     back = load(tmp_path / "b.pth")
     assert not back.config.context_residual
+    assert "fusion" not in caplog.text
     assert back.processor.image_processor.size["height"] == 32
 
 

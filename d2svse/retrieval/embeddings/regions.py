@@ -86,6 +86,17 @@ class DetectorRegions:
         return features, boxes.clamp(0, 1)
 
 
+def refuse_existing(folder: str | os.PathLike[str], split: str) -> None:
+    """Check that no files of a split would be replaced.
+
+    Raises:
+        FileExistsError: if the split has files already; the message names the first one.
+    """
+    for name in (*(split + end for end in (SUFFIX, BOXES, "_caps.txt", "_ids.txt")), f"dense_{split}.jsonl"):
+        if Path(folder, name).exists():
+            raise FileExistsError(f"{Path(folder, name)}: already exists; give another folder or split")
+
+
 @torch.inference_mode()
 def write_regions(
     records: Sequence[Record],
@@ -124,9 +135,7 @@ def write_regions(
         ValueError: if the images give different numbers of tokens, or a caption has several lines.
     """
     folder = Path(folder)
-    for name_in_folder in (*(split + end for end in (SUFFIX, BOXES, "_caps.txt", "_ids.txt")), f"dense_{split}.jsonl"):
-        if (folder / name_in_folder).exists():
-            raise FileExistsError(f"{folder / name_in_folder}: already exists; give another folder or split")
+    refuse_existing(folder, split)
     for record in records:
         if any(len(caption.splitlines()) > 1 for caption in record.captions):
             raise ValueError(f"{record.image}: a caption of several lines; a file of captions has one on each line")

@@ -7,8 +7,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Protocol as TypingProtocol
 
 import numpy as np
 import torch
@@ -20,11 +22,18 @@ from d2svse.features import Features
 from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.retrieval.embeddings.store import encode_images, encode_texts
-from d2svse.retrieval.evaluation.metrics import caption_answers, fold_slices, mean_metrics
-from d2svse.retrieval.evaluation.protocols import COCO_NAME, find_protocol, right_answers, take_split
+from d2svse.retrieval.evaluation.metrics import RightAnswers, caption_answers, fold_slices, mean_metrics
+from d2svse.retrieval.evaluation.protocols import (
+    COCO_NAME,
+    PROTOCOLS,
+    Protocol,
+    find_protocol,
+    right_answers,
+    take_split,
+)
 from d2svse.retrieval.evaluation.ranking import ranking_metrics
 from d2svse.retrieval.evaluation.report import Captions, EvaluatedModel, Evaluation, Ranked
-from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, rank_in_two_stages, stream_rankings
+from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, check_depth, rank_in_two_stages, stream_rankings
 from d2svse.similarity.base import Candidates, Similarity, build_similarity, similarity_options
 from d2svse.similarity.use import evaluating
 
@@ -42,7 +51,7 @@ def evaluate(
     dataset: ImageTextDataset,
     *,
     protocol: str = "custom",
-    similarity: Mapping[str, Any] | None = None,
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank: int | None = None,
@@ -67,7 +76,8 @@ def evaluate(
         model: the model, with its processor; or pairs of a name and a model, to rank by the mean of their scores.
         dataset: images and captions; those of the protocol if it names a data set.
         protocol: a name in `PROTOCOLS`.
-        similarity: configuration of another similarity than the models' own, see `choose_similarity`.
+        similarity: configuration of another similarity than the models' own, see `choose_similarity`; or a list with
+            one for each model.
         captions: "sparse" captions, or the one "dense" caption of each image (custom protocol only).
         folds: number of folds to rank beside the whole set, in a custom protocol; five by default for 5000 images of
             MS-COCO.
@@ -97,19 +107,10 @@ def evaluate(
         >>> evaluate(model, dataset).metrics["t2i_recall_at_1"]  # doctest: +SKIP
         0.25
     """
-    models = list(model) if isinstance(model, Sequence) else [(model.config.name_or_path or "model", model)]
-    rules = find_protocol(protocol)
-    if rules.name != "custom" and (captions != "sparse" or folds is not None):
-        raise ValueError(f"the protocol {rules.name} sets captions and folds itself; only custom takes others")
-    dataset, left_out = take_split(rules, dataset)
-    truth = right_answers(rules, dataset, annotations) if rules.truth else None
-    owner = owners(dataset, captions)
-    if rules.folds is None and folds is None:
-        is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
-        folds = COCO_FOLDS if is_coco else 1
-    fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
-    chosen = [choose_similarity(one, similarity) for _, one in models]
-    _check_rerank(rerank, candidates, chosen, processes)
+    plan = _plan(model, dataset, protocol, similarity, captions, folds, rerank, candidates, annotations)
+    models, rules, dataset, chosen, fold_rows = plan.models, plan.protocol, plan.dataset, plan.chosen, plan.folds
+    if rerank is not None and processes is not None:
+        raise ValueError("rerank needs a single process")
     encoding: dict[str, Any] = {"captions": captions, "batch_size": batch_size, "max_length": max_length}
     encoding |= {"embeddings": embeddings, "image_tokens": image_tokens, "text_tokens": text_tokens}
     encoding |= {"processes": processes, "show_progress_bar": show_progress_bar}
@@ -119,8 +120,8 @@ def evaluate(
     ]
 
     def rank(rows: slice) -> Ranked:
-        columns = slice(*np.searchsorted(owner, [rows.start, rows.stop]).tolist())
-        answers = truth or caption_answers(owner[columns] - rows.start, rows.stop - rows.start)
+        columns = plan.columns(rows)
+        answers = plan.truth or caption_answers(plan.owner[columns] - rows.start, rows.stop - rows.start)
         if rerank is None:
             part = scorer.part(rows, columns)
             return Ranked(rows, columns, stream_rankings(part, *answers), best_wrong(part, *answers, wrong))
@@ -130,7 +131,7 @@ def evaluate(
 
     with without_dropout(chosen):
         scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
-        whole = rank(slice(0, len(dataset))) if len(fold_rows) == 1 or rules.folds is None else None
+        whole = rank(slice(0, len(dataset))) if plan.ranks_whole else None
         parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
     of_folds = [ranking_metrics(*part.rankings) for part in parts]
     return Evaluation(
@@ -140,15 +141,117 @@ def evaluate(
         folds=parts,
         protocol=rules.name,
         models=[
-            EvaluatedModel(name, model_revision(one) if fingerprint else None, _describe(one, similarity, scored))
-            for (name, one), scored in zip(models, chosen, strict=True)
+            EvaluatedModel(name, model_revision(one) if fingerprint else None, described)
+            for (name, one), described in zip(models, plan.described, strict=True)
         ],
         rerank=rerank,
         candidates=candidates,
         dataset=dataset,
         captions=captions,
-        captions_left_out=left_out,
+        captions_left_out=plan.left_out,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What `evaluate` does, settled and checked before the first image is encoded.
+
+    Attributes:
+        models: the models with their names.
+        protocol: the protocol.
+        dataset: the images and captions that are ranked.
+        left_out: number of captions that the protocol leaves out.
+        owner: `(n_captions,)` row of each caption's image.
+        truth: the right answers of the protocol; None for each caption's own image.
+        folds: rows of the images of each fold.
+        chosen: the similarity of each model.
+        described: the configuration of each similarity, with its class.
+    """
+
+    models: list[tuple[str, D2SVSE]]
+    protocol: Protocol
+    dataset: ImageTextDataset
+    left_out: int
+    owner: np.ndarray
+    truth: tuple[RightAnswers, RightAnswers] | None
+    folds: list[slice]
+    chosen: list[Similarity]
+    described: list[dict[str, Any]]
+
+    @property
+    def ranks_whole(self) -> bool:
+        """Whether the whole set is ranked too, and not its folds alone."""
+        return len(self.folds) == 1 or self.protocol.folds is None
+
+    def columns(self, rows: slice) -> slice:
+        """Return the rows of the captions of some images."""
+        return slice(*np.searchsorted(self.owner, [rows.start, rows.stop]).tolist())
+
+
+def _plan(
+    model: D2SVSE | Sequence[tuple[str, D2SVSE]],
+    dataset: ImageTextDataset,
+    protocol: str,
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+    captions: Captions,
+    folds: int | None,
+    rerank: int | None,
+    candidates: Candidates,
+    annotations: str | os.PathLike[str] | None,
+) -> _Plan:
+    models = list(model) if isinstance(model, Sequence) else [(model.config.name_or_path or "model", model)]
+    rules = find_protocol(protocol)
+    if rules.name != "custom" and (captions != "sparse" or folds is not None):
+        raise ValueError(f"the protocol {rules.name} sets captions and folds itself; only custom takes others")
+    if annotations is not None and rules.truth is None:
+        named = " and ".join(one.name for one in PROTOCOLS.values() if one.truth)
+        raise ValueError(f"the protocol {rules.name} reads no annotations (--annotations); {named} do")
+    dataset, left_out = take_split(rules, dataset)
+    truth = right_answers(rules, dataset, annotations) if rules.truth else None
+    owner = owners(dataset, captions)
+    if rules.folds is None and folds is None:
+        is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
+        folds = COCO_FOLDS if is_coco else 1
+    fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
+    wanted: list[Mapping[str, Any] | None] = (
+        list(similarity) if isinstance(similarity, Sequence) else [similarity] * len(models)
+    )
+    if len(wanted) != len(models):
+        raise ValueError(f"{len(wanted)} similarities for {len(models)} models; expected one, or one for each")
+    chosen = [_choose(name, one, own, len(models)) for (name, one), own in zip(models, wanted, strict=True)]
+    _check_rerank(rerank, candidates, chosen)
+    described = [_describe(one, own, scored) for (_, one), own, scored in zip(models, wanted, chosen, strict=True)]
+    plan = _Plan(models, rules, dataset, left_out, owner, truth, fold_rows, chosen, described)
+    if rerank is not None:
+        for rows in fold_rows:  # the whole set is no smaller
+            columns = plan.columns(rows)
+            check_depth(rerank, rows.stop - rows.start, columns.stop - columns.start, dataset.source)
+    return plan
+
+
+def check_evaluation(
+    model: D2SVSE | Sequence[tuple[str, D2SVSE]],
+    dataset: ImageTextDataset,
+    *,
+    protocol: str = "custom",
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    captions: Captions = "sparse",
+    folds: int | None = None,
+    rerank: int | None = None,
+    candidates: Candidates = "mean",
+    annotations: str | os.PathLike[str] | None = None,
+) -> None:
+    """Check that `evaluate` takes these options; it encodes nothing, so a long work can refuse them at its start.
+
+    See `evaluate` for the arguments.
+
+    Raises:
+        ImportError: if the ground truth of the protocol is not installed.
+        ValueError: if the data are not those of the protocol, or two options exclude each other.
+    """
+    _plan(model, dataset, protocol, similarity, captions, folds, rerank, candidates, annotations)
+    if captions == "dense":
+        _ = dataset.dense_captions  # raises if an image has none
 
 
 def encode_dataset(
@@ -346,13 +449,21 @@ def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) ->
     return built
 
 
+def _choose(name: str, model: D2SVSE, configuration: Mapping[str, Any] | None, count: int) -> Similarity:
+    """Return the similarity of one of several models; an error then names the model."""
+    try:
+        return choose_similarity(model, configuration)
+    except ValueError as error:
+        raise (ValueError(f"{name}: {error}") if count > 1 else error) from None
+
+
 def model_revision(model: D2SVSE) -> dict[str, str]:
     """Return the fingerprint of a model, and its commit if it came from the Hub."""
     commit = getattr(model.config, "_commit_hash", None)
     return {**({"hub_commit": commit} if commit else {}), "fingerprint": model_fingerprint(model)}
 
 
-class Processes(Protocol):
+class Processes(TypingProtocol):
     """Processes that share an evaluation; `d2svse.training.distributed` implements this protocol."""
 
     def share(self, length: int) -> slice:
@@ -365,9 +476,7 @@ class Processes(Protocol):
         """Join the features of all processes in order."""
 
 
-def _check_rerank(
-    rerank: int | None, candidates: str, chosen: Sequence[Similarity], processes: Processes | None
-) -> None:
+def _check_rerank(rerank: int | None, candidates: str, chosen: Sequence[Similarity]) -> None:
     known = get_args(Candidates)
     if not chosen or (rerank is not None and len(chosen) > 1):
         raise ValueError(f"{len(chosen)} models: expected at least one, and exactly one with rerank")
@@ -381,8 +490,6 @@ def _check_rerank(
         raise ValueError(
             f"rerank needs a similarity of tokens; inner products give the scores of {type(chosen[0]).__name__}"
         )
-    if processes is not None:
-        raise ValueError("rerank needs a single process")
 
 
 @torch.no_grad()

@@ -188,11 +188,7 @@ def rank_in_two_stages(
     Raises:
         ValueError: if a score is NaN, or `depth` is more than the number of images or captions.
     """
-    if not 1 <= depth <= min(len(images), len(texts)):
-        raise ValueError(
-            f"{depth} candidates do not fit {len(images)} images and {len(texts)} captions; "
-            "use at least one, and at most as many as the fewer of them"
-        )
+    check_depth(depth, len(images), len(texts))
     left, right = _vectors(similarity, "image", images, candidates), _vectors(similarity, "text", texts, candidates)
 
     def score(side: Side, queries: Features, stored: Features, chosen: Sequence[np.ndarray]) -> list[Tensor]:
@@ -211,6 +207,26 @@ def rank_in_two_stages(
     i2t, of_images = _rank_side(score_captions, left, right, captions, ("image", "caption"), *options)
     t2i, of_captions = _rank_side(score_images, right, left, image_answers, ("caption", "image"), *options)
     return (i2t, t2i), (of_images, of_captions)
+
+
+def check_depth(depth: int, n_images: int, n_captions: int, source: str | None = None) -> None:
+    """Check that every query has as many candidates as are asked for.
+
+    Args:
+        depth: number of candidates of each query.
+        n_images: number of images that are ranked together.
+        n_captions: number of their captions.
+        source: the data, for the message.
+
+    Raises:
+        ValueError: if `depth` is less than one, or more than the number of images or captions.
+    """
+    if not 1 <= depth <= min(n_images, n_captions):
+        named = "" if source is None else f"{source}: "
+        raise ValueError(
+            f"{named}{depth} candidates do not fit {n_images} images and {n_captions} captions; "
+            "use at least one, and at most as many as the fewer of them"
+        )
 
 
 def _no_answers(count: int, k: int) -> BestAnswers:

@@ -193,6 +193,8 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),
         ({"protocol": "coco-5k", "captions": "dense"}, "sets captions and folds itself"),
         ({"protocol": "coco-5k"}, "16 images, expected 5000"),
+        ({"annotations": "a.json"}, "the protocol custom reads no annotations .*; cxc and eccv-caption do"),
+        ({"annotations": "a.json", "protocol": "coco-5k"}, "the protocol coco-5k reads no annotations"),
         ({"protocol": "best"}, "unknown protocol 'best'"),
         ({"similarity": {"name": "omit"}, "rerank": 17}, "17 candidates do not fit 16 images and 80 captions"),
     ):
