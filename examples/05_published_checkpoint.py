@@ -85,8 +85,8 @@ write_published(OUTPUT / "trained", published)
 print(f"{published}: {published.stat().st_size / 1e6:.1f} MB")
 
 # %% [markdown]
-# The two warnings are correct. The teacher of stage 2 was not kept, because search does not need it. This library's
-# decoder ignores padded words and the published one does not (see below).
+# The three warnings are correct. The teacher of stage 2 was not kept, because search does not need it. This library's
+# decoder ignores padded words and the published one does not, and its output is added as it is (see below).
 #
 # ## Look into the file
 #

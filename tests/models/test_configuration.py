@@ -3,7 +3,6 @@ import json
 import pytest
 
 from d2svse import D2SVSE, D2SVSEConfig
-from d2svse.cli.evaluate import _similarity as asked_for
 from d2svse.hub.card import _similarity as tag_of
 from d2svse.models import model_fingerprint
 from d2svse.published import write_published
@@ -59,7 +58,6 @@ def test_a_folder_that_was_saved_with_the_name_alone_opens_everywhere(make_model
     model = D2SVSE.from_pretrained(tmp_path / "model")
     assert model.config.similarity == {"name": "omit"}
     assert tag_of(json.loads(file.read_text())) == "omit"
-    assert asked_for(model, None, ["num_iterations=3"])["name"] == "omit"
     index = ImageTextIndex.build(model, val_dataset.images[:4], tmp_path / "index")
     assert Searcher(index).similarity == "omit"
     with pytest.raises(ValueError, match="published"):
