@@ -77,7 +77,7 @@ def test_a_fault_that_passes_costs_a_request_and_nothing_else(serve_captions, ph
 
 def test_a_timeout_passes(serve_captions, photos):
     server = serve_captions(lambda request, earlier: "slow" if earlier == 0 else "ok")
-    outcomes = captions(make(server, timeout=0.3), images_to_caption(photos)[:3])
+    outcomes = captions(make(server, timeout=0.7), images_to_caption(photos)[:3])
     assert all(outcome.text for outcome in outcomes.values())
     assert len(server.bodies) == 6
 
@@ -85,7 +85,7 @@ def test_a_timeout_passes(serve_captions, photos):
 @pytest.mark.parametrize(
     ("fault", "reason", "draw"),
     [
-        ("slow", "no answer within 0.2 seconds", 0),
+        ("slow", "no answer within 0.7 seconds", 0),
         ("429", "HTTP 429", 0),
         ("500", "HTTP 500", 0),
         ("half", 'the answer is not a chat completion: \'{"object"', 0),
@@ -101,7 +101,7 @@ def test_a_fault_that_stays_is_given_as_the_reason_and_the_others_go_on(serve_ca
     server.behave = lambda request, earlier: (
         fault if server.bodies[-1]["messages"][0]["content"][0]["image_url"]["url"] == bad else "ok"
     )
-    outcomes = captions(make(server, tries=3, timeout=0.2 if fault == "slow" else 60), images)
+    outcomes = captions(make(server, tries=3, timeout=0.7 if fault == "slow" else 60), images)
     failed = outcomes.pop("002.png")
     assert failed.text is None
     assert reason in failed.reason
