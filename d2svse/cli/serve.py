@@ -44,7 +44,7 @@ def serve(
     for name in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page at start; a proxy would not find it
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     _check_address(host, port)  # fail before the slow imports
-    from d2svse.training.callbacks import exit_on_signals
+    from d2svse.signals import exit_on_signals
 
     with (
         exit_on_signals("SIGTERM", "SIGHUP"),  # so that the uploads are removed

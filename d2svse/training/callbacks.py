@@ -9,8 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,26 +125,6 @@ class StopOnSignalCallback(TrainerCallback):
         self.received, self._at = max(self.received, number), now
         if number == signal.SIGINT and sys.stderr.isatty() and is_main_process():
             os.write(2, b"\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n")
-
-
-@contextmanager
-def exit_on_signals(*names: str) -> Iterator[None]:
-    """Turn signals, such as "SIGTERM", into ordinary exits with the code 128 + number."""
-
-    def leave(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not stop the cleaning up
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StoppedByUser(KeyboardInterrupt):

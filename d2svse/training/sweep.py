@@ -31,7 +31,8 @@ from d2svse.files.yaml import parse_yaml
 from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
-from d2svse.training.callbacks import StoppedByUser, exit_on_signals
+from d2svse.signals import exit_on_signals
+from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.distributed import launched_processes
 from d2svse.training.options import STAGES, change_preset
 from d2svse.training.recipe import (

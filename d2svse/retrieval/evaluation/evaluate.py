@@ -107,7 +107,17 @@ def evaluate(
         >>> evaluate(model, dataset).metrics["t2i_recall_at_1"]  # doctest: +SKIP
         0.25
     """
-    plan = _plan(model, dataset, protocol, similarity, captions, folds, rerank, candidates, annotations)
+    plan = check_evaluation(
+        model,
+        dataset,
+        protocol=protocol,
+        similarity=similarity,
+        captions=captions,
+        folds=folds,
+        rerank=rerank,
+        candidates=candidates,
+        annotations=annotations,
+    )
     models, rules, dataset, chosen, fold_rows = plan.models, plan.protocol, plan.dataset, plan.chosen, plan.folds
     if rerank is not None and processes is not None:
         raise ValueError("rerank needs a single process")
@@ -188,17 +198,29 @@ class _Plan:
         return slice(*np.searchsorted(self.owner, [rows.start, rows.stop]).tolist())
 
 
-def _plan(
+def check_evaluation(
     model: D2SVSE | Sequence[tuple[str, D2SVSE]],
     dataset: ImageTextDataset,
-    protocol: str,
-    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
-    captions: Captions,
-    folds: int | None,
-    rerank: int | None,
-    candidates: Candidates,
-    annotations: str | os.PathLike[str] | None,
+    *,
+    protocol: str = "custom",
+    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    captions: Captions = "sparse",
+    folds: int | None = None,
+    rerank: int | None = None,
+    candidates: Candidates = "mean",
+    annotations: str | os.PathLike[str] | None = None,
 ) -> _Plan:
+    """Check that `evaluate` takes these options; it encodes nothing, so a long work can refuse them at its start.
+
+    See `evaluate` for the arguments.
+
+    Returns:
+        What `evaluate` does with them.
+
+    Raises:
+        ImportError: if the ground truth of the protocol is not installed.
+        ValueError: if the data are not those of the protocol, or two options exclude each other.
+    """
     models = list(model) if isinstance(model, Sequence) else [(model.config.name_or_path or "model", model)]
     rules = find_protocol(protocol)
     if rules.name != "custom" and (captions != "sparse" or folds is not None):
@@ -208,6 +230,8 @@ def _plan(
         raise ValueError(f"the protocol {rules.name} reads no annotations (--annotations); {named} do")
     dataset, left_out = take_split(rules, dataset)
     truth = right_answers(rules, dataset, annotations) if rules.truth else None
+    if captions == "dense":
+        _ = dataset.dense_captions  # raises if an image has none
     owner = owners(dataset, captions)
     if rules.folds is None and folds is None:
         is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
@@ -227,31 +251,6 @@ def _plan(
             columns = plan.columns(rows)
             check_depth(rerank, rows.stop - rows.start, columns.stop - columns.start, dataset.source)
     return plan
-
-
-def check_evaluation(
-    model: D2SVSE | Sequence[tuple[str, D2SVSE]],
-    dataset: ImageTextDataset,
-    *,
-    protocol: str = "custom",
-    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    captions: Captions = "sparse",
-    folds: int | None = None,
-    rerank: int | None = None,
-    candidates: Candidates = "mean",
-    annotations: str | os.PathLike[str] | None = None,
-) -> None:
-    """Check that `evaluate` takes these options; it encodes nothing, so a long work can refuse them at its start.
-
-    See `evaluate` for the arguments.
-
-    Raises:
-        ImportError: if the ground truth of the protocol is not installed.
-        ValueError: if the data are not those of the protocol, or two options exclude each other.
-    """
-    _plan(model, dataset, protocol, similarity, captions, folds, rerank, candidates, annotations)
-    if captions == "dense":
-        _ = dataset.dense_captions  # raises if an image has none
 
 
 def encode_dataset(

@@ -61,8 +61,8 @@ def compose_gallery(
         pen.multiline_text((GAP, top + thumbnail / 2), text, fill="black", font=font, anchor="lm", spacing=4)
         for column, image in enumerate(images):
             left = CAPTION_WIDTH + column * cell
-            if (picture := _readable(image)) is not None:
-                canvas.paste(ImageOps.fit(picture, (thumbnail, thumbnail)), (left, top))
+            if (drawn := _readable(image)) is not None:
+                canvas.paste(ImageOps.fit(drawn, (thumbnail, thumbnail)), (left, top))
             if right is not None and column in right[row]:
                 last = (left + thumbnail - 1, top + thumbnail - 1)
                 pen.rectangle([(left, top), last], outline=FRAME, width=FRAME_WIDTH)
