@@ -13,6 +13,7 @@ from support.processes import fork_command
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "captioning.py"
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_captions_every_image_once(llava, run, tmp_path):
     images, output = write_images(tmp_path / "images", 40), tmp_path / "dense.jsonl"
     command = ["caption", "local", llava, images, "-o", output, "--temperature", 2, "--max-new-tokens", 24]
