@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from d2svse.choices import DataFormat
 from d2svse.cli.common import Device, Dtype, OnBadImage, check_model_name, examples, load_model, print_table
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def compare(
     others: Annotated[list[str], typer.Argument(help="Runs or models to compare with the first.")],
     data: Annotated[str | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, for data with several.")] = None,
+    format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     on_bad_image: OnBadImage = "error",
     on: Annotated[
@@ -45,6 +47,7 @@ def compare(
         raise ValueError(f"--on {on} is a set of runs; with --data, models rank these data")
     of_models = {
         "--split": split,
+        "--format": format != "auto",
         "--image-folder": image_folder,
         "--on-bad-image": on_bad_image != "error",
         "--batch-size": batch_size,
@@ -72,7 +75,7 @@ def compare(
             if not check_model_name(folder):
                 fetch_configuration(folder)
         dataset = ImageTextDataset.from_source(
-            data, split=split, image_folder=image_folder, on_bad_image=on_bad_image, show_progress_bar=True
+            data, format, split=split, image_folder=image_folder, on_bad_image=on_bad_image, show_progress_bar=True
         )
         for name, folder in folders.items():
             model = load_model(folder, device, dtype)

@@ -42,6 +42,8 @@ def test_runs_are_compared_by_their_records(sweep, run, tmp_path):
 def test_models_are_compared_on_data(trained, scenes, run, tmp_path):
     models = trained / "pretrain/model", trained / "distill/model"
     data = ["--data", scenes / "val.jsonl"]
+    code, _, errors = run("compare", *models, *data, "--format", "karpathy", "--split", "test", "--device", "cpu")
+    assert (code, "val.jsonl" in errors) == (2, True)
     code, printed, errors = run("compare", trained, *models, *data, "-o", tmp_path / "c.json", "--device", "cpu")
     assert code == 0, errors
     assert f"3: {models[1]}" in printed.splitlines()
@@ -66,6 +68,7 @@ def test_what_cannot_be_compared_is_named(sweep, run):
         (["runs/a", "runs/b", "--on", "test"], "a: no results on 'test'; it has val"),
         (["runs/a", "runs/b", "--on", "val", "--data", "x.jsonl"], "--on val is a set of runs"),
         (["runs/a", "runs/b", "--split", "test", "--batch-size", "3"], "--split, --batch-size: for models"),
+        (["runs/a", "runs/b", "--format", "coco"], "--format: for models"),
     ):
         code, _, errors = run("compare", *(sweep / word if word.startswith("runs") else word for word in words))
         assert code == 2
