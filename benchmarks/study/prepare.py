@@ -9,8 +9,8 @@ The folder gets links to the data and the backbones. Of the validation images of
 and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`).
 
 `scenes/` gets drawn scenes whose dense captions tell everything. Their sparse captions tell a part, at three levels:
-two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). The backbones for scenes
-have random weights: those of `d2svse demo`.
+two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the first
+400 scenes of the training set. The backbones for scenes have random weights: those of `d2svse demo`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2svse.data.scenes import Scene, make_scene
 from d2svse.demo import IMAGE_SIZE, build_model, draw_scenes
 from d2svse.files.replace import write_text
 
-NUM_TRAIN, NUM_TEST, SEED = 4000, 500, 42
+NUM_TRAIN, NUM_FEW, NUM_TEST, SEED = 4000, 400, 500, 42
 
 
 def prepare_flickr8k(folder: Path, data: Path, vision: Path, text: Path) -> None:
@@ -71,6 +71,8 @@ def prepare_scenes(folder: Path) -> None:
                 for scene in scenes
             ]
             write_manifest(folder / f"{split}-{level}.jsonl", records)
+            if (split, level) == ("train", "two"):
+                write_manifest(folder / "few-two.jsonl", records[:NUM_FEW])
             texts += [text for record in records for text in (*record.captions, record.dense or "")]
     model = build_model(texts)
     model.image_encoder.backbone.save_pretrained(folder / "vision")

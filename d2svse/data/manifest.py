@@ -1,4 +1,7 @@
-"""The native format: a JSON object on each line, {"image": ..., "captions": [...], "dense"?: ..., "identity"?: ...}."""
+"""The native format: a JSON object on each line, {"image": ..., "captions": [...], "dense"?: ..., "identity"?: ...}.
+
+A line with "dense" and without "captions", as `d2svse caption` writes it, has the dense caption as its only caption.
+"""
 
 from __future__ import annotations
 
@@ -117,15 +120,15 @@ def read_manifest(
 def record_texts(
     row: dict[str, Any], where: str, caption_column: str = "captions"
 ) -> tuple[tuple[str, ...], str | None]:
-    """Return the captions and the dense caption of a row.
+    """Return the captions and the dense caption of a row; a row without captions has its dense caption alone.
 
     Raises:
         ManifestError: if there is no caption, or one is not a text.
     """
     dense = row.get("dense")
-    captions = as_captions(row.get(caption_column), where, caption_column)
     if dense is not None and (not isinstance(dense, str) or not dense.strip()):
         raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r:.80}')
+    captions = as_captions(row.get(caption_column, dense), where, caption_column)
     return captions, None if dense is None else as_caption(dense, where)
 
 

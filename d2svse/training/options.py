@@ -68,6 +68,12 @@ class DataOptions:
 
     train: str = option(MISSING, "Manifest or other layout of the training set.", flag=True)
     val: str = option(MISSING, "Manifest or other layout of the validation set.", flag=True)
+    pretrain_on: str | None = option(
+        None,
+        "Training set of stage pretrain, if it is not train: for instance many images with captions by d2svse caption, "
+        "of which people captioned a few.",
+        flag=True,
+    )
     train_split: str | None = option(None, "Split of the training set, for a layout with several.", flag=True)
     val_split: str | None = option(None, "Split of the validation set.", flag=True)
     image_folder: str | None = option(

@@ -113,6 +113,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("stage pretrain comes before stage distill, which adds the context decoder")
         if repeated := [stage for stage in STAGES if self.stages.count(stage) > 1]:
             raise ValueError(f"stages has {repeated[0]} more than once; give each stage once")
+        if self.pretrain_on is not None and "pretrain" not in self.stages:
+            raise ValueError(f"pretrain_on is for stage pretrain, but the stages are {', '.join(self.stages)}")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -348,10 +350,15 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         "show_progress_bar": recipe.show_progress_bar and main,
         "on_bad_image": recipe.on_bad_image,
     }
-    of_train, of_val = shared_folders([recipe.train, recipe.val], recipe.image_folder)
+    of_train, of_val, *of_more = _image_folders(recipe)
     train_dataset = ImageTextDataset.from_source(
         recipe.train, split=recipe.train_split, image_folder=of_train, dense=recipe.dense, **shown
     )
+    datasets = {stage: train_dataset for stage in STAGES}
+    if recipe.pretrain_on is not None:
+        datasets["pretrain"] = ImageTextDataset.from_source(
+            recipe.pretrain_on, image_folder=of_more[0], dense=recipe.dense, **shown
+        )
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, image_folder=of_val, **shown)
     if recipe.push_to_hub and main:  # fail now and not after training
         make_repository(recipe.push_to_hub, private=recipe.hub_private)
@@ -359,10 +366,12 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     with write_lock(output, busy=ValueError) if main else nullcontext():
         results = _finished(recipe) if recipe.resume else {}
         results.pop(INTERPOLATED, None)
-        of_teacher = _with_dense(recipe, train_dataset) if "distill" in recipe.stages else train_dataset
+        if "distill" in recipe.stages:
+            datasets["distill"] = _with_dense(recipe, train_dataset)
         now = {"data": data_hash(train_dataset), "processes": world_size(), "validation": data_hash(eval_dataset)}
-        if of_teacher is not train_dataset:
-            now["teacher_dense"] = data_hash(of_teacher)
+        for stage, name in (("pretrain", "pretrain_on"), ("distill", "teacher_dense")):
+            if datasets[stage] is not train_dataset:
+                now[name] = data_hash(datasets[stage])
         _check_start(output / START_FILE, now, recipe.resume)
         barrier()  # before the first process changes the files that the others check
         if main:
@@ -370,9 +379,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
                 (output / "results.json").unlink(missing_ok=True)  # of an earlier run whose checkpoints were removed
             write_text(output / "recipe.yaml", recipe.effective_configuration())
         try:
-            return _train_each(
-                recipe, model, teacher, train_dataset, of_teacher, eval_dataset, stage_arguments, results
-            )
+            return _train_each(recipe, model, teacher, datasets, eval_dataset, stage_arguments, results)
         except KeyboardInterrupt as stop:
             raise StoppedByUser(f"{str(stop) or 'stopped'}; continue with: {recipe.resume_command()}") from None
 
@@ -381,8 +388,7 @@ def _train_each(
     recipe: Recipe,
     model: D2SVSE,
     teacher: Teacher | RetrievalTeacher | None,
-    train_dataset: ImageTextDataset,
-    of_teacher: ImageTextDataset,
+    datasets: Mapping[str, ImageTextDataset],
     eval_dataset: ImageTextDataset,
     stage_arguments: Mapping[str, TrainingArguments],
     results: dict[str, dict[str, float]],
@@ -397,7 +403,7 @@ def _train_each(
         trainer = Trainer(
             model,
             stage_arguments[stage],
-            of_teacher if stage == "distill" else train_dataset,
+            datasets[stage],
             eval_dataset,
             teacher=teacher if stage == _taught(teacher) else None,
         )
@@ -405,10 +411,12 @@ def _train_each(
         metrics = trainer.evaluate(metric_key_prefix="final")
         results[stage] = {name.removeprefix("final_"): value for name, value in metrics.items() if name != "epoch"}
         if main:
-            datasets = {"train": train_dataset, "val": eval_dataset}
+            used = {"train": datasets["align"], "val": eval_dataset}
+            if recipe.pretrain_on is not None:
+                used["pretrain_on"] = datasets["pretrain"]
             if stage_arguments[stage].merge_lora:
                 model.merge_lora()
-            card = run_card(parse_yaml(configuration), datasets, results, sys.argv)
+            card = run_card(parse_yaml(configuration), used, results, sys.argv)
             _save(model, recipe.model_folder(stage), configuration, card)
             log = "".join(f"{to_json(_finite(row))}\n" for row in trainer.state.log_history)
             write_text(output / stage / "log.jsonl", log)
@@ -474,6 +482,7 @@ def _check_start(path: Path, now: dict[str, Any], resume: bool) -> None:
         "processes": "the number of processes",
         "validation": "the validation data",
         "teacher_dense": "the dense captions of the teacher",
+        "pretrain_on": "the data of stage pretrain",
     }
     for name, value in now.items():
         if name not in before and name in ("data", "processes"):  # earlier versions wrote these two alone
@@ -604,13 +613,22 @@ def choose_decoder(recipe: Recipe, refuse: bool = True) -> None:
     recipe.training |= own
 
 
+def _image_folders(recipe: Recipe) -> list[str | os.PathLike[str] | None]:
+    """Return the folder of images for the training set, the validation set and, if there is one, `pretrain_on`."""
+    sources = [recipe.train, recipe.val, *([recipe.pretrain_on] if recipe.pretrain_on is not None else [])]
+    return shared_folders(sources, recipe.image_folder)
+
+
 def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     """Return a data set with the dense captions of the teacher."""
     if recipe.teacher_dense in (None, recipe.dense):
         return dataset
-    folder = shared_folders([recipe.train, recipe.val], recipe.image_folder)[0]
     read = read_records(
-        recipe.train, split=recipe.train_split, image_folder=folder, dense=recipe.teacher_dense, allow_missing=True
+        recipe.train,
+        split=recipe.train_split,
+        image_folder=_image_folders(recipe)[0],
+        dense=recipe.teacher_dense,
+        allow_missing=True,
     )
     dense = {record.image: record.dense for record in read}
     records = [dataclasses.replace(record, dense=dense[record.image]) for record in dataset.records]

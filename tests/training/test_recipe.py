@@ -256,6 +256,32 @@ def test_a_run_is_resumed_only_with_its_validation_set_and_the_dense_captions_of
     assert json.loads((tmp_path / "run" / "start.json").read_text()) == started
 
 
+def test_stage_one_trains_on_a_set_of_its_own(scenes, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "start")
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()]
+    many, few = tmp_path / "dense.jsonl", tmp_path / "few.jsonl"
+    dense = [json.dumps({"image": row["image"], "dense": row["dense"]}) + "\n" for row in rows]  # as d2svse caption
+    many.write_text("".join(dense))
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    given = {"train": str(few), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    given |= {"image_folder": str(scenes), "pretrain_on": str(many), "model": str(tmp_path / "start")}
+    training = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "decoder_layers": 1, "decoder_heads": 2}
+    given |= {"training": training, "show_progress_bar": False}
+    run_recipe(Recipe(**given))
+    steps = {
+        stage: json.loads((tmp_path / "run" / stage / "log.jsonl").read_text().splitlines()[-1])["step"]
+        for stage in ("pretrain", "distill")
+    }
+    assert steps == {"pretrain": len(rows) // 8, "distill": 1}
+    card = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (card["train"]["images"], card["pretrain_on"]["images"]) == (8, len(rows))
+    many.write_text("".join(dense[:-1]))
+    with pytest.raises(ValueError, match=r"start\.json: the data of stage pretrain was "):
+        run_recipe(Recipe(**given, resume=True))
+    with pytest.raises(ValueError, match="pretrain_on is for stage pretrain, but the stages are distill"):
+        Recipe(**given, stages=["distill"])
+
+
 def test_options_of_the_decoder_are_those_of_a_start_that_has_one(scenes, model, tmp_path):
     start = tmp_path / "start"
     model.save_pretrained(start)
