@@ -9,8 +9,8 @@ The folder gets links to the data and the backbones. Of the validation images of
 and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`).
 
 `scenes/` gets drawn scenes whose dense captions tell everything. Their sparse captions tell a part, at three levels:
-two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the first
-400 scenes of the training set. The backbones for scenes have random weights: those of `d2svse demo`.
+two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the
+first 400 scenes of the training set. The backbones for scenes have random weights: those of `d2svse demo`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class DataOptions:
     pretrain_on: str | None = option(
         None,
         "Training set of stage pretrain, if it is not train: for instance many images with captions by d2svse caption, "
-        "of which people captioned a few.",
+        "of which people captioned a few. Of the same layout, it takes train_split too.",
         flag=True,
     )
     train_split: str | None = option(None, "Split of the training set, for a layout with several.", flag=True)

@@ -356,8 +356,9 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     )
     datasets = {stage: train_dataset for stage in STAGES}
     if recipe.pretrain_on is not None:
+        split = recipe.train_split if detect_format(recipe.pretrain_on) == detect_format(recipe.train) else None
         datasets["pretrain"] = ImageTextDataset.from_source(
-            recipe.pretrain_on, image_folder=of_more[0], dense=recipe.dense, **shown
+            recipe.pretrain_on, split=split, image_folder=of_more[0], dense=recipe.dense, **shown
         )
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, image_folder=of_val, **shown)
     if recipe.push_to_hub and main:  # fail now and not after training
