@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -22,12 +23,14 @@ from d2svse.hub.saving import CONFIG_FILE
 from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEProcessor
 from d2svse.models.gru import build_tokenizer
 from d2svse.retrieval import ImageTextIndex, draw_gallery
+from d2svse.retrieval.search.contents import check_index_folder
 from d2svse.similarity.base import build_similarity, similarity_options
 from d2svse.training import Trainer, TrainingArguments
 from d2svse.training.run_card import RUN_CARD_FILE, run_card
 
 IMAGE_SIZE, WIDTH, EMBED_DIM = 64, 128, 256
 DEMO = FolderKind("d2svse demo", CONFIG_FILE)
+SPLITS = ("train", "val", "test")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
 PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 7
@@ -107,7 +110,7 @@ def draw_scenes(folder: str | os.PathLike[str], num_train: int = 4000, num_test:
         The path of the folder.
     """
     first = 0
-    for name, count in (("train", num_train), ("val", num_test), ("test", num_test)):
+    for name, count in zip(SPLITS, (num_train, num_test, num_test), strict=True):
         write_scenes(folder, name, count, seed=seed, first=first, size=IMAGE_SIZE)
         first += count
     return Path(folder)
@@ -154,12 +157,13 @@ def run_demo(
     start = time.monotonic()
     scenes = output / "scenes"
     check_folder(output / "model", DEMO)
-    for name in ("results.json", "gallery.png"):
-        if (output / name).exists() and not (scenes / "train.jsonl").is_file():
+    check_index_folder(output / "index")
+    for name in (*(f"scenes/{split}.jsonl" for split in SPLITS), "results.json", "gallery.png"):
+        if (output / name).exists() and not _drew(scenes):
             raise FileExistsError(f"{shown(output / name)}: no demo wrote it, so it is not replaced; give another name")
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
     draw_scenes(scenes, num_train, num_test, seed)
-    train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in ("train", "val", "test"))
+    train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in SPLITS)
     texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
     say(
         f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights, and the loss InfoNCE: "
@@ -209,6 +213,16 @@ def run_demo(
     written = ["model", "index", "gallery.png"]
     say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in written)}")
     return results
+
+
+def _drew(scenes: Path) -> bool:
+    """Return whether a demo drew the scenes of a folder."""
+    try:
+        with (scenes / "train.jsonl").open(encoding="utf-8") as lines:
+            row = json.loads(lines.readline())
+        return row["image"] == "train/000000.png" and row["dense"].startswith("The picture shows")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _run_card(

@@ -48,6 +48,7 @@ from d2svse import D2SVSE, evaluate
 from d2svse.data import ImageTextDataset
 from d2svse.files.replace import write_json, write_text
 from d2svse.models.averaging import interpolate
+from d2svse.training.recipe import read_recipe
 
 IMAGE_SIZE = 96
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the end, in an interpolation
@@ -138,6 +139,9 @@ def record(folder: Path, name: str, model: Path, start: bool = False, **facts: A
         start: whether the model started from the dual encoder; then its best interpolation is recorded too.
         **facts: further fields.
     """
+    recipe = folder / "runs" / name / "recipe.yaml"
+    if recipe.exists():  # a run that goes on keeps its precision
+        facts["bf16"] = read_recipe(recipe)["training"].get("bf16", False)
     end: D2SVSE = D2SVSE.from_pretrained(model)
     facts["metrics"] = metrics_of(folder, end)
     if start:

@@ -182,7 +182,10 @@ def draw_times() -> Figure:
     records = records_of("similarities")
     for row in dict.fromkeys(one["row"] for one in records):
         runs = [one for one in records if one["row"] == row]
-        seconds = statistics.mean(training_seconds(one) for one in runs)
+        whole = [training_seconds(one) for one in runs if not one["resumed"]]
+        if not whole:
+            continue
+        seconds = statistics.mean(whole)
         mean, deviation = mean_and_deviation(runs)
         axes.errorbar([seconds], [mean], [deviation], marker="o", capsize=3)
         axes.annotate(row, (seconds, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)

@@ -67,14 +67,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     dev = ImageTextDataset.from_source(given.data / "dev.jsonl", image_folder=given.data, dense="concat")
-    records = []
+    records = {(one["row"], one["seed"]): one for one in (read_json(FILE) if FILE.exists() else [])}
     for path in sorted((given.sweep / "records").glob("*.json")):
         record, folder = read_json(path), given.sweep / "runs" / path.stem / "model"
         if record["seed"] in given.seeds and folder.is_dir():
             model: D2SVSE = D2SVSE.from_pretrained(folder)
-            records.append({"row": record["row"], "seed": record["seed"], **measure(model.eval(), dev)})
-            print(records[-1])
-    write_json(FILE, sorted(records, key=lambda one: (one["row"], one["seed"])))
+            key = record["row"], record["seed"]
+            records[key] = {"row": key[0], "seed": key[1], **measure(model.eval(), dev)}
+            print(records[key])
+    write_json(FILE, [records[key] for key in sorted(records)])
 
 
 if __name__ == "__main__":

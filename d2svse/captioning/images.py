@@ -13,6 +13,7 @@ from typing import Protocol
 from d2svse.data.manifest import ManifestError
 from d2svse.data.readers import dense_folder, read_records, require_images
 from d2svse.images import StoredImage, find_images
+from d2svse.images.folders import canonical_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def images_to_caption(
 
 
 def _name(path: Path, base: Path) -> str:
-    return (path.relative_to(base) if path.is_relative_to(base) else path.resolve()).as_posix()
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else canonical_path(path)
 
 
 def take_part(images: Sequence[ImageToCaption], part: str) -> list[ImageToCaption]:

@@ -55,9 +55,13 @@ def sweep(
         typer.echo(f"d2svse: {str(stop) or 'stopped at once'}", err=True)
         raise typer.Exit(130) from None
     of_row = Counter(run.row for run in failed)
-    tables = write_tables(output, records_of(chosen, output), list(chosen.rows), [VALIDATION, *chosen.tests], of_row)
+    sets = [VALIDATION, *chosen.tests]
+    tables = write_tables(output, records_of(chosen, output), list(chosen.rows), sets, of_row)
     for name, rows in tables.items():
         print_table([TITLES[i] for i in SHOWN], {row.name: [row.cells()[i] for i in SHOWN] for row in rows}, name)
+    for name in sets:
+        if name not in tables:
+            typer.echo(f"no table of {name}: its data differ from run to run")
     typer.echo(f"tables: {output / 'table.md'}, table.tex, table.csv, runs.csv")
     for run, message in failed.items():
         typer.echo(f"d2svse: {run.row}, seed {run.seed} failed: {message}", err=True)

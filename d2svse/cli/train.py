@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from d2svse.choices import unknown
 from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls, print_unimodal
 from d2svse.cli.options import flags, with_flags
 from d2svse.files.data import read_json
@@ -65,7 +64,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage.",
+        help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage; model_options.KEY=VALUE for "
+        "the model.",
         rich_help_panel="Training",
     ),
 ]
@@ -106,21 +106,18 @@ def run_training(
     """
     prepare_process()
     from d2svse.training.distributed import is_main_process
-    from d2svse.training.recipe import Recipe, merge, read_recipe, run_recipe
+    from d2svse.training.recipe import Recipe, merge, override, read_recipe, run_recipe
 
     with _one_sentence():
         sections: dict[str, dict[str, Any]] = {}
         for group, section in GROUPS.items():
             names = [field.name for field in dataclasses.fields(group) if given.get(field.name) is not None]
             sections.setdefault(section, {}).update({name: given[name] for name in names})
-        for key, value in parse_assignments(set_ or [], "--set").items():
-            section, name = key.split(".", 1) if "." in key else ("training", key)
-            if section not in ("training", *STAGES):
-                raise ValueError(f"--set {key}: {unknown('stage', section, STAGES)}")
-            sections.setdefault(section, {})[name] = value
         source = config or "options"
         similarity_arguments = parse_assignments(similarity_arg or [], "--similarity-arg")
         values = merge(read_recipe(config) if config else {}, sections, similarity_arguments, source)
+        for key, value in parse_assignments(set_ or [], "--set").items():
+            values = override(values, key, value)
         named = {name for section in ("training", *STAGES) for name in values.get(section) or {}}
         for name, value in (defaults or {}).items():
             if name not in named:

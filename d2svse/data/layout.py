@@ -25,7 +25,7 @@ class FiledRecord(Record):
 
     def where(self, source: str | os.PathLike[str]) -> str:
         """Return the file and the line, for messages."""
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 def read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ from d2svse.files.replace import write_json_lines
 from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
 from d2svse.text import check_text, visible
 
+CAPTION_COLUMNS = ("caption", "captions", "comment", "sentence", "raw", "text")  # of layouts that are tables
 DenseSource = Literal["auto", "field", "concat"]
 
 
@@ -128,7 +129,8 @@ def record_texts(
     dense = row.get("dense")
     if dense is not None and (not isinstance(dense, str) or not dense.strip()):
         raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r:.80}')
-    captions = as_captions(row.get(caption_column, dense), where, caption_column)
+    alone = caption_column == "captions" and not any(name in row for name in CAPTION_COLUMNS)
+    captions = as_captions(dense if alone else row.get(caption_column), where, caption_column)
     return captions, None if dense is None else as_caption(dense, where)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from d2svse.data.layout import FiledRecord, as_one_line, find_image_folder, read_json, read_lines, read_text
-from d2svse.data.manifest import ManifestError, Record, as_captions
+from d2svse.data.manifest import CAPTION_COLUMNS, ManifestError, Record, as_captions
 from d2svse.images import has_image_suffix
 
 TABLE_NAMES = ("captions.txt", "captions.csv", "results.csv", "results_20130124.token", "Flickr8k.token.txt")
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name", "filepath", "img")
-CAPTION_COLUMNS = ("caption", "captions", "comment", "sentence", "raw", "text")
 SEPARATORS = ("\t", "|", ";", ",")
 SAMPLED_LINES = 20
 _TOKEN_LINE = re.compile(r"[^\t]*#\d+\s*\t")  # the start of a line in Flickr8k's and Flickr30K's token files

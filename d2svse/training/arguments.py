@@ -188,6 +188,9 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:
         """Return the arguments of a preset, such as "paper" or "recommended", with some values replaced.
 
+        The preset's options of the model, such as `text_projection="mlp"` of "recommended", are given to the model:
+        `d2svse.training.options.MODEL_PRESETS` has them. `d2svse train` applies both.
+
         Raises:
             ValueError: if the preset is unknown.
         """

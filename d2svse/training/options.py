@@ -71,9 +71,11 @@ class DataOptions:
     pretrain_on: str | None = option(
         None,
         "Training set of stage pretrain, if it is not train: for instance many images with captions by d2svse caption, "
-        "of which people captioned a few. Of the same layout, it takes train_split too.",
+        "of which people captioned a few.",
         flag=True,
     )
+    pretrain_split: str | None = option(None, "Split of pretrain_on, for a layout with several.")
+    pretrain_dense: str = option("auto", "Dense captions of pretrain_on; values as for dense.")
     train_split: str | None = option(None, "Split of the training set, for a layout with several.", flag=True)
     val_split: str | None = option(None, "Split of the validation set.", flag=True)
     image_folder: str | None = option(
@@ -665,6 +667,8 @@ def change_preset(values: Mapping[str, Any], preset: Any, processes: int = 1) ->
     given = {"stages": preset_stages(own), **start, "training": training}
     if own in SHORT_AND_LONG and (values.get("dense"), values.get("teacher_dense")) == ("short200", "long"):
         given |= {"dense": "short200", "teacher_dense": "long"}
+    if own in SHORT_AND_LONG and values.get("pretrain_dense") == "short200":
+        given["pretrain_dense"] = "short200"
     for name, of_preset in given.items():
         value = values.get(name)
         if isinstance(of_preset, dict) and isinstance(value, Mapping):

@@ -51,6 +51,10 @@ class RichProgressCallback(TrainerCallback):
             self.console.print("  ".join([epoch, *loss, *shown]), highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar, also after training that ended with an error."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

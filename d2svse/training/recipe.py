@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,7 @@ from d2svse.training.validation import validate
 START_FILE = "start.json"
 TRAINED = FolderKind("d2svse train", CONFIG_FILE)
 INTERPOLATED = "interpolated"
+SECTIONS = ("model_options", "training", *STAGES)
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
 OF_RECIPE = {"stage": "give stages (--stages)", "output_dir": "the folder is output (--output)"}  # of TrainingArguments
@@ -89,12 +90,11 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             self.stages = [stage.strip() for stage in self.stages.split(",")]
         if isinstance(self.interpolation, str):
             self.interpolation = [_share(part) for part in self.interpolation.split(",")]
-        sections = ("model_options", "training", *STAGES)
-        for section in sections:
+        for section in SECTIONS:
             if getattr(self, section) is None:
                 setattr(self, section, {})
         check_types(vars(self), get_type_hints(Recipe))
-        for section in sections:
+        for section in SECTIONS:
             setattr(self, section, dict(getattr(self, section)))
             for name in getattr(self, section):
                 if not isinstance(name, str):
@@ -115,6 +115,8 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError(f"stages has {repeated[0]} more than once; give each stage once")
         if self.pretrain_on is not None and "pretrain" not in self.stages:
             raise ValueError(f"pretrain_on is for stage pretrain, but the stages are {', '.join(self.stages)}")
+        if self.pretrain_on is None and (self.pretrain_split is not None or self.pretrain_dense != "auto"):
+            raise ValueError("pretrain_split and pretrain_dense belong to pretrain_on")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
@@ -296,6 +298,43 @@ def merge(
     return result
 
 
+def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return the values of a recipe with one of them replaced.
+
+    Another preset also takes out the values that come from the file's own one.
+
+    Args:
+        values: fields of a `Recipe`.
+        name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
+            `training`. A further dot reaches into a loss or a similarity, as in `model_options.similarity.lam`.
+        value: the value; a mapping for a section is merged into it.
+
+    Raises:
+        ValueError: if the path leads into a value that has no options.
+    """
+    path = name.split(".")
+    if len(path) == 1 and path[0] not in {item.name for item in dataclasses.fields(Recipe)}:
+        path = ["training", *path]
+    if path == ["preset"]:
+        return change_preset(values, value, launched_processes())
+    if len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
+        for inner, one in value.items():
+            values = override(values, f"{name}.{inner}", one)
+        return dict(values)
+    return _put(values, path, value, name)
+
+
+def _put(values: Mapping[str, Any], path: Sequence[str], value: Any, name: str) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**values, path[0]: value}
+    inner = values.get(path[0]) or {}
+    if isinstance(inner, str):
+        inner = {"name": inner}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"{name}: {path[0]} is {inner!r:.40} and has no options")
+    return {**values, path[0]: _put(inner, path[1:], value, name)}
+
+
 def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Train all stages of a recipe and save the models; every process of a distributed run calls this function.
 
@@ -350,15 +389,18 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         "show_progress_bar": recipe.show_progress_bar and main,
         "on_bad_image": recipe.on_bad_image,
     }
-    of_train, of_val, *of_more = _image_folders(recipe)
+    of_train, of_val, *of_more = image_folders(recipe)
     train_dataset = ImageTextDataset.from_source(
         recipe.train, split=recipe.train_split, image_folder=of_train, dense=recipe.dense, **shown
     )
-    datasets = {stage: train_dataset for stage in STAGES}
+    datasets = dict.fromkeys(STAGES, train_dataset)
     if recipe.pretrain_on is not None:
-        split = recipe.train_split if detect_format(recipe.pretrain_on) == detect_format(recipe.train) else None
         datasets["pretrain"] = ImageTextDataset.from_source(
-            recipe.pretrain_on, split=split, image_folder=of_more[0], dense=recipe.dense, **shown
+            recipe.pretrain_on,
+            split=recipe.pretrain_split,
+            image_folder=of_more[0],
+            dense=recipe.pretrain_dense,
+            **shown,
         )
     eval_dataset = ImageTextDataset.from_source(recipe.val, split=recipe.val_split, image_folder=of_val, **shown)
     if recipe.push_to_hub and main:  # fail now and not after training
@@ -370,9 +412,10 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         if "distill" in recipe.stages:
             datasets["distill"] = _with_dense(recipe, train_dataset)
         now = {"data": data_hash(train_dataset), "processes": world_size(), "validation": data_hash(eval_dataset)}
-        for stage, name in (("pretrain", "pretrain_on"), ("distill", "teacher_dense")):
-            if datasets[stage] is not train_dataset:
-                now[name] = data_hash(datasets[stage])
+        if recipe.pretrain_on is not None:
+            now["pretrain_on"] = data_hash(datasets["pretrain"])
+        if datasets["distill"] is not train_dataset:
+            now["teacher_dense"] = data_hash(datasets["distill"])
         _check_start(output / START_FILE, now, recipe.resume)
         barrier()  # before the first process changes the files that the others check
         if main:
@@ -389,7 +432,7 @@ def _train_each(
     recipe: Recipe,
     model: D2SVSE,
     teacher: Teacher | RetrievalTeacher | None,
-    datasets: Mapping[str, ImageTextDataset],
+    datasets: Mapping[Stage, ImageTextDataset],
     eval_dataset: ImageTextDataset,
     stage_arguments: Mapping[str, TrainingArguments],
     results: dict[str, dict[str, float]],
@@ -548,10 +591,12 @@ def check_unchanged(recipe: Recipe) -> None:
     before = parse_yaml(run.effective_configuration())
     now = parse_yaml(recipe.effective_configuration())
     for name in differing(before, recipe):
-        if name != "stages":
-            raise ValueError(
-                f"{path}: {name} was {before.get(name)!r} and is {now[name]!r} now; resume with the same options"
-            )
+        if name == "stages" and now[name][: len(before[name])] == before[name]:
+            continue
+        raise ValueError(
+            f"{path}: {name} was {before.get(name)!r} and is {now[name]!r} now; resume with the same options; further "
+            "stages may follow"
+        )
 
 
 def differing(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
@@ -574,10 +619,14 @@ def _taught(teacher: Teacher | RetrievalTeacher | None) -> Stage:
 
 
 def choose_dense(recipe: Recipe) -> None:
-    """Choose both dense captions of the published layout, if the preset reads both and the recipe names none."""
-    automatic = recipe.dense == "auto" and recipe.teacher_dense is None and recipe.preset in SHORT_AND_LONG
+    """Choose the dense captions of the published layout, if the preset reads both and the recipe names none."""
+    if recipe.preset not in SHORT_AND_LONG:
+        return
+    automatic = recipe.dense == "auto" and recipe.teacher_dense is None
     if automatic and detect_format(recipe.train) == "published":
         recipe.dense, recipe.teacher_dense = "short200", "long"
+    if recipe.pretrain_on and recipe.pretrain_dense == "auto" and detect_format(recipe.pretrain_on) == "published":
+        recipe.pretrain_dense = "short200"
 
 
 def choose_decoder(recipe: Recipe, refuse: bool = True) -> None:
@@ -614,10 +663,10 @@ def choose_decoder(recipe: Recipe, refuse: bool = True) -> None:
     recipe.training |= own
 
 
-def _image_folders(recipe: Recipe) -> list[str | os.PathLike[str] | None]:
-    """Return the folder of images for the training set, the validation set and, if there is one, `pretrain_on`."""
-    sources = [recipe.train, recipe.val, *([recipe.pretrain_on] if recipe.pretrain_on is not None else [])]
-    return shared_folders(sources, recipe.image_folder)
+def image_folders(recipe: Recipe, *more: str) -> list[str | os.PathLike[str] | None]:
+    """Return the folders of images: of the training set, the validation set, `pretrain_on` if it is given, and more."""
+    own = [recipe.train, recipe.val, *([recipe.pretrain_on] if recipe.pretrain_on is not None else [])]
+    return shared_folders([*own, *more], recipe.image_folder)
 
 
 def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
@@ -627,7 +676,7 @@ def _with_dense(recipe: Recipe, dataset: ImageTextDataset) -> ImageTextDataset:
     read = read_records(
         recipe.train,
         split=recipe.train_split,
-        image_folder=_image_folders(recipe)[0],
+        image_folder=image_folders(recipe)[0],
         dense=recipe.teacher_dense,
         allow_missing=True,
     )

@@ -23,7 +23,6 @@ import transformers
 
 from d2svse.cpu import JOBS, choose_device, usable_cores
 from d2svse.data import ImageTextDataset
-from d2svse.data.readers import shared_folders
 from d2svse.files.data import parse_json, read_json, read_json_lines
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_json
@@ -33,8 +32,6 @@ from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.signals import exit_on_signals
 from d2svse.training.callbacks import StoppedByUser
-from d2svse.training.distributed import launched_processes
-from d2svse.training.options import STAGES, change_preset
 from d2svse.training.recipe import (
     START_FILE,
     Recipe,
@@ -42,6 +39,8 @@ from d2svse.training.recipe import (
     choose_decoder,
     choose_dense,
     differing,
+    image_folders,
+    override,
     read_recipe,
     run_recipe,
 )
@@ -50,7 +49,6 @@ from d2svse.training.run_card import RUN_CARD_FILE, data_hash
 logger = logging.getLogger(__name__)
 
 VALIDATION = "val"
-SECTIONS = ("model_options", "training", *STAGES)
 OF_A_SWEEP = ("rows", "grid", "seeds", "test")
 OF_EACH_RUN = {
     "output": "the sweep chooses it",
@@ -140,6 +138,8 @@ class Sweep:
             for stage in recipe.stages:
                 if recipe.arguments(stage).unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")
+                if recipe.arguments(stage).seed != run.seed:
+                    raise ValueError(f"seed is not an option of {stage} in a sweep; give seeds")
         except ValueError as error:
             raise ValueError(f"row {run.row!r}: {error}") from None
         return recipe
@@ -161,7 +161,12 @@ class Sweep:
                 f"{record}: the run was made with other options ({', '.join(names)}); give another folder, or remove "
                 f"this file and {recipe.output} to run it again"
             )
-        return "done" if {VALIDATION, *self.tests} <= made["sets"].keys() else "begun"
+        sets = made["sets"]
+        alike = all(
+            name in sets and (sets[name].get("data", test.data), sets[name].get("split")) == (test.data, test.split)
+            for name, test in self.tests.items()
+        )
+        return "done" if VALIDATION in sets and alike else "begun"
 
 
 def read_sweep(
@@ -191,7 +196,7 @@ def read_sweep(
     values_of = {**(own["grid"] or {}), **(grid or {})} if isinstance(own["grid"], dict | None) else own["grid"]
     if not isinstance(values_of, dict) or any(not isinstance(one, list) or not one for one in values_of.values()):
         raise ValueError(f"{source}: grid must be lists of values by the names of options, got {values_of!r:.80}")
-    given: Any = seeds or own["seeds"] or [values.get("seed", 42)]
+    given: Any = seeds or [values.get("seed", 42)] if own["seeds"] in (None, []) else seeds or own["seeds"]
     seeds = list(given) if isinstance(given, list | tuple) else [given]
     if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
         raise ValueError(f"{source}: seeds must be whole numbers from 0, got {seeds!r:.80}")
@@ -216,43 +221,6 @@ def read_sweep(
             if name in OF_EACH_RUN:
                 raise ValueError(f"{source}: {name} is not an option of a row; {OF_EACH_RUN[name]}")
     return Sweep(values, combined, list(dict.fromkeys(seeds)), _test_sets(own["test"], source))
-
-
-def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """Return the values of a recipe with one of them replaced.
-
-    Another preset also takes out the values that come from the file's own one.
-
-    Args:
-        values: fields of a `Recipe`.
-        name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
-            `training`. A further dot reaches into a loss or a similarity, as in `model_options.similarity.lam`.
-        value: the value; a mapping for a section is merged into it.
-
-    Raises:
-        ValueError: if the path leads into a value that has no options.
-    """
-    path = name.split(".")
-    if len(path) == 1 and path[0] not in {item.name for item in dataclasses.fields(Recipe)}:
-        path = ["training", *path]
-    if path == ["preset"]:
-        return change_preset(values, value, launched_processes())
-    if len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
-        for inner, one in value.items():
-            values = override(values, f"{name}.{inner}", one)
-        return dict(values)
-    return _set(values, path, value, name)
-
-
-def _set(values: Mapping[str, Any], path: Sequence[str], value: Any, name: str) -> dict[str, Any]:
-    if len(path) == 1:
-        return {**values, path[0]: value}
-    inner = values.get(path[0]) or {}
-    if isinstance(inner, str):
-        inner = {"name": inner}
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"{name}: {path[0]} is {inner!r:.40} and has no options")
-    return {**values, path[0]: _set(inner, path[1:], value, name)}
 
 
 def run_sweep(
@@ -316,7 +284,9 @@ def run_sweep(
                         outcome = f"failed: {failed[run]}"
                     say(f"[{done}/{len(states)}] {run.row}, seed {run.seed}: {outcome}")
         except KeyboardInterrupt:
-            raise StoppedByUser(f"stopped; {done} of {len(states)} runs are done; the same command continues") from None
+            raise StoppedByUser(
+                f"stopped; {done - len(failed)} of {len(states)} runs are done; the same command continues"
+            ) from None
         finally:
             _stop(running.values())
     return failed
@@ -412,6 +382,14 @@ def make_record(
         For JSON: run, row, seed and overrides; for each set its source, hash, metrics and ranks; seconds and steps of
         training; whether it was resumed; the run card.
     """
+    evaluated = {VALIDATION: EvaluationSet(recipe.val, recipe.val_split), **tests}
+    folders = image_folders(recipe, *(one.data for one in evaluated.values()))[-len(evaluated) :]
+    datasets = {  # before training, so that bad ones are told then
+        name: ImageTextDataset.from_source(
+            test.data, split=test.split, image_folder=folder, on_bad_image=recipe.on_bad_image
+        )
+        for (name, test), folder in zip(evaluated.items(), folders, strict=True)
+    }
     output, start = Path(recipe.output), time.monotonic()
     finished = (output / RUN_CARD_FILE).exists() and (output / "model").is_dir()
     resumed = (output / START_FILE).exists()
@@ -420,13 +398,8 @@ def make_record(
     card = read_json(output / RUN_CARD_FILE)
     arguments = recipe.arguments(recipe.stages[-1])
     model = D2SVSE.from_pretrained(output / "model").to(arguments.device)
-    evaluated = {VALIDATION: EvaluationSet(recipe.val, recipe.val_split), **tests}
-    folders = shared_folders([recipe.train, *(one.data for one in evaluated.values())], recipe.image_folder)[1:]
     sets = {}
-    for (name, test), folder in zip(evaluated.items(), folders, strict=True):
-        dataset = ImageTextDataset.from_source(
-            test.data, split=test.split, image_folder=folder, on_bad_image=recipe.on_bad_image
-        )
+    for name, dataset in datasets.items():
         evaluation = evaluate(
             model,
             dataset,
@@ -436,8 +409,9 @@ def make_record(
             fingerprint=False,
         )
         sets[name] = {
+            "data": evaluated[name].data,
             "source": dataset.source,
-            "split": test.split,
+            "split": evaluated[name].split,
             "sha256": data_hash(dataset),
             "metrics": evaluation.metrics,
             "ranks": QueryRanks.from_evaluation(evaluation).to_json(),
@@ -540,12 +514,14 @@ def parse_grid(assignments: Sequence[str]) -> dict[str, list[Any]]:
         >>> parse_grid(["distill.num_context_tokens=20,60"])
         {'distill.num_context_tokens': [20, 60]}
     """
-    grid = {}
+    grid: dict[str, list[Any]] = {}
     for assignment in assignments:
         name, equals, values = assignment.partition("=")
         parsed = parse_yaml(f"[{values}]") if equals else []
         if not name.strip() or not parsed:
             raise ValueError(f"--grid takes NAME=VALUE,VALUE, got {assignment!r}")
+        if name.strip() in grid:
+            raise ValueError(f"--grid {name.strip()} is given more than once; give all its values together")
         grid[name.strip()] = parsed
     return grid
 

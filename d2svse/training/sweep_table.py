@@ -79,20 +79,16 @@ def table_rows(
     The difference to the first row is that of the seeds that both rows have, see `paired_bootstrap`.
 
     Args:
-        records: records of `d2svse sweep`, of any rows.
+        records: records of `d2svse sweep`, of any rows; those without the set are left out.
         rows: names of the rows in order.
         on: name of the set.
         failed: number of failed runs by row.
 
     Raises:
-        ValueError: if runs were evaluated on different data, or a record has no such set.
+        ValueError: if runs were evaluated on different data.
     """
-    for record in records:
-        if on not in record["sets"]:
-            raise ValueError(f"{record['run']}: no results on {on!r}; it has {', '.join(record['sets'])}")
-    hashes: dict[str, str] = {}
-    for record in records:
-        hashes.setdefault(record["sets"][on]["sha256"], record["run"])
+    records = [record for record in records if on in record["sets"]]
+    hashes = _runs_by_data(records, on)
     if len(hashes) > 1:
         raise ValueError(f"{' and '.join(hashes.values())} were evaluated on different data under the name {on!r}")
     of_row = {row: {one["seed"]: one for one in records if one["row"] == row} for row in rows}
@@ -111,6 +107,15 @@ def table_rows(
     return made
 
 
+def _runs_by_data(records: Sequence[Mapping[str, Any]], on: str) -> dict[str, str]:
+    """Return the first run of each data that stands under the name of a set, by the hash of the data."""
+    hashes: dict[str, str] = {}
+    for record in records:
+        if on in record["sets"]:
+            hashes.setdefault(record["sets"][on]["sha256"], record["run"])
+    return hashes
+
+
 def write_tables(
     folder: str | os.PathLike[str],
     records: Sequence[Mapping[str, Any]],
@@ -119,6 +124,8 @@ def write_tables(
     failed: Mapping[str, int] | None = None,
 ) -> dict[str, list[TableRow]]:
     """Write `table.csv`, `table.md` and `table.tex` with a table for each set, and `runs.csv` with a row for each run.
+
+    A set on which the runs have different data, such as a validation set of each row, has no table.
 
     Args:
         folder: folder of the files.
@@ -130,7 +137,8 @@ def write_tables(
     Returns:
         The rows of each set's table.
     """
-    tables = {name: table_rows(records, rows, name, failed) for name in sets}
+    alike = [name for name in sets if len(_runs_by_data(records, name)) <= 1]
+    tables = {name: table_rows(records, rows, name, failed) for name in alike}
     folder = Path(folder)
     write_text(folder / "table.csv", to_csv(tables))
     write_text(folder / "table.md", to_markdown(tables))
@@ -161,7 +169,8 @@ def runs_to_csv(records: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> st
     for record in records:
         seconds = dict(record["seconds"])
         whole = seconds.pop("whole")
-        metrics = [f"{record['sets'][name]['metrics'][metric]:.6g}" for name in sets for metric in METRICS]
+        held = [record["sets"].get(name, {"metrics": {}})["metrics"] for name in sets]
+        metrics = [f"{own[metric]:.6g}" if metric in own else "" for own in held for metric in METRICS]
         of_run = [whole, f"{sum(seconds.values()):.1f}", sum(record["steps"].values()), record["resumed"]]
         lines.append([record["row"], record["seed"], *of_run, *metrics])
     return _csv(lines)

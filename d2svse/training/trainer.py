@@ -164,7 +164,8 @@ class Trainer(TransformersTrainer):
             del model.config.use_cache  # transformers' Trainer sets it for language models
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
-        self.add_callback(RichProgressCallback(enabled=not args.disable_tqdm))
+        self._progress = RichProgressCallback(enabled=not args.disable_tqdm)
+        self.add_callback(self._progress)
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._still: list[nn.Module] = []  # layers that stay in eval mode
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -325,6 +326,7 @@ class Trainer(TransformersTrainer):
                 raise
             raise plain from None
         finally:
+            self._progress.close()
             self._stop.restore()
             for parameter in resting:
                 parameter.requires_grad_(True)

@@ -15,8 +15,8 @@ from d2svse.files.lock import write_lock
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
 from d2svse.training import sweep as sweeps
 from d2svse.training.options import preset_options
-from d2svse.training.recipe import Recipe
-from d2svse.training.sweep import override, parse_grid, read_record, read_sweep, record_of, run_sweep
+from d2svse.training.recipe import Recipe, override
+from d2svse.training.sweep import parse_grid, read_record, read_sweep, record_of, run_sweep
 from support.processes import Fork
 
 # A run without training: row "bad" fails, row "waits" waits for a signal, any other one writes a record.
@@ -141,6 +141,13 @@ def test_values_of_a_grid_are_yaml():
     for wrong in ("loss", "loss=", "=1"):
         with pytest.raises(ValueError, match="--grid takes NAME=VALUE,VALUE"):
             parse_grid([wrong])
+    with pytest.raises(ValueError, match="--grid margin is given more than once"):
+        parse_grid(["margin=0.1", "margin=0.2"])
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"seeds": 0}, [0]), ({"seeds": []}, [42]), ({"seed": 0}, [0])])
+def test_seed_zero_is_a_seed(small, write, given, expected):
+    assert read_sweep(write(small | given)).seeds == expected
 
 
 @pytest.mark.parametrize(
@@ -148,6 +155,8 @@ def test_values_of_a_grid_are_yaml():
     [
         ({"rows": ["a"]}, "s.yaml: rows must be options by the name of each row"),
         ({"rows": {"a": {"seed": 1}}}, "seed is not an option of a row; give seeds"),
+        ({"rows": {"a": {"align.seed": 1}}}, "row 'a': seed is not an option of align in a sweep; give seeds"),
+        ({"training": {"seed": 7}}, "seed is not an option of align in a sweep; give seeds"),
         ({"rows": {"a": {"marginn": 1}}}, "row 'a': unknown option of training 'marginn'; did you mean margin"),
         ({"rows": {"a": {"margin": "x"}}}, "row 'a': margin must be a number"),
         ({"rows": {"a b": {}, "a/b": {}}}, "rows 'a b' and 'a/b' have one folder, a_b"),
@@ -294,6 +303,28 @@ def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, writ
     assert not (folder / "runs/a-seed3/model").exists()
     assert (folder / "runs/a-seed3/align/log.jsonl").exists()
     assert more.state(more.runs[0], folder) == "done"
+    other = read_sweep(
+        write(small | {"rows": {"a": {"margin": 0.1}}, "test": {"data": str(test), "split": "x"}}), seeds=[3]
+    )
+    assert other.state(other.runs[0], folder) == "begun"  # another set of this name
+    moved = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(tmp_path / "no.jsonl")}), seeds=[3])
+    with pytest.raises(ValueError, match=r"no\.jsonl"):  # before training
+        sweeps.run_task(sweeps.task_of(moved, moved.runs[0], tmp_path / "p", discard_models=True))
+
+
+def test_rows_with_a_validation_set_of_their_own_and_runs_without_a_set_have_tables(
+    small, write, run, tmp_path, quick, monkeypatch
+):
+    other = write_scenes(tmp_path, "other", 8, first=64, size=32)
+    rows = {"a": {}, "bad": {}, "b": {"val": str(other)}}
+    command = ["sweep", write(small | {"rows": rows, "test": str(other)}), "--seeds", "0", "-o", tmp_path / "o"]
+    own = sweeps.CHILD.replace('"sha256": "a"', '"sha256": row if name == "val" else "a"')
+    monkeypatch.setattr(sweeps, "CHILD", own)
+    code, printed, errors = run(*command)
+    assert code == 1
+    assert "no table of val: its data differ from run to run" in printed
+    assert "bad, seed 0 failed" in errors
+    assert (tmp_path / "o/table.md").read_text().startswith("**test**")
 
 
 def test_a_record_of_something_else_is_refused(tmp_path):
