@@ -43,6 +43,16 @@ def test_the_demo_can_be_run_again_in_the_same_place(demo, tmp_path):
     assert again == results_of(demo)
 
 
+@pytest.mark.parametrize("name", ["scenes/train.jsonl", "scenes/test.jsonl", "results.json", "index/notes.txt"])
+def test_files_that_no_demo_wrote_stay(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"image": "a.jpg", "captions": ["mine"]}\n')
+    with pytest.raises(FileExistsError, match=name.split("/")[-1] if "index" not in name else "index"):
+        run_demo(tmp_path, **SMALL_DEMO, say=lambda line: None, show_progress_bar=False)
+    assert "mine" in (tmp_path / name).read_text()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_no_scene_is_in_two_splits(tmp_path):
     assert draw_scenes(tmp_path, num_train=5, num_test=2) == tmp_path
     rows = {split: [record.image.stem for record in read_manifest(tmp_path / f"{split}.jsonl")] for split in SPLITS}

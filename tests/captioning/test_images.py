@@ -26,6 +26,12 @@ def test_names_are_those_that_training_looks_for(tmp_path):
     dense = write_dense(tmp_path / "elsewhere.jsonl", images)
     dataset = ImageTextDataset.from_manifest(manifest, dense=dense)
     assert dataset.dense_captions == ["of 000", "of 001", "of 002", "of outside"]
+    (tmp_path / "link.png").symlink_to(outside)
+    both = "".join(
+        json.dumps({"image": f"../{name}", "captions": ["x"]}) + "\n" for name in ("outside.png", "link.png")
+    )
+    (tmp_path / "data" / "both.jsonl").write_text(both)
+    assert len({p.name for p in images_to_caption(tmp_path / "data" / "both.jsonl")}) == 2
     folder = images_to_caption(photos)
     assert [p.name for p in folder] == [f"00{row}.png" for row in range(4)]
     manifest.write_text("".join(json.dumps({"image": f"00{r}.png", "captions": ["x"]}) + "\n" for r in range(4)))

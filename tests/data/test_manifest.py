@@ -51,6 +51,7 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
         ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
         ({"image": "a.jpg", "captions": [], "dense": "all of it"}, "at least one text"),
         ({"image": "a.jpg", "dense": ["all", "of it"]}, 'expected "dense" to be a text'),
+        ({"image": "a.jpg", "caption": "x", "dense": "all of it"}, 'expected "captions"'),
         ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg does not exist"),
         ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg is already in line 1"),
     ],
@@ -63,6 +64,8 @@ def test_a_bad_line_is_named(folder, row, message):
 def test_a_row_without_captions_has_its_dense_caption_alone(folder):
     (record,) = read_manifest(write(folder, {"image": "a.jpg", "dense": "all of it", "finish": "stop"}))
     assert record == Record(folder / "a.jpg", ("all of it",), "all of it", 1)
+    with pytest.raises(ManifestError, match='expected "captoins"'):
+        read_manifest(folder / "m.jsonl", caption_column="captoins")
 
 
 def test_a_missing_or_empty_file_is_named(folder):

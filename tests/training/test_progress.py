@@ -1,8 +1,11 @@
 import io
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
+from transformers import TrainerCallback
 
+from d2svse.training import Trainer
 from d2svse.training.progress import RichProgressCallback
 
 
@@ -21,3 +24,18 @@ def test_the_bar_shows_no_loss_before_the_first_log():
     assert bar.progress.tasks[0].fields["note"] == "loss 1.500"
     bar.on_train_end(args, state, None)
     assert "nan" not in bar.console.file.getvalue()
+
+
+def test_the_bar_is_removed_when_training_ends_with_an_error(make_model, make_args, train_dataset):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = Trainer(make_model(), make_args(), train_dataset)
+    (bar,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, RichProgressCallback))
+    bar.console, bar.enabled = Console(file=io.StringIO(), force_terminal=True, width=120), True
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    hidden, shown = (bar.console.file.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    assert 0 <= hidden < shown  # the cursor

@@ -278,8 +278,36 @@ def test_stage_one_trains_on_a_set_of_its_own(scenes, make_model, tmp_path):
     many.write_text("".join(dense[:-1]))
     with pytest.raises(ValueError, match=r"start\.json: the data of stage pretrain was "):
         run_recipe(Recipe(**given, resume=True))
+    for stages in (["pretrain", "align", "distill"], ["align", "pretrain", "distill"], ["pretrain"]):
+        with pytest.raises(ValueError, match=r"recipe\.yaml: stages was \['pretrain', 'distill'\] and is"):
+            run_recipe(Recipe(**given, stages=stages, resume=True))
     with pytest.raises(ValueError, match="pretrain_on is for stage pretrain, but the stages are distill"):
         Recipe(**given, stages=["distill"])
+    own = {name: value for name, value in given.items() if name != "pretrain_on"}
+    with pytest.raises(ValueError, match="pretrain_split and pretrain_dense belong to pretrain_on"):
+        Recipe(**own, pretrain_split="train")
+
+
+def test_the_set_of_stage_one_has_a_split_and_dense_captions_of_its_own(scenes, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "start")
+    rows = [json.loads(line) for line in (scenes / "train.jsonl").read_text().splitlines()]
+    images = [
+        {"filename": row["image"], "split": "train", "sentences": [{"raw": text} for text in row["captions"]]}
+        for row in rows[:24]
+    ]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "dense.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    few = "".join(json.dumps({"image": row["image"], "captions": row["captions"]}) + "\n" for row in rows[:8])
+    (tmp_path / "few.jsonl").write_text(few)
+    given = {"train": str(tmp_path / "few.jsonl"), "val": str(scenes / "val.jsonl"), "output": str(tmp_path / "run")}
+    given |= {"image_folder": str(scenes), "dense": str(tmp_path / "dense.jsonl"), "model": str(tmp_path / "start")}
+    given |= {"pretrain_on": str(tmp_path / "dataset.json"), "pretrain_split": "train", "pretrain_dense": "concat"}
+    training = {"per_device_train_batch_size": 8, "max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    training |= {"load_best_model_at_end": False}
+    recipe = Recipe(**given, stages=["pretrain", "align"], training=training, show_progress_bar=False)
+    run_recipe(recipe)
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (data["train"]["images"], data["pretrain_on"]["images"]) == (8, 24)
 
 
 def test_options_of_the_decoder_are_those_of_a_start_that_has_one(scenes, model, tmp_path):
