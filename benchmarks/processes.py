@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import ViTConfig
 
 from d2svse.data import ImageTextDataset, write_scenes
-from d2svse.demo import DISTILL_EPOCHS, IMAGE_SIZE, PRETRAIN_EPOCHS, TRAINING, WIDTH, build_model
+from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
 
 SEED = 42
 VIT = ViTConfig(
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
     parser.add_argument("--float64", action="store_true", help="weights in float64, where rounding hardly grows")
-    parser.add_argument("--epochs", type=float, nargs=2, default=[PRETRAIN_EPOCHS, DISTILL_EPOCHS])
+    parser.add_argument("--epochs", type=float, nargs=2, default=[2, 7])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

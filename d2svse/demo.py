@@ -33,7 +33,8 @@ DEMO = FolderKind("d2svse demo", CONFIG_FILE)
 SPLITS = ("train", "val", "test")
 NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
-PRETRAIN_EPOCHS, DISTILL_EPOCHS = 2, 7
+NUM_TRAIN, NUM_CAPTIONED, NUM_TEST = 4000, 400, 200
+PRETRAIN_EPOCHS, DISTILL_EPOCHS, BATCH_SIZE = 6, 10, 100
 # Chosen by measurements of training from scratch in a few minutes: docs/results.md.
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
@@ -97,7 +98,9 @@ def build_model(
     return model
 
 
-def draw_scenes(folder: str | os.PathLike[str], num_train: int = 4000, num_test: int = 200, seed: int = 42) -> Path:
+def draw_scenes(
+    folder: str | os.PathLike[str], num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, seed: int = 42
+) -> Path:
     """Draw the scenes of a training set, a validation set and a test set.
 
     Args:
@@ -119,8 +122,9 @@ def draw_scenes(folder: str | os.PathLike[str], num_train: int = 4000, num_test:
 def run_demo(
     output: str | os.PathLike[str] = "d2svse-demo",
     *,
-    num_train: int = 4000,
-    num_test: int = 200,
+    num_train: int = NUM_TRAIN,
+    num_captioned: int = NUM_CAPTIONED,
+    num_test: int = NUM_TEST,
     pretrain_epochs: float = PRETRAIN_EPOCHS,
     distill_epochs: float = DISTILL_EPOCHS,
     seed: int = 42,
@@ -131,14 +135,18 @@ def run_demo(
 ) -> dict[str, dict[str, float]]:
     """Draw scenes, train both stages and a baseline from scratch, evaluate, index and search.
 
+    All scenes of the training set have a dense caption, as a captioning model writes it, and some have sparse captions.
+    Stage 1 trains on all scenes; stage 2 and the baseline train on those with sparse captions.
+
     Writes `scenes/`, `model/`, `index/`, `gallery.png` and `results.json` below `output`.
 
     Args:
         output: folder to write to.
         num_train: scenes of the training set.
-        num_test: scenes of the test set, and of the validation set that chooses the best epoch.
+        num_captioned: how many of them have sparse captions; at most `num_train`.
+        num_test: scenes of the test set, and of the validation set that chooses the best weights.
         pretrain_epochs: epochs of stage 1.
-        distill_epochs: epochs of stage 2; the baseline trains for the epochs of both stages.
+        distill_epochs: steps of stage 2, as epochs of all scenes; the baseline trains for the steps of both stages.
         seed: seed of the scenes, the weights and the training.
         similarity: `{"name": ..., **arguments}`; None for cosine.
         device: where training and search run, such as "cpu"; None for the accelerator if there is one.
@@ -150,8 +158,10 @@ def run_demo(
 
     Raises:
         FileExistsError: if the output has files of these names that no demo wrote.
-        ValueError: if the similarity is unknown or its arguments do not fit.
+        ValueError: if the similarity is unknown or its arguments do not fit, or `num_captioned` does not.
     """
+    if not 2 <= num_captioned <= num_train:
+        raise ValueError(f"num_captioned (--captioned) must be from 2 to {num_train}, got {num_captioned}")
     build_similarity(similarity or "cosine", EMBED_DIM)  # fail before anything is drawn
     output, chosen = Path(output), choose_device(device)
     start = time.monotonic()
@@ -164,36 +174,44 @@ def run_demo(
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
     draw_scenes(scenes, num_train, num_test, seed)
     train, val, test = (ImageTextDataset.from_manifest(scenes / f"{name}.jsonl") for name in SPLITS)
+    captioned = ImageTextDataset(train.records[:num_captioned], train.source)
     texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
     say(
         f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights, and the loss InfoNCE: "
         "the combination that learned fastest from scratch (docs/results.md)"
     )
 
-    def train_stage(model: D2SVSE, stage: str, num_epochs: float) -> dict[str, float]:
+    def train_stage(model: D2SVSE, stage: str, data: ImageTextDataset, num_epochs: float) -> dict[str, float]:
         args = TrainingArguments(
             output_dir=str(output / "checkpoints" / stage),
             stage=stage,  # type: ignore[arg-type]
-            num_train_epochs=num_epochs,
+            num_train_epochs=num_epochs * len(train) / len(data),
+            eval_strategy="steps",
+            eval_steps=0.1,
+            save_strategy="steps",
+            save_steps=0.1,
             seed=seed,
             disable_tqdm=not show_progress_bar,
-            **{**TRAINING, "use_cpu": chosen.type == "cpu"},
+            **{**TRAINING, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": chosen.type == "cpu"},
         )
-        trainer = Trainer(model, args, train, val)
+        trainer = Trainer(model, args, data, val)
         samples = trainer.prepare()
         samples.pixels = functools.cache(samples.pixels)  # type: ignore[method-assign]  # all scenes fit into memory
         trainer.train()
         return trainer.evaluate(test, metric_key_prefix="test")
 
     model = build_model(texts, seed, similarity=similarity)
-    say(f"Stage 1: {pretrain_epochs:g} epochs on dense captions")
-    stages = {"stage 1": train_stage(model, "pretrain", pretrain_epochs)}
-    say(f"Stage 2: {distill_epochs:g} epochs on sparse captions, distilling the dense embedding")
-    stages["stage 2"] = train_stage(model, "distill", distill_epochs)
+    say(f"Stage 1: {pretrain_epochs:g} epochs on the dense captions of {num_train} scenes")
+    stages = {"stage 1": train_stage(model, "pretrain", train, pretrain_epochs)}
+    say(
+        f"Stage 2: as many steps as {distill_epochs:g} epochs, on the sparse captions of {num_captioned} of them, "
+        "distilling the dense embedding"
+    )
+    stages["stage 2"] = train_stage(model, "distill", captioned, distill_epochs)
     epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
     both = pretrain_epochs + distill_epochs
-    say(f"Baseline: {both:g} epochs of aligning sparse captions alone, as many steps as both stages")
-    stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", both)
+    say(f"Baseline: aligning the sparse captions of {num_captioned} scenes alone, as many steps as both stages")
+    stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", captioned, both)
     results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
     with written_folder(output / "model", DEMO) as aside:
         model.save_pretrained(aside)

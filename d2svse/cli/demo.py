@@ -19,6 +19,9 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files of the demo.")] = Path(
         "d2svse-demo"
     ),
+    captioned: Annotated[
+        int, typer.Option(help="Number of the 4000 scenes that have sparse captions; all have dense ones.")
+    ] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 42,
     similarity: Annotated[str, typer.Option(help="Name of the similarity, such as max-mean or omit.")] = "cosine",
     similarity_arg: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the similarity.")] = None,
@@ -29,6 +32,8 @@ def demo(
     from d2svse.demo import run_demo
 
     chosen = {"name": similarity, **parse_assignments(similarity_arg or [], "--similarity-arg")}
-    results = run_demo(output, seed=seed, similarity=chosen, device=str(chosen_device), say=typer.echo)
+    results = run_demo(
+        output, num_captioned=captioned, seed=seed, similarity=chosen, device=str(chosen_device), say=typer.echo
+    )
     print_recalls(results, "200 held-out scenes, five captions each (chance: R@1 0.5, R@10 5)")
     typer.echo(f'Search further: d2svse search {output / "index"} "a blue star at the top left"')

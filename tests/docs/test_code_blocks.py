@@ -77,8 +77,9 @@ def small(monkeypatch, tmp_path):
     for preset in PRESETS.values():
         for name, value in (("num_train_epochs", 1), ("decoder_layers", 1), ("num_context_tokens", 4)):
             monkeypatch.setitem(preset, name, value)
-    sizes = {"num_train": 32, "num_test": 8, "pretrain_epochs": 1, "distill_epochs": 1, "show_progress_bar": False}
-    monkeypatch.setattr(d2svse.demo, "run_demo", functools.partial(d2svse.demo.run_demo, **sizes))
+    sizes = {"num_train": 32, "num_captioned": 16, "num_test": 8, "pretrain_epochs": 1, "distill_epochs": 1}
+    demo, sizes = d2svse.demo.run_demo, sizes | {"show_progress_bar": False}
+    monkeypatch.setattr(d2svse.demo, "run_demo", lambda *given, **options: demo(*given, **options | sizes))
     draw = d2svse.demo.draw_scenes
     monkeypatch.setattr(d2svse.demo, "draw_scenes", lambda folder, *_, **__: draw(folder, 32, 8))
     for registry in (similarity.REGISTRY, losses.RANKING, losses.DISTILLATION):

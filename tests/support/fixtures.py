@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this proce
 IMAGE_SIZE = 32
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
 OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
-SMALL_DEMO = {"num_train": 64, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
+SMALL_DEMO = {"num_train": 64, "num_captioned": 16, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ def fill(folder: Path, backbones: Path) -> None:
     train = read_manifest(write_scenes(folder, "train", 24, size=SIZE))
     records = read_manifest(write_scenes(folder, "val", 8, first=24, size=SIZE))
     shutil.copy(folder / "val.jsonl", folder / "dev.jsonl")
+    write_scenes(folder / "d2svse-demo/scenes", "train", 1, size=SIZE)
     write_scenes(folder / "d2svse-demo/scenes", "val", 1, first=4000, size=SIZE)
     write_scenes(folder / "d2svse-demo/scenes", "test", 8, first=4200, size=SIZE)
     (folder / "captions.txt").write_text("".join(f"{sentence}\n" for sentence in SENTENCES))
