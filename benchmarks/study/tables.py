@@ -143,8 +143,8 @@ def draw_stages() -> Figure:
     """Draw rSum of each row with its deviation: of the table of stages, and of the table of few captions."""
     figure = new_figure(MEDIUM, 3)
     panels = {
-        "stages": "6000 photos, all with captions of people",
-        "few": "4000 drawn scenes, 400 with captions of people",
+        "stages": "6000 photos, all captioned by people",
+        "few": "4000 drawn scenes, 400 captioned by people",
     }
     for axes, (sweep, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         records = records_of(sweep)
