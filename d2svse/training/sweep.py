@@ -196,7 +196,8 @@ def read_sweep(
     values_of = {**(own["grid"] or {}), **(grid or {})} if isinstance(own["grid"], dict | None) else own["grid"]
     if not isinstance(values_of, dict) or any(not isinstance(one, list) or not one for one in values_of.values()):
         raise ValueError(f"{source}: grid must be lists of values by the names of options, got {values_of!r:.80}")
-    given: Any = seeds or [values.get("seed", 42)] if own["seeds"] in (None, []) else seeds or own["seeds"]
+    given: Any = seeds or own["seeds"]
+    given = [values.get("seed", 42)] if given in (None, []) else given
     seeds = list(given) if isinstance(given, list | tuple) else [given]
     if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
         raise ValueError(f"{source}: seeds must be whole numbers from 0, got {seeds!r:.80}")
