@@ -1,7 +1,7 @@
 """The figures of docs/visualize.md, from two runs of the demo.
 
-d2svse demo --similarity omit -o runs/omit
-d2svse demo --similarity gssf-block-diagonal -o runs/gssf
+d2svse demo --captioned 4000 --similarity omit -o runs/omit
+d2svse demo --captioned 4000 --similarity gssf-block-diagonal -o runs/gssf
 python benchmarks/figures.py runs/omit runs/gssf -o docs/images
 """
 
