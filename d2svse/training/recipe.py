@@ -310,10 +310,12 @@ def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]
         value: the value; a mapping for a section is merged into it.
 
     Raises:
-        ValueError: if the path leads into a value that has no options.
+        ValueError: if the path begins with no section, or leads into a value that has no options.
     """
-    path = name.split(".")
-    if len(path) == 1 and path[0] not in {item.name for item in dataclasses.fields(Recipe)}:
+    path, known = name.split("."), {item.name for item in dataclasses.fields(Recipe)}
+    if len(path) > 1 and path[0] not in known:
+        raise ValueError(f"{name}: {unknown('section', path[0], SECTIONS)}")
+    if path[0] not in known:
         path = ["training", *path]
     if path == ["preset"]:
         return change_preset(values, value, launched_processes())

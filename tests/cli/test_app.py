@@ -209,7 +209,9 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
         run(*train, *ends, "--set", "learning_rat=1"),
         "unknown option of training 'learning_rat'; did you mean learning_rate?",
     )
-    one_line_error(run(*train, *ends, "--set", "distil.margin=1"), "unknown stage 'distil'; did you mean distill")
+    one_line_error(
+        run(*train, *ends, "--set", "distil.margin=1"), "distil.margin: unknown section 'distil'; did you mean distill"
+    )
     one_line_error(run(*train, *ends, "--preset", "best"), "'best' is not one of 'paper', 'published', 'recommended'")
     one_line_error(
         run(*train, *ends, "--stages", "pretrain,destill"),

@@ -107,7 +107,7 @@ def test_the_same_on_the_command_line(run, recipe, tmp_path):
         (["--set", "learning_rate=[1]"], "learning_rate must be a number, got [1]"),
         (["--set", "model_options.embed_dim=wide"], "model_options: embed_dim must be a whole number, got 'wide'"),
         (["--set", "teacher_dense=[1]"], "teacher_dense must be a text, got [1]"),
-        (["--set", "distil.margin=0.1"], "unknown option 'distil'; did you mean distill?"),
+        (["--set", "distil.margin=0.1"], "unknown section 'distil'; did you mean distill?"),
         (["--epochs", "0"], "num_train_epochs is 0"),
     ):
         code, _, errors = run("train", "--config", tmp_path / "c.yaml", *options)
