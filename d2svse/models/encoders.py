@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from d2svse.features import Features
@@ -282,6 +284,21 @@ class TextEncoder(nn.Module):
             return self.pool(self._project(hidden), mask)
         pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
+
+    def from_stored_tokens(self, tokens: Sequence[Tensor]) -> Features:
+        """Project and pool stored tokens of the backbone; not for the pooling of a dual encoder.
+
+        Args:
+            tokens: output of `backbone_tokens` for each text, without padding, `(length, hidden_size)` each.
+
+        Returns:
+            `pooled (batch, embed_dim)`, `tokens (batch, longest, embed_dim)` and the bool mask.
+        """
+        weight = self.projection.weight
+        hidden = pad_sequence(list(tokens), batch_first=True).to(weight.device, weight.dtype)
+        lengths = torch.tensor([len(one) for one in tokens])
+        mask = torch.arange(hidden.shape[1]) < lengths[:, None]
+        return self.from_backbone_tokens(hidden, None, mask.to(weight.device))
 
     def backbone_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the backbone's last hidden state, `(batch, length, hidden_size)`.

@@ -28,6 +28,7 @@ from d2svse.models.fingerprint import weights_fingerprint
 from d2svse.models.pixels import read_batches
 from d2svse.models.regions import RegionsModel
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
+from d2svse.training.arguments import TrainingArguments
 from d2svse.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -35,12 +36,26 @@ logger = logging.getLogger(__name__)
 SAMPLE = 4  # rows that are computed again to check a cache
 TEXTS_PER_SHARD, IMAGES_PER_SHARD = 4096, 256
 TOKENS = "image_tokens"
+VALIDATION_SET = "validation"
 
 
 def cached_teacher_embeddings(
-    teacher: Teacher, texts: Sequence[str], folder: Path, batch_size: int, show_progress_bar: bool = False
+    teacher: Teacher,
+    texts: Sequence[str],
+    folder: Path,
+    batch_size: int,
+    show_progress_bar: bool = False,
+    tokens: CachedTokens | None = None,
 ) -> Tensor:
     """Return the teacher's embeddings of dense captions, from the store in `folder`; make the store if it is missing.
+
+    Args:
+        teacher: the teacher.
+        texts: dense captions.
+        folder: folder of the store.
+        batch_size: texts encoded at a time.
+        show_progress_bar: show a progress bar on the terminal.
+        tokens: stored tokens of the teacher's text backbone for each text; None computes them.
 
     Returns:
         `(n_texts, embed_dim)` float32, in the order of the texts; see `Teacher.batches`.
@@ -56,8 +71,13 @@ def cached_teacher_embeddings(
         ),
     }
 
+    row_of = {text: row for row, text in enumerate(texts)}
+
     def encode(names: Sequence[str], _: Any) -> Batches:
-        for rows, embeddings in teacher.batches(names, batch_size):
+        stored = None
+        if tokens is not None:
+            stored = CachedTokens(tokens.store, tokens.rows[[row_of[name] for name in names]])
+        for rows, embeddings in teacher.batches(names, batch_size, stored):
             yield rows, Features(embeddings)
 
     store, rows = _cached(folder, list(texts), kind, encode, lambda _: None, batch_size, show_progress_bar)
@@ -72,7 +92,7 @@ class CachedTokens:
         rows: row of each image or text in the store.
     """
 
-    def __init__(self, store: EmbeddingStore, rows: Sequence[int]) -> None:
+    def __init__(self, store: EmbeddingStore, rows: Sequence[int] | np.ndarray) -> None:
         self.store, self.rows = store, np.asarray(rows)
 
     def __len__(self) -> int:
@@ -136,7 +156,7 @@ def cached_image_tokens(
 
 
 def cached_text_tokens(
-    model: D2SVSE,
+    model: D2SVSE | Teacher,
     texts: Sequence[str],
     folder: Path,
     batch_size: int,
@@ -148,7 +168,7 @@ def cached_text_tokens(
     A stopped call continues at the first chunk that is missing.
 
     Args:
-        model: the model, with its processor.
+        model: the model, with its processor; or a teacher.
         texts: captions.
         folder: folder of the store.
         batch_size: texts encoded at a time.
@@ -157,6 +177,7 @@ def cached_text_tokens(
     """
     processor: Any = model.processor
     encoder = model.text_encoder
+    device = encoder.projection.weight.device
     kind = {
         "side": "text",
         "output": "features",
@@ -171,13 +192,38 @@ def cached_text_tokens(
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            batch = processor.pad([ids[row] for row in rows]).to(model.device)
+            batch = processor.pad([ids[row] for row in rows]).to(device)
             with inference(encoder):
                 tokens = encoder.backbone_tokens(batch["input_ids"], batch["attention_mask"])
             # As for images, the store's pooled vector has no meaning.
             yield rows, Features(tokens[:, 0], tokens, batch["attention_mask"].bool())
 
     return CachedTokens(*_cached(folder, list(texts), kind, encode, lambda _: None, batch_size, show_progress_bar))
+
+
+def held_out_tokens(
+    model: D2SVSE, args: TrainingArguments, dataset: ImageTextDataset, name: str, show_progress_bar: bool = False
+) -> dict[str, Any]:
+    """Return the tokens of frozen backbones for a set that is not trained on, if those of training are kept.
+
+    Args:
+        model: the model, with its processor.
+        args: arguments with `cache_image_tokens`, `cache_text_tokens`, or neither.
+        dataset: images and captions.
+        name: name of the folder of the set, `VALIDATION_SET` for that of a `Trainer`.
+        show_progress_bar: show a progress bar on the terminal.
+
+    Returns:
+        `image_tokens` and `text_tokens` of `evaluate`, for the sides that are kept.
+    """
+    options, found = (args.per_device_eval_batch_size, show_progress_bar), dict[str, Any]()
+    if args.cache_image_tokens:
+        folder = Path(args.cache_image_tokens) / name
+        found["image_tokens"] = cached_image_tokens(model, dataset, folder, *options)
+    if args.cache_text_tokens:
+        folder = Path(args.cache_text_tokens) / f"{name}_texts"  # both sides may have one folder
+        found["text_tokens"] = cached_text_tokens(model, dataset.captions, folder, *options, args.max_length)
+    return found
 
 
 def _vocabulary(tokenizer: Any) -> tuple[str, str]:

@@ -31,6 +31,7 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.signals import exit_on_signals
+from d2svse.training.caches import VALIDATION_SET, held_out_tokens
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.recipe import (
     START_FILE,
@@ -401,6 +402,7 @@ def make_record(
     model = D2SVSE.from_pretrained(output / "model").to(arguments.device)
     sets = {}
     for name, dataset in datasets.items():
+        stored = VALIDATION_SET if name == VALIDATION else f"set-{_folder_name(name)}"
         evaluation = evaluate(
             model,
             dataset,
@@ -408,6 +410,7 @@ def make_record(
             max_length=arguments.max_length,
             folds=1,
             fingerprint=False,
+            **held_out_tokens(model, arguments, dataset, stored),
         )
         sets[name] = {
             "data": evaluated[name].data,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2svse.data import ImageTextDataset
+from d2svse.data.samples import SupportsRows
 from d2svse.features import Features
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import TEACHER_FILE
@@ -89,8 +90,15 @@ class Teacher:
         return cls(source, max_length, device or model.device)
 
     @torch.inference_mode()
-    def batches(self, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(
+        self, texts: Sequence[str], batch_size: int = 64, tokens: SupportsRows | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the embeddings of dense captions batch by batch, short captions first.
+
+        Args:
+            texts: dense captions.
+            batch_size: captions encoded at a time.
+            tokens: stored output of the text backbone for each caption, `(length, hidden_size)` each; None computes it.
 
         Yields:
             The rows of `texts` in a batch, and their embeddings: `(n_rows, embed_dim)` float32 on the CPU, not
@@ -99,13 +107,18 @@ class Teacher:
         Raises:
             ValueError: if a text is empty.
         """
-        ids = self.processor.tokenize(texts, self.max_length)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        each: Any = self.processor.tokenize(texts, self.max_length) if tokens is None else tokens
+        order = sorted(range(len(texts)), key=lambda row: len(each[row]))
         device = next(self.text_encoder.parameters()).device
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            batch = self.processor.pad([ids[row] for row in rows]).to(device)
-            yield rows, self.text_encoder(batch["input_ids"], batch["attention_mask"]).pooled.float().cpu()
+            part = [each[row] for row in rows]
+            if tokens is None:
+                batch = self.processor.pad(part).to(device)
+                features = self.text_encoder(batch["input_ids"], batch["attention_mask"])
+            else:
+                features = self.text_encoder.from_stored_tokens(part)
+            yield rows, features.pooled.float().cpu()
 
 
 class RetrievalTeacher:

@@ -35,7 +35,6 @@ from d2svse.models import D2SVSE
 from d2svse.models.adapters import parameter_table
 from d2svse.models.compiled import compiled_parts
 from d2svse.models.encoders import check_text_backbone
-from d2svse.retrieval.embeddings.store import DESCRIPTION
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.average import AverageCallback
 from d2svse.training.building import (
@@ -53,7 +52,14 @@ from d2svse.training.building import (
     tie_temperature,
     warn_of_truncation,
 )
-from d2svse.training.caches import CachedTokens, cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
+from d2svse.training.caches import (
+    VALIDATION_SET,
+    CachedTokens,
+    cached_image_tokens,
+    cached_teacher_embeddings,
+    cached_text_tokens,
+    held_out_tokens,
+)
 from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
@@ -77,6 +83,7 @@ from d2svse.training.workers import PREFETCHED, worker_error
 logger = logging.getLogger(__name__)
 
 TEACHER_CACHE, TEACHER_FEATURES = "teacher_embeddings", "teacher_features"
+DENSE_TOKENS = "dense"  # store of the dense captions' tokens, of stage 1 and of the teacher
 
 
 class Trainer(TransformersTrainer):
@@ -210,6 +217,8 @@ class Trainer(TransformersTrainer):
         if args.unimodal and self.eval_dataset:
             check_answers(self.eval_dataset, args.unimodal)
         check_text_backbone(model.text_encoder)
+        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
+            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
         teacher_embeddings = None
@@ -223,7 +232,11 @@ class Trainer(TransformersTrainer):
             assert not isinstance(self.teacher, RetrievalTeacher)
             teacher = self.teacher or Teacher(model, args.dense_max_length, args.device)
             texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
-            teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, args.per_device_eval_batch_size, shown)
+            options, tokens = (args.per_device_eval_batch_size, shown), None
+            if args.cache_text_tokens:  # those of stage 1, if its text backbone was frozen too
+                dense = Path(args.cache_text_tokens) / DENSE_TOKENS
+                tokens = cached_text_tokens(teacher, texts, dense, *options, teacher.max_length)
+            teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, *options, tokens)
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
@@ -256,29 +269,20 @@ class Trainer(TransformersTrainer):
     def _cache_tokens(self, model: D2SVSE) -> dict[str, CachedTokens]:
         """Return the cached tokens of frozen backbones for the training samples; keep those for validation."""
         args, options = self.args, (self.args.per_device_eval_batch_size, not self.args.disable_tqdm)
-        train, val, found = self.train_dataset, self.eval_dataset, dict[str, CachedTokens]()
-        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
-            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+        train, found = self.train_dataset, dict[str, CachedTokens]()
         if args.cache_image_tokens or args.cache_text_tokens:
             model.to(args.device)  # type: ignore[arg-type]
         if args.cache_image_tokens:
-            folder = Path(args.cache_image_tokens)
-            found["image_tokens"] = cached_image_tokens(model, train, folder, *options)
-            if val is not None:
-                self._eval_tokens["image_tokens"] = cached_image_tokens(model, val, folder / "validation", *options)
+            found["image_tokens"] = cached_image_tokens(model, train, Path(args.cache_image_tokens), *options)
         if args.cache_text_tokens:
-            folder = Path(args.cache_text_tokens)
             if args.stage == "pretrain":
-                texts, name, length = train.dense_captions, "dense", args.dense_max_length
+                texts, name, length = train.dense_captions, DENSE_TOKENS, args.dense_max_length
             else:
                 texts, name, length = train.captions, "sparse", args.max_length
-            found["text_tokens"] = cached_text_tokens(model, texts, folder / name, *options, length)
-            if val is not None:
-                held_out, length = folder / "validation_texts", args.max_length  # "validation" is for images
-                earlier = folder / "validation"  # where texts were before both sides could have one folder
-                if (earlier / DESCRIPTION).is_file() and not (earlier / "image_tokens").exists():
-                    held_out = earlier
-                self._eval_tokens["text_tokens"] = cached_text_tokens(model, val.captions, held_out, *options, length)
+            folder = Path(args.cache_text_tokens) / name
+            found["text_tokens"] = cached_text_tokens(model, texts, folder, *options, length)
+        if self.eval_dataset is not None:
+            self._eval_tokens = held_out_tokens(model, args, self.eval_dataset, VALIDATION_SET, options[1])
         return found
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -206,6 +206,15 @@ def test_texts_of_different_lengths_are_encoded_once(make_model, train_dataset, 
         assert torch.equal(again[row], first[row % 4])
 
 
+def test_the_teacher_reads_the_tokens_of_stage_1(make_model, train_dataset, folder, tmp_path):
+    teacher, texts = Teacher(make_model()), train_dataset.dense_captions
+    expected = cached_teacher_embeddings(teacher, texts, folder, 16)
+    tokens = cached_text_tokens(teacher, texts, tmp_path / "dense", 16)
+    teacher.text_encoder.backbone.forward = None
+    read = cached_teacher_embeddings(teacher, texts, tmp_path / "read", 7, tokens=tokens)
+    torch.testing.assert_close(read, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("stage", ["align", "pretrain", "distill"])
 def test_training_on_kept_tokens_is_training_on_images_and_texts(make_model, make_args, train_dataset, tmp_path, stage):
     curves = []
@@ -254,20 +263,6 @@ def test_images_and_texts_can_have_one_folder(make_model, make_args, train_datas
         tokens = trainer._eval_tokens
         assert len(tokens.get("image_tokens", val_dataset.images)) == len(val_dataset.images)
         assert len(tokens.get("text_tokens", val_dataset.captions)) == len(val_dataset.captions)
-
-
-def test_the_texts_that_an_earlier_version_kept_for_validation_are_used(
-    make_model, make_args, train_dataset, val_dataset, tmp_path
-):
-    model, images, texts = make_model(), tmp_path / "images", tmp_path / "texts"
-    cached_text_tokens(model, val_dataset.captions, texts / "validation", 128)
-    caches = {"cache_image_tokens": str(images), "cache_text_tokens": str(texts)}
-    Trainer(model, make_args(**FROZEN, **caches), train_dataset, val_dataset).prepare()
-    assert not (texts / "validation_texts").exists()
-    one = {"cache_image_tokens": str(texts), "cache_text_tokens": f"{tmp_path}/./texts"}
-    Trainer(model, make_args(**FROZEN, **one), train_dataset, val_dataset).prepare()
-    assert (texts / "validation_texts").exists()
-    assert (texts / "validation" / "image_tokens").exists()
 
 
 def test_what_is_trained_cannot_be_kept():

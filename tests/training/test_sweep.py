@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from d2svse import D2SVSE
+from d2svse import D2SVSE, ImageTextDataset
 from d2svse.data import write_scenes
 from d2svse.files.lock import write_lock
+from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
 from d2svse.training import sweep as sweeps
 from d2svse.training.options import preset_options
@@ -310,6 +311,27 @@ def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, writ
     moved = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(tmp_path / "no.jsonl")}), seeds=[3])
     with pytest.raises(ValueError, match=r"no\.jsonl"):  # before training
         sweeps.run_task(sweeps.task_of(moved, moved.runs[0], tmp_path / "p", discard_models=True))
+
+
+def test_runs_on_kept_tokens_are_evaluated_on_them(small, write, tmp_path, monkeypatch):
+    test, records = write_scenes(tmp_path, "test", 8, first=64, size=32), []
+    frozen = {"freeze_vision": True, "freeze_text": True, "augment_words": False}
+    caches = {"cache_image_tokens": str(tmp_path / "images"), "cache_text_tokens": str(tmp_path / "texts")}
+    values = small | {"training": small["training"] | frozen | caches, "test": str(test), "seeds": [0]}
+    sweep = read_sweep(write(values | {"stages": ["pretrain", "distill"]}))
+    for name in ("first", "second"):
+        sweeps.run_task(sweeps.task_of(sweep, sweep.runs[0], tmp_path / name, discard_models=False))
+        records.append(read_record(record_of(tmp_path / name / "runs" / sweep.runs[0].name))["sets"])
+        monkeypatch.setattr(D2SVSE, "encode_image", lambda *_, **__: pytest.fail("encoded again"))
+        monkeypatch.setattr(D2SVSE, "encode_text", lambda *_, **__: pytest.fail("encoded again"))
+    assert records[0] == records[1]
+    monkeypatch.undo()
+    model = D2SVSE.from_pretrained(tmp_path / "first/runs" / sweep.runs[0].name / "model")
+    for name, source in (("val", small["val"]), ("test", test)):
+        encoded = QueryRanks.from_evaluation(evaluate(model, ImageTextDataset.from_source(source), folds=1))
+        for side in ("i2t", "t2i"):
+            ranks = [getattr(one, side) for one in (encoded, QueryRanks.from_json(records[0][name]["ranks"]))]
+            assert abs(ranks[0] - ranks[1]).max() <= 2  # tokens are rounded to float16
 
 
 def test_rows_with_a_validation_set_of_their_own_and_runs_without_a_set_have_tables(

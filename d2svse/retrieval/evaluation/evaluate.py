@@ -15,7 +15,6 @@ from typing import Protocol as TypingProtocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from d2svse.choices import Side
 from d2svse.features import Features
@@ -368,13 +367,10 @@ def _encode_tokens(
     with inference(model):
         for start in range(rows.start, rows.stop, batch_size):
             batch = [tokens[row] for row in range(start, min(start + batch_size, rows.stop))]
-            lengths = torch.tensor([len(one) for one in batch])
-            hidden = pad_sequence(batch, batch_first=True).to(model.device, model.dtype)
             if text:
-                mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).to(model.device)
-                features = model.fuse(model.text_encoder.from_backbone_tokens(hidden, None, mask))
+                features = model.fuse(model.text_encoder.from_stored_tokens(batch))
             else:
-                features = model.image_encoder.from_backbone_tokens(hidden)
+                features = model.image_encoder.from_backbone_tokens(torch.stack(batch).to(model.device, model.dtype))
             parts.append(as_output(features, output))
     return Features.cat(parts)
 
