@@ -12,8 +12,8 @@ import yaml
 from d2svse import D2SVSE, ImageTextDataset
 from d2svse.data import write_scenes
 from d2svse.files.lock import write_lock
-from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
+from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training import sweep as sweeps
 from d2svse.training.options import preset_options
 from d2svse.training.recipe import Recipe, override
