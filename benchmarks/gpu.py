@@ -31,11 +31,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch reads it on
 import argparse
 import copy
 import functools
+import io
 import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,8 +43,14 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +71,7 @@ from transformers import BertConfig, TrainerCallback, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse import D2SVSE, D2SVSEConfig, ExactIndex, Features, ImageTextDataset, Trainer, TrainingArguments
+from d2svse.cli.app import main as run_command
 from d2svse.cpu import usable_cores
 from d2svse.data import Batch, Collator
 from d2svse.data.collate import Sample
@@ -1088,18 +1095,20 @@ def encode(bench: Bench) -> None:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def command(bench: Bench, *arguments: object) -> str:
-    """Run `d2svse` without TF32 and return what it prints.
+def command(*arguments: object) -> str:
+    """Run a command of d2svse in this process, without TF32, and return what it prints.
 
     Raises:
         RuntimeError: if it fails; the message ends with its last lines.
     """
-    line = [sys.executable, "-m", "d2svse", *map(str, arguments)]
-    exact = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}
-    ended = subprocess.run(line, capture_output=True, text=True, env=exact, timeout=bench.limit)
-    if ended.returncode:
-        raise RuntimeError(f"d2svse {arguments[0]}: {ended.stderr[-500:]}")
-    return ended.stdout
+    printed, errors = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(errors), precision("none"):
+            run_command(list(map(str, arguments)))
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"d2svse {arguments[0]}: {errors.getvalue()[-500:]}") from None
+    return printed.getvalue()
 
 
 def cli(bench: Bench) -> None:
@@ -1111,23 +1120,21 @@ def cli(bench: Bench) -> None:
 
     def evaluate(device: str) -> dict[str, Any]:
         data = world.folder / "val.jsonl"
-        command(bench, "eval", folder / "model", "--data", data, "--device", device, "-o", folder / f"{device}.json")
+        command("eval", folder / "model", "--data", data, "--device", device, "-o", folder / f"{device}.json")
         return json.loads((folder / f"{device}.json").read_text())["metrics"]
 
     def find(device: str) -> list[float]:
         index = folder / f"index-{device}"
-        command(bench, "index", "build", folder / "model", images, "-o", index, "--device", device)
-        lines = command(bench, "search", index, *asked, "-k", 5, "--json", "--device", device).splitlines()
+        command("index", "build", folder / "model", images, "-o", index, "--device", device)
+        lines = command("search", index, *asked, "-k", 5, "--json", "--device", device).splitlines()
         return [hit["score"] for line in lines for hit in json.loads(line)["hits"]]
 
-    with ThreadPoolExecutor(4) as pool:
-        devices = dict.fromkeys(["cpu", bench.device.type])
-        metrics = {device: pool.submit(evaluate, device) for device in devices}
-        scores = {device: pool.submit(find, device) for device in devices}
-    wanted, got = (metrics[device].result() for device in ("cpu", bench.device.type))
+    devices = dict.fromkeys(["cpu", bench.device.type])
+    metrics, scores = {device: evaluate(device) for device in devices}, {device: find(device) for device in devices}
+    wanted, got = (metrics[device] for device in ("cpu", bench.device.type))
     apart = max(abs(wanted[name] - got[name]) for name in wanted if "recall" in name)
     bench.check("d2svse eval", apart <= 1 / len(world.val), f"recalls differ by {apart:.4f} at most")
-    one, other = (np.array(scores[device].result()) for device in ("cpu", bench.device.type))
+    one, other = (np.array(scores[device]) for device in ("cpu", bench.device.type))
     apart = float(np.abs(one - other).max())
     bench.check("d2svse index build and search", len(one) == 15 and apart <= 1e-4, f"scores differ by {apart:.1e}")
 
