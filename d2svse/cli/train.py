@@ -14,7 +14,16 @@ import typer
 from d2svse.cli.common import examples, parse_assignments, prepare_process, print_recalls, print_unimodal
 from d2svse.cli.options import flags, with_flags
 from d2svse.files.data import read_json
-from d2svse.training.options import GROUPS, PRESETS, STAGES, DataOptions, ModelOptions, RunOptions, StartOptions
+from d2svse.training.options import (
+    GROUPS,
+    MODEL_PRESETS,
+    PRESETS,
+    STAGES,
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+    StartOptions,
+)
 
 OUT_OF_MEMORY = "memory ran out: lower --batch-size, or keep it and encode in parts with --chunk-size"
 
@@ -74,7 +83,8 @@ Set = Annotated[
 def training_flags(*left_out: str) -> list[inspect.Parameter]:
     """Return the flags of all options of a training run, except some."""
     headings = {DataOptions: "Data", StartOptions: "Model", ModelOptions: "Model", RunOptions: "Run"}
-    of_preset = {name for preset in PRESETS.values() for name in preset}
+    models = (preset | preset["model_options"] for preset in MODEL_PRESETS.values())
+    of_preset = {name for preset in (*PRESETS.values(), *models) for name in preset}
     every = [flag for group in GROUPS for flag in flags(group, headings.get(group, "Training"), of_preset)]
     return [flag for flag in every if flag.name not in left_out]
 

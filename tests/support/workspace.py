@@ -42,7 +42,8 @@ def fill(folder: Path, backbones: Path) -> None:
     _save_clip(folder / "openai/clip-vit-base-patch32", backbones)
     train = read_manifest(write_scenes(folder, "train", 24, size=SIZE))
     records = read_manifest(write_scenes(folder, "val", 8, first=24, size=SIZE))
-    shutil.copy(folder / "val.jsonl", folder / "dev.jsonl")
+    for name in ("dev.jsonl", "test.jsonl"):
+        shutil.copy(folder / "val.jsonl", folder / name)
     write_scenes(folder / "d2svse-demo/scenes", "train", 1, size=SIZE)
     write_scenes(folder / "d2svse-demo/scenes", "val", 1, first=4000, size=SIZE)
     write_scenes(folder / "d2svse-demo/scenes", "test", 8, first=4200, size=SIZE)
