@@ -155,6 +155,18 @@ def cached_image_tokens(
     return CachedTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
 
 
+def check_text_tokens(model: D2SVSE | Teacher) -> None:
+    """Check that stored tokens, which have no padding, give a model's embeddings of texts.
+
+    Raises:
+        ValueError: if the pooling or the decoder reads what is not stored; the message names it.
+    """
+    if model.text_encoder.native_pool is not None:
+        raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+    if isinstance(model, D2SVSE) and model.text_depends_on_batch(dense=False):
+        raise ValueError("cache_text_tokens: the decoder of this model sees padding, which is not kept; leave it out")
+
+
 def cached_text_tokens(
     model: D2SVSE | Teacher,
     texts: Sequence[str],
@@ -174,7 +186,11 @@ def cached_text_tokens(
         batch_size: texts encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
         max_length: longest text in tokens; None for the limit of the processor.
+
+    Raises:
+        ValueError: see `check_text_tokens`.
     """
+    check_text_tokens(model)
     processor: Any = model.processor
     encoder = model.text_encoder
     device = encoder.projection.weight.device

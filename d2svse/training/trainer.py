@@ -217,8 +217,12 @@ class Trainer(TransformersTrainer):
         if args.unimodal and self.eval_dataset:
             check_answers(self.eval_dataset, args.unimodal)
         check_text_backbone(model.text_encoder)
-        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
-            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+        mlp = model.text_encoder.mlp
+        if args.cache_text_tokens and mlp is not None and isinstance(mlp.norm, nn.BatchNorm1d):
+            logger.warning(
+                "cache_text_tokens: the batch norm of text_projection residual_mlp counts padding in training, and "
+                "kept tokens are padded with zeros: training differs a little; text_projection mlp ignores padding"
+            )
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
         teacher_embeddings = None

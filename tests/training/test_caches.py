@@ -9,7 +9,7 @@ import torch
 from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
-from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
+from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens, held_out_tokens
 from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
 
@@ -271,6 +271,27 @@ def test_what_is_trained_cannot_be_kept():
     for options in ({}, {"freeze_text": True}, {"augment_words": False}):
         with pytest.raises(ValueError, match="cache_text_tokens needs a frozen text backbone and unchanged words"):
             TrainingArguments(output_dir="x", cache_text_tokens="tokens", **options)
+
+
+def test_text_tokens_are_not_kept_where_padding_counts(
+    make_model, make_args, processor, train_dataset, tmp_path, caplog
+):
+    args = make_args("distill", **FROZEN, cache_text_tokens=str(tmp_path))
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
+    masked, plain = make_model(context_decoder=decoder), make_model()
+    seeing = make_model(context_decoder={**decoder, "mask_padding": False})
+    dual = D2SVSE.from_dual_encoder(make_dual("clip", processor), processor=processor)
+    with pytest.raises(ValueError, match="cache_text_tokens: the decoder of this model sees padding"):
+        Trainer(seeing, args, train_dataset, teacher=Teacher(plain))
+    with pytest.raises(ValueError, match="cache_text_tokens: the pooling of a dual encoder reads token ids"):
+        Trainer(masked, args, train_dataset, teacher=Teacher(dual))
+    for one in (seeing, dual):
+        with pytest.raises(ValueError, match="cache_text_tokens"):
+            held_out_tokens(one, args, train_dataset, "validation")
+    Trainer(masked, args, train_dataset, teacher=Teacher(seeing)).prepare()  # a teacher leaves the decoder out
+    assert not caplog.text
+    Trainer(make_model(text_projection="residual_mlp"), args, train_dataset).prepare()
+    assert "the batch norm of text_projection residual_mlp counts padding in training" in caplog.text
 
 
 def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, folder, small_files):
