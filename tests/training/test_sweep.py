@@ -1,6 +1,7 @@
 """Sweeps: what runs, how it is stopped, killed and continued, and what it leaves behind."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -219,6 +220,27 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(small, write, tmp_pa
     assert [more.state(run, tmp_path / "o") for run in more.runs] == ["to do", "begun"]  # no result on the test set yet
 
 
+def test_a_run_on_other_data_is_not_taken_for_this_one(small, write, tmp_path):
+    values = small | {"image_folder": str(Path(small["train"]).parent)}
+    for name in ("train", "val"):
+        values[name] = str(shutil.copy(small[name], tmp_path))
+    sweep = read_sweep(write(values), seeds=[0])
+    sweeps.run_task(sweeps.task_of(sweep, sweep.runs[0], tmp_path / "o", discard_models=False))
+
+    def state():
+        sweep = read_sweep(write(values), seeds=[0])
+        return sweep.state(sweep.runs[0], tmp_path / "o")
+
+    assert state() == "done"
+    for name in ("train", "val"):
+        kept = (tmp_path / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept.splitlines(keepends=True)[:-1]))
+        with pytest.raises(ValueError, match=rf"seed0\.json: .*{name}\.jsonl \({name}\) has changed since the run"):
+            state()
+        (tmp_path / f"{name}.jsonl").write_text(kept)
+    assert state() == "done"
+
+
 def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
     held, done = threading.Event(), threading.Event()
 
@@ -253,7 +275,7 @@ def test_a_signal_ends_the_sweep_and_its_runs(small, write, tmp_path, quick, num
     words = ["sweep", write(small | {"rows": {"waits": {}}}), "--seeds", "0,1", "--jobs", "2", "-o", tmp_path / "o"]
     process = Fork(SWEEP, sweeps.CHILD, *words)
     folders = [tmp_path / f"o/runs/waits-seed{seed}" for seed in (0, 1)]
-    wait_for(lambda: all((folder / "began").exists() for folder in folders))
+    wait_for(lambda: all((folder / "began").exists() and (folder / "began").read_text() for folder in folders))
     process.send_signal(number)
     assert process.wait() == code, process.err()
     if number == signal.SIGKILL:
@@ -304,6 +326,9 @@ def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, writ
     assert not (folder / "runs/a-seed3/model").exists()
     assert (folder / "runs/a-seed3/align/log.jsonl").exists()
     assert more.state(more.runs[0], folder) == "done"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
+    fewer = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(test)}), seeds=[3])
+    assert fewer.state(fewer.runs[0], folder) == "begun"
     other = read_sweep(
         write(small | {"rows": {"a": {"margin": 0.1}}, "test": {"data": str(test), "split": "x"}}), seeds=[3]
     )
