@@ -25,7 +25,7 @@ from d2svse.models.decoder import build_context_decoder
 from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
-from d2svse.training.arguments import TrainingArguments
+from d2svse.training.arguments import NO_WEIGHT, TrainingArguments
 from d2svse.training.caches import CachedTokens, check_text_tokens
 from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask, UnimodalTask
 from d2svse.training.teacher import RetrievalTeacher, Teacher
@@ -131,7 +131,10 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
     if isinstance(teacher, RetrievalTeacher):
         if args.negatives_share < 1:
             raise ValueError("negatives_share: a retrieval model as the teacher scores all pairs; leave it out")
-        task = ScoreDistillTask(loss, score_distillation_loss(args), teacher, args.distill_weight, groups)
+        if args.align_weight == args.distill_weight == 0:
+            raise ValueError(NO_WEIGHT)
+        weights: Any = {"weight": args.distill_weight, "align_weight": args.align_weight}
+        task = ScoreDistillTask(loss, score_distillation_loss(args), teacher, text_groups=groups, **weights)
     elif args.stage == "distill":
         distillation_loss = build_distillation_loss(args.distill_loss)
         task = DistillTask(loss, distillation_loss, args.distill_weight, groups, args.align_weight)

@@ -48,6 +48,22 @@ def test_the_loss_is_kl_to_the_teachers_own_scores(make_model, make_args, train_
     assert weight.grad.abs().sum() > 0
 
 
+def test_the_align_weight_scales_the_ranking_loss_and_0_distils_alone(make_model, make_args, train_dataset):
+    found = []
+    for weight in (1.0, 0.5, 0.0):
+        trainer, _ = make_trainer(make_model, make_args, train_dataset, "cosine", align_weight=weight)
+        samples = trainer.prepare()
+        trainer.model.eval()
+        found.append(trainer.task(trainer.model, trainer.data_collator([samples[row] for row in range(6)])))
+    one, half, alone = found
+    torch.testing.assert_close(half["align_loss"], one["align_loss"] / 2)
+    assert {name for name in alone if name.endswith("_loss")} == {"distill_loss", "teacher_loss"}
+    for name in ("distill_loss", "teacher_loss"):
+        torch.testing.assert_close(alone[name], one[name])
+    with pytest.raises(ValueError, match="align_weight and distill_weight are 0"):
+        make_trainer(make_model, make_args, train_dataset, align_weight=0.0, distill_weight=0.0)
+
+
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid", "hinge"])
 def test_the_students_scale_is_not_trained_by_the_teachers_scores(make_model, make_args, train_dataset, loss):
     options = {"loss": loss} if loss == "hinge" else {"loss": loss, "learn_temperature": True}
