@@ -64,6 +64,7 @@ from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOn
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     check_resumable,
+    keep_earlier,
     last_whole_checkpoint,
     remove_unfinished,
     rotate_checkpoints,
@@ -292,6 +293,8 @@ class Trainer(TransformersTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train the stage.
 
+        Without `resume_from_checkpoint`, checkpoints of an earlier training in `output_dir` are renamed `kept-*`.
+
         Args:
             resume_from_checkpoint: folder of a checkpoint, or True for the newest whole one in `output_dir`, if any.
             args: further arguments of `transformers.Trainer.train`.
@@ -310,6 +313,8 @@ class Trainer(TransformersTrainer):
         resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
+            if not resume_from_checkpoint:
+                keep_earlier(str(self.args.output_dir))
         self.lr_scheduler = None  # a second call gets its own schedule, from the first rate on
         if self.optimizer is not None and not resume_from_checkpoint:
             for group in self.optimizer.param_groups:
@@ -666,7 +671,7 @@ class Trainer(TransformersTrainer):
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
             seal_checkpoint(aside / name, run_dir / name)
             aside.rmdir()
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, name)
         self.accelerator.wait_for_everyone()
 
 
