@@ -223,7 +223,9 @@ class LossOptions:
         "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
-    align_weight: float = option(1.0, "Weight of the ranking loss beside a distillation loss; 0 distils alone.", least=0)
+    align_weight: float = option(
+        1.0, "Weight of the ranking loss beside a distillation loss; 0 distils alone.", least=0
+    )
     teacher_metric: str | dict[str, Any] | None = option(
         None,
         "Metric on the scores of a retrieval model that teaches stage align, such as diagonal (GSSF); also a structure "

@@ -115,6 +115,26 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
         dense(by_image)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"image": "b.jpg", "dense": "B"}', '{"dense": "A"}'], r'd\.jsonl:2: expected "image" with the path'),
+        (['{"text": "A"}', '{"image": "b.jpg", "text": "B"}'], r'd\.jsonl:1: expected "image".*; or else "text" alone'),
+        (['{"text": "A"}', '{"dense": "B"}'], r'd\.jsonl:1: expected "image"'),
+        (['{"text": "A"}', '{"image": null, "text": "B"}'], r'd\.jsonl:1: expected "image"'),
+        (
+            ['{"image": "a.jpg", "dense": "A"}', '{"image": "./a.jpg", "dense": "B"}'],
+            r"d\.jsonl:2: .* already in line 1",
+        ),
+    ],
+)
+def test_a_dense_file_names_every_image_once_or_none(folder, lines, message):
+    records = read_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}))
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ManifestError, match=message):
+        join_dense(records, folder / "d.jsonl", folder)
+
+
 def test_a_dataset_lists_captions_with_their_images(folder):
     dataset = ImageTextDataset.from_manifest(
         write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}), dense="concat"
