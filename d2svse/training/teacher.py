@@ -14,6 +14,7 @@ from torch import Tensor
 from d2svse.data import ImageTextDataset
 from d2svse.data.samples import SupportsRows
 from d2svse.features import Features
+from d2svse.files.lock import write_lock
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
@@ -21,7 +22,6 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.embeddings.store import EmbeddingStore, encode_images, encode_texts
 from d2svse.similarity.base import REGISTRY, build_similarity
 from d2svse.similarity.metric import Metric
-from d2svse.training.distributed import barrier, is_main_process
 
 
 class Teacher:
@@ -164,7 +164,10 @@ class RetrievalTeacher:
     def encode(
         self, dataset: ImageTextDataset, folder: Path, batch_size: int, device: torch.device, shown: bool = False
     ) -> None:
-        """Encode the images and captions of a data set into `folder`, or read them there; then free the model."""
+        """Encode the images and captions of a data set into `folder`, or read them there; then free the model.
+
+        One process encodes, and the others wait for its lock, however long it takes.
+        """
         assert self.model is not None
         model: Any = self.model
         model.to(device)
@@ -175,10 +178,9 @@ class RetrievalTeacher:
             "batch_size": batch_size,
             "show_progress_bar": shown,
         }
-        if is_main_process():
+        with write_lock(folder, wait=True):
             encode_images(model, dataset.images, folder / "images", **options)
             encode_texts(model, dataset.captions, folder / "captions", **options)
-        barrier()
         for side, names in (("images", [os.fspath(image) for image in dataset.images]), ("captions", dataset.captions)):
             store = EmbeddingStore(folder / side)
             row_of = {name: row for row, name in enumerate(store.ids)}

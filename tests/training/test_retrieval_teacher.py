@@ -1,11 +1,14 @@
 """Distillation of the scores of any retrieval model (GSSF)."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
 
 from d2svse import D2SVSE, Trainer
+from d2svse.files.lock import write_lock
 from d2svse.losses import KLDistillation
 from d2svse.training.teacher import RetrievalTeacher
 
@@ -107,6 +110,24 @@ def test_without_a_metric_nothing_of_the_teacher_is_trained(make_model, make_arg
     losses = trainer.task(trainer.model, trainer.data_collator([samples[row] for row in range(4)]))
     assert "teacher_loss" not in losses
     assert not any(parameter.requires_grad for parameter in trainer.model.teacher_similarity.parameters())
+
+
+def test_a_process_waits_while_another_one_encodes(make_model, train_dataset, tmp_path):
+    held, waits = threading.Event(), []
+
+    def encode():
+        with write_lock(tmp_path):
+            held.set()
+            time.sleep(0.3)
+            waits.append((tmp_path / "images").exists())
+
+    other = threading.Thread(target=encode)
+    other.start()
+    held.wait(60)
+    RetrievalTeacher(make_model()).encode(train_dataset, tmp_path, 16, torch.device("cpu"))
+    other.join()
+    assert waits == [False]
+    assert (tmp_path / "captions").exists()
 
 
 def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
