@@ -24,7 +24,7 @@ from d2svse.files.lock import write_lock
 from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.encoding import inference
-from d2svse.models.fingerprint import weights_fingerprint
+from d2svse.models.fingerprint import tokenizer_settings, weights_fingerprint
 from d2svse.models.pixels import read_batches
 from d2svse.models.regions import RegionsModel
 from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
@@ -66,9 +66,7 @@ def cached_teacher_embeddings(
         "dtype": "float32",
         "shard_size": TEXTS_PER_SHARD,
         "dim": teacher.embed_dim,
-        "fingerprint": weights_fingerprint(
-            teacher.text_encoder, *_vocabulary(teacher.processor.tokenizer), teacher.max_length
-        ),
+        "fingerprint": weights_fingerprint(teacher.text_encoder, _text_settings(teacher.processor, teacher.max_length)),
     }
 
     row_of = {text: row for row, text in enumerate(texts)}
@@ -200,7 +198,7 @@ def cached_text_tokens(
         "dtype": "float16",
         "shard_size": TEXTS_PER_SHARD,
         "dim": int(encoder.projection.in_features),
-        "fingerprint": weights_fingerprint(encoder.backbone, *_vocabulary(processor.tokenizer), max_length),
+        "fingerprint": weights_fingerprint(encoder.backbone, _text_settings(processor, max_length)),
     }
 
     def encode(names: Sequence[str], _: Any) -> Batches:
@@ -242,8 +240,11 @@ def held_out_tokens(
     return found
 
 
-def _vocabulary(tokenizer: Any) -> tuple[str, str]:
-    return json.dumps(sorted(tokenizer.get_vocab().items())), type(tokenizer).__name__
+def _text_settings(processor: Any, max_length: int | None) -> str:
+    """Return what decides the ids of texts: tokenizer, limit in tokens and prompt."""
+    limit = processor.max_length if max_length is None else min(max_length, processor.max_length)
+    settings = [tokenizer_settings(processor.tokenizer), limit, processor.prompt, processor.fixed_length]
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _cached(

@@ -224,7 +224,7 @@ class LossOptions:
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
     align_weight: float = option(
-        1.0, "Weight of the ranking loss beside a distillation loss; 0 distils alone.", least=0
+        1.0, "Weight of the ranking loss beside that of distillation; 0 distils alone.", least=0
     )
     teacher_metric: str | dict[str, Any] | None = option(
         None,

@@ -1,12 +1,14 @@
 """What is kept on disk is what would be computed, and is made again when it is not."""
 
+import copy
 import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
-from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
+from d2svse import D2SVSE, D2SVSEProcessor, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
 from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens, held_out_tokens
@@ -204,6 +206,27 @@ def test_texts_of_different_lengths_are_encoded_once(make_model, train_dataset, 
             alone = model.text_encoder.backbone_tokens(ids)[0]
         torch.testing.assert_close(again[row].float(), alone, rtol=1e-2, atol=1e-2)
         assert torch.equal(again[row], first[row % 4])
+
+
+def test_texts_with_other_ids_are_encoded_again(make_model, train_dataset, folder, tmp_path):
+    model, texts = make_model(), list(train_dataset.dense_captions[:6])
+    processor = model.processor
+
+    def described():
+        cached_text_tokens(model, texts, tmp_path / "dense", 16)
+        cached_teacher_embeddings(Teacher(model), texts, folder, 16)
+        return tuple((one / "store.json").read_text() for one in (tmp_path / "dense", folder))
+
+    plain = described()
+    other = copy.deepcopy(processor.tokenizer)
+    other.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("red", "green")
+    own = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "max_length": 96}
+    for change in ({"tokenizer": other}, {"max_length": 7}, {"prompt": "a photo of {}"}):
+        model.processor = D2SVSEProcessor(**{**own, **change})
+        assert all(one != before for one, before in zip(described(), plain, strict=True))
+    processor.tokenizer(texts[0], truncation=True, max_length=3)  # a state that a call leaves
+    model.processor = processor
+    assert described() == plain
 
 
 def test_the_teacher_reads_the_tokens_of_stage_1(make_model, train_dataset, folder, tmp_path):
