@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.embeddings.store import EmbeddingStore, encode_images, encode_texts
 from d2svse.similarity.base import REGISTRY, build_similarity
 from d2svse.similarity.metric import Metric
+
+
+class StoredTokens(SupportsRows, Protocol):
+    """The tokens of texts, whose lengths are known without reading them."""
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each text."""
+        ...
 
 
 class Teacher:
@@ -91,7 +99,7 @@ class Teacher:
 
     @torch.inference_mode()
     def batches(
-        self, texts: Sequence[str], batch_size: int = 64, tokens: SupportsRows | None = None
+        self, texts: Sequence[str], batch_size: int = 64, tokens: StoredTokens | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the embeddings of dense captions batch by batch, short captions first.
 
@@ -108,7 +116,8 @@ class Teacher:
             ValueError: if a text is empty.
         """
         each: Any = self.processor.tokenize(texts, self.max_length) if tokens is None else tokens
-        order = sorted(range(len(texts)), key=lambda row: len(each[row]))
+        lengths = [len(ids) for ids in each] if tokens is None else tokens.lengths()
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
         device = next(self.text_encoder.parameters()).device
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]

@@ -59,6 +59,7 @@ from d2svse.training.caches import (
     cached_teacher_embeddings,
     cached_text_tokens,
     held_out_tokens,
+    kept_text_tokens,
 )
 from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
@@ -238,9 +239,9 @@ class Trainer(TransformersTrainer):
             teacher = self.teacher or Teacher(model, args.dense_max_length, args.device)
             texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
             options, tokens = (args.per_device_eval_batch_size, shown), None
-            if args.cache_text_tokens:  # those of stage 1, if its text backbone was frozen too
+            if args.cache_text_tokens:  # those that stage 1 left, if its text backbone was frozen too
                 dense = Path(args.cache_text_tokens) / DENSE_TOKENS
-                tokens = cached_text_tokens(teacher, texts, dense, *options, teacher.max_length)
+                tokens = kept_text_tokens(teacher, texts, dense, teacher.max_length)
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, *options, tokens)
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on

@@ -11,7 +11,13 @@ import torch
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
-from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens, held_out_tokens
+from d2svse.training.caches import (
+    cached_image_tokens,
+    cached_teacher_embeddings,
+    cached_text_tokens,
+    held_out_tokens,
+    kept_text_tokens,
+)
 from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
 
@@ -236,6 +242,42 @@ def test_the_teacher_reads_the_tokens_of_stage_1(make_model, train_dataset, fold
     teacher.text_encoder.backbone.forward = None
     read = cached_teacher_embeddings(teacher, texts, tmp_path / "read", 7, tokens=tokens)
     torch.testing.assert_close(read, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_tokens_of_other_items_are_kept_beside_the_first_ones(make_model, train_dataset, tmp_path, monkeypatch):
+    model, few = make_model(), ImageTextDataset(train_dataset.records[:8], "few")
+    for dataset in (train_dataset, few):
+        cached_image_tokens(model, dataset, tmp_path, 16)
+        cached_text_tokens(model, dataset.dense_captions, tmp_path / "dense", 16)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.partition("-")[0] for name in made] == ["dense", "dense", "image_tokens", "image_tokens"]
+    assert made[0] == "dense"
+    assert made[2] == "image_tokens"
+    counted = []
+    for encoder in (model.image_encoder, model.text_encoder):
+        encode = encoder.backbone_tokens
+        monkeypatch.setattr(encoder, "backbone_tokens", lambda x, *y, e=encode: (counted.append(len(x)), e(x, *y))[1])
+    for dataset in (train_dataset, few):
+        images = cached_image_tokens(model, dataset, tmp_path, 16)
+        texts = cached_text_tokens(model, dataset.dense_captions, tmp_path / "dense", 16)
+        assert len(images) == len(texts) == len(dataset)
+    assert sum(counted) == 2 * (1 + 4 + 4)  # the size of images, and the samples that are checked
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+
+
+def test_tokens_that_the_teacher_alone_would_read_are_not_kept(make_model, make_args, train_dataset, tmp_path):
+    model, texts = make_model(), train_dataset.dense_captions
+    args = make_args("distill", **FROZEN, cache_text_tokens=str(tmp_path / "t"))
+    Trainer(make_model(), args, train_dataset).prepare()
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["sparse"]
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense") is None
+    cached_text_tokens(model, texts, tmp_path / "t/dense", 16)
+    assert len(kept_text_tokens(model, [*texts, texts[0]], tmp_path / "t/dense")) == len(texts) + 1
+    assert kept_text_tokens(model, texts[1:], tmp_path / "t/dense") is None
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense", max_length=5) is None
+    (tokens,) = (tmp_path / "t/dense").rglob("tokens.npy")
+    np.save(tokens, np.zeros_like(np.load(tokens)))
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense") is None
 
 
 @pytest.mark.parametrize("stage", ["align", "pretrain", "distill"])
