@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.data.decoded import decoded_images
+from d2svse.data.decoded import SIDE, decoded_images
 from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
@@ -256,7 +256,8 @@ class Trainer(TransformersTrainer):
 
         decoded = None
         if args.cache_images:
-            decoded = decoded_images(dataset.images, args.cache_images, args.cached_image_side, shown)
+            side = args.cached_image_side or max(SIDE, math.ceil(1.5 * max(model.processor.example().shape[-2:])))
+            decoded = decoded_images(dataset.images, args.cache_images, side, shown)
         samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)

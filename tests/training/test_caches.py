@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
@@ -367,3 +368,16 @@ def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_
     with small_files(1000), pytest.raises(OSError, match="image_tokens/00000: cannot be written: File too large"):
         cached_image_tokens(model, train_dataset, tokens, 16)
     assert {path.name for path in folder.parent.rglob("*") if path.is_file()} == {".lock", "store.json"}
+
+
+@pytest.mark.parametrize(("size", "given", "expected"), [(32, None, 320), (384, None, 576), (384, 100, 100)])
+def test_cached_images_have_more_pixels_than_the_model_reads(
+    make_model, make_args, train_dataset, tmp_path, monkeypatch, size, given, expected
+):
+    sides, model = [], make_model()
+    monkeypatch.setattr("d2svse.training.trainer.decoded_images", lambda images, path, side, shown: sides.append(side))
+    reader = ViTImageProcessorPil(size={"height": size, "width": size})
+    model.processor = D2SVSEProcessor(reader, model.processor.tokenizer, max_length=96)
+    options = {"cache_images": str(tmp_path / "c"), "cached_image_side": given, "drop_image_tokens": False}
+    Trainer(model, make_args(**options), train_dataset).prepare()
+    assert sides == [expected]
