@@ -98,7 +98,8 @@ def read_manifest(
     path = Path(path)
     folder = Path(image_folder) if image_folder is not None else path.parent
     records: list[Record] = []
-    lines: dict[Path, int] = {}
+    lines: dict[str, int] = {}
+    real_name = RealNames()
     for line, row in read_json_lines(path):
         where = f"{path}:{line}"
         image = row.get(image_column)
@@ -108,9 +109,10 @@ def read_manifest(
         file = folder / image
         if not allow_missing and not os.path.isfile(file):
             raise ManifestError(f"{where}: the image {file} does not exist; paths are relative to {folder}")
-        if file in lines:
-            raise ManifestError(f"{where}: {image} is already in line {lines[file]}; join its captions in one line")
-        lines[file] = line
+        real = real_name(file)
+        if real in lines:
+            raise ManifestError(f"{where}: {image} is already in line {lines[real]}; join its captions in one line")
+        lines[real] = line
         identity, camera = (_label(row, name, where) for name in ("identity", "camera"))
         records.append(Record(file, captions, dense, line, identity, camera))
     if not records:
@@ -317,6 +319,21 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
         lines[file] = line
         texts[_real_path(base / image)] = _text_of(path, line, row)
     return [texts.get(_real_path(record.image)) for record in records]
+
+
+class RealNames:
+    """The real paths of many files; those of their folders are looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: str | os.PathLike[str]) -> str:
+        """Return the path of a file without links and `..`."""
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = _real_path(folder)
+        file = os.path.join(self._folders[folder], name)
+        return _real_path(file) if os.path.islink(file) else file
 
 
 def _real_path(path: str | os.PathLike[str]) -> str:

@@ -399,8 +399,8 @@ class ComputeOptions:
     )
     cached_image_side: int | None = option(
         None,
-        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop. Without it, 1.5 times the "
-        "side that the model reads, at least 320.",
+        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop. Without it, 1.5 times "
+        "the side that the model reads, at least 320.",
         least=16,
         most=8192,
     )
