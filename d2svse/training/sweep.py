@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from d2svse.cpu import JOBS, choose_device, usable_cores
@@ -280,7 +281,7 @@ def run_sweep(
     Args:
         sweep: the sweep.
         folder: folder of all runs.
-        jobs: number of runs at a time; several share the cores.
+        jobs: number of runs at a time; several share the cores, and each has one of the GPUs in turn.
         discard_models: keep no model.
         say: function that prints a line.
 
@@ -299,6 +300,7 @@ def run_sweep(
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         environment[JOBS] = str(jobs)
+    gpus, slots = visible_gpus() if jobs > 1 else [], dict[Run, int]()
     waiting = [run for run, state in states.items() if state != "done"]
     done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
     with write_lock(folder, busy=ValueError), exit_on_signals("SIGTERM"):
@@ -309,7 +311,9 @@ def run_sweep(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run] = _start(sweep, run, folder, discard_models, environment)
+                    slots[run] = min({*range(jobs)} - {slots[one] for one in running})
+                    own = {"CUDA_VISIBLE_DEVICES": gpus[slots[run] % len(gpus)]} if gpus else {}
+                    running[run] = _start(sweep, run, folder, discard_models, environment | own)
                 time.sleep(POLL)
                 for run, process in list(running.items()):
                     code = process.poll()
@@ -330,6 +334,12 @@ def run_sweep(
         finally:
             _stop(running.values())
     return failed
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs of CUDA that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
 
 
 def _start(

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from d2svse import D2SVSE, ImageTextDataset
@@ -257,6 +258,26 @@ def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
     done.set()
     other.join()
     assert run_sweep(read_sweep(write(small)), tmp_path / "o", say=lambda line: None) == {}
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "expected"), [(None, 2, ["0", "1"]), ("3, GPU-a,5", 3, ["3", "GPU-a", "5"]), ("", 0, [])]
+)
+def test_runs_at_a_time_have_a_gpu_each(small, write, tmp_path, quick, monkeypatch, named, count, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert sweeps.visible_gpus() == expected
+    start, given = sweeps._start, []
+
+    def kept(*arguments):
+        given.append(arguments[-1].get("CUDA_VISIBLE_DEVICES"))
+        return start(*arguments)
+
+    monkeypatch.setattr(sweeps, "_start", kept)
+    run_sweep(read_sweep(write(small), seeds=[0, 1]), tmp_path / "o", jobs=2, say=lambda line: None)
+    assert given == (expected[:2] or [named] * 2)
 
 
 SWEEP = """
