@@ -151,6 +151,7 @@ def cached_image_tokens(
         for rows, tokens in tokens_of(names):
             if tokens.shape[1] != length:
                 raise ValueError(f"images give {length} and {tokens.shape[1]} tokens; expected images of one size")
+            _check_finite(tokens, "cache_image_tokens")
             # A store needs a pooled vector and a backbone has none; the mean of the tokens stands in for it.
             yield rows, Features(tokens.mean(1), tokens)
 
@@ -246,8 +247,10 @@ def _text_batches(
         batch = processor.pad([ids[row] for row in rows]).to(encoder.projection.weight.device)
         with inference(encoder):
             tokens = encoder.backbone_tokens(batch["input_ids"], batch["attention_mask"])
+        real = batch["attention_mask"].bool()
+        _check_finite(tokens[real], "cache_text_tokens")
         # As for images, the store's pooled vector has no meaning.
-        yield rows, Features(tokens[:, 0], tokens, batch["attention_mask"].bool())
+        yield rows, Features(tokens[:, 0], tokens, real)
 
 
 def held_out_tokens(
@@ -273,6 +276,11 @@ def held_out_tokens(
         folder = Path(args.cache_text_tokens) / f"{name}_texts"  # both sides may have one folder
         found["text_tokens"] = cached_text_tokens(model, dataset.captions, folder, *options, args.max_length)
     return found
+
+
+def _check_finite(tokens: Tensor, option: str) -> None:
+    if not bool(tokens.to(torch.float16).isfinite().all()):
+        raise ValueError(f"{option}: a token of the backbone is not finite in float16; leave {option} out")
 
 
 def _text_settings(processor: Any, max_length: int | None) -> str:

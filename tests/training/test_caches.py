@@ -370,6 +370,20 @@ def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_
     assert {path.name for path in folder.parent.rglob("*") if path.is_file()} == {".lock", "store.json"}
 
 
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_tokens_that_overflow_float16_name_the_option(make_model, train_dataset, tmp_path, monkeypatch, side):
+    model = make_model()
+    encoder = getattr(model, f"{side}_encoder")
+    encode = encoder.backbone_tokens
+    monkeypatch.setattr(encoder, "backbone_tokens", lambda *inputs: 1e6 * encode(*inputs))
+    keep, items = {
+        "image": (cached_image_tokens, train_dataset),
+        "text": (cached_text_tokens, train_dataset.captions),
+    }[side]
+    with pytest.raises(ValueError, match=f"cache_{side}_tokens: .* not finite in float16; leave cache_{side}_tokens"):
+        keep(model, items, tmp_path, 16)
+
+
 @pytest.mark.parametrize(("size", "given", "expected"), [(32, None, 320), (384, None, 576), (384, 100, 100)])
 def test_cached_images_have_more_pixels_than_the_model_reads(
     make_model, make_args, train_dataset, tmp_path, monkeypatch, size, given, expected
