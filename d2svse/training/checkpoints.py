@@ -19,7 +19,7 @@ from d2svse.files.replace import write_json
 logger = logging.getLogger(__name__)
 
 SUMS_FILE = "checksums.json"
-ASIDE_PREFIX = "unfinished-"
+ASIDE_PREFIX, EARLIER_PREFIX = "unfinished-", "earlier-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT = FolderKind("d2svse training", SUMS_FILE)
 
@@ -51,11 +51,23 @@ def _keep(checkpoint: Path) -> Path:
     return checkpoint.rename(kept)
 
 
-def keep_earlier(folder: str | os.PathLike[str]) -> None:
-    """Rename the checkpoints of an earlier training, which a new one in this folder does not continue."""
-    earlier = _checkpoints(folder) if Path(folder).is_dir() else []
-    for path in [path for _, path in earlier if (path / LIST).is_file()]:
-        logger.warning("%s is of an earlier training; it is renamed to %s", path, _keep(path))
+def put_earlier_aside(folder: str | os.PathLike[str]) -> None:
+    """Rename the checkpoints of an earlier training to `earlier-*`, because a new one does not continue them.
+
+    Those that are named so already are removed, so that the checkpoints of one earlier training are left.
+    """
+    found = _checkpoints(folder) if Path(folder).is_dir() else []
+    earlier = [path for _, path in found if (path / LIST).is_file()]
+    if not earlier:
+        return
+    for path in Path(folder).glob(f"{EARLIER_PREFIX}checkpoint-*"):
+        remove_written(path, CHECKPOINT)
+    for path in earlier:
+        aside = path.with_name(f"{EARLIER_PREFIX}{path.name}")
+        if aside.exists():  # with files that no run wrote
+            _keep(aside)
+        path.rename(aside)
+    logger.warning("%s: the checkpoints of an earlier training are renamed to %s*", folder, EARLIER_PREFIX)
 
 
 def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: str | None, written: str) -> None:

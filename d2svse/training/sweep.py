@@ -204,7 +204,7 @@ class Sweep:
             try:
                 dataset = ImageTextDataset.from_source(source, **options, on_bad_image="skip" if skips else None)
                 self._hashes[key] = data_hash(dataset)
-            except (OSError, ValueError):
+            except (OSError, ValueError, ImportError):
                 self._hashes[key] = None
         return self._hashes[key]
 

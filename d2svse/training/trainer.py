@@ -65,8 +65,8 @@ from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOn
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     check_resumable,
-    keep_earlier,
     last_whole_checkpoint,
+    put_earlier_aside,
     remove_unfinished,
     rotate_checkpoints,
     seal_checkpoint,
@@ -295,7 +295,8 @@ class Trainer(TransformersTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train the stage.
 
-        Without `resume_from_checkpoint`, checkpoints of an earlier training in `output_dir` are renamed `kept-*`.
+        Without `resume_from_checkpoint`, checkpoints of an earlier training in `output_dir` are renamed to `earlier-*`,
+        and those that are named so already are removed.
 
         Args:
             resume_from_checkpoint: folder of a checkpoint, or True for the newest whole one in `output_dir`, if any.
@@ -316,7 +317,7 @@ class Trainer(TransformersTrainer):
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
             if not resume_from_checkpoint:
-                keep_earlier(str(self.args.output_dir))
+                put_earlier_aside(str(self.args.output_dir))
         self.lr_scheduler = None  # a second call gets its own schedule, from the first rate on
         if self.optimizer is not None and not resume_from_checkpoint:
             for group in self.optimizer.param_groups:

@@ -95,8 +95,11 @@ def test_a_second_training_keeps_its_own_checkpoints_and_resumes_them(make_model
 
     assert train(3) == ("checkpoint-9", 9)
     assert train(1) == ("checkpoint-3", 3)
-    assert "checkpoint-9 is of an earlier training; it is renamed to" in caplog.text
+    assert "the checkpoints of an earlier training are renamed to earlier-*" in caplog.text
     assert train(2, resume_from_checkpoint=True) == ("checkpoint-6", 6)
+    assert train(1) == ("checkpoint-3", 3)
+    left = sorted(path.name for path in Path(make_args().output_dir).glob("*checkpoint-*"))
+    assert left == ["checkpoint-3", "earlier-checkpoint-6"]
 
 
 def test_the_checkpoint_just_written_stays_beside_later_ones(tmp_path):
