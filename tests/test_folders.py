@@ -375,7 +375,7 @@ def test_rotation_removes_the_files_of_checkpoints_alone(tmp_path):
         seal(tmp_path, step)
     put(tmp_path / "checkpoint-2", FOREIGN)
     put(tmp_path / "checkpoint-0", FOREIGN)  # of another
-    rotate_checkpoints(tmp_path, 2, str(tmp_path / "checkpoint-3"))
+    rotate_checkpoints(tmp_path, 2, str(tmp_path / "checkpoint-3"), "checkpoint-5")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in (0, 2, 3, 5)]
     assert contents(tmp_path / "checkpoint-2") == contents(tmp_path / "checkpoint-0") == FOREIGN
     put(tmp_path / "checkpoint-6", FOREIGN)

@@ -12,7 +12,7 @@ from d2svse.cli.train import Config, Set, SimilarityArg, run_training, training_
 
 EXAMPLES = examples(
     "d2svse distill TEACHER --train t.jsonl --val v.jsonl --model M -o runs/a",
-    "d2svse distill TEACHER --config recipe.yaml --teacher-metric diagonal",
+    "d2svse distill TEACHER --config a.yaml --teacher-metric diagonal -o runs/b",
 )
 
 

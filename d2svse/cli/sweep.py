@@ -30,7 +30,7 @@ def sweep(
     seeds: Annotated[
         str | None, typer.Option(help="Seeds, separated by commas.", show_default="of the file, or its seed")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Number of runs at a time; they share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of runs at a time; they share cores and GPUs.")] = 1,
     discard_models: Annotated[bool, typer.Option("--discard-models", help="Keep the records and logs only.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and stop.")] = False,
 ) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +113,8 @@ def run_training(
         similarity_arg: `--similarity-arg`.
         set_: `--set`.
         given: values of the flags by name; None for a flag that was not given.
-        defaults: training options that hold where neither the file nor the command line names them.
+        defaults: training options that hold where neither the file nor the command line names them. A value of the file
+            that its preset gives does not count, because each `recipe.yaml` has those of its preset.
     """
     prepare_process()
     from d2svse.training.distributed import is_main_process
@@ -125,10 +127,17 @@ def run_training(
             sections.setdefault(section, {}).update({name: given[name] for name in names})
         source = config or "options"
         similarity_arguments = parse_assignments(similarity_arg or [], "--similarity-arg")
-        values = merge(read_recipe(config) if config else {}, sections, similarity_arguments, source)
-        for key, value in parse_assignments(set_ or [], "--set").items():
+        file = read_recipe(config) if config else {}
+        of_preset = PRESETS.get(str(file.get("preset", RunOptions.preset)), {})
+        values = merge(file, sections, similarity_arguments, source)
+        chosen = parse_assignments(set_ or [], "--set")
+        for key, value in chosen.items():
             values = override(values, key, value)
-        named = {name for section in ("training", *STAGES) for name in values.get(section) or {}}
+        named = {name for section in STAGES for name in values.get(section) or {}}
+        named |= {part for key in chosen for part in key.split(".")}
+        named |= {
+            name for name, value in (values.get("training") or {}).items() if value != of_preset.get(name, MISSING)
+        }
         for name, value in (defaults or {}).items():
             if name not in named:
                 values["training"] = {**(values.get("training") or {}), name: value}

@@ -98,7 +98,8 @@ def read_manifest(
     path = Path(path)
     folder = Path(image_folder) if image_folder is not None else path.parent
     records: list[Record] = []
-    lines: dict[Path, int] = {}
+    lines: dict[str, int] = {}
+    real_name = RealNames()
     for line, row in read_json_lines(path):
         where = f"{path}:{line}"
         image = row.get(image_column)
@@ -108,9 +109,10 @@ def read_manifest(
         file = folder / image
         if not allow_missing and not os.path.isfile(file):
             raise ManifestError(f"{where}: the image {file} does not exist; paths are relative to {folder}")
-        if file in lines:
-            raise ManifestError(f"{where}: {image} is already in line {lines[file]}; join its captions in one line")
-        lines[file] = line
+        real = real_name(file)
+        if real in lines:
+            raise ManifestError(f"{where}: {image} is already in line {lines[real]}; join its captions in one line")
+        lines[real] = line
         identity, camera = (_label(row, name, where) for name in ("identity", "camera"))
         records.append(Record(file, captions, dense, line, identity, camera))
     if not records:
@@ -255,8 +257,8 @@ def join_dense(
     - "field": the manifest's own field, which every row must have.
     - "concat": the image's sparse captions, joined.
     - "auto": the field, or the joined captions for a row without it.
-    - The path of a JSONL file with rows `{"image": ..., "dense": ...}`, or with one row `{"text": ...}` for
-      each image, in the order of the records.
+    - The path of a JSONL file with rows `{"image": ..., "dense": ...}`, each image once; or with one row
+      `{"text": ...}` for each image, in the order of the records, and no image in any row.
 
     Args:
         records: the records of a manifest.
@@ -265,7 +267,7 @@ def join_dense(
         manifest: the source of the records, for messages.
 
     Raises:
-        ManifestError: if a record has no dense caption in the source.
+        ManifestError: if a record has no dense caption in the source, or a row of the file does not fit.
     """
     texts = dense_texts(records, source, base)
     result = []
@@ -297,16 +299,41 @@ def dense_texts(
 
 def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[str | None]:
     rows = list(read_json_lines(path))
-    if not all("image" in row for _, row in rows):
+    if not any("image" in row for _, row in rows) and all("text" in row for _, row in rows):
         if len(rows) != len(records):
             raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one for each")
         return [_text_of(path, line, row) for line, row in rows]
     texts: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for line, row in rows:
-        if not isinstance(row["image"], str):
-            raise ManifestError(f'{path}:{line}: expected "image" with the path of an image, got {row["image"]!r:.80}')
-        texts[_real_path(base / row["image"])] = _text_of(path, line, row)
+        image, where = row.get("image"), f"{path}:{line}"
+        if not isinstance(image, str):
+            got = "" if image is None else f", got {image!r:.80}"
+            raise ManifestError(
+                f'{where}: expected "image" with the path of an image{got}; or else "text" alone in each line, in the '
+                "order of the images"
+            )
+        file = os.path.normpath(base / image)
+        if file in lines:
+            raise ManifestError(f"{where}: {image} is already in line {lines[file]}; give each image one dense caption")
+        lines[file] = line
+        texts[_real_path(base / image)] = _text_of(path, line, row)
     return [texts.get(_real_path(record.image)) for record in records]
+
+
+class RealNames:
+    """The real paths of many files; those of their folders are looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: str | os.PathLike[str]) -> str:
+        """Return the path of a file without links and `..`."""
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = _real_path(folder)
+        file = os.path.join(self._folders[folder], name)
+        return _real_path(file) if os.path.islink(file) else file
 
 
 def _real_path(path: str | os.PathLike[str]) -> str:

@@ -12,6 +12,7 @@ from d2svse.choices import DataFormat
 from d2svse.data.layout import FiledRecord, as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
+    RealNames,
     Record,
     as_caption,
     as_captions,
@@ -108,11 +109,13 @@ def read_records(
         records = read_coco(path, image_folder=image_folder)
     else:
         records = read_table(path, image_folder=image_folder, **columns)
-    seen: set[Path | StoredImage] = set()
-    for record in records:
-        if record.image in seen:
+    seen: set[str | StoredImage] = set()
+    real_name = RealNames()
+    for record in records if format != "manifest" else []:  # whose lines are compared already
+        image = real_name(record.image) if isinstance(record.image, Path) else record.image
+        if image in seen:
             raise ManifestError(f"{record.where(source)}: {record.image} belongs to two images; expected one")
-        seen.add(record.image)
+        seen.add(image)
     if dense is None or published_dense:
         return records
     return join_dense(records, dense, dense_folder(source, image_folder), source)

@@ -66,6 +66,7 @@ BYTES_PER_PIXEL = 8  # four for Pillow's decoded image, and four for its RGB cop
 GREEDY = dict.fromkeys(("WEBP", "AVIF", "HEIF", "JXL"), 16)  # bytes per pixel: their libraries keep two more copies
 PROGRESSIVE = 10  # bytes per pixel: all coefficients of a progressive JPEG file are kept until the end
 STRIP_PIXELS = 1 << 20  # pixels converted at a time
+DEPTHS = (8, 10, 12, 14, 16)  # bits of grey, which files of 16 bits may hold
 ROOM_PER_CORE = 16_000_000  # pixels
 MESSAGE_LENGTH = 200
 # Errors of decoders for unreadable metadata. Broken pixels raise OSError or RuntimeError.
@@ -169,8 +170,9 @@ def load_image(source: ImageSource, at_least: int | None = None, max_pixels: int
     """Read an image as upright 8-bit RGB.
 
     EXIF rotation is applied and transparency is blended with white. Grey images of 16 bits or floats
-    are scaled to 8 bits; grey, palette and CMYK are converted. An animation gives its first frame.
-    Unreadable metadata are ignored if the pixels can be read.
+    are scaled to 8 bits, by the least depth of 8, 10, 12, 14 or 16 bits that holds the largest value;
+    grey, palette and CMYK are converted. An animation gives its first frame. Unreadable metadata are
+    ignored if the pixels can be read.
 
     Args:
         source: a path, the bytes of an image file, a file opened for reading bytes, a Pillow image, an array
@@ -525,15 +527,17 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _scaling(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return a function that scales 16-bit, 32-bit and float grey to 8 bits by the largest finite value.
+    """Return a function that scales 16-bit, 32-bit and float grey to 8 bits.
 
+    White is the end of the least depth of `DEPTHS` that holds the largest finite value; of floats up to 1, it is 1.
     NaN becomes black, and the transparent value white.
     """
     highest = 0.0
     for _, strip in _strips(image):
         values = np.asarray(strip, dtype=np.float64)
         highest = max(highest, float(values.max(initial=0, where=np.isfinite(values))))
-    top = 1.0 if image.mode == "F" and highest <= 1 else 255.0 if highest < 256 else 65535.0
+    full = [2.0**depth - 1 for depth in DEPTHS]
+    top = 1.0 if image.mode == "F" and highest <= 1 else next((one for one in full if highest < one + 1), full[-1])
     clear = image.info.get("transparency")
 
     def scale(strip: Image.Image) -> Image.Image:

@@ -74,7 +74,7 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = 
         "config": config,
         "similarity": f"{type(model.similarity_fn).__module__}.{type(model.similarity_fn).__qualname__}",
         "image_processor": _image_processor(model.processor.image_processor),
-        "tokenizer": _tokenizer(model.processor.tokenizer),
+        "tokenizer": tokenizer_settings(model.processor.tokenizer),
         "max_length": model.processor.max_length,
     }
     # Included only where they are set, so that models without them keep their fingerprints.
@@ -148,7 +148,8 @@ def _image_processor(processor: Any) -> Any:
     return [name, _related(processor.to_dict())]
 
 
-def _tokenizer(tokenizer: Any) -> Any:
+def tokenizer_settings(tokenizer: Any) -> Any:
+    """Return what decides the ids that a tokenizer gives to a text; None without a tokenizer."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)

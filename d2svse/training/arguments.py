@@ -41,6 +41,8 @@ from d2svse.training.workers import choose_workers
 
 logger = logging.getLogger(__name__)
 
+NO_WEIGHT = "align_weight and distill_weight are 0, which trains nothing; give one of them"
+
 
 @functools.cache
 def _hints(arguments: type) -> dict[str, Any]:
@@ -138,7 +140,7 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
             if frozen and side in self.lora_arguments():
                 raise ValueError(f"lora trains the {side} backbone and freeze_{side} freezes it; give one of them")
         if self.stage == "distill" and self.align_weight == self.distill_weight == 0:
-            raise ValueError("align_weight and distill_weight are 0, which trains nothing; give one of them")
+            raise ValueError(NO_WEIGHT)
         if self.decoder_kind == "attention" and (self.decoder_pooling != "mean" or self.num_context_tokens == 0):
             raise ValueError(
                 "decoder_kind attention has learnable tokens and decoder_pooling mean; change these options"

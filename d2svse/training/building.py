@@ -25,8 +25,8 @@ from d2svse.models.decoder import build_context_decoder
 from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.processing import D2SVSEProcessor
-from d2svse.training.arguments import TrainingArguments
-from d2svse.training.caches import CachedTokens
+from d2svse.training.arguments import NO_WEIGHT, TrainingArguments
+from d2svse.training.caches import CachedTokens, check_text_tokens
 from d2svse.training.tasks import AlignTask, DistillTask, ScoreDistillTask, UnimodalTask
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 
@@ -59,6 +59,9 @@ def check_stage(
     if isinstance(teacher, Teacher) and args.stage != "distill":
         raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
     _check_precision(model, args)
+    if args.cache_text_tokens:
+        for one in (model, teacher) if isinstance(teacher, Teacher) else (model,):
+            check_text_tokens(one)
     if args.stage == "distill" and teacher is None and model.decoder is not None:
         raise ValueError("the model is already a stage-2 model; start from the stage-1 model, or give a teacher")
     if args.stage == "pretrain" and model.decoder is not None:
@@ -128,7 +131,10 @@ def make_task(args: TrainingArguments, loss: RankingLoss, teacher: Teacher | Ret
     if isinstance(teacher, RetrievalTeacher):
         if args.negatives_share < 1:
             raise ValueError("negatives_share: a retrieval model as the teacher scores all pairs; leave it out")
-        task = ScoreDistillTask(loss, score_distillation_loss(args), teacher, args.distill_weight, groups)
+        if args.align_weight == args.distill_weight == 0:
+            raise ValueError(NO_WEIGHT)
+        weights: Any = {"weight": args.distill_weight, "align_weight": args.align_weight}
+        task = ScoreDistillTask(loss, score_distillation_loss(args), teacher, text_groups=groups, **weights)
     elif args.stage == "distill":
         distillation_loss = build_distillation_loss(args.distill_loss)
         task = DistillTask(loss, distillation_loss, args.distill_weight, groups, args.align_weight)

@@ -7,10 +7,12 @@ others wait.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from torch import Tensor
 
 from d2svse.data import ImageTextDataset
 from d2svse.features import Features
+from d2svse.files.data import read_json
 from d2svse.files.lock import write_lock
 from d2svse.images import image_state
 from d2svse.models import D2SVSE
 from d2svse.models.encoding import inference
-from d2svse.models.fingerprint import weights_fingerprint
+from d2svse.models.fingerprint import tokenizer_settings, weights_fingerprint
 from d2svse.models.pixels import read_batches
 from d2svse.models.regions import RegionsModel
-from d2svse.retrieval.embeddings.store import Batches, EmbeddingStore, remove_store, write_store
+from d2svse.retrieval.embeddings.store import DESCRIPTION, Batches, EmbeddingStore, remove_store, write_store
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.teacher import Teacher
 
@@ -66,9 +69,7 @@ def cached_teacher_embeddings(
         "dtype": "float32",
         "shard_size": TEXTS_PER_SHARD,
         "dim": teacher.embed_dim,
-        "fingerprint": weights_fingerprint(
-            teacher.text_encoder, *_vocabulary(teacher.processor.tokenizer), teacher.max_length
-        ),
+        "fingerprint": weights_fingerprint(teacher.text_encoder, _text_settings(teacher.processor, teacher.max_length)),
     }
 
     row_of = {text: row for row, text in enumerate(texts)}
@@ -102,6 +103,10 @@ class CachedTokens:
         """Return the tokens of an image or a text, `(n_tokens, hidden_size)` float16."""
         return torch.from_numpy(np.array(self.store.tokens_of(self.rows[[row]])[0]))
 
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each image or text; the tokens are not read."""
+        return [len(one) for one in self.store.tokens_of(self.rows)]
+
 
 def cached_image_tokens(
     model: D2SVSE, dataset: ImageTextDataset, folder: Path, batch_size: int, show_progress_bar: bool = False
@@ -109,7 +114,7 @@ def cached_image_tokens(
     """Return the vision backbone's tokens of all images without augmentation, from the store in `folder`.
 
     A stopped call continues at the first chunk that is missing. An image counts as unchanged if its path, size and
-    modification time are.
+    modification time are. If the folder holds the tokens of other images, the store is beside them.
 
     Raises:
         ImageError: if an image cannot be read.
@@ -146,13 +151,26 @@ def cached_image_tokens(
         for rows, tokens in tokens_of(names):
             if tokens.shape[1] != length:
                 raise ValueError(f"images give {length} and {tokens.shape[1]} tokens; expected images of one size")
+            _check_finite(tokens, "cache_image_tokens")
             # A store needs a pooled vector and a backbone has none; the mean of the tokens stands in for it.
             yield rows, Features(tokens.mean(1), tokens)
 
     def state(name: str) -> Any:
         return list(image_state(images[name]))
 
-    return CachedTokens(*_cached(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
+    return CachedTokens(*_kept_beside(folder / TOKENS, names, kind, encode, state, batch_size, show_progress_bar))
+
+
+def check_text_tokens(model: D2SVSE | Teacher) -> None:
+    """Check that stored tokens, which have no padding, give a model's embeddings of texts.
+
+    Raises:
+        ValueError: if the pooling or the decoder reads what is not stored; the message names it.
+    """
+    if model.text_encoder.native_pool is not None:
+        raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+    if isinstance(model, D2SVSE) and model.text_depends_on_batch(dense=False):
+        raise ValueError("cache_text_tokens: the decoder of this model sees padding, which is not kept; leave it out")
 
 
 def cached_text_tokens(
@@ -165,7 +183,8 @@ def cached_text_tokens(
 ) -> CachedTokens:
     """Return the text backbone's tokens of all texts, from the store in `folder`; make the store if it is missing.
 
-    A stopped call continues at the first chunk that is missing.
+    A stopped call continues at the first chunk that is missing. If the folder holds the tokens of other texts, the
+    store is beside it.
 
     Args:
         model: the model, with its processor; or a teacher.
@@ -174,31 +193,64 @@ def cached_text_tokens(
         batch_size: texts encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
         max_length: longest text in tokens; None for the limit of the processor.
+
+    Raises:
+        ValueError: see `check_text_tokens`.
     """
-    processor: Any = model.processor
+    kind = _text_kind(model, max_length)
+    encode = partial(_text_batches, model, max_length, batch_size)
+    return CachedTokens(*_kept_beside(folder, list(texts), kind, encode, lambda _: None, batch_size, show_progress_bar))
+
+
+def kept_text_tokens(
+    model: D2SVSE | Teacher, texts: Sequence[str], folder: Path, max_length: int | None = None
+) -> CachedTokens | None:
+    """Return the tokens that `cached_text_tokens` keeps for these texts, or None if it has not kept all of them."""
+    once = list(dict.fromkeys(texts))
+    folder = _folder_of(folder, once)
+    if _description(folder) != {**_text_kind(model, max_length), "count": len(once), "list": _list_hash(once)}:
+        return None
+    try:
+        store = EmbeddingStore(folder)
+    except (ValueError, FileNotFoundError):
+        return None
+    if not _agrees(store, partial(_text_batches, model, max_length, SAMPLE)):
+        return None
+    row_of = {text: row for row, text in enumerate(store.ids)}
+    return CachedTokens(store, [row_of[text] for text in texts])
+
+
+def _text_kind(model: D2SVSE | Teacher, max_length: int | None) -> dict[str, Any]:
+    """Return what describes a store of a text backbone's tokens."""
+    check_text_tokens(model)
     encoder = model.text_encoder
-    device = encoder.projection.weight.device
-    kind = {
+    return {
         "side": "text",
         "output": "features",
         "dtype": "float16",
         "shard_size": TEXTS_PER_SHARD,
         "dim": int(encoder.projection.in_features),
-        "fingerprint": weights_fingerprint(encoder.backbone, *_vocabulary(processor.tokenizer), max_length),
+        "fingerprint": weights_fingerprint(encoder.backbone, _text_settings(model.processor, max_length)),
     }
 
-    def encode(names: Sequence[str], _: Any) -> Batches:
-        ids = processor.tokenize(names, max_length)
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            batch = processor.pad([ids[row] for row in rows]).to(device)
-            with inference(encoder):
-                tokens = encoder.backbone_tokens(batch["input_ids"], batch["attention_mask"])
-            # As for images, the store's pooled vector has no meaning.
-            yield rows, Features(tokens[:, 0], tokens, batch["attention_mask"].bool())
 
-    return CachedTokens(*_cached(folder, list(texts), kind, encode, lambda _: None, batch_size, show_progress_bar))
+def _text_batches(
+    model: D2SVSE | Teacher, max_length: int | None, batch_size: int, names: Sequence[str], _: Any
+) -> Batches:
+    """Yield the text backbone's tokens of texts, short ones first."""
+    encoder, processor = model.text_encoder, model.processor
+    assert processor is not None
+    ids = processor.tokenize(names, max_length)
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        batch = processor.pad([ids[row] for row in rows]).to(encoder.projection.weight.device)
+        with inference(encoder):
+            tokens = encoder.backbone_tokens(batch["input_ids"], batch["attention_mask"])
+        real = batch["attention_mask"].bool()
+        _check_finite(tokens[real], "cache_text_tokens")
+        # As for images, the store's pooled vector has no meaning.
+        yield rows, Features(tokens[:, 0], tokens, real)
 
 
 def held_out_tokens(
@@ -226,8 +278,46 @@ def held_out_tokens(
     return found
 
 
-def _vocabulary(tokenizer: Any) -> tuple[str, str]:
-    return json.dumps(sorted(tokenizer.get_vocab().items())), type(tokenizer).__name__
+def _check_finite(tokens: Tensor, option: str) -> None:
+    if not bool(tokens.to(torch.float16).isfinite().all()):
+        raise ValueError(f"{option}: a token of the backbone is not finite in float16; leave {option} out")
+
+
+def _text_settings(processor: Any, max_length: int | None) -> str:
+    """Return what decides the ids of texts: tokenizer, limit in tokens and prompt."""
+    limit = processor.max_length if max_length is None else min(max_length, processor.max_length)
+    settings = [tokenizer_settings(processor.tokenizer), limit, processor.prompt, processor.fixed_length]
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _folder_of(folder: Path, names: Sequence[str]) -> Path:
+    """Return the folder of the tokens of some items: one beside `folder`, if it holds those of other items."""
+    own = _list_hash(names)
+    return folder if _description(folder).get("list", own) == own else folder.with_name(f"{folder.name}-{own[:12]}")
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Return the description of a store; empty if it has none."""
+    try:
+        found = read_json(folder / DESCRIPTION)
+    except (ValueError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _list_hash(names: Sequence[str]) -> str:
+    """Return the hash of a list of items as a store notes it."""
+    return hashlib.sha256(json.dumps(list(dict.fromkeys(names))).encode()).hexdigest()
+
+
+def _kept_beside(folder: Path, names: Sequence[str], *options: Any) -> tuple[EmbeddingStore, list[int]]:
+    """Return the result of `_cached`; the tokens of other items in the folder stay, and these get one beside it."""
+    chosen = _folder_of(folder, names)
+    with write_lock(chosen, wait=True):
+        now = _folder_of(folder, names)  # another process may have written it meanwhile
+        if now == chosen:
+            return _cached(chosen, names, *options)
+    return _cached(now, names, *options)
 
 
 def _cached(

@@ -19,7 +19,7 @@ from d2svse.files.replace import write_json
 logger = logging.getLogger(__name__)
 
 SUMS_FILE = "checksums.json"
-ASIDE_PREFIX = "unfinished-"
+ASIDE_PREFIX, EARLIER_PREFIX = "unfinished-", "earlier-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT = FolderKind("d2svse training", SUMS_FILE)
 
@@ -39,24 +39,50 @@ def seal_checkpoint(aside: Path, target: Path) -> None:
     try:
         check_folder(target, CHECKPOINT)
     except FileExistsError:
-        kept = next(
-            path for number in count(1) if not (path := target.with_name(f"kept-{number}-{target.name}")).exists()
-        )
-        target.rename(kept)
+        kept = _keep(target)
         logger.warning("%s was not written by a training run; it is renamed to %s", target, kept)
     place_folder(aside, target, CHECKPOINT)
 
 
-def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints above a limit, except the newest and the best; files that no run wrote stay.
+def _keep(checkpoint: Path) -> Path:
+    """Rename a checkpoint, so that no run takes it for its own; return the new path."""
+    names = (checkpoint.with_name(f"kept-{number}-{checkpoint.name}") for number in count(1))
+    kept = next(path for path in names if not path.exists())
+    return checkpoint.rename(kept)
+
+
+def put_earlier_aside(folder: str | os.PathLike[str]) -> None:
+    """Rename the checkpoints of an earlier training to `earlier-*`, because a new one does not continue them.
+
+    Those that are named so already are removed, so that the checkpoints of one earlier training are left.
+    """
+    found = _checkpoints(folder) if Path(folder).is_dir() else []
+    earlier = [path for _, path in found if (path / LIST).is_file()]
+    if not earlier:
+        return
+    for path in Path(folder).glob(f"{EARLIER_PREFIX}checkpoint-*"):
+        remove_written(path, CHECKPOINT)
+    for path in earlier:
+        aside = path.with_name(f"{EARLIER_PREFIX}{path.name}")
+        if aside.exists():  # with files that no run wrote
+            _keep(aside)
+        path.rename(aside)
+    logger.warning("%s: the checkpoints of an earlier training are renamed to %s*", folder, EARLIER_PREFIX)
+
+
+def rotate_checkpoints(folder: str | os.PathLike[str], limit: int | None, best: str | None, written: str) -> None:
+    """Remove the oldest checkpoints above a limit, except three; files that no run wrote stay.
+
+    The three are the checkpoint of the last step, the best one, and the one that was just written.
 
     Args:
         folder: folder of the checkpoints.
         limit: number of checkpoints to keep; None or 0 keeps all.
         best: the checkpoint whose weights the run will end with, or None.
+        written: name of the checkpoint that was just written.
     """
     found = [path for _, path in _checkpoints(folder) if (path / LIST).is_file()]
-    kept = {path.name for path in found[-1:]} | ({Path(best).name} if best else set())
+    kept = {path.name for path in found[-1:]} | {written} | ({Path(best).name} if best else set())
     removable = [path for path in found if path.name not in kept]
     surplus = len(found) - max(limit, len(kept)) if limit and limit > 0 else 0
     for path in removable[: max(surplus, 0)]:

@@ -223,7 +223,9 @@ class LossOptions:
         "cosine", "Distillation loss: cosine, l1, l2, kl or a registered one; also a name with arguments."
     )
     distill_weight: float = option(1.0, "Weight of the distillation loss.", least=0)
-    align_weight: float = option(1.0, "Weight of the ranking loss in stage distill; 0 distils alone.", least=0)
+    align_weight: float = option(
+        1.0, "Weight of the ranking loss beside that of distillation; 0 distils alone.", least=0
+    )
     teacher_metric: str | dict[str, Any] | None = option(
         None,
         "Metric on the scores of a retrieval model that teaches stage align, such as diagonal (GSSF); also a structure "
@@ -395,9 +397,10 @@ class ComputeOptions:
         "File for decoded images (uint8, memory-mapped), from which crops are taken; every image is then decoded once.",
         flag=True,
     )
-    cached_image_side: int = option(
-        320,
-        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop.",
+    cached_image_side: int | None = option(
+        None,
+        "Shorter side of the images of cache_images in pixels; 0.6 of it is the smallest crop. Without it, 1.5 times "
+        "the side that the model reads, at least 320.",
         least=16,
         most=8192,
     )

@@ -119,6 +119,16 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             raise ValueError("pretrain_split and pretrain_dense belong to pretrain_on")
         if self.teacher is not None and not {"distill", "align"} & set(self.stages):
             raise ValueError(f"a teacher is for stage distill or align, but the stages are {', '.join(self.stages)}")
+        scored = self.teacher is not None and "distill" not in self.stages
+        metrics = [section for section in ("training", *STAGES) if getattr(self, section).get("teacher_metric")]
+        if metrics and not scored:
+            raise ValueError(
+                f"{metrics[0]}: teacher_metric is for a retrieval model that teaches stage align; give it by teacher "
+                "(--teacher, or d2svse distill TEACHER), without stage distill"
+            )
+        chosen = self.preset in SHORT_AND_LONG and self.teacher_dense == "long"  # see `choose_dense`
+        if self.teacher_dense is not None and "distill" not in self.stages and not chosen:
+            raise ValueError(f"teacher_dense is for stage distill, but the stages are {', '.join(self.stages)}")
         if self.model is None and self.stages[0] == "distill":
             raise ValueError("stage distill needs a teacher: give a stage-1 model, or pretrain first")
         if self.model is None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from d2svse.cpu import JOBS, choose_device, usable_cores
@@ -103,6 +104,7 @@ class Sweep:
     rows: dict[str, dict[str, Any]]
     seeds: list[int]
     tests: dict[str, EvaluationSet] = field(default_factory=dict)
+    _hashes: dict[tuple[Any, ...], str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         folders: dict[str, str] = {}
@@ -148,26 +150,63 @@ class Sweep:
     def state(self, run: Run, folder: Path) -> str:
         """Return "done", "begun" or "to do".
 
+        A finished run is begun again if a set that it was evaluated on has changed. Data that cannot be read now count
+        as unchanged.
+
         Raises:
-            ValueError: if the run was made with other options.
+            ValueError: if the run was made with other options, or on other data.
         """
         recipe, record = self.recipe(run, folder), record_file(folder, run)
         if not record.exists():
             check_unchanged(recipe)
             return "begun" if (Path(recipe.output) / START_FILE).exists() else "to do"
         made = read_record(record)
+        advice = f"give another folder, or remove this file and {recipe.output} to run it again"
         names = differing(made["card"]["configuration"], recipe)
         if names:
-            raise ValueError(
-                f"{record}: the run was made with other options ({', '.join(names)}); give another folder, or remove "
-                f"this file and {recipe.output} to run it again"
-            )
+            raise ValueError(f"{record}: the run was made with other options ({', '.join(names)}); {advice}")
+        of_run, of_tests = self._data_now(recipe)
+        for name, now in of_run.items():
+            before = made["card"].get("data", {}).get(name, {}).get("sha256")
+            if None not in (now, before) and now != before:
+                source = made["card"]["data"][name]["source"]
+                raise ValueError(f"{record}: {source} ({name}) has changed since the run was made; {advice}")
         sets = made["sets"]
         alike = all(
-            name in sets and (sets[name].get("data", test.data), sets[name].get("split")) == (test.data, test.split)
+            name in sets
+            and (sets[name].get("data", test.data), sets[name].get("split")) == (test.data, test.split)
+            and of_tests.get(name) in (None, sets[name]["sha256"])
             for name, test in self.tests.items()
         )
         return "done" if VALIDATION in sets and alike else "begun"
+
+    def _data_now(self, recipe: Recipe) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """Return the hashes of the data of a run as they are now, by their names in its card, and of the tests."""
+        try:
+            of_train, of_val, *more = image_folders(recipe, *(test.data for test in self.tests.values()))
+        except (OSError, ValueError):
+            return {}, {}
+        skips = recipe.on_bad_image == "skip"
+        of_run = {
+            "train": self._hash(recipe.train, recipe.train_split, of_train, recipe.dense, skips),
+            VALIDATION: self._hash(recipe.val, recipe.val_split, of_val, None, skips),
+        }
+        if recipe.pretrain_on is not None:
+            source = (recipe.pretrain_on, recipe.pretrain_split, more.pop(0), recipe.pretrain_dense)
+            of_run["pretrain_on"] = self._hash(*source, skips)
+        tests = zip(self.tests.items(), more, strict=True)
+        return of_run, {name: self._hash(test.data, test.split, one, None, skips) for (name, test), one in tests}
+
+    def _hash(self, source: str, split: str | None, images: Any, dense: str | None, skips: bool) -> str | None:
+        key = (source, split, images, dense, skips)
+        if key not in self._hashes:
+            options: dict[str, Any] = {"split": split, "image_folder": images, "dense": dense}
+            try:
+                dataset = ImageTextDataset.from_source(source, **options, on_bad_image="skip" if skips else None)
+                self._hashes[key] = data_hash(dataset)
+            except (OSError, ValueError, ImportError):
+                self._hashes[key] = None
+        return self._hashes[key]
 
 
 def read_sweep(
@@ -242,7 +281,7 @@ def run_sweep(
     Args:
         sweep: the sweep.
         folder: folder of all runs.
-        jobs: number of runs at a time; several share the cores.
+        jobs: number of runs at a time; several share the cores, and each has one of the GPUs in turn.
         discard_models: keep no model.
         say: function that prints a line.
 
@@ -261,6 +300,7 @@ def run_sweep(
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         environment[JOBS] = str(jobs)
+    gpus, slots = visible_gpus() if jobs > 1 else [], dict[Run, int]()
     waiting = [run for run, state in states.items() if state != "done"]
     done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
     with write_lock(folder, busy=ValueError), exit_on_signals("SIGTERM"):
@@ -271,7 +311,9 @@ def run_sweep(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
-                    running[run] = _start(sweep, run, folder, discard_models, environment)
+                    slots[run] = min({*range(jobs)} - {slots[one] for one in running})
+                    own = {"CUDA_VISIBLE_DEVICES": gpus[slots[run] % len(gpus)]} if gpus else {}
+                    running[run] = _start(sweep, run, folder, discard_models, environment | own)
                 time.sleep(POLL)
                 for run, process in list(running.items()):
                     code = process.poll()
@@ -292,6 +334,12 @@ def run_sweep(
         finally:
             _stop(running.values())
     return failed
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs of CUDA that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
 
 
 def _start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import numpy as np
 from d2svse.files.replace import write_text
 from d2svse.retrieval.evaluation.bootstrap import Difference, QueryRanks, paired_bootstrap
 
+logger = logging.getLogger(__name__)
+
+DATA_OPTIONS = ("train", "train_split", "image_folder", "dense", "on_bad_image")
 METRICS = (*(f"{side}_recall_at_{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)), "rsum")
 TITLES = ("runs", *(f"{side} R@{k}" for side in ("I2T", "T2I") for k in (1, 5, 10)), "rSum", "rSum − first, 95 %")
 MINUS = "\N{MINUS SIGN}"
@@ -125,7 +129,8 @@ def write_tables(
 ) -> dict[str, list[TableRow]]:
     """Write `table.csv`, `table.md` and `table.tex` with a table for each set, and `runs.csv` with a row for each run.
 
-    A set on which the runs have different data, such as a validation set of each row, has no table.
+    A set on which the runs have different data, such as a validation set of each row, has no table. A warning names
+    two runs whose training data changed in between.
 
     Args:
         folder: folder of the files.
@@ -137,6 +142,14 @@ def write_tables(
     Returns:
         The rows of each set's table.
     """
+    trained: dict[str, tuple[str, str]] = {}  # hash of the data and first run, by the options that choose the data
+    for record in records:
+        card = record.get("card", {})
+        if "train" in card.get("data", {}):
+            key = repr([card["configuration"].get(name) for name in DATA_OPTIONS])
+            before, run = trained.setdefault(key, (card["data"]["train"]["sha256"], record["run"]))
+            if before != card["data"]["train"]["sha256"]:
+                logger.warning("%s and %s were trained on different data of one name", run, record["run"])
     alike = [name for name in sets if len(_runs_by_data(records, name)) <= 1]
     tables = {name: table_rows(records, rows, name, failed) for name in alike}
     folder = Path(folder)

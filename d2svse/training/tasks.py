@@ -52,12 +52,14 @@ class AlignTask(nn.Module):
 
     Attributes:
         align_scale: factor of the ranking loss, which `ScheduleCallback` raises from 0 to 1.
+        align_weight: weight of the ranking loss beside a distillation loss; with 0 it is left out.
         negatives_share: share of the negatives that a similarity of tokens scores, see `hardest_and_random`.
     """
 
     def __init__(self, loss: RankingLoss, text_groups: int = 1) -> None:
         super().__init__()
         self.loss, self.text_groups, self.align_scale, self.negatives_share = loss, text_groups, 1.0, 1.0
+        self.align_weight = 1.0
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of a batch.
@@ -121,6 +123,10 @@ class AlignTask(nn.Module):
         sides = Features(pooled_images), Features(of_all.pooled.detach())
         statistics = batch_statistics(self.loss, scores, image_ids, *sides)
         statistics["loss_if_collapsed"] = self.align_scale * statistics["loss_if_collapsed"]
+        for part, name in ((losses, "align_loss"), (statistics, "loss_if_collapsed")):
+            value = part.pop(name)
+            if self.align_weight:
+                part[name] = self.align_weight * value
         return {**losses, **statistics}
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
@@ -179,11 +185,8 @@ class DistillTask(AlignTask):
         """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
         losses = super().losses(similarity, batch, images, texts)
         if self.align_weight == 0:
-            left_out = ("align_loss", "penalty_loss", "loss_if_collapsed")
-            kept = {name: value for name, value in losses.items() if name not in left_out}
-            return {**kept, "distill_loss": losses["distill_loss"]}
-        weighted = {name: self.align_weight * losses[name] for name in ("align_loss", "loss_if_collapsed")}
-        return {**losses, **weighted}
+            losses.pop("penalty_loss", None)
+        return losses
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return `distill_loss`."""
@@ -213,6 +216,7 @@ class ScoreDistillTask(AlignTask):
         teacher: the teacher.
         weight: weight of the distillation loss.
         text_groups: groups of similar length in which texts are encoded, see `D2SVSE.forward`.
+        align_weight: weight of the ranking loss on the student's scores; with 0 they learn from the teacher alone.
     """
 
     similarity: Similarity  # of the teacher; `Trainer.prepare` sets it
@@ -224,9 +228,11 @@ class ScoreDistillTask(AlignTask):
         teacher: RetrievalTeacher,
         weight: float = 1.0,
         text_groups: int = 1,
+        align_weight: float = 1.0,
     ) -> None:
         super().__init__(loss, text_groups)
         self.distillation_loss, self.teacher, self.weight = distillation_loss, teacher, weight
+        self.align_weight = align_weight
 
     def further_losses(self, joined: JoinedBatch) -> dict[str, Tensor]:
         """Return `distill_loss`, and `teacher_loss` if the teacher's scores have a learned metric."""

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from d2svse.data import ImageTextDataset
 from d2svse.data.samples import SupportsRows
 from d2svse.features import Features
+from d2svse.files.lock import write_lock
 from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import TEACHER_FILE
 from d2svse.hub.weights import read_tensors
@@ -21,7 +22,14 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.embeddings.store import EmbeddingStore, encode_images, encode_texts
 from d2svse.similarity.base import REGISTRY, build_similarity
 from d2svse.similarity.metric import Metric
-from d2svse.training.distributed import barrier, is_main_process
+
+
+class StoredTokens(SupportsRows, Protocol):
+    """The tokens of texts, whose lengths are known without reading them."""
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each text."""
+        ...
 
 
 class Teacher:
@@ -91,7 +99,7 @@ class Teacher:
 
     @torch.inference_mode()
     def batches(
-        self, texts: Sequence[str], batch_size: int = 64, tokens: SupportsRows | None = None
+        self, texts: Sequence[str], batch_size: int = 64, tokens: StoredTokens | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the embeddings of dense captions batch by batch, short captions first.
 
@@ -108,7 +116,8 @@ class Teacher:
             ValueError: if a text is empty.
         """
         each: Any = self.processor.tokenize(texts, self.max_length) if tokens is None else tokens
-        order = sorted(range(len(texts)), key=lambda row: len(each[row]))
+        lengths = [len(ids) for ids in each] if tokens is None else tokens.lengths()
+        order = sorted(range(len(texts)), key=lengths.__getitem__)
         device = next(self.text_encoder.parameters()).device
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
@@ -164,7 +173,10 @@ class RetrievalTeacher:
     def encode(
         self, dataset: ImageTextDataset, folder: Path, batch_size: int, device: torch.device, shown: bool = False
     ) -> None:
-        """Encode the images and captions of a data set into `folder`, or read them there; then free the model."""
+        """Encode the images and captions of a data set into `folder`, or read them there; then free the model.
+
+        One process encodes, and the others wait for its lock, however long it takes.
+        """
         assert self.model is not None
         model: Any = self.model
         model.to(device)
@@ -175,10 +187,9 @@ class RetrievalTeacher:
             "batch_size": batch_size,
             "show_progress_bar": shown,
         }
-        if is_main_process():
+        with write_lock(folder, wait=True):
             encode_images(model, dataset.images, folder / "images", **options)
             encode_texts(model, dataset.captions, folder / "captions", **options)
-        barrier()
         for side, names in (("images", [os.fspath(image) for image in dataset.images]), ("captions", dataset.captions)):
             store = EmbeddingStore(folder / side)
             row_of = {name: row for row, name in enumerate(store.ids)}

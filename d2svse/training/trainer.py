@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from d2svse.data import Batch, Collator, EpochBatches, ImageTextDataset, TrainingSamples
-from d2svse.data.decoded import decoded_images
+from d2svse.data.decoded import SIDE, decoded_images
 from d2svse.files.replace import write_faults
 from d2svse.hub import CardFacts, Pushed, make_repository
 from d2svse.losses import RankingLoss
@@ -59,12 +59,14 @@ from d2svse.training.caches import (
     cached_teacher_embeddings,
     cached_text_tokens,
     held_out_tokens,
+    kept_text_tokens,
 )
 from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
 from d2svse.training.checkpoints import (
     ASIDE_PREFIX,
     check_resumable,
     last_whole_checkpoint,
+    put_earlier_aside,
     remove_unfinished,
     rotate_checkpoints,
     seal_checkpoint,
@@ -217,8 +219,12 @@ class Trainer(TransformersTrainer):
         if args.unimodal and self.eval_dataset:
             check_answers(self.eval_dataset, args.unimodal)
         check_text_backbone(model.text_encoder)
-        if args.cache_text_tokens and model.text_encoder.native_pool is not None:
-            raise ValueError("cache_text_tokens: the pooling of a dual encoder reads token ids; leave it out")
+        mlp = model.text_encoder.mlp
+        if args.cache_text_tokens and mlp is not None and isinstance(mlp.norm, nn.BatchNorm1d):
+            logger.warning(
+                "cache_text_tokens: the batch norm of text_projection residual_mlp counts padding in training, and "
+                "kept tokens are padded with zeros: training differs a little; text_projection mlp ignores padding"
+            )
         check_tokens(model, args, dataset, *([self.eval_dataset] if self.eval_dataset else []))
 
         teacher_embeddings = None
@@ -233,9 +239,9 @@ class Trainer(TransformersTrainer):
             teacher = self.teacher or Teacher(model, args.dense_max_length, args.device)
             texts, file = dataset.dense_captions, Path(str(args.output_dir)) / TEACHER_CACHE
             options, tokens = (args.per_device_eval_batch_size, shown), None
-            if args.cache_text_tokens:  # those of stage 1, if its text backbone was frozen too
+            if args.cache_text_tokens:  # those that stage 1 left, if its text backbone was frozen too
                 dense = Path(args.cache_text_tokens) / DENSE_TOKENS
-                tokens = cached_text_tokens(teacher, texts, dense, *options, teacher.max_length)
+                tokens = kept_text_tokens(teacher, texts, dense, teacher.max_length)
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, *options, tokens)
             warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
@@ -250,7 +256,8 @@ class Trainer(TransformersTrainer):
 
         decoded = None
         if args.cache_images:
-            decoded = decoded_images(dataset.images, args.cache_images, args.cached_image_side, shown)
+            side = args.cached_image_side or max(SIDE, math.ceil(1.5 * max(model.processor.example().shape[-2:])))
+            decoded = decoded_images(dataset.images, args.cache_images, side, shown)
         samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
         if samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
@@ -288,6 +295,9 @@ class Trainer(TransformersTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train the stage.
 
+        Without `resume_from_checkpoint`, checkpoints of an earlier training in `output_dir` are renamed to `earlier-*`,
+        and those that are named so already are removed.
+
         Args:
             resume_from_checkpoint: folder of a checkpoint, or True for the newest whole one in `output_dir`, if any.
             args: further arguments of `transformers.Trainer.train`.
@@ -306,6 +316,8 @@ class Trainer(TransformersTrainer):
         resting = freeze_other_side(self.accelerator.unwrap_model(self.model), self.args.unimodal)
         if self.args.should_save:
             remove_unfinished(str(self.args.output_dir))
+            if not resume_from_checkpoint:
+                put_earlier_aside(str(self.args.output_dir))
         self.lr_scheduler = None  # a second call gets its own schedule, from the first rate on
         if self.optimizer is not None and not resume_from_checkpoint:
             for group in self.optimizer.param_groups:
@@ -662,7 +674,7 @@ class Trainer(TransformersTrainer):
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
             seal_checkpoint(aside / name, run_dir / name)
             aside.rmdir()
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, name)
         self.accelerator.wait_for_everyone()
 
 

@@ -26,7 +26,7 @@ def test_names_are_those_that_training_looks_for(tmp_path):
     dense = write_dense(tmp_path / "elsewhere.jsonl", images)
     dataset = ImageTextDataset.from_manifest(manifest, dense=dense)
     assert dataset.dense_captions == ["of 000", "of 001", "of 002", "of outside"]
-    (tmp_path / "link.png").symlink_to(outside)
+    (tmp_path / "link.png").symlink_to(photos / "003.png")
     both = "".join(
         json.dumps({"image": f"../{name}", "captions": ["x"]}) + "\n" for name in ("outside.png", "link.png")
     )

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from d2svse.training.recipe import Recipe
 from support.processes import torchrun
 
 
@@ -189,3 +190,29 @@ def test_distill_trains_a_student_by_a_teachers_scores(run, trained, scenes, bac
     recipe = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert recipe["training"]["distill_loss"] == "kl"
     assert recipe["stages"] == ["align"]
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "loss"),
+    [
+        ({}, [], "kl"),
+        ({"training": {"distill_loss": {"name": "kl"}}}, [], {"name": "kl"}),
+        ({"align": {"distill_loss": "l1"}}, [], "l1"),
+        ({}, ["--set", "distill_loss=cosine"], "cosine"),
+        ({}, ["--preset", "paper"], "kl"),
+    ],
+)
+def test_distillation_of_scores_takes_no_loss_from_a_preset(recipe, run, tmp_path, monkeypatch, file, options, loss):
+    made = []
+
+    def stop(recipe):
+        made.append(recipe)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("d2svse.training.recipe.run_recipe", stop)
+    values = yaml.safe_load(Recipe(**recipe).effective_configuration())
+    for section, given in file.items():
+        values[section] |= given
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    run("distill", "TEACHER", "--config", tmp_path / "recipe.yaml", *options)
+    assert made[0].arguments("align").distill_loss == loss

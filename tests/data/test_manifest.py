@@ -1,10 +1,11 @@
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 from d2svse import ImageTextDataset
-from d2svse.data import ManifestError, Record, join_dense, read_manifest, write_manifest
+from d2svse.data import ManifestError, Record, join_dense, read_manifest, read_records, write_manifest
 from d2svse.data.manifest import check_images
 
 
@@ -115,6 +116,26 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
         dense(by_image)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"image": "b.jpg", "dense": "B"}', '{"dense": "A"}'], r'd\.jsonl:2: expected "image" with the path'),
+        (['{"text": "A"}', '{"image": "b.jpg", "text": "B"}'], r'd\.jsonl:1: expected "image".*; or else "text" alone'),
+        (['{"text": "A"}', '{"dense": "B"}'], r'd\.jsonl:1: expected "image"'),
+        (['{"text": "A"}', '{"image": null, "text": "B"}'], r'd\.jsonl:1: expected "image"'),
+        (
+            ['{"image": "a.jpg", "dense": "A"}', '{"image": "./a.jpg", "dense": "B"}'],
+            r"d\.jsonl:2: .* already in line 1",
+        ),
+    ],
+)
+def test_a_dense_file_names_every_image_once_or_none(folder, lines, message):
+    records = read_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}))
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ManifestError, match=message):
+        join_dense(records, folder / "d.jsonl", folder)
+
+
 def test_a_dataset_lists_captions_with_their_images(folder):
     dataset = ImageTextDataset.from_manifest(
         write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}), dense="concat"
@@ -132,10 +153,11 @@ def test_links_to_images_keep_their_names(folder, tmp_path):
     images = tmp_path / "images"
     (images / "inner").mkdir(parents=True)
     (images / "link").symlink_to(folder)
-    for name in ("one.jpg", "two.jpg"):
-        (images / name).symlink_to(folder / "a.jpg")
+    shutil.copy(folder / "a.jpg", folder / "d.jpg")
+    for name, target in (("one.jpg", "a.jpg"), ("two.jpg", "c.jpg")):
+        (images / name).symlink_to(folder / target)
     paths = [images / "one.jpg", images / "two.jpg", images / "link" / "b.jpg", images / "inner" / ".." / "one.jpg"]
-    paths.append(images / "link" / ".." / folder.name / "b.jpg")
+    paths.append(images / "link" / ".." / folder.name / "d.jpg")
     (tmp_path / "out").mkdir()
     for rows in (paths[:3], paths[2:]):
         write_manifest(tmp_path / "out" / "m.jsonl", [Record(path, ("x",)) for path in rows])
@@ -143,6 +165,19 @@ def test_links_to_images_keep_their_names(folder, tmp_path):
         assert [record.image.name for record in records] == [path.name for path in rows]
         assert [record.image.samefile(path) for record, path in zip(records, rows, strict=True)] == [True] * 3
     assert records[1].image == images / "one.jpg"
+
+
+@pytest.mark.parametrize("name", ["./a.jpg", "../{folder}/a.jpg", "link.jpg", "linked/a.jpg"])
+def test_an_image_under_two_names_is_one_image(folder, name):
+    (folder / "link.jpg").symlink_to("a.jpg")
+    (folder / "linked").symlink_to(folder)
+    name = name.format(folder=folder.name)
+    path = write(folder, GOOD, {"image": "b.jpg", "captions": ["x"]}, {"image": name, "captions": ["three"]})
+    with pytest.raises(ManifestError, match=r"m\.jsonl:3: .*a?\.jpg is already in line 1; join its captions"):
+        read_manifest(path)
+    (folder / "t.csv").write_text(f"image,caption\na.jpg,one\n{name},two\n")
+    with pytest.raises(ManifestError, match="belongs to two images; expected one"):
+        read_records(folder / "t.csv")
 
 
 def test_identities_and_cameras_are_read_kept_and_written(folder):

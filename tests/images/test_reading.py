@@ -42,8 +42,9 @@ def test_grey_cmyk_and_palette_become_rgb(tmp_path):
         assert loaded.size == (8, 6)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    deep = Image.fromarray((GRADIENT * 65535).astype(np.uint16))
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_of_up_to_sixteen_bits_is_scaled_not_clipped(tmp_path, bits):
+    deep = Image.fromarray((GRADIENT * (2**bits - 1)).astype(np.uint16))
     loaded = np.asarray(load_image(save(tmp_path, deep)))
     np.testing.assert_allclose(loaded[..., 0], GRADIENT * 255, atol=1)
 
@@ -307,7 +308,7 @@ def test_sixteen_bit_grey_with_a_transparent_value_keeps_its_greys(tmp_path):
     assert loaded[3, 4, 0] == np.asarray(eight)[3, 4]
 
 
-@pytest.mark.parametrize("scale", [1, 255, 65535])
+@pytest.mark.parametrize("scale", [1, 255, 4095, 65535])
 def test_float_images_with_nan_and_infinity_keep_their_greys(tmp_path, scale):
     values = (GRADIENT * scale).astype(np.float32)
     values[0, :3] = np.nan, np.inf, -np.inf

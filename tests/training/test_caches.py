@@ -1,15 +1,24 @@
 """What is kept on disk is what would be computed, and is made again when it is not."""
 
+import copy
 import pickle
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from d2svse import D2SVSE, ImageTextDataset, Trainer, TrainingArguments
+from d2svse import D2SVSE, D2SVSEProcessor, ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import Record
 from d2svse.training import Teacher
-from d2svse.training.caches import cached_image_tokens, cached_teacher_embeddings, cached_text_tokens
+from d2svse.training.caches import (
+    cached_image_tokens,
+    cached_teacher_embeddings,
+    cached_text_tokens,
+    held_out_tokens,
+    kept_text_tokens,
+)
 from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
 
@@ -206,6 +215,27 @@ def test_texts_of_different_lengths_are_encoded_once(make_model, train_dataset, 
         assert torch.equal(again[row], first[row % 4])
 
 
+def test_texts_with_other_ids_are_encoded_again(make_model, train_dataset, folder, tmp_path):
+    model, texts = make_model(), list(train_dataset.dense_captions[:6])
+    processor = model.processor
+
+    def described():
+        cached_text_tokens(model, texts, tmp_path / "dense", 16)
+        cached_teacher_embeddings(Teacher(model), texts, folder, 16)
+        return tuple((one / "store.json").read_text() for one in (tmp_path / "dense", folder))
+
+    plain = described()
+    other = copy.deepcopy(processor.tokenizer)
+    other.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("red", "green")
+    own = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer, "max_length": 96}
+    for change in ({"tokenizer": other}, {"max_length": 7}, {"prompt": "a photo of {}"}):
+        model.processor = D2SVSEProcessor(**{**own, **change})
+        assert all(one != before for one, before in zip(described(), plain, strict=True))
+    processor.tokenizer(texts[0], truncation=True, max_length=3)  # a state that a call leaves
+    model.processor = processor
+    assert described() == plain
+
+
 def test_the_teacher_reads_the_tokens_of_stage_1(make_model, train_dataset, folder, tmp_path):
     teacher, texts = Teacher(make_model()), train_dataset.dense_captions
     expected = cached_teacher_embeddings(teacher, texts, folder, 16)
@@ -213,6 +243,42 @@ def test_the_teacher_reads_the_tokens_of_stage_1(make_model, train_dataset, fold
     teacher.text_encoder.backbone.forward = None
     read = cached_teacher_embeddings(teacher, texts, tmp_path / "read", 7, tokens=tokens)
     torch.testing.assert_close(read, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_tokens_of_other_items_are_kept_beside_the_first_ones(make_model, train_dataset, tmp_path, monkeypatch):
+    model, few = make_model(), ImageTextDataset(train_dataset.records[:8], "few")
+    for dataset in (train_dataset, few):
+        cached_image_tokens(model, dataset, tmp_path, 16)
+        cached_text_tokens(model, dataset.dense_captions, tmp_path / "dense", 16)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.partition("-")[0] for name in made] == ["dense", "dense", "image_tokens", "image_tokens"]
+    assert made[0] == "dense"
+    assert made[2] == "image_tokens"
+    counted = []
+    for encoder in (model.image_encoder, model.text_encoder):
+        encode = encoder.backbone_tokens
+        monkeypatch.setattr(encoder, "backbone_tokens", lambda x, *y, e=encode: (counted.append(len(x)), e(x, *y))[1])
+    for dataset in (train_dataset, few):
+        images = cached_image_tokens(model, dataset, tmp_path, 16)
+        texts = cached_text_tokens(model, dataset.dense_captions, tmp_path / "dense", 16)
+        assert len(images) == len(texts) == len(dataset)
+    assert sum(counted) == 2 * (1 + 4 + 4)  # the size of images, and the samples that are checked
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
+
+
+def test_tokens_that_the_teacher_alone_would_read_are_not_kept(make_model, make_args, train_dataset, tmp_path):
+    model, texts = make_model(), train_dataset.dense_captions
+    args = make_args("distill", **FROZEN, cache_text_tokens=str(tmp_path / "t"))
+    Trainer(make_model(), args, train_dataset).prepare()
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["sparse"]
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense") is None
+    cached_text_tokens(model, texts, tmp_path / "t/dense", 16)
+    assert len(kept_text_tokens(model, [*texts, texts[0]], tmp_path / "t/dense")) == len(texts) + 1
+    assert kept_text_tokens(model, texts[1:], tmp_path / "t/dense") is None
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense", max_length=5) is None
+    (tokens,) = (tmp_path / "t/dense").rglob("tokens.npy")
+    np.save(tokens, np.zeros_like(np.load(tokens)))
+    assert kept_text_tokens(model, texts, tmp_path / "t/dense") is None
 
 
 @pytest.mark.parametrize("stage", ["align", "pretrain", "distill"])
@@ -273,6 +339,27 @@ def test_what_is_trained_cannot_be_kept():
             TrainingArguments(output_dir="x", cache_text_tokens="tokens", **options)
 
 
+def test_text_tokens_are_not_kept_where_padding_counts(
+    make_model, make_args, processor, train_dataset, tmp_path, caplog
+):
+    args = make_args("distill", **FROZEN, cache_text_tokens=str(tmp_path))
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
+    masked, plain = make_model(context_decoder=decoder), make_model()
+    seeing = make_model(context_decoder={**decoder, "mask_padding": False})
+    dual = D2SVSE.from_dual_encoder(make_dual("clip", processor), processor=processor)
+    with pytest.raises(ValueError, match="cache_text_tokens: the decoder of this model sees padding"):
+        Trainer(seeing, args, train_dataset, teacher=Teacher(plain))
+    with pytest.raises(ValueError, match="cache_text_tokens: the pooling of a dual encoder reads token ids"):
+        Trainer(masked, args, train_dataset, teacher=Teacher(dual))
+    for one in (seeing, dual):
+        with pytest.raises(ValueError, match="cache_text_tokens"):
+            held_out_tokens(one, args, train_dataset, "validation")
+    Trainer(masked, args, train_dataset, teacher=Teacher(seeing)).prepare()  # a teacher leaves the decoder out
+    assert not caplog.text
+    Trainer(make_model(text_projection="residual_mlp"), args, train_dataset).prepare()
+    assert "the batch norm of text_projection residual_mlp counts padding in training" in caplog.text
+
+
 def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_dataset, folder, small_files):
     model = make_model()
     with small_files(1000), pytest.raises(OSError, match="teacher/00000: cannot be written: File too large"):
@@ -281,3 +368,30 @@ def test_a_full_disk_names_the_cache_and_leaves_no_part_of_it(make_model, train_
     with small_files(1000), pytest.raises(OSError, match="image_tokens/00000: cannot be written: File too large"):
         cached_image_tokens(model, train_dataset, tokens, 16)
     assert {path.name for path in folder.parent.rglob("*") if path.is_file()} == {".lock", "store.json"}
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_tokens_that_overflow_float16_name_the_option(make_model, train_dataset, tmp_path, monkeypatch, side):
+    model = make_model()
+    encoder = getattr(model, f"{side}_encoder")
+    encode = encoder.backbone_tokens
+    monkeypatch.setattr(encoder, "backbone_tokens", lambda *inputs: 1e6 * encode(*inputs))
+    keep, items = {
+        "image": (cached_image_tokens, train_dataset),
+        "text": (cached_text_tokens, train_dataset.captions),
+    }[side]
+    with pytest.raises(ValueError, match=f"cache_{side}_tokens: .* not finite in float16; leave cache_{side}_tokens"):
+        keep(model, items, tmp_path, 16)
+
+
+@pytest.mark.parametrize(("size", "given", "expected"), [(32, None, 320), (384, None, 576), (384, 100, 100)])
+def test_cached_images_have_more_pixels_than_the_model_reads(
+    make_model, make_args, train_dataset, tmp_path, monkeypatch, size, given, expected
+):
+    sides, model = [], make_model()
+    monkeypatch.setattr("d2svse.training.trainer.decoded_images", lambda images, path, side, shown: sides.append(side))
+    reader = ViTImageProcessorPil(size={"height": size, "width": size})
+    model.processor = D2SVSEProcessor(reader, model.processor.tokenizer, max_length=96)
+    options = {"cache_images": str(tmp_path / "c"), "cached_image_side": given, "drop_image_tokens": False}
+    Trainer(model, make_args(**options), train_dataset).prepare()
+    assert sides == [expected]

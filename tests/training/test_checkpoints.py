@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d2svse import Trainer
-from d2svse.training.checkpoints import SUMS_FILE, checkpoint_fault, last_whole_checkpoint, seal_checkpoint
+from d2svse.training.checkpoints import (
+    SUMS_FILE,
+    checkpoint_fault,
+    last_whole_checkpoint,
+    rotate_checkpoints,
+    seal_checkpoint,
+)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
@@ -78,6 +84,28 @@ def test_a_checkpoint_that_names_files_elsewhere_is_left_out(tmp_path, name, cap
     (newer / SUMS_FILE).write_text(json.dumps({**sums, name: "0"}))
     assert last_whole_checkpoint(tmp_path) == str(older)
     assert "lies outside of the checkpoint" in caplog.text
+
+
+def test_a_second_training_keeps_its_own_checkpoints_and_resumes_them(make_model, make_args, train_dataset, caplog):
+    def train(steps, **resume):
+        options = {"eval_strategy": "no", "load_best_model_at_end": False, "save_total_limit": 1}
+        trainer = Trainer(make_model(), make_args(num_train_epochs=steps, **options), train_dataset)
+        trainer.train(**resume)
+        return Path(last_whole_checkpoint(trainer.args.output_dir)).name, trainer.state.global_step
+
+    assert train(3) == ("checkpoint-9", 9)
+    assert train(1) == ("checkpoint-3", 3)
+    assert "the checkpoints of an earlier training are renamed to earlier-*" in caplog.text
+    assert train(2, resume_from_checkpoint=True) == ("checkpoint-6", 6)
+    assert train(1) == ("checkpoint-3", 3)
+    left = sorted(path.name for path in Path(make_args().output_dir).glob("*checkpoint-*"))
+    assert left == ["checkpoint-3", "earlier-checkpoint-6"]
+
+
+def test_the_checkpoint_just_written_stays_beside_later_ones(tmp_path):
+    written, later, last = (make_checkpoint(tmp_path, step) for step in (1, 2, 3))
+    rotate_checkpoints(tmp_path, 1, None, written.name)
+    assert [path.exists() for path in (written, later, last)] == [True, False, True]
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])

@@ -116,6 +116,23 @@ def test_every_training_option_can_be_given_to_a_stage():
             r"output_dir is not an option of distill; the folder is output \(--output\)",
         ),
         ({"training": {"embed_dim": 8}}, "embed_dim is an option of the model, not of training"),
+        (
+            {"training": {"teacher_metric": "diagonal"}},
+            "training: teacher_metric is for a retrieval model",
+        ),
+        (
+            {"align": {"teacher_metric": "diagonal"}, "stages": "align"},
+            "align: teacher_metric is for a retrieval model",
+        ),
+        (
+            {"teacher": "m", "stages": "pretrain,distill", "align": {"teacher_metric": "diagonal"}},
+            "align: teacher_metric is for a retrieval model",
+        ),
+        (
+            {"teacher_dense": "concat", "stages": "align"},
+            "is for stage distill, but the stages are align",
+        ),
+        ({"teacher_dense": "concat", "stages": "pretrain"}, "teacher_dense is for stage distill"),
     ],
 )
 def test_options_of_another_section_and_order_are_refused(options, message):

@@ -1,11 +1,14 @@
 """Distillation of the scores of any retrieval model (GSSF)."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
 
 from d2svse import D2SVSE, Trainer
+from d2svse.files.lock import write_lock
 from d2svse.losses import KLDistillation
 from d2svse.training.teacher import RetrievalTeacher
 
@@ -46,6 +49,22 @@ def test_the_loss_is_kl_to_the_teachers_own_scores(make_model, make_args, train_
     assert weight.grad is None  # the metric learns by the ranking loss on the teacher's scores alone
     losses["teacher_loss"].backward()
     assert weight.grad.abs().sum() > 0
+
+
+def test_the_align_weight_scales_the_ranking_loss_and_0_distils_alone(make_model, make_args, train_dataset):
+    found = []
+    for weight in (1.0, 0.5, 0.0):
+        trainer, _ = make_trainer(make_model, make_args, train_dataset, "cosine", align_weight=weight)
+        samples = trainer.prepare()
+        trainer.model.eval()
+        found.append(trainer.task(trainer.model, trainer.data_collator([samples[row] for row in range(6)])))
+    one, half, alone = found
+    torch.testing.assert_close(half["align_loss"], one["align_loss"] / 2)
+    assert {name for name in alone if name.endswith("_loss")} == {"distill_loss", "teacher_loss"}
+    for name in ("distill_loss", "teacher_loss"):
+        torch.testing.assert_close(alone[name], one[name])
+    with pytest.raises(ValueError, match="align_weight and distill_weight are 0"):
+        make_trainer(make_model, make_args, train_dataset, align_weight=0.0, distill_weight=0.0)
 
 
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid", "hinge"])
@@ -91,6 +110,24 @@ def test_without_a_metric_nothing_of_the_teacher_is_trained(make_model, make_arg
     losses = trainer.task(trainer.model, trainer.data_collator([samples[row] for row in range(4)]))
     assert "teacher_loss" not in losses
     assert not any(parameter.requires_grad for parameter in trainer.model.teacher_similarity.parameters())
+
+
+def test_a_process_waits_while_another_one_encodes(make_model, train_dataset, tmp_path):
+    held, waits = threading.Event(), []
+
+    def encode():
+        with write_lock(tmp_path):
+            held.set()
+            time.sleep(0.3)
+            waits.append((tmp_path / "images").exists())
+
+    other = threading.Thread(target=encode)
+    other.start()
+    held.wait(60)
+    RetrievalTeacher(make_model()).encode(train_dataset, tmp_path, 16, torch.device("cpu"))
+    other.join()
+    assert waits == [False]
+    assert (tmp_path / "captions").exists()
 
 
 def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):

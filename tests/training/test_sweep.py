@@ -1,12 +1,14 @@
 """Sweeps: what runs, how it is stopped, killed and continued, and what it leaves behind."""
 
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from d2svse import D2SVSE, ImageTextDataset
@@ -219,6 +221,27 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(small, write, tmp_pa
     assert [more.state(run, tmp_path / "o") for run in more.runs] == ["to do", "begun"]  # no result on the test set yet
 
 
+def test_a_run_on_other_data_is_not_taken_for_this_one(small, write, tmp_path):
+    values = small | {"image_folder": str(Path(small["train"]).parent)}
+    for name in ("train", "val"):
+        values[name] = str(shutil.copy(small[name], tmp_path))
+    sweep = read_sweep(write(values), seeds=[0])
+    sweeps.run_task(sweeps.task_of(sweep, sweep.runs[0], tmp_path / "o", discard_models=False))
+
+    def state():
+        sweep = read_sweep(write(values), seeds=[0])
+        return sweep.state(sweep.runs[0], tmp_path / "o")
+
+    assert state() == "done"
+    for name in ("train", "val"):
+        kept = (tmp_path / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text("".join(kept.splitlines(keepends=True)[:-1]))
+        with pytest.raises(ValueError, match=rf"seed0\.json: .*{name}\.jsonl \({name}\) has changed since the run"):
+            state()
+        (tmp_path / f"{name}.jsonl").write_text(kept)
+    assert state() == "done"
+
+
 def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
     held, done = threading.Event(), threading.Event()
 
@@ -237,6 +260,26 @@ def test_a_second_sweep_of_a_folder_is_refused(small, write, tmp_path, quick):
     assert run_sweep(read_sweep(write(small)), tmp_path / "o", say=lambda line: None) == {}
 
 
+@pytest.mark.parametrize(
+    ("named", "count", "expected"), [(None, 2, ["0", "1"]), ("3, GPU-a,5", 3, ["3", "GPU-a", "5"]), ("", 0, [])]
+)
+def test_runs_at_a_time_have_a_gpu_each(small, write, tmp_path, quick, monkeypatch, named, count, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert sweeps.visible_gpus() == expected
+    start, given = sweeps._start, []
+
+    def kept(*arguments):
+        given.append(arguments[-1].get("CUDA_VISIBLE_DEVICES"))
+        return start(*arguments)
+
+    monkeypatch.setattr(sweeps, "_start", kept)
+    run_sweep(read_sweep(write(small), seeds=[0, 1]), tmp_path / "o", jobs=2, say=lambda line: None)
+    assert given == (expected[:2] or [named] * 2)
+
+
 SWEEP = """
 import sys
 from d2svse.training import sweep as sweeps
@@ -253,7 +296,7 @@ def test_a_signal_ends_the_sweep_and_its_runs(small, write, tmp_path, quick, num
     words = ["sweep", write(small | {"rows": {"waits": {}}}), "--seeds", "0,1", "--jobs", "2", "-o", tmp_path / "o"]
     process = Fork(SWEEP, sweeps.CHILD, *words)
     folders = [tmp_path / f"o/runs/waits-seed{seed}" for seed in (0, 1)]
-    wait_for(lambda: all((folder / "began").exists() for folder in folders))
+    wait_for(lambda: all((folder / "began").exists() and (folder / "began").read_text() for folder in folders))
     process.send_signal(number)
     assert process.wait() == code, process.err()
     if number == signal.SIGKILL:
@@ -304,6 +347,9 @@ def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, writ
     assert not (folder / "runs/a-seed3/model").exists()
     assert (folder / "runs/a-seed3/align/log.jsonl").exists()
     assert more.state(more.runs[0], folder) == "done"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
+    fewer = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(test)}), seeds=[3])
+    assert fewer.state(fewer.runs[0], folder) == "begun"
     other = read_sweep(
         write(small | {"rows": {"a": {"margin": 0.1}}, "test": {"data": str(test), "split": "x"}}), seeds=[3]
     )

@@ -99,3 +99,14 @@ def test_runs_on_other_data_are_refused_and_those_without_the_set_left_out(tmp_p
     tables = write_tables(tmp_path, [*RECORDS, other, further], ROWS, ["val", "test"])
     assert list(tables) == ["test"]
     assert (tmp_path / "runs.csv").read_text().splitlines()[1].endswith(",,,,,,,")
+
+
+def test_runs_on_different_data_of_one_name_are_told(tmp_path, caplog):
+    def trained(record, sha256, **configuration):
+        return {**record, "card": {"configuration": configuration, "data": {"train": {"sha256": sha256}}}}
+
+    alike = [trained(RECORDS[0], "a", train="x"), trained(RECORDS[2], "b", train="y")]
+    write_tables(tmp_path, alike, ROWS, ["val"])
+    assert not caplog.text
+    write_tables(tmp_path, [*alike, trained(RECORDS[3], "b", train="x")], ROWS, ["val"])
+    assert "a_b-seed0 and x|y-seed1 were trained on different data of one name" in caplog.text
