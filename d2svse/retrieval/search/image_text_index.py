@@ -121,7 +121,9 @@ class ImageTextIndex:
         """Open the folder again."""
         devices = {name: state.get(name) for name in ("device", "vectors_device")}
         self.__init__(state["folder"], **devices)  # type: ignore[misc]
-        self._model = state["model"]
+        if state["model"] is not None:
+            self._check_model(state["model"])
+            self._model = state["model"]
 
     @property
     def vectors(self) -> VectorIndex:
@@ -337,8 +339,8 @@ class ImageTextIndex:
 
         Raises:
             ImageError: if an image cannot be read with "error"; the index stays unchanged.
-            ValueError: if the source is not valid, or too many images are missing and `prune` is false; the index
-                stays unchanged.
+            ValueError: if the source is not valid, too many images are missing and `prune` is false, or another
+                process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         items = read_items(
@@ -350,7 +352,7 @@ class ImageTextIndex:
             allow_missing=on_bad_image == "skip",
         )
         with write_lock(self.folder):
-            opened = self._read()
+            opened = self._read_again()
             note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 changes, written = self._add(
@@ -432,7 +434,8 @@ class ImageTextIndex:
             ids: ids of hits, or paths of images relative to the working directory.
 
         Raises:
-            ValueError: if an id is not in the index; the index stays unchanged.
+            ValueError: if an id is not in the index, or another process built the index again with another model; the
+                index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         self._rewrite(lambda vectors: vectors.delete(ids if self.side == "text" else stored_names(ids, vectors)))
@@ -444,6 +447,7 @@ class ImageTextIndex:
             The number of bytes that this saved.
 
         Raises:
+            ValueError: if another process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         before = _bytes(self.folder)
@@ -452,7 +456,7 @@ class ImageTextIndex:
 
     def _rewrite(self, change: Callable[[VectorIndex], None] | None) -> None:
         with write_lock(self.folder):
-            opened = self._read()
+            opened = self._read_again()
             note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 if change is not None:
@@ -684,6 +688,20 @@ class ImageTextIndex:
                 if str(error) == before:
                     raise
                 before = str(error)
+
+    def _read_again(self) -> _Opened:
+        """Read the folder for a write; refuse an index that another process built again with other settings."""
+        opened, before = self._read(), self._settings
+        for name, what in (
+            ("fingerprint", "model"),
+            ("side", "side"),
+            ("candidates", "candidates"),
+            ("draft", "draft"),
+        ):
+            if getattr(opened.settings, name) != getattr(before, name):
+                opened.vectors.close()
+                raise ValueError(f"{self.folder}: the index was built again with another {what}; load it again")
+        return opened
 
     def _stored(self, settings: IndexSettings, vectors: VectorIndex) -> StoredItems | None:
         if settings.candidates is None:

@@ -313,6 +313,32 @@ def test_a_model_in_another_dtype_is_told_as_such(model, make_model, photos, tmp
         ImageTextIndex.load(tmp_path / "i", make_model(1))
 
 
+def test_an_index_that_was_rebuilt_with_another_model_is_not_written_to(model, make_model, photos, scenes, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    pickled = pickle.dumps(index)
+    ImageTextIndex.build(make_model(1), photos, tmp_path / "i", overwrite=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "i").rglob("*.json")}
+    for write in (lambda: index.add([scenes / "train" / "000000.png"]), lambda: index.remove(index.ids[:1]),
+                  index.compact):  # fmt: skip
+        with pytest.raises(ValueError, match="was built again with another model; load it again"):
+            write()
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        pickle.loads(pickled)
+    assert {path: path.read_bytes() for path in (tmp_path / "i").rglob("*.json")} == before
+    assert index.search("a red circle")[0]  # from the vectors that it has open
+
+
+def test_an_index_that_was_rebuilt_with_other_settings_is_not_written_to(model, photos, scenes, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    ImageTextIndex.build(model, photos, tmp_path / "i", draft=True, overwrite=True)
+    with pytest.raises(ValueError, match="was built again with another draft"):
+        index.add([scenes / "train" / "000000.png"])
+    again = ImageTextIndex.load(tmp_path / "i", model)
+    ImageTextIndex.build(model, photos, tmp_path / "i", draft=True)
+    again.add([scenes / "train" / "000000.png"])  # the same model and settings
+    assert len(again) == 17
+
+
 @pytest.mark.parametrize("name", ["cosine", "omit"])
 def test_an_index_is_pickled_by_its_folder(make_model, photos, tmp_path, name, monkeypatch):
     index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")
