@@ -26,7 +26,7 @@ from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
 from d2svse.files.lock import LOCK, write_lock
 from d2svse.files.replace import aside_of, remove, write_json, write_json_lines
-from d2svse.images import ImageError, OnBadImage, image_state
+from d2svse.images import ImageError, OnBadImage, check_images, image_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
@@ -178,8 +178,8 @@ def encode_images(
 ) -> EmbeddingStore:
     """Encode images into a store, chunk by chunk; after a kill, the next call continues at the next chunk.
 
-    Each image is encoded once, even if the list repeats it. A chunk whose images have changed on the disk (size or
-    time) is encoded again. `skipped.jsonl` lists the skipped images.
+    Each image is encoded once, even if the list repeats it. A chunk is encoded again if its images have changed on the
+    disk (size or time), or if a skipped image of it can be read now. `skipped.jsonl` lists the skipped images.
 
     Args:
         model: the model, with its processor.
@@ -228,7 +228,7 @@ def encode_images(
         state,
         batch_size,
         show_progress_bar,
-        keep_skipped=on_bad_image == "skip",
+        may_lack=lambda name: on_bad_image == "skip" and not is_readable(by_name[name]),
     )
 
 
@@ -310,7 +310,7 @@ def write_store(
     batch_size: int,
     show_progress_bar: bool = False,
     replace: bool = False,
-    keep_skipped: bool = True,
+    may_lack: Callable[[str], bool] = lambda name: True,
 ) -> EmbeddingStore:
     """Write a store chunk by chunk; after a kill, the next call continues at the next chunk.
 
@@ -325,7 +325,7 @@ def write_store(
         batch_size: items that `encode` processes at a time.
         show_progress_bar: show a progress bar on the terminal.
         replace: replace a store of another kind or list.
-        keep_skipped: keep finished chunks that lack items; false to encode them again.
+        may_lack: tells whether a finished chunk may lack an item; if not, the chunk is encoded again.
 
     Raises:
         FileExistsError: if the folder has other files but no store.
@@ -350,7 +350,7 @@ def write_store(
         open_ones = []
         for number, chunk in enumerate(chunks):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
-            if not _holds(chunk, states, description, keep_skipped):
+            if not _holds(chunk, states, description, may_lack):
                 open_ones.append((chunk, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
 
@@ -370,14 +370,14 @@ def write_store(
         return store
 
 
-def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_skipped: bool) -> bool:
+def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], may_lack: Callable[[str], bool]) -> bool:
     """Return whether a store is complete and holds these items in these states, so that encoding them writes nothing.
 
     Args:
         folder: the folder of the store.
         names: ids of the items.
         states: state of each item, see `write_store`.
-        keep_skipped: whether a chunk may lack items.
+        may_lack: tells whether a chunk may lack an item, see `write_store`.
     """
     description = _read_description(folder)
     if description is None or description.get("list") != _digest(names):
@@ -386,7 +386,7 @@ def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_s
     parts = [list(states[start : start + size]) for start in range(0, len(names), size)]
     chunks = _chunks(folder, description)
     return len(chunks) == len(parts) and all(
-        _holds(chunk, part, description, keep_skipped) for chunk, part in zip(chunks, parts, strict=True)
+        _holds(chunk, part, description, may_lack) for chunk, part in zip(chunks, parts, strict=True)
     )
 
 
@@ -520,14 +520,19 @@ def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
 
 
-def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any], keep_skipped: bool) -> bool:
-    """Return whether a chunk is complete and its items are unchanged; without `keep_skipped`, it lacks no item."""
+def is_readable(image: str | os.PathLike[str]) -> bool:
+    """Return whether an image can be decoded now."""
+    return next(check_images([image])) is None
+
+
+def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any], may_lack: Callable[[str], bool]) -> bool:
+    """Return whether a chunk is complete, its items are unchanged, and it may lack its skipped items."""
     if not chunk.is_dir():
         return False
     inside(chunk.parent, chunk.name)
     try:
         items = _open_chunk(chunk, description).items
-        return bool(items["states"] == states and (keep_skipped or not items["skipped"]))
+        return bool(items["states"] == states and all(may_lack(name) for name, _ in items["skipped"]))
     except (ValueError, FileNotFoundError) as error:
         logger.warning("%s; the chunk is encoded again", error)
         return False

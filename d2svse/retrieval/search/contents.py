@@ -21,7 +21,14 @@ from d2svse.files.replace import aside_of, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
-from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts, is_current
+from d2svse.retrieval.embeddings.store import (
+    SKIPPED,
+    EmbeddingStore,
+    encode_images,
+    encode_texts,
+    is_current,
+    is_readable,
+)
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
@@ -396,8 +403,12 @@ def encode_items(
     key = hashlib.sha256(json.dumps(about).encode())
     name = STORE + key.hexdigest()[:12]
     numbered = (name, *(f"{name}-{number}" for number in range(len(in_use) + len(live))))
+
+    def may_lack(name: str) -> bool:
+        return on_bad_image == "skip" and not is_readable(name)
+
     for one in numbered:
-        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], on_bad_image == "skip"):
+        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], may_lack):
             return EmbeddingStore(folder / one)
     chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])

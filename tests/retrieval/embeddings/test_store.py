@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from d2svse.images import ImageError
 from d2svse.retrieval import EmbeddingStore, encode_images, encode_texts
@@ -152,6 +153,21 @@ def test_a_broken_image_is_named_or_listed_and_encoded_once_it_is_repaired(model
     assert seen["image"] == 2  # only the chunk of the repaired image
     assert not store.skipped
     np.testing.assert_allclose(store.pooled[:], whole, atol=1e-3)
+
+
+def test_a_skipped_image_is_encoded_once_it_can_be_read(model, pictures, tmp_path, count_encoded, monkeypatch):
+    Image.new("RGB", (40, 40)).save(pictures[4])
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "1100")  # the other ones have 1024
+    options = {"chunk_size": 2, "on_bad_image": "skip"}
+    assert len(encode_images(model, pictures, tmp_path / "s", **options).skipped) == 1
+    seen = count_encoded(model)
+    assert len(encode_images(model, pictures, tmp_path / "s", **options)) == 9
+    assert seen["image"] == 0
+    monkeypatch.delenv("D2SVSE_MAX_IMAGE_PIXELS")
+    store = encode_images(model, pictures, tmp_path / "s", **options)
+    assert seen["image"] == 2  # only its chunk
+    assert store.ids == pictures
+    assert not store.skipped
 
 
 def test_a_chunk_of_broken_images_is_empty(model, pictures, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
@@ -232,6 +233,19 @@ def test_broken_pictures_are_named_before_anything_changes_or_listed(model, phot
         ImageTextIndex.build(model, [photos / "text.jpg"], tmp_path / "k", on_bad_image="skip")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         index.add(photos / "nowhere")
+
+
+def test_an_image_beyond_the_limit_is_indexed_by_the_build_with_a_higher_limit(
+    make_model, photos, tmp_path, monkeypatch
+):
+    model = make_model(similarity={"name": "omit"})  # the index keeps the store
+    Image.new("RGB", (40, 40)).save(photos / "large.png")
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "1100")
+    assert len(ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")) == 16
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "2000")
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")
+    assert str(photos / "large.png") in index.ids
+    assert not index.skipped
 
 
 def test_the_model_is_remembered_and_another_is_refused(model, make_model, photos, tmp_path):
