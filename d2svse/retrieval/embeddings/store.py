@@ -48,6 +48,8 @@ Batches = Iterator[tuple[list[int], Features]]
 class Rows:
     """Several arrays as one array of rows; indexing copies the rows into memory.
 
+    A key is a row number, a slice, a list of row numbers, or a Boolean mask `(n,)`.
+
     Args:
         parts: arrays `(n_i, dim)` of one dtype.
     """
@@ -61,14 +63,36 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+            return self[[int(rows)]][0]
+        wanted = self.numbers(rows)
         found = np.empty((len(wanted), self.shape[1]), self.dtype)
         parts = self._part_of(wanted)
         for part in np.unique(parts):
             here = parts == part
             found[here] = self.parts[part][wanted[here] - self.starts[part]]
         return found
+
+    def numbers(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the row numbers of a key, `(n,)` int64.
+
+        Raises:
+            IndexError: if the key is not a slice, row numbers, or a mask of all rows.
+        """
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        given = np.asarray(rows)
+        if given.dtype == bool and given.shape == (len(self),):
+            return np.flatnonzero(given)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise IndexError(
+                f"expected row numbers, a slice or a mask of {len(self)} rows, got {given.dtype} of shape {given.shape}"
+            )
+        return given.astype(np.int64)
 
     def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
         """Return for each row the number of its part, and its row in the part."""
@@ -93,7 +117,7 @@ class EmbeddingStore:
         fingerprint: fingerprint of the model, see `model_fingerprint`.
         side: "image" or "text".
         output: "pooled", or "features" if the store has tokens too.
-        pooled: the pooled vectors, `(n, dim)`; read them by a slice or by row numbers.
+        pooled: the pooled vectors, `(n, dim)`; read them by a slice, row numbers or a mask; `np.asarray` reads all.
 
     Raises:
         FileNotFoundError: if the folder has no store.
@@ -138,16 +162,19 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def features(self, rows: Sequence[int] | np.ndarray) -> Features:
+    def features(self, rows: slice | Sequence[int] | np.ndarray) -> Features:
         """Return some rows as float32 `Features`, with tokens if the store has them.
 
         Args:
-            rows: row numbers, in the wanted order.
+            rows: row numbers in the wanted order, a slice, or a Boolean mask.
 
         Returns:
             `pooled (n, dim)`, `tokens (n, longest, dim)` and their mask; the mask is None if all lengths are equal.
+
+        Raises:
+            IndexError: if `rows` is none of these, or a row is out of range.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = self.pooled.numbers(rows)
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
         if not self._tokens:
             return Features(pooled)

@@ -186,9 +186,26 @@ def test_rows_of_several_arrays_are_read_as_of_one():
     for wanted in ([9, 0, 4, 3, 3], slice(2, 9, 2), slice(None), []):
         expected = whole[wanted] if isinstance(wanted, slice) or wanted else whole[:0]
         np.testing.assert_array_equal(rows[wanted], expected)
-    for wrong in ([10], [-1]):
+    for mask in (whole[:, 0] > 0, (whole[:, 0] > 0).tolist()):
+        np.testing.assert_array_equal(rows[mask], whole[np.asarray(mask)])
+    for number in (3, np.int64(9)):
+        np.testing.assert_array_equal(rows[number], whole[number])
+    np.testing.assert_array_equal(np.asarray(rows), whole)
+    assert np.asarray(rows, dtype=np.float32).dtype == np.float32
+    np.testing.assert_array_equal(list(rows), whole)
+    for wrong in ([10], [-1], [1.9], 10, [True, False], True, [[1, 2]], "a"):
         with pytest.raises(IndexError):
             rows[wrong]
+
+
+def test_features_of_a_store_are_chosen_by_numbers_or_a_mask(model, pictures, tmp_path):
+    store = encode_images(model, pictures, tmp_path / "s", chunk_size=4, output="features")
+    mask = np.arange(10) % 3 == 1
+    chosen, expected = store.features(mask), store.features([1, 4, 7])
+    assert torch.equal(chosen.pooled, expected.pooled)
+    assert torch.equal(chosen.tokens, expected.tokens)
+    with pytest.raises(IndexError, match="row numbers"):
+        store.features([1.9])
 
 
 def test_a_batch_of_nothing_is_refused_before_anything_is_written(model, make_model, pictures, tmp_path):
