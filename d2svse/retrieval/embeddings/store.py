@@ -77,7 +77,7 @@ class Rows:
             found[here] = self.parts[part][wanted[here] - self.starts[part]]
         return found
 
-    def numbers(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+    def numbers(self, rows: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the row numbers of a key, `(n,)` int64.
 
         Raises:
@@ -162,11 +162,12 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def features(self, rows: slice | Sequence[int] | np.ndarray) -> Features:
+    def features(self, rows: slice | Sequence[int] | np.ndarray, tokens: bool = True) -> Features:
         """Return some rows as float32 `Features`, with tokens if the store has them.
 
         Args:
             rows: row numbers in the wanted order, a slice, or a Boolean mask.
+            tokens: whether to read the tokens.
 
         Returns:
             `pooled (n, dim)`, `tokens (n, longest, dim)` and their mask; the mask is None if all lengths are equal.
@@ -176,7 +177,7 @@ class EmbeddingStore:
         """
         rows = self.pooled.numbers(rows)
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
-        if not self._tokens:
+        if not (tokens and self._tokens):
             return Features(pooled)
         parts = self.tokens_of(rows)
         lengths = torch.tensor([len(part) for part in parts])
@@ -185,9 +186,8 @@ class EmbeddingStore:
         stored = np.zeros((len(parts), longest, self.dim), self._tokens[0].dtype)
         for item, part in zip(stored, parts, strict=True):
             item[: len(part)] = part
-        tokens = torch.from_numpy(stored).float()
         mask = torch.arange(longest) < lengths[:, None]
-        return Features(pooled, tokens, None if bool(mask.all()) else mask)
+        return Features(pooled, torch.from_numpy(stored).float(), None if bool(mask.all()) else mask)
 
 
 def encode_images(
@@ -295,7 +295,7 @@ def encode_texts(
             model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
     if chunk_size is None:
         chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
@@ -319,7 +319,8 @@ def encode_texts(
     return store
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ValueError unless a batch size is positive."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
 
@@ -363,7 +364,7 @@ def write_store(
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if kind["shard_size"] < 1:
         raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
     description = {**kind, "count": len(names), "list": _digest(names)}

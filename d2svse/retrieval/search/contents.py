@@ -24,6 +24,7 @@ from d2svse.images.regions import region_images
 from d2svse.retrieval.embeddings.store import (
     SKIPPED,
     EmbeddingStore,
+    check_batch_size,
     encode_images,
     encode_texts,
     is_current,
@@ -395,6 +396,7 @@ def encode_items(
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
+    check_batch_size(batch_size)
     output: Any = model.similarity_fn.output
     state = _state if settings.side == "image" else lambda _: None
     about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]
@@ -427,12 +429,19 @@ def add_store(
     settings: IndexSettings,
     paths: Mapping[str, str],
     gone: Sequence[str] = (),
+    *,
+    batch_size: int,
 ) -> None:
-    """Add the items of a store and remove ids in one call; backends that train on their vectors need one call."""
+    """Add the items of a store and remove ids in one call; backends that train on their vectors need one call.
+
+    The tokens of `batch_size` items are on the model's device at a time; tokens that no vector needs are not read.
+    """
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
-    for start in range(0, len(store), ROWS_AT_A_TIME):
-        part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
-        features = store.features(part).to(model.device)
+    tokens = settings.candidates == "mean"
+    size = batch_size if tokens else ROWS_AT_A_TIME
+    for start in range(0, len(store), size):
+        part = slice(start, min(start + size, len(store)))
+        features = store.features(part, tokens).to(model.device)
         rows[part] = model.similarity_fn.vectors(settings.side, features, settings.candidates).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
     for name, one in zip(store.ids, metadata, strict=True):

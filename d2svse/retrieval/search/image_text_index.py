@@ -219,7 +219,8 @@ class ImageTextIndex:
                 if not len(store):
                     first = store.skipped[0][1]
                     raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
-                add_store(vectors, model, store, settings, items.paths, list(vectors.ids))
+                gone = list(vectors.ids)
+                add_store(vectors, model, store, settings, items.paths, gone, batch_size=batch_size)
                 note_folders(folder, [settings.vectors])
                 vectors.save(folder / settings.vectors)
                 settings.write(folder)
@@ -418,7 +419,8 @@ class ImageTextIndex:
                 f"{dropped[-1]}; repair them, or drop them with --prune (prune=True)"
             )
         if store is not None and len(store):
-            add_store(vectors, self.model, store, settings, items.paths, [*gone, *replaced])
+            left = [*gone, *replaced]
+            add_store(vectors, self.model, store, settings, items.paths, left, batch_size=options["batch_size"])
         elif gone or replaced:
             vectors.delete([*gone, *replaced])
         written = store is not None or bool(gone)

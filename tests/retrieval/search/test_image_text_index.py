@@ -16,7 +16,7 @@ from PIL import Image
 from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
 from d2svse.images import ImageError
-from d2svse.retrieval import VectorIndex
+from d2svse.retrieval import EmbeddingStore, VectorIndex
 from d2svse.retrieval.search.contents import MANIFEST
 from d2svse.similarity import FragmentSimilarity, Similarity
 from support.similarities import names_of
@@ -113,6 +113,25 @@ def test_a_similarity_of_tokens_reranks_exactly(make_model, val_dataset, tmp_pat
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(exact[row])[::-1][:4], atol=2e-3)
     with pytest.raises(ValueError, match="rerank must be at least k, 5, got 4"):
         index.search(queries, k=5, rerank=4)
+
+
+@pytest.mark.parametrize(("candidates", "most"), [("mean", 5), ("pooled", 0)])
+def test_a_build_reads_the_tokens_of_one_batch_at_a_time(make_model, photos, tmp_path, monkeypatch, candidates, most):
+    read = []
+    tokens_of = EmbeddingStore.tokens_of
+    monkeypatch.setattr(EmbeddingStore, "tokens_of", lambda self, rows: read.append(len(rows)) or tokens_of(self, rows))
+    model = make_model(similarity={"name": "omit"})
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", candidates=candidates, batch_size=5)
+    assert max(read, default=0) == most
+    names = sorted(map(str, photos.iterdir()))
+    features = model.encode_image(names, output="features")
+    expected = model.similarity_fn.vectors("image", features, candidates).numpy()
+    np.testing.assert_allclose(index.vectors.vectors_of(names), expected, atol=2e-3)
+    read.clear()
+    index.add([shutil.copy(names[0], tmp_path / "new.png")], batch_size=1)
+    assert max(read[:1], default=0) == min(most, 1)
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        ImageTextIndex.build(model, photos, tmp_path / "i", candidates=candidates, batch_size=0, overwrite=True)
 
 
 def test_mean_vectors_are_those_of_the_real_tokens(make_model, val_dataset, tmp_path):
