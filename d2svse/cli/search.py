@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from d2svse.files.data import to_json
 from d2svse.text import check_text, visible
 
 if TYPE_CHECKING:
-    from d2svse.retrieval import Hit
+    from d2svse.retrieval import Hit, ImageTextIndex
 
 PAGE_SUFFIXES = (".html", ".htm")
 
@@ -92,11 +93,18 @@ def search(
     if gallery is not None:
         from d2svse.retrieval.search.gallery import draw_gallery, write_gallery_page
 
+        of_files = [(text, path, _with_files(opened, hits)) for text, path, hits in asked]
         if gallery.suffix.lower() == ".png":
-            draw_gallery([(_query(text, path), [hit.id for hit in hits]) for text, path, hits in asked], gallery)
+            draw_gallery([(_query(text, path), [hit.id for hit in hits]) for text, path, hits in of_files], gallery)
         else:
-            write_gallery_page(asked, gallery, images=opened.side == "image")
+            write_gallery_page(of_files, gallery, images=opened.side == "image")
         typer.echo(f"gallery: {visible(str(gallery))}", err=True)
+
+
+def _with_files(index: ImageTextIndex, hits: Sequence[Hit]) -> list[Hit]:
+    """Return hits with the paths of their images as ids."""
+    files = index.paths_of([hit.id for hit in hits])
+    return [replace(hit, id=file) for hit, file in zip(hits, files, strict=True)]
 
 
 def _together(together: Together, queries: Sequence[str]) -> str:

@@ -273,6 +273,18 @@ class ImageTextIndex:
         with self._in_use() as opened:
             return opened.vectors.ids
 
+    def paths_of(self, ids: Sequence[str]) -> list[str]:
+        """Return the paths of the images of hits; they hold in every working directory, other than relative ids.
+
+        Args:
+            ids: ids of hits. One that is not in the index any more, or is a text, is returned itself.
+        """
+        with self._in_use() as opened:
+            there = list(opened.vectors.known(list(ids)))
+            metadata = zip(there, opened.vectors.metadata_of(there), strict=True)
+            path_of = {id: str(one["path"]) for id, one in metadata if "path" in one}
+        return [path_of.get(id, id) for id in ids]
+
     @property
     def side(self) -> Side:
         """The kind of the stored items, "image" or "text"."""

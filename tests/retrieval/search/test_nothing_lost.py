@@ -339,6 +339,18 @@ def test_an_index_that_was_rebuilt_with_other_settings_is_not_written_to(model, 
     assert len(again) == 17
 
 
+def test_files_of_relative_ids_are_found_from_another_folder(model, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    relative = sorted(str(path.relative_to(photos.parent)) for path in photos.iterdir())
+    index = ImageTextIndex.build(model, relative, tmp_path / "i")
+    monkeypatch.chdir("/")
+    assert index.paths_of(relative) == [str(photos.parent / name) for name in relative]
+    index.remove(relative[:1])
+    assert index.paths_of([relative[0], "nothing.png"]) == [relative[0], "nothing.png"]
+    texts = ImageTextIndex.build(model, ["a red circle"], tmp_path / "t", side="text")
+    assert texts.paths_of(["a red circle"]) == ["a red circle"]
+
+
 @pytest.mark.parametrize("name", ["cosine", "omit"])
 def test_an_index_is_pickled_by_its_folder(make_model, photos, tmp_path, name, monkeypatch):
     index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")
