@@ -13,6 +13,7 @@ from d2svse.choices import Together
 from d2svse.cli.common import Device, examples, whole_lines
 from d2svse.cli.index import Model, open_index
 from d2svse.files.data import to_json
+from d2svse.files.replace import check_output
 from d2svse.text import check_text, visible
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def search(
         raise ValueError(f"--together {together} takes texts or images, not both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
+    if gallery is not None:
+        check_output(gallery)
     for number, text in enumerate(queries or [], start=1):
         check_text(text, f"query {number}")
     opened = open_index(index, model, device)

@@ -17,7 +17,7 @@ import numpy as np
 from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
-from d2svse.files.replace import aside_of, sweep, write_json, write_text
+from d2svse.files.replace import aside_of, check_output, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
@@ -139,7 +139,9 @@ def check_index_folder(folder: Path) -> None:
 
     Raises:
         FileExistsError: if the folder holds other files.
+        OSError: if it is a file, or is not writable.
     """
+    check_output(folder / MANIFEST)
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return
     listed = _listed(folder)
