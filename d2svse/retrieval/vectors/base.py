@@ -28,10 +28,12 @@ class VectorIndex(ABC):
     Attributes:
         engine: name of the backend, from which `load_index` finds the class.
         at_once: whether a write takes effect at once, without `save`.
+        largest_k: largest number of results of a search; None for no limit.
     """
 
     engine: ClassVar[str]
     at_once: ClassVar[bool] = False
+    largest_k: ClassVar[int | None] = None
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         if dim < 1:

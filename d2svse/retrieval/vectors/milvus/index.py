@@ -69,6 +69,7 @@ class MilvusIndex(VectorIndex):
 
     engine = "milvus"
     at_once = True
+    largest_k = LARGEST_K
     _typed = True  # False in `load`, where the folder gives the address
 
     def __init__(
