@@ -17,7 +17,7 @@ import numpy as np
 from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
-from d2svse.files.replace import aside_of, check_output, sweep, write_json, write_text
+from d2svse.files.replace import aside_of, check_output, name_aside, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
@@ -166,14 +166,17 @@ def note_folders(folder: Path, names: Iterable[str]) -> None:
 
 
 def sweep_folders(folder: Path, used: Collection[str]) -> None:
-    """Remove unused folders of this index and unfinished files; call it under the lock."""
+    """Remove unused folders of this index and unfinished files; call it under the lock.
+
+    A folder is renamed first, so that a reader finds it whole or not at all.
+    """
     for name in (MANIFEST, FOLDERS, SKIPPED):
         sweep(folder / name)
     listed = _listed(folder)
     for path in folder.iterdir():
-        left = aside_of(path.name) in listed or path.name in listed.difference(used)
-        if left and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        unused = path.name in listed.difference(used)
+        if (unused or aside_of(path.name) in listed) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path.rename(name_aside(path)) if unused else path)
     if listed != set(used):
         _write_list(folder, used)
 

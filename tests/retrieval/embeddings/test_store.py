@@ -11,6 +11,7 @@ from PIL import Image
 from d2svse.images import ImageError
 from d2svse.retrieval import EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.embeddings.store import Rows
+from d2svse.retrieval.vectors.storage import map_unheld, write_array
 
 
 @pytest.fixture
@@ -206,6 +207,14 @@ def test_features_of_a_store_are_chosen_by_numbers_or_a_mask(model, pictures, tm
     assert torch.equal(chosen.tokens, expected.tokens)
     with pytest.raises(IndexError, match="row numbers"):
         store.features([1.9])
+
+
+def test_a_file_that_is_removed_while_it_is_mapped_is_missing(tmp_path, monkeypatch):
+    rows, from_file = np.ones((3, 2), np.float32), torch.from_file
+    write_array(tmp_path / "rows.npy", rows.shape, rows.dtype, [rows])
+    monkeypatch.setattr(torch, "from_file", lambda path, **given: os.unlink(path) or from_file(path, **given))
+    with pytest.raises(FileNotFoundError, match=r"rows\.npy"):
+        map_unheld(tmp_path / "rows.npy", rows.shape, rows.dtype)
 
 
 def test_a_batch_of_nothing_is_refused_before_anything_is_written(model, make_model, pictures, tmp_path):

@@ -20,6 +20,7 @@ from d2svse.images import ImageError
 from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
+from d2svse.retrieval.search import stored
 from d2svse.retrieval.search.comparison import gone_items
 from d2svse.retrieval.search.contents import IndexSettings, read_items
 from d2svse.retrieval.vectors.exact import ExactIndex
@@ -218,7 +219,7 @@ def test_a_build_removes_what_an_index_wrote_and_no_more(make_model, photos, tmp
 def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_path, monkeypatch):
     model = make_model(similarity={"name": "omit"})
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ImageTextIndex.build(model, photos, tmp_path / "i")
     (store,) = (tmp_path / "i").glob("store-*")
@@ -247,7 +248,7 @@ def test_a_rebuild_that_is_killed_leaves_the_index_and_goes_on(
     first.write_bytes(good)
     shutil.copy(scenes / "train" / "000000.png", second)
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build()
     for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
@@ -499,6 +500,35 @@ def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path
     assert len(index) == 15
     index.compact()
     assert len(index.search("a red circle", k=99)[0]) == 15
+
+
+def test_an_index_opens_while_another_process_removes_the_stores_that_it_has_replaced(
+    make_model, photos, tmp_path, monkeypatch
+):
+    model, rmtree, joined = make_model(similarity={"name": "omit"}), shutil.rmtree, stored.joined_stores
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    index.remove(index.ids[:1])
+    written = []
+
+    def stop_in_the_middle(path):
+        rmtree(next(path.glob("0*")))
+        raise KeyboardInterrupt
+
+    def then_replaced(folder):
+        """The reader opens the stores when the writer has removed a part of them."""
+        found = joined(folder)
+        if not written:
+            written.append(folder)
+            with pytest.raises(KeyboardInterrupt):
+                index.compact()
+        return found
+
+    monkeypatch.setattr(stored, "joined_stores", then_replaced)
+    monkeypatch.setattr(shutil, "rmtree", stop_in_the_middle)
+    assert len(ImageTextIndex.load(tmp_path / "i", model).search("a red circle", k=99)[0]) == 15
+    monkeypatch.undo()
+    index.compact()  # removes what a killed sweep has left
+    assert len([path for path in (tmp_path / "i").iterdir() if path.is_dir()]) == 2
 
 
 def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp_path):
