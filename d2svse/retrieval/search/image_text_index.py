@@ -108,7 +108,11 @@ class ImageTextIndex:
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
         if model is not None:
-            self._check_model(model, as_loaded)
+            try:
+                self._check_model(model, as_loaded)
+            except BaseException:
+                self.close()
+                raise
             model.warn_if_untrained()
             self._model = model
 
@@ -120,10 +124,7 @@ class ImageTextIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the folder again."""
         devices = {name: state.get(name) for name in ("device", "vectors_device")}
-        self.__init__(state["folder"], **devices)  # type: ignore[misc]
-        if state["model"] is not None:
-            self._check_model(state["model"])
-            self._model = state["model"]
+        self.__init__(state["folder"], state["model"], **devices)  # type: ignore[misc]
 
     @property
     def vectors(self) -> VectorIndex:
@@ -260,8 +261,14 @@ class ImageTextIndex:
         return cls(folder, model, device, as_loaded, vectors_device)
 
     def close(self) -> None:
-        """Close the vectors; this frees an embedded Milvus for other processes."""
+        """Close the vectors, as the end of a `with` block does; this frees an embedded Milvus for other processes."""
         self.vectors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         with self._in_use() as opened:

@@ -158,6 +158,12 @@ class VectorIndex(ABC):
     def close(self) -> None:  # noqa: B027
         """Release open files and connections; this frees an embedded Milvus for other processes."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
         """Return whether a folder names these very vectors, which lie elsewhere."""
         return False

@@ -352,6 +352,23 @@ def test_files_of_relative_ids_are_found_from_another_folder(model, photos, tmp_
     assert texts.paths_of(["a red circle"]) == ["a red circle"]
 
 
+def test_an_index_is_closed_after_a_with_block_and_after_a_refusal(model, make_model, photos, tmp_path, monkeypatch):
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    closed = []
+    monkeypatch.setattr(ExactIndex, "close", lambda self: closed.append(self))
+    with ImageTextIndex.load(tmp_path / "i", model) as index:
+        pickled = pickle.dumps(index)
+        assert not closed
+    assert closed == [index.vectors]
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        ImageTextIndex.load(tmp_path / "i", make_model(1))
+    ImageTextIndex.build(make_model(1), photos, tmp_path / "i", overwrite=True)
+    closed.clear()
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        pickle.loads(pickled)
+    assert len(closed) == 1
+
+
 @pytest.mark.parametrize("name", ["cosine", "omit"])
 def test_an_index_is_pickled_by_its_folder(make_model, photos, tmp_path, name, monkeypatch):
     index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")

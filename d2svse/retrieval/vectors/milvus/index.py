@@ -91,14 +91,18 @@ class MilvusIndex(VectorIndex):
         self._call: str | None = None
         self._milvus = MilvusConnection(uri, timeout, (f"{collection}_writes", collection), self._typed)
         self._journal = MilvusJournal(self._milvus, collection)
-        if self._milvus.ask("has_collection", collection):
-            self.kind = self._attach(kind)
-        else:
-            self.kind = kind or "FLAT"
-            self._create(BUILD.get(self.kind.split("_")[0], {}) if build is None else build)
-        usual = SEARCH.get(self.kind.split("_")[0], {})
-        self.search_parameters = dict(usual if search_parameters is None else search_parameters)
-        self.recover()
+        try:
+            if self._milvus.ask("has_collection", collection):
+                self.kind = self._attach(kind)
+            else:
+                self.kind = kind or "FLAT"
+                self._create(BUILD.get(self.kind.split("_")[0], {}) if build is None else build)
+            usual = SEARCH.get(self.kind.split("_")[0], {})
+            self.search_parameters = dict(usual if search_parameters is None else search_parameters)
+            self.recover()
+        except BaseException:
+            self.close()
+            raise
 
     def replace(
         self,
@@ -231,7 +235,7 @@ class MilvusIndex(VectorIndex):
                         f"{uri}: not the file that {path} was saved from; to use it, set {URI_VARIABLE}={uri}"
                     )
                 index.check_fingerprint(fingerprint)
-            except ValueError:
+            except BaseException:
                 index.close()
                 raise
             return index
