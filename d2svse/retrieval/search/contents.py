@@ -436,10 +436,12 @@ def add_store(
     gone: Sequence[str] = (),
     *,
     batch_size: int,
+    known: Mapping[str, str],
 ) -> None:
     """Add the items of a store and remove ids in one call; backends that train on their vectors need one call.
 
-    The tokens of `batch_size` items are on the model's device at a time; tokens that no vector needs are not read.
+    An item keeps the id that `known` gives for its name. The tokens of `batch_size` items are on the model's device at
+    a time; tokens that no vector needs are not read.
     """
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
     tokens = settings.candidates == "mean"
@@ -449,10 +451,11 @@ def add_store(
         features = store.features(part, tokens).to(model.device)
         rows[part] = model.similarity_fn.vectors(settings.side, features, settings.candidates).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
-    for name, one in zip(store.ids, metadata, strict=True):
-        if paths.get(name, name) != name:
+    ids = [known.get(name, name) for name in store.ids]
+    for name, id, one in zip(store.ids, ids, metadata, strict=True):
+        if paths.get(name, id) != id:
             one["path"] = paths[name]
     if settings.candidates is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}
-    vectors.replace(gone, store.ids, rows, metadata)
+    vectors.replace(gone, ids, rows, metadata)

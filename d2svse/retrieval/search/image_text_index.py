@@ -221,7 +221,7 @@ class ImageTextIndex:
                     first = store.skipped[0][1]
                     raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
                 gone = list(vectors.ids)
-                add_store(vectors, model, store, settings, items.paths, gone, batch_size=batch_size)
+                add_store(vectors, model, store, settings, items.paths, gone, batch_size=batch_size, known={})
                 note_folders(folder, [settings.vectors])
                 vectors.save(folder / settings.vectors)
                 settings.write(folder)
@@ -438,14 +438,14 @@ class ImageTextIndex:
                 f"{dropped[-1]}; repair them, or drop them with --prune (prune=True)"
             )
         if store is not None and len(store):
-            left = [*gone, *replaced]
-            add_store(vectors, self.model, store, settings, items.paths, left, batch_size=options["batch_size"])
+            left, size = [*gone, *replaced], options["batch_size"]
+            add_store(vectors, self.model, store, settings, items.paths, left, batch_size=size, known=same)
         elif gone or replaced:
             vectors.delete([*gone, *replaced])
         written = store is not None or bool(gone)
         if written:
             vectors.save(own_folder(self.folder, settings.vectors))
-        added, again = ([name for name in part if name not in bad] for part in (new, changed))
+        added, again = ([same.get(name, name) for name in part if name not in bad] for part in (new, changed))
         return Changes(added, again, dropped, skipped), written
 
     def remove(self, ids: Sequence[str]) -> None:

@@ -163,11 +163,30 @@ def test_an_image_under_several_spellings_is_one_item(model, deep, tmp_path, mon
     assert index.add(deep).added == []
     shutil.copy(deep / names[1], deep / names[0])
     changes = index.add(deep)
-    assert changes.changed == [str(deep / names[0])]
+    assert changes.changed == [f"photos/{names[0]}"]
     assert len(index) == 16
+    assert {f"photos/{name}" for name in names} < set(index.ids)
     index.remove([names[1]])
     index.remove([deep / "sub" / ".." / names[2]])
     assert len(index) == 14
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_a_changed_image_keeps_its_id_under_every_spelling(make_model, photos, scenes, tmp_path, monkeypatch, name):
+    index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")
+    ids, [first, second, third, *_] = set(index.ids), sorted(index.ids)
+    monkeypatch.chdir(photos.parent)
+    shutil.copy(scenes / "train" / "000001.png", first)
+    Path(second).write_text("no image")
+    relative = [os.path.relpath(path) for path in (first, second, third)]
+    changes = index.add(relative, on_bad_image="skip")
+    assert (changes.added, changes.changed, changes.dropped) == ([], [first], [second])
+    assert [one for one, _ in changes.skipped] == relative[1:2]
+    again = ImageTextIndex.load(tmp_path / "i", index.model)
+    assert set(again.ids) == ids - {second}
+    assert index.search(images=scenes / "train" / "000001.png", k=1)[0][0].id == first
+    assert again.paths_of([first]) == [first]
+    assert not index.add([first, third]).changed
 
 
 def test_links_to_folders_are_followed_where_that_is_asked_for(model, deep, scenes, tmp_path):
