@@ -101,30 +101,33 @@ class ImageTextIndex:
         as_loaded: bool = False,
         vectors_device: str | torch.device | None = None,
     ) -> None:
-        self._device, self._vectors_device = device, vectors_device
+        self._device = device
         self.folder = Path(folder)
         self._counting = threading.Lock()  # of the users of a state
         self._opened = self._read()
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
-        if model is not None:
-            try:
+        try:
+            if vectors_device is not None:
+                _place(self.vectors, vectors_device)
+            if model is not None:
                 self._check_model(model, as_loaded)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
+        if model is not None:
             model.warn_if_untrained()
             self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the name of the folder and the model; unpickling opens the vectors again."""
-        devices = {"device": self._device, "vectors_device": self._vectors_device}
-        return {"folder": self.folder.absolute(), "model": self._model, **devices}
+        """Return the folder's name, the model and the options of a search; unpickling opens the vectors again."""
+        state = {"folder": self.folder.absolute(), "model": self._model, "device": self._device}
+        return {**state, "search_options": self.vectors.search_options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the folder again."""
-        devices = {name: state.get(name) for name in ("device", "vectors_device")}
-        self.__init__(state["folder"], state["model"], **devices)  # type: ignore[misc]
+        self.__init__(state["folder"], state["model"], state.get("device"))  # type: ignore[misc]
+        self.vectors.take_search_options(state.get("search_options", {}))
 
     @property
     def vectors(self) -> VectorIndex:
@@ -225,7 +228,8 @@ class ImageTextIndex:
                 note_folders(folder, [settings.vectors])
                 vectors.save(folder / settings.vectors)
                 settings.write(folder)
-                index = cls(folder, model, vectors_device=engine_options.get("device"))
+                index = cls(folder, model)
+                index.vectors.take_search_options(vectors.search_options)
                 write_skipped(folder, store.skipped)
                 index._sweep(index._opened)
         finally:
@@ -699,8 +703,6 @@ class ImageTextIndex:
             try:
                 vectors = load_index(own_folder(self.folder, settings.vectors))
                 try:
-                    if self._vectors_device is not None:
-                        _place(vectors, self._vectors_device)
                     return _Opened(settings, vectors, self._stored(settings, vectors))
                 except BaseException:
                     vectors.close()
@@ -741,6 +743,7 @@ class ImageTextIndex:
     def _publish(self, opened: _Opened) -> None:
         """Make new searches use this state, and close the one before when its last search is done."""
         with self._counting:
+            opened.vectors.take_search_options(self.vectors.search_options)
             before, self._opened = self._opened, opened
             before.replaced, unused = True, not before.users
         if unused:

@@ -34,6 +34,7 @@ class VectorIndex(ABC):
     engine: ClassVar[str]
     at_once: ClassVar[bool] = False
     largest_k: ClassVar[int | None] = None
+    _search_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         if dim < 1:
@@ -163,6 +164,16 @@ class VectorIndex(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """The options of a search, which change no stored vector, such as the device."""
+        return {name: getattr(self, name) for name in self._search_options}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:
+        """Take those options that this backend has, from the `search_options` of another index."""
+        for name in self.search_options.keys() & options.keys():
+            setattr(self, name, options[name])
 
     def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
         """Return whether a folder names these very vectors, which lie elsewhere."""

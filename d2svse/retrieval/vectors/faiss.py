@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, int | None]] = {
     "hnsw": {"m": 32, "ef_construction": 200, "ef_search": 128},
     "ivf-pq": {"nlist": None, "nprobe": 32, "code_size": None},
 }
+SEARCH_OPTIONS = ("ef_search", "nprobe")
 ROWS_AT_A_TIME = 16384
 CODEBOOK = 256
 POINTS_PER_CENTROID = 39  # faiss recommends at least this number
@@ -106,6 +107,13 @@ class FaissIndex(LocalIndex):
             name: default if given[name] is None else given[name] for name, default in OPTIONS[kind].items()
         }
         self._index: Any = None
+
+    @property
+    def search_options(self) -> dict[str, Any]:  # noqa: D102
+        return {name: self.options[name] for name in SEARCH_OPTIONS if name in self.options}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        self.options |= {name: options[name] for name in self.search_options.keys() & options.keys()}
 
     def _append(self, vectors: np.ndarray) -> None:
         vectors = np.ascontiguousarray(vectors)

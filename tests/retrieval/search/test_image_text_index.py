@@ -81,6 +81,33 @@ def test_the_device_of_the_vectors_is_kept_by_the_object_and_not_by_the_folder(m
     assert loaded.search(images=images[3], k=2)[0][0].id == str(images[3])
 
 
+def test_options_of_a_search_are_kept_by_the_object_and_not_by_the_folder(model, val_dataset, tmp_path):
+    images = val_dataset.images
+    index = ImageTextIndex.build(model, images[:8], tmp_path / "i", block_size=3)
+    assert index.vectors.block_size == 3
+    index.vectors.block_size, index.vectors.device = 5, "cpu"
+    for write in (lambda: index.add(images[8:]), lambda: index.remove([str(images[0])]), index.compact):
+        write()
+        for one in (index, pickle.loads(pickle.dumps(index))):
+            assert (one.vectors.block_size, one.vectors.device) == (5, "cpu")
+    assert ImageTextIndex.load(tmp_path / "i", model).vectors.block_size is None
+    index.vectors.device = None
+    index.add(images[:1])
+    assert index.vectors.device is None
+
+
+@pytest.mark.parametrize(("options", "name"), [({"kind": "hnsw", "m": 4}, "ef_search"), ({"kind": "flat"}, None)])
+def test_options_of_a_search_of_faiss_are_kept(model, val_dataset, tmp_path, options, name):
+    pytest.importorskip("faiss", reason="the faiss extra is not installed")
+    index = ImageTextIndex.build(model, val_dataset.images[:8], tmp_path / "i", engine="faiss", **options)
+    if name:
+        index.vectors.options[name] = 7
+    before = dict(index.vectors.options)
+    index.add(val_dataset.images[8:])
+    assert index.vectors.options == pickle.loads(pickle.dumps(index)).vectors.options == before
+    assert name is None or ImageTextIndex.load(tmp_path / "i", model).vectors.options[name] == 128
+
+
 @pytest.mark.parametrize(
     ("name", "candidates"), [*((name, "mean") for name in names_of(FragmentSimilarity)), ("omit", "pooled")]
 )

@@ -191,6 +191,14 @@ class MilvusIndex(VectorIndex):
             manifest["key"] = self._journal.about().get("key")
             storage.publish(folder, {**manifest, "files": []})
 
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """The search parameters, under the kind of index that they are for."""
+        return {self.kind: self.search_parameters}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        self.search_parameters = dict(options.get(self.kind, self.search_parameters))
+
     def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
         """Return whether a folder names this collection, by the key that it got when it was created."""
         try:
