@@ -291,6 +291,8 @@ def test_text_files_of_other_programs_are_read_or_refused_by_name(saved, tmp_pat
         one_line_error(run("encode", folder, "--texts", texts, "-o", tmp_path / "w.npy"), "t.txt", words)
         output = tmp_path / f"j{number}"
         one_line_error(run("index", "build", folder, texts, "-o", output, "--side", "text"), "t.txt", words)
+    shutil.copy(texts, tmp_path / "t.csv")
+    one_line_error(run("encode", folder, "--texts", tmp_path / "t.csv", "-o", tmp_path / "w.npy"), "t.csv: expected a")
     one_line_error(run("search", tmp_path / "i", "a \ud83d ring"), "query 1: half a character", r"\ud83d")
 
 

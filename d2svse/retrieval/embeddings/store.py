@@ -225,6 +225,7 @@ def encode_images(
         ValueError: if the folder has a store of another model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
+    check_model(model)
     if on_bad_image not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     by_name = {os.fspath(image): image for image in images}
@@ -295,6 +296,7 @@ def encode_texts(
             model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
+    check_model(model)
     check_batch_size(batch_size)
     texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
     if chunk_size is None:
@@ -317,6 +319,13 @@ def encode_texts(
     if reports:
         TextReport.join(reports).warn()
     return store
+
+
+def check_model(model: object) -> None:
+    """Raise a TypeError that says what to do for the name of a model in place of the model."""
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        raise TypeError(f"expected a model, got {name!r}; load it with D2SVSE.from_pretrained({name!r})")
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -37,7 +37,7 @@ from d2svse.text import check_text
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
-Items = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Items = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
@@ -45,6 +45,7 @@ VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFEST_SUFFIX = ".jsonl"
+NO_TEXTS = (".csv", ".tsv", ".json", ".jsonl", ".token", ".tar", ".npy")
 ROWS_AT_A_TIME = 1024
 _KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
 _NAMES = {key: name for name, key in _KEYS.items()}
@@ -257,6 +258,7 @@ def read_items(
         ValueError: if the source is empty, a line is empty or holds half a character, or the manifest is not valid.
     """
     path = str(Path(source).resolve()) if isinstance(source, str | os.PathLike) else None
+    source = source if path is not None else list(source)  # type: ignore[arg-type]
     found: FoundImages | None = None
     paths: dict[str, str] = {}
     if side == "text":
@@ -313,7 +315,7 @@ def _check_manifest(path: Path) -> None:
 
 def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
     """Return the stored ids of images; a path relative to the working directory becomes the stored absolute path."""
-    if isinstance(names, str):  # the index refuses a single string
+    if isinstance(names, str | os.PathLike):  # the index refuses a single id
         return names
     ways = [[name, canonical_path(name), str(Path(name).resolve())] for name in map(os.fsdecode, names)]
     known = vectors.known(list(dict.fromkeys(way for every in ways for way in every)))
@@ -340,8 +342,15 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is not UTF-8, or a line is empty or holds half a character; the message names the line.
+        ValueError: if it is not a text file by its name or not UTF-8, or a line is empty or holds half a character; the
+            message names the line.
     """
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES or suffix in NO_TEXTS:
+        raise ValueError(
+            f"{path}: expected a text file with one text on each line; `d2svse data convert` makes a manifest of a "
+            "table, whose captions can be indexed"
+        )
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -24,7 +24,7 @@ from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.modeling import D2SVSE
 from d2svse.models.processing import TextReport
-from d2svse.retrieval.embeddings.store import read_skipped, write_skipped
+from d2svse.retrieval.embeddings.store import check_model, read_skipped, write_skipped
 from d2svse.retrieval.search.comparison import PRUNED_UNASKED, check_gone, gone_items, replaced_folders, same_items
 from d2svse.retrieval.search.contents import (
     VECTORS,
@@ -101,6 +101,7 @@ class ImageTextIndex:
         as_loaded: bool = False,
         vectors_device: str | torch.device | None = None,
     ) -> None:
+        check_model(model)
         self._device = device
         self.folder = Path(folder)
         self._counting = threading.Lock()  # of the users of a state
@@ -184,10 +185,12 @@ class ImageTextIndex:
 
         Raises:
             ImageError: if an image cannot be read with "error", or no image can be read.
+            TypeError: if `model` is a name.
             ValueError: if an option is unknown or the source is not valid; see also `encode_images`.
             FileExistsError: if the folder holds other files, or another index and `overwrite` is false.
             BlockingIOError: if another process is writing to the index.
         """
+        check_model(model)
         for name, value, known in (("side", side, Side), ("candidates", candidates, Candidates)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")

@@ -247,8 +247,8 @@ class VectorIndex(ABC):
 
 def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
     """Return the ids as a list; refuse empty ids, and repeated ids unless `twice` is set."""
-    if isinstance(ids, str):
-        raise ValueError(f"expected a list of ids, got the string {ids!r}")
+    if isinstance(ids, str | os.PathLike):
+        raise ValueError(f"expected a list of ids, got {os.fspath(ids)!r}")
     names = list(ids)
     for row, name in enumerate(names):
         if not isinstance(name, str):

@@ -16,7 +16,7 @@ from PIL import Image
 from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
 from d2svse.images import ImageError
-from d2svse.retrieval import EmbeddingStore, VectorIndex
+from d2svse.retrieval import EmbeddingStore, VectorIndex, encode_images, encode_texts
 from d2svse.retrieval.search.contents import MANIFEST
 from d2svse.similarity import FragmentSimilarity, Similarity
 from support.similarities import names_of
@@ -392,6 +392,37 @@ def test_sources_of_pictures_and_sentences(model, scenes, val_dataset, tmp_path)
         texts.search()
     with pytest.raises(ValueError, match="k must be positive"):
         texts.search("a ring", k=0)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.json", "t.token", "t.tar", "t.png", "t.npy"])
+def test_a_file_that_is_no_text_file_by_its_name_is_no_source_of_texts(model, tmp_path, name):
+    (tmp_path / name).write_text("image,caption\na.png,a ring\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected a text file with one text on each line.*data convert"):
+        ImageTextIndex.build(model, tmp_path / name, tmp_path / "i", side="text")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_source_may_be_a_generator_and_a_wrong_argument_is_named(model, photos, tmp_path):
+    index = ImageTextIndex.build(model, photos.rglob("*.png"), tmp_path / "i")
+    assert sorted(index.ids) == sorted(map(str, photos.iterdir()))
+    texts = ImageTextIndex.build(model, (text for text in ["a ring", "a star"]), tmp_path / "t", side="text")
+    assert len(texts) == 2
+    assert not index.add(photos.rglob("*.png")).added
+    for wrong in ("org/model", Path("model")):
+        for call in (
+            lambda wrong=wrong: ImageTextIndex.build(wrong, photos, tmp_path / "j"),
+            lambda wrong=wrong: ImageTextIndex.load(tmp_path / "i", wrong),
+            lambda wrong=wrong: encode_images(wrong, [], tmp_path / "s"),
+            lambda wrong=wrong: encode_texts(wrong, ["a ring"], tmp_path / "s"),
+        ):
+            with pytest.raises(TypeError, match=rf"expected a model, got '{wrong}'; load it with D2SVSE.from_pret"):
+                call()
+    for ids in (index.ids[0], Path(index.ids[0])):
+        with pytest.raises(ValueError, match="expected a list of ids, got"):
+            index.remove(ids)
+    with pytest.raises(ValueError, match="expected a list of ids, got"):
+        texts.remove(Path("a ring"))
+    assert (len(index), len(texts)) == (16, 2)
 
 
 def test_draft_mode_is_kept_for_what_comes_later(model, val_dataset, tmp_path):
