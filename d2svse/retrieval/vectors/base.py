@@ -6,7 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -102,8 +102,8 @@ class VectorIndex(ABC):
         Args:
             queries: `(n_queries, dim)`, or one query `(dim,)`.
             k: number of results for each query; fewer if fewer vectors are stored or pass the filter.
-            filter: for each key of the metadata a value, or a list of allowed values. An item without the key does
-                not pass.
+            filter: for each key of the metadata a value, or a list of allowed values (also an array). An item without
+                the key does not pass.
 
         Returns:
             Scores `(n_queries, k)` float32, best first, and the ids.
@@ -280,25 +280,13 @@ def _checked_filter(filter: Filter | None) -> dict[str, list[Any]] | None:
     if not filter:
         return None
     checked = {}
-    for key, wanted in filter.items():
+    for key, given in filter.items():
+        wanted = given.tolist() if isinstance(given, np.ndarray | np.generic) else given
         values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        values = [value.item() if isinstance(value, np.generic) else value for value in values]
         if not isinstance(key, str) or not all(isinstance(value, str | bool | int | float) for value in values):
             raise ValueError(
-                f"the filter {key!r} is {wanted!r}; expected a string, a number or a truth value, or a list of them"
+                f"the filter {key!r} is {given!r}; expected a string, a number or a truth value, or a list of them"
             )
         checked[key] = values
     return checked
-
-
-def passes(metadata: Metadata, filter: dict[str, list[Any]]) -> bool:
-    """Return whether metadata have an allowed value for every key of a checked filter; 1 and true differ."""
-    for key, values in filter.items():
-        found = metadata.get(key)
-        if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):
-            return False
-    return True
-
-
-def passing_rows(metadata: Iterable[Metadata | None], filter: dict[str, list[Any]]) -> np.ndarray:
-    """Return which items pass a checked filter, `(n,)` bool."""
-    return np.fromiter((one is not None and passes(one, filter) for one in metadata), dtype=bool)
