@@ -57,7 +57,7 @@ class FaissIndex(LocalIndex):
         dim: width of the vectors.
         kind: "flat" compares with all vectors; "int8" does the same with 8 bits for each dimension; "hnsw" searches a
             graph; "ivf-pq" compares product-quantised codes in the nearest lists.
-        m: neighbours of each vector in the HNSW graph.
+        m: neighbours of each vector in the HNSW graph, at least 2.
         ef_construction: candidates while the graph is built.
         ef_search: candidates of a search; at least k are used.
         nlist: lists of IVF; by default 4 √n for the n vectors of the first `add`, with at least 39 vectors in a list.
@@ -100,6 +100,8 @@ class FaissIndex(LocalIndex):
             if value is not None and (name not in OPTIONS[kind] or not 1 <= value <= LARGEST_OPTION):
                 known = ", ".join(OPTIONS[kind]) or "none"
                 raise ValueError(f"{name}={value}: the options of {kind} are {known}, each from 1 to {LARGEST_OPTION}")
+        if m == 1:
+            raise ValueError("m=1: a graph of hnsw needs at least 2 neighbours of each vector")
         if code_size is not None and dim % code_size:
             raise ValueError(f"code_size must divide the width {dim}, got {code_size}")
         self.kind = kind
