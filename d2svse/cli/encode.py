@@ -40,9 +40,12 @@ def encode(
         raise ValueError("give either --images FOLDER or --texts FILE")
     import numpy as np
 
-    from d2svse.files.replace import write_text, written_aside
+    from d2svse.files.replace import check_output, write_text, written_aside
     from d2svse.retrieval.search.contents import read_texts
 
+    rows = Path(f"{output}.rows.txt")
+    for path in (output, rows):
+        check_output(path)
     if images is not None:
         if not images.is_dir():
             raise FileNotFoundError(f"--images {images}: no such folder")
@@ -54,9 +57,10 @@ def encode(
         assert texts is not None
         names = read_texts(texts)
         vectors = load_model(model, device, dtype).encode_text(names, batch_size=batch_size, show_progress_bar=True)
-    with written_aside(output) as aside, aside.open("wb") as file:
-        np.save(file, vectors)
-    write_text(Path(f"{output}.rows.txt"), "".join(f"{_row(name)}\n" for name in names))
+    with written_aside(output) as aside:
+        with aside.open("wb") as file:
+            np.save(file, vectors)
+        write_text(rows, "".join(f"{_row(name)}\n" for name in names))  # both are whole before either is replaced
     typer.echo(f"{visible(str(output))}: {len(vectors)} vectors of width {vectors.shape[1]}")
 
 

@@ -28,9 +28,11 @@ def explain(
     partners (max-mean, …). For pooled embeddings, the map shows the score of
     each single patch with the text.
     """
+    from d2svse.files.replace import check_output
     from d2svse.images import load_image
     from d2svse.images.regions import as_region_image
 
+    check_output(out)
     if as_region_image(image) is None:
         load_image(image)  # fail before the slow imports
     from d2svse.visualize.figures import check_figure_path, save_figure

@@ -80,7 +80,9 @@ def build(
 ) -> None:
     """Encode images or texts into an index; a stopped build continues."""
     from d2svse.retrieval import ImageTextIndex
+    from d2svse.retrieval.search.contents import check_index_folder
 
+    check_index_folder(output)
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
     own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
     if refused := sorted(own & options.keys()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +13,11 @@ from d2svse.choices import Together
 from d2svse.cli.common import Device, examples, whole_lines
 from d2svse.cli.index import Model, open_index
 from d2svse.files.data import to_json
+from d2svse.files.replace import check_output
 from d2svse.text import check_text, visible
 
 if TYPE_CHECKING:
-    from d2svse.retrieval import Hit
+    from d2svse.retrieval import Hit, ImageTextIndex
 
 PAGE_SUFFIXES = (".html", ".htm")
 
@@ -64,6 +66,8 @@ def search(
         raise ValueError(f"--together {together} takes texts or images, not both")
     if gallery is not None and gallery.suffix.lower() not in (".png", *PAGE_SUFFIXES):
         raise ValueError(f"--gallery takes a name that ends in .png or .html, got {gallery}")
+    if gallery is not None:
+        check_output(gallery)
     for number, text in enumerate(queries or [], start=1):
         check_text(text, f"query {number}")
     opened = open_index(index, model, device)
@@ -92,11 +96,18 @@ def search(
     if gallery is not None:
         from d2svse.retrieval.search.gallery import draw_gallery, write_gallery_page
 
+        of_files = [(text, path, _with_files(opened, hits)) for text, path, hits in asked]
         if gallery.suffix.lower() == ".png":
-            draw_gallery([(_query(text, path), [hit.id for hit in hits]) for text, path, hits in asked], gallery)
+            draw_gallery([(_query(text, path), [hit.id for hit in hits]) for text, path, hits in of_files], gallery)
         else:
-            write_gallery_page(asked, gallery, images=opened.side == "image")
+            write_gallery_page(of_files, gallery, images=opened.side == "image")
         typer.echo(f"gallery: {visible(str(gallery))}", err=True)
+
+
+def _with_files(index: ImageTextIndex, hits: Sequence[Hit]) -> list[Hit]:
+    """Return hits with the paths of their images as ids."""
+    files = index.paths_of([hit.id for hit in hits])
+    return [replace(hit, id=file) for hit, file in zip(hits, files, strict=True)]
 
 
 def _together(together: Together, queries: Sequence[str]) -> str:

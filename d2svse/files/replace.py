@@ -45,9 +45,8 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: if `path` is a folder.
         OSError: if `path` cannot be written; the message names it.
     """
+    check_output(path)
     target = followed(path)
-    if target.is_dir():
-        raise FileExistsError(f"{shown(path)}: a folder, expected a file to write; give another name")
     with write_faults(path, target):
         if _is_stream(path, target):
             with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +65,26 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             _note_swept(target.parent)
         finally:
             remove(aside)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Check that `written_aside` may write a file; a command calls this before its work.
+
+    Raises:
+        FileExistsError: if `path` is a folder.
+        NotADirectoryError: if a file takes the place of its folder.
+        PermissionError: if its folder is not writable.
+    """
+    target = followed(path)
+    if target.is_dir():
+        raise FileExistsError(f"{shown(path)}: a folder, expected a file to write; give another name")
+    if _is_stream(path, target):
+        return
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{shown(path)}: {shown(folder)} is a file, expected a folder; give another name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{shown(path)}: {shown(folder)} is a folder without write permission; give another name")
 
 
 def followed(path: str | os.PathLike[str]) -> Path:

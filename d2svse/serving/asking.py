@@ -115,6 +115,10 @@ class Searcher:
         """Return an id as a page shows it: the path of an image relative to the folder of all images."""
         return os.path.relpath(name, self._root) if self._root else name
 
+    def path_of(self, id: str) -> str:
+        """Return the path of a hit's image, see `ImageTextIndex.paths_of`."""
+        return self.index.paths_of([id])[0]
+
     def ask(
         self,
         text: str | None = None,
@@ -187,7 +191,8 @@ class Searcher:
         if answer is None or not 0 <= position < len(answer.hits):
             raise ValueError(f"There is no answer {position + 1}: search again.")
         hit, notes = answer.hits[position], []
-        text, image = (answer.text, hit.id) if self.side == "image" else (hit.id, answer.image)
+        of_images = self.side == "image"
+        text, image = (answer.text, self.path_of(hit.id)) if of_images else (hit.id, answer.image)
         sets: tuple[DrawnSet, ...] = ()
         if text is None:
             notes.append("No map: the query is an image and has no words. The score compares vectors.")
@@ -203,14 +208,12 @@ class Searcher:
             except ImportError as error:
                 notes.append(f"No map: {error}")
             except (ValueError, OSError) as error:
-                notes.append(f"No map: {str(error).replace(os.fspath(image), self._short(image))}")
+                short = self.shown_name(hit.id) if of_images else Path(image).name
+                notes.append(f"No map: {str(error).replace(os.fspath(image), short)}")
             if answer.text is not None and answer.image is not None:
                 share = f"{answer.weight:.2f} of the text's and {1 - answer.weight:.2f} of the image's score"
                 notes.append(f"The score is the sum of {share}; the maps compare the image with the text only.")
         return Reason(hit, position, answer.score_name(position), sets, tuple(notes))
-
-    def _short(self, image: str | os.PathLike[str]) -> str:
-        return self.shown_name(os.fspath(image)) if self.side == "image" else Path(image).name
 
 
 def common_folder(names: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def show_hits(answer: Answer | None, first: int, searcher: Searcher, images: Sho
             inside = f'{rank}<span class="d2-text">{escape(hit.id)}</span>{score}'
         else:
             name = escape(Path(hit.id).name)
-            inside = f'{_frame(hit.id, name, images)}<span class="d2-caption">{rank}'
+            inside = f'{_frame(searcher.path_of(hit.id), name, images)}<span class="d2-caption">{rank}'
             inside += f'<span class="d2-name">{name}</span>{score}</span>'
         cards.append(f'<button type="button" class="d2-card" data-position="{position}">{inside}</button>')
     scores = escape(answer.all_scores)
@@ -97,7 +97,7 @@ def _frame(path: str, name: str, images: ShownImages, size: int = SMALL) -> str:
 def _large_images(answer: Answer, name: str, searcher: Searcher, images: ShownImages) -> str:
     shown = []
     if searcher.side == "image":
-        shown.append(_frame(name, escape(Path(name).name), images, LARGE))
+        shown.append(_frame(searcher.path_of(name), escape(Path(name).name), images, LARGE))
     if answer.image is not None:
         try:
             address = jpeg_uri(small_copy(answer.image, SMALL if searcher.side == "image" else LARGE))

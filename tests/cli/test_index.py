@@ -7,7 +7,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from d2svse import D2SVSE
+from d2svse import D2SVSE, ImageTextIndex
 
 
 @pytest.fixture
@@ -119,6 +119,17 @@ def test_galleries(saved, photos, tmp_path, run):
     assert Image.open(tmp_path / "g.png").format == "PNG"
     assert (tmp_path / "g.html").read_text().count("data:image/jpeg;base64,") == 2
     one_line_error(run("search", tmp_path / "i", "a ring", "--gallery", tmp_path / "g.pdf"), ".png or .html", "g.pdf")
+
+
+@pytest.mark.parametrize("name", ["g.png", "g.html"])
+def test_galleries_have_the_images_of_relative_ids(saved, photos, tmp_path, run, monkeypatch, name, caplog):
+    monkeypatch.chdir(photos)
+    ImageTextIndex.build(saved()[1], sorted(path.name for path in photos.iterdir()), tmp_path / "i")
+    monkeypatch.chdir("/")
+    assert run("search", tmp_path / "i", "a ring", "-k", 2, "--gallery", tmp_path / name)[0] == 0
+    assert "leaves an image out" not in caplog.text
+    if name == "g.html":
+        assert (tmp_path / name).read_text().count("data:image/jpeg;base64,") == 2
 
 
 def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
@@ -280,6 +291,8 @@ def test_text_files_of_other_programs_are_read_or_refused_by_name(saved, tmp_pat
         one_line_error(run("encode", folder, "--texts", texts, "-o", tmp_path / "w.npy"), "t.txt", words)
         output = tmp_path / f"j{number}"
         one_line_error(run("index", "build", folder, texts, "-o", output, "--side", "text"), "t.txt", words)
+    shutil.copy(texts, tmp_path / "t.csv")
+    one_line_error(run("encode", folder, "--texts", tmp_path / "t.csv", "-o", tmp_path / "w.npy"), "t.csv: expected a")
     one_line_error(run("search", tmp_path / "i", "a \ud83d ring"), "query 1: half a character", r"\ud83d")
 
 

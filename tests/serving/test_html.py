@@ -38,6 +38,20 @@ def test_a_page_shows_twelve_answers_with_rank_and_score(make_index, folder, map
     assert "No map" in gone
 
 
+def test_images_of_relative_ids_are_shown_and_explained_from_another_folder(make_index, folder, maps, monkeypatch):
+    monkeypatch.chdir(folder)
+    searcher, pictures = Searcher(make_index("cosine", source=sorted(p.name for p in folder.iterdir()))), ShownImages()
+    monkeypatch.chdir("/")
+    answer = searcher.ask("a red circle")
+    assert show_hits(answer, 0, searcher, pictures).count("<img") == 12
+    reason = searcher.explain(answer, 0)
+    assert reason.sets
+    assert "missing" not in show_reason(answer, reason, searcher, pictures)
+    assert str(folder) not in show_reason(answer, reason, searcher, pictures)
+    (folder / answer.hits[1].id).unlink()
+    assert str(folder) not in " ".join(searcher.explain(answer, 1).notes)
+
+
 def test_rows_of_region_files_are_missing_only_with_their_file(backbones, tmp_path):
     np.save(tmp_path / "dev_ims.npy", np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32))
     model = D2SVSE.from_backbones(tmp_path / "dev_ims.npy", backbones / "text", embed_dim=24)

@@ -26,7 +26,7 @@ from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
 from d2svse.files.lock import LOCK, write_lock
 from d2svse.files.replace import aside_of, remove, write_json, write_json_lines
-from d2svse.images import ImageError, OnBadImage, image_state
+from d2svse.images import ImageError, OnBadImage, check_images, image_state
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.processing import TextReport, as_texts
 from d2svse.progress import progress_bar
@@ -48,6 +48,8 @@ Batches = Iterator[tuple[list[int], Features]]
 class Rows:
     """Several arrays as one array of rows; indexing copies the rows into memory.
 
+    A key is a row number, a slice, a list of row numbers, or a Boolean mask `(n,)`.
+
     Args:
         parts: arrays `(n_i, dim)` of one dtype.
     """
@@ -61,14 +63,36 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+            return self[[int(rows)]][0]
+        wanted = self.numbers(rows)
         found = np.empty((len(wanted), self.shape[1]), self.dtype)
         parts = self._part_of(wanted)
         for part in np.unique(parts):
             here = parts == part
             found[here] = self.parts[part][wanted[here] - self.starts[part]]
         return found
+
+    def numbers(self, rows: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the row numbers of a key, `(n,)` int64.
+
+        Raises:
+            IndexError: if the key is not a slice, row numbers, or a mask of all rows.
+        """
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(len(self)))
+        given = np.asarray(rows)
+        if given.dtype == bool and given.shape == (len(self),):
+            return np.flatnonzero(given)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise IndexError(
+                f"expected row numbers, a slice or a mask of {len(self)} rows, got {given.dtype} of shape {given.shape}"
+            )
+        return given.astype(np.int64)
 
     def locate(self, rows: np.ndarray) -> list[tuple[int, int]]:
         """Return for each row the number of its part, and its row in the part."""
@@ -93,7 +117,7 @@ class EmbeddingStore:
         fingerprint: fingerprint of the model, see `model_fingerprint`.
         side: "image" or "text".
         output: "pooled", or "features" if the store has tokens too.
-        pooled: the pooled vectors, `(n, dim)`; read them by a slice or by row numbers.
+        pooled: the pooled vectors, `(n, dim)`; read them by a slice, row numbers or a mask; `np.asarray` reads all.
 
     Raises:
         FileNotFoundError: if the folder has no store.
@@ -138,18 +162,22 @@ class EmbeddingStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def features(self, rows: Sequence[int] | np.ndarray) -> Features:
+    def features(self, rows: slice | Sequence[int] | np.ndarray, tokens: bool = True) -> Features:
         """Return some rows as float32 `Features`, with tokens if the store has them.
 
         Args:
-            rows: row numbers, in the wanted order.
+            rows: row numbers in the wanted order, a slice, or a Boolean mask.
+            tokens: whether to read the tokens.
 
         Returns:
             `pooled (n, dim)`, `tokens (n, longest, dim)` and their mask; the mask is None if all lengths are equal.
+
+        Raises:
+            IndexError: if `rows` is none of these, or a row is out of range.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = self.pooled.numbers(rows)
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
-        if not self._tokens:
+        if not (tokens and self._tokens):
             return Features(pooled)
         parts = self.tokens_of(rows)
         lengths = torch.tensor([len(part) for part in parts])
@@ -158,9 +186,8 @@ class EmbeddingStore:
         stored = np.zeros((len(parts), longest, self.dim), self._tokens[0].dtype)
         for item, part in zip(stored, parts, strict=True):
             item[: len(part)] = part
-        tokens = torch.from_numpy(stored).float()
         mask = torch.arange(longest) < lengths[:, None]
-        return Features(pooled, tokens, None if bool(mask.all()) else mask)
+        return Features(pooled, torch.from_numpy(stored).float(), None if bool(mask.all()) else mask)
 
 
 def encode_images(
@@ -178,8 +205,8 @@ def encode_images(
 ) -> EmbeddingStore:
     """Encode images into a store, chunk by chunk; after a kill, the next call continues at the next chunk.
 
-    Each image is encoded once, even if the list repeats it. A chunk whose images have changed on the disk (size or
-    time) is encoded again. `skipped.jsonl` lists the skipped images.
+    Each image is encoded once, even if the list repeats it. A chunk is encoded again if its images have changed on the
+    disk (size or time), or if a skipped image of it can be read now. `skipped.jsonl` lists the skipped images.
 
     Args:
         model: the model, with its processor.
@@ -198,6 +225,7 @@ def encode_images(
         ValueError: if the folder has a store of another model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
+    check_model(model)
     if on_bad_image not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     by_name = {os.fspath(image): image for image in images}
@@ -228,7 +256,7 @@ def encode_images(
         state,
         batch_size,
         show_progress_bar,
-        keep_skipped=on_bad_image == "skip",
+        may_lack=lambda name: on_bad_image == "skip" and not is_readable(by_name[name]),
     )
 
 
@@ -268,7 +296,8 @@ def encode_texts(
             model, list or kind; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
-    _check_batch_size(batch_size)
+    check_model(model)
+    check_batch_size(batch_size)
     texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
     if chunk_size is None:
         chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
@@ -292,7 +321,15 @@ def encode_texts(
     return store
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_model(model: object) -> None:
+    """Raise a TypeError that says what to do for the name of a model in place of the model."""
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        raise TypeError(f"expected a model, got {name!r}; load it with D2SVSE.from_pretrained({name!r})")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ValueError unless a batch size is positive."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
 
@@ -310,7 +347,7 @@ def write_store(
     batch_size: int,
     show_progress_bar: bool = False,
     replace: bool = False,
-    keep_skipped: bool = True,
+    may_lack: Callable[[str], bool] = lambda name: True,
 ) -> EmbeddingStore:
     """Write a store chunk by chunk; after a kill, the next call continues at the next chunk.
 
@@ -325,7 +362,7 @@ def write_store(
         batch_size: items that `encode` processes at a time.
         show_progress_bar: show a progress bar on the terminal.
         replace: replace a store of another kind or list.
-        keep_skipped: keep finished chunks that lack items; false to encode them again.
+        may_lack: tells whether a finished chunk may lack an item; if not, the chunk is encoded again.
 
     Raises:
         FileExistsError: if the folder has other files but no store.
@@ -336,7 +373,7 @@ def write_store(
     folder = Path(folder)
     if kind["dtype"] not in get_args(StoreType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if kind["shard_size"] < 1:
         raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
     description = {**kind, "count": len(names), "list": _digest(names)}
@@ -350,7 +387,7 @@ def write_store(
         open_ones = []
         for number, chunk in enumerate(chunks):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
-            if not _holds(chunk, states, description, keep_skipped):
+            if not _holds(chunk, states, description, may_lack):
                 open_ones.append((chunk, names[number * size : (number + 1) * size], states))
         total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
 
@@ -370,14 +407,14 @@ def write_store(
         return store
 
 
-def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_skipped: bool) -> bool:
+def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], may_lack: Callable[[str], bool]) -> bool:
     """Return whether a store is complete and holds these items in these states, so that encoding them writes nothing.
 
     Args:
         folder: the folder of the store.
         names: ids of the items.
         states: state of each item, see `write_store`.
-        keep_skipped: whether a chunk may lack items.
+        may_lack: tells whether a chunk may lack an item, see `write_store`.
     """
     description = _read_description(folder)
     if description is None or description.get("list") != _digest(names):
@@ -386,7 +423,7 @@ def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], keep_s
     parts = [list(states[start : start + size]) for start in range(0, len(names), size)]
     chunks = _chunks(folder, description)
     return len(chunks) == len(parts) and all(
-        _holds(chunk, part, description, keep_skipped) for chunk, part in zip(chunks, parts, strict=True)
+        _holds(chunk, part, description, may_lack) for chunk, part in zip(chunks, parts, strict=True)
     )
 
 
@@ -520,14 +557,19 @@ def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
 
 
-def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any], keep_skipped: bool) -> bool:
-    """Return whether a chunk is complete and its items are unchanged; without `keep_skipped`, it lacks no item."""
+def is_readable(image: str | os.PathLike[str]) -> bool:
+    """Return whether an image can be decoded now."""
+    return next(check_images([image])) is None
+
+
+def _holds(chunk: Path, states: list[Any], description: Mapping[str, Any], may_lack: Callable[[str], bool]) -> bool:
+    """Return whether a chunk is complete, its items are unchanged, and it may lack its skipped items."""
     if not chunk.is_dir():
         return False
     inside(chunk.parent, chunk.name)
     try:
         items = _open_chunk(chunk, description).items
-        return bool(items["states"] == states and (keep_skipped or not items["skipped"]))
+        return bool(items["states"] == states and all(may_lack(name) for name, _ in items["skipped"]))
     except (ValueError, FileNotFoundError) as error:
         logger.warning("%s; the chunk is encoded again", error)
         return False

@@ -116,6 +116,7 @@ def evaluate(
         rerank=rerank,
         candidates=candidates,
         annotations=annotations,
+        wrong=wrong,
     )
     models, rules, dataset, chosen, fold_rows = plan.models, plan.protocol, plan.dataset, plan.chosen, plan.folds
     if rerank is not None and processes is not None:
@@ -208,6 +209,7 @@ def check_evaluation(
     rerank: int | None = None,
     candidates: Candidates = "mean",
     annotations: str | os.PathLike[str] | None = None,
+    wrong: int = 0,
 ) -> _Plan:
     """Check that `evaluate` takes these options; it encodes nothing, so a long work can refuse them at its start.
 
@@ -218,8 +220,11 @@ def check_evaluation(
 
     Raises:
         ImportError: if the ground truth of the protocol is not installed.
-        ValueError: if the data are not those of the protocol, or two options exclude each other.
+        ValueError: if the data are not those of the protocol, a number is out of range, or two options exclude each
+            other.
     """
+    if wrong < 0:
+        raise ValueError(f"wrong must not be negative, got {wrong}")
     models = list(model) if isinstance(model, Sequence) else [(model.config.name_or_path or "model", model)]
     rules = find_protocol(protocol)
     if rules.name != "custom" and (captions != "sparse" or folds is not None):
@@ -232,10 +237,11 @@ def check_evaluation(
     if captions == "dense":
         _ = dataset.dense_captions  # raises if an image has none
     owner = owners(dataset, captions)
-    if rules.folds is None and folds is None:
+    folds = folds if rules.folds is None else rules.folds
+    if folds is None:
         is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
         folds = COCO_FOLDS if is_coco else 1
-    fold_rows = fold_slices(len(dataset), rules.folds or folds or 1)
+    fold_rows = fold_slices(len(dataset), folds)
     wanted: list[Mapping[str, Any] | None] = (
         list(similarity) if isinstance(similarity, Sequence) else [similarity] * len(models)
     )

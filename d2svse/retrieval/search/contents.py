@@ -17,11 +17,19 @@ import numpy as np
 from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
-from d2svse.files.replace import aside_of, sweep, write_json, write_text
+from d2svse.files.replace import aside_of, check_output, name_aside, sweep, write_json, write_text
 from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
-from d2svse.retrieval.embeddings.store import SKIPPED, EmbeddingStore, encode_images, encode_texts, is_current
+from d2svse.retrieval.embeddings.store import (
+    SKIPPED,
+    EmbeddingStore,
+    check_batch_size,
+    encode_images,
+    encode_texts,
+    is_current,
+    is_readable,
+)
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
@@ -29,7 +37,7 @@ from d2svse.text import check_text
 if TYPE_CHECKING:
     from d2svse.models.modeling import D2SVSE
 
-Items = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Items = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
@@ -37,6 +45,7 @@ VECTORS, STORE = "vectors-", "store-"
 _NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFEST_SUFFIX = ".jsonl"
+NO_TEXTS = (".csv", ".tsv", ".json", ".jsonl", ".token", ".tar", ".npy")
 ROWS_AT_A_TIME = 1024
 _KEYS = {"candidates": "shortlist"}  # the names in the file, where they differ from the attributes
 _NAMES = {key: name for name, key in _KEYS.items()}
@@ -131,7 +140,9 @@ def check_index_folder(folder: Path) -> None:
 
     Raises:
         FileExistsError: if the folder holds other files.
+        OSError: if it is a file, or is not writable.
     """
+    check_output(folder / MANIFEST)
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return
     listed = _listed(folder)
@@ -156,14 +167,17 @@ def note_folders(folder: Path, names: Iterable[str]) -> None:
 
 
 def sweep_folders(folder: Path, used: Collection[str]) -> None:
-    """Remove unused folders of this index and unfinished files; call it under the lock."""
+    """Remove unused folders of this index and unfinished files; call it under the lock.
+
+    A folder is renamed first, so that a reader finds it whole or not at all.
+    """
     for name in (MANIFEST, FOLDERS, SKIPPED):
         sweep(folder / name)
     listed = _listed(folder)
     for path in folder.iterdir():
-        left = aside_of(path.name) in listed or path.name in listed.difference(used)
-        if left and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        unused = path.name in listed.difference(used)
+        if (unused or aside_of(path.name) in listed) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path.rename(name_aside(path)) if unused else path)
     if listed != set(used):
         _write_list(folder, used)
 
@@ -244,6 +258,7 @@ def read_items(
         ValueError: if the source is empty, a line is empty or holds half a character, or the manifest is not valid.
     """
     path = str(Path(source).resolve()) if isinstance(source, str | os.PathLike) else None
+    source = source if path is not None else list(source)  # type: ignore[arg-type]
     found: FoundImages | None = None
     paths: dict[str, str] = {}
     if side == "text":
@@ -300,7 +315,7 @@ def _check_manifest(path: Path) -> None:
 
 def stored_names(names: Sequence[str], vectors: VectorIndex) -> Sequence[str]:
     """Return the stored ids of images; a path relative to the working directory becomes the stored absolute path."""
-    if isinstance(names, str):  # the index refuses a single string
+    if isinstance(names, str | os.PathLike):  # the index refuses a single id
         return names
     ways = [[name, canonical_path(name), str(Path(name).resolve())] for name in map(os.fsdecode, names)]
     known = vectors.known(list(dict.fromkeys(way for every in ways for way in every)))
@@ -327,8 +342,15 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is not UTF-8, or a line is empty or holds half a character; the message names the line.
+        ValueError: if it is not a text file by its name or not UTF-8, or a line is empty or holds half a character; the
+            message names the line.
     """
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES or suffix in NO_TEXTS:
+        raise ValueError(
+            f"{path}: expected a text file with one text on each line; `d2svse data convert` makes a manifest of a "
+            "table, whose captions can be indexed"
+        )
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -388,6 +410,7 @@ def encode_items(
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
+    check_batch_size(batch_size)
     output: Any = model.similarity_fn.output
     state = _state if settings.side == "image" else lambda _: None
     about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]
@@ -396,8 +419,12 @@ def encode_items(
     key = hashlib.sha256(json.dumps(about).encode())
     name = STORE + key.hexdigest()[:12]
     numbered = (name, *(f"{name}-{number}" for number in range(len(in_use) + len(live))))
+
+    def may_lack(name: str) -> bool:
+        return on_bad_image == "skip" and not is_readable(name)
+
     for one in numbered:
-        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], on_bad_image == "skip"):
+        if one in live and is_current(own_folder(folder, one), names, [*map(state, names)], may_lack):
             return EmbeddingStore(folder / one)
     chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])
@@ -416,18 +443,28 @@ def add_store(
     settings: IndexSettings,
     paths: Mapping[str, str],
     gone: Sequence[str] = (),
+    *,
+    batch_size: int,
+    known: Mapping[str, str],
 ) -> None:
-    """Add the items of a store and remove ids in one call; backends that train on their vectors need one call."""
+    """Add the items of a store and remove ids in one call; backends that train on their vectors need one call.
+
+    An item keeps the id that `known` gives for its name. The tokens of `batch_size` items are on the model's device at
+    a time; tokens that no vector needs are not read.
+    """
     rows = np.empty((len(store), vectors.dim), dtype=np.float32)
-    for start in range(0, len(store), ROWS_AT_A_TIME):
-        part = np.arange(start, min(start + ROWS_AT_A_TIME, len(store)))
-        features = store.features(part).to(model.device)
+    tokens = settings.candidates == "mean"
+    size = batch_size if tokens else ROWS_AT_A_TIME
+    for start in range(0, len(store), size):
+        part = slice(start, min(start + size, len(store)))
+        features = store.features(part, tokens).to(model.device)
         rows[part] = model.similarity_fn.vectors(settings.side, features, settings.candidates).cpu().numpy()
     metadata: list[dict[str, Any]] = [{"state": state} for state in store.states]
-    for name, one in zip(store.ids, metadata, strict=True):
-        if paths.get(name, name) != name:
+    ids = [known.get(name, name) for name in store.ids]
+    for name, id, one in zip(store.ids, ids, metadata, strict=True):
+        if paths.get(name, id) != id:
             one["path"] = paths[name]
     if settings.candidates is not None:
         for row, one in enumerate(metadata):
             one |= {"store": store.folder.name, "row": row}
-    vectors.replace(gone, store.ids, rows, metadata)
+    vectors.replace(gone, ids, rows, metadata)

@@ -24,7 +24,7 @@ from d2svse.images import ImageError, ImageSource, OnBadImage
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.modeling import D2SVSE
 from d2svse.models.processing import TextReport
-from d2svse.retrieval.embeddings.store import read_skipped, write_skipped
+from d2svse.retrieval.embeddings.store import check_model, read_skipped, write_skipped
 from d2svse.retrieval.search.comparison import PRUNED_UNASKED, check_gone, gone_items, replaced_folders, same_items
 from d2svse.retrieval.search.contents import (
     VECTORS,
@@ -101,27 +101,34 @@ class ImageTextIndex:
         as_loaded: bool = False,
         vectors_device: str | torch.device | None = None,
     ) -> None:
-        self._device, self._vectors_device = device, vectors_device
+        check_model(model)
+        self._device = device
         self.folder = Path(folder)
         self._counting = threading.Lock()  # of the users of a state
         self._opened = self._read()
         self._model: D2SVSE | None = None
         self._loading = threading.Lock()
+        try:
+            if vectors_device is not None:
+                _place(self.vectors, vectors_device)
+            if model is not None:
+                self._check_model(model, as_loaded)
+        except BaseException:
+            self.close()
+            raise
         if model is not None:
-            self._check_model(model, as_loaded)
             model.warn_if_untrained()
             self._model = model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the name of the folder and the model; unpickling opens the vectors again."""
-        devices = {"device": self._device, "vectors_device": self._vectors_device}
-        return {"folder": self.folder.absolute(), "model": self._model, **devices}
+        """Return the folder's name, the model and the options of a search; unpickling opens the vectors again."""
+        state = {"folder": self.folder.absolute(), "model": self._model, "device": self._device}
+        return {**state, "search_options": self.vectors.search_options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the folder again."""
-        devices = {name: state.get(name) for name in ("device", "vectors_device")}
-        self.__init__(state["folder"], **devices)  # type: ignore[misc]
-        self._model = state["model"]
+        self.__init__(state["folder"], state["model"], state.get("device"))  # type: ignore[misc]
+        self.vectors.take_search_options(state.get("search_options", {}))
 
     @property
     def vectors(self) -> VectorIndex:
@@ -178,10 +185,12 @@ class ImageTextIndex:
 
         Raises:
             ImageError: if an image cannot be read with "error", or no image can be read.
+            TypeError: if `model` is a name.
             ValueError: if an option is unknown or the source is not valid; see also `encode_images`.
             FileExistsError: if the folder holds other files, or another index and `overwrite` is false.
             BlockingIOError: if another process is writing to the index.
         """
+        check_model(model)
         for name, value, known in (("side", side, Side), ("candidates", candidates, Candidates)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
@@ -217,11 +226,13 @@ class ImageTextIndex:
                 if not len(store):
                     first = store.skipped[0][1]
                     raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
-                add_store(vectors, model, store, settings, items.paths, list(vectors.ids))
+                gone = list(vectors.ids)
+                add_store(vectors, model, store, settings, items.paths, gone, batch_size=batch_size, known={})
                 note_folders(folder, [settings.vectors])
                 vectors.save(folder / settings.vectors)
                 settings.write(folder)
-                index = cls(folder, model, vectors_device=engine_options.get("device"))
+                index = cls(folder, model)
+                index.vectors.take_search_options(vectors.search_options)
                 write_skipped(folder, store.skipped)
                 index._sweep(index._opened)
         finally:
@@ -257,8 +268,14 @@ class ImageTextIndex:
         return cls(folder, model, device, as_loaded, vectors_device)
 
     def close(self) -> None:
-        """Close the vectors; this frees an embedded Milvus for other processes."""
+        """Close the vectors, as the end of a `with` block does; this frees an embedded Milvus for other processes."""
         self.vectors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         with self._in_use() as opened:
@@ -269,6 +286,18 @@ class ImageTextIndex:
         """The paths of the images, or the texts."""
         with self._in_use() as opened:
             return opened.vectors.ids
+
+    def paths_of(self, ids: Sequence[str]) -> list[str]:
+        """Return the paths of the images of hits; they hold in every working directory, other than relative ids.
+
+        Args:
+            ids: ids of hits. One that is not in the index any more, or is a text, is returned itself.
+        """
+        with self._in_use() as opened:
+            there = list(opened.vectors.known(list(ids)))
+            metadata = zip(there, opened.vectors.metadata_of(there), strict=True)
+            path_of = {id: str(one["path"]) for id, one in metadata if "path" in one}
+        return [path_of.get(id, id) for id in ids]
 
     @property
     def side(self) -> Side:
@@ -337,8 +366,8 @@ class ImageTextIndex:
 
         Raises:
             ImageError: if an image cannot be read with "error"; the index stays unchanged.
-            ValueError: if the source is not valid, or too many images are missing and `prune` is false; the index
-                stays unchanged.
+            ValueError: if the source is not valid, too many images are missing and `prune` is false, or another
+                process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         items = read_items(
@@ -350,7 +379,7 @@ class ImageTextIndex:
             allow_missing=on_bad_image == "skip",
         )
         with write_lock(self.folder):
-            opened = self._read()
+            opened = self._read_again()
             note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 changes, written = self._add(
@@ -416,13 +445,14 @@ class ImageTextIndex:
                 f"{dropped[-1]}; repair them, or drop them with --prune (prune=True)"
             )
         if store is not None and len(store):
-            add_store(vectors, self.model, store, settings, items.paths, [*gone, *replaced])
+            left, size = [*gone, *replaced], options["batch_size"]
+            add_store(vectors, self.model, store, settings, items.paths, left, batch_size=size, known=same)
         elif gone or replaced:
             vectors.delete([*gone, *replaced])
         written = store is not None or bool(gone)
         if written:
             vectors.save(own_folder(self.folder, settings.vectors))
-        added, again = ([name for name in part if name not in bad] for part in (new, changed))
+        added, again = ([same.get(name, name) for name in part if name not in bad] for part in (new, changed))
         return Changes(added, again, dropped, skipped), written
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -432,7 +462,8 @@ class ImageTextIndex:
             ids: ids of hits, or paths of images relative to the working directory.
 
         Raises:
-            ValueError: if an id is not in the index; the index stays unchanged.
+            ValueError: if an id is not in the index, or another process built the index again with another model; the
+                index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         self._rewrite(lambda vectors: vectors.delete(ids if self.side == "text" else stored_names(ids, vectors)))
@@ -444,6 +475,7 @@ class ImageTextIndex:
             The number of bytes that this saved.
 
         Raises:
+            ValueError: if another process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
         before = _bytes(self.folder)
@@ -452,7 +484,7 @@ class ImageTextIndex:
 
     def _rewrite(self, change: Callable[[VectorIndex], None] | None) -> None:
         with write_lock(self.folder):
-            opened = self._read()
+            opened = self._read_again()
             note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
                 if change is not None:
@@ -674,8 +706,6 @@ class ImageTextIndex:
             try:
                 vectors = load_index(own_folder(self.folder, settings.vectors))
                 try:
-                    if self._vectors_device is not None:
-                        _place(vectors, self._vectors_device)
                     return _Opened(settings, vectors, self._stored(settings, vectors))
                 except BaseException:
                     vectors.close()
@@ -684,6 +714,20 @@ class ImageTextIndex:
                 if str(error) == before:
                     raise
                 before = str(error)
+
+    def _read_again(self) -> _Opened:
+        """Read the folder for a write; refuse an index that another process built again with other settings."""
+        opened, before = self._read(), self._settings
+        for name, what in (
+            ("fingerprint", "model"),
+            ("side", "side"),
+            ("candidates", "candidates"),
+            ("draft", "draft"),
+        ):
+            if getattr(opened.settings, name) != getattr(before, name):
+                opened.vectors.close()
+                raise ValueError(f"{self.folder}: the index was built again with another {what}; load it again")
+        return opened
 
     def _stored(self, settings: IndexSettings, vectors: VectorIndex) -> StoredItems | None:
         if settings.candidates is None:
@@ -702,6 +746,7 @@ class ImageTextIndex:
     def _publish(self, opened: _Opened) -> None:
         """Make new searches use this state, and close the one before when its last search is done."""
         with self._counting:
+            opened.vectors.take_search_options(self.vectors.search_options)
             before, self._opened = self._opened, opened
             before.replaced, unused = True, not before.users
         if unused:

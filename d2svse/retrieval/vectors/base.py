@@ -6,7 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -28,10 +28,13 @@ class VectorIndex(ABC):
     Attributes:
         engine: name of the backend, from which `load_index` finds the class.
         at_once: whether a write takes effect at once, without `save`.
+        largest_k: largest number of results of a search; None for no limit.
     """
 
     engine: ClassVar[str]
     at_once: ClassVar[bool] = False
+    largest_k: ClassVar[int | None] = None
+    _search_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
         if dim < 1:
@@ -99,8 +102,8 @@ class VectorIndex(ABC):
         Args:
             queries: `(n_queries, dim)`, or one query `(dim,)`.
             k: number of results for each query; fewer if fewer vectors are stored or pass the filter.
-            filter: for each key of the metadata a value, or a list of allowed values. An item without the key does
-                not pass.
+            filter: for each key of the metadata a value, or a list of allowed values (also an array). An item without
+                the key does not pass.
 
         Returns:
             Scores `(n_queries, k)` float32, best first, and the ids.
@@ -155,6 +158,22 @@ class VectorIndex(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Release open files and connections; this frees an embedded Milvus for other processes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """The options of a search, which change no stored vector, such as the device."""
+        return {name: getattr(self, name) for name in self._search_options}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:
+        """Take those options that this backend has, from the `search_options` of another index."""
+        for name in self.search_options.keys() & options.keys():
+            setattr(self, name, options[name])
 
     def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
         """Return whether a folder names these very vectors, which lie elsewhere."""
@@ -228,8 +247,8 @@ class VectorIndex(ABC):
 
 def _checked_ids(ids: Sequence[str], twice: bool = False) -> list[str]:
     """Return the ids as a list; refuse empty ids, and repeated ids unless `twice` is set."""
-    if isinstance(ids, str):
-        raise ValueError(f"expected a list of ids, got the string {ids!r}")
+    if isinstance(ids, str | os.PathLike):
+        raise ValueError(f"expected a list of ids, got {os.fspath(ids)!r}")
     names = list(ids)
     for row, name in enumerate(names):
         if not isinstance(name, str):
@@ -261,25 +280,13 @@ def _checked_filter(filter: Filter | None) -> dict[str, list[Any]] | None:
     if not filter:
         return None
     checked = {}
-    for key, wanted in filter.items():
+    for key, given in filter.items():
+        wanted = given.tolist() if isinstance(given, np.ndarray | np.generic) else given
         values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        values = [value.item() if isinstance(value, np.generic) else value for value in values]
         if not isinstance(key, str) or not all(isinstance(value, str | bool | int | float) for value in values):
             raise ValueError(
-                f"the filter {key!r} is {wanted!r}; expected a string, a number or a truth value, or a list of them"
+                f"the filter {key!r} is {given!r}; expected a string, a number or a truth value, or a list of them"
             )
         checked[key] = values
     return checked
-
-
-def passes(metadata: Metadata, filter: dict[str, list[Any]]) -> bool:
-    """Return whether metadata have an allowed value for every key of a checked filter; 1 and true differ."""
-    for key, values in filter.items():
-        found = metadata.get(key)
-        if not any(found == value and isinstance(found, bool) == isinstance(value, bool) for value in values):
-            return False
-    return True
-
-
-def passing_rows(metadata: Iterable[Metadata | None], filter: dict[str, list[Any]]) -> np.ndarray:
-    """Return which items pass a checked filter, `(n,)` bool."""
-    return np.fromiter((one is not None and passes(one, filter) for one in metadata), dtype=bool)

@@ -79,6 +79,7 @@ class ExactIndex(LocalIndex):
 
     engine = "exact"
     _stored_options = frozenset({"dtype"})
+    _search_options = ("device", "block_size")
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, int | None]] = {
     "hnsw": {"m": 32, "ef_construction": 200, "ef_search": 128},
     "ivf-pq": {"nlist": None, "nprobe": 32, "code_size": None},
 }
+SEARCH_OPTIONS = ("ef_search", "nprobe")
 ROWS_AT_A_TIME = 16384
 CODEBOOK = 256
 POINTS_PER_CENTROID = 39  # faiss recommends at least this number
@@ -56,7 +57,7 @@ class FaissIndex(LocalIndex):
         dim: width of the vectors.
         kind: "flat" compares with all vectors; "int8" does the same with 8 bits for each dimension; "hnsw" searches a
             graph; "ivf-pq" compares product-quantised codes in the nearest lists.
-        m: neighbours of each vector in the HNSW graph.
+        m: neighbours of each vector in the HNSW graph, at least 2.
         ef_construction: candidates while the graph is built.
         ef_search: candidates of a search; at least k are used.
         nlist: lists of IVF; by default 4 √n for the n vectors of the first `add`, with at least 39 vectors in a list.
@@ -99,6 +100,8 @@ class FaissIndex(LocalIndex):
             if value is not None and (name not in OPTIONS[kind] or not 1 <= value <= LARGEST_OPTION):
                 known = ", ".join(OPTIONS[kind]) or "none"
                 raise ValueError(f"{name}={value}: the options of {kind} are {known}, each from 1 to {LARGEST_OPTION}")
+        if m == 1:
+            raise ValueError("m=1: a graph of hnsw needs at least 2 neighbours of each vector")
         if code_size is not None and dim % code_size:
             raise ValueError(f"code_size must divide the width {dim}, got {code_size}")
         self.kind = kind
@@ -106,6 +109,13 @@ class FaissIndex(LocalIndex):
             name: default if given[name] is None else given[name] for name, default in OPTIONS[kind].items()
         }
         self._index: Any = None
+
+    @property
+    def search_options(self) -> dict[str, Any]:  # noqa: D102
+        return {name: self.options[name] for name in SEARCH_OPTIONS if name in self.options}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        self.options |= {name: options[name] for name in self.search_options.keys() & options.keys()}
 
     def _append(self, vectors: np.ndarray) -> None:
         vectors = np.ascontiguousarray(vectors)

@@ -14,7 +14,9 @@ import numpy as np
 from d2svse.files.data import read_json
 from d2svse.files.lock import write_lock
 from d2svse.retrieval.vectors import storage
-from d2svse.retrieval.vectors.base import NOTHING, Metadata, VectorIndex, passing_rows
+from d2svse.retrieval.vectors.base import NOTHING, Metadata, VectorIndex
+
+_SIMPLE = (str, bool, int, float)  # types of the values of a filter
 
 
 class LocalIndex(VectorIndex):
@@ -31,6 +33,7 @@ class LocalIndex(VectorIndex):
         self._metadata: list[Metadata] = []
         self._dead: set[int] = set()
         self._numbers: dict[str, int] | None = None
+        self._codes: dict[str, tuple[dict[tuple[bool, Any], int], np.ndarray]] = {}  # see `_codes_of`
         self._home: tuple[Path, str] | None = None  # folder of the last save or load, and its revision
         self._items: list[tuple[str, int]] = []  # files of ids and metadata in that folder, with their numbers of rows
 
@@ -140,6 +143,7 @@ class LocalIndex(VectorIndex):
         self._row_of.update(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
         self._ids += ids
         self._metadata += metadata
+        self._codes = {}
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(len(self._ids), dtype=bool)
@@ -151,7 +155,7 @@ class LocalIndex(VectorIndex):
     ) -> tuple[np.ndarray, list[list[str]]]:
         allowed = self._alive() if self._dead else None
         if filter is not None:
-            passing = passing_rows(self._metadata, filter)
+            passing = self._passing(filter)
             allowed = passing if allowed is None else allowed & passing
         rows = None if allowed is None else np.flatnonzero(allowed)
         k = min(k, len(self) if rows is None else len(rows))
@@ -159,6 +163,27 @@ class LocalIndex(VectorIndex):
             return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]
         scores, found = self._search_rows(queries, k, rows, filter is not None)
         return scores, [[self._ids[row] for row in line] for line in found.tolist()]
+
+    def _passing(self, filter: dict[str, list[Any]]) -> np.ndarray:
+        """Return which rows pass a checked filter, `(n,)` bool; 1 and true differ."""
+        passing = np.ones(len(self._ids), dtype=bool)
+        for key, values in filter.items():
+            codes, rows = self._codes_of(key)
+            wanted = [codes[one] for value in values if (one := (isinstance(value, bool), value)) in codes]
+            passing &= np.isin(rows, wanted)
+        return passing
+
+    def _codes_of(self, key: str) -> tuple[dict[tuple[bool, Any], int], np.ndarray]:
+        """Return a number for each value of a key, and the number of each row, -1 without one; kept until a write."""
+        if key not in self._codes:
+            codes: dict[tuple[bool, Any], int] = {}
+            found = (one.get(key) for one in self._metadata)
+            numbers = [
+                codes.setdefault((isinstance(value, bool), value), len(codes)) if isinstance(value, _SIMPLE) else -1
+                for value in found
+            ]
+            self._codes = {**self._codes, key: (codes, np.array(numbers, dtype=np.int64))}
+        return self._codes[key]
 
     def _numbers_of(self, ids: list[str]) -> np.ndarray:
         return np.fromiter((self._row_of[name] for name in ids), dtype=np.int64, count=len(ids))
@@ -196,7 +221,7 @@ class LocalIndex(VectorIndex):
         if keep is not None:
             self._ids = [self._ids[row] for row in keep]
             self._metadata = [self._metadata[row] for row in keep]
-            self._dead, self._numbers = set(), None
+            self._dead, self._numbers, self._codes = set(), None, {}
         self._home, self._items = (folder, revision), items
 
     def _write_items(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> list[tuple[str, int]]:

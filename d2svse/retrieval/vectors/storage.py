@@ -186,6 +186,7 @@ def map_unheld(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return the memory-mapped array of a `.npy` file without an open descriptor, so that any number can be mapped.
 
     Raises:
+        FileNotFoundError: if the file is missing.
         ValueError: if the file holds another array or is truncated.
     """
     with path.open("rb") as file:
@@ -197,6 +198,9 @@ def map_unheld(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         whole = torch.from_file(str(path), shared=False, size=start + size, dtype=torch.uint8).numpy()
     except UnicodeEncodeError:  # torch only accepts names in UTF-8
         return map_array(path, shape, dtype)[0]
+    except RuntimeError:
+        path.stat()  # FileNotFoundError if another process has removed it
+        raise
     whole.flags.writeable = False
     return np.frombuffer(whole, dtype, offset=start).reshape(shape).view(np.memmap)
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from d2svse.images import ImageError
 from d2svse.retrieval import EmbeddingStore, encode_images, encode_texts
 from d2svse.retrieval.embeddings.store import Rows
+from d2svse.retrieval.vectors.storage import map_unheld, write_array
 
 
 @pytest.fixture
@@ -154,6 +156,21 @@ def test_a_broken_image_is_named_or_listed_and_encoded_once_it_is_repaired(model
     np.testing.assert_allclose(store.pooled[:], whole, atol=1e-3)
 
 
+def test_a_skipped_image_is_encoded_once_it_can_be_read(model, pictures, tmp_path, count_encoded, monkeypatch):
+    Image.new("RGB", (40, 40)).save(pictures[4])
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "1100")  # the other ones have 1024
+    options = {"chunk_size": 2, "on_bad_image": "skip"}
+    assert len(encode_images(model, pictures, tmp_path / "s", **options).skipped) == 1
+    seen = count_encoded(model)
+    assert len(encode_images(model, pictures, tmp_path / "s", **options)) == 9
+    assert seen["image"] == 0
+    monkeypatch.delenv("D2SVSE_MAX_IMAGE_PIXELS")
+    store = encode_images(model, pictures, tmp_path / "s", **options)
+    assert seen["image"] == 2  # only its chunk
+    assert store.ids == pictures
+    assert not store.skipped
+
+
 def test_a_chunk_of_broken_images_is_empty(model, pictures, tmp_path):
     for name in pictures[2:4]:
         break_picture(type(tmp_path)(name))
@@ -170,9 +187,34 @@ def test_rows_of_several_arrays_are_read_as_of_one():
     for wanted in ([9, 0, 4, 3, 3], slice(2, 9, 2), slice(None), []):
         expected = whole[wanted] if isinstance(wanted, slice) or wanted else whole[:0]
         np.testing.assert_array_equal(rows[wanted], expected)
-    for wrong in ([10], [-1]):
+    for mask in (whole[:, 0] > 0, (whole[:, 0] > 0).tolist()):
+        np.testing.assert_array_equal(rows[mask], whole[np.asarray(mask)])
+    for number in (3, np.int64(9)):
+        np.testing.assert_array_equal(rows[number], whole[number])
+    np.testing.assert_array_equal(np.asarray(rows), whole)
+    assert np.asarray(rows, dtype=np.float32).dtype == np.float32
+    np.testing.assert_array_equal(list(rows), whole)
+    for wrong in ([10], [-1], [1.9], 10, [True, False], True, [[1, 2]], "a"):
         with pytest.raises(IndexError):
             rows[wrong]
+
+
+def test_features_of_a_store_are_chosen_by_numbers_or_a_mask(model, pictures, tmp_path):
+    store = encode_images(model, pictures, tmp_path / "s", chunk_size=4, output="features")
+    mask = np.arange(10) % 3 == 1
+    chosen, expected = store.features(mask), store.features([1, 4, 7])
+    assert torch.equal(chosen.pooled, expected.pooled)
+    assert torch.equal(chosen.tokens, expected.tokens)
+    with pytest.raises(IndexError, match="row numbers"):
+        store.features([1.9])
+
+
+def test_a_file_that_is_removed_while_it_is_mapped_is_missing(tmp_path, monkeypatch):
+    rows, from_file = np.ones((3, 2), np.float32), torch.from_file
+    write_array(tmp_path / "rows.npy", rows.shape, rows.dtype, [rows])
+    monkeypatch.setattr(torch, "from_file", lambda path, **given: os.unlink(path) or from_file(path, **given))
+    with pytest.raises(FileNotFoundError, match=r"rows\.npy"):
+        map_unheld(tmp_path / "rows.npy", rows.shape, rows.dtype)
 
 
 def test_a_batch_of_nothing_is_refused_before_anything_is_written(model, make_model, pictures, tmp_path):

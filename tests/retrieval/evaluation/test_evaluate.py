@@ -184,8 +184,9 @@ def test_two_stages_over_everything_are_one(make_model, val_dataset):
     assert beyond[0]["right"][0]["score"] is None
 
 
-def test_options_that_do_not_go_together_are_named(make_model, model, val_dataset):
+def test_options_that_do_not_go_together_are_named(make_model, model, val_dataset, monkeypatch):
     models = [("m", model)]
+    monkeypatch.setattr("d2svse.retrieval.evaluation.evaluate.encode_dataset", None)  # all is told before the encoding
     for options, message in (
         ({"candidates": "max"}, "candidates takes mean or pooled, got 'max'"),
         ({"candidates": "pooled"}, "candidates 'pooled' needs rerank"),
@@ -197,6 +198,10 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
         ({"annotations": "a.json", "protocol": "coco-5k"}, "the protocol coco-5k reads no annotations"),
         ({"protocol": "best"}, "unknown protocol 'best'"),
         ({"similarity": {"name": "omit"}, "rerank": 17}, "17 candidates do not fit 16 images and 80 captions"),
+        ({"folds": 0}, "16 images do not divide into 0 folds"),
+        ({"folds": -1}, "16 images do not divide into -1 folds"),
+        ({"folds": 17}, "16 images do not divide into 17 folds"),
+        ({"wrong": -1}, "wrong must not be negative, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(models, val_dataset, **options)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
 from d2svse import D2SVSE, ImageTextIndex, register_similarity
 from d2svse.cli.app import main
 from d2svse.images import ImageError
-from d2svse.retrieval import VectorIndex
+from d2svse.retrieval import EmbeddingStore, VectorIndex, encode_images, encode_texts
 from d2svse.retrieval.search.contents import MANIFEST
 from d2svse.similarity import FragmentSimilarity, Similarity
 from support.similarities import names_of
@@ -80,6 +81,33 @@ def test_the_device_of_the_vectors_is_kept_by_the_object_and_not_by_the_folder(m
     assert loaded.search(images=images[3], k=2)[0][0].id == str(images[3])
 
 
+def test_options_of_a_search_are_kept_by_the_object_and_not_by_the_folder(model, val_dataset, tmp_path):
+    images = val_dataset.images
+    index = ImageTextIndex.build(model, images[:8], tmp_path / "i", block_size=3)
+    assert index.vectors.block_size == 3
+    index.vectors.block_size, index.vectors.device = 5, "cpu"
+    for write in (lambda: index.add(images[8:]), lambda: index.remove([str(images[0])]), index.compact):
+        write()
+        for one in (index, pickle.loads(pickle.dumps(index))):
+            assert (one.vectors.block_size, one.vectors.device) == (5, "cpu")
+    assert ImageTextIndex.load(tmp_path / "i", model).vectors.block_size is None
+    index.vectors.device = None
+    index.add(images[:1])
+    assert index.vectors.device is None
+
+
+@pytest.mark.parametrize(("options", "name"), [({"kind": "hnsw", "m": 4}, "ef_search"), ({"kind": "flat"}, None)])
+def test_options_of_a_search_of_faiss_are_kept(model, val_dataset, tmp_path, options, name):
+    pytest.importorskip("faiss", reason="the faiss extra is not installed")
+    index = ImageTextIndex.build(model, val_dataset.images[:8], tmp_path / "i", engine="faiss", **options)
+    if name:
+        index.vectors.options[name] = 7
+    before = dict(index.vectors.options)
+    index.add(val_dataset.images[8:])
+    assert index.vectors.options == pickle.loads(pickle.dumps(index)).vectors.options == before
+    assert name is None or ImageTextIndex.load(tmp_path / "i", model).vectors.options[name] == 128
+
+
 @pytest.mark.parametrize(
     ("name", "candidates"), [*((name, "mean") for name in names_of(FragmentSimilarity)), ("omit", "pooled")]
 )
@@ -112,6 +140,25 @@ def test_a_similarity_of_tokens_reranks_exactly(make_model, val_dataset, tmp_pat
         np.testing.assert_allclose([hit.score for hit in hits], np.sort(exact[row])[::-1][:4], atol=2e-3)
     with pytest.raises(ValueError, match="rerank must be at least k, 5, got 4"):
         index.search(queries, k=5, rerank=4)
+
+
+@pytest.mark.parametrize(("candidates", "most"), [("mean", 5), ("pooled", 0)])
+def test_a_build_reads_the_tokens_of_one_batch_at_a_time(make_model, photos, tmp_path, monkeypatch, candidates, most):
+    read = []
+    tokens_of = EmbeddingStore.tokens_of
+    monkeypatch.setattr(EmbeddingStore, "tokens_of", lambda self, rows: read.append(len(rows)) or tokens_of(self, rows))
+    model = make_model(similarity={"name": "omit"})
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", candidates=candidates, batch_size=5)
+    assert max(read, default=0) == most
+    names = sorted(map(str, photos.iterdir()))
+    features = model.encode_image(names, output="features")
+    expected = model.similarity_fn.vectors("image", features, candidates).numpy()
+    np.testing.assert_allclose(index.vectors.vectors_of(names), expected, atol=2e-3)
+    read.clear()
+    index.add([shutil.copy(names[0], tmp_path / "new.png")], batch_size=1)
+    assert max(read[:1], default=0) == min(most, 1)
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        ImageTextIndex.build(model, photos, tmp_path / "i", candidates=candidates, batch_size=0, overwrite=True)
 
 
 def test_mean_vectors_are_those_of_the_real_tokens(make_model, val_dataset, tmp_path):
@@ -234,6 +281,19 @@ def test_broken_pictures_are_named_before_anything_changes_or_listed(model, phot
         index.add(photos / "nowhere")
 
 
+def test_an_image_beyond_the_limit_is_indexed_by_the_build_with_a_higher_limit(
+    make_model, photos, tmp_path, monkeypatch
+):
+    model = make_model(similarity={"name": "omit"})  # the index keeps the store
+    Image.new("RGB", (40, 40)).save(photos / "large.png")
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "1100")
+    assert len(ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")) == 16
+    monkeypatch.setenv("D2SVSE_MAX_IMAGE_PIXELS", "2000")
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")
+    assert str(photos / "large.png") in index.ids
+    assert not index.skipped
+
+
 def test_the_model_is_remembered_and_another_is_refused(model, make_model, photos, tmp_path):
     ImageTextIndex.build(model, photos, tmp_path / "unsaved")
     with pytest.raises(ValueError, match=r"was not saved; give it with model="):
@@ -332,6 +392,37 @@ def test_sources_of_pictures_and_sentences(model, scenes, val_dataset, tmp_path)
         texts.search()
     with pytest.raises(ValueError, match="k must be positive"):
         texts.search("a ring", k=0)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.json", "t.token", "t.tar", "t.png", "t.npy"])
+def test_a_file_that_is_no_text_file_by_its_name_is_no_source_of_texts(model, tmp_path, name):
+    (tmp_path / name).write_text("image,caption\na.png,a ring\n")
+    with pytest.raises(ValueError, match=rf"{name}: expected a text file with one text on each line.*data convert"):
+        ImageTextIndex.build(model, tmp_path / name, tmp_path / "i", side="text")
+    assert not (tmp_path / "i").exists()
+
+
+def test_a_source_may_be_a_generator_and_a_wrong_argument_is_named(model, photos, tmp_path):
+    index = ImageTextIndex.build(model, photos.rglob("*.png"), tmp_path / "i")
+    assert sorted(index.ids) == sorted(map(str, photos.iterdir()))
+    texts = ImageTextIndex.build(model, (text for text in ["a ring", "a star"]), tmp_path / "t", side="text")
+    assert len(texts) == 2
+    assert not index.add(photos.rglob("*.png")).added
+    for wrong in ("org/model", Path("model")):
+        for call in (
+            lambda wrong=wrong: ImageTextIndex.build(wrong, photos, tmp_path / "j"),
+            lambda wrong=wrong: ImageTextIndex.load(tmp_path / "i", wrong),
+            lambda wrong=wrong: encode_images(wrong, [], tmp_path / "s"),
+            lambda wrong=wrong: encode_texts(wrong, ["a ring"], tmp_path / "s"),
+        ):
+            with pytest.raises(TypeError, match=rf"expected a model, got '{wrong}'; load it with D2SVSE.from_pret"):
+                call()
+    for ids in (index.ids[0], Path(index.ids[0])):
+        with pytest.raises(ValueError, match="expected a list of ids, got"):
+            index.remove(ids)
+    with pytest.raises(ValueError, match="expected a list of ids, got"):
+        texts.remove(Path("a ring"))
+    assert (len(index), len(texts)) == (16, 2)
 
 
 def test_draft_mode_is_kept_for_what_comes_later(model, val_dataset, tmp_path):

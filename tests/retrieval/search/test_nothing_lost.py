@@ -20,6 +20,7 @@ from d2svse.images import ImageError
 from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
+from d2svse.retrieval.search import stored
 from d2svse.retrieval.search.comparison import gone_items
 from d2svse.retrieval.search.contents import IndexSettings, read_items
 from d2svse.retrieval.vectors.exact import ExactIndex
@@ -162,11 +163,30 @@ def test_an_image_under_several_spellings_is_one_item(model, deep, tmp_path, mon
     assert index.add(deep).added == []
     shutil.copy(deep / names[1], deep / names[0])
     changes = index.add(deep)
-    assert changes.changed == [str(deep / names[0])]
+    assert changes.changed == [f"photos/{names[0]}"]
     assert len(index) == 16
+    assert {f"photos/{name}" for name in names} < set(index.ids)
     index.remove([names[1]])
     index.remove([deep / "sub" / ".." / names[2]])
     assert len(index) == 14
+
+
+@pytest.mark.parametrize("name", ["cosine", "omit"])
+def test_a_changed_image_keeps_its_id_under_every_spelling(make_model, photos, scenes, tmp_path, monkeypatch, name):
+    index = ImageTextIndex.build(make_model(similarity={"name": name}), photos, tmp_path / "i")
+    ids, [first, second, third, *_] = set(index.ids), sorted(index.ids)
+    monkeypatch.chdir(photos.parent)
+    shutil.copy(scenes / "train" / "000001.png", first)
+    Path(second).write_text("no image")
+    relative = [os.path.relpath(path) for path in (first, second, third)]
+    changes = index.add(relative, on_bad_image="skip")
+    assert (changes.added, changes.changed, changes.dropped) == ([], [first], [second])
+    assert [one for one, _ in changes.skipped] == relative[1:2]
+    again = ImageTextIndex.load(tmp_path / "i", index.model)
+    assert set(again.ids) == ids - {second}
+    assert index.search(images=scenes / "train" / "000001.png", k=1)[0][0].id == first
+    assert again.paths_of([first]) == [first]
+    assert not index.add([first, third]).changed
 
 
 def test_links_to_folders_are_followed_where_that_is_asked_for(model, deep, scenes, tmp_path):
@@ -218,7 +238,7 @@ def test_a_build_removes_what_an_index_wrote_and_no_more(make_model, photos, tmp
 def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_path, monkeypatch):
     model = make_model(similarity={"name": "omit"})
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ImageTextIndex.build(model, photos, tmp_path / "i")
     (store,) = (tmp_path / "i").glob("store-*")
@@ -247,7 +267,7 @@ def test_a_rebuild_that_is_killed_leaves_the_index_and_goes_on(
     first.write_bytes(good)
     shutil.copy(scenes / "train" / "000000.png", second)
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_: 1 / 0)
+        patch.setattr("d2svse.retrieval.search.image_text_index.add_store", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build()
     for opened in (index, ImageTextIndex.load(tmp_path / "i", model)):
@@ -311,6 +331,61 @@ def test_a_model_in_another_dtype_is_told_as_such(model, make_model, photos, tmp
         ImageTextIndex.load(tmp_path / "i", half)
     with pytest.raises(ValueError, match="use the model that built the index"):
         ImageTextIndex.load(tmp_path / "i", make_model(1))
+
+
+def test_an_index_that_was_rebuilt_with_another_model_is_not_written_to(model, make_model, photos, scenes, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    pickled = pickle.dumps(index)
+    ImageTextIndex.build(make_model(1), photos, tmp_path / "i", overwrite=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "i").rglob("*.json")}
+    for write in (lambda: index.add([scenes / "train" / "000000.png"]), lambda: index.remove(index.ids[:1]),
+                  index.compact):  # fmt: skip
+        with pytest.raises(ValueError, match="was built again with another model; load it again"):
+            write()
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        pickle.loads(pickled)
+    assert {path: path.read_bytes() for path in (tmp_path / "i").rglob("*.json")} == before
+    assert index.search("a red circle")[0]  # from the vectors that it has open
+
+
+def test_an_index_that_was_rebuilt_with_other_settings_is_not_written_to(model, photos, scenes, tmp_path):
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    ImageTextIndex.build(model, photos, tmp_path / "i", draft=True, overwrite=True)
+    with pytest.raises(ValueError, match="was built again with another draft"):
+        index.add([scenes / "train" / "000000.png"])
+    again = ImageTextIndex.load(tmp_path / "i", model)
+    ImageTextIndex.build(model, photos, tmp_path / "i", draft=True)
+    again.add([scenes / "train" / "000000.png"])  # the same model and settings
+    assert len(again) == 17
+
+
+def test_files_of_relative_ids_are_found_from_another_folder(model, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    relative = sorted(str(path.relative_to(photos.parent)) for path in photos.iterdir())
+    index = ImageTextIndex.build(model, relative, tmp_path / "i")
+    monkeypatch.chdir("/")
+    assert index.paths_of(relative) == [str(photos.parent / name) for name in relative]
+    index.remove(relative[:1])
+    assert index.paths_of([relative[0], "nothing.png"]) == [relative[0], "nothing.png"]
+    texts = ImageTextIndex.build(model, ["a red circle"], tmp_path / "t", side="text")
+    assert texts.paths_of(["a red circle"]) == ["a red circle"]
+
+
+def test_an_index_is_closed_after_a_with_block_and_after_a_refusal(model, make_model, photos, tmp_path, monkeypatch):
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    closed = []
+    monkeypatch.setattr(ExactIndex, "close", lambda self: closed.append(self))
+    with ImageTextIndex.load(tmp_path / "i", model) as index:
+        pickled = pickle.dumps(index)
+        assert not closed
+    assert closed == [index.vectors]
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        ImageTextIndex.load(tmp_path / "i", make_model(1))
+    ImageTextIndex.build(make_model(1), photos, tmp_path / "i", overwrite=True)
+    closed.clear()
+    with pytest.raises(ValueError, match="use the model that built the index"):
+        pickle.loads(pickled)
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize("name", ["cosine", "omit"])
@@ -461,6 +536,35 @@ def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path
     assert len(index) == 15
     index.compact()
     assert len(index.search("a red circle", k=99)[0]) == 15
+
+
+def test_an_index_opens_while_another_process_removes_the_stores_that_it_has_replaced(
+    make_model, photos, tmp_path, monkeypatch
+):
+    model, rmtree, joined = make_model(similarity={"name": "omit"}), shutil.rmtree, stored.joined_stores
+    index = ImageTextIndex.build(model, photos, tmp_path / "i")
+    index.remove(index.ids[:1])
+    written = []
+
+    def stop_in_the_middle(path):
+        rmtree(next(path.glob("0*")))
+        raise KeyboardInterrupt
+
+    def then_replaced(folder):
+        """The reader opens the stores when the writer has removed a part of them."""
+        found = joined(folder)
+        if not written:
+            written.append(folder)
+            with pytest.raises(KeyboardInterrupt):
+                index.compact()
+        return found
+
+    monkeypatch.setattr(stored, "joined_stores", then_replaced)
+    monkeypatch.setattr(shutil, "rmtree", stop_in_the_middle)
+    assert len(ImageTextIndex.load(tmp_path / "i", model).search("a red circle", k=99)[0]) == 15
+    monkeypatch.undo()
+    index.compact()  # removes what a killed sweep has left
+    assert len([path for path in (tmp_path / "i").iterdir() if path.is_dir()]) == 2
 
 
 def test_an_index_without_a_list_of_its_folders_gets_one(make_model, photos, tmp_path):

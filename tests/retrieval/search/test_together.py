@@ -6,6 +6,7 @@ import pytest
 from d2svse import ImageTextIndex
 from d2svse.retrieval import make_index
 from d2svse.retrieval.search.together import search_together
+from d2svse.retrieval.vectors.exact import ExactIndex
 
 WAYS = ("mean", "union", "intersection")
 
@@ -40,6 +41,21 @@ def test_an_intersection_finds_what_no_query_ranks_first():
     asked = np.eye(2, dtype=np.float32)
     assert search_together(index, asked, 1, "intersection")[1] == ["100"]
     assert search_together(index, asked, 1, "union")[1] == ["0"]
+
+
+@pytest.mark.parametrize(("limit", "best"), [(120, "100"), (101, "100"), (50, "0")])
+def test_a_backend_with_a_largest_k_gives_the_best_that_it_finds_and_warns(monkeypatch, caplog, limit, best):
+    vectors = np.array([[1, 0], [0, 1]] * 50 + [[0.6, 0.6]], dtype=np.float32)
+    index = make_index("exact", dim=2)
+    index.add([str(row) for row in range(101)], vectors)
+    asked, search = [], index.search
+    monkeypatch.setattr(index, "search", lambda queries, k: asked.append(k) or search(queries, k))
+    monkeypatch.setattr(ExactIndex, "largest_k", limit)
+    scores, ids = search_together(index, np.eye(2, dtype=np.float32), 1, "intersection")
+    assert ids == [best]
+    assert len(scores) == 1
+    assert max(asked) <= limit
+    assert ("exact searches at most 50 items" in caplog.text) == (limit == 50)
 
 
 @pytest.mark.parametrize("together", WAYS)

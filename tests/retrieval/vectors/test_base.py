@@ -148,6 +148,8 @@ def test_filters_by_metadata(filled, vectors, engine):
         ({"split": ["test", "val"], "even": True}, [row for row in every if row % 2 == 0]),
         ({"number": [5, 7, 9.0, 1000]}, [5, 7, 9]),
         ({"number": 1}, [1]),
+        ({"number": np.arange(5, 8), "even": np.False_}, [5, 7]),
+        ({"number": [np.int64(4), np.float32(5)], "split": np.str_("val")}, [4, 5]),
         *([] if "milvus" in engine else [({"even": 1}, []), ({"number": True}, [])]),
         ({"number": "1"}, []),
         ({"absent": "x"}, []),

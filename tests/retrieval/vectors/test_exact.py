@@ -151,6 +151,32 @@ def test_a_save_writes_only_what_is_new(filled, tmp_path):
     assert load_index(tmp_path / "other").ids == index.ids
 
 
+def test_filters_follow_every_write_and_read_the_metadata_once(tmp_path):
+    class Counted(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return super().__iter__()
+
+    index = ExactIndex(2)
+
+    def found(**filter):
+        return index.search(np.ones(2), 9, filter)[1][0]
+
+    rows = np.array([[0.9, 0], [0.8, 0], [0.7, 0], [0.6, 0]])
+    index.add(["a", "b", "c", "d"], rows, [{"kind": 1}, {"kind": True, "odd": [1]}, {"odd": {}}, {"kind": 1.0}])
+    index._metadata = counted = Counted(index._metadata)
+    for _ in range(3):
+        assert (found(kind=1), found(kind=True), found(kind=[1, True])) == (["a", "d"], ["b"], ["a", "b", "d"])
+        assert found(odd=1) == found(kind=float("nan")) == found(kind=[]) == []
+    assert counted.reads == 2  # once for each key
+    index.replace(["a"], ["e", "f"], rows[:2], [{"kind": 1}, {}])
+    assert found(kind=1) == ["e", "d"]
+    index.save(tmp_path / "i", compact=True)
+    assert found(kind=1) == load_index(tmp_path / "i").search(np.ones(2), 9, {"kind": 1})[1][0] == ["e", "d"]
+
+
 def test_parts_stay_few():
     sizes: list[int] = []
     for _ in range(1000):

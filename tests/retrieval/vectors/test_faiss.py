@@ -80,6 +80,9 @@ def test_options_belong_to_a_kind():
         FaissIndex(16, "hsnw")
     with pytest.raises(ValueError, match="nprobe=3: the options of hnsw are m, ef_construction, ef_search"):
         FaissIndex(16, "hnsw", nprobe=3)
+    with pytest.raises(ValueError, match="m=1: a graph of hnsw needs at least 2 neighbours"):
+        FaissIndex(16, "hnsw", m=1)  # faiss would divide by zero
+    FaissIndex(16, "hnsw", m=2).add(["a"], np.ones((1, 16)))
     with pytest.raises(ValueError, match=r"m=0: the options of hnsw are .* from 1 to"):
         FaissIndex(16, "hnsw", m=0)
     with pytest.raises(ValueError, match="code_size must divide the width 16, got 5"):

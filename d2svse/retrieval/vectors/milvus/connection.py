@@ -48,7 +48,7 @@ class MilvusConnection:
 
     def __init__(self, uri: str, timeout: float, collections: tuple[str, ...], typed: bool = True) -> None:
         self.uri, self.timeout, self.collections = uri, timeout, collections
-        self.embedded = "://" not in uri
+        self.embedded, self._closed = "://" not in uri, False
         self._place = str(Path(uri).absolute()) if self.embedded else uri
         if self.embedded:
             if not uri.endswith(".db"):
@@ -120,6 +120,9 @@ class MilvusConnection:
 
     def close(self) -> None:
         """Close the connection; release a local file if no other connection of this process uses it."""
+        if self._closed:
+            return
+        self._closed = True
         self.client.close()
         if self.embedded:
             self._open_files[self._place] -= 1

@@ -69,6 +69,7 @@ class MilvusIndex(VectorIndex):
 
     engine = "milvus"
     at_once = True
+    largest_k = LARGEST_K
     _typed = True  # False in `load`, where the folder gives the address
 
     def __init__(
@@ -90,14 +91,18 @@ class MilvusIndex(VectorIndex):
         self._call: str | None = None
         self._milvus = MilvusConnection(uri, timeout, (f"{collection}_writes", collection), self._typed)
         self._journal = MilvusJournal(self._milvus, collection)
-        if self._milvus.ask("has_collection", collection):
-            self.kind = self._attach(kind)
-        else:
-            self.kind = kind or "FLAT"
-            self._create(BUILD.get(self.kind.split("_")[0], {}) if build is None else build)
-        usual = SEARCH.get(self.kind.split("_")[0], {})
-        self.search_parameters = dict(usual if search_parameters is None else search_parameters)
-        self.recover()
+        try:
+            if self._milvus.ask("has_collection", collection):
+                self.kind = self._attach(kind)
+            else:
+                self.kind = kind or "FLAT"
+                self._create(BUILD.get(self.kind.split("_")[0], {}) if build is None else build)
+            usual = SEARCH.get(self.kind.split("_")[0], {})
+            self.search_parameters = dict(usual if search_parameters is None else search_parameters)
+            self.recover()
+        except BaseException:
+            self.close()
+            raise
 
     def replace(
         self,
@@ -186,6 +191,14 @@ class MilvusIndex(VectorIndex):
             manifest["key"] = self._journal.about().get("key")
             storage.publish(folder, {**manifest, "files": []})
 
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """The search parameters, under the kind of index that they are for."""
+        return {self.kind: self.search_parameters}
+
+    def take_search_options(self, options: Mapping[str, Any]) -> None:  # noqa: D102
+        self.search_parameters = dict(options.get(self.kind, self.search_parameters))
+
     def is_saved_in(self, folder: str | os.PathLike[str]) -> bool:
         """Return whether a folder names this collection, by the key that it got when it was created."""
         try:
@@ -230,7 +243,7 @@ class MilvusIndex(VectorIndex):
                         f"{uri}: not the file that {path} was saved from; to use it, set {URI_VARIABLE}={uri}"
                     )
                 index.check_fingerprint(fingerprint)
-            except ValueError:
+            except BaseException:
                 index.close()
                 raise
             return index

@@ -252,3 +252,20 @@ def test_ids_that_are_not_unicode_are_held(tmp_path):
     index.delete([odd[0]])
     assert set(index.ids) == {*odd[1:], "plain"}
     index.close()
+
+
+def test_a_refused_open_and_two_closes_leave_the_file_free(tmp_path):
+    path = str(tmp_path / "v.db")
+    with MilvusIndex(dim=DIM, uri=path, fingerprint="one") as index:
+        index.save(tmp_path / "saved")
+        for refused in ({"dim": 3}, {"dim": DIM, "kind": "HNSW"}, {"dim": DIM, "fingerprint": "two"}):
+            with pytest.raises(ValueError, match=r"wide|kind|fingerprint|model"):
+                MilvusIndex(uri=path, **refused)
+        with pytest.raises(ValueError, match="model"):
+            load_index(tmp_path / "saved", "two")
+        other = MilvusIndex(dim=DIM, uri=path)
+        other.close()
+        other.close()
+        assert MilvusConnection._open_files[path] == 1
+        assert not len(index)  # still open
+    assert MilvusConnection._open_files[path] == 0
