@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from d2svse.files.folder import FolderKind, marked_kind, written_folder
+from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_json, write_text, written_aside
 from d2svse.files.yaml import parse_yaml
 
@@ -200,3 +201,10 @@ def test_all_is_on_disk_before_it_takes_a_name(tmp_path, monkeypatch):
 def test_json_holds_names_that_are_not_utf8(tmp_path):
     write_json(tmp_path / "x.json", {"name": "caf\udce9"})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"name": "caf\udce9"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_a_file_in_the_place_of_a_locked_folder_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file: a file, expected a folder"), write_lock(tmp_path / name):
+        pass

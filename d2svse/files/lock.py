@@ -34,11 +34,15 @@ def write_lock(
 
     Raises:
         BlockingIOError: if another process or thread holds the lock and `wait` is false.
+        NotADirectoryError: if a file takes the place of a folder.
         ValueError: if the name of the lock is a symbolic link.
     """
     path = Path(path)
     lock = path.with_name(f".{path.name}{LOCK}") if is_file else path / LOCK
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{error.filename}: a file, expected a folder; give another name") from None
     if lock.is_symlink():
         raise ValueError(f"{lock}: a symbolic link, expected a lock file; remove the link")
     try:
