@@ -41,8 +41,8 @@ def write_lock(
     lock = path.with_name(f".{path.name}{LOCK}") if is_file else path / LOCK
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{error.filename}: a file, expected a folder; give another name") from None
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{lock.parent}: a file takes the place of a folder; give another name") from None
     if lock.is_symlink():
         raise ValueError(f"{lock}: a symbolic link, expected a lock file; remove the link")
     try:
