@@ -21,6 +21,7 @@ from d2svse.images.regions import region_shape
 from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
 from d2svse.models.pooling import ClsPooling, build_pooling
 from d2svse.models.regions import RegionsConfig, RegionsModel
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -180,10 +181,9 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def count_tokens(self, height: int, width: int) -> int:
         """Return the number of tokens, special ones included, for an image of `height` × `width` pixels."""
-        channels, training = getattr(self.backbone.config, "num_channels", 3), self.backbone.training
-        self.backbone.eval()  # otherwise a batch norm would learn from the empty image
-        tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
-        self.backbone.train(training)
+        channels = getattr(self.backbone.config, "num_channels", 3)
+        with evaluating(self.backbone):  # otherwise a batch norm would learn from the empty image
+            tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
         return tokens.shape[1]
 
 
@@ -419,14 +419,13 @@ def check_text_backbone(encoder: TextEncoder) -> None:
         return
     backbone = encoder.backbone
     kind = backbone.config.model_type
-    size, training = embedding_count(backbone) or 10, backbone.training
+    size = embedding_count(backbone) or 10
     ids = torch.tensor([[3, 5, 6, 4], [3, 7, 8, 4]], device=backbone.device) % size
     padding = torch.full_like(ids, getattr(backbone.config, "pad_token_id", None) or 0)
     padded, mask = torch.cat([ids, padding], 1), torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
-    backbone.eval()
-    alone = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    together = backbone(input_ids=padded, attention_mask=mask).last_hidden_state[:, :4]
-    backbone.train(training)
+    with evaluating(backbone):
+        alone = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        together = backbone(input_ids=padded, attention_mask=mask).last_hidden_state[:, :4]
     if (alone - together).norm() > 1e-3 * alone.norm():
         raise ValueError(
             f"a {kind} backbone lets padding change the tokens of a text, so that scores would depend on the batch; "

@@ -265,8 +265,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
     ) -> D2SVSE:
         """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
 
-        Embeddings, scores and logits are those of the original. `from_pretrained` calls this for a Hub id or a folder
-        of such a model.
+        Embeddings, scores and logits are those of the original, whose training mode the model has. `from_pretrained`
+        calls this for a Hub id or a folder of such a model.
 
         Args:
             dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
@@ -308,7 +308,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model = cls(config, dual_encoder=dual_encoder)
         if processor is not None:
             model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
-        return model
+        return model.train(dual_encoder.training)
 
     def to_dual_encoder(self) -> PreTrainedModel:
         """Return the dual encoder of transformers that this model was made from, with the weights as they are now.
@@ -338,6 +338,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         for name, encoder in (("visual_projection", self.image_encoder), ("text_projection", self.text_encoder)):
             if not isinstance(encoder.projection, nn.Identity):
                 setattr(dual, name, encoder.projection)
+        dual.training = self.training
         return set_logit_scale(dual, self.logit_scale, self.logit_bias)
 
     @classmethod
@@ -895,7 +896,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError(JOINS_A_GATE)
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
-        self.decoder = decoder.to(self.device, self.dtype)
+        self.decoder = decoder.to(self.device, self.dtype).train(self.training)
         tokens = "add" if self.config.context_gate else "join"
         self.config.context_tokens = context_tokens or (tokens if self.similarity_fn.needs_tokens else "none")
         if self.config.context_gate:
@@ -913,7 +914,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             dim: width of the teacher's vectors.
         """
         built = None if similarity is None else build_similarity(similarity, dim)
-        self.teacher_similarity = built if built is None else built.to(self.device)
+        self.teacher_similarity = built if built is None else built.to(self.device).train(self.training)
         self.config.teacher_similarity = None if similarity is None else {"similarity": similarity, "dim": dim}
 
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
@@ -947,6 +948,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError(f"the {side} backbone has LoRA already")
         add_lora(self._backbone(side), **arguments)
         self.config.lora = {**present, side: arguments}
+        self.train(self.training)
 
     def merge_lora(self) -> None:
         """Add all LoRA matrices to the weights and remove them; the outputs stay the same."""

@@ -424,6 +424,15 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
     assert model.text_encoder.backbone.training
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_new_parts_have_the_mode_of_the_model(make_model, mode):
+    model = make_model().train(mode)
+    model.add_decoder()
+    model.set_teacher_similarity("cosine")
+    model.add_lora("text", dropout=0.5)
+    assert all(part.training == mode for part in model.modules())
+
+
 def test_a_second_decoder_is_refused(model):
     with pytest.raises(ValueError, match="has a context decoder already"):
         model.add_decoder()
