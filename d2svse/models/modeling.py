@@ -67,7 +67,7 @@ from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_si
 from d2svse.models.metric_attention import patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.pixels import read_batches
-from d2svse.models.pooling import ExternalSpaceAttention
+from d2svse.models.pooling import ExternalSpaceAttention, GeneralizedPooling
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
 from d2svse.similarity.use import evaluating
@@ -506,6 +506,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             `pooler_output (batch, embed_dim)`, and the projected tokens as
             `last_hidden_state (batch, length, embed_dim)`.
         """
+        self._recheck()
         features = self.image_encoder(self._normalized(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
@@ -520,6 +521,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             `pooler_output (batch, embed_dim)`, with the decoder's output added if there is a decoder, and the
             projected words as `last_hidden_state (batch, length, embed_dim)`.
         """
+        self._recheck()
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
@@ -563,6 +565,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError("give pixel_values or image_tokens, not both")
         if pixel_values is None and image_tokens is None and input_ids is None:
             raise ValueError("give pixel_values, input_ids or both")
+        self._recheck()
         images = None
         if image_tokens is not None:
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
@@ -709,6 +712,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model: Any = self
         if device is not None:
             model.to(device)
+        model._recheck()
         at_least = processor.draft_size() if draft else None
         for rows, pixels in read_batches(processor, images, batch_size, at_least, on_bad_image):
             with inference(model):
@@ -789,6 +793,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model: Any = self
         if device is not None:
             model.to(device)
+        model._recheck()
         ids = processor.tokenize(texts, max_length, on_report)
         order = list(range(len(ids)))
         if not self.text_depends_on_batch(dense):
@@ -850,6 +855,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         texts = self.fuse(self.text_encoder(input_ids, attention_mask))
         return self.similarity_fn.pooled_vectors("text", texts.pooled)
+
+    def _recheck(self) -> None:
+        """Compare the weights of poolings with those of their kept coefficients once; training never keeps any."""
+        for part in self.modules():
+            if isinstance(part, GeneralizedPooling) and not self.training:
+                part.recheck()
 
     def _normalized(self, pixel_values: Tensor) -> Tensor:
         """Return uint8 pixels rescaled and normalised by the model's image processor; others unchanged."""

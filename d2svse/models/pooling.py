@@ -79,9 +79,13 @@ class GeneralizedPooling(nn.Module):
             return (values @ self.coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
-        """Set the training mode; the next use compares the weights with those of the kept coefficients."""
-        self._kept = ((), *self._kept[1:])
+        """Set the training mode, and `recheck`."""
+        self.recheck()
         return super().train(mode)
+
+    def recheck(self) -> None:
+        """Let the next use compare the weights with those of the kept coefficients, also on an accelerator."""
+        self._kept = ((), *self._kept[1:])
 
     def coefficients(self, lengths: list[int]) -> Tensor:
         """Return the pooling coefficients of each length, `(len(lengths), max(lengths))`, zero after each length.
@@ -122,10 +126,14 @@ class GeneralizedPooling(nn.Module):
         return learns
 
     def _checked(self) -> Kept:
-        """Return what is kept, without coefficients if the weights have changed."""
+        """Return what is kept, without coefficients if the weights have changed.
+
+        A change of `.data` leaves no trace, so that only the weights tell. An accelerator, which the host would wait
+        for, compares them after `recheck` alone.
+        """
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         kept_for, weights, kept, table = self._kept
-        if state == kept_for:
+        if state == kept_for and self.linear.weight.device.type != "cpu":
             return self._kept
         now = torch.cat([p.detach().flatten() for p in self.parameters()])
         alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)

@@ -27,6 +27,7 @@ from d2svse.images import ImageError, load_image
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE
 from d2svse.models import ImageEncoder, TextEncoder, modeling
 from d2svse.models.encoders import load_backbone
+from support.cuda import simulated_cuda
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {
@@ -422,6 +423,20 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
     assert not model.text_encoder.backbone.training
     model.freeze(text=False)
     assert model.text_encoder.backbone.training
+
+
+def test_a_device_too_follows_weights_that_change_without_a_trace(make_model, val_dataset):
+    model, texts = make_model(), val_dataset.captions[:3]
+    batch = model.processor(text=texts)
+    with simulated_cuda(), torch.no_grad():
+        model.to("cuda")
+        inputs = {name: tensor.to("cuda") for name, tensor in batch.items()}
+        uses = [lambda: model.encode_text(texts, convert_to_tensor=True), lambda: model(**inputs).text_embeds]
+        for use in uses:
+            before = use().cpu()
+            for weight in model.text_encoder.pooling.parameters():
+                weight.data.mul_(3)
+            assert not torch.allclose(use().cpu(), before)
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -143,13 +143,20 @@ def test_kept_coefficients_follow_the_weights(gpo, batch):
     assert not torch.allclose(before, after)
 
 
-def test_kept_coefficients_go_with_the_mode(gpo, batch):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.copy_(weight + 0.5),  # as weight averaging does; the version does not tell
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.detach().numpy().__iadd__(0.5),
+    ],
+)
+def test_kept_coefficients_go_with_weights_that_change_without_a_trace(gpo, batch, change):
     gpo.eval()
     with torch.no_grad():
         before = gpo(*batch)
         for parameter in gpo.parameters():
-            parameter.data.copy_(parameter + 0.5)  # as weight averaging does; the version does not tell
-        gpo.eval()
+            change(parameter)
         assert not torch.allclose(gpo(*batch), before)
 
 
