@@ -174,7 +174,10 @@ def make_dual_encoder(
     """
     options = dict(dual_encoder)
     config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
-    config = config_class(vision_config=vision.to_dict(), text_config=text.to_dict(), **options)
+    attention = {"vision_config": vision._attn_implementation, "text_config": text._attn_implementation}
+    config = config_class(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), attn_implementation=attention, **options
+    )
     model_class: Any = MODEL_MAPPING[config_class]
     model: PreTrainedModel = model_class(config)
     return model
@@ -317,8 +320,14 @@ def check_kind(model_type: str, name: str = "") -> None:
     raise ValueError(f"{kind} cannot be used for search as it is; {use}")
 
 
-def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
+def load_dual_encoder(
+    name: str | os.PathLike[str], attn_implementation: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a dual encoder from a folder or the Hub, in float32, without running code from there.
+
+    Args:
+        name: folder or Hub id.
+        attn_implementation: see `from_pretrained` of transformers; None for its default.
 
     Raises:
         ValueError: if the model is not a supported dual encoder, its weights are missing, broken or not finite, or the
@@ -334,7 +343,12 @@ def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
         files = weight_files(folder, name)
         check_size(lambda: model_class(config), files, name)
         model, info = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

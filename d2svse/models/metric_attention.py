@@ -136,6 +136,24 @@ def patch_attention(model: PreTrainedModel, metric: MetricConfiguration) -> list
     return metrics
 
 
+def check_attention(backbone: PreTrainedModel, name: str) -> None:
+    """Check that another attention implementation would not remove the metric of a backbone's attention.
+
+    Args:
+        backbone: the backbone.
+        name: transformers' name of the implementation, such as "sdpa".
+
+    Raises:
+        ValueError: if it would, or if the name is that of an attention with a metric, and the backbone has none.
+    """
+    own = backbone.config._attn_implementation
+    if own != name and METRIC_ATTENTION in (own, name):
+        raise ValueError(
+            f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
+            "leave the option out"
+        )
+
+
 def _head_dim(layer: nn.Module) -> int:
     """Return the width of a head of an attention layer; 0 for any other module."""
     width = getattr(layer, "head_dim", None) or getattr(layer, "attention_head_size", None)

@@ -64,7 +64,7 @@ from d2svse.models.encoding import (
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
-from d2svse.models.metric_attention import patch_attention
+from d2svse.models.metric_attention import check_attention, patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.pixels import read_batches
 from d2svse.models.pooling import ExternalSpaceAttention, GeneralizedPooling
@@ -75,6 +75,7 @@ from d2svse.similarity.use import evaluating
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+WITHOUT_EFFECT = ("trust_remote_code", "use_safetensors", "weights_only", "low_cpu_mem_usage")  # for dual encoders
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 GROUP_TOKENS = 256  # a smaller group of texts costs more time than it saves in padding
 
@@ -346,13 +347,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Load a model and its processor from the Hub or a folder.
 
         Dual encoders of transformers, such as CLIP and SigLIP, are taken over, see `from_dual_encoder`; further
-        arguments are then fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
+        arguments are then its own, or fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
         `config._commit_hash`.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
             *args: further arguments of `from_pretrained` of transformers.
-            **kwargs: further arguments of `from_pretrained` of transformers.
+            **kwargs: further arguments of `from_pretrained` of transformers. A dual encoder takes `dtype`, `device_map`
+                for one device, and `attn_implementation`. No code of the folder runs, also with `trust_remote_code`.
 
         Raises:
             FileNotFoundError: if a file of the model, the repository or the revision does not exist;
@@ -362,7 +364,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 to a file outside itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        folder, subfolder = Path(name), kwargs.get("subfolder", "")
+        folder, subfolder = Path(name), kwargs.pop("subfolder", None) or ""
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
 
         def check(config: dict[str, Any]) -> bool:
@@ -378,20 +380,29 @@ class D2SVSE(Shimmed, PreTrainedModel):
         inner = check_subfolder(folder, subfolder, name)
         if holds_another_model(inner):
             check(read_json(inner / "config.json"))
-            with_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
-            kwargs.pop("subfolder", None)
+            with_info, device = kwargs.pop("output_loading_info", False), one_device(kwargs.pop("device_map", None))
+            dtypes = [kwargs.pop(option, None) for option in ("dtype", "torch_dtype")]
+            dtype = next((one for one in dtypes if one not in (None, "auto")), None)
+            attention, own_processor = kwargs.pop("attn_implementation", None), kwargs.pop("processor", None)
+            for option in WITHOUT_EFFECT:
+                kwargs.pop(option, None)
+            if kwargs.get("config") is None:
+                kwargs.pop("config", None)
+            D2SVSEConfig.check_names(option for option in kwargs if option != "max_positions")
             files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
             states = [file_state(file) for file in files]  # before they are read
-            adopted = cls.from_dual_encoder(inner, **kwargs)
+            dual = load_dual_encoder(inner, attention)
+            adopted = cls.from_dual_encoder(dual, processor=own_processor or load_dual_processor(inner), **kwargs)
             adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
             adopted.subfolder = subfolder
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
-            if dtype not in (None, "auto"):
-                adopted = adopted.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            adopted = adopted.to(device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             # Loading refuses missing weights and weights of another shape.
             return (adopted, {"missing_keys": set(), "mismatched_keys": set()}) if with_info else adopted
+        if kwargs.get("max_positions") is not None:
+            raise ValueError(f"{name}: max_positions is for a dual encoder of transformers; this is a model of d2svse")
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -402,7 +413,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             check_size(lambda: cls(config), files, name)
             states = [file_state(path) for path in files]  # before they are read
             with loading(name):
-                loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+                loaded = super().from_pretrained(folder, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
         model, info = loaded
@@ -495,6 +506,30 @@ class D2SVSE(Shimmed, PreTrainedModel):
         compiled = {name.replace(COMPILED, ""): name for name in super().state_dict()}
         state = {compiled.get(name.replace(COMPILED, ""), name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state, *args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation of the backbones.
+
+        Args:
+            attn_implementation: transformers' name of the implementation, such as "sdpa"; or names by
+                "vision_config" and "text_config".
+            *args: further arguments of `set_attn_implementation` of transformers.
+            **kwargs: further arguments of `set_attn_implementation` of transformers.
+
+        Raises:
+            ValueError: if a backbone has a metric in its attention, which it would lose; or the name is unknown.
+        """
+        sides = ("vision_config", "text_config")
+        names = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(sides, attn_implementation)
+        )
+        chosen = [(self._backbone(side.removesuffix("_config")), names[side]) for side in sides if side in names]
+        for backbone, name in chosen:
+            check_attention(backbone, name)
+        for backbone, name in chosen:  # whose configuration need not be that of the model
+            backbone.set_attn_implementation(name, *args, **kwargs)
+        if not isinstance(attn_implementation, dict):
+            self.config._attn_implementation_internal = attn_implementation
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode prepared images, under transformers' names.
@@ -1015,6 +1050,21 @@ def _reset(module: nn.Module) -> None:
             part.reset_parameters()
         elif isinstance(part, nn.MultiheadAttention):
             part._reset_parameters()
+
+
+def one_device(device_map: Any) -> Any:
+    """Return the device of a `device_map` of transformers, or None for None.
+
+    Raises:
+        ValueError: if it spreads the parts of a model over devices.
+    """
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(f"device_map must give one device for the whole model, got {device_map}")
+        device_map = device_map[""]
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return device_map
 
 
 def read_configuration(folder: Path, name: str) -> D2SVSEConfig:

@@ -23,7 +23,7 @@ from d2svse.models.adapters import is_added
 from d2svse.models.configuration import JOINS_A_GATE
 from d2svse.models.decoder import build_context_decoder
 from d2svse.models.encoders import embedding_count
-from d2svse.models.metric_attention import METRIC_ATTENTION
+from d2svse.models.metric_attention import check_attention
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.caches import CachedTokens
@@ -269,13 +269,8 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
     before = []
     for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
         backbone: Any = encoder.backbone
-        own = backbone.config._attn_implementation
-        if own != name and METRIC_ATTENTION in (own, name):
-            raise ValueError(
-                f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
-                "leave the option out"
-            )
-        before.append(own)
+        check_attention(backbone, name)
+        before.append(backbone.config._attn_implementation)
         try:
             backbone.set_attn_implementation(name)
         except (ValueError, ImportError) as error:

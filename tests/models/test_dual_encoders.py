@@ -147,6 +147,48 @@ def test_fields_of_the_configuration_can_be_given(save_dual):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": "auto"},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": torch.bfloat16},
+        {"attn_implementation": "eager"},
+        {"attn_implementation": {"text_config": "eager"}},
+        {"trust_remote_code": True, "use_safetensors": True, "low_cpu_mem_usage": True},
+        {"config": None, "subfolder": None, "revision": None},
+    ],
+)
+def test_a_dual_encoder_takes_the_usual_options_of_loading_as_a_saved_model_does(options, save_dual, tmp_path):
+    folder = save_dual("clip")[1]
+    D2SVSE.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    for name in (folder, tmp_path / "saved"):
+        model = D2SVSE.from_pretrained(name, **options)
+        assert model.dtype == (torch.bfloat16 if {"dtype", "torch_dtype"} & set(options) else torch.float32)
+        attention = model.text_encoder.backbone.config._attn_implementation
+        assert attention == ("eager" if "attn_implementation" in options else "sdpa")
+
+
+def test_options_of_loading_that_do_not_fit_are_refused(save_dual, backbones, tmp_path):
+    folder = save_dual("clip")[1]
+    with pytest.raises(ValueError, match="one device for the whole model"):
+        D2SVSE.from_pretrained(folder, device_map={"text_encoder": "cpu", "image_encoder": "cpu"})
+    D2SVSE.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="max_positions is for a dual encoder"):
+        D2SVSE.from_pretrained(tmp_path / "saved", max_positions=80)
+    for option, way in (
+        ("revision", "snapshot_download"),
+        ("dtype", r"call \.to"),
+        ("attn_implementation", "call .set"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} is no model option; .*{way}"):
+            D2SVSE.from_backbones(backbones / "vision", backbones / "text", **{option: "main"})
+        with pytest.raises(ValueError, match=f"{option} is no model option; .*{way}"):
+            D2SVSE.from_dual_encoder(folder, **{option: "main"})
+
+
+@pytest.mark.parametrize(
     ("config", "advice"),
     [
         ({"model_type": "vit"}, "--vision {} --text TEXT"),
