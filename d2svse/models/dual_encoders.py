@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from d2svse.hub.folder import check_vocabulary, loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,14 @@ KINDS: dict[str, DualEncoderKind] = {
 }
 
 
+# Vision towers of a vision-text-dual-encoder that pool otherwise than ViT.
+OTHER_POOLINGS: dict[str, Pool] = {
+    "clip_vision_model": pool_class_token,
+    "siglip_vision_model": pool_by_head,
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), pool_first),
+}
+
+
 def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
     """Return the kind of a dual encoder.
 
@@ -136,8 +145,8 @@ def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
         vision_type: `model_type` of the vision tower, which `vision-text-dual-encoder` leaves open.
     """
     kind = KINDS[model_type]
-    if kind.pool_image is pool_by_pooler and vision_type == "clip_vision_model":
-        return DualEncoderKind(pool_class_token, kind.pool_text)
+    if kind.pool_image is pool_by_pooler:
+        return DualEncoderKind(OTHER_POOLINGS.get(vision_type, pool_by_pooler), kind.pool_text)
     return kind
 
 
@@ -208,6 +217,32 @@ def towers_of(dual: Any) -> tuple[Tower, Tower]:
         Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), kind.pool_image, False),
         Tower(dual.text_model, dual.text_projection if text else nn.Identity(), kind.pool_text, kind.fixed_length),
     )
+
+
+@torch.no_grad()
+def check_poolings(dual: PreTrainedModel) -> None:
+    """Check that the poolers of a dual encoder with towers of any kind take each token on its own.
+
+    Raises:
+        ValueError: if one does not; the message names its tower.
+    """
+    for tower in towers_of(dual):
+        if tower.pool is not pool_by_pooler:
+            continue
+        config: Any = tower.backbone.config
+        like = next(tower.backbone.parameters())
+        tokens = torch.ones(1, 2, config.hidden_size, dtype=like.dtype, device=like.device)
+        with evaluating(tower.backbone):
+            try:
+                works = bool(pool_each(tower.pool, tower.backbone, tokens).isfinite().all())
+                works = works and tower.pool(tower.backbone, tokens, None, None).ndim == 2
+            except (AttributeError, TypeError, RuntimeError, ValueError):
+                works = False
+        if not works:
+            raise ValueError(
+                f"a {dual.config.model_type} with a {config.model_type} tower cannot be used: it has no pooler that "
+                "takes one token, as ViT and BERT have"
+            )
 
 
 def embed_dim_of(config: Any) -> int:

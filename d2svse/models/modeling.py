@@ -40,6 +40,7 @@ from d2svse.models.decoder import ContextAttention, ContextDecoder, build_contex
 from d2svse.models.dual_encoders import (
     Tower,
     check_kind,
+    check_poolings,
     describe,
     embed_dim_of,
     load_dual_encoder,
@@ -285,6 +286,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             processor = processor or load_dual_processor(dual_encoder)
             dual_encoder = loaded
         check_kind(dual_encoder.config.model_type)
+        check_poolings(dual_encoder)
         dual_config: Any = dual_encoder.config
         if max_positions is not None:
             stretch_positions(dual_encoder, max_positions)

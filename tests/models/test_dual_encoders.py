@@ -5,14 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import (
+    BeitConfig,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SwinConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextIndex
 from d2svse.losses import SigmoidLoss
 from d2svse.models import model_fingerprint
 from d2svse.models.dual_encoders import KINDS, stretch_positions
 from d2svse.training.building import tie_temperature
-from support.dual_encoders import NAMES, TOWER, make_dual
+from support.dual_encoders import NAMES, TOWER, VISION, make_dual
 
 
 @pytest.fixture
@@ -204,6 +216,32 @@ def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, 
     with pytest.raises(ValueError, match="cannot be used for search") as told:
         D2SVSE.from_pretrained(tmp_path)
     assert advice.format(tmp_path) in str(told.value)
+
+
+def join_towers(vision, processor):
+    text = BertConfig(**TOWER, vocab_size=len(processor.tokenizer), max_position_embeddings=48)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
+    torch.manual_seed(0)
+    return VisionTextDualEncoderModel(config).eval()
+
+
+@pytest.mark.parametrize("vision", [SiglipVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig])
+def test_towers_that_pool_otherwise_than_vit_give_what_the_original_gives(vision, processor, val_dataset):
+    dual = join_towers(vision(**VISION), processor)
+    pixels = processor.pixel_values([str(path) for path in val_dataset.images[:2]])
+    with torch.no_grad():
+        expected = dual.get_image_features(pixel_values=pixels).pooler_output
+        features = D2SVSE.from_dual_encoder(dual).image_encoder(pixels)
+    torch.testing.assert_close(features.pooled, expected)
+    assert features.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "vision", [BeitConfig(**VISION), SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2])]
+)
+def test_a_tower_whose_tokens_cannot_be_pooled_is_refused(vision, processor):
+    with pytest.raises(ValueError, match=f"with a {vision.model_type} tower cannot be used"):
+        D2SVSE.from_dual_encoder(join_towers(vision, processor))
 
 
 def test_weights_that_lack_a_part_are_refused(save_dual, processor, tmp_path):
