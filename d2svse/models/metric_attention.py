@@ -132,7 +132,8 @@ def patch_attention(model: PreTrainedModel, metric: MetricConfiguration) -> list
     if model.config._attn_implementation != METRIC_ATTENTION:
         raise ValueError(f"{name} does not use transformers' attention interface")
     for layer, own in zip(layers, metrics, strict=True):
-        layer.add_module(ATTRIBUTE, own.to(next(layer.parameters()).device))
+        like = next(layer.parameters())
+        layer.add_module(ATTRIBUTE, own.to(like.device, like.dtype).train(layer.training))
     return metrics
 
 
