@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,9 +50,11 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
-    def __getitem__(self, rows: int | slice | Tensor | Sequence[int]) -> Features:
-        """Return the chosen items in the given order; one row becomes a batch of one."""
-        index = rows if isinstance(rows, slice | Tensor) else torch.atleast_1d(torch.as_tensor(rows, dtype=torch.long))
+    def __getitem__(self, rows: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> Features:
+        """Return the chosen items: by their numbers, in that order, or by a mask. One row becomes a batch of one."""
+        index = rows if isinstance(rows, slice) else torch.atleast_1d(torch.as_tensor(rows))
+        if isinstance(index, Tensor) and index.dtype != torch.bool:
+            index = index.long()
         return Features(
             self.pooled[index],
             None if self.tokens is None else self.tokens[index],
