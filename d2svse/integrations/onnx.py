@@ -155,7 +155,7 @@ def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = Fals
 
     Returns:
         "image_encoder", which takes `pixel_values`, and "text_encoder", which takes `input_ids` and
-        `attention_mask`. Each returns embeddings `(batch, embed_dim)` and tokens
+        `attention_mask`. Each returns embeddings `(batch, width)` and tokens
         `(batch, length, embed_dim)`. Embeddings are those of `image_vectors` and `text_vectors`:
         L2-normalised, and multiplied by the metric of a bilinear similarity.
 

@@ -870,10 +870,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return scores.cpu().numpy() if both_numpy else scores
 
     def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Return the vectors of prepared images for other libraries, `(batch, embed_dim)` float32.
+        """Return the vectors of prepared images for other libraries, `(batch, width)` float32.
 
-        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). For any
-        other similarity both are the pooled vectors, L2-normalised.
+        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF, low-rank). For any
+        other similarity both are the pooled vectors, L2-normalised. The width is the rank of a low-rank similarity,
+        and otherwise `embed_dim`.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
@@ -882,9 +883,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values).pooled)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the vectors of tokenized texts for other libraries, `(batch, embed_dim)` float32.
+        """Return the vectors of tokenized texts for other libraries, `(batch, width)` float32.
 
-        See `image_vectors` for how they compare.
+        See `image_vectors` for their width, and how they compare.
 
         Args:
             input_ids: `(batch, length)` int64.

@@ -163,7 +163,10 @@ class Similarity(nn.Module, ABC):
         return F.normalize(tokens.sum(1), dim=-1)
 
     def pooled_vectors(self, side: Side, pooled: Tensor) -> Tensor:
-        """Return `vectors` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them; with gradient."""
+        """Return `vectors` `(n, dim)` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them.
+
+        They have a gradient.
+        """
         return self.fold(side, pooled).float() if self.foldable else F.normalize(pooled.float(), dim=-1)
 
     def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:
