@@ -116,7 +116,8 @@ class ImageEncoder(nn.Module):
             ValueError: if the shape of the mask differs from that of the tokens.
         """
         if self.native_pool is None:
-            hidden = hidden.to(self.projection.weight.dtype)
+            weight = self.projection.weight  # a method in a quantized layer, which takes what the backbone gives
+            hidden = hidden.to(weight.dtype if isinstance(weight, Tensor) else self.backbone.dtype)
             tokens = self.projection(hidden)
             if self.mlp is not None:
                 tokens = tokens + self.mlp(hidden)
@@ -294,7 +295,7 @@ class TextEncoder(nn.Module):
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, longest, embed_dim)` and the bool mask.
         """
-        weight = self.projection.weight
+        weight = self.layer_norm.weight
         hidden = pad_sequence(list(tokens), batch_first=True).to(weight.device, weight.dtype)
         lengths = torch.tensor([len(one) for one in tokens])
         mask = torch.arange(hidden.shape[1]) < lengths[:, None]

@@ -133,7 +133,7 @@ class GeneralizedPooling(nn.Module):
         """
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         kept_for, weights, kept, table = self._kept
-        if state == kept_for and self.linear.weight.device.type != "cpu":
+        if state == kept_for and self.gru.weight_hh_l0.device.type != "cpu":
             return self._kept
         now = torch.cat([p.detach().flatten() for p in self.parameters()])
         alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
@@ -142,9 +142,10 @@ class GeneralizedPooling(nn.Module):
         return state, now, kept, table
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
-        device, longest = self.linear.weight.device, lengths[-1]
+        like, longest = self.gru.weight_hh_l0, lengths[-1]  # a quantized linear layer has no weight to read
+        device = like.device
         # Sines differ between devices, and the coefficients are sensitive: all devices take those of the CPU.
-        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(self.linear.weight.dtype)
+        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(like.dtype)
         # A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
         # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
         step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])

@@ -425,6 +425,19 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
     assert model.text_encoder.backbone.training
 
 
+@pytest.mark.parametrize("options", [{}, {"context_decoder": {"num_layers": 1, "num_heads": 2}, "similarity": "omit"}])
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+def test_a_model_with_quantized_linear_layers_encodes(make_model, val_dataset, options):
+    model = make_model(**options)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    for encode, items in (("encode_image", val_dataset.images[:3]), ("encode_text", val_dataset.captions[:3])):
+        expected, found = (getattr(one, encode)(items) for one in (model, quantized))
+        assert (expected * found).sum(1).min() > 0.99
+    stored = [torch.randn(3, 32, generator=torch.manual_seed(0))]
+    expected, found = (one.text_encoder.from_stored_tokens(stored).pooled for one in (model, quantized))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
 def test_a_device_too_follows_weights_that_change_without_a_trace(make_model, val_dataset):
     model, texts = make_model(), val_dataset.captions[:3]
     batch = model.processor(text=texts)
