@@ -36,7 +36,7 @@ from d2svse.losses.base import capped_exp
 from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import JOINS_A_GATE, D2SVSEConfig
-from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
+from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder, with_positions
 from d2svse.models.dual_encoders import (
     Tower,
     check_kind,
@@ -931,7 +931,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Args:
             context_tokens: see `D2SVSEConfig`; None for "none" with a similarity of pooled vectors, and for a
                 similarity of tokens "add" with a context gate and else "join".
-            **arguments: arguments of `build_context_decoder`.
+            **arguments: arguments of `build_context_decoder`. Positions are enough for the processor's longest text.
 
         Returns:
             The decoder.
@@ -943,6 +943,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError("the model has a context decoder already")
         if self.config.context_gate and context_tokens == "join":
             raise ValueError(JOINS_A_GATE)
+        arguments = with_positions(arguments, 0 if self.processor is None else self.processor.max_length)
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
         self.decoder = decoder.to(self.device, self.dtype).train(self.training)

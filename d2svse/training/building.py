@@ -21,7 +21,7 @@ from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
 from d2svse.models.configuration import JOINS_A_GATE
-from d2svse.models.decoder import build_context_decoder
+from d2svse.models.decoder import build_context_decoder, with_positions
 from d2svse.models.encoders import embedding_count
 from d2svse.models.metric_attention import check_attention
 from d2svse.models.processing import D2SVSEProcessor
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 # A layer of a backbone by the usual names (GPT-2's is `h`), and what is in a stage of a ResNet outside of its layers.
 _LAYER = re.compile(r".*?\.backbone\.(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
 _STAGE = re.compile(r".*?\.backbone\.(?:.*?\.)?stages\.\d+(?=\.)")
-POSITIONS = 640  # of the context decoder, words and tokens; more if a text can be longer
 _EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.|\.pre_lay(?:r|er)norm\.")  # CLIP's norm before the layers too
 
 
@@ -230,11 +229,7 @@ def _walk(model: D2SVSE, args: TrainingArguments, teacher: Teacher | RetrievalTe
 
 def decoder_arguments(model: D2SVSE, args: TrainingArguments) -> dict[str, Any]:
     """Return the arguments of the context decoder, with positions for the tokens and the longest text."""
-    arguments, processor = args.decoder_arguments(), model.processor
-    positions = arguments["num_tokens"] + (0 if processor is None else processor.max_length)
-    if arguments.get("positions") and positions > POSITIONS:
-        arguments["max_positions"] = positions
-    return arguments
+    return with_positions(args.decoder_arguments(), 0 if model.processor is None else model.processor.max_length)
 
 
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:

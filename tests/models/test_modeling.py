@@ -461,6 +461,20 @@ def test_new_parts_have_the_mode_of_the_model(make_model, mode):
     assert all(part.training == mode for part in model.modules())
 
 
+def test_a_new_decoder_takes_the_longest_text_of_the_processor(make_model, tmp_path):
+    model = make_model()
+    model.add_decoder(num_tokens=600, num_layers=1)  # and 96 words
+    model.save_pretrained(tmp_path)
+    text = " ".join(["red circle"] * 60)
+    np.testing.assert_allclose(D2SVSE.from_pretrained(tmp_path).encode_text(text), model.encode_text(text), atol=1e-6)
+    counts = []
+    for arguments in ({}, {"num_tokens": 600, "max_positions": 650}, {"num_tokens": 600, "positions": False}):
+        decoder = make_model().add_decoder(num_layers=1, **arguments)
+        counts.append(getattr(decoder.position_embeddings, "num_embeddings", None))
+    assert counts == [640, 650, None]
+    make_model().add_decoder(kind="attention", num_tokens=600)
+
+
 def test_a_second_decoder_is_refused(model):
     with pytest.raises(ValueError, match="has a context decoder already"):
         model.add_decoder()
