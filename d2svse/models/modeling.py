@@ -533,6 +533,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if not isinstance(attn_implementation, dict):
             self.config._attn_implementation_internal = attn_implementation
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of the text backbone's tokens."""
+        return self.text_encoder.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the embeddings of the text backbone's tokens, as `resize_token_embeddings` does."""
+        self.text_encoder.backbone.set_input_embeddings(value)
+
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode prepared images, under transformers' names.
 
@@ -573,7 +581,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return_logits: bool = True,
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
-    ) -> D2SVSEOutput:
+        return_dict: bool | None = None,
+    ) -> D2SVSEOutput | tuple[Any, ...]:
         """Encode images, texts or both, and score all pairs.
 
         Args:
@@ -591,6 +600,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_groups: largest number of groups of texts of similar length; more groups save padding and give the
                 same result.
             token_type_ids: `(n_texts, length)` zeros, which BERT's tokenizers return; a text has one segment.
+            return_dict: False returns the output as a tuple, as transformers does.
 
         Raises:
             ValueError: if neither images nor texts are given, both `pixel_values` and `image_tokens` are given, or
@@ -622,7 +632,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.float()
             output.logits_per_image, output.logits_per_text = logits, logits.T
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def _encode_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None, groups: int, text_tokens: Tensor | None

@@ -142,7 +142,7 @@ class GeneralizedPooling(nn.Module):
         return state, now, kept, table
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
-        like, longest = self.gru.weight_hh_l0, lengths[-1]  # a quantized linear layer has no weight to read
+        like, longest = next(self.gru.parameters()), lengths[-1]  # a quantized linear layer has no weight to read
         device = like.device
         # Sines differ between devices, and the coefficients are sensitive: all devices take those of the CPU.
         positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(like.dtype)

@@ -289,7 +289,7 @@ def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDat
         )
     if count is None or len(tokenizer) <= count:
         return
-    advice = "enlarge them with model.text_encoder.backbone.resize_token_embeddings, or give the backbone's tokenizer"
+    advice = "enlarge them with model.resize_token_embeddings, or give the backbone's tokenizer"
     size = f"the tokenizer has {len(tokenizer)} tokens and the text backbone {count} embeddings"
     if tokenizer.pad_token_id >= count:
         raise ValueError(f"{size}: its padding token {tokenizer.pad_token!r} has none; {advice}")

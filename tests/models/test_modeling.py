@@ -28,6 +28,7 @@ from d2svse.losses.contrastive import MAX_LOGIT_SCALE
 from d2svse.models import ImageEncoder, TextEncoder, modeling
 from d2svse.models.encoders import load_backbone
 from support.cuda import simulated_cuda
+from support.dual_encoders import make_dual
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {
@@ -242,6 +243,34 @@ def test_forward_scores_both_ways(model, val_dataset):
     assert model(pixel_values=batch["pixel_values"]).text_embeds is None
     with pytest.raises(ValueError, match="pixel_values, input_ids or both"):
         model()
+
+
+def test_forward_gives_a_tuple_where_transformers_does(model, val_dataset):
+    batch = model.processor(text=val_dataset.captions[:3])
+    with torch.no_grad():
+        expected = model(**batch, return_dict=True)
+        found = model(**batch, return_dict=False)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", ["made", "joined", "taken"])
+def test_token_embeddings_are_enlarged_saved_and_loaded(kind, make_model, processor, backbones, val_dataset, tmp_path):
+    if kind == "made":
+        model = make_model()
+    elif kind == "joined":
+        model = D2SVSE.from_backbones(backbones / "vision", backbones / "text")
+    else:
+        model = D2SVSE.from_dual_encoder(make_dual("clip", processor))
+    model.processor = processor
+    before = model.encode_text(val_dataset.captions[:3])
+    size = model.get_input_embeddings().num_embeddings + 7
+    model.resize_token_embeddings(size)
+    assert model.text_encoder.backbone.get_input_embeddings().num_embeddings == size
+    model.save_pretrained(tmp_path)
+    loaded = D2SVSE.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().num_embeddings == size
+    np.testing.assert_allclose(loaded.encode_text(val_dataset.captions[:3]), before, atol=1e-6)
 
 
 def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
