@@ -14,6 +14,7 @@ from d2svse.features import at_least_float32, sent
 
 # The state of the weights, their values, their coefficients by length, and those of all lengths up to the longest.
 Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor], Tensor | None]
+ALL_MASKED = "cannot pool a row whose tokens are all masked"
 NOTHING: Kept = ((), None, {}, None)
 
 
@@ -53,7 +54,7 @@ class GeneralizedPooling(nn.Module):
 
         Raises:
             ValueError: if a row has no real token. On an accelerator, where the check would wait for the device, the
-                row becomes NaN.
+                row becomes NaN (-inf in `MaxPooling`).
         """
         length = tokens.shape[1]
         with torch.autocast(tokens.device.type, enabled=False):
@@ -71,7 +72,7 @@ class GeneralizedPooling(nn.Module):
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
             if lengths[0] == 0:
-                raise ValueError("cannot pool a row whose tokens are all masked")
+                raise ValueError(ALL_MASKED)
             values = values.masked_fill(~mask[:, None, :], -torch.inf)
             values = sort_descending(values)[..., : lengths[-1]]
             real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
@@ -169,6 +170,7 @@ class MeanPooling(nn.Module):
         tokens = at_least_float32(tokens)
         if mask is None:
             return tokens.mean(1)
+        check_rows(mask)
         return tokens.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -178,7 +180,10 @@ class MaxPooling(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         tokens = at_least_float32(tokens)
-        return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
+        if mask is None:
+            return tokens.amax(1)
+        check_rows(mask)
+        return tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
 
 
 class ClsPooling(nn.Module):
@@ -208,6 +213,7 @@ class ExternalSpaceAttention(nn.Module):
         """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         scores = at_least_float32(self.linear(tokens))
         if mask is not None:
+            check_rows(mask)
             scores = scores.masked_fill(~mask.unsqueeze(-1), -torch.inf)
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
         return (scores.softmax(1) * at_least_float32(tokens)).sum(1)
@@ -226,6 +232,17 @@ def build_pooling(name: str, dim: int) -> nn.Module:
     """Return the pooling of a name in `POOLINGS` for tokens of width `dim`."""
     pooling = POOLINGS[name]
     return pooling(dim) if issubclass(pooling, ExternalSpaceAttention) else pooling()
+
+
+def check_rows(mask: Tensor) -> None:
+    """Check on the CPU that each row of a mask `(batch, length)` has a real token.
+
+    Raises:
+        ValueError: if a row has none.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask.device.type == "cpu" and not traced and not mask.any(1).all():
+        raise ValueError(ALL_MASKED)
 
 
 def sort_descending(values: Tensor) -> Tensor:

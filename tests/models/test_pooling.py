@@ -208,9 +208,11 @@ def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch):
     assert [sizes[0] for sizes in asked] == [3, 1]  # lengths 1, 3 and 7, then 2
 
 
-def test_a_row_without_tokens_is_an_error(gpo):
+@pytest.mark.parametrize("name", [name for name in POOLINGS if name != "cls"])
+def test_a_row_without_tokens_is_an_error(name):
+    mask = torch.tensor([[True, False], [False, False]])
     with pytest.raises(ValueError, match="tokens are all masked"):
-        gpo(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool))
+        build_pooling(name, 3)(torch.zeros(2, 2, 3), mask)
 
 
 def test_stays_in_float32_inside_autocast(gpo, batch):
