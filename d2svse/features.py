@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
+SMALLEST_NORM = 1e-12
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
@@ -131,3 +133,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in float32; a float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """L2-normalise the last dimension of vectors `(..., dim)`.
+
+    A vector no longer than `SMALLEST_NORM` becomes zero with a zero gradient, because it has no direction.
+    `F.normalize` would multiply its gradient by 1e12.
+    """
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors / norms.masked_fill(norms <= SMALLEST_NORM, torch.inf)
