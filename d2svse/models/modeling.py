@@ -906,8 +906,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
 
     def _recheck(self) -> None:
         """Compare the weights of poolings with those of their kept coefficients once; training never keeps any."""
-        for part in self.modules():
-            if isinstance(part, GeneralizedPooling) and not self.training:
+        for part in () if self.training else self.modules():
+            if isinstance(part, GeneralizedPooling):
                 part.recheck()
 
     def _normalized(self, pixel_values: Tensor) -> Tensor:
