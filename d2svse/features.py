@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
+
+SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +52,11 @@ class Features:
     def __len__(self) -> int:
         return self.pooled.shape[0]
 
-    def __getitem__(self, rows: int | slice | Tensor | Sequence[int]) -> Features:
-        """Return the chosen items in the given order; one row becomes a batch of one."""
-        index = rows if isinstance(rows, slice | Tensor) else torch.atleast_1d(torch.as_tensor(rows, dtype=torch.long))
+    def __getitem__(self, rows: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]) -> Features:
+        """Return the chosen items: by their numbers, in that order, or by a mask. One row becomes a batch of one."""
+        index = rows if isinstance(rows, slice) else torch.atleast_1d(torch.as_tensor(rows))
+        if isinstance(index, Tensor) and index.dtype != torch.bool:
+            index = index.long()
         return Features(
             self.pooled[index],
             None if self.tokens is None else self.tokens[index],
@@ -128,3 +133,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return the tensor in float32; a float64 tensor stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """L2-normalise the last dimension of vectors `(..., dim)`.
+
+    A vector no longer than `SMALLEST_NORM` becomes zero with a zero gradient, because it has no direction.
+    `F.normalize` would multiply its gradient by 1e12.
+    """
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors / norms.masked_fill(norms <= SMALLEST_NORM, torch.inf)

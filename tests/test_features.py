@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -31,8 +32,17 @@ def test_cat_refuses_a_mix_of_with_and_without_tokens():
         Features.cat([Features(torch.zeros(1, 4)), Features(torch.zeros(1, 4), torch.zeros(1, 2, 4))])
 
 
-def test_one_row_comes_as_a_batch_of_one():
-    assert Features(torch.arange(6.0).view(3, 2))[1].pooled.tolist() == [[2.0, 3.0]]
+@pytest.mark.parametrize("row", [1, torch.tensor(1), np.int64(1), [1], [False, True, False]])
+def test_one_row_comes_as_a_batch_of_one(row):
+    assert Features(torch.arange(6.0).view(3, 2))[row].pooled.tolist() == [[2.0, 3.0]]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_rows_are_numbers_or_a_mask(kind):
+    features = Features(torch.arange(6.0).view(3, 2), torch.zeros(3, 1, 2), torch.ones(3, 1, dtype=torch.bool))
+    assert features[kind([True, False, True])].pooled.tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert features[kind([2, 0])].pooled.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert len(features[kind([])]) == len(features[kind([False] * 3)]) == 0
 
 
 def test_to_converts_the_floats_and_keeps_the_mask():

@@ -48,6 +48,9 @@ class MTEBModel(AbsEncoder):
 
     def __init__(self, model: D2SVSE, name: str = "d2svse/local", revision: str = "local") -> None:
         self.model = model
+        with torch.no_grad():
+            like = torch.zeros(1, model.config.embed_dim, device=model.device)
+            width = model.similarity_fn.pooled_vectors("image", like).shape[1]
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=name,
@@ -57,7 +60,7 @@ class MTEBModel(AbsEncoder):
             n_parameters=sum(parameter.numel() for parameter in model.parameters()),
             memory_usage_mb=None,
             max_tokens=None if model.processor is None else model.processor.max_length,
-            embed_dim=model.config.embed_dim,
+            embed_dim=width,
             license=None,
             open_weights=None,
             public_training_code=None,
@@ -71,7 +74,7 @@ class MTEBModel(AbsEncoder):
 
     @torch.no_grad()
     def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **kwargs: Any) -> Tensor:
-        """Encode the images or the texts of a task.
+        """Encode the images or the texts of a task. An empty text, which the model refuses, counts as a full stop.
 
         Args:
             inputs: batches with either "image" or "text".
@@ -81,7 +84,7 @@ class MTEBModel(AbsEncoder):
             **kwargs: ignored; further settings of MTEB.
 
         Returns:
-            `(n, embed_dim)` float32 on the CPU.
+            `(n, width)` float32 on the CPU, with the width of `D2SVSE.image_vectors`.
 
         Raises:
             ValueError: if an item has both an image and a text, or neither.
@@ -93,7 +96,8 @@ class MTEBModel(AbsEncoder):
             if "image" in batch:
                 found = self.model.encode_image(batch["image"], batch_size=len(batch["image"]), convert_to_tensor=True)
             else:
-                found = self.model.encode_text(batch["text"], batch_size=len(batch["text"]), convert_to_tensor=True)
+                texts = [text if text.strip() else "." for text in batch["text"]]
+                found = self.model.encode_text(texts, batch_size=len(texts), convert_to_tensor=True)
             similarity: Similarity = self.model.similarity_fn
             side: Side = "image" if "image" in batch else "text"
             with evaluating(similarity):

@@ -17,6 +17,7 @@ from d2svse.models.decoder import ContextDecoder
 from d2svse.models.gru import GRUModel
 from d2svse.models.metric_attention import METRIC_ATTENTION
 from d2svse.models.pooling import GeneralizedPooling
+from d2svse.similarity.use import evaluating
 
 if TYPE_CHECKING:
     from d2svse.models import D2SVSE
@@ -154,7 +155,7 @@ def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = Fals
 
     Returns:
         "image_encoder", which takes `pixel_values`, and "text_encoder", which takes `input_ids` and
-        `attention_mask`. Each returns embeddings `(batch, embed_dim)` and tokens
+        `attention_mask`. Each returns embeddings `(batch, width)` and tokens
         `(batch, length, embed_dim)`. Embeddings are those of `image_vectors` and `text_vectors`:
         L2-normalised, and multiplied by the metric of a bilinear similarity.
 
@@ -174,7 +175,7 @@ def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = Fals
         TEXT_ENCODER: (TextGraph(model, dense), (ids, ids.clone())),
     }
     programs = {}
-    with torch.no_grad(), _ready_for_export(model, pixels, longest):
+    with torch.no_grad(), evaluating(model), _ready_for_export(model, pixels, longest):
         for name, (graph, inputs) in graphs.items():
             shapes = {key: {axis: sizes[size] for axis, size in axes.items()} for key, axes in AXES[name].items()}
             programs[name] = torch.export.export(graph, inputs, dynamic_shapes=shapes)
@@ -223,9 +224,8 @@ def _longest_text(model: D2SVSE) -> int:
 
 @contextmanager
 def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[None]:
-    """Prepare a model for tracing inside the block: eval mode, tables for poolings, and plain attention."""
-    training, fast_path = model.training, torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    """Prepare a model in eval mode for tracing inside the block: tables for poolings, and plain attention."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]
     lengths: dict[Any, range] = {
         # Regions may be padding, so that an image has any number of them.
@@ -263,4 +263,3 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
         for backbone, attention in zip(backbones, attentions, strict=True):
             backbone.set_attn_implementation(attention)
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        model.train(training)

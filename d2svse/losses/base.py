@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2svse.features import at_least_float32
 from d2svse.registry import Class, Registry
 
 
@@ -28,14 +29,15 @@ class RankingLoss(nn.Module, ABC):
             image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
 
         Returns:
-            A scalar.
+            A scalar; zero for an empty batch.
 
         Raises:
             ValueError: if the shapes do not fit, or a subclass gives no scalar.
         """
         negatives = _negatives(scores, image_ids)
+        scores = at_least_float32(scores)
         with torch.autocast(scores.device.type, enabled=False):
-            return _scalar(self, self.compute(scores if scores.dtype == torch.float64 else scores.float(), negatives))
+            return _scalar(self, self.compute(scores, negatives) if len(scores) else scores.sum())
 
     @abstractmethod
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:
@@ -89,16 +91,17 @@ class DistillationLoss(nn.Module, ABC):
             teacher: `(n, embed_dim)`, detached here.
 
         Returns:
-            A scalar.
+            A scalar; zero for an empty batch.
 
         Raises:
             ValueError: if the shapes differ, or a subclass gives no scalar.
         """
         if student.shape != teacher.shape or student.ndim != 2:
             raise ValueError(f"student and teacher must both be (n, embed_dim), got {student.shape}, {teacher.shape}")
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        student = at_least_float32(student)
         with torch.autocast(student.device.type, enabled=False):
-            return _scalar(self, self.compute(student.to(dtype), teacher.detach().to(dtype)))
+            teacher = teacher.detach().to(student.dtype)
+            return _scalar(self, self.compute(student, teacher) if len(student) else student.sum())
 
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class ScoreDistillationLoss(nn.Module, ABC):
             image_ids: `(n,)` integer id of the image of each pair, or None if all differ.
 
         Returns:
-            A scalar.
+            A scalar; zero for an empty batch.
 
         Raises:
             ValueError: if the shapes do not fit, or a subclass gives no scalar.
@@ -125,9 +128,10 @@ class ScoreDistillationLoss(nn.Module, ABC):
         if student.shape != teacher.shape:
             raise ValueError(f"student and teacher must be of one shape, got {student.shape} and {teacher.shape}")
         negatives = _negatives(student, image_ids)
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        student = at_least_float32(student)
         with torch.autocast(student.device.type, enabled=False):
-            return _scalar(self, self.compute(student.to(dtype), teacher.detach().to(dtype), negatives))
+            teacher = teacher.detach().to(student.dtype)
+            return _scalar(self, self.compute(student, teacher, negatives) if len(student) else student.sum())
 
     @abstractmethod
     def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:

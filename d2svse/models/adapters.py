@@ -93,7 +93,8 @@ def add_lora(
         for layer in list(backbone.modules()):
             if isinstance(layer, Linear):
                 for matrix in layer.lora_A.values():
-                    on_rank = MetricOnRank(_metric(metric, rank))
+                    like = next(matrix.parameters())
+                    on_rank = MetricOnRank(_metric(metric, rank).to(like.device, like.dtype))
                     parametrize.register_parametrization(matrix, "weight", on_rank, unsafe=True)  # on meta devices too
 
 

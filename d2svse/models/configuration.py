@@ -22,6 +22,15 @@ FUSIONS = get_args(Fusion)
 CONTEXT_TOKENS = get_args(ContextTokens)
 INITIALIZATIONS = get_args(Initialization)
 
+# Options of loading in transformers, and what is there instead where two backbones or a dual encoder are taken.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder"),
+        "download the files with huggingface_hub.snapshot_download, and give the folder",
+    ),
+    **dict.fromkeys(("dtype", "torch_dtype", "device_map"), "call .to(...) of the model with a dtype or a device"),
+    "attn_implementation": "call .set_attn_implementation(...) of the model",
+}
 JOINS_A_GATE = "context_tokens join appends tokens that context_gate cannot close; use add"
 
 
@@ -162,6 +171,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         """
         own = [name for name in cls.__annotations__ if name not in ("vision_config", "text_config")]
         for name in options:
+            if name in ELSEWHERE:
+                raise ValueError(f"{name} is no model option; {ELSEWHERE[name]}")
             if name not in own:
                 raise ValueError(unknown("model option", name, own))
 

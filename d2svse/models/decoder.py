@@ -14,6 +14,9 @@ from d2svse.features import at_least_float32
 from d2svse.models.metric_attention import MetricAttention, MetricConfiguration
 from d2svse.models.pooling import POOLINGS, build_pooling
 
+NUM_TOKENS = 100  # as in the paper
+POSITIONS = 640  # words and tokens
+
 
 class ContextDecoder(nn.Module):
     """Run transformer layers over the words of a text and learnable tokens, and pool the tokens.
@@ -45,12 +48,12 @@ class ContextDecoder(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        num_tokens: int = 100,
+        num_tokens: int = NUM_TOKENS,
         num_layers: int = 4,
         num_heads: int = 4,
         placement: Placement = "surround",
         positions: bool = True,
-        max_positions: int = 640,
+        max_positions: int = POSITIONS,
         mask_padding: bool = True,
         pooling: str = "mean",
         metric: MetricConfiguration | None = None,
@@ -181,7 +184,7 @@ class ContextAttention(nn.Module):
     def __init__(
         self,
         embed_dim: int,
-        num_tokens: int = 100,
+        num_tokens: int = NUM_TOKENS,
         num_heads: int = 8,
         mask_padding: bool = True,
         metric: MetricConfiguration | None = None,
@@ -223,6 +226,20 @@ class ContextAttention(nn.Module):
         hidden = ~mask if mask is not None and self.mask_padding else None
         attended, _ = self.attention(tokens, words, words, key_padding_mask=hidden, need_weights=False)
         return at_least_float32(tokens + attended)
+
+
+def with_positions(arguments: dict[str, Any], longest: int) -> dict[str, Any]:
+    """Return arguments of `build_context_decoder`, with positions for the learnable tokens and the longest text.
+
+    Args:
+        arguments: the arguments; returned unchanged where the default is enough, or they say how many positions.
+        longest: the longest text in tokens.
+    """
+    wanted = arguments.get("num_tokens", NUM_TOKENS) + longest
+    without = arguments.get("kind") == "attention" or not arguments.get("positions", True)
+    if without or "max_positions" in arguments or wanted <= POSITIONS:
+        return arguments
+    return {**arguments, "max_positions": wanted}
 
 
 def build_context_decoder(embed_dim: int, kind: str = "decoder", **arguments: Any) -> ContextDecoder | ContextAttention:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from d2svse.hub.folder import check_vocabulary, loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,14 @@ KINDS: dict[str, DualEncoderKind] = {
 }
 
 
+# Vision towers of a vision-text-dual-encoder that pool otherwise than ViT.
+OTHER_POOLINGS: dict[str, Pool] = {
+    "clip_vision_model": pool_class_token,
+    "siglip_vision_model": pool_by_head,
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), pool_first),
+}
+
+
 def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
     """Return the kind of a dual encoder.
 
@@ -136,8 +145,8 @@ def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
         vision_type: `model_type` of the vision tower, which `vision-text-dual-encoder` leaves open.
     """
     kind = KINDS[model_type]
-    if kind.pool_image is pool_by_pooler and vision_type == "clip_vision_model":
-        return DualEncoderKind(pool_class_token, kind.pool_text)
+    if kind.pool_image is pool_by_pooler:
+        return DualEncoderKind(OTHER_POOLINGS.get(vision_type, pool_by_pooler), kind.pool_text)
     return kind
 
 
@@ -174,7 +183,10 @@ def make_dual_encoder(
     """
     options = dict(dual_encoder)
     config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
-    config = config_class(vision_config=vision.to_dict(), text_config=text.to_dict(), **options)
+    attention = {"vision_config": vision._attn_implementation, "text_config": text._attn_implementation}
+    config = config_class(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), attn_implementation=attention, **options
+    )
     model_class: Any = MODEL_MAPPING[config_class]
     model: PreTrainedModel = model_class(config)
     return model
@@ -205,6 +217,32 @@ def towers_of(dual: Any) -> tuple[Tower, Tower]:
         Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), kind.pool_image, False),
         Tower(dual.text_model, dual.text_projection if text else nn.Identity(), kind.pool_text, kind.fixed_length),
     )
+
+
+@torch.no_grad()
+def check_poolings(dual: PreTrainedModel) -> None:
+    """Check that the poolers of a dual encoder with towers of any kind take each token on its own.
+
+    Raises:
+        ValueError: if one does not; the message names its tower.
+    """
+    for tower in towers_of(dual):
+        if tower.pool is not pool_by_pooler:
+            continue
+        config: Any = tower.backbone.config
+        like = next(tower.backbone.parameters())
+        tokens = torch.ones(1, 2, config.hidden_size, dtype=like.dtype, device=like.device)
+        with evaluating(tower.backbone):
+            try:
+                works = bool(pool_each(tower.pool, tower.backbone, tokens).isfinite().all())
+                works = works and tower.pool(tower.backbone, tokens, None, None).ndim == 2
+            except (AttributeError, TypeError, RuntimeError, ValueError):
+                works = False
+        if not works:
+            raise ValueError(
+                f"a {dual.config.model_type} with a {config.model_type} tower cannot be used: it has no pooler that "
+                "takes one token, as ViT and BERT have"
+            )
 
 
 def embed_dim_of(config: Any) -> int:
@@ -317,8 +355,14 @@ def check_kind(model_type: str, name: str = "") -> None:
     raise ValueError(f"{kind} cannot be used for search as it is; {use}")
 
 
-def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
+def load_dual_encoder(
+    name: str | os.PathLike[str], attn_implementation: str | dict[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a dual encoder from a folder or the Hub, in float32, without running code from there.
+
+    Args:
+        name: folder or Hub id.
+        attn_implementation: see `from_pretrained` of transformers; None for its default.
 
     Raises:
         ValueError: if the model is not a supported dual encoder, its weights are missing, broken or not finite, or the
@@ -334,7 +378,12 @@ def load_dual_encoder(name: str | os.PathLike[str]) -> PreTrainedModel:
         files = weight_files(folder, name)
         check_size(lambda: model_class(config), files, name)
         model, info = model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

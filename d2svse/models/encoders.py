@@ -21,6 +21,7 @@ from d2svse.images.regions import region_shape
 from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
 from d2svse.models.pooling import ClsPooling, build_pooling
 from d2svse.models.regions import RegionsConfig, RegionsModel
+from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class ImageEncoder(nn.Module):
             ValueError: if the shape of the mask differs from that of the tokens.
         """
         if self.native_pool is None:
-            hidden = hidden.to(self.projection.weight.dtype)
+            weight = self.projection.weight  # a method in a quantized layer, which takes what the backbone gives
+            hidden = hidden.to(weight.dtype if isinstance(weight, Tensor) else self.backbone.dtype)
             tokens = self.projection(hidden)
             if self.mlp is not None:
                 tokens = tokens + self.mlp(hidden)
@@ -180,10 +182,9 @@ class ImageEncoder(nn.Module):
     @torch.no_grad()
     def count_tokens(self, height: int, width: int) -> int:
         """Return the number of tokens, special ones included, for an image of `height` × `width` pixels."""
-        channels, training = getattr(self.backbone.config, "num_channels", 3), self.backbone.training
-        self.backbone.eval()  # otherwise a batch norm would learn from the empty image
-        tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
-        self.backbone.train(training)
+        channels = getattr(self.backbone.config, "num_channels", 3)
+        with evaluating(self.backbone):  # otherwise a batch norm would learn from the empty image
+            tokens = self.backbone_tokens(torch.zeros(1, channels, height, width, device=self.backbone.device))
         return tokens.shape[1]
 
 
@@ -294,7 +295,7 @@ class TextEncoder(nn.Module):
         Returns:
             `pooled (batch, embed_dim)`, `tokens (batch, longest, embed_dim)` and the bool mask.
         """
-        weight = self.projection.weight
+        weight = self.layer_norm.weight
         hidden = pad_sequence(list(tokens), batch_first=True).to(weight.device, weight.dtype)
         lengths = torch.tensor([len(one) for one in tokens])
         mask = torch.arange(hidden.shape[1]) < lengths[:, None]
@@ -419,14 +420,13 @@ def check_text_backbone(encoder: TextEncoder) -> None:
         return
     backbone = encoder.backbone
     kind = backbone.config.model_type
-    size, training = embedding_count(backbone) or 10, backbone.training
+    size = embedding_count(backbone) or 10
     ids = torch.tensor([[3, 5, 6, 4], [3, 7, 8, 4]], device=backbone.device) % size
     padding = torch.full_like(ids, getattr(backbone.config, "pad_token_id", None) or 0)
     padded, mask = torch.cat([ids, padding], 1), torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], 1)
-    backbone.eval()
-    alone = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    together = backbone(input_ids=padded, attention_mask=mask).last_hidden_state[:, :4]
-    backbone.train(training)
+    with evaluating(backbone):
+        alone = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        together = backbone(input_ids=padded, attention_mask=mask).last_hidden_state[:, :4]
     if (alone - together).norm() > 1e-3 * alone.norm():
         raise ValueError(
             f"a {kind} backbone lets padding change the tokens of a text, so that scores would depend on the batch; "

@@ -132,8 +132,27 @@ def patch_attention(model: PreTrainedModel, metric: MetricConfiguration) -> list
     if model.config._attn_implementation != METRIC_ATTENTION:
         raise ValueError(f"{name} does not use transformers' attention interface")
     for layer, own in zip(layers, metrics, strict=True):
-        layer.add_module(ATTRIBUTE, own.to(next(layer.parameters()).device))
+        like = next(layer.parameters())
+        layer.add_module(ATTRIBUTE, own.to(like.device, like.dtype).train(layer.training))
     return metrics
+
+
+def check_attention(backbone: PreTrainedModel, name: str) -> None:
+    """Check that another attention implementation would not remove the metric of a backbone's attention.
+
+    Args:
+        backbone: the backbone.
+        name: transformers' name of the implementation, such as "sdpa".
+
+    Raises:
+        ValueError: if it would, or if the name is that of an attention with a metric, and the backbone has none.
+    """
+    own = backbone.config._attn_implementation
+    if own != name and METRIC_ATTENTION in (own, name):
+        raise ValueError(
+            f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
+            "leave the option out"
+        )
 
 
 def _head_dim(layer: nn.Module) -> int:

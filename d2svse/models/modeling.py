@@ -36,10 +36,11 @@ from d2svse.losses.base import capped_exp
 from d2svse.models.adapters import add_lora, is_added, merge_lora
 from d2svse.models.compiled import COMPILED, uncompiled
 from d2svse.models.configuration import JOINS_A_GATE, D2SVSEConfig
-from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder
+from d2svse.models.decoder import ContextAttention, ContextDecoder, build_context_decoder, with_positions
 from d2svse.models.dual_encoders import (
     Tower,
     check_kind,
+    check_poolings,
     describe,
     embed_dim_of,
     load_dual_encoder,
@@ -64,10 +65,10 @@ from d2svse.models.encoding import (
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
-from d2svse.models.metric_attention import patch_attention
+from d2svse.models.metric_attention import check_attention, patch_attention
 from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.pixels import read_batches
-from d2svse.models.pooling import ExternalSpaceAttention
+from d2svse.models.pooling import ExternalSpaceAttention, GeneralizedPooling
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
 from d2svse.similarity import Metric, Similarity, build_similarity
 from d2svse.similarity.use import evaluating
@@ -75,6 +76,7 @@ from d2svse.similarity.use import evaluating
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+WITHOUT_EFFECT = ("trust_remote_code", "use_safetensors", "weights_only", "low_cpu_mem_usage")  # for dual encoders
 PUSH_OPTIONS = ("repo_id", "private", "token", "revision", "commit_message", "create_pr")
 GROUP_TOKENS = 256  # a smaller group of texts costs more time than it saves in padding
 
@@ -265,8 +267,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
     ) -> D2SVSE:
         """Take over a dual encoder of transformers, such as CLIP or SigLIP, with its own poolings and projections.
 
-        Embeddings, scores and logits are those of the original. `from_pretrained` calls this for a Hub id or a folder
-        of such a model.
+        Embeddings, scores and logits are those of the original, whose training mode the model has. `from_pretrained`
+        calls this for a Hub id or a folder of such a model.
 
         Args:
             dual_encoder: a loaded model, whose modules are taken, or the folder of a saved one.
@@ -284,6 +286,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             processor = processor or load_dual_processor(dual_encoder)
             dual_encoder = loaded
         check_kind(dual_encoder.config.model_type)
+        check_poolings(dual_encoder)
         dual_config: Any = dual_encoder.config
         if max_positions is not None:
             stretch_positions(dual_encoder, max_positions)
@@ -308,7 +311,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model = cls(config, dual_encoder=dual_encoder)
         if processor is not None:
             model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
-        return model
+        return model.train(dual_encoder.training)
 
     def to_dual_encoder(self) -> PreTrainedModel:
         """Return the dual encoder of transformers that this model was made from, with the weights as they are now.
@@ -338,6 +341,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         for name, encoder in (("visual_projection", self.image_encoder), ("text_projection", self.text_encoder)):
             if not isinstance(encoder.projection, nn.Identity):
                 setattr(dual, name, encoder.projection)
+        dual.training = self.training
         return set_logit_scale(dual, self.logit_scale, self.logit_bias)
 
     @classmethod
@@ -345,13 +349,14 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Load a model and its processor from the Hub or a folder.
 
         Dual encoders of transformers, such as CLIP and SigLIP, are taken over, see `from_dual_encoder`; further
-        arguments are then fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
+        arguments are then its own, or fields of `D2SVSEConfig`. All files from the Hub belong to one commit, stored in
         `config._commit_hash`.
 
         Args:
             pretrained_model_name_or_path: Hub id or folder.
             *args: further arguments of `from_pretrained` of transformers.
-            **kwargs: further arguments of `from_pretrained` of transformers.
+            **kwargs: further arguments of `from_pretrained` of transformers. A dual encoder takes `dtype`, `device_map`
+                for one device, and `attn_implementation`. No code of the folder runs, also with `trust_remote_code`.
 
         Raises:
             FileNotFoundError: if a file of the model, the repository or the revision does not exist;
@@ -361,7 +366,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 to a file outside itself.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        folder, subfolder = Path(name), kwargs.get("subfolder", "")
+        folder, subfolder = Path(name), kwargs.pop("subfolder", None) or ""
         hub_options = {option: kwargs.pop(option) for option in HUB_OPTIONS if option in kwargs}
 
         def check(config: dict[str, Any]) -> bool:
@@ -377,20 +382,29 @@ class D2SVSE(Shimmed, PreTrainedModel):
         inner = check_subfolder(folder, subfolder, name)
         if holds_another_model(inner):
             check(read_json(inner / "config.json"))
-            with_info, dtype = kwargs.pop("output_loading_info", False), kwargs.pop("dtype", None)
-            kwargs.pop("subfolder", None)
+            with_info, device = kwargs.pop("output_loading_info", False), one_device(kwargs.pop("device_map", None))
+            dtypes = [kwargs.pop(option, None) for option in ("dtype", "torch_dtype")]
+            dtype = next((one for one in dtypes if one not in (None, "auto")), None)
+            attention, own_processor = kwargs.pop("attn_implementation", None), kwargs.pop("processor", None)
+            for option in WITHOUT_EFFECT:
+                kwargs.pop(option, None)
+            if kwargs.get("config") is None:
+                kwargs.pop("config", None)
+            D2SVSEConfig.check_names(option for option in kwargs if option != "max_positions")
             files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
             states = [file_state(file) for file in files]  # before they are read
-            adopted = cls.from_dual_encoder(inner, **kwargs)
+            dual = load_dual_encoder(inner, attention)
+            adopted = cls.from_dual_encoder(dual, processor=own_processor or load_dual_processor(inner), **kwargs)
             adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
             adopted.subfolder = subfolder
             if not Path(name).is_dir():
                 adopted.config._commit_hash = folder.name
-            if dtype not in (None, "auto"):
-                adopted = adopted.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            adopted = adopted.to(device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
             # Loading refuses missing weights and weights of another shape.
             return (adopted, {"missing_keys": set(), "mismatched_keys": set()}) if with_info else adopted
+        if kwargs.get("max_positions") is not None:
+            raise ValueError(f"{name}: max_positions is for a dual encoder of transformers; this is a model of d2svse")
         check_model_folder(inner, name=name)
         files = weight_files(inner, name)
         kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
@@ -401,7 +415,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             check_size(lambda: cls(config), files, name)
             states = [file_state(path) for path in files]  # before they are read
             with loading(name):
-                loaded = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+                loaded = super().from_pretrained(folder, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
         model, info = loaded
@@ -495,6 +509,38 @@ class D2SVSE(Shimmed, PreTrainedModel):
         state = {compiled.get(name.replace(COMPILED, ""), name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state, *args, **kwargs)
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Set the attention implementation of the backbones.
+
+        Args:
+            attn_implementation: transformers' name of the implementation, such as "sdpa"; or names by
+                "vision_config" and "text_config".
+            *args: further arguments of `set_attn_implementation` of transformers.
+            **kwargs: further arguments of `set_attn_implementation` of transformers.
+
+        Raises:
+            ValueError: if a backbone has a metric in its attention, which it would lose; or the name is unknown.
+        """
+        sides = ("vision_config", "text_config")
+        names = (
+            attn_implementation if isinstance(attn_implementation, dict) else dict.fromkeys(sides, attn_implementation)
+        )
+        chosen = [(self._backbone(side.removesuffix("_config")), names[side]) for side in sides if side in names]
+        for backbone, name in chosen:
+            check_attention(backbone, name)
+        for backbone, name in chosen:  # whose configuration need not be that of the model
+            backbone.set_attn_implementation(name, *args, **kwargs)
+        if not isinstance(attn_implementation, dict):
+            self.config._attn_implementation_internal = attn_implementation
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embeddings of the text backbone's tokens."""
+        return self.text_encoder.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Set the embeddings of the text backbone's tokens, as `resize_token_embeddings` does."""
+        self.text_encoder.backbone.set_input_embeddings(value)
+
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         """Encode prepared images, under transformers' names.
 
@@ -505,6 +551,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             `pooler_output (batch, embed_dim)`, and the projected tokens as
             `last_hidden_state (batch, length, embed_dim)`.
         """
+        self._recheck()
         features = self.image_encoder(self._normalized(pixel_values))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
@@ -519,6 +566,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             `pooler_output (batch, embed_dim)`, with the decoder's output added if there is a decoder, and the
             projected words as `last_hidden_state (batch, length, embed_dim)`.
         """
+        self._recheck()
         features = self.fuse(self.text_encoder(input_ids, attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=features.tokens, pooler_output=features.pooled)
 
@@ -533,7 +581,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return_logits: bool = True,
         text_groups: int = 1,
         token_type_ids: Tensor | None = None,
-    ) -> D2SVSEOutput:
+        return_dict: bool | None = None,
+    ) -> D2SVSEOutput | tuple[Any, ...]:
         """Encode images, texts or both, and score all pairs.
 
         Args:
@@ -551,6 +600,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             text_groups: largest number of groups of texts of similar length; more groups save padding and give the
                 same result.
             token_type_ids: `(n_texts, length)` zeros, which BERT's tokenizers return; a text has one segment.
+            return_dict: False returns the output as a tuple, as transformers does.
 
         Raises:
             ValueError: if neither images nor texts are given, both `pixel_values` and `image_tokens` are given, or
@@ -562,6 +612,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError("give pixel_values or image_tokens, not both")
         if pixel_values is None and image_tokens is None and input_ids is None:
             raise ValueError("give pixel_values, input_ids or both")
+        self._recheck()
         images = None
         if image_tokens is not None:
             images = self.image_encoder.from_backbone_tokens(image_tokens, image_token_mask)
@@ -581,7 +632,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             if self.logit_bias is not None:
                 logits = logits + self.logit_bias.float()
             output.logits_per_image, output.logits_per_text = logits, logits.T
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     def _encode_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None, groups: int, text_tokens: Tensor | None
@@ -708,6 +759,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model: Any = self
         if device is not None:
             model.to(device)
+        model._recheck()
         at_least = processor.draft_size() if draft else None
         for rows, pixels in read_batches(processor, images, batch_size, at_least, on_bad_image):
             with inference(model):
@@ -788,6 +840,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         model: Any = self
         if device is not None:
             model.to(device)
+        model._recheck()
         ids = processor.tokenize(texts, max_length, on_report)
         order = list(range(len(ids)))
         if not self.text_depends_on_batch(dense):
@@ -827,10 +880,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return scores.cpu().numpy() if both_numpy else scores
 
     def image_vectors(self, pixel_values: Tensor) -> Tensor:
-        """Return the vectors of prepared images for other libraries, `(batch, embed_dim)` float32.
+        """Return the vectors of prepared images for other libraries, `(batch, width)` float32.
 
-        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF). For any
-        other similarity both are the pooled vectors, L2-normalised.
+        Inner products with `text_vectors` are the scores of a bilinear similarity (cosine, GSSF, low-rank). For any
+        other similarity both are the pooled vectors, L2-normalised. The width is the rank of a low-rank similarity,
+        and otherwise `embed_dim`.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
@@ -839,9 +893,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return self.similarity_fn.pooled_vectors("image", self.image_encoder(pixel_values).pooled)
 
     def text_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the vectors of tokenized texts for other libraries, `(batch, embed_dim)` float32.
+        """Return the vectors of tokenized texts for other libraries, `(batch, width)` float32.
 
-        See `image_vectors` for how they compare.
+        See `image_vectors` for their width, and how they compare.
 
         Args:
             input_ids: `(batch, length)` int64.
@@ -849,6 +903,12 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         texts = self.fuse(self.text_encoder(input_ids, attention_mask))
         return self.similarity_fn.pooled_vectors("text", texts.pooled)
+
+    def _recheck(self) -> None:
+        """Compare the weights of poolings with those of their kept coefficients once; training never keeps any."""
+        for part in () if self.training else self.modules():
+            if isinstance(part, GeneralizedPooling):
+                part.recheck()
 
     def _normalized(self, pixel_values: Tensor) -> Tensor:
         """Return uint8 pixels rescaled and normalised by the model's image processor; others unchanged."""
@@ -881,7 +941,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
         Args:
             context_tokens: see `D2SVSEConfig`; None for "none" with a similarity of pooled vectors, and for a
                 similarity of tokens "add" with a context gate and else "join".
-            **arguments: arguments of `build_context_decoder`.
+            **arguments: arguments of `build_context_decoder`. Positions are enough for the processor's longest text.
 
         Returns:
             The decoder.
@@ -893,9 +953,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError("the model has a context decoder already")
         if self.config.context_gate and context_tokens == "join":
             raise ValueError(JOINS_A_GATE)
+        arguments = with_positions(arguments, 0 if self.processor is None else self.processor.max_length)
         decoder = build_context_decoder(self.config.embed_dim, **arguments)
         decoder.apply(self._init_weights)
-        self.decoder = decoder.to(self.device, self.dtype)
+        self.decoder = decoder.to(self.device, self.dtype).train(self.training)
         tokens = "add" if self.config.context_gate else "join"
         self.config.context_tokens = context_tokens or (tokens if self.similarity_fn.needs_tokens else "none")
         if self.config.context_gate:
@@ -913,7 +974,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             dim: width of the teacher's vectors.
         """
         built = None if similarity is None else build_similarity(similarity, dim)
-        self.teacher_similarity = built if built is None else built.to(self.device)
+        self.teacher_similarity = built if built is None else built.to(self.device).train(self.training)
         self.config.teacher_similarity = None if similarity is None else {"similarity": similarity, "dim": dim}
 
     def freeze(self, *, vision: bool | None = None, text: bool | None = None) -> None:
@@ -947,6 +1008,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError(f"the {side} backbone has LoRA already")
         add_lora(self._backbone(side), **arguments)
         self.config.lora = {**present, side: arguments}
+        self.train(self.training)
 
     def merge_lora(self) -> None:
         """Add all LoRA matrices to the weights and remove them; the outputs stay the same."""
@@ -1002,6 +1064,21 @@ def _reset(module: nn.Module) -> None:
             part.reset_parameters()
         elif isinstance(part, nn.MultiheadAttention):
             part._reset_parameters()
+
+
+def one_device(device_map: Any) -> Any:
+    """Return the device of a `device_map` of transformers, or None for None.
+
+    Raises:
+        ValueError: if it spreads the parts of a model over devices.
+    """
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(f"device_map must give one device for the whole model, got {device_map}")
+        device_map = device_map[""]
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return device_map
 
 
 def read_configuration(folder: Path, name: str) -> D2SVSEConfig:

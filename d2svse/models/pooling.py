@@ -14,6 +14,7 @@ from d2svse.features import at_least_float32, sent
 
 # The state of the weights, their values, their coefficients by length, and those of all lengths up to the longest.
 Kept = tuple[tuple[object, ...], Tensor | None, dict[int, Tensor], Tensor | None]
+ALL_MASKED = "cannot pool a row whose tokens are all masked"
 NOTHING: Kept = ((), None, {}, None)
 
 
@@ -53,7 +54,7 @@ class GeneralizedPooling(nn.Module):
 
         Raises:
             ValueError: if a row has no real token. On an accelerator, where the check would wait for the device, the
-                row becomes NaN.
+                row becomes NaN (-inf in `MaxPooling`).
         """
         length = tokens.shape[1]
         with torch.autocast(tokens.device.type, enabled=False):
@@ -71,7 +72,7 @@ class GeneralizedPooling(nn.Module):
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
             if lengths[0] == 0:
-                raise ValueError("cannot pool a row whose tokens are all masked")
+                raise ValueError(ALL_MASKED)
             values = values.masked_fill(~mask[:, None, :], -torch.inf)
             values = sort_descending(values)[..., : lengths[-1]]
             real = torch.arange(lengths[-1], device=values.device) < counts[:, None]
@@ -79,9 +80,13 @@ class GeneralizedPooling(nn.Module):
             return (values @ self.coefficients(lengths).to(values.dtype)[row].unsqueeze(-1)).squeeze(-1)
 
     def train(self, mode: bool = True) -> GeneralizedPooling:
-        """Set the training mode; the next use compares the weights with those of the kept coefficients."""
-        self._kept = ((), *self._kept[1:])
+        """Set the training mode, and `recheck`."""
+        self.recheck()
         return super().train(mode)
+
+    def recheck(self) -> None:
+        """Let the next use compare the weights with those of the kept coefficients, also on an accelerator."""
+        self._kept = ((), *self._kept[1:])
 
     def coefficients(self, lengths: list[int]) -> Tensor:
         """Return the pooling coefficients of each length, `(len(lengths), max(lengths))`, zero after each length.
@@ -122,10 +127,14 @@ class GeneralizedPooling(nn.Module):
         return learns
 
     def _checked(self) -> Kept:
-        """Return what is kept, without coefficients if the weights have changed."""
+        """Return what is kept, without coefficients if the weights have changed.
+
+        A change of `.data` leaves no trace, so that only the weights tell. An accelerator, which the host would wait
+        for, compares them after `recheck` alone.
+        """
         state = tuple((p.data_ptr(), p._version, p.dtype) for p in self.parameters())
         kept_for, weights, kept, table = self._kept
-        if state == kept_for:
+        if state == kept_for and self.gru.weight_hh_l0.device.type != "cpu":
             return self._kept
         now = torch.cat([p.detach().flatten() for p in self.parameters()])
         alike = weights is not None and (weights.device, weights.dtype) == (now.device, now.dtype)
@@ -134,9 +143,10 @@ class GeneralizedPooling(nn.Module):
         return state, now, kept, table
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
-        device, longest = self.linear.weight.device, lengths[-1]
+        like, longest = next(self.gru.parameters()), lengths[-1]  # a quantized linear layer has no weight to read
+        device = like.device
         # Sines differ between devices, and the coefficients are sensitive: all devices take those of the CPU.
-        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(self.linear.weight.dtype)
+        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(like.dtype)
         # A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
         # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
         step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])
@@ -160,6 +170,7 @@ class MeanPooling(nn.Module):
         tokens = at_least_float32(tokens)
         if mask is None:
             return tokens.mean(1)
+        check_rows(mask)
         return tokens.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -169,7 +180,10 @@ class MaxPooling(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         tokens = at_least_float32(tokens)
-        return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
+        if mask is None:
+            return tokens.amax(1)
+        check_rows(mask)
+        return tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
 
 
 class ClsPooling(nn.Module):
@@ -199,6 +213,7 @@ class ExternalSpaceAttention(nn.Module):
         """Pool `(batch, length, dim)` to `(batch, dim)`; see `GeneralizedPooling.forward`."""
         scores = at_least_float32(self.linear(tokens))
         if mask is not None:
+            check_rows(mask)
             scores = scores.masked_fill(~mask.unsqueeze(-1), -torch.inf)
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0)
         return (scores.softmax(1) * at_least_float32(tokens)).sum(1)
@@ -217,6 +232,17 @@ def build_pooling(name: str, dim: int) -> nn.Module:
     """Return the pooling of a name in `POOLINGS` for tokens of width `dim`."""
     pooling = POOLINGS[name]
     return pooling(dim) if issubclass(pooling, ExternalSpaceAttention) else pooling()
+
+
+def check_rows(mask: Tensor) -> None:
+    """Check on the CPU that each row of a mask `(batch, length)` has a real token.
+
+    Raises:
+        ValueError: if a row has none.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if mask.device.type == "cpu" and not traced and not mask.any(1).all():
+        raise ValueError(ALL_MASKED)
 
 
 def sort_descending(values: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2svse.choices import Candidates, Side
-from d2svse.features import Features
+from d2svse.features import Features, unit
 from d2svse.registry import Class, Registry
 from d2svse.similarity.alignment import Alignment, PatchScores, TokenScores
 from d2svse.similarity.use import in_use
@@ -156,15 +155,18 @@ class Similarity(nn.Module, ABC):
         if candidates is None:
             return self.fold(side, features.pooled).float()
         if candidates == "pooled":
-            return F.normalize(features.pooled.float(), dim=-1)
+            return unit(features.pooled.float())
         if features.tokens is None:
             raise ValueError("candidates by the mean of tokens need tokens; encode with output='features'")
-        tokens = F.normalize(features.tokens.float(), dim=-1) * features.real_tokens()[..., None]
-        return F.normalize(tokens.sum(1), dim=-1)
+        tokens = unit(features.tokens.float()) * features.real_tokens()[..., None]
+        return unit(tokens.sum(1))
 
     def pooled_vectors(self, side: Side, pooled: Tensor) -> Tensor:
-        """Return `vectors` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them; with gradient."""
-        return self.fold(side, pooled).float() if self.foldable else F.normalize(pooled.float(), dim=-1)
+        """Return `vectors` `(n, dim)` of pooled vectors `(n, embed_dim)` alone, as other libraries compare them.
+
+        They have a gradient.
+        """
+        return self.fold(side, pooled).float() if self.foldable else unit(pooled.float())
 
     def score_some(self, images: Features, texts: Features, chosen: Tensor) -> Tensor:
         """Score some of the pairs, with gradient, where that takes less than all of them.

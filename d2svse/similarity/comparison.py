@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.features import Features, at_least_float32
+from d2svse.features import Features, at_least_float32, unit
 from d2svse.similarity.base import Side, Similarity, register_similarity
 
 IMAGES_AT_ONCE = 16  # scored with all texts, so that no tensor holds the hidden vectors of all pairs
@@ -42,7 +42,7 @@ class LowRank(Similarity):
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """Normalise and map: the inner product of both sides is the score."""
         with torch.autocast(vectors.device.type, enabled=False):
-            vectors = F.normalize(at_least_float32(vectors), dim=-1)
+            vectors = unit(at_least_float32(vectors))
             return vectors @ (self.image_map if side == "image" else self.text_map).to(vectors.dtype).T
 
     def reset_parameters(self) -> None:  # noqa: D102
@@ -73,7 +73,7 @@ class Mahalanobis(Similarity):
         self.reset_parameters()
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        x, y = (F.normalize(side.pooled, dim=-1) @ self.map.to(side.pooled.dtype).T for side in (images, texts))
+        x, y = (unit(side.pooled) @ self.map.to(side.pooled.dtype).T for side in (images, texts))
         distances = x.square().sum(-1)[:, None] + y.square().sum(-1) - 2 * x @ y.T
         return -distances.clamp(min=0)
 
@@ -97,7 +97,7 @@ class PairwiseMLP(Similarity):
         self.first, self.second = nn.Linear(inputs, hidden_dim or dim), nn.Linear(hidden_dim or dim, 1)
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        x, y = F.normalize(images.pooled, dim=-1), F.normalize(texts.pooled, dim=-1)
+        x, y = unit(images.pooled), unit(texts.pooled)
         weight, bias = self.second.weight.to(x.dtype), self.second.bias.to(x.dtype)
         rows = [F.linear(F.relu(self.hidden(part, y)), weight, bias)[..., 0] for part in x.split(IMAGES_AT_ONCE)]
         return torch.cat(rows) if len(x) else x.new_zeros(0, len(y))

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from d2svse.features import Features, at_least_float32
+from d2svse.features import Features, at_least_float32, unit
 from d2svse.similarity.base import Side, Similarity, register_similarity
 
 
@@ -18,7 +17,7 @@ class Cosine(Similarity):
     """Cosine of the two pooled vectors: xᵀy with x and y L2-normalised. Range [-1, 1]."""
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return F.normalize(images.pooled, dim=-1) @ F.normalize(texts.pooled, dim=-1).T
+        return unit(images.pooled) @ unit(texts.pooled).T
 
     vector_score = "cosine"  # the inner product of normalised vectors
 
@@ -31,4 +30,4 @@ class Cosine(Similarity):
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """L2-normalise: the inner product of normalised vectors is the cosine."""
         with torch.autocast(vectors.device.type, enabled=False):
-            return F.normalize(at_least_float32(vectors), dim=-1)
+            return unit(at_least_float32(vectors))

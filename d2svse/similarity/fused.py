@@ -71,7 +71,7 @@ def _forward(
     for start in range(0, n_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         inside = rows < n_rows
-        real = inside[:, None] & real_columns[None, :]
+        real = (tl.load(a + rows, mask=inside, other=0.0) > 0)[:, None] & real_columns[None, :]
         tile = tl.load(products + rows[:, None] * stride + columns[None, :], mask=real, other=0.0)
         f = tl.load(fs + (iterations - 1) * n_rows + rows, mask=inside, other=0.0)
         total += tl.sum(f)
@@ -79,7 +79,7 @@ def _forward(
         kernel = tl.where(real, tl.exp(tile * scale), 0.0)
         score += tl.sum(tl.sum(kernel * tile * g[None, :], 1) * f)
     tl.store(scores + pair, score)
-    finite = (total < float("inf")) & (total == total)
+    finite = (total < float("inf")) & (total == total) & (score == score)
     tl.store(exact + pair, ((low > smallest) & (high < largest) & finite).to(tl.int8))
 
 
@@ -111,7 +111,7 @@ def _backward(
     for start in range(0, n_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         inside = rows < n_rows
-        real = inside[:, None] & real_columns[None, :]
+        real = (tl.load(a + rows, mask=inside, other=0.0) > 0)[:, None] & real_columns[None, :]
         tile = tl.load(products + rows[:, None] * stride + columns[None, :], mask=real, other=0.0)
         moved = tl.where(real, tl.exp(tile * scale) * tile, 0.0)
         scored = tl.load(scoring_rows + rows, mask=inside, other=0.0) * gradient

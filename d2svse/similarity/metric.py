@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2svse.choices import unknown
+from d2svse.features import unit
 
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
 Start = Literal["identity", "random"]
@@ -144,7 +145,7 @@ class Metric(nn.Module):
 
     def left(self, x: Tensor) -> Tensor:
         """L2-normalise the image side: `(..., dim)`."""
-        return F.normalize(x, dim=-1)
+        return unit(x)
 
     def right(self, y: Tensor) -> Tensor:
         """L2-normalise the text side and take it through W: `(..., dim)` to (W ⊙ U)ŷ, `(..., dim)`.
@@ -152,7 +153,7 @@ class Metric(nn.Module):
         The inner product of `left` with the result is the score. W is on this side, so that
         stored image vectors serve a search by image as well.
         """
-        return self.apply_weight(F.normalize(y, dim=-1))
+        return self.apply_weight(unit(y))
 
     def apply_weight(self, y: Tensor) -> Tensor:
         """Take normalised vectors of the text side through W: `(..., dim)`; cosine returns them unchanged."""

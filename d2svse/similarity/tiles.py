@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from d2svse.choices import unknown
-from d2svse.features import Features, sent
+from d2svse.features import SMALLEST_NORM, Features, sent, unit
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import UNSCORED, Side, Similarity
 from d2svse.similarity.metric import Metric, MetricOptions
@@ -24,7 +24,6 @@ from d2svse.similarity.use import in_use
 DEFAULT_MAX_MEMORY = 512 * 2**20
 CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the cache between two operations
 NUM_BLOCKS = 4  # of a block-diagonal metric of fragments, the paper's "ratio"
-SMALLEST_NORM = 1e-12
 HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # `torch.mm` into float32
 IMAGES_TOGETHER = 16  # stored images, whose tokens stay in the CPU's cache
 QUERIES_TOGETHER = 64
@@ -323,7 +322,7 @@ def _fragments(features: Features) -> Fragments:
         features = Features(features.pooled, F.pad(features.tokens, (0, 0, 0, 1)), mask)
     assert features.tokens is not None
     vectors, norms = _Normalized.apply(features.tokens)
-    return Fragments(vectors, norms, F.normalize(features.pooled, dim=-1), vectors, features.real_tokens())
+    return Fragments(vectors, norms, unit(features.pooled), vectors, features.real_tokens())
 
 
 class _RoundedProduct(torch.autograd.Function):

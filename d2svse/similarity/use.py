@@ -16,18 +16,19 @@ Of = TypeVar("Of", bound=nn.Module)
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
-# Number of threads that use a module now, and its training mode before the first thread started.
-_USED: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+# Number of threads that use a module now, and its parts that were in training mode before the first thread started.
+_USED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 _MODES = threading.Lock()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Keep a module in eval mode inside the block. The last of several threads restores the training mode."""
+    """Keep a module in eval mode inside the block. The last of several threads restores the mode of each part."""
     with _MODES:
-        others, training = _USED.get(module, (0, module.training))
+        now = [part for part in module.modules() if part.training]
+        others, training = _USED.get(module, (0, now))
         _USED[module] = (others + 1, training)
-        if any(part.training for part in module.modules()):
+        if now:
             module.eval()
     try:
         yield
@@ -36,8 +37,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             threads, training = _USED.pop(module)
             if threads > 1:
                 _USED[module] = (threads - 1, training)
-            elif training:
-                module.train()
+            for part in training if threads == 1 else []:
+                part.training = True
 
 
 def in_use(method: Callable[Concatenate[Of, Given], Found]) -> Callable[Concatenate[Of, Given], Found]:

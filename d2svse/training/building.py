@@ -21,9 +21,9 @@ from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
 from d2svse.models.configuration import JOINS_A_GATE
-from d2svse.models.decoder import build_context_decoder
+from d2svse.models.decoder import build_context_decoder, with_positions
 from d2svse.models.encoders import embedding_count
-from d2svse.models.metric_attention import METRIC_ATTENTION
+from d2svse.models.metric_attention import check_attention
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import NO_WEIGHT, TrainingArguments
 from d2svse.training.caches import CachedTokens, check_text_tokens
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 # A layer of a backbone by the usual names (GPT-2's is `h`), and what is in a stage of a ResNet outside of its layers.
 _LAYER = re.compile(r".*?\.backbone\.(?:.*?\.)?(?:layers?|blocks?|h)\.\d+(?=\.)")
 _STAGE = re.compile(r".*?\.backbone\.(?:.*?\.)?stages\.\d+(?=\.)")
-POSITIONS = 640  # of the context decoder, words and tokens; more if a text can be longer
 _EMBEDDING = re.compile(r"embed|\.wte\.|\.wpe\.|\.pre_lay(?:r|er)norm\.")  # CLIP's norm before the layers too
 
 
@@ -236,11 +235,7 @@ def _walk(model: D2SVSE, args: TrainingArguments, teacher: Teacher | RetrievalTe
 
 def decoder_arguments(model: D2SVSE, args: TrainingArguments) -> dict[str, Any]:
     """Return the arguments of the context decoder, with positions for the tokens and the longest text."""
-    arguments, processor = args.decoder_arguments(), model.processor
-    positions = arguments["num_tokens"] + (0 if processor is None else processor.max_length)
-    if arguments.get("positions") and positions > POSITIONS:
-        arguments["max_positions"] = positions
-    return arguments
+    return with_positions(args.decoder_arguments(), 0 if model.processor is None else model.processor.max_length)
 
 
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:
@@ -275,13 +270,8 @@ def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
     before = []
     for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
         backbone: Any = encoder.backbone
-        own = backbone.config._attn_implementation
-        if own != name and METRIC_ATTENTION in (own, name):
-            raise ValueError(
-                f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
-                "leave the option out"
-            )
-        before.append(own)
+        check_attention(backbone, name)
+        before.append(backbone.config._attn_implementation)
         try:
             backbone.set_attn_implementation(name)
         except (ValueError, ImportError) as error:
@@ -305,7 +295,7 @@ def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDat
         )
     if count is None or len(tokenizer) <= count:
         return
-    advice = "enlarge them with model.text_encoder.backbone.resize_token_embeddings, or give the backbone's tokenizer"
+    advice = "enlarge them with model.resize_token_embeddings, or give the backbone's tokenizer"
     size = f"the tokenizer has {len(tokenizer)} tokens and the text backbone {count} embeddings"
     if tokenizer.pad_token_id >= count:
         raise ValueError(f"{size}: its padding token {tokenizer.pad_token!r} has none; {advice}")

@@ -45,7 +45,7 @@ def test_the_zero_shot_pipeline_gives_what_the_original_gives(name, saved, val_d
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_sentence_transformers_and_torch_export_give_our_embeddings(name, saved, val_dataset):
     folder = saved(name)[1]
-    model = D2SVSE.from_pretrained(folder).eval()
+    model = D2SVSE.from_pretrained(folder)
     paths, texts = [str(path) for path in val_dataset.images[:3]], list(val_dataset.captions[:4])
     images, words = model.encode_image(paths), model.encode_text(texts)
     programs = {side: program.module() for side, program in export_programs(model).items()}

@@ -41,6 +41,17 @@ def test_a_task_on_local_data_gives_our_recalls(similarity, make_model, dataset)
     assert 0 < ours["i2t_recall_at_10"] < 1
 
 
+def test_the_width_is_that_of_the_vectors_and_an_empty_text_has_one(make_model, dataset):
+    from d2svse.integrations.mteb import LocalRetrieval, MTEBModel
+
+    adapter = MTEBModel(make_model(similarity={"name": "low-rank", "rank": 5}))
+    metadata = LocalRetrieval(dataset, "t2i").metadata
+    batches = [{"text": ["", " ", "a red circle"]}]
+    vectors = adapter.encode(batches, task_metadata=metadata, hf_split="test", hf_subset="default")
+    assert vectors.isfinite().all()
+    assert vectors.shape == (3, adapter.mteb_model_meta.embed_dim) == (3, 5)
+
+
 def test_bad_input(dataset, model):
     from d2svse.integrations.mteb import LocalRetrieval, MTEBModel
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2svse import TrainingArguments
 from d2svse.losses import (
@@ -56,6 +57,23 @@ def test_the_decorator_adds_a_loss():
     assert "cosine-of-test" in distillation_loss_names()
     with pytest.raises(ValueError, match=r"the loss name 'infonce-of-test' belongs to .*Mine"):
         register_loss("infonce-of-test")(InfoNCE)
+
+
+@pytest.mark.parametrize("name", loss_names())
+def test_an_empty_batch_costs_nothing(name):
+    scores = torch.zeros(0, 0, requires_grad=True)
+    loss = build_loss(name)(scores)
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("name", distillation_loss_names())
+def test_an_empty_batch_teaches_nothing(name):
+    loss = build_distillation_loss(name)
+    student = torch.zeros(0, 0 if isinstance(loss, KLDistillation) else 4, dtype=torch.bfloat16, requires_grad=True)
+    value = loss(student, student)
+    value.backward()
+    assert (value.item(), value.dtype) == (0, torch.float32)
 
 
 @pytest.mark.usefixtures("package")

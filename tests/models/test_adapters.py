@@ -5,6 +5,7 @@ import torch
 
 from d2svse import D2SVSE, Trainer
 from d2svse.models.adapters import add_lora, is_added, merge_lora, parameter_table
+from d2svse.models.metric_attention import patch_attention
 from d2svse.similarity import Metric
 from d2svse.training.building import parameter_groups
 from support.dual_encoders import make_dual
@@ -187,6 +188,16 @@ def test_a_metric_of_the_attention_is_trained_beside_adapters(make_model, option
     frozen.add_lora("text", rank=2, **options)
     metrics = [name for name, _ in frozen.text_encoder.backbone.named_parameters() if "attention_metric." in name]
     assert not any(frozen.text_encoder.backbone.get_parameter(name).requires_grad for name in metrics)
+
+
+@pytest.mark.parametrize("target", ["meta", torch.bfloat16])
+def test_new_metrics_are_where_the_backbone_is_and_in_its_dtype(make_model, target):
+    model = make_model().to(target)
+    expected = {(one.device, one.dtype) for one in model.parameters()}
+    patch_attention(model.image_encoder.backbone, "diagonal")
+    model.add_lora("vision", metric="diagonal")
+    model.add_lora("text", kind="bottleneck", metric="diagonal")
+    assert {(one.device, one.dtype) for one in model.parameters()} == expected
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}, {"target_modules": ["fc1", "out_proj"]}], ids=str)

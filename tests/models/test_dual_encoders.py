@@ -5,14 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import (
+    BeitConfig,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SwinConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from d2svse import D2SVSE, D2SVSEProcessor, ImageTextIndex
 from d2svse.losses import SigmoidLoss
 from d2svse.models import model_fingerprint
 from d2svse.models.dual_encoders import KINDS, stretch_positions
 from d2svse.training.building import tie_temperature
-from support.dual_encoders import NAMES, TOWER, make_dual
+from support.dual_encoders import NAMES, TOWER, VISION, make_dual
 
 
 @pytest.fixture
@@ -53,10 +65,10 @@ def test_embeddings_and_logits_are_those_of_the_original(name, save_dual, proces
     dual, folder = save_dual(name)
     images, texts = [str(path) for path in val_dataset.images[:5]], val_dataset.captions[:7]
     expected = original(dual, processor, images, texts)
-    taken = D2SVSE.from_pretrained(folder).eval()
+    taken = D2SVSE.from_pretrained(folder)
     taken.save_pretrained(tmp_path / "taken")
     (folder / "config.json").unlink()  # the saved model needs nothing of the original
-    for model in (taken, D2SVSE.from_pretrained(tmp_path / "taken").eval()):
+    for model in (taken, D2SVSE.from_pretrained(tmp_path / "taken")):
         np.testing.assert_allclose(model.encode_image(images), expected["images"], atol=1e-6)
         np.testing.assert_allclose(model.encode_text(texts), expected["texts"], atol=1e-6)
         with torch.no_grad():
@@ -64,9 +76,22 @@ def test_embeddings_and_logits_are_those_of_the_original(name, save_dual, proces
         np.testing.assert_allclose(logits, expected["logits"], rtol=1e-6, atol=1e-5)
 
 
+def test_a_loaded_model_is_in_eval_mode_and_stays_there(save_dual, val_dataset):
+    for name in ("chinese_clip", "align"):  # one has dropout, the other a batch norm
+        model = D2SVSE.from_pretrained(save_dual(name)[1])
+        model.encode_text("a red circle")
+        assert not any(part.training for part in [*model.modules(), *model.to_dual_encoder().modules()])
+
+
+def test_a_model_has_the_mode_of_the_dual_encoder_that_it_is_made_of(processor):
+    dual = make_dual("clip", processor)
+    assert D2SVSE.from_dual_encoder(dual.train()).training
+    assert not D2SVSE.from_dual_encoder(dual.eval()).training
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_go_through_the_norm_and_the_projection_of_the_pooled_one(name, processor, val_dataset):
-    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor).eval()
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor)
     images = model.encode_image(val_dataset.images[:3], output="features")
     texts = model.encode_text(val_dataset.captions[:3], output="features")
     assert images.tokens.shape[2] == texts.tokens.shape[2] == model.config.embed_dim
@@ -91,7 +116,7 @@ def test_tokens_go_through_the_norm_and_the_projection_of_the_pooled_one(name, p
 
 def test_one_text_and_a_batch_of_longer_ones_give_the_same(save_dual, val_dataset):
     for name in ("clip", "siglip", "altclip", "owlvit", "tipsv2"):
-        model = D2SVSE.from_pretrained(save_dual(name)[1]).eval()
+        model = D2SVSE.from_pretrained(save_dual(name)[1])
         texts = ["a red circle", *val_dataset.captions[:9]]
         np.testing.assert_allclose(model.encode_text(texts)[0], model.encode_text(texts[0])[0], atol=1e-6)
         np.testing.assert_allclose(model.encode_text(texts, batch_size=2), model.encode_text(texts), atol=1e-6)
@@ -107,7 +132,7 @@ def test_an_index_is_built_searched_and_opened_again(save_dual, photos, tmp_path
 
 
 def test_a_prompt_is_put_around_texts_where_it_is_asked_for(save_dual, tmp_path):
-    model = D2SVSE.from_pretrained(save_dual("clip")[1]).eval()
+    model = D2SVSE.from_pretrained(save_dual("clip")[1])
     plain, spelt = model.encode_text(["red circle", "a red circle"])
     before = model_fingerprint(model)
     model.processor.prompt = "a {}"
@@ -134,6 +159,48 @@ def test_fields_of_the_configuration_can_be_given(save_dual):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": "auto"},
+        {"torch_dtype": "bfloat16"},
+        {"dtype": torch.bfloat16},
+        {"attn_implementation": "eager"},
+        {"attn_implementation": {"text_config": "eager"}},
+        {"trust_remote_code": True, "use_safetensors": True, "low_cpu_mem_usage": True},
+        {"config": None, "subfolder": None, "revision": None},
+    ],
+)
+def test_a_dual_encoder_takes_the_usual_options_of_loading_as_a_saved_model_does(options, save_dual, tmp_path):
+    folder = save_dual("clip")[1]
+    D2SVSE.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    for name in (folder, tmp_path / "saved"):
+        model = D2SVSE.from_pretrained(name, **options)
+        assert model.dtype == (torch.bfloat16 if {"dtype", "torch_dtype"} & set(options) else torch.float32)
+        attention = model.text_encoder.backbone.config._attn_implementation
+        assert attention == ("eager" if "attn_implementation" in options else "sdpa")
+
+
+def test_options_of_loading_that_do_not_fit_are_refused(save_dual, backbones, tmp_path):
+    folder = save_dual("clip")[1]
+    with pytest.raises(ValueError, match="one device for the whole model"):
+        D2SVSE.from_pretrained(folder, device_map={"text_encoder": "cpu", "image_encoder": "cpu"})
+    D2SVSE.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="max_positions is for a dual encoder"):
+        D2SVSE.from_pretrained(tmp_path / "saved", max_positions=80)
+    for option, way in (
+        ("revision", "snapshot_download"),
+        ("dtype", r"call \.to"),
+        ("attn_implementation", "call .set"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} is no model option; .*{way}"):
+            D2SVSE.from_backbones(backbones / "vision", backbones / "text", **{option: "main"})
+        with pytest.raises(ValueError, match=f"{option} is no model option; .*{way}"):
+            D2SVSE.from_dual_encoder(folder, **{option: "main"})
+
+
+@pytest.mark.parametrize(
     ("config", "advice"),
     [
         ({"model_type": "vit"}, "--vision {} --text TEXT"),
@@ -151,6 +218,32 @@ def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, 
     assert advice.format(tmp_path) in str(told.value)
 
 
+def join_towers(vision, processor):
+    text = BertConfig(**TOWER, vocab_size=len(processor.tokenizer), max_position_embeddings=48)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=24)
+    torch.manual_seed(0)
+    return VisionTextDualEncoderModel(config).eval()
+
+
+@pytest.mark.parametrize("vision", [SiglipVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, DINOv3ViTConfig])
+def test_towers_that_pool_otherwise_than_vit_give_what_the_original_gives(vision, processor, val_dataset):
+    dual = join_towers(vision(**VISION), processor)
+    pixels = processor.pixel_values([str(path) for path in val_dataset.images[:2]])
+    with torch.no_grad():
+        expected = dual.get_image_features(pixel_values=pixels).pooler_output
+        features = D2SVSE.from_dual_encoder(dual).image_encoder(pixels)
+    torch.testing.assert_close(features.pooled, expected)
+    assert features.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "vision", [BeitConfig(**VISION), SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2])]
+)
+def test_a_tower_whose_tokens_cannot_be_pooled_is_refused(vision, processor):
+    with pytest.raises(ValueError, match=f"with a {vision.model_type} tower cannot be used"):
+        D2SVSE.from_dual_encoder(join_towers(vision, processor))
+
+
 def test_weights_that_lack_a_part_are_refused(save_dual, processor, tmp_path):
     _, folder = save_dual("clip")
     text = {**TOWER, "vocab_size": len(processor.tokenizer)}
@@ -162,11 +255,11 @@ def test_weights_that_lack_a_part_are_refused(save_dual, processor, tmp_path):
 
 def test_a_new_decoder_and_a_new_metric_leave_the_scores_as_they_are(save_dual, val_dataset, tmp_path):
     folder, texts = save_dual("clip")[1], val_dataset.captions[:5]
-    plain = D2SVSE.from_pretrained(folder).eval()
+    plain = D2SVSE.from_pretrained(folder)
     images = plain.encode_image(val_dataset.images[:4])
     scores = plain.similarity(images, plain.encode_text(texts))
     for similarity in ("gssf-diagonal", "gssf-block-diagonal"):
-        model = D2SVSE.from_pretrained(folder, similarity=similarity).eval()
+        model = D2SVSE.from_pretrained(folder, similarity=similarity)
         np.testing.assert_allclose(model.similarity(images, model.encode_text(texts)), scores, atol=1e-6)
         model.add_decoder(num_tokens=4, num_layers=1, num_heads=2)
         np.testing.assert_array_equal(model.encode_text(texts), plain.encode_text(texts))
@@ -175,14 +268,14 @@ def test_a_new_decoder_and_a_new_metric_leave_the_scores_as_they_are(save_dual, 
         assert np.abs(model.encode_text(texts) - plain.encode_text(texts)).max() > 1e-3
         model.save_pretrained(tmp_path / similarity)
         np.testing.assert_array_equal(
-            D2SVSE.from_pretrained(tmp_path / similarity).eval().encode_text(texts), model.encode_text(texts)
+            D2SVSE.from_pretrained(tmp_path / similarity).encode_text(texts), model.encode_text(texts)
         )
 
 
 @pytest.mark.parametrize("name", ["clip", "altclip", "vision-text-dual-encoder"])
 def test_stretched_positions_take_long_texts_and_leave_short_ones_as_they_are(name, save_dual, tmp_path):
     folder = save_dual(name)[1]
-    plain, long = D2SVSE.from_pretrained(folder).eval(), D2SVSE.from_pretrained(folder, max_positions=120).eval()
+    plain, long = D2SVSE.from_pretrained(folder), D2SVSE.from_pretrained(folder, max_positions=120)
     short = ["a red circle", "a red circle and a blue star on a grey background at the top left"]
     np.testing.assert_array_equal(long.encode_text(short), plain.encode_text(short))
     text = " ".join(["a red circle and a blue star"] * 14)
@@ -193,7 +286,7 @@ def test_stretched_positions_take_long_texts_and_leave_short_ones_as_they_are(na
     assert np.abs(long.encode_text(text) - long.encode_text(other)).max() > 1e-6
     np.testing.assert_array_equal(plain.encode_text(text), plain.encode_text(other))
     long.save_pretrained(tmp_path / "long")
-    again = D2SVSE.from_pretrained(tmp_path / "long").eval()
+    again = D2SVSE.from_pretrained(tmp_path / "long")
     np.testing.assert_array_equal(again.encode_text([text, other]), long.encode_text([text, other]))
 
 
@@ -220,7 +313,7 @@ def test_positions_that_cannot_be_stretched_are_refused(name, count, message, pr
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset, tmp_path):
     dual = make_dual(name, processor)
-    model = D2SVSE.from_dual_encoder(dual, processor=processor).eval()
+    model = D2SVSE.from_dual_encoder(dual, processor=processor)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)  # as training changes them
@@ -228,7 +321,7 @@ def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset,
     processor.image_processor.save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
 
-    again = D2SVSE.from_pretrained(tmp_path).eval()
+    again = D2SVSE.from_pretrained(tmp_path)
 
     images, texts = [str(path) for path in val_dataset.images[:3]], val_dataset.captions[:4]
     # Mapped weights lie elsewhere in memory, and some products then round differently.
@@ -239,7 +332,7 @@ def test_a_trained_model_goes_back_to_transformers(name, processor, val_dataset,
 
 @pytest.mark.parametrize("name", ["clip", "align", "siglip"])
 def test_a_bias_that_the_original_lacks_is_left_out_and_told(name, processor, caplog):
-    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor).eval()
+    model = D2SVSE.from_dual_encoder(make_dual(name, processor), processor=processor)
     tie_temperature(model, SigmoidLoss(bias=-3.0))
     dual = model.to_dual_encoder()
     assert ("has no logit bias" in caplog.text) == (name != "siglip")

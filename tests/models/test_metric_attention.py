@@ -7,6 +7,7 @@ from d2svse import D2SVSE, Trainer
 from d2svse.models import ContextDecoder, patch_attention, scaled_dot_product_attention
 from d2svse.models.decoder import ContextAttention
 from d2svse.similarity import Metric
+from support.dual_encoders import make_dual
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES["initializer_range"] = 0.3  # or else attention is flat and a metric hardly shows
@@ -177,3 +178,26 @@ def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
     trainer = Trainer(model, make_args(attn_implementation="eager"), train_dataset)
     with pytest.raises(ValueError, match="a metric in its attention has an attention of its own"):
         trainer.prepare()
+
+
+@pytest.mark.parametrize("taken", [{"attention_metric": {"text": "diagonal"}}, {}])
+def test_the_attention_of_a_model_cannot_be_set_in_place_of_a_metric(make_model, taken):
+    model = make_model(**taken)
+    if not taken:
+        patch_attention(model.text_encoder.backbone, "diagonal")
+    for name in ("eager", {"text_config": "eager"}):
+        with pytest.raises(ValueError, match="a metric in its attention has an attention of its own"):
+            model.set_attn_implementation(name)
+    model.set_attn_implementation({"vision_config": "eager"})
+    found = [encoder.backbone.config._attn_implementation for encoder in (model.image_encoder, model.text_encoder)]
+    assert found == ["eager", "d2svse_metric"]
+
+
+def test_the_attention_of_joined_and_of_taken_backbones_is_set(backbones, processor):
+    joined = D2SVSE.from_backbones(backbones / "vision", backbones / "text")
+    for model in (joined, D2SVSE.from_dual_encoder(make_dual("clip", processor))):
+        model.set_attn_implementation("eager")
+        assert model.image_encoder.backbone.config._attn_implementation == "eager"
+        model.set_attn_implementation({"text_config": "sdpa"})
+        found = [encoder.backbone.config._attn_implementation for encoder in (model.image_encoder, model.text_encoder)]
+        assert found == ["eager", "sdpa"]

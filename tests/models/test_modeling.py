@@ -27,6 +27,8 @@ from d2svse.images import ImageError, load_image
 from d2svse.losses.contrastive import MAX_LOGIT_SCALE
 from d2svse.models import ImageEncoder, TextEncoder, modeling
 from d2svse.models.encoders import load_backbone
+from support.cuda import simulated_cuda
+from support.dual_encoders import make_dual
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {
@@ -243,6 +245,34 @@ def test_forward_scores_both_ways(model, val_dataset):
         model()
 
 
+def test_forward_gives_a_tuple_where_transformers_does(model, val_dataset):
+    batch = model.processor(text=val_dataset.captions[:3])
+    with torch.no_grad():
+        expected = model(**batch, return_dict=True)
+        found = model(**batch, return_dict=False)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("kind", ["made", "joined", "taken"])
+def test_token_embeddings_are_enlarged_saved_and_loaded(kind, make_model, processor, backbones, val_dataset, tmp_path):
+    if kind == "made":
+        model = make_model()
+    elif kind == "joined":
+        model = D2SVSE.from_backbones(backbones / "vision", backbones / "text")
+    else:
+        model = D2SVSE.from_dual_encoder(make_dual("clip", processor))
+    model.processor = processor
+    before = model.encode_text(val_dataset.captions[:3])
+    size = model.get_input_embeddings().num_embeddings + 7
+    model.resize_token_embeddings(size)
+    assert model.text_encoder.backbone.get_input_embeddings().num_embeddings == size
+    model.save_pretrained(tmp_path)
+    loaded = D2SVSE.from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().num_embeddings == size
+    np.testing.assert_allclose(loaded.encode_text(val_dataset.captions[:3]), before, atol=1e-6)
+
+
 def test_the_logit_scale_is_kept_where_infonce_keeps_it(model, val_dataset):
     batch = model.processor(images=val_dataset.images[:4], text=SENTENCES)
     with torch.no_grad():
@@ -422,6 +452,56 @@ def test_a_frozen_backbone_stays_in_eval_mode(make_model):
     assert not model.text_encoder.backbone.training
     model.freeze(text=False)
     assert model.text_encoder.backbone.training
+
+
+@pytest.mark.parametrize("options", [{}, {"context_decoder": {"num_layers": 1, "num_heads": 2}, "similarity": "omit"}])
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+def test_a_model_with_quantized_linear_layers_encodes(make_model, val_dataset, options):
+    model = make_model(**options)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    for encode, items in (("encode_image", val_dataset.images[:3]), ("encode_text", val_dataset.captions[:3])):
+        expected, found = (getattr(one, encode)(items) for one in (model, quantized))
+        assert (expected * found).sum(1).min() > 0.99
+    stored = [torch.randn(3, 32, generator=torch.manual_seed(0))]
+    expected, found = (one.text_encoder.from_stored_tokens(stored).pooled for one in (model, quantized))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+def test_a_device_too_follows_weights_that_change_without_a_trace(make_model, val_dataset):
+    model, texts = make_model(), val_dataset.captions[:3]
+    batch = model.processor(text=texts)
+    with simulated_cuda(), torch.no_grad():
+        model.to("cuda")
+        inputs = {name: tensor.to("cuda") for name, tensor in batch.items()}
+        uses = [lambda: model.encode_text(texts, convert_to_tensor=True), lambda: model(**inputs).text_embeds]
+        for use in uses:
+            before = use().cpu()
+            for weight in model.text_encoder.pooling.parameters():
+                weight.data.mul_(3)
+            assert not torch.allclose(use().cpu(), before)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_new_parts_have_the_mode_of_the_model(make_model, mode):
+    model = make_model().train(mode)
+    model.add_decoder()
+    model.set_teacher_similarity("cosine")
+    model.add_lora("text", dropout=0.5)
+    assert all(part.training == mode for part in model.modules())
+
+
+def test_a_new_decoder_takes_the_longest_text_of_the_processor(make_model, tmp_path):
+    model = make_model()
+    model.add_decoder(num_tokens=600, num_layers=1)  # and 96 words
+    model.save_pretrained(tmp_path)
+    text = " ".join(["red circle"] * 60)
+    np.testing.assert_allclose(D2SVSE.from_pretrained(tmp_path).encode_text(text), model.encode_text(text), atol=1e-6)
+    counts = []
+    for arguments in ({}, {"num_tokens": 600, "max_positions": 650}, {"num_tokens": 600, "positions": False}):
+        decoder = make_model().add_decoder(num_layers=1, **arguments)
+        counts.append(getattr(decoder.position_embeddings, "num_embeddings", None))
+    assert counts == [640, 650, None]
+    make_model().add_decoder(kind="attention", num_tokens=600)
 
 
 def test_a_second_decoder_is_refused(model):

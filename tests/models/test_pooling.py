@@ -143,13 +143,20 @@ def test_kept_coefficients_follow_the_weights(gpo, batch):
     assert not torch.allclose(before, after)
 
 
-def test_kept_coefficients_go_with_the_mode(gpo, batch):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.copy_(weight + 0.5),  # as weight averaging does; the version does not tell
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.detach().numpy().__iadd__(0.5),
+    ],
+)
+def test_kept_coefficients_go_with_weights_that_change_without_a_trace(gpo, batch, change):
     gpo.eval()
     with torch.no_grad():
         before = gpo(*batch)
         for parameter in gpo.parameters():
-            parameter.data.copy_(parameter + 0.5)  # as weight averaging does; the version does not tell
-        gpo.eval()
+            change(parameter)
         assert not torch.allclose(gpo(*batch), before)
 
 
@@ -201,9 +208,11 @@ def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch):
     assert [sizes[0] for sizes in asked] == [3, 1]  # lengths 1, 3 and 7, then 2
 
 
-def test_a_row_without_tokens_is_an_error(gpo):
+@pytest.mark.parametrize("name", [name for name in POOLINGS if name != "cls"])
+def test_a_row_without_tokens_is_an_error(name):
+    mask = torch.tensor([[True, False], [False, False]])
     with pytest.raises(ValueError, match="tokens are all masked"):
-        gpo(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool))
+        build_pooling(name, 3)(torch.zeros(2, 2, 3), mask)
 
 
 def test_stays_in_float32_inside_autocast(gpo, batch):

@@ -223,6 +223,7 @@ def test_values_of_the_wrong_type_are_one_error(folder, values):
         ("vision_config", {"hidden_size": 10**9}),
         ("vision_config", {"num_hidden_layers": 10**6}),
         ("text_config", {"num_hidden_layers": 900}),
+        ("text_config", {"model_type": "xlstm", "num_blocks": 2000}),
         ("text_config", {"intermediate_size": 10**8}),
         ("text_config", {"vocab_size": 10**8}),
         ("text_config", {"num_labels": 10**9}),
@@ -267,9 +268,21 @@ def test_a_configuration_in_python_has_the_same_limits():
         {"lora": {"text": {"rank": 10**6}}},
         {"embed_dim": 10**9},
         {"context_decoder": {"num_layers": 5000}},
+        {"similarity": {"name": "gssf-block-diagonal", "num_blocks": 10**6}},
+        {"similarity": {"name": "gssf-block-diagonal", "ratio": 10**6}},
     ):
         with pytest.raises(ValueError, match="at most"):
             D2SVSEConfig(**options)
+
+
+def test_values_that_take_no_memory_are_within_the_limits(make_model, tmp_path):
+    for options in (
+        {"similarity": {"name": "omit", "max_memory": 2**32}},
+        {"embed_dim": 2048, "similarity": {"name": "gssf-block-diagonal", "num_blocks": 2048}},
+        {"embed_dim": 2048, "similarity": {"name": "gssf-block-diagonal", "ratio": 2048}},
+    ):
+        make_model(**options).save_pretrained(tmp_path)
+        assert D2SVSE.from_pretrained(tmp_path).config.similarity == options["similarity"]
 
 
 class Runs:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from d2svse import Features, build_similarity, register_similarity
+from d2svse.features import unit
 from d2svse.similarity import Cosine, Similarity, similarity_names
 
 
@@ -32,6 +33,28 @@ def test_folding_gives_the_score(sides):
     folded = cosine.fold("image", images.pooled) @ cosine.fold("text", texts.pooled).T
     torch.testing.assert_close(folded, cosine(images, texts))
     assert cosine.foldable
+
+
+POOLED = [name for name in similarity_names() if not build_similarity(name, 8).needs_tokens]
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_zero_vector_scores_finite_and_gets_no_gradient(sides, name):
+    images = torch.cat([torch.zeros(1, 8), sides[0].pooled]).requires_grad_()
+    scores = build_similarity(name, 8)(Features(images), sides[1])
+    scores.sum().backward()
+    assert scores.isfinite().all()
+    assert images.grad[0].eq(0).all()
+    assert images.grad[1:].isfinite().all()
+
+
+def test_units_are_those_of_torch():
+    vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    found, expected = unit(vectors), torch.nn.functional.normalize(vectors, dim=-1)
+    assert torch.equal(found, expected)
+    weights = torch.linspace(0, 1, 8, dtype=torch.float64)
+    gradients = [torch.autograd.grad((value * weights).sum(), vectors)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_computes_in_float32_inside_autocast(sides):

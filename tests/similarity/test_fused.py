@@ -44,6 +44,22 @@ else:
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize("value", [100.0, torch.nan])
+    def test_products_of_parts_without_weight_count_nothing(value):
+        torch.manual_seed(0)
+        products, weights = torch.rand(1, 4, 1, 3), [torch.ones(1, 1, 4) / 4, torch.ones(1, 1, 3) / 3]
+        weights[0][..., 2], weights[1][..., 1] = 0, 0
+        found = []
+        for inner in (0.5, value):
+            products[:, 2], products[..., 1] = inner, inner
+            leaves = [part.clone().requires_grad_() for part in (products, *weights)]
+            scores, exact = fused.FusedScaling.apply(*leaves, 0.05, 3, None, None)
+            assert exact
+            scores.sum().backward()
+            found.append([scores.detach(), *(leaf.grad for leaf in leaves)])
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected)
+
     def test_a_kernel_that_leaves_the_range_is_told():
         products = torch.tensor([[[[-1.0, 1.0]]]])
         weights = torch.ones(1, 1, 1), torch.ones(1, 1, 2)

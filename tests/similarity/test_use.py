@@ -53,3 +53,13 @@ def test_the_last_of_several_users_restores_the_training_mode():
     with evaluating(module.eval()):
         pass
     assert not module.training
+
+
+def test_each_part_gets_its_own_mode_back():
+    frozen, learning = torch.nn.Dropout().eval(), torch.nn.Dropout()
+    module = torch.nn.Sequential(frozen, learning).eval()
+    for root in (True, False):
+        module.training, frozen.training, learning.training = root, False, True
+        with evaluating(module):
+            assert not any(part.training for part in module.modules())
+        assert [part.training for part in module.modules()] == [root, False, True]

@@ -40,7 +40,7 @@ def test_both_stages_start_from_the_model_as_it_was(name, options, folder, scene
     code, _, err = run(*command)
     assert code == 0, err
     similarity = options[1] if options[:1] == ["--similarity"] else "cosine"
-    before = D2SVSE.from_pretrained(start, similarity=similarity).eval()
+    before = D2SVSE.from_pretrained(start, similarity=similarity)
     expected = evaluate(before, ImageTextDataset.from_manifest(scenes / "val.jsonl")).metrics
     rows = [json.loads(line) for line in (output / "pretrain/log.jsonl").read_text().splitlines()]
     first = next(row for row in rows if "eval_rsum" in row)
