@@ -206,5 +206,8 @@ def test_json_holds_names_that_are_not_utf8(tmp_path):
 @pytest.mark.parametrize("name", ["file", "file/folder"])
 def test_a_file_in_the_place_of_a_locked_folder_is_named(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=f"{name}: a file takes the place of a folder"), write_lock(tmp_path / name):
+    with (
+        pytest.raises(NotADirectoryError, match=f"{name}: a file takes the place of a folder"),
+        write_lock(tmp_path / name),
+    ):
         pass

@@ -48,9 +48,6 @@ class MTEBModel(AbsEncoder):
 
     def __init__(self, model: D2SVSE, name: str = "d2svse/local", revision: str = "local") -> None:
         self.model = model
-        with torch.no_grad():
-            like = torch.zeros(1, model.config.embed_dim, device=model.device)
-            width = model.similarity_fn.pooled_vectors("image", like).shape[1]
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=name,
@@ -60,7 +57,7 @@ class MTEBModel(AbsEncoder):
             n_parameters=sum(parameter.numel() for parameter in model.parameters()),
             memory_usage_mb=None,
             max_tokens=None if model.processor is None else model.processor.max_length,
-            embed_dim=width,
+            embed_dim=model.vector_dim,
             license=None,
             open_weights=None,
             public_training_code=None,

@@ -879,6 +879,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
         both_numpy = isinstance(images, np.ndarray) and isinstance(texts, np.ndarray)
         return scores.cpu().numpy() if both_numpy else scores
 
+    @property
+    def vector_dim(self) -> int:
+        """Width of `image_vectors` and `text_vectors`, and of the vectors of an index."""
+        with torch.no_grad():
+            like = torch.zeros(1, self.config.embed_dim, device=self.device)
+            return self.similarity_fn.pooled_vectors("image", like).shape[1]
+
     def image_vectors(self, pixel_values: Tensor) -> Tensor:
         """Return the vectors of prepared images for other libraries, `(batch, width)` float32.
 

@@ -212,7 +212,7 @@ class ImageTextIndex:
             **origin_of(model),
         )
         before = replaced_folders(folder, settings, items, overwrite)
-        vectors = make_index(engine, model.config.embed_dim, fingerprint=fingerprint, **engine_options)
+        vectors = make_index(engine, model.vector_dim, fingerprint=fingerprint, **engine_options)
         try:
             _check_replaceable(vectors, folder, settings, before, overwrite)
             with write_lock(folder):

@@ -49,7 +49,7 @@ def randomise(model):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "gssf-dense"])
+@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "gssf-dense", "low-rank"])
 def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dataset, tmp_path, name):
     model = make_model(similarity={"name": name})
     randomise(model)
