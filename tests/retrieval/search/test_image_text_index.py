@@ -49,7 +49,7 @@ def randomise(model):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "gssf-dense", "low-rank"])
+@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal", "gssf-block-diagonal", "gssf-dense"])
 def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dataset, tmp_path, name):
     model = make_model(similarity={"name": name})
     randomise(model)
@@ -67,6 +67,20 @@ def test_a_bilinear_similarity_is_folded_into_what_is_stored(make_model, val_dat
     check(texts.search(images=val_dataset.images[:2], k=10), captions, scores.T, 10)
     with pytest.raises(ValueError, match="the similarity folds into the vectors"):
         index.search(queries, rerank=10)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_the_vectors_of_a_low_rank_similarity_are_as_wide_as_its_rank(make_model, val_dataset, tmp_path, side):
+    model = make_model(similarity={"name": "low-rank", "rank": 5})
+    captions = list(dict.fromkeys(val_dataset.captions))
+    scores = all_scores(model, val_dataset.images, captions)
+    if side == "image":
+        index = ImageTextIndex.build(model, val_dataset.images, tmp_path / "i")
+        check(index.search(captions[:4], k=10), [str(path) for path in val_dataset.images], scores[:, :4], 10)
+    else:
+        index = ImageTextIndex.build(model, captions, tmp_path / "t", side="text")
+        check(index.search(images=val_dataset.images[:2], k=10), captions, scores[:2].T, 10)
+    assert index.vectors.dim == 5
 
 
 def test_the_device_of_the_vectors_is_kept_by_the_object_and_not_by_the_folder(make_model, val_dataset, tmp_path):
