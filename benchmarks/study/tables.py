@@ -144,7 +144,7 @@ def draw_stages() -> Figure:
     figure = new_figure(MEDIUM, 3)
     panels = {
         "stages": "6000 photos, all captioned by people",
-        "few": "4000 drawn scenes, 400 captioned by people",
+        "few": "4000 drawn scenes, 400 with sparse captions",
     }
     for axes, (sweep, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         records = records_of(sweep)
