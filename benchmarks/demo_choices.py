@@ -9,20 +9,25 @@ results as a Markdown table.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import transformers
+from transformers import ViTConfig
 
 from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import write_scenes
-from d2svse.demo import IMAGE_SIZE, TRAINING, build_model
+from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
 
-sys.path.insert(0, str(Path(__file__).parent))
-from processes import VIT
-
+VIT = ViTConfig(
+    hidden_size=WIDTH,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=2 * WIDTH,
+    image_size=IMAGE_SIZE,
+    patch_size=8,
+)
 EPOCHS = {"pretrain": 1, "distill": 3}
 CHOICES = {
     "ResNet, InfoNCE": (None, {}),
