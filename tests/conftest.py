@@ -18,13 +18,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the slow tests unless `--all` or a test's own name asks for them.
 
-    The longest come first, so that quick ones are left to fill the end with (pytest-xdist with `--maxschedchunk 1`).
+    The longest come first, so that quick ones are left to fill the end with (pytest-xdist with `--maxschedchunk 1`). The
+    pages of the docs wait for a folder that the first of them fills, so the other pages come later.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     if not (config.getoption("--all") or any("::" in argument for argument in config.args)):
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     long = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")]
+    pages = [item for item in long if item.path.stem == "test_code_blocks"]
+    long = [*pages[:1], *(item for item in long if item not in pages), *pages[1:]]
     items[:] = [*long, *(item for item in items if item not in long)]
 
 

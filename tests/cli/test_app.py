@@ -302,7 +302,7 @@ def test_help_and_version_come_without_torch():
 
 def test_help_shows_defaults_that_a_configuration_may_change(run):
     out = run("train", "--help")[1]
-    for default in ("(recommended)", "(of the preset)", "(auto)", "(42)"):
+    for default in ("(recommended)", "(auto)", "(42)"):
         assert default in out, default
 
 
