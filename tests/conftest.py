@@ -18,8 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the slow tests unless `--all` or a test's own name asks for them.
 
-    The longest come first, so that quick ones are left to fill the end with (pytest-xdist with `--maxschedchunk 1`). The
-    pages of the docs wait for a folder that the first of them fills, so the other pages come later.
+    The longest come first, so that quick ones are left to fill the end with (pytest-xdist with `--maxschedchunk 1`).
+    The pages of the docs wait for a folder that the first of them fills, so the other pages come later.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     if not (config.getoption("--all") or any("::" in argument for argument in config.args)):
