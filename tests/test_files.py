@@ -207,7 +207,7 @@ def test_json_holds_names_that_are_not_utf8(tmp_path):
 def test_a_file_in_the_place_of_a_locked_folder_is_named(tmp_path, name):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(NotADirectoryError, match=f"{name}: a file takes the place of a folder"),
+        pytest.raises(NotADirectoryError, match=f"{name}: a file is where this folder should be"),
         write_lock(tmp_path / name),
     ):
         pass

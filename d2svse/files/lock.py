@@ -34,7 +34,7 @@ def write_lock(
 
     Raises:
         BlockingIOError: if another process or thread holds the lock and `wait` is false.
-        NotADirectoryError: if a file takes the place of a folder.
+        NotADirectoryError: if a file is where the folder should be.
         ValueError: if the name of the lock is a symbolic link.
     """
     path = Path(path)
@@ -42,7 +42,7 @@ def write_lock(
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{lock.parent}: a file takes the place of a folder; give another name") from None
+        raise NotADirectoryError(f"{lock.parent}: a file is where this folder should be; give another name") from None
     if lock.is_symlink():
         raise ValueError(f"{lock}: a symbolic link, expected a lock file; remove the link")
     try:

@@ -72,7 +72,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileExistsError: if `path` is a folder.
-        NotADirectoryError: if a file takes the place of its folder.
+        NotADirectoryError: if a file is where its folder should be.
         PermissionError: if its folder is not writable.
     """
     target = followed(path)

@@ -322,7 +322,7 @@ def encode_texts(
 
 
 def check_model(model: object) -> None:
-    """Raise a TypeError that says what to do for the name of a model in place of the model."""
+    """Raise a TypeError if a model is given by its name; the message tells how to load it."""
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         raise TypeError(f"expected a model, got {name!r}; load it with D2SVSE.from_pretrained({name!r})")

@@ -257,15 +257,19 @@ def read_items(
         FileNotFoundError: if the file or folder is missing, or holds no image.
         ValueError: if the source is empty, a line is empty or holds half a character, or the manifest is not valid.
     """
-    path = str(Path(source).resolve()) if isinstance(source, str | os.PathLike) else None
-    source = source if path is not None else list(source)  # type: ignore[arg-type]
+    path: str | None = None
+    items: list[Any] = []
+    if isinstance(source, str | os.PathLike):
+        path = str(Path(source).resolve())
+    else:
+        items = list(source)
     found: FoundImages | None = None
     paths: dict[str, str] = {}
     if side == "text":
-        names = _texts_of(Path(path)) if path is not None else [os.fspath(item) for item in source]  # type: ignore[union-attr]
+        names = _texts_of(Path(path)) if path is not None else [os.fspath(item) for item in items]
     elif path is None:
-        names = [os.fsdecode(item) for item in source]  # type: ignore[union-attr]
-        paths = {name: _path(item) for name, item in zip(names, source, strict=True)}  # type: ignore[arg-type]
+        names = [os.fsdecode(item) for item in items]
+        paths = {name: _path(item) for name, item in zip(names, items, strict=True)}
     elif path.endswith(".npy"):
         names = [os.fspath(image) for image in region_images(path)]
     elif Path(path).is_file():

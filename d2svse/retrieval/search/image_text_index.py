@@ -120,15 +120,9 @@ class ImageTextIndex:
             model.warn_if_untrained()
             self._model = model
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the folder's name, the model and the options of a search; unpickling opens the vectors again."""
-        state = {"folder": self.folder.absolute(), "model": self._model, "device": self._device}
-        return {**state, "search_options": self.vectors.search_options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the folder again."""
-        self.__init__(state["folder"], state["model"], state.get("device"))  # type: ignore[misc]
-        self.vectors.take_search_options(state.get("search_options", {}))
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the folder's name, the model and the options of a search; unpickling opens the folder again."""
+        return _open_again, (self.folder.absolute(), self._model, self._device, self.vectors.search_options)
 
     @property
     def vectors(self) -> VectorIndex:
@@ -833,3 +827,12 @@ def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:
 
 def _bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _open_again(
+    folder: Path, model: D2SVSE | None, device: str | torch.device | None, options: Mapping[str, Any]
+) -> ImageTextIndex:
+    """Open a pickled index."""
+    index = ImageTextIndex(folder, model, device)
+    index.vectors.take_search_options(options)
+    return index
