@@ -4,7 +4,8 @@
     python benchmarks/study/tables.py
 
 `--collect` adds the records of sweeps to `benchmarks/study/results/`: one file for each sweep, named as its folder. It
-keeps the metrics on both sets, the ranks on the test sets, times, steps, versions, hardware and configuration.
+keeps the metrics on both sets, the ranks on the test sets, times, steps, versions, hardware and configuration. A run
+that several tables have in common is trained in one of them.
 
 Without it, the script writes the tables between the markers of docs/results.md. Figures need matplotlib.
 """
@@ -12,17 +13,21 @@ Without it, the script writes the tables between the markers of docs/results.md.
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from matplotlib.figure import Figure
 
 from d2svse.files.data import read_json
 from d2svse.files.replace import write_json, write_text
-from d2svse.training.options import PRESETS
+from d2svse.files.yaml import parse_yaml
+from d2svse.training.options import PRESETS, Stage
+from d2svse.training.recipe import Recipe
 from d2svse.training.sweep import read_record, read_sweep
 from d2svse.training.sweep_table import table_rows
 from d2svse.visualize.figures import MEDIUM, new_figure, save_figure
@@ -66,10 +71,33 @@ def _key(record: Mapping[str, Any]) -> tuple[str, int]:
     return record["row"], record["seed"]
 
 
+@functools.cache
 def records_of(sweep: str) -> list[dict[str, Any]]:
-    """Return the records of a sweep; an empty list if there are none."""
+    """Return the records of a sweep; a run that has none takes that of the same run in another sweep."""
+    records, file = _own_records(sweep), HERE / f"{sweep}.yaml"
+    if not file.exists():
+        return records
+    have, read = {_key(one) for one in records}, read_sweep(file)
+    missing = {_options(read.recipe(run, HERE)): run for run in read.runs if (run.row, run.seed) not in have}
+    for other in sorted(HERE.glob("*.yaml")) if missing else []:
+        for one in _own_records(other.stem):
+            run = missing.get(_options(one["card"]["configuration"]))
+            if run and {*read.tests} <= {*one["sets"]} and (run.row, run.seed) not in have:
+                have.add((run.row, run.seed))
+                records.append(one | {"row": run.row, "overrides": run.overrides})
+    return records
+
+
+def _own_records(sweep: str) -> list[dict[str, Any]]:
     file = RESULTS / f"{sweep}.json"
     return read_json(file) if file.exists() else []
+
+
+def _options(of: Recipe | Mapping[str, Any]) -> str:
+    """Return the options that a run follows, as one string."""
+    values = parse_yaml(of.effective_configuration()) if isinstance(of, Recipe) else of
+    unused = {"output", "show_progress_bar", *get_args(Stage)} - {*values["stages"]}
+    return json.dumps({name: value for name, value in values.items() if name not in unused}, sort_keys=True)
 
 
 def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:

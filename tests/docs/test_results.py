@@ -45,3 +45,21 @@ def test_a_sweep_is_valid_and_its_records_are_of_its_rows(name, tmp_path):
     for record in script("tables").records_of(name):
         assert record["row"] in sweep.rows
         assert record["overrides"] == sweep.rows[record["row"]]
+
+
+def test_a_run_of_two_tables_is_trained_once(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the script draws figures")
+    tables = script("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    trained = [one for one in tables.read_json(STUDY / "results" / "similarities.json") if one["seed"] == 0]
+    tables.write_json(tmp_path / "similarities.json", trained)
+
+    shared = {one["row"]: one["card"]["configuration"]["output"] for one in tables.records_of("gssf")}
+
+    assert {row: Path(output).name for row, output in shared.items()} == {
+        "cosine": "cosine-seed0",
+        "diagonal": "gssf-diagonal-seed0",
+        "tokens, cosine": "max-mean_FILIP-seed0",
+        "SCAN, cosine": "scan-t2i_SCAN-seed0",
+    }
+    assert tables.records_of("hinge") == []
