@@ -181,6 +181,8 @@ def run_demo(
         "the combination that learned fastest from scratch (docs/results.md)"
     )
 
+    options = {**TRAINING, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": chosen.type == "cpu"}
+
     def train_stage(model: D2SVSE, stage: str, data: ImageTextDataset, num_epochs: float) -> dict[str, float]:
         args = TrainingArguments(
             output_dir=str(output / "checkpoints" / stage),
@@ -192,30 +194,32 @@ def run_demo(
             save_steps=0.1,
             seed=seed,
             disable_tqdm=not show_progress_bar,
-            **{**TRAINING, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": chosen.type == "cpu"},
+            **options,
         )
         trainer = Trainer(model, args, data, val)
         samples = trainer.prepare()
         samples.pixels = functools.cache(samples.pixels)  # type: ignore[method-assign]  # all scenes fit into memory
         trainer.train()
-        return trainer.evaluate(test, metric_key_prefix="test")
+        metrics = trainer.evaluate(test, metric_key_prefix="test")
+        return {name.removeprefix("test_"): value for name, value in metrics.items() if name != "epoch"}
 
     model = build_model(texts, seed, similarity=similarity)
     say(f"Stage 1: {pretrain_epochs:g} epochs on the dense captions of {num_train} scenes")
-    stages = {"stage 1": train_stage(model, "pretrain", train, pretrain_epochs)}
+    results = {"stage 1": train_stage(model, "pretrain", train, pretrain_epochs)}
     say(
         f"Stage 2: as many steps as {distill_epochs:g} epochs, on the sparse captions of {num_captioned} of them, "
         "distilling the dense embedding"
     )
-    stages["stage 2"] = train_stage(model, "distill", captioned, distill_epochs)
-    epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
+    results["stage 2"] = train_stage(model, "distill", captioned, distill_epochs)
     both = pretrain_epochs + distill_epochs
+    epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
+    datasets = {"train": train, "val": val, "test": test}
+    card = run_card({"seed": seed, "epochs": epochs, "training": options}, datasets, dict(results), ["d2svse", "demo"])
     say(f"Baseline: aligning the sparse captions of {num_captioned} scenes alone, as many steps as both stages")
-    stages["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", captioned, both)
-    results = {name: _without_prefix(metrics) for name, metrics in stages.items()}
+    results["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", captioned, both)
     with written_folder(output / "model", DEMO) as aside:
         model.save_pretrained(aside)
-        write_json(aside / RUN_CARD_FILE, _run_card(seed, epochs, {"train": train, "val": val, "test": test}, stages))
+        write_json(aside / RUN_CARD_FILE, card)
     asked = test.records[:NUM_QUERIES]
     queries = [record.captions[0] for record in asked]
     made = D2SVSE.from_pretrained(output / "model").to(chosen)
@@ -241,14 +245,3 @@ def _drew(scenes: Path) -> bool:
         return row["image"] == "train/000000.png" and row["dense"].startswith("The picture shows")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-
-
-def _run_card(
-    seed: int, epochs: Mapping[str, float], datasets: dict[str, ImageTextDataset], stages: Mapping[str, Any]
-) -> dict[str, Any]:
-    metrics = {f"stage {number}": _without_prefix(stages[f"stage {number}"]) for number in (1, 2)}
-    return run_card({"seed": seed, "epochs": dict(epochs), "training": TRAINING}, datasets, metrics, ["d2svse", "demo"])
-
-
-def _without_prefix(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name.removeprefix("test_"): value for name, value in metrics.items() if name != "epoch"}

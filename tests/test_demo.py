@@ -31,6 +31,14 @@ def test_the_demo_tells_what_it_does_and_leaves_everything_behind(demo):
     assert said.count("its scene has rank") == 3
 
 
+def test_the_run_card_has_the_options_of_the_training(demo):
+    card = json.loads((demo / "model" / "run.json").read_text())
+    training = card["configuration"]["training"]
+    state = json.loads(next((demo / "checkpoints").rglob("trainer_state.json")).read_text())
+    assert training["per_device_train_batch_size"] == state["train_batch_size"]
+    assert card["metrics"] == {name: results_of(demo)[name] for name in ("stage 1", "stage 2")}
+
+
 def test_a_fresh_process_gives_the_same_table(demo):
     fresh = Fork(EVALUATE, demo)
     assert fresh.wait() == 0, fresh.err()

@@ -124,8 +124,9 @@ def _out_of_memory(error: Exception, arguments: Sequence[str]) -> str:
     command: Any = _command(app)
     for argument in arguments:
         command = getattr(command, "commands", {}).get(argument, command)
-    lowers = any("--batch-size" in parameter.opts for parameter in command.params)
-    help_ = "lower --batch-size" if lowers else "it needs a machine or a device with more"
+    options = {name for parameter in command.params for name in parameter.opts}
+    help_ = "lower --batch-size" if "--batch-size" in options else "it needs a machine or a device with more"
+    help_ += ", or keep it and encode in parts with --chunk-size" if "--chunk-size" in options else ""
     on_device = f" ({str(error).partition('.')[0]})" if type(error).__name__ == "OutOfMemoryError" else ""
     return f"memory ran out: {help_}{on_device}"
 

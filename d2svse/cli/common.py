@@ -113,14 +113,6 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
     return result
 
 
-def readable_images(source: Path, on_bad_image: choices.OnBadImage) -> list[Path]:
-    """Return the images of a folder, after decoding each of them once as a check."""
-    from d2svse.images import find_images, select_readable
-
-    found = find_images(source)
-    return [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
-
-
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None, signed: bool = False) -> None:
     """Print a table of recalls in percent with a row for each name; a dash stands for a missing metric.
 

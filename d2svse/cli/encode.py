@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model, readable_images
+from d2svse.cli.common import Device, Dtype, OnBadImage, examples, load_model
 from d2svse.files.data import to_json
 from d2svse.text import visible
 
@@ -41,6 +41,7 @@ def encode(
     import numpy as np
 
     from d2svse.files.replace import check_output, write_text, written_aside
+    from d2svse.images import find_images, select_readable
     from d2svse.retrieval.search.contents import read_texts
 
     rows = Path(f"{output}.rows.txt")
@@ -50,7 +51,8 @@ def encode(
         if not images.is_dir():
             raise FileNotFoundError(f"--images {images}: no such folder")
         loaded = load_model(model, device, dtype)
-        paths = readable_images(images, on_bad_image)
+        found = find_images(images)
+        paths = [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
         names = [str(path) for path in paths]
         vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
     else:

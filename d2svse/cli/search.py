@@ -80,7 +80,8 @@ def search(
     texts: Sequence[str | None] = queries or [None] * len(answers)
     images: Sequence[Path | None] = given or [None] * len(answers)
     if together is not None:
-        texts, images = [_together(together, [*(queries or []), *(path.name for path in given or [])])], [None]
+        parts = [*(queries or []), *(path.name for path in given or [])]
+        texts, images = [f"{together} of {' | '.join(parts)}"], [None]
     asked = list(zip(texts, images, answers, strict=True))
     for text_query, image_query, hits in asked:
         if as_json:
@@ -108,10 +109,6 @@ def _with_files(index: ImageTextIndex, hits: Sequence[Hit]) -> list[Hit]:
     """Return hits with the paths of their images as ids."""
     files = index.paths_of([hit.id for hit in hits])
     return [replace(hit, id=file) for hit, file in zip(hits, files, strict=True)]
-
-
-def _together(together: Together, queries: Sequence[str]) -> str:
-    return f"{together} of {' | '.join(queries)}"
 
 
 def _query(text: str | None, image: Path | None) -> str:

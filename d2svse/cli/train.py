@@ -26,8 +26,6 @@ from d2svse.training.options import (
     StartOptions,
 )
 
-OUT_OF_MEMORY = "memory ran out: lower --batch-size, or keep it and encode in parts with --chunk-size"
-
 EXAMPLES = examples(
     "d2svse train --train train.jsonl --val val.jsonl --model MODEL -o runs/a",
     "d2svse train --config runs/a/recipe.yaml --lr 3e-4 -o runs/b",
@@ -38,8 +36,6 @@ EXAMPLES = examples(
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """Let one of the processes that train together report why all of them end, in one sentence."""
-    import torch
-
     from d2svse.training.distributed import is_main_process, lost_another, speaks_first
 
     try:
@@ -52,13 +48,7 @@ def _one_sentence() -> Iterator[None]:
         if speaks_first():
             raise
         raise typer.Exit(2) from None
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"{OUT_OF_MEMORY} ({str(error).partition('.')[0]})") from None
-    except MemoryError:
-        raise ValueError(OUT_OF_MEMORY) from None
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            raise ValueError(OUT_OF_MEMORY) from None
         if not lost_another(error):
             raise
         if speaks_first():

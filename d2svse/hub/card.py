@@ -22,14 +22,8 @@ RUN_CARD_KEYS = {
     **{name: dict for name in ("versions", "configuration", "data", "hardware", "metrics")},
 }
 TAGS = ("image-text-retrieval", "cross-modal-retrieval")
-METRICS = {
-    **{
-        f"{direction}_recall_at_{k}": f"{direction[:3].upper()} R@{k}"
-        for direction in ("i2t", "t2i")
-        for k in (1, 5, 10)
-    },
-    "rsum": "rSum",
-}
+METRICS = {f"{side}_recall_at_{k}": f"{side.upper()} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)}
+METRICS |= {"rsum": "rSum"}
 
 
 @dataclass(frozen=True, slots=True)

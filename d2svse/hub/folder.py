@@ -65,7 +65,8 @@ def check_model_folder(folder: str | os.PathLike[str], processor: bool = False, 
     elif not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"{name}: model.safetensors is missing; expected a folder written by save_pretrained")
     if processor or any((folder / file).is_file() for file in PROCESSOR_FILES):
-        if _has_no_tokenizer(folder):
+        own = folder / PROCESSOR_FILE
+        if own.is_file() and read_json(own).get(WITHOUT_TOKENIZER):
             return
         for file in PROCESSOR_FILES:
             if not (folder / file).is_file():
@@ -185,12 +186,6 @@ def check_vocabulary(folder: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"{os.fspath(folder)}: the tokenizer's vocabulary is missing; expected one of {', '.join(VOCABULARY_FILES)}"
         )
-
-
-def _has_no_tokenizer(folder: Path) -> bool:
-    """Return whether the processor of a local folder was saved without a tokenizer."""
-    file = folder / PROCESSOR_FILE
-    return file.is_file() and bool(read_json(file).get(WITHOUT_TOKENIZER))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from d2svse.files.data import read_json, read_text
+from d2svse.files.data import read_json, read_text, to_json
 from d2svse.files.folder import is_own
 from d2svse.files.yaml import parse_yaml
 from d2svse.hub.access import check_repo_name, hub_errors
@@ -146,7 +145,7 @@ def push_folder(
     known = [] if run_card is None else results_of_run(run_card)
     known += [result_of_evaluation(path, str(fingerprint)) for path in results]
     contents: dict[str, Path | bytes] = {name: _content(name, path) for name, path in files.items()}
-    contents |= {name: text.encode() for name, text in eval_results(known, facts).items()}
+    contents |= {name: _encoded(text) for name, text in eval_results(known, facts).items()}
     if run_card is not None:
         contents[RUN_CARD_FILE] = _json(publishable(run_card))
     if CARD_FILE in files:
@@ -160,7 +159,7 @@ def push_folder(
         there = api.list_repo_files(repo_id, revision=revision)
         kept = CARD_FILE not in files and CARD_FILE in there and not _card_is_ours(api, repo_id, revision)
         if CARD_FILE not in files and not kept:
-            contents[CARD_FILE] = model_card(repo_id, config, processor, run_card, known, facts).encode()
+            contents[CARD_FILE] = _encoded(model_card(repo_id, config, processor, run_card, known, facts))
         stale = [name for name in there if name not in contents and any(_fits(name, kind) for kind in WEIGHTS)]
         commit = api.create_commit(
             repo_id,
@@ -238,5 +237,9 @@ def _card_is_ours(api: HfApi, repo_id: str, revision: str | None) -> bool:
         return CARD_MARK in Path(path).read_text(encoding="utf-8")
 
 
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # names of files need not be UTF-8
+
+
 def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (to_json(data, indent=2) + "\n").encode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 
 from d2svse.files.folder import FolderKind
@@ -26,14 +24,8 @@ def saved_kind(variant: str | None = None) -> FolderKind:
         variant: suffix of the weight files; with a suffix, older weights stay.
     """
     stale = () if variant else WEIGHTS
-    return FolderKind("save_pretrained", CONFIG_FILE, lambda folder: named_files(folder, stale), overwrites=True)
 
+    def older(folder: Path) -> set[str]:
+        return {path.name for pattern in stale for path in folder.glob(pattern) if path.is_file()}
 
-def named_files(folder: Path, patterns: Iterable[str]) -> set[str]:
-    """Return the names of the files in a folder that match one of the patterns."""
-    patterns = tuple(patterns)
-    return {
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
-    }
+    return FolderKind("save_pretrained", CONFIG_FILE, older, overwrites=True)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from d2svse.features import at_least_float32
-from d2svse.models.metric_attention import ATTRIBUTE
+from d2svse.models.metric_attention import ATTRIBUTE, build_metric
 from d2svse.similarity.metric import Metric
-from d2svse.similarity.tiles import NUM_BLOCKS
 
 MARKS = ("lora_", "bottleneck_", f"{ATTRIBUTE}.")  # parts of the names of weights that are added to a backbone
 AdapterKind = Literal["lora", "bottleneck"]
@@ -94,7 +93,7 @@ def add_lora(
             if isinstance(layer, Linear):
                 for matrix in layer.lora_A.values():
                     like = next(matrix.parameters())
-                    on_rank = MetricOnRank(_metric(metric, rank).to(like.device, like.dtype))
+                    on_rank = MetricOnRank(build_metric(metric, rank).to(like.device, like.dtype))
                     parametrize.register_parametrization(matrix, "weight", on_rank, unsafe=True)  # on meta devices too
 
 
@@ -132,7 +131,7 @@ class Bottleneck(nn.Module):
         self.bottleneck_down, self.bottleneck_up = nn.Linear(width, rank, **like), nn.Linear(rank, width, **like)
         nn.init.zeros_(self.bottleneck_up.weight)
         nn.init.zeros_(self.bottleneck_up.bias)
-        self.bottleneck_metric = None if metric is None else MetricOnRank(_metric(metric, rank).to(**like))
+        self.bottleneck_metric = None if metric is None else MetricOnRank(build_metric(metric, rank).to(**like))
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -196,13 +195,6 @@ def parameter_table(model: nn.Module) -> str:
         )
         for row in rows
     )
-
-
-def _metric(configuration: str | Mapping[str, Any], rank: int) -> Metric:
-    metric = Metric.from_config(configuration, rank, num_blocks=NUM_BLOCKS)
-    if metric.weight_penalty:
-        raise ValueError("weight_penalty is for the metric of a similarity; leave it out for an adapter")
-    return metric
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -17,10 +17,6 @@ from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
 from d2svse.similarity.base import similarity_options
 
 POOLING_NAMES = ("gpo", "esa", "mean", "max", "cls", "native")
-PROJECTIONS = get_args(Projection)
-FUSIONS = get_args(Fusion)
-CONTEXT_TOKENS = get_args(ContextTokens)
-INITIALIZATIONS = get_args(Initialization)
 
 # Options of loading in transformers, and what is there instead where two backbones or a dual encoder are taken.
 ELSEWHERE = {
@@ -119,11 +115,11 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
         for kind, name, known in (
             ("pooling", self.image_pooling, POOLING_NAMES),
             ("pooling", self.text_pooling, POOLING_NAMES),
-            ("text projection", self.text_projection, PROJECTIONS),
-            ("image projection", self.image_projection, PROJECTIONS),
-            ("fusion", self.fusion, FUSIONS),
-            ("initialization", self.initialization, INITIALIZATIONS),
-            ("context_tokens", self.context_tokens, CONTEXT_TOKENS),
+            ("text projection", self.text_projection, get_args(Projection)),
+            ("image projection", self.image_projection, get_args(Projection)),
+            ("fusion", self.fusion, get_args(Fusion)),
+            ("initialization", self.initialization, get_args(Initialization)),
+            ("context_tokens", self.context_tokens, get_args(ContextTokens)),
         ):
             if name not in known:
                 raise ValueError(unknown(kind, name, known))

@@ -72,6 +72,7 @@ class ContextDecoder(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"the decoder's {num_heads} heads do not divide the width {embed_dim}")
         self.num_before, self.mask_padding = before[placement], mask_padding
+        self.num_after = num_tokens - self.num_before
         self.tokens = nn.Parameter(torch.empty(num_tokens, embed_dim).normal_(std=0.02))
         self.position_embeddings = nn.Embedding(max_positions, embed_dim) if positions else None
         layer = nn.TransformerEncoderLayer(
@@ -154,11 +155,7 @@ class ContextDecoder(nn.Module):
 
     def _at_tokens(self, values: Tensor) -> Tensor:
         """Return the positions of the learnable tokens."""
-        return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self._num_after :]], dim=1)
-
-    @property
-    def _num_after(self) -> int:
-        return len(self.tokens) - self.num_before
+        return torch.cat([values[:, : self.num_before], values[:, values.shape[1] - self.num_after :]], dim=1)
 
 
 def _everywhere(values: Tensor) -> Tensor:

@@ -137,19 +137,6 @@ OTHER_POOLINGS: dict[str, Pool] = {
 }
 
 
-def kind_of(model_type: str, vision_type: str) -> DualEncoderKind:
-    """Return the kind of a dual encoder.
-
-    Args:
-        model_type: `model_type` of the dual encoder.
-        vision_type: `model_type` of the vision tower, which `vision-text-dual-encoder` leaves open.
-    """
-    kind = KINDS[model_type]
-    if kind.pool_image is pool_by_pooler:
-        return DualEncoderKind(OTHER_POOLINGS.get(vision_type, pool_by_pooler), kind.pool_text)
-    return kind
-
-
 def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
     """Pool each token on its own, through the norm and head of the pooled token.
 
@@ -169,6 +156,20 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_diff_dict()
     left_out = (*TOWERS, "transformers_version", "architectures", "dtype", "_name_or_path")
     return {"model_type": config.model_type, **{name: value for name, value in values.items() if name not in left_out}}
+
+
+def taken_over(config: Any) -> dict[str, Any]:
+    """Return the options of `D2SVSEConfig` for a model that takes over a dual encoder of a configuration."""
+    return {
+        "vision_config": config.vision_config.to_dict(),
+        "text_config": config.text_config.to_dict(),
+        "dual_encoder": describe(config),
+        "embed_dim": embed_dim_of(config),
+        "image_pooling": "native",
+        "text_pooling": "native",
+        "max_logit_scale": None,
+        "context_gate": True,
+    }
 
 
 def make_dual_encoder(
@@ -211,10 +212,15 @@ class Tower:
 
 def towers_of(dual: Any) -> tuple[Tower, Tower]:
     """Return the vision and the text side of a dual encoder; they share its modules."""
-    kind = kind_of(dual.config.model_type, dual.config.vision_config.model_type)
+    kind, config = KINDS[dual.config.model_type], dual.config.vision_config
+    pool = (
+        kind.pool_image
+        if kind.pool_image is not pool_by_pooler
+        else OTHER_POOLINGS.get(config.model_type, pool_by_pooler)
+    )
     image, text = kind.projections
     return (
-        Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), kind.pool_image, False),
+        Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), pool, False),
         Tower(dual.text_model, dual.text_projection if text else nn.Identity(), kind.pool_text, kind.fixed_length),
     )
 
@@ -260,7 +266,7 @@ def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
     Args:
         dual: the dual encoder; its position embedding and configuration are changed.
         count: positions afterwards, special tokens included; 248 in Long-CLIP.
-        kept: positions that stay.
+        kept: positions that stay; a quarter of them if the text side has no more than these.
 
     Raises:
         ValueError: if the text side pads to a fixed length, has no position embedding, or has `count` or more.
@@ -280,6 +286,7 @@ def stretch_positions(dual: Any, count: int, kept: int = 20) -> None:
     old = table.weight[offset:]
     if count <= len(old):
         raise ValueError(f"max_positions {count}: the text side has {len(old)} positions already")
+    kept = kept if kept < len(old) else len(old) // 4  # as large a share as 20 of CLIP's 77
     positions = kept + torch.arange(count - kept, dtype=torch.float64) * (len(old) - kept) / (count - kept)
     lower = positions.floor().long().clamp(max=len(old) - 2)
     share = (positions - lower).to(old.dtype)[:, None]

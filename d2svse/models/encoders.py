@@ -282,7 +282,7 @@ class TextEncoder(nn.Module):
         """
         mask = None if attention_mask is None else attention_mask.bool()
         if self.native_pool is None:
-            return self.pool(self._project(hidden), mask)
+            return self.pool(self.words(hidden), mask)
         pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
@@ -311,16 +311,8 @@ class TextEncoder(nn.Module):
         seen = None if self.fixed_length else attention_mask
         return self.backbone(input_ids=input_ids, attention_mask=seen).last_hidden_state
 
-    def words(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the projected words of texts, `(batch, length, embed_dim)`, before pooling.
-
-        Args:
-            input_ids: `(batch, length)` int64.
-            attention_mask: `(batch, length)`, non-zero where a token is real; None if all are real.
-        """
-        return self._project(self.backbone_tokens(input_ids, attention_mask))
-
-    def _project(self, hidden: Tensor) -> Tensor:
+    def words(self, hidden: Tensor) -> Tensor:
+        """Return the projected words, `(batch, length, embed_dim)`, of the backbone's last hidden state."""
         hidden = self.dropout(hidden)
         words = self.projection(hidden)
         return words if self.mlp is None else words + self.mlp(hidden)

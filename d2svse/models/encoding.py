@@ -14,7 +14,6 @@ from torch import Tensor
 
 from d2svse.features import Features
 from d2svse.models.onednn import faster_linear
-from d2svse.progress import progress_bar
 from d2svse.similarity.use import evaluating
 
 Output = Literal["pooled", "features"]
@@ -54,21 +53,6 @@ def as_output(features: Features, output: Output) -> Features:
     if output == "pooled" or features.tokens is None:
         return Features(pooled)
     return Features(pooled, features.tokens.float(), features.mask)
-
-
-def with_progress(
-    batches: Iterator[tuple[list[int], Features]], count: int, batch_size: int, what: str, show: bool
-) -> list[tuple[list[int], Features]]:
-    """Return the batches as a list, with a progress bar if `show` is set.
-
-    Args:
-        batches: rows and features of each batch.
-        count: number of items in all batches.
-        batch_size: items per batch.
-        what: name of the items, for the bar.
-        show: show the bar on a terminal.
-    """
-    return list(progress_bar(batches, f"Encoding {what}", -(-count // max(1, batch_size)), "batches", show))
 
 
 def join_batches(

@@ -87,9 +87,7 @@ class GRUModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.GRU):
-            bound = module.hidden_size**-0.5
-            for parameter in module.parameters():
-                init.uniform_(parameter, -bound, bound)
+            module.reset_parameters()
         elif isinstance(module, nn.Embedding):
             init.uniform_(module.weight, -WORD_RANGE, WORD_RANGE)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):

@@ -48,17 +48,17 @@ def map_keys(metric: Metric, key: Tensor) -> Tensor:
         return metric.apply_weight(at_least_float32(key)).to(key.dtype)
 
 
-def build_metric(configuration: MetricConfiguration, head_dim: int) -> Metric:
-    """Return a new metric for one attention layer; all its heads share it.
+def build_metric(configuration: MetricConfiguration, dim: int) -> Metric:
+    """Return a new metric for one attention layer, whose heads share it, or for one adapter.
 
     Raises:
         ValueError: if the metric is unknown or does not fit, or has a weight penalty, which training would not add.
     """
-    metric = copy.deepcopy(Metric.from_config(configuration, head_dim, num_blocks=NUM_BLOCKS))
+    metric = copy.deepcopy(Metric.from_config(configuration, dim, num_blocks=NUM_BLOCKS))
     if metric.weight_penalty:
-        raise ValueError("weight_penalty is for the metric of a similarity; leave it out for attention")
-    if metric.dim not in (head_dim, None):
-        raise ValueError(f"the metric is for vectors {metric.dim} wide; a head is {head_dim} wide")
+        raise ValueError("weight_penalty is for the metric of a similarity; leave it out for attention and adapters")
+    if metric.dim not in (dim, None):
+        raise ValueError(f"the metric is for vectors {metric.dim} wide; expected {dim}, the width of a head or a rank")
     return metric
 
 

@@ -41,14 +41,13 @@ from d2svse.models.dual_encoders import (
     Tower,
     check_kind,
     check_poolings,
-    describe,
-    embed_dim_of,
     load_dual_encoder,
     load_dual_processor,
     logit_scale_of,
     make_dual_encoder,
     set_logit_scale,
     stretch_positions,
+    taken_over,
     towers_of,
 )
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone
@@ -61,7 +60,6 @@ from d2svse.models.encoding import (
     distinct,
     inference,
     join_batches,
-    with_progress,
 )
 from d2svse.models.fingerprint import file_state, model_fingerprint
 from d2svse.models.image_processing import D2SVSEImageProcessorPil, set_image_size
@@ -70,6 +68,7 @@ from d2svse.models.neighbours import Shimmed, write_sentence_transformers
 from d2svse.models.pixels import read_batches
 from d2svse.models.pooling import ExternalSpaceAttention, GeneralizedPooling
 from d2svse.models.processing import D2SVSEProcessor, TextReport, as_texts
+from d2svse.progress import progress_bar
 from d2svse.similarity import Metric, Similarity, build_similarity
 from d2svse.similarity.use import evaluating
 
@@ -287,30 +286,16 @@ class D2SVSE(Shimmed, PreTrainedModel):
             dual_encoder = loaded
         check_kind(dual_encoder.config.model_type)
         check_poolings(dual_encoder)
-        dual_config: Any = dual_encoder.config
         if max_positions is not None:
             stretch_positions(dual_encoder, max_positions)
         scale, bias = logit_scale_of(dual_encoder)
-        config = D2SVSEConfig(
-            **{
-                "vision_config": dual_config.vision_config.to_dict(),
-                "text_config": dual_config.text_config.to_dict(),
-                "dual_encoder": describe(dual_config),
-                "embed_dim": embed_dim_of(dual_config),
-                "image_pooling": "native",
-                "text_pooling": "native",
-                "logit_scale_init_value": scale,
-                "logit_bias_init_value": bias,
-                "max_logit_scale": None,
-                "context_gate": True,
-                **options,
-            }
-        )
+        own = taken_over(dual_encoder.config) | {"logit_scale_init_value": scale, "logit_bias_init_value": bias}
+        config = D2SVSEConfig(**{**own, **options})
         for parameter in dual_encoder.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model = cls(config, dual_encoder=dual_encoder)
         if processor is not None:
-            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_config, max_positions)
+            model.processor = D2SVSEProcessor.from_dual_encoder(processor, dual_encoder.config, max_positions)
         return model.train(dual_encoder.training)
 
     def to_dual_encoder(self) -> PreTrainedModel:
@@ -656,7 +641,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         padded, contexts = [], []
         for rows in order.tensor_split(groups):
             width = int(lengths[rows[0]])
-            words = self.text_encoder.words(input_ids[rows, :width], attention_mask[rows, :width])
+            hidden = self.text_encoder.backbone_tokens(input_ids[rows, :width], attention_mask[rows, :width])
+            words = self.text_encoder.words(hidden)
             padded.append(F.pad(words, (0, 0, 0, longest - width)))
             if self.decoder is not None:
                 contexts.append(self.decoder.outputs(words, real[rows, :width]))
@@ -724,7 +710,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """
         once, rows = distinct(image_list(images))
         batches = self.image_batches(once, batch_size=batch_size, device=device, output=output, draft=draft)
-        parts = with_progress(batches, len(once), batch_size, "images", show_progress_bar)
+        count = -(-len(once) // max(1, batch_size))
+        parts = list(progress_bar(batches, "Encoding images", count, "batches", show_progress_bar))
         return join_batches(parts, rows, output, convert_to_tensor)
 
     def image_batches(
@@ -815,7 +802,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             on_report=on_report if rows is None else lambda report: on_report(report[rows]),
             **options,
         )
-        parts = with_progress(batches, len(once), batch_size, "texts", show_progress_bar)
+        count = -(-len(once) // max(1, batch_size))
+        parts = list(progress_bar(batches, "Encoding texts", count, "batches", show_progress_bar))
         return join_batches(parts, rows, output, convert_to_tensor)
 
     def text_batches(
@@ -1044,17 +1032,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
                 _reset(module.projection)
         elif isinstance(module, ExternalSpaceAttention):
             init.xavier_uniform_(module.linear.weight)
-        elif isinstance(module, nn.GRU):
-            bound = module.hidden_size**-0.5
-            for parameter in module.parameters():
-                init.uniform_(parameter, -bound, bound)
         elif isinstance(module, ContextDecoder | ContextAttention):
             published = self.config.initialization == "published"
             if len(module.tokens):
                 init.normal_(module.tokens, std=1.0 if published else 0.02)
             if published:
                 _reset(module)
-        elif isinstance(module, Similarity | Metric):
+        elif isinstance(module, Similarity | Metric | nn.GRU):
             module.reset_parameters()
         elif isinstance(module, D2SVSE):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))

@@ -296,6 +296,8 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             data["pixel_values"] = self.pixel_values(images, **common, **(images_kwargs or {}), **image_options)
         if text is not None:
             texts = as_texts(text)
+            if not texts:
+                raise ValueError("no text to prepare: an empty list")
             options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(text_kwargs or {})}
             options["max_length"] = self._limit(options["max_length"])
             if self.fixed_length and options["padding"]:

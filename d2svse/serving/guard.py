@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d2svse.serving.images import FOLDER
 from d2svse.serving.uploads import MOST_BYTES, Uploads
@@ -36,11 +36,6 @@ _PROTECTION = {
     "Content-Security-Policy": "frame-ancestors 'self'",
     "Referrer-Policy": "same-origin",
 }
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[Any], Awaitable[None]]
-Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class Hosts:
@@ -126,7 +121,7 @@ class Guard:
         uploads: the folder of uploads.
     """
 
-    def __init__(self, app: Application, hosts: Hosts, uploads: Uploads) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, uploads: Uploads) -> None:
         self._app, self._hosts, self._uploads = app, hosts, uploads
         self._uploading = 0
 
@@ -142,7 +137,7 @@ class Guard:
             await _drain(receive)
             return await refused(scope, receive, send)
 
-        async def send_protected(message: dict[str, Any]) -> None:
+        async def send_protected(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_PROTECTION)
             await send(message)
@@ -191,7 +186,7 @@ class Guard:
             return await PlainTextResponse("Too many uploads at once: try again.", 503)(scope, receive, send)
         started = False
 
-        async def send_noted(message: dict[str, Any]) -> None:
+        async def send_noted(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)

@@ -20,11 +20,6 @@ from d2svse.serving.maps import DrawnPanel, DrawnSet
 PAGE = 12
 
 
-def image_address(images: ShownImages, path: str, size: int = SMALL) -> str:
-    """Return the URL of a small copy of an image, relative to the page."""
-    return f"{FOLDER}/{'large' if size == LARGE else 'small'}/{images.name_of(path)}.jpg"
-
-
 def show_message(text: str | Sequence[str], kind: Literal["note", "error"] = "note") -> str:
     """Return one or several messages, one on each line; an empty string without a message."""
     lines = [text] if isinstance(text, str) else list(text)
@@ -90,7 +85,7 @@ def _frame(path: str, name: str, images: ShownImages, size: int = SMALL) -> str:
         return '<span class="d2-frame d2-missing">missing: no longer on the disk</span>'
     if as_region_image(path) is not None:
         return '<span class="d2-frame d2-missing">region features: no image to show</span>'
-    address = image_address(images, path, size)
+    address = f"{FOLDER}/{'large' if size == LARGE else 'small'}/{images.name_of(path)}.jpg"
     return f'<span class="d2-frame"><img src="{address}" alt="{name}" loading="lazy" decoding="async"></span>'
 
 

@@ -87,11 +87,11 @@ class Uploads:
         Args:
             incoming: bytes that will be written next.
         """
-        files = sorted((path for path in Path(self.folder).rglob("*") if not path.is_dir()), key=_time_of)
-        sizes = [path.lstat().st_size if path.is_symlink() or path.exists() else 0 for path in files]
-        total, count, oldest = sum(sizes) + incoming, len(files), time.time() - 3600 * HOURS_KEPT
-        for path, size in zip(files, sizes, strict=True):
-            if total <= MOST_BYTES_KEPT and count <= MOST_FILES_KEPT and _time_of(path) > oldest:
+        files = sorted((*_state_of(path), path) for path in Path(self.folder).rglob("*") if not path.is_dir())
+        total, count = sum(size for _, size, _ in files) + incoming, len(files)
+        for changed, size, path in files:
+            in_time = changed > time.time() - 3600 * HOURS_KEPT
+            if total <= MOST_BYTES_KEPT and count <= MOST_FILES_KEPT and in_time:
                 break
             with suppress(OSError):
                 path.unlink()
@@ -130,8 +130,10 @@ class Upload(StoredImage):
             return file.read(MOST_BYTES)
 
 
-def _time_of(path: Path) -> float:
+def _state_of(path: Path) -> tuple[float, int]:
+    """Return the time of the last change of a file and its bytes."""
     try:
-        return path.lstat().st_mtime
+        state = path.lstat()
     except OSError:  # the file was removed in the meantime
-        return 0.0
+        return 0.0, 0
+    return state.st_mtime, state.st_size

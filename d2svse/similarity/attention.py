@@ -150,9 +150,7 @@ class CrossAttentionT2I(CrossAttention):
     ) -> None:
         super().__init__(smoothing, pooling, lse_scale, metric_in, **options)
 
-    def score_tile(  # noqa: D102
-        self, images: Fragments, texts: Fragments, products: Tensor
-    ) -> Tensor:
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         attended, compared = (p.permute(0, 2, 3, 1) for p in self.both_products(images, texts, products))
         return self.pool(self.relevance(attended, texts.mask, images.vectors, images.mask, compared), texts.mask)
 
@@ -189,9 +187,7 @@ class CrossAttentionI2T(CrossAttention):
     ) -> None:
         super().__init__(smoothing, pooling, lse_scale, metric_in, **options)
 
-    def score_tile(  # noqa: D102
-        self, images: Fragments, texts: Fragments, products: Tensor
-    ) -> Tensor:
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         attended, compared = (p.permute(2, 0, 1, 3) for p in self.both_products(images, texts, products))
         return self.pool(self.relevance(attended, images.mask, texts.vectors, texts.mask, compared), images.mask).T
 
@@ -248,9 +244,7 @@ class FocalAttention(CrossAttention):
         # equal weights have no context above their mean: the published code divides by zero, here they all stay
         return torch.where(total > 0, kept / total.clamp(min=_EPSILON), weights)
 
-    def score_tile(  # noqa: D102
-        self, images: Fragments, texts: Fragments, products: Tensor
-    ) -> Tensor:
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         both = self.both_products(images, texts, products)
         attended, compared = (p.permute(0, 2, 3, 1) for p in both)
         t2i = self.pool(self.relevance(attended, texts.mask, images.vectors, images.mask, compared), texts.mask)
@@ -283,9 +277,7 @@ class NegativeAware(CrossAttention):
         super().__init__(smoothing, **options)
         self.threshold = threshold
 
-    def score_tile(  # noqa: D102
-        self, images: Fragments, texts: Fragments, products: Tensor
-    ) -> Tensor:
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         products = products.permute(0, 2, 3, 1)  # (n_images, n_texts, n_words, n_patches)
         real = images.mask[:, None, None, :].expand_as(products)
         above = products - self.threshold

@@ -69,7 +69,7 @@ class Mahalanobis(Similarity):
 
     def __init__(self, dim: int, rank: int | None = None) -> None:
         super().__init__()
-        self.map = nn.Parameter(torch.empty(_rank(dim, rank or dim), dim))
+        self.map = nn.Parameter(torch.empty(_rank(dim, dim if rank is None else rank), dim))
         self.reset_parameters()
 
     def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102

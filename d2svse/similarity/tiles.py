@@ -450,11 +450,7 @@ def _gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
             some_images, surely = leaves(images.cut(rows), 0), (number, part_number) in ctx.failed
             inputs = [*some_images, *some_texts, *trained]
             with torch.enable_grad():
-                part = (
-                    functional_call(module, swapped, (some_images, some_texts, surely))
-                    if swapped
-                    else module(some_images, some_texts, surely)
-                )
+                part = functional_call(module, swapped, (some_images, some_texts, surely))
             if not part.requires_grad:
                 continue
             sources = [inputs[k] for k in chosen]

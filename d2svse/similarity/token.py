@@ -42,9 +42,7 @@ class MaxAlignment(FragmentSimilarity):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
         self.direction = direction
 
-    def score_tile(  # noqa: D102
-        self, images: Fragments, texts: Fragments, products: Tensor
-    ) -> Tensor:
+    def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
         usable = images.mask[:, :, None, None] & texts.mask
         products = products.masked_fill(~usable, float("-inf"))
         scores = []

@@ -20,7 +20,6 @@ from d2svse.training.checks import (
     LOOSE,
     Range,
     check_inherited,
-    check_metric,
     check_ranges,
     check_sharding,
     check_types,
@@ -183,8 +182,11 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         best_only = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
         if always or self.load_best_model_at_end or best_only:
             of_sides = [f"recall_at_{k}" for k in RECALL_AT] + ["map"]
-            known = of_sides if self.unimodal else rank_metrics(np.zeros(1), np.zeros(1))
-            check_metric(self.metric_for_best_model, known)
+            known = sorted(of_sides if self.unimodal else rank_metrics(np.zeros(1), np.zeros(1)))
+            name = str(self.metric_for_best_model).removeprefix("eval_")
+            if name not in known:
+                listed = f"evaluation computes {', '.join(known)}"
+                raise ValueError(f"metric_for_best_model: {unknown('metric', name, known, listed)}")
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> TrainingArguments:

@@ -129,11 +129,8 @@ def cached_image_tokens(
 
     def tokens_of(names: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
         for rows, pixels in read_batches(processor, [images[name] for name in names], batch_size):
-            training = model.image_encoder.training
-            with torch.inference_mode():
-                pixel_values = processor.normalize(pixels.to(model.device))
-                tokens = model.image_encoder.eval().backbone_tokens(pixel_values)
-            model.image_encoder.train(training)
+            with inference(model.image_encoder):
+                tokens = model.image_encoder.backbone_tokens(processor.normalize(pixels.to(model.device)))
             yield rows, tokens
 
     length, width = next(tokens_of(names[:1]))[1].shape[1:]

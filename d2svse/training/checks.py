@@ -6,14 +6,12 @@ import dataclasses
 import enum
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments as TransformersTrainingArguments
-
-from d2svse.choices import unknown
 
 _EVALUATION = "evaluation encodes every image and text once and ranks them, without transformers' evaluation loop"
 _LOADER = "training has its own loader, whose order follows from the seed and the epoch"
@@ -170,18 +168,6 @@ def check_sharding(values: Mapping[str, Any]) -> None:
             f"{given[0]} is not supported: each process keeps the whole model (DDP); leave it out, and fit a large "
             "batch into memory with chunk_size"
         )
-
-
-def check_metric(name: str | None, known: Iterable[str]) -> None:
-    """Check that evaluation computes a metric.
-
-    Raises:
-        ValueError: if the metric is not among the known ones; the message lists them.
-    """
-    plain = str(name).removeprefix("eval_")
-    listed = f"evaluation computes {', '.join(known := sorted(known))}"
-    if name is not None and plain not in known:
-        raise ValueError(f"metric_for_best_model: {unknown('metric', plain, known, listed)}")
 
 
 def _plain(value: Any) -> Any:

@@ -133,12 +133,6 @@ def gather_rows(tensor: Tensor, valid: Tensor | None = None) -> Tensor:
     return Gather(len(tensor), tensor.device, valid).rows(tensor)
 
 
-def gather_features(features: Features) -> Features:
-    """Join the features of all processes, see `Gather`."""
-    length = None if features.tokens is None else features.tokens.shape[1]
-    return Gather(len(features), features.pooled.device, length=length).features(features)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:
@@ -252,5 +246,7 @@ class Processes:
 
     @torch.no_grad()
     def gather_features(self, features: Features) -> Features:
-        """Join the features of all processes on their own device, see `gather_features`."""
-        return gather_features(features.to(self.device)).to(features.pooled.device)
+        """Join the features of all processes, see `Gather`, and return them on their own device."""
+        moved = features.to(self.device)
+        length = None if moved.tokens is None else moved.tokens.shape[1]
+        return Gather(len(moved), self.device, length=length).features(moved).to(features.pooled.device)

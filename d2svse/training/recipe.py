@@ -230,18 +230,10 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             words += ["--push-to-hub", self.push_to_hub]
         if self.hub_private is not None:
             words.append("--private" if self.hub_private else "--public")
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
         if world_size() > 1:
-            words = [
-                "torchrun",
-                "--nproc-per-node",
-                os.environ.get("LOCAL_WORLD_SIZE", str(world_size())),
-                "-m",
-                *words,
-            ]
-        nodes = (
-            "" if str(world_size()) == os.environ.get("LOCAL_WORLD_SIZE", str(world_size())) else " (on each machine)"
-        )
-        return shlex.join(words) + nodes
+            words = ["torchrun", "--nproc-per-node", here, "-m", *words]
+        return shlex.join(words) + ("" if here == str(world_size()) else " (on each machine)")
 
     def model_folder(self, stage: str) -> Path:
         """Return the folder of a stage's best model; the last stage's model is also saved as `output/model`."""
@@ -382,7 +374,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
     output = Path(recipe.output)
     if recipe.resume:
         check_unchanged(recipe)
-    elif any(_has_checkpoints(recipe, stage) for stage in recipe.stages):
+    elif any(any((output / stage / "checkpoints").glob("checkpoint-*")) for stage in recipe.stages):
         raise ValueError(f"{output} holds checkpoints of another run; give another output, or resume that run")
     _check_output(recipe)
     set_seed(recipe.seed)
@@ -569,10 +561,6 @@ def _is_start(path: Path) -> bool:
         return {"data", "processes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _has_checkpoints(recipe: Recipe, stage: str) -> bool:
-    return any((Path(recipe.output) / stage / "checkpoints").glob("checkpoint-*"))
 
 
 def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:

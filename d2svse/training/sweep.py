@@ -245,6 +245,7 @@ def read_sweep(
         values.pop(name, None)
     if values.get("push_to_hub"):
         raise ValueError(f"{source}: push_to_hub: {OF_EACH_RUN['push_to_hub']}")
+    values_of = {str(name): values for name, values in values_of.items()}
     short = {name: name.rpartition(".")[2] for name in values_of}
     if len(set(short.values())) < len(short):
         short = {name: name for name in short}

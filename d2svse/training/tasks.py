@@ -184,7 +184,7 @@ class DistillTask(AlignTask):
     def losses(self, similarity: Similarity, batch: Batch, images: Features, texts: Features) -> dict[str, Tensor]:
         """Return the losses of `AlignTask`, and `distill_loss` between the texts and `batch.teacher_embeds`."""
         losses = super().losses(similarity, batch, images, texts)
-        if self.align_weight == 0:
+        if self.align_weight == 0 and not isinstance(self.distillation_loss, ScoreDistillationLoss):
             losses.pop("penalty_loss", None)
         return losses
 

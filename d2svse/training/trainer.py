@@ -327,7 +327,8 @@ class Trainer(TransformersTrainer):
             self._average = AverageCallback(self.model, self.args.ema_decay)
             self.add_callback(self._average)
         try:
-            with self._compiled():
+            compiler = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            with compiled_parts(self.model, **compiler) if self.args.torch_compile else nullcontext():
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self._average and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
                 self._average.finish()
@@ -356,13 +357,6 @@ class Trainer(TransformersTrainer):
         if self.args.push_to_hub:
             self.push_to_hub()
         return result
-
-    def _compiled(self) -> AbstractContextManager[None]:
-        """Return a context in which backbones and decoder are compiled, if `torch_compile` asks for it."""
-        args = self.args
-        if not args.torch_compile:
-            return nullcontext()
-        return compiled_parts(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
     # ---- Batches and losses -----------------------------------------------------------------------------------------
 

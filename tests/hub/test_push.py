@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import time
 
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi, constants
 from transformers import AutoModel, AutoProcessor
 
 from d2svse import D2SVSE, Trainer
+from d2svse.files.replace import write_json
 from d2svse.hub import push_folder
 from d2svse.hub.publishable import publishable
 from d2svse.models.encoders import load_backbone
@@ -307,6 +309,23 @@ def test_pickles_hidden_files_and_folders_of_this_machine_stay_here(folder, hub)
     assert json.loads(files["config.json"])["vision_config"]["_name_or_path"] == "vit"
     assert "extra/shim.py" not in files
     assert not [name for name, data in files.items() if b"/home/ann" in data or b"MaySee" in data]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"\xff.jsonl", b"a\xed\xa0\xbd.jsonl"])
+def test_names_of_data_that_are_not_utf_8_are_pushed(folder, hub, name):
+    source = os.fsdecode(name)
+    data = {"source": source, "images": 1, "captions": 1, "sha256": "0" * 64}
+    metrics = {"align": {"rsum": 1.0}}
+    card = {
+        "d2svse": "1", "command": ["d2svse", "train", "--val", source], "seed": 1, "versions": {}, "metrics": metrics,
+        "hardware": {"accelerators": [], "cpu_count": 2, "processes": 1}, "configuration": {},
+        "data": {"train": data, "val": data},
+    }  # fmt: skip
+    write_json(folder / "run.json", card)
+    push_folder(folder, "lab/tiny")
+    files = hub.files("lab/tiny")
+    assert json.loads(files["run.json"])["data"]["val"]["source"] == source
+    assert r"\udc" in files["README.md"].decode()
 
 
 def test_a_card_that_someone_wrote_is_kept(folder, hub):

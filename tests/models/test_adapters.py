@@ -163,6 +163,13 @@ def test_adapters_with_a_metric_are_saved_and_loaded(make_model, val_dataset, tm
         torch.testing.assert_close(embeddings(loaded, val_dataset), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "bottleneck"}])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_a_metric_of_another_width_than_the_rank_is_refused(make_model, options, width):
+    with pytest.raises(ValueError, match=f"the metric is for vectors {width} wide; expected 4"):
+        make_model().add_lora("text", rank=4, metric={"structure": "diagonal", "dim": width}, **options)
+
+
 def test_a_merge_in_training_mode_has_no_dropout(make_model, val_dataset):
     model = make_model()
     model.add_lora("text", rank=4, metric={"structure": "dense", "dropout": 0.5})

@@ -302,6 +302,19 @@ def test_positions_are_interpolated_behind_the_first_twenty(processor):
     torch.testing.assert_close(after[-1], before[-1] + 0.75 * (before[-1] - before[-2]))
 
 
+@pytest.mark.parametrize(("short", "count"), [(16, 64), (16, 18), (20, 21)])
+def test_a_text_side_of_few_positions_keeps_a_quarter(short, count, processor):
+    dual = make_dual("clip", processor)
+    before = torch.arange(short, dtype=torch.float32)[:, None].expand(-1, 48)
+    dual.text_model.embeddings.position_embedding = torch.nn.Embedding(short, 48, _weight=before.clone())
+    stretch_positions(dual, count)
+    after = dual.text_model.embeddings.position_embedding.weight
+    assert after.shape == (count, 48)
+    assert after[: short // 4].equal(before[: short // 4])
+    assert (after.diff(dim=0) > 0).all()
+    assert after.max() < short
+
+
 @pytest.mark.parametrize(
     ("name", "count", "message"), [("siglip", 120, "attends to padding"), ("clip", 40, "has 48 positions already")]
 )

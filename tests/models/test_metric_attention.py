@@ -166,7 +166,7 @@ def test_a_model_trains_saves_and_loads_its_metrics(make_model, make_args, train
 def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
     with pytest.raises(ValueError, match="has no attention layer"):
         patch_attention(BertModel(BertConfig(vocab_size=30, **{**SIZES, "num_hidden_layers": 0})), "diagonal")
-    with pytest.raises(ValueError, match="the metric is for vectors 4 wide; a head is 8 wide"):
+    with pytest.raises(ValueError, match="the metric is for vectors 4 wide; expected 8"):
         patch_attention(BACKBONES["vit"](), Metric("diagonal", 4))
     with pytest.raises(ValueError, match="give one backbone of the model"):
         patch_attention(make_model(), "diagonal")

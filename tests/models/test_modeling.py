@@ -213,6 +213,9 @@ def test_encoding_names_bad_input(model, tmp_path):
         model.encode_text(["a", " "])
     with pytest.raises(ValueError, match="an empty list"):
         model.encode_text([])
+    for none in ([], (), np.array([], dtype=str)):
+        with pytest.raises(ValueError, match="no text to prepare: an empty list"):
+            model.processor(text=none)
     with pytest.raises(ValueError, match=r"no\.jpg: no such image"):
         model.encode_image([tmp_path / "no.jpg"])
     with pytest.raises(ValueError, match="output must be"):
@@ -515,8 +518,10 @@ def test_texts_go_through_a_batch_norm_together_shared_by_processes_or_not(make_
     if converted:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     monkeypatch.setattr(modeling, "GROUP_TOKENS", 4)
-    monkeypatch.setattr(model.text_encoder, "words", None)  # called for each group
+    words, counts = model.text_encoder.words, []  # called once for all texts, or for each group
+    monkeypatch.setattr(model.text_encoder, "words", lambda hidden: counts.append(len(hidden)) or words(hidden))
     model(**model.processor(text=SENTENCES * 2), text_groups=2)
+    assert counts == [2 * len(SENTENCES)]
 
 
 def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch):
@@ -526,7 +531,7 @@ def test_groups_of_like_length_change_nothing(model, train_dataset, monkeypatch)
     whole = model(**batch)
     widths, pooled = [], []
     encode = model.text_encoder.words
-    monkeypatch.setattr(model.text_encoder, "words", lambda ids, mask: widths.append(ids.shape[1]) or encode(ids, mask))
+    monkeypatch.setattr(model.text_encoder, "words", lambda hidden: widths.append(hidden.shape[1]) or encode(hidden))
     model.text_encoder.pooling.gru.register_forward_hook(lambda *_: pooled.append(True))
     for asked, groups in ((2, 2), (5, 5), (9, 5)):
         widths.clear(), pooled.clear()

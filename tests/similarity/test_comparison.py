@@ -169,6 +169,8 @@ def test_two_layers_start_as_the_mean():
 def test_bad_arguments_are_named():
     for options, message in (
         ({"name": "low-rank", "rank": 7}, "rank must be between 1 and the width 6, got 7"),
+        ({"name": "mahalanobis", "rank": 7}, "rank must be between 1 and the width 6, got 7"),
+        ({"name": "mahalanobis", "rank": 0}, "rank must be between 1 and the width 6, got 0"),
         ({"name": "bfan", "focal": "half"}, "focal must be one of prob, equal"),
         ({"name": "max-softmax", "layers": 3}, "layers must be 1 or 2"),
     ):

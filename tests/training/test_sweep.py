@@ -164,6 +164,8 @@ def test_seed_zero_is_a_seed(small, write, given, expected):
         ({"rows": {"a": {"margin": "x"}}}, "row 'a': margin must be a number"),
         ({"rows": {"a b": {}, "a/b": {}}}, "rows 'a b' and 'a/b' have one folder, a_b"),
         ({"grid": {"margin": 0.1}}, "grid must be lists of values"),
+        ({"grid": {1: [2, 3]}}, "unknown option"),
+        ({"grid": {True: [2, 3]}}, "unknown option"),
         ({"grid": [1]}, "grid must be lists of values"),
         ({"seeds": ["a"]}, "seeds must be whole numbers"),
         ({"seeds": [True]}, "seeds must be whole numbers"),

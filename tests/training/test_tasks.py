@@ -72,6 +72,17 @@ def test_kl_distillation_compares_scores_by_the_models_similarity(make_model, pr
     assert model.similarity_fn.metric.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("loss", "penalized"), [("kl", True), ("cosine", False)])
+def test_without_a_ranking_loss_the_similarity_is_penalized_if_it_is_trained(make_model, processor, loss, penalized):
+    decoder = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
+    model = make_model(similarity={"name": "gssf-dense", "weight_penalty": 0.1}, context_decoder=decoder)
+    given = replace(batch(processor), teacher_embeds=torch.randn(3, model.config.embed_dim))
+    task = DistillTask(InfoNCE(0.1), build_distillation_loss(loss), align_weight=0.0)
+    total_loss(task(model, given)).backward()
+    assert ("penalty_loss" in task(model, given)) == penalized
+    assert (model.similarity_fn.metric.weight.grad is not None) == penalized
+
+
 def test_kl_distillation_refuses_similarities_of_tokens(make_model, train_dataset, tmp_path):
     arguments = {"output_dir": str(tmp_path), "decoder_heads": 2, "decoder_layers": 1, "num_context_tokens": 4}
     args = TrainingArguments(stage="distill", distill_loss="kl", **arguments)
