@@ -215,7 +215,7 @@ class Bench:
 
     def seconds(self, call: Callable[[], object], repeats: int = 7, warm: int = 2) -> float:
         """Return the median time of a call, its work on the device included."""
-        for _ in range(warm):
+        for _ in range(0 if self.small else warm):
             call()
         times = []
         for _ in range(1 if self.small else repeats):
@@ -238,7 +238,7 @@ class Bench:
     @functools.cached_property
     def rates(self) -> dict[str, float]:
         """Floating-point operations a second of a large product, by dtype; "tf32" too."""
-        size = 512 if self.small else 8192
+        size = 64 if self.small else 8192
         rates = {}
         for name in ("float32", "tf32", "bfloat16", "float16"):
             with precision("tf32" if name == "tf32" else "ieee"):
@@ -424,11 +424,11 @@ class World:
 @functools.cache
 def prepared(bench: Bench) -> World:
     """Draw the scenes and make the model, once."""
-    folder = draw_scenes(bench.folder / "scenes", *((64, 16) if bench.small else (512, 64)))
+    folder = draw_scenes(bench.folder / "scenes", *((32, 8) if bench.small else (512, 64)))
     train, val = (ImageTextDataset.from_manifest(folder / f"{name}.jsonl") for name in ("train", "val"))
-    vision = ViTConfig(
-        hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, image_size=64, patch_size=8
-    )
+    width, layers = (32, 1) if bench.small else (128, 3)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    vision = ViTConfig(**sizes, num_attention_heads=4, image_size=64, patch_size=8)
     return World(build_model(all_texts(train), vision=vision).eval(), train, val, folder)
 
 
@@ -447,7 +447,7 @@ def make_trainer(
     model.config.similarity = {"name": similarity}
     given = {
         "output_dir": tempfile.mkdtemp(dir=bench.folder),
-        "per_device_train_batch_size": 32 if bench.small else 64,
+        "per_device_train_batch_size": 16 if bench.small else 64,
         "num_train_epochs": 1 if bench.small else 8,
         "learning_rate": 1e-3,
         "backbone_lr_scale": 1.0,
@@ -625,7 +625,7 @@ def training(bench: Bench) -> None:
         "bfloat16, compiled": half | {"torch_compile": True, "max_steps": 4},
     }
     if not bench.cuda:
-        modes = {"float32, chunks": {"chunk_size": 16}, "float32, stage 2": {"stage": "distill"}}
+        modes = {"float32, chunks": {"chunk_size": 8}, "float32, stage 2": {"stage": "distill"}}
     first: dict[str, float] = {}
     for name, options in modes.items():
         with bench.guarded(f"training, {name}"), precision("tf32" if name == "TF32" else "none"):
@@ -659,7 +659,7 @@ def train_once(bench: Bench, name: str, options: dict[str, Any], first: dict[str
 
 def resume(bench: Bench) -> None:
     """Compare a whole run with one that continues from its checkpoint, both with `full_determinism`."""
-    options = {"full_determinism": True, "max_steps": 6, "per_device_train_batch_size": 16}
+    options = {"full_determinism": True, "max_steps": 6, "per_device_train_batch_size": 8 if bench.small else 16}
     options |= {"bf16": True} if bench.cuda else {}
     environment = dict(os.environ)
     try:
@@ -723,7 +723,7 @@ def syncs(bench: Bench) -> None:
         name = f"waits of a step, {stage}, {similarity}"
         within = Within(4, 4, counting_waits(lines) if bench.cuda else nullcontext())
         with bench.guarded(name), within.entered:
-            options = {"stage": stage, "bf16": bench.cuda, "max_steps": 5, "logging_steps": 100}
+            options = {"stage": stage, "bf16": bench.cuda, "max_steps": 4 if bench.small else 5, "logging_steps": 100}
             make_trainer(bench, similarity, within, **options).train()
             bench.check(name, lines.total() <= most, f"{lines.total()}, at most {most}")
             bench.details(name, lines, "×")
@@ -743,7 +743,8 @@ def base_model(bench: Bench) -> D2SVSE:
         "text_config": BertConfig(**narrow).to_dict(),
     }
     model = D2SVSE(D2SVSEConfig(**sides, embed_dim=WIDTH))
-    model.add_decoder(num_tokens=16, num_layers=2, num_heads=4)
+    tokens, layers = (4, 1) if bench.small else (16, 2)
+    model.add_decoder(num_tokens=tokens, num_layers=layers, num_heads=4)
     return model.to(bench.device)
 
 
@@ -900,11 +901,11 @@ def one_step(bench: Bench, model: D2SVSE, stage: int, batch: Batch, dtype: torch
 
 @functools.cache
 def photos(bench: Bench) -> list[Path]:
-    """Write 32 JPEG files of 500 × 375 pixels with the grain of photos."""
+    """Write JPEG files of 500 × 375 pixels with the grain of photos."""
     rng, folder = np.random.default_rng(0), bench.folder / "photos"
     folder.mkdir()
     grain = rng.normal(0, 6, (375, 500, 1)).astype(np.int16)
-    paths = [folder / f"{number}.jpg" for number in range(32)]
+    paths = [folder / f"{number}.jpg" for number in range(8 if bench.small else 32)]
     for path in paths:
         smooth = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
         pixels = np.asarray(smooth.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16) + grain
@@ -937,7 +938,7 @@ def photo_trainer(
     bench: Bench, batches: int, workers: int, callback: TrainerCallback | None = None, **options: Any
 ) -> Trainer:
     """Return a trainer of the full-size model on the photos, with all augmentation; an epoch has so many batches."""
-    size = 16 if bench.small else 128
+    size = 4 if bench.small else 128
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(dir=bench.folder),
         stage="align",
@@ -1001,7 +1002,7 @@ def fragments(bench: Bench) -> None:
             "peak GB",
         ]
     )
-    for count, names in ((8, ["omit"]),) if bench.small else ((128, ["max-mean", "scan-t2i", "omit"]), (512, ["omit"])):
+    for count, names in ((2, ["omit"]),) if bench.small else ((128, ["max-mean", "scan-t2i", "omit"]), (512, ["omit"])):
         sides = [side.to(bench.device) for side in random_sides(count, torch.float32, WIDTH, 197, 32)]
         images, texts = (F.normalize(side.tokens, dim=-1).flatten(0, 1) for side in sides)
 
@@ -1033,7 +1034,7 @@ def score_and_backward(fn: Similarity, sides: Sequence[Features]) -> None:
 
 def search(bench: Bench) -> None:
     """Search a million vectors on the device, against one product and top k, and against NumPy."""
-    count, width = (20_000, 64) if bench.small else (1_000_000, WIDTH)
+    count, width = (2000, 64) if bench.small else (1_000_000, WIDTH)
     vectors = F.normalize(torch.randn(count, width, device=bench.device), dim=-1)
     noise = 0.02 * torch.randn(256, width, device=bench.device)
     queries = F.normalize(vectors[:256] + noise, dim=-1).cpu().numpy()
@@ -1084,7 +1085,7 @@ def encode(bench: Bench) -> None:
         bench.figure(f"the image encoder alone, {dtype}", len(pixels) / took, "a second")
     words = [word for caption in CAPTIONS for word in caption.split()]
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(words, 12)) for _ in range(64 if bench.small else 5000)]
+    texts = [" ".join(rng.choice(words, 12)) for _ in range(8 if bench.small else 5000)]
     model.encode_text(texts[:64])
     start = time.perf_counter()
     model.encode_text(texts, batch_size=256)

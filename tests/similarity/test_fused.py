@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernels for GPUs need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":  # triton reads it once, when it is imported
 
     def test_the_kernels_by_the_interpreter():
-        line = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+        line = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--noconftest", __file__]
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(line, capture_output=True, text=True, env=environment)
         assert ended.returncode == 0, ended.stdout[-3000:]

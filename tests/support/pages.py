@@ -30,7 +30,7 @@ import torch
 
 from d2svse.cli.app import main
 from support.commands import UsageError, command_name, parse_command
-from support.processes import fork_command, torchrun
+from support.processes import fork_command, fork_sweep, torchrun
 
 ROOT = Path(__file__).parents[2]
 MARK = re.compile(r"<!-- (run with|needs): ([^\n]+) -->\n")
@@ -241,6 +241,10 @@ def run_bash(
             code_of_exit = serve(words[1:])
         elif words[0] == "torchrun":
             code_of_exit = launch(words[1:])
+        elif words[:2] == ["d2svse", "sweep"] and "--dry-run" not in words:
+            process = fork_sweep(*words[2:])
+            code_of_exit = process.wait(600)
+            print(process.out(), process.err())
         else:
             code_of_exit = run_here(words)
         assert not code_of_exit, f"{block.place}: {command} ended with {code_of_exit}"

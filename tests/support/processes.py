@@ -21,6 +21,32 @@ _FORKS.set_forkserver_preload(["d2svse.cli.app", "d2svse.retrieval", "d2svse.tra
 
 
 COMMAND = "import sys; from d2svse.cli.app import main; main(sys.argv[1:])"
+# A sweep whose runs are forks of its own process, which has imported torch: they begin at once.
+FORKING_SWEEP = """
+import os, subprocess, sys
+from d2svse.training import sweep
+from d2svse.training.options import preset_options
+from d2svse.training.recipe import Recipe
+from d2svse.cli.app import main
+
+class Forked(subprocess.Popen):
+    def __init__(self, command, **options):
+        def child():
+            os.closerange(3, 200)  # the pipes and the lock of the sweep
+            os.environ.update(options["env"])
+            sys.argv[1:] = command[3:]
+            try:
+                exec(command[2], {"__name__": "__main__"})
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+
+        super().__init__(command, preexec_fn=child, **options)
+
+subprocess.Popen = Forked
+main(sys.argv[1:])
+"""
 
 
 class Fork:
@@ -72,6 +98,11 @@ class Fork:
 def fork_command(*words: object) -> Fork:
     """Run a command of d2svse in a process of its own."""
     return Fork(COMMAND, *words)
+
+
+def fork_sweep(*words: object) -> Fork:
+    """Run `d2svse sweep` in a process of its own, and each of its runs in a fork of that process."""
+    return Fork(FORKING_SWEEP, "sweep", *words)
 
 
 def fork_workers(count: int, code: str, *words: object) -> list[Fork]:

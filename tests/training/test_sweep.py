@@ -20,7 +20,7 @@ from d2svse.training import sweep as sweeps
 from d2svse.training.options import preset_options
 from d2svse.training.recipe import Recipe, override
 from d2svse.training.sweep import parse_grid, read_record, read_sweep, record_of, run_sweep
-from support.processes import Fork
+from support.processes import Fork, fork_sweep
 
 # A run without training: row "bad" fails, row "waits" waits for a signal, any other one writes a record.
 CHILD = """
@@ -410,48 +410,20 @@ def begun(folder):
     return any(folder.glob("runs/*/*/checkpoints/checkpoint-*"))
 
 
-# A sweep whose runs are forks of its own process, which has imported torch: they begin at once.
-FORKING = """
-import os, subprocess, sys
-from d2svse.training import sweep as sweeps
-from d2svse.training.options import preset_options
-from d2svse.training.recipe import Recipe
-from d2svse.cli.app import main
-
-class Forked(subprocess.Popen):
-    def __init__(self, command, **options):
-        def child():
-            os.closerange(3, 200)  # the pipes and the lock of the sweep
-            os.environ.update(options["env"])
-            sys.argv[1:] = command[3:]
-            try:
-                sweeps.run_one()
-            except BaseException as error:
-                print(repr(error), file=sys.stderr, flush=True)
-                os._exit(1)
-            os._exit(0)
-
-        super().__init__(command, preexec_fn=child, **options)
-
-subprocess.Popen = Forked
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_twice_ends_with_the_same_table(small, write, tmp_path):
     values = small | {"training": small["training"] | {"num_train_epochs": 2, "save_total_limit": 1}}
-    words = ["sweep", write(values), "--grid", "temperature=0.05,0.2", "--seeds", "0,1", "-o"]
-    left_alone = Fork(FORKING, *words, tmp_path / "whole", "--jobs", "2")
+    words = [write(values), "--grid", "temperature=0.05,0.2", "--seeds", "0,1", "-o"]
+    left_alone = fork_sweep(*words, tmp_path / "whole", "--jobs", "2")
     assert left_alone.wait() == 0, left_alone.err()
     killed = tmp_path / "killed"
     for done in (0, 2):  # the second kill comes when some runs are done
-        process = Fork(FORKING, *words, killed)
+        process = fork_sweep(*words, killed)
         wait_for(lambda done=done: len(list(killed.glob("records/*.json"))) >= done and begun(killed), seconds=300)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (killed / "table.md").exists()
-    process = Fork(FORKING, *words, killed, "--jobs", "2")
+    process = fork_sweep(*words, killed, "--jobs", "2")
     assert process.wait() == 0, process.err()
     records = [read_record(path) for path in (killed / "records").iterdir()]
     assert len(records) == 4

@@ -1,8 +1,8 @@
 import json
-import multiprocessing
 import re
+import signal
+import time
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from d2svse.retrieval import ExactIndex, load_index, make_index
 from d2svse.retrieval.vectors.storage import first_to_merge
 from d2svse.retrieval.vectors.topk import DeviceTopK, RunningTopK
 from support.cuda import simulated_cuda
+from support.processes import Fork
 
 
 @pytest.fixture
@@ -228,28 +229,20 @@ def test_unknown_names_are_answered_with_the_known(filled, tmp_path):
         ExactIndex.load(tmp_path / "i")
 
 
-def hold(folder: Path, taken, released) -> None:
-    with write_lock(folder):
-        taken.set()
-        released.wait(30)
-
-
 def test_one_process_writes_at_a_time(filled, tmp_path):
     index, vectors = filled
     index.save(tmp_path / "i")
-    context = multiprocessing.get_context("spawn")
-    taken, released = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "i", taken, released))
-    other.start()
-    try:
-        assert taken.wait(60)
-        index.add(["x"], vectors[:1])
-        with pytest.raises(BlockingIOError, match="another process is writing to it; try again"):
-            index.save(tmp_path / "i")
-        assert len(load_index(tmp_path / "i")) == 50  # reading needs no lock
-    finally:
-        released.set()
-        other.join(30)
+    code = "import sys, time; from d2svse.files.lock import write_lock\n"
+    other = Fork(code + "with write_lock(sys.argv[1]):\n    print(1); time.sleep(600)", tmp_path / "i")
+    while "1" not in other.out():
+        assert other.poll() is None, other.err()
+        time.sleep(0.01)
+    index.add(["x"], vectors[:1])
+    with pytest.raises(BlockingIOError, match="another process is writing to it; try again"):
+        index.save(tmp_path / "i")
+    assert len(load_index(tmp_path / "i")) == 50  # reading needs no lock
+    other.send_signal(signal.SIGKILL)
+    other.wait()
     with write_lock(tmp_path / "i"):
         index.save(tmp_path / "i")  # who holds the lock may write
     assert len(load_index(tmp_path / "i")) == 51
