@@ -159,6 +159,23 @@ def test_another_fault_stays_what_it_is_and_one_of_the_temporary_file_names_the_
             pass
 
 
+@pytest.mark.parametrize("name", ["outside", "out.txt", "out/below"])
+def test_a_missing_input_with_a_name_like_that_of_the_output_is_named_itself(name, tmp_path):
+    ours = name == "out/below"  # a file of the folder that is written
+    with pytest.raises(FileNotFoundError) as told, written_aside(tmp_path / "out"):
+        (tmp_path / name).read_text()
+    assert ("cannot be written" in str(told.value)) == ours
+
+
+def test_the_left_file_of_a_process_whose_number_is_none_is_swept(tmp_path):
+    left = leave(tmp_path / "x.txt")
+    token = left.name.split(".")[-2]
+    host, _, rest = token.split("-")
+    odd = left.rename(left.with_name(left.name.replace(token, f"{host}-{'f' * 20}-{rest}")))
+    write_text(tmp_path / "x.txt", "new")
+    assert not odd.exists()
+
+
 def test_a_long_name_and_a_name_with_control_characters(tmp_path):
     name = "n" * 250
     write_text(tmp_path / name, "x")

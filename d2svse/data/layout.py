@@ -28,24 +28,9 @@ class FiledRecord(Record):
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ManifestError: if the file is missing or is not JSON.
-    """
-    with manifest_errors():
-        return data.read_json(path)
-
-
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        ManifestError: if the file is missing or in another encoding.
-    """
-    with manifest_errors():
-        return data.read_text(path)
+# Those of d2svse.files.data, which raise ManifestError here.
+read_json = manifest_errors()(data.read_json)
+read_text = manifest_errors()(data.read_text)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from d2svse.files.data import parse_json_lines as parse_rows
 from d2svse.files.data import read_json_lines as read_rows
 from d2svse.files.replace import write_json_lines
 from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
@@ -143,7 +142,7 @@ def _label(row: dict[str, Any], name: str, where: str) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise ManifestError(f'{where}: expected "{name}" to be a text or a whole number, got {value!r:.80}')
-    return str(value)
+    return as_caption(str(value), f"{where}: {name}")
 
 
 def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, ...]:
@@ -201,16 +200,6 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     """
     with manifest_errors():
         yield from read_rows(path)
-
-
-def parse_json_lines(lines: Iterable[str], source: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parse the line number and the object of each non-empty line.
-
-    Raises:
-        ManifestError: if a line is not a JSON object.
-    """
-    with manifest_errors():
-        yield from parse_rows(lines, source)
 
 
 def check_images(
@@ -302,7 +291,7 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
     if not any("image" in row for _, row in rows) and all("text" in row for _, row in rows):
         if len(rows) != len(records):
             raise ManifestError(f"{path}: {len(rows)} dense captions for {len(records)} images; expected one for each")
-        return [_text_of(path, line, row) for line, row in rows]
+        return [dense_text(path, line, row) for line, row in rows]
     texts: dict[str, str] = {}
     lines: dict[str, int] = {}
     for line, row in rows:
@@ -313,11 +302,11 @@ def _dense_from_file(path: Path, records: Sequence[Record], base: Path) -> list[
                 f'{where}: expected "image" with the path of an image{got}; or else "text" alone in each line, in the '
                 "order of the images"
             )
-        file = os.path.normpath(base / image)
+        file = _real_path(base / image)
         if file in lines:
             raise ManifestError(f"{where}: {image} is already in line {lines[file]}; give each image one dense caption")
         lines[file] = line
-        texts[_real_path(base / image)] = _text_of(path, line, row)
+        texts[file] = dense_text(path, line, row)
     return [texts.get(_real_path(record.image)) for record in records]
 
 
@@ -343,7 +332,8 @@ def _real_path(path: str | os.PathLike[str]) -> str:
         return os.fspath(path)
 
 
-def _text_of(path: Path, line: int, row: dict[str, Any]) -> str:
+def dense_text(path: Path, line: int, row: dict[str, Any]) -> str:
+    """Return the dense caption of a row."""
     text = row.get("dense", row.get("text"))
     if not isinstance(text, str) or not text.strip():
         raise ManifestError(f'{path}:{line}: expected "dense" (or "text") with a text, got {text!r:.80}')

@@ -16,6 +16,7 @@ from d2svse.data.manifest import (
     Record,
     as_caption,
     as_captions,
+    dense_text,
     join_dense,
     manifest_errors,
     read_json_lines,
@@ -500,10 +501,6 @@ def _write_image(content: bytes | None, row: int, folder: str | os.PathLike[str]
 
 
 def _published_dense(folder: Path, split: str, count: int, dense: str | None) -> list[str | None]:
-    if dense is not None and dense not in DENSE_SUFFIXES:
-        raise ValueError(
-            f"the dense captions of a published layout must be {' or '.join(DENSE_SUFFIXES)}, got {dense!r}"
-        )
     suffix = DENSE_SUFFIXES[dense or "long"]
     files = sorted(folder.glob(f"*_{split}{suffix}.jsonl"))
     if len(files) > 1:
@@ -515,13 +512,7 @@ def _published_dense(folder: Path, split: str, count: int, dense: str | None) ->
     rows = list(read_json_lines(files[0]))
     if len(rows) != count:
         raise ManifestError(f"{files[0]}: {len(rows)} dense captions for {count} images; expected one for each")
-    texts: list[str | None] = []
-    for line, row in rows:
-        text = row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ManifestError(f'{files[0]}:{line}: expected "text" with a text, got {text!r:.80}')
-        texts.append(as_caption(text.strip(), f"{files[0]}:{line}"))
-    return texts
+    return [dense_text(files[0], line, row).strip() for line, row in rows]
 
 
 def _items(path: Path, key: str) -> list[dict[str, Any]]:

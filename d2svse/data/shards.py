@@ -35,10 +35,9 @@ from d2svse.data.manifest import (
     as_caption,
     as_captions,
     manifest_errors,
-    parse_json_lines,
     record_texts,
 )
-from d2svse.files.data import decode_text, parse_json, read_lines, split_lines, to_json
+from d2svse.files.data import decode_text, parse_json, parse_json_lines, read_lines, split_lines, to_json
 from d2svse.files.replace import write_json_lines, written_aside
 from d2svse.images import IMAGE_SUFFIXES, ImageError, StoredImage, has_image_suffix, image_format, load_image
 from d2svse.progress import progress_bar
@@ -104,7 +103,7 @@ class ShardImage(StoredImage):
             OSError: if the shard cannot be read, or is shorter than the index says.
         """
         if is_url(self.shard):
-            content = _fetch_range(self.shard, self.offset, self.size)
+            content = _request(self.shard, self.size, self.offset) if self.size else b""
         else:
             with open(self.shard, "rb") as file:
                 end = os.fstat(file.fileno()).st_size
@@ -281,6 +280,7 @@ def _misfit(member: tarfile.TarInfo, most: int) -> str | None:
     return f"has {member.size} bytes; at most {most} are read" if member.size > most else None
 
 
+@manifest_errors()
 def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     """Read the index of shards.
 
@@ -294,9 +294,9 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         ManifestError: if the index cannot be read, or a line does not have the form that `write_shards` writes.
     """
     if is_url(source):
-        path = url_of_index(str(source))
-        with manifest_errors():
-            lines = split_lines(decode_text(fetch(path), path))
+        path = str(source)
+        path = path if urlsplit(path).path.endswith(".jsonl") else f"{path.rstrip('/')}/{INDEX_FILE}"
+        lines = split_lines(decode_text(fetch(path), path))
     else:
         path = os.fspath(Path(source) / INDEX_FILE if Path(source).is_dir() else source)
         try:
@@ -379,11 +379,6 @@ def _locate_shard(index: str, shard: str, where: str) -> str:
     return path
 
 
-def url_of_index(url: str) -> str:
-    """Return the URL of an index, given that URL or the URL of its folder."""
-    return url if urlsplit(url).path.endswith(".jsonl") else f"{url.rstrip('/')}/{INDEX_FILE}"
-
-
 class _Refused(OSError):
     """An answer that is refused; a second request would not help."""
 
@@ -413,26 +408,18 @@ def fetch(url: str) -> bytes:
     Raises:
         OSError: if it cannot be fetched, or is larger than `MAX_INDEX_BYTES`.
     """
-    return _request(url, {}, MAX_INDEX_BYTES)[1]
+    return _request(url, MAX_INDEX_BYTES)
 
 
-def _fetch_range(url: str, offset: int, size: int) -> bytes:
-    if not size:
-        return b""
-    status, content = _request(url, {"Range": f"bytes={offset}-{offset + size - 1}"}, size)
-    if status != HTTPStatus.PARTIAL_CONTENT:
-        raise OSError(f"{url}: the server does not support range requests; use one that does, or a local copy")
-    return content
+def _request(url: str, most: int, offset: int | None = None) -> bytes:
+    """Return the content of a URL, or `most` bytes of it from an offset."""
+    headers = {} if offset is None else {"Range": f"bytes={offset}-{offset + most - 1}"}
 
-
-def _request(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
-    """Return the status and the content of an answer."""
-
-    def ask() -> tuple[int, bytes]:
+    def ask() -> bytes:
         with _OPENER.open(Request(url, headers=headers), timeout=TIMEOUT) as response:
-            if headers and response.status != HTTPStatus.PARTIAL_CONTENT:
-                return response.status, b""  # do not fetch a whole shard for one image
-            return response.status, _read_response(response, most)
+            if headers and response.status != HTTPStatus.PARTIAL_CONTENT:  # do not fetch a whole shard for one image
+                raise _Refused("the server does not support range requests; use one that does, or a local copy")
+            return _read_response(response, most)
 
     return _try(url, ask)
 
@@ -479,34 +466,14 @@ def _write_shard(path: Path, records: dict[str, Record]) -> None:
                     tar.addfile(member, io.BytesIO(content))
 
 
-@dataclass(frozen=True, slots=True)
-class _Content(StoredImage):
-    """An image whose bytes are already in memory."""
-
-    image: Path | StoredImage
-    content: bytes
-
-    def __fspath__(self) -> str:
-        return os.fspath(self.image)
-
-    @property
-    def name(self) -> str:
-        return self.image.name
-
-    @property
-    def state(self) -> tuple[int, ...]:
-        return (len(self.content),)
-
-    def read_bytes(self) -> bytes:
-        return self.content
-
-
 def _checked_members(item: tuple[str, Record]) -> list[tuple[str, bytes]]:
     """Return the members of a sample; decode its image first, so that a link to another kind of file is refused."""
     key, record = item
     members = list(_members(key, record))
+    content = io.BytesIO(members[0][1])
+    content.name = os.fspath(record.image)  # for the message
     try:
-        load_image(_Content(record.image, members[0][1]))
+        load_image(content)
     except ImageError as error:
         raise ImageError(f"{error}; repair it, or leave such images out with --on-bad-image skip") from None
     return members

@@ -25,8 +25,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NUMBERED = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers set no errno
 _SHORT_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|\d+ requested and \d+ written")
 _TOKEN = re.compile(r"(?P<host>[0-9a-f]{8})-(?P<process>[0-9a-f]+)-[0-9a-f]{8}")
-_ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f-]+\.(?:tmp|old)")
-_EARLIER_TOKEN = re.compile(r"[0-9a-f]{8}")  # of earlier versions, which did not name the process
+_ASIDE = re.compile(r"\.(?P<target>.+)\.[0-9a-f-]+\.tmp")
 _LEFT_AFTER = 24 * 3600.0  # seconds; an older unfinished file of another machine is removed
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")
 
@@ -138,7 +137,8 @@ def _told(error: Exception, path: str | os.PathLike[str], aliases: tuple[Path, .
     if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes | os.PathLike):
         return None
     named = os.fsdecode(error.filename)
-    if not any(named.startswith((str(alias), str(alias.parent / f".{alias.name}"))) for alias in aliases):
+    below = tuple(start for alias in aliases for start in (f"{alias}{os.sep}", str(alias.parent / f".{alias.name}.")))
+    if named not in map(str, aliases) and not named.startswith(below):
         return None
     told = type(error)(f"{shown(path)}: cannot be written: {error.strerror}")
     told.errno = error.errno
@@ -189,11 +189,7 @@ def sweep(target: Path, folder: Path | None = None) -> None:
         return
     start = f".{_stem(target)}."
     for name in names:
-        if (
-            name.startswith(start)
-            and name.endswith((".tmp", ".old"))
-            and _is_left(folder / name, name[len(start) : -4])
-        ):
+        if name.startswith(start) and name.endswith(".tmp") and _is_left(folder / name, name[len(start) : -4]):
             remove(folder / name)
 
 
@@ -208,9 +204,9 @@ def _note_swept(folder: Path) -> None:
 
 def _is_left(path: Path, token: str) -> bool:
     named = _TOKEN.fullmatch(token)
-    if not named and not _EARLIER_TOKEN.fullmatch(token):
+    if not named:
         return False
-    if named and int(named["host"], 16) == _host():
+    if int(named["host"], 16) == _host():
         return not _is_alive(int(named["process"], 16))
     try:
         return time.time() - path.lstat().st_mtime > _LEFT_AFTER
@@ -223,7 +219,7 @@ def _is_alive(process: int) -> bool:
         return True  # on Windows os.kill(process, 0) would end the process
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True

@@ -109,7 +109,8 @@ def walk_images(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{shown(folder)}: no such folder")
-    patterns = [pattern.rstrip("/").removeprefix("./") for pattern in _checked(exclude)]
+    given = [exclude] if isinstance(exclude, str) else exclude
+    patterns = [pattern.rstrip("/").removeprefix("./") for pattern in given]
     if not all(patterns):
         raise ValueError("an empty pattern in exclude; give a name or a path such as '*.gif' or '2019/*'")
     found = FoundImages()
@@ -133,7 +134,8 @@ def walk_images(
                 continue
             seen.add(real)
             try:
-                entries = _entries(current)
+                with os.scandir(current) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
                 if current == folder:
                     message = f"cannot be read ({error.strerror or error})"
@@ -142,10 +144,10 @@ def walk_images(
                 continue
             for entry in entries:
                 path = current / entry.name
-                if patterns and excluded(path, top):
-                    found.excluded += _suffix(path.name) or entry.is_dir()
-                    continue
                 try:
+                    if patterns and excluded(path, top):
+                        found.excluded += _suffix(path.name) or entry.is_dir()
+                        continue
                     is_folder, is_link = entry.is_dir(), entry.is_symlink()
                     is_file = not is_folder and entry.is_file()
                     if is_link and not is_folder and not is_file and _suffix(path.name):
@@ -154,7 +156,7 @@ def walk_images(
                     if _suffix(path.name) or not path.suffix:
                         found.unread[path] = error.strerror or str(error)
                     continue
-                if is_folder and _is_left_out(path.name):
+                if is_folder and (path.name.startswith(".") or path.name.lower() in LEFT_OUT):
                     found.left_out[path] = 0 if is_link else _count(path)
                 elif is_folder and is_link:
                     links.append((path, os.path.realpath(path)))
@@ -207,19 +209,6 @@ def canonical_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute path of an image, with links in its folder resolved; a link at the end stays."""
     parent, name = os.path.split(os.path.abspath(os.fsdecode(path)))
     return os.path.join(os.path.realpath(parent), name)
-
-
-def _checked(exclude: Sequence[str]) -> Sequence[str]:
-    return [exclude] if isinstance(exclude, str) else exclude
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(os.fspath(folder)) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(".") or name.lower() in LEFT_OUT
 
 
 def _suffix(name: str) -> bool:

@@ -614,7 +614,7 @@ def select_readable(
         if on_bad_image == "error":
             raise ImageError(f"{message}; repair the image, or skip bad images with --on-bad-image skip")
         bad.append(message)
-    if not good:
+    if bad and not good:
         raise ImageError(f"none of the {len(paths)} images can be read; the first: {bad[0]}")
     if bad:
         logger.warning("\n  ".join([f"skipped {len(bad)} of {len(paths)} images:", *bad]))

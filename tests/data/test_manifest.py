@@ -91,6 +91,7 @@ def test_bad_pictures_stop_or_are_listed(folder):
     assert "m.jsonl:2" in bad[0]
     with pytest.raises(ManifestError, match=r"none of the 1 images can be read; the first: .*m\.jsonl:2"):
         check_images(records[1:2], path, "skip")
+    assert check_images([], path, "skip") == ([], [])
 
 
 def test_dense_text_from_field_concat_auto_and_files(folder):
@@ -127,9 +128,15 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
             ['{"image": "a.jpg", "dense": "A"}', '{"image": "./a.jpg", "dense": "B"}'],
             r"d\.jsonl:2: .* already in line 1",
         ),
+        *(
+            ([f'{{"image": "{one}", "dense": "A"}}', f'{{"image": "{other}", "dense": "B"}}'], r"d\.jsonl:2: .* line 1")
+            for one, other in (("a.jpg", "link.jpg"), ("link.jpg", "linked/a.jpg"), ("linked/link.jpg", "a.jpg"))
+        ),
     ],
 )
 def test_a_dense_file_names_every_image_once_or_none(folder, lines, message):
+    (folder / "link.jpg").symlink_to("a.jpg")
+    (folder / "linked").symlink_to(folder)
     records = read_manifest(write(folder, GOOD, {"image": "b.jpg", "captions": ["three"]}))
     (folder / "d.jsonl").write_text("\n".join(lines))
     with pytest.raises(ManifestError, match=message):
@@ -189,3 +196,6 @@ def test_identities_and_cameras_are_read_kept_and_written(folder):
     for name in ("identity", "camera"):
         with pytest.raises(ManifestError, match=f'm.jsonl:1: expected "{name}" to be a text or a whole number'):
             read_manifest(write(folder, {**GOOD, name: [1]}))
+        for half in ("\ud83d", "a\udc00b", "\udfff"):
+            with pytest.raises(ManifestError, match=rf"m.jsonl:1: {name}: .*half a character"):
+                read_manifest(write(folder, {**GOOD, name: half}))

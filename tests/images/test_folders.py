@@ -72,6 +72,16 @@ def test_links_to_folders_are_told_or_followed_and_loops_end(tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize(("name", "target"), [("loop", "loop"), ("one.jpg", "two.jpg"), ("x" * 60, "x" * 60)])
+def test_a_link_to_itself_can_be_excluded(name, target, tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / name).symlink_to(target)
+    if target != name:
+        (tmp_path / target).symlink_to(name)
+    found = walk_images(tmp_path, exclude=[name, target])
+    assert [path.name for path in found.paths] == ["a.jpg"]
+
+
 def test_what_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     touch(tmp_path, "a.jpg", "locked/b.jpg", "c/d.jpg")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")

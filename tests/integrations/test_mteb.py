@@ -7,7 +7,11 @@ import torch
 from d2svse import ImageTextDataset
 from d2svse.retrieval import evaluate
 
-mteb = pytest.importorskip("mteb", reason="the extra [mteb]")
+
+@pytest.fixture(autouse=True, scope="module")
+def mteb():
+    """The package, which is imported where its tests run alone."""
+    return pytest.importorskip("mteb", reason="the extra [mteb]")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def dataset(train_dataset):
 
 
 @pytest.mark.parametrize("similarity", [None, {"name": "gssf-dense"}], ids=["cosine", "gssf"])
-def test_a_task_on_local_data_gives_our_recalls(similarity, make_model, dataset):
+def test_a_task_on_local_data_gives_our_recalls(similarity, mteb, make_model, dataset):
     from d2svse.integrations.mteb import LocalRetrieval, MTEBModel
 
     model = make_model(similarity=similarity, context_decoder={"num_tokens": 4, "num_layers": 1, "num_heads": 2})

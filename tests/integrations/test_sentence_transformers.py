@@ -3,9 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra [sentence-transformers]")
-
 DECODER = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def sentence_transformers():
+    """The package, which is imported where its tests run alone."""
+    return pytest.importorskip("sentence_transformers", reason="the extra [sentence-transformers]")
 
 
 @pytest.mark.parametrize(
@@ -13,7 +17,9 @@ DECODER = {"num_tokens": 4, "num_layers": 1, "num_heads": 2}
     [(None, "cosine"), ({"name": "gssf-dense"}, "dot"), ({"name": "omit"}, "cosine")],
     ids=["cosine", "gssf", "omit"],
 )
-def test_encode_equals_ours_for_pictures_and_text(similarity, compared_by, make_model, val_dataset, tmp_path):
+def test_encode_equals_ours_for_pictures_and_text(
+    similarity, compared_by, sentence_transformers, make_model, val_dataset, tmp_path
+):
     model = make_model(similarity=similarity, context_decoder=DECODER)
     if compared_by == "dot":
         torch.nn.init.normal_(model.similarity_fn.metric.weight)
@@ -38,7 +44,7 @@ def test_encode_equals_ours_for_pictures_and_text(similarity, compared_by, make_
         np.testing.assert_allclose(scores, model.similarity(images, sentences), atol=1e-5)
 
 
-def test_what_sentence_transformers_saves_loads_in_both(model, val_dataset, tmp_path):
+def test_what_sentence_transformers_saves_loads_in_both(sentence_transformers, model, val_dataset, tmp_path):
     model.save_pretrained(tmp_path / "model")
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
     loaded.save_pretrained(str(tmp_path / "again"))

@@ -202,6 +202,8 @@ def test_tokens_in_a_file_train_as_the_images_of_a_frozen_backbone(
     (tmp_path / "dense_dev.jsonl").touch()
     with pytest.raises(FileExistsError, match=r"dense_dev\.jsonl: already exists"):
         write_regions(val_dataset.records, str(backbones / "vision"), tmp_path, "dev")
+    with pytest.raises(ValueError, match="an empty list"):
+        write_regions([], str(backbones / "vision"), tmp_path, "none")
     sources = {
         "images": (backbones / "vision", train_dataset, val_dataset),
         "regions": (

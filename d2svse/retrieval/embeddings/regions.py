@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +23,47 @@ from d2svse.models.pixels import read_batches
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.progress import progress_bar
 
-
-class BackboneRegions:
-    """The tokens of a vision backbone, special ones included, as the regions of an image.
-
-    Args:
-        name: Hub id or folder of the backbone.
-        device: device to run it on.
-    """
-
-    has_boxes = False
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        backbone = load_backbone(name, "vision_config")
-        self.encoder = ImageEncoder(backbone.config, 1, "mean", backbone).to(device).eval()
-        self.device = device
-
-    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the tokens of prepared images, `(batch, n_regions, hidden_size)`, and None instead of boxes."""
-        return self.encoder.backbone_tokens(pixel_values), None
+Extract = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-class DetectorRegions:
-    """The most certain objects of a detector such as DETR, with their boxes, as the regions of an image.
+def _backbone_regions(name: str, device: torch.device) -> Extract:
+    """Return a function that gives the tokens of a vision backbone, special ones included, and no boxes."""
+    backbone = load_backbone(name, "vision_config")
+    encoder = ImageEncoder(backbone.config, 1, "mean", backbone).to(device).eval()
+    return lambda pixel_values: (encoder.backbone_tokens(pixel_values), None)
 
-    Args:
-        name: Hub id or folder of the detector.
-        device: device to run it on.
-        num_regions: number of objects.
+
+def _detector_regions(name: str, device: torch.device, num_regions: int) -> Extract:
+    """Return a function that gives the most certain objects of a detector such as DETR, and their boxes.
+
+    Boxes are `(x1, y1, x2, y2)` as shares of the prepared image's width and height, `(batch, num_regions, 4)`.
 
     Raises:
         ValueError: if weights are missing or not finite.
     """
+    folder = local_files(name)
+    with loading(name):
+        model, info = AutoModelForObjectDetection.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"{name}: the weights lack {min(info['missing_keys'])}; they would be random")
+    check_finite(model, weight_files(folder, name), name)
+    detector = model.to(device).eval()
 
-    has_boxes = True
-
-    def __init__(self, name: str, device: torch.device, num_regions: int) -> None:
-        folder = local_files(name)
-        with loading(name):
-            model, info = AutoModelForObjectDetection.from_pretrained(
-                name, output_loading_info=True, trust_remote_code=False
-            )
-        if info["missing_keys"]:
-            raise ValueError(f"{name}: the weights lack {min(info['missing_keys'])}; they would be random")
-        check_finite(model, weight_files(folder, name), name)
-        self.model, self.device, self.num_regions = model.to(device).eval(), device, num_regions
-
-    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the decoder's outputs at the objects, `(batch, num_regions, d_model)`, and their boxes.
-
-        Boxes are `(x1, y1, x2, y2)` as shares of the prepared image's width and height, `(batch, num_regions, 4)`.
-        """
-        output = self.model(pixel_values=pixel_values)
-        if output.logits.shape[-1] > self.model.config.num_labels:  # the last class is "no object"
+    def extract(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        output = detector(pixel_values=pixel_values)
+        if output.logits.shape[-1] > detector.config.num_labels:  # the last class is "no object"
             certain = output.logits.softmax(-1)[..., :-1].amax(-1)
         else:
             certain = output.logits.sigmoid().amax(-1)
-        rows = certain.topk(min(self.num_regions, certain.shape[1]), dim=1).indices[..., None]
+        rows = certain.topk(min(num_regions, certain.shape[1]), dim=1).indices[..., None]
         features = output.last_hidden_state.gather(1, rows.expand(-1, -1, output.last_hidden_state.shape[2]))
         x, y, width, height = output.pred_boxes.gather(1, rows.expand(-1, -1, 4)).unbind(-1)
         boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=-1)
         return features, boxes.clamp(0, 1)
+
+    return extract
 
 
 def refuse_existing(folder: str | os.PathLike[str], split: str) -> None:
@@ -132,8 +112,10 @@ def write_regions(
     Raises:
         FileExistsError: if the split has files already.
         ImageError: if an image cannot be read.
-        ValueError: if the images give different numbers of tokens, or a caption has several lines.
+        ValueError: if there is no image, images give different numbers of tokens, or a caption has several lines.
     """
+    if not records:
+        raise ValueError("no image to write regions of: an empty list")
     folder = Path(folder)
     refuse_existing(folder, split)
     for record in records:
@@ -143,14 +125,14 @@ def write_regions(
     with loading(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    extract: Any
+    extract: Extract
     if (
         type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING and config.model_type != "yolos"
     ):  # a ViT; its tokens are taken
-        extract = DetectorRegions(name, run_on, num_regions)
+        extract = _detector_regions(name, run_on, num_regions)
         image_processor.do_pad, image_processor.size = False, _square(image_processor.size)
     else:
-        extract = BackboneRegions(name, run_on)
+        extract = _backbone_regions(name, run_on)
     processor = D2SVSEProcessor(image_processor)
 
     def batches() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
@@ -175,7 +157,7 @@ def write_regions(
                 corners[first : first + len(boxes)] = boxes
         stored.flush()
         _write_texts(records, folder, split)
-        if extract.has_boxes:
+        if boxes is not None:
             with written_aside(folder / f"{split}{BOXES}") as other, open(other, "wb") as file:
                 np.save(file, corners)
     return shape

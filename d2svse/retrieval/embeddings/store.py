@@ -190,6 +190,14 @@ class EmbeddingStore:
         return Features(pooled, torch.from_numpy(stored).float(), None if bool(mask.all()) else mask)
 
 
+def state_of(image: str | os.PathLike[str]) -> list[int] | None:
+    """Return the state of an image as JSON keeps it; None if it cannot be read."""
+    try:
+        return list(image_state(image))
+    except (OSError, ValueError):  # encoding the image raises a clear error
+        return None
+
+
 def encode_images(
     model: D2SVSE,
     images: Sequence[str | os.PathLike[str]],
@@ -240,12 +248,6 @@ def encode_images(
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "draft": draft}
         return model.image_batches(sources, on_bad_image=bad, **options)
 
-    def state(name: str) -> Any:
-        try:
-            return list(image_state(by_name[name]))
-        except OSError:  # encoding the image raises a clear error
-            return None
-
     description = {"side": "image", "output": output, "dtype": dtype, "shard_size": chunk_size, "draft": draft}
     description |= _made_by(model)
     return write_store(
@@ -253,7 +255,7 @@ def encode_images(
         folder,
         description,
         encode,
-        state,
+        lambda name: state_of(by_name[name]),
         batch_size,
         show_progress_bar,
         may_lack=lambda name: on_bad_image == "skip" and not is_readable(by_name[name]),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -139,10 +138,9 @@ def evaluate(
         options: dict[str, Any] = {"candidates": candidates, "wrong": wrong, "show_progress_bar": show_progress_bar}
         return Ranked(rows, columns, *rank_in_two_stages(chosen[0], images, texts, *answers, rerank, **options))
 
-    with without_dropout(chosen):
-        scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
-        whole = rank(slice(0, len(dataset))) if plan.ranks_whole else None
-        parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
+    scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
+    whole = rank(slice(0, len(dataset))) if plan.ranks_whole else None
+    parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
     of_folds = [ranking_metrics(*part.rankings) for part in parts]
     return Evaluation(
         metrics=ranking_metrics(*whole.rankings) if whole else mean_metrics(of_folds),
@@ -236,15 +234,14 @@ def check_evaluation(
     truth = right_answers(rules, dataset, annotations) if rules.truth else None
     if captions == "dense":
         _ = dataset.dense_captions  # raises if an image has none
-    owner = owners(dataset, captions)
+    owner = np.arange(len(dataset)) if captions == "dense" else dataset.image_of_caption
     folds = folds if rules.folds is None else rules.folds
     if folds is None:
         is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
         folds = COCO_FOLDS if is_coco else 1
     fold_rows = fold_slices(len(dataset), folds)
-    wanted: list[Mapping[str, Any] | None] = (
-        list(similarity) if isinstance(similarity, Sequence) else [similarity] * len(models)
-    )
+    each = isinstance(similarity, Sequence) and not isinstance(similarity, str)
+    wanted: list[Any] = list(similarity) if each else [similarity] * len(models)  # type: ignore[arg-type]
     if len(wanted) != len(models):
         raise ValueError(f"{len(wanted)} similarities for {len(models)} models; expected one, or one for each")
     chosen = [_choose(name, one, own, len(models)) for (name, one), own in zip(models, wanted, strict=True)]
@@ -418,11 +415,6 @@ def stored_features(
     return store.features(rows).to(model.device)
 
 
-def owners(dataset: ImageTextDataset, captions: Captions) -> np.ndarray:
-    """Return the row of each evaluated caption's image, `(n_captions,)`."""
-    return np.arange(len(dataset)) if captions == "dense" else dataset.image_of_caption
-
-
 def choose_similarity(model: D2SVSE, configuration: Mapping[str, Any] | None) -> Similarity:
     """Return a model's similarity, or build another one for the model.
 
@@ -497,17 +489,9 @@ def _check_rerank(rerank: int | None, candidates: str, chosen: Sequence[Similari
 def _scorer(similarity: Similarity, sides: tuple[Features, Features], processes: Processes | None) -> Scorer:
     if processes is None:
         return Scorer.of(similarity, *sides)
-    return Scorer.of_matrix(processes.gather_rows(similarity(*sides)))
+    with evaluating(similarity):
+        return Scorer.of_matrix(processes.gather_rows(similarity(*sides)))
 
 
 def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity: Similarity) -> dict[str, Any]:
     return similarity_options(configuration or model.config.similarity) | {"class": type(similarity).__name__}
-
-
-@contextmanager
-def without_dropout(similarities: Sequence[Similarity]) -> Iterator[None]:
-    """Put the similarities in eval mode inside the block."""
-    with ExitStack() as stack:
-        for similarity in similarities:
-            stack.enter_context(evaluating(similarity))
-        yield

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from d2svse.choices import Side
-from d2svse.retrieval.evaluation.evaluate import Processes, encode_side, without_dropout
+from d2svse.retrieval.evaluation.evaluate import Processes, encode_side
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, ScoreTile, tile_slices
 
 if TYPE_CHECKING:
@@ -148,8 +147,7 @@ def evaluate_unimodal(
     features = similarity.compared(encode_side(model, side, items, **options, **of_text))
     if processes is not None:
         features = processes.gather_features(features)
-    with torch.no_grad(), without_dropout([similarity]):
-        return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
+    return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
 
 
 def _codes(*sides: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, ...]:

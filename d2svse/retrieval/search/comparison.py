@@ -9,7 +9,7 @@ from typing import Any
 
 from d2svse.images.folders import canonical_path, one_of_each
 from d2svse.images.regions import as_region_image
-from d2svse.retrieval.search.contents import MANIFEST, IndexSettings, SourceItems, own_folder
+from d2svse.retrieval.search.contents import MANIFEST, OWN_NAME, IndexSettings, SourceItems, own_folder
 from d2svse.retrieval.vectors import load_index
 from d2svse.text import visible
 
@@ -55,7 +55,7 @@ def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, 
                 f"{folder}: holds an index with {len(lost)} items that this source lacks, such as {lost[0]:.200}{hint}"
             )
     stores = {str(one["store"]) for one in known.values() if "store" in one} if before.candidates else set()
-    return [before.vectors, *(name for name in stores if (folder / name).is_dir())]
+    return [before.vectors, *(name for name in stores if OWN_NAME.fullmatch(name) and (folder / name).is_dir())]
 
 
 def _paths_of(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

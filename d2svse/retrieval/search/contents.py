@@ -18,7 +18,7 @@ from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
 from d2svse.files.replace import aside_of, check_output, name_aside, sweep, write_json, write_text
-from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage, image_state
+from d2svse.images import IMAGE_SUFFIXES, OnBadImage, StoredImage
 from d2svse.images.folders import FoundImages, canonical_path, one_of_each, walk_images
 from d2svse.images.regions import region_images
 from d2svse.retrieval.embeddings.store import (
@@ -29,6 +29,7 @@ from d2svse.retrieval.embeddings.store import (
     encode_texts,
     is_current,
     is_readable,
+    state_of,
 )
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.similarity.base import Candidates, Side
@@ -42,7 +43,7 @@ Items = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 MANIFEST = "image_text_index.json"
 FOLDERS = "folders.json"
 VECTORS, STORE = "vectors-", "store-"
-_NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
+OWN_NAME = re.compile(rf"({VECTORS}|{STORE})[0-9a-f]{{12}}(-\d{{1,9}})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFEST_SUFFIX = ".jsonl"
 NO_TEXTS = (".csv", ".tsv", ".json", ".jsonl", ".token", ".tar", ".npy")
@@ -119,7 +120,7 @@ def _check(settings: IndexSettings) -> None:
     inner = PurePath(settings.subfolder or "")
     if inner.is_absolute() or ".." in inner.parts:
         raise ValueError(f"subfolder {settings.subfolder!r:.80}, expected a folder inside the model's")
-    if not settings.vectors.startswith(VECTORS) or not _NAME.fullmatch(settings.vectors):
+    if not settings.vectors.startswith(VECTORS) or not OWN_NAME.fullmatch(settings.vectors):
         raise ValueError(f"vectors {settings.vectors!r:.200}, expected a folder of vectors inside the index")
 
 
@@ -130,7 +131,7 @@ def own_folder(folder: Path, name: Any) -> Path:
         FileNotFoundError: if the folder is missing.
         ValueError: if the name is not one that an index gives, or a link leads out of the index.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not OWN_NAME.fullmatch(name):
         raise ValueError(f"{folder}: names {name!r:.200}, expected a folder of an index")
     return inside(folder, name)
 
@@ -145,7 +146,7 @@ def check_index_folder(folder: Path) -> None:
     check_output(folder / MANIFEST)
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return
-    listed = _listed(folder)
+    listed = noted_folders(folder)
     for path in folder.iterdir():
         if not path.name.startswith(".") and path.name != FOLDERS and path.name not in listed:
             raise FileExistsError(
@@ -154,14 +155,9 @@ def check_index_folder(folder: Path) -> None:
             )
 
 
-def noted_folders(folder: Path) -> set[str]:
-    """Return the names of this index's folders, also of an unfinished build."""
-    return _listed(folder)
-
-
 def note_folders(folder: Path, names: Iterable[str]) -> None:
     """Add names to the list of this index's folders; call it under the lock, before the folders are written."""
-    listed = _listed(folder)
+    listed = noted_folders(folder)
     if not listed.issuperset(names := set(names)):
         _write_list(folder, listed | names)
 
@@ -173,7 +169,7 @@ def sweep_folders(folder: Path, used: Collection[str]) -> None:
     """
     for name in (MANIFEST, FOLDERS, SKIPPED):
         sweep(folder / name)
-    listed = _listed(folder)
+    listed = noted_folders(folder)
     for path in folder.iterdir():
         unused = path.name in listed.difference(used)
         if (unused or aside_of(path.name) in listed) and path.is_dir() and not path.is_symlink():
@@ -182,12 +178,13 @@ def sweep_folders(folder: Path, used: Collection[str]) -> None:
         _write_list(folder, used)
 
 
-def _listed(folder: Path) -> set[str]:
+def noted_folders(folder: Path) -> set[str]:
+    """Return the names of this index's folders, also of an unfinished build."""
     try:
         names = read_json(inside(folder, FOLDERS))
     except FileNotFoundError:
         return set()
-    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and OWN_NAME.fullmatch(name) for name in names):
         raise ValueError(f"{folder / FOLDERS}: not the list of an index's folders; remove it")
     return set(names)
 
@@ -291,7 +288,7 @@ def read_items(
     name_of: dict[str, str] = {}
     for name in names:
         name_of.setdefault(paths.get(name, name), name)
-    states = {image: _state(image) for image in name_of}
+    states = {image: state_of(image) for image in name_of}
     other = one_of_each(list(name_of), states.get)
     kept = {image: name for image, name in name_of.items() if image not in other}
     return SourceItems(
@@ -363,13 +360,6 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     return lines
 
 
-def _state(name: str) -> list[int] | None:
-    try:
-        return list(image_state(name))
-    except (OSError, ValueError):  # reading the image raises a clear error later
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class Changes:
     """The changes that `ImageTextIndex.add` made.
@@ -416,7 +406,7 @@ def encode_items(
     """
     check_batch_size(batch_size)
     output: Any = model.similarity_fn.output
-    state = _state if settings.side == "image" else lambda _: None
+    state = state_of if settings.side == "image" else lambda _: None
     about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]
     if settings.side == "text" and model.text_depends_on_batch(dense=False):
         about.append(batch_size)

@@ -16,7 +16,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 
-from d2svse.choices import Together
+from d2svse.choices import Together, unknown
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
@@ -45,7 +45,7 @@ from d2svse.retrieval.search.contents import (
 )
 from d2svse.retrieval.search.hits import Hit, Hits, candidates_to_rerank, ranked
 from d2svse.retrieval.search.stored import StoredItems, joined_stores
-from d2svse.retrieval.search.together import check_together, joined, search_together
+from d2svse.retrieval.search.together import joined, search_together
 from d2svse.retrieval.vectors import load_index, make_index
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.exact import ExactIndex
@@ -564,10 +564,10 @@ class ImageTextIndex:
         if k < 1:
             raise ValueError(f"k must be positive, got {k}")
         both = len(queries) == 2
-        if together is not None:
-            check_together(together)
-            if both or not len(next(iter(queries.values()))):
-                raise ValueError(f"together {together}: give at least one text or image, and not both kinds")
+        if together not in (None, *get_args(Together)):
+            raise ValueError(unknown("together", together, get_args(Together)))
+        if together is not None and (both or not len(next(iter(queries.values())))):
+            raise ValueError(f"together {together}: give at least one text or image, and not both kinds")
         if both and len(queries["text"]) != len(queries["image"]):
             counts = f"{len(queries['text'])} and {len(queries['image'])}"
             raise ValueError(f"expected as many texts as images, got {counts}")
@@ -630,6 +630,8 @@ class ImageTextIndex:
             ImageError: if an image cannot be read.
             ValueError: if the manifest is not valid.
         """
+        if max_queries < 1:
+            raise ValueError(f"max_queries must be at least 1, got {max_queries}")
         records = read_manifest(data)
         row_of = {name: row for row, name in enumerate(self.ids)}
         pairs: list[tuple[str, list[str]]]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from itertools import chain
-from typing import get_args
 
 import numpy as np
 
-from d2svse.choices import Together, unknown
+from d2svse.choices import Together
 from d2svse.retrieval.vectors.base import VectorIndex
 
 logger = logging.getLogger(__name__)
@@ -18,16 +17,6 @@ GROWTH = 4  # a round of `search_together` asks for so many times the items of t
 BLOCK = 8192  # vectors that are read at a time
 
 _JOINED: dict[Together, Callable[..., np.ndarray]] = {"mean": np.mean, "union": np.max, "intersection": np.min}
-
-
-def check_together(together: str) -> None:
-    """Check the name of a way to join scores.
-
-    Raises:
-        ValueError: if it is unknown.
-    """
-    if together not in get_args(Together):
-        raise ValueError(unknown("together", together, get_args(Together)))
 
 
 def joined(scores: np.ndarray, together: Together) -> np.ndarray:

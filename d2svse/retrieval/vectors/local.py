@@ -46,18 +46,9 @@ class LocalIndex(VectorIndex):
         return len(self._ids) - len(self._dead)
 
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
-        """Write new items to the folder of the last save; write all items to another folder.
+        """Write new items to the folder of the last save, or all items to another folder; see `VectorIndex.save`.
 
-        If a quarter of the rows are deleted, the folder is rewritten without them.
-
-        Args:
-            folder: the folder.
-            compact: always rewrite the folder without deleted rows.
-
-        Raises:
-            BlockingIOError: if another process is writing to the folder.
-            FileExistsError: if the folder holds other files.
-            ValueError: if another process changed the index since it was loaded.
+        If a quarter of the rows are deleted, or with `compact`, the folder is rewritten without them.
         """
         folder = Path(folder).absolute()
         storage.check_vector_folder(folder)
@@ -237,7 +228,8 @@ class LocalIndex(VectorIndex):
         content = {"ids": [self._ids[row] for row in rows], "metadata": metadata if any(metadata) else None}
         path = storage.new_file(folder, "items", "json")
         # ASCII keeps file names that are not valid Unicode.
-        storage.write_bytes(path, json.dumps(content, ensure_ascii=True).encode("ascii"))
+        path.write_bytes(json.dumps(content, ensure_ascii=True).encode("ascii"))
+        storage.to_disk(path)
         return [*kept, (path.name, len(rows))]
 
     @classmethod

@@ -51,12 +51,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         manifest = read_json(path)
         if not isinstance(manifest, dict) or not {"engine", "dim", "revision", "files"} <= manifest.keys():
             raise ValueError("written by another program, or by an earlier version")
-        if (
-            isinstance(manifest["dim"], bool)
-            or not isinstance(manifest["dim"], int)
-            or not 1 <= manifest["dim"] <= WIDEST
-        ):
-            raise ValueError(f"vectors of width {manifest['dim']!r:.20}")
+        if not 1 <= count_of(manifest["dim"], "dim") <= WIDEST:
+            raise ValueError(f"vectors of width {manifest['dim']}")
         if not isinstance(manifest["files"], list) or not isinstance(manifest["engine"], str):
             raise ValueError(f"files {manifest['files']!r:.80}, engine {manifest['engine']!r:.80}")
     except ValueError as error:
@@ -150,12 +146,6 @@ def open_whole(folder: str | os.PathLike[str], read: Callable[[Path, dict[str, A
                 raise
         except (KeyError, IndexError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(f"{folder}: not an index written by `d2svse index` ({error!r}); build it again") from None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a data file and flush it to the disk."""
-    path.write_bytes(data)
-    to_disk(path)
 
 
 def write_array(path: Path, shape: tuple[int, ...], dtype: Any, blocks: Iterable[np.ndarray]) -> None:

@@ -111,7 +111,7 @@ def tune(
             yield TuningRow(str(setting), error=str(error))
             continue
         seconds, size = time.perf_counter() - start, _bytes_on_disk(index) / len(vectors)
-        for search in _searches(setting):
+        for search in [{name: value} for name, values in setting.searches.items() for value in values] or [{}]:
             if search:
                 index.options.update(search)  # type: ignore[attr-defined]
             start = time.perf_counter()
@@ -128,14 +128,6 @@ def tune(
                 bytes_per_vector=size,
                 build_seconds=seconds,
             )
-
-
-def _searches(setting: Setting) -> Iterator[dict[str, int]]:
-    if not setting.searches:
-        yield {}
-    for name, values in setting.searches.items():
-        for value in values:
-            yield {name: value}
 
 
 def _seconds_alone(index: VectorIndex, queries: np.ndarray, k: int) -> Iterator[float]:

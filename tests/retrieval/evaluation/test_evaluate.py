@@ -230,6 +230,8 @@ def test_another_similarity_takes_the_place_of_the_models_own(make_model, val_da
     assert found["metrics"] != own["metrics"]
     same = {"name": "gssf-block-diagonal", "num_blocks": 4}  # learned, and the weights are the model's
     assert evaluate([("m", model)], val_dataset, similarity=same).metrics == own["metrics"]
+    by_name = evaluate([("m", model)], val_dataset, similarity="movers").report()
+    assert by_name["models"][0]["similarity"] == {"name": "movers", "class": "MoversDistance"}
     for other in ({"name": "gssf-diagonal"}, {"name": "gssf-block-diagonal"}, {"name": "max-softmax"}):
         with pytest.raises(ValueError, match=f"similarity '{other['name']}' has learned weights .* 24 wide with GSSF"):
             choose_similarity(model, other)

@@ -157,18 +157,13 @@ class MilvusIndex(VectorIndex):
         return self._seen(self._count)
 
     def save(self, folder: str | os.PathLike[str], *, compact: bool = False) -> None:
-        """Write the address of the collection to a folder; Milvus already has the vectors.
+        """Write the address of the collection to a folder, since Milvus has the vectors; see `VectorIndex.save`.
 
-        A local path inside the folder is written relative to it.
-
-        Args:
-            folder: the folder.
-            compact: has no effect; Milvus removes deleted vectors itself.
+        A local path inside the folder is written relative to it. `compact` has no effect: Milvus removes deleted
+        vectors itself.
 
         Raises:
-            BlockingIOError: if another process is writing to the folder.
             ConnectionError: if Milvus does not answer.
-            FileExistsError: if the folder holds other files.
         """
         folder = Path(folder).absolute()
         uri = self.uri
@@ -180,13 +175,7 @@ class MilvusIndex(VectorIndex):
             storage.check_vector_folder(folder)
         with write_lock(folder):
             self._milvus.ask("flush", self.collection)
-            options = {
-                "uri": uri,
-                "collection": self.collection,
-                "kind": self.kind,
-                "search_parameters": self.search_parameters,
-                "timeout": self.timeout,
-            }
+            options = {name: getattr(self, name) for name in STORED_OPTIONS} | {"uri": uri}
             manifest = {"engine": self.engine, "dim": self.dim, "fingerprint": self.fingerprint, "options": options}
             manifest["key"] = self._journal.about().get("key")
             storage.publish(folder, {**manifest, "files": []})
