@@ -77,6 +77,7 @@ from d2svse.data import Batch, Collator
 from d2svse.data.collate import Sample
 from d2svse.data.manifest import Record
 from d2svse.demo import build_model, draw_scenes
+from d2svse.files.replace import check_output
 from d2svse.losses import build_distillation_loss, build_loss
 from d2svse.losses.base import distillation_loss_names, loss_names
 from d2svse.models.decoder import ContextDecoder
@@ -268,8 +269,10 @@ def precision(name: str) -> Iterator[None]:
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Return the greatest difference of two lists of tensors, each tensor's relative to its greatest value."""
     pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(one, other, strict=True)]
-    least = 1e-6 * max(float(a.abs().max()) for a, _ in pairs)  # a gradient that is zero has noise alone
-    return max(float((a - b).abs().max()) / max(float(a.abs().max()), least, 1e-30) for a, b in pairs)
+    scales = torch.stack([a.abs().max() for a, _ in pairs])
+    least = max(1e-6 * float(scales.max()), 1e-30)  # a gradient that is zero has noise alone
+    apart = torch.stack([(a - b).abs().max() for a, b in pairs])
+    return float((apart / scales.clamp(min=least)).max())  # NaN if one value is
 
 
 # ---- machine --------------------------------------------------------------------------------------------------------
@@ -395,7 +398,7 @@ def embeddings(bench: Bench) -> None:
         model = copy.deepcopy(world.model).to(bench.device, dtype)
         with precision(name):
             got = [model.encode_image(images), model.encode_text(texts)]
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(wanted, got, strict=True))
+        worst = float(np.max([np.abs(a - b).max() for a, b in zip(wanted, got, strict=True)]))
         bench.check(f"embeddings, {dtype}, precision {name}", worst <= bound, f"{worst:.1e}")
 
 
@@ -1170,6 +1173,10 @@ def main() -> None:
     chosen = given.only.split(",")
     if unknown := [name for name in chosen if name not in SECTIONS]:
         parser.error(f"--only: no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if torch.device(given.device).index:
+        parser.error(f"--device {given.device}: the first one is measured; choose it with CUDA_VISIBLE_DEVICES")
+    if given.json:
+        check_output(given.json)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="d2svse-gpu-") as folder:
         bench = Bench(torch.device(given.device), given.small, Path(folder), given.json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -164,11 +165,14 @@ def run_demo(
         raise ValueError(f"num_captioned (--captioned) must be from 2 to {num_train}, got {num_captioned}")
     build_similarity(similarity or "cosine", EMBED_DIM)  # fail before anything is drawn
     output, chosen = Path(output), choose_device(device)
+    if chosen.index:
+        raise ValueError(f"{chosen}: the demo trains on the first accelerator; choose it with CUDA_VISIBLE_DEVICES")
     start = time.monotonic()
     scenes = output / "scenes"
     check_folder(output / "model", DEMO)
     check_index_folder(output / "index")
-    for name in (*(f"scenes/{split}.jsonl" for split in SPLITS), "results.json", "gallery.png"):
+    own = ("results.json", "gallery.png", "index/image_text_index.json")
+    for name in (*(f"scenes/{split}{end}" for split in SPLITS for end in ("", ".jsonl")), *own):
         if (output / name).exists() and not _drew(scenes):
             raise FileExistsError(f"{shown(output / name)}: no demo wrote it, so it is not replaced; give another name")
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
@@ -187,7 +191,7 @@ def run_demo(
         args = TrainingArguments(
             output_dir=str(output / "checkpoints" / stage),
             stage=stage,  # type: ignore[arg-type]
-            num_train_epochs=num_epochs * len(train) / len(data),
+            max_steps=round(num_epochs * math.ceil(len(train) / BATCH_SIZE)),
             eval_strategy="steps",
             eval_steps=0.1,
             save_strategy="steps",

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from d2svse.data import read_manifest
 from d2svse.demo import build_model, draw_scenes, run_demo
@@ -51,14 +52,36 @@ def test_the_demo_can_be_run_again_in_the_same_place(demo, tmp_path):
     assert again == results_of(demo)
 
 
-@pytest.mark.parametrize("name", ["scenes/train.jsonl", "scenes/test.jsonl", "results.json", "index/notes.txt"])
-def test_files_that_no_demo_wrote_stay(name, tmp_path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_all_runs_of_a_demo_take_the_steps_that_it_tells(demo):
+    states = [json.loads(path.read_text()) for path in (demo / "checkpoints").rglob("trainer_state.json")]
+    assert {state["max_steps"] for state in states} == {1, 2}  # an epoch of 64 scenes is one batch, for each stage
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("scenes/train.jsonl", "train.jsonl"),
+        ("scenes/test.jsonl", "test.jsonl"),
+        ("scenes/train/mine.txt", "scenes/train"),
+        ("results.json", "results.json"),
+        ("index/notes.txt", "index"),
+        ("index/image_text_index.json", "index"),
+    ],
+)
+def test_files_that_no_demo_wrote_stay(name, told, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text('{"image": "a.jpg", "captions": ["mine"]}\n')
-    with pytest.raises(FileExistsError, match=name.split("/")[-1] if "index" not in name else "index"):
+    with pytest.raises(FileExistsError, match=told):
         run_demo(tmp_path, **SMALL_DEMO, say=lambda line: None, show_progress_bar=False)
     assert "mine" in (tmp_path / name).read_text()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_second_accelerator_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("d2svse.demo.choose_device", lambda device: torch.device(device))
+    with pytest.raises(ValueError, match="cuda:1: the demo trains on the first accelerator"):
+        run_demo(tmp_path, **SMALL_DEMO, device="cuda:1", say=lambda line: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_scene_is_in_two_splits(tmp_path):

@@ -46,6 +46,7 @@ from transformers import (
 
 from d2svse import D2SVSE, evaluate
 from d2svse.data import ImageTextDataset
+from d2svse.files.data import read_lines
 from d2svse.files.replace import write_json, write_text
 from d2svse.models.averaging import interpolate
 from d2svse.training.recipe import read_recipe
@@ -94,7 +95,7 @@ def join_backbones(vision: str, text: str, folder: Path) -> None:
 
 def prepare(folder: Path, data: Path, vision: str, text: str) -> None:
     """Write the parts of the data and the untrained dual encoder."""
-    train, dev = ((data / f"{name}.jsonl").read_text().splitlines() for name in ("train", "dev"))
+    train, dev = (read_lines(data / f"{name}.jsonl") for name in ("train", "dev"))
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"first": train[:3000], "first-500": train[:500], "second": train[3000:]}
     for name, rows in {**parts, "val": dev[:500], "test": dev[500:], "dev": dev}.items():

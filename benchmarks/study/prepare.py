@@ -24,6 +24,7 @@ from transformers import ViTImageProcessorPil
 from d2svse.data.manifest import Record, write_manifest
 from d2svse.data.scenes import Scene, make_scene
 from d2svse.demo import IMAGE_SIZE, build_model, draw_scenes
+from d2svse.files.data import read_lines
 from d2svse.files.replace import write_text
 
 NUM_TRAIN, NUM_FEW, NUM_TEST, SEED = 4000, 400, 500, 42
@@ -33,10 +34,10 @@ def prepare_flickr8k(folder: Path, data: Path, vision: Path, text: Path) -> None
     """Link the data and the backbones, and divide the validation set."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in (("flickr8k", data), ("vision", vision), ("text", text)):
-        link = folder / name
+        link, target = folder / name, target.resolve()
         link.unlink(missing_ok=True)
-        link.symlink_to(target.resolve())
-    lines = (data / "dev.jsonl").read_text(encoding="utf-8").splitlines()
+        link.symlink_to(target)
+    lines = read_lines(folder / "flickr8k" / "dev.jsonl")
     for name, rows in (("val", lines[:500]), ("test", lines[500:])):
         write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
 

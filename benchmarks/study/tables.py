@@ -177,6 +177,8 @@ def draw_stages() -> Figure:
     for axes, (sweep, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         records = records_of(sweep)
         rows = [row for row in read_sweep(HERE / f"{sweep}.yaml").rows if any(one["row"] == row for one in records)]
+        if not rows:
+            continue
         points = [mean_and_deviation([one for one in records if one["row"] == row]) for row in rows]
         means, deviations = zip(*points, strict=True)
         axes.errorbar(means, rows, xerr=deviations, fmt="o", capsize=4, color="#1f4e8c")

@@ -104,7 +104,12 @@ class EndpointCaptioner:
             raise ValueError(f"the endpoint {parts.hostname}: give the key in the environment and not in the address")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"the endpoint must be an address such as http://localhost:8000/v1, got {url!r}")
-        if min(concurrency, tries, timeout, 1 if max_requests is None else max_requests) <= 0 or backoff < 0:
+        try:
+            _ = parts.port, httpx2.URL(url)  # a port that is no number from 0 to 65535 is an error
+        except (ValueError, httpx2.InvalidURL) as error:
+            raise ValueError(f"the endpoint must be an address of http, got {url!r} ({error})") from None
+        numbers = (concurrency, tries, timeout, 1 if max_requests is None else max_requests)
+        if not (all(number > 0 for number in numbers) and backoff >= 0):  # NaN too
             raise ValueError("concurrency, tries, timeout and max_requests must be positive, and backoff at least 0")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("the key of the endpoint has a character that no key has, such as a line break")
@@ -123,6 +128,8 @@ class EndpointCaptioner:
     def run(self, images: Sequence[ImageToCaption], take: Callable[[Outcome], None]) -> None:
         """Caption images until all are done or `max_requests` is reached; see `Captioner`.
 
+        It runs an event loop of its own; in a notebook, call it by `await asyncio.to_thread(captioner.run, …)`.
+
         Raises:
             EndpointError: if the endpoint refuses the key, does not know the model or the address, or asks for too long
                 a wait; or if 20 images in a row failed.
@@ -130,7 +137,10 @@ class EndpointCaptioner:
         try:
             asyncio.run(self._run(iter(images), take))
         except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+            error: Exception = group
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
 
     @property
     def spent(self) -> bool:
@@ -203,7 +213,7 @@ class EndpointCaptioner:
         if asked is not None and asked > LONGEST_WAIT:
             raise EndpointError(f"{self.base}: asks to wait {asked:.0f} seconds; run the command again then")
         self._resume_at = max(self._resume_at, time.monotonic() + (asked or 0.0))
-        return min(LONGEST_BACKOFF, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+        return min(LONGEST_BACKOFF, self.backoff * 2 ** min(attempt, 60)) * random.uniform(0.5, 1.0)
 
     async def _wait(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -299,8 +309,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def data_url(path: Path) -> tuple[str, bytes]:
     """Return an image as a data URL, and the content of its file.
 
-    The URL holds an upright 8-bit RGB file in JPEG, PNG or WebP unchanged. It holds any other image as an upright RGB
-    PNG.
+    The URL holds an upright, opaque 8-bit RGB file of one image in JPEG, PNG or WebP unchanged. It holds any other
+    image as an upright RGB PNG.
 
     Raises:
         ImageError: if the image cannot be read.
@@ -310,7 +320,9 @@ def data_url(path: Path) -> tuple[str, bytes]:
     kind = None
     with suppress(Exception), Image.open(BytesIO(content), formats=tuple(SENT_UNCHANGED)) as opened:
         # Pillow refuses some files for their metadata or size that load_image reads; those become PNG.
-        kind = SENT_UNCHANGED[opened.format or ""] if opened.mode == "RGB" and orientation(opened) == 1 else None
+        plain = opened.mode == "RGB" and "transparency" not in opened.info and getattr(opened, "n_frames", 1) == 1
+        deep = opened.format == "PNG" and content[24] != 8  # bits of a channel; Pillow shows 8 of 16
+        kind = SENT_UNCHANGED[opened.format or ""] if plain and not deep and orientation(opened) == 1 else None
     if kind is None:
         buffer = BytesIO()
         image.save(buffer, format="PNG")

@@ -142,9 +142,13 @@ class LlavaCaptioner:
             raise ValueError(
                 f"{name}: a {config.model_type} model; expected one that generates text from images, such as llava"
             )
+        if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+            raise ValueError(f"{name}: an encoder-decoder; expected a model that continues a prompt, such as llava")
         with loading(name):
             processor = AutoProcessor.from_pretrained(name, **safe)
             model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **safe)
+        if getattr(processor, "tokenizer", None) is None:
+            raise ValueError(f"{name}: its processor has no tokenizer; expected one for images and texts, as llava's")
         check_finite(model, weight_files(Path(name), name) if Path(name).is_dir() else (), name)
         return cls(model.to(target).eval(), processor, sampling, batch_size, tries)
 

@@ -75,7 +75,8 @@ class CaptionFile:
         else:
             write_json(self.settings_path, {**self.settings, "made_with": self.notes})
         if self.failed_path.exists():
-            self.failed = _read_failures(self.failed_path)
+            failed = _read_failures(self.failed_path)
+            self.failed = {name: row for name, row in failed.items() if name not in self.done}
 
     def _compare_settings(self) -> None:
         if not self.settings_path.is_file():

@@ -52,7 +52,9 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
         after = text[match.end() : match.end() + 40].lstrip(" \t")
         if match[0].isspace():
             end = match.start()
-        elif (cased and after[:1].islower()) or _goes_on(text[start : match.start()], match[0], after):
+        elif (cased and after[:1].islower()) or _goes_on(
+            text[max(start, match.start() - 100) : match.start()], match[0], after
+        ):  # the last words say it
             continue
         else:
             end = match.end()

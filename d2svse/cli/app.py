@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import sys
@@ -91,6 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     The environment variable `D2SVSE_DEBUG` shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = _command(app)(args=arguments, prog_name="d2svse", standalone_mode=False)
     except KeyboardInterrupt:
@@ -116,7 +120,7 @@ def _memory_ran_out(error: Exception) -> bool:
         return True
     if not isinstance(error, RuntimeError) or "torch" not in sys.modules:  # only torch has errors of its own for it
         return False
-    return isinstance(error, sys.modules["torch"].OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, sys.modules["torch"].OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _out_of_memory(error: Exception, arguments: Sequence[str]) -> str:

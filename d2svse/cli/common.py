@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2svse import choices
+from d2svse.text import visible
 
 if TYPE_CHECKING:
     import torch
@@ -145,13 +146,17 @@ def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title:
     """Print a table with a name before each row of cells."""
     from rich.box import SIMPLE
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    def plain(text: str) -> Text:  # names are no markup, and have no control characters
+        return Text("\n".join(map(visible, text.split("\n"))))
+
+    table = Table(title=None if title is None else plain(title), box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in titles:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
+        table.add_column(plain(heading), justify="right", no_wrap=True)
+    for row in rows.items():
+        table.add_row(*map(plain, (row[0], *row[1])))
     whole_lines().print(table)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from d2svse.choices import DataFormat
 from d2svse.cli.common import Device, Dtype, OnBadImage, check_model_name, examples, load_model, print_table
+from d2svse.text import visible
 
 if TYPE_CHECKING:
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks
@@ -50,17 +51,19 @@ def compare(
         "--format": format != "auto",
         "--image-folder": image_folder,
         "--on-bad-image": on_bad_image != "error",
-        "--batch-size": batch_size,
+        "--batch-size": batch_size is not None,
         "--device": device,
         "--dtype": dtype,
     }
     if data is None and (given := [name for name, value in of_models.items() if value]):
         raise ValueError(f"{', '.join(given)}: for models, which rank --data; runs are compared by their records")
     on = on or "val"
-    from d2svse.files.replace import write_json
+    from d2svse.files.replace import check_output, write_json
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks, paired_bootstrap, recalls
     from d2svse.training.sweep import read_record, record_of
 
+    if output is not None:
+        check_output(output)
     names = [first, *others]
     ranks: dict[str, QueryRanks] = {}
     if data is not None:
@@ -80,7 +83,7 @@ def compare(
         for name, folder in folders.items():
             model = load_model(folder, device, dtype)
             options: dict[str, Any] = {
-                "batch_size": batch_size or 128,
+                "batch_size": 128 if batch_size is None else batch_size,
                 "folds": 1,
                 "fingerprint": False,
                 "show_progress_bar": True,
@@ -107,7 +110,7 @@ def compare(
             interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
             rows[f"{number}: {title}"] = [*both, f"{100 * value:+.1f}", interval, f"{p:.3f}"]
     for number, name in enumerate([first, *found], start=1):
-        typer.echo(f"{number}: {name}")
+        typer.echo(f"{number}: {visible(name)}")
     print_table(["1", "other", "difference", "95 %", "p"], rows, source)
     if output is not None:
         comparisons = [

@@ -38,6 +38,8 @@ def encode(
         raise ValueError(f"--output takes a name that ends in .npy, got {output}")
     if (images is None) == (texts is None):
         raise ValueError("give either --images FOLDER or --texts FILE")
+    if texts is not None and on_bad_image != "error":
+        raise ValueError("--on-bad-image is for --images")
     import numpy as np
 
     from d2svse.files.replace import check_output, write_text, written_aside

@@ -176,7 +176,7 @@ def evaluate(
         raise ValueError(f"--wrong {wrong}: expected 0 or more, with --per-query")
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format, shared_folders
-    from d2svse.files.replace import check_output, write_json, write_json_lines
+    from d2svse.files.replace import check_output, followed, write_json, write_json_lines
     from d2svse.retrieval.evaluation.evaluate import check_evaluation
     from d2svse.retrieval.evaluation.evaluate import evaluate as evaluate_models
     from d2svse.retrieval.evaluation.protocols import find_protocol
@@ -184,6 +184,8 @@ def evaluate(
     for path in (output, per_query):
         if path is not None:
             check_output(path)
+    if output is not None and per_query is not None and followed(output) == followed(per_query):
+        raise ValueError(f"--output and --per-query are one file, {output}; give two")
     loaded = [(name, load_model(name, device, dtype)) for name in names]
     for _, given in loaded:
         given.warn_if_untrained()

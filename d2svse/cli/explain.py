@@ -28,7 +28,7 @@ def explain(
     partners (max-mean, …). For pooled embeddings, the map shows the score of
     each single patch with the text.
     """
-    from d2svse.files.replace import check_output
+    from d2svse.files.replace import check_output, shown
     from d2svse.images import load_image
     from d2svse.images.regions import as_region_image
 
@@ -41,4 +41,4 @@ def explain(
     check_figure_path(out)
     loaded = load_model(model, device, dtype)
     save_figure(draw(loaded, image, text, words=word), out)
-    typer.echo(f"map: {out}")
+    typer.echo(f"map: {shown(out)}")

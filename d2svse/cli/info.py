@@ -38,7 +38,8 @@ def info(
         return
     for name, value in _lines(found).items():
         typer.echo(f"{name:18} {visible(value)}")
-    rows = {f"{one['data']}, {one['protocol']}": one["metrics"] for one in found["results"]}
+    about = ("data", "protocol", "scores", "stage")
+    rows = {", ".join(str(one[name]) for name in about if one.get(name)): one["metrics"] for one in found["results"]}
     if rows:
         print_recalls(rows)
 

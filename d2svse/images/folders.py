@@ -7,6 +7,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -144,10 +145,11 @@ def walk_images(
                 continue
             for entry in entries:
                 path = current / entry.name
-                try:
-                    if patterns and excluded(path, top):
+                if patterns and excluded(path, top):
+                    with suppress(OSError):  # a link to itself is neither
                         found.excluded += _suffix(path.name) or entry.is_dir()
-                        continue
+                    continue
+                try:
                     is_folder, is_link = entry.is_dir(), entry.is_symlink()
                     is_file = not is_folder and entry.is_file()
                     if is_link and not is_folder and not is_file and _suffix(path.name):

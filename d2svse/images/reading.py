@@ -11,8 +11,9 @@ import struct
 import sys
 import threading
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, get_args
@@ -576,7 +577,17 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
         return None
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        yield from pool.map(check, paths)
+        waiting: deque[Future[str | None]] = deque()  # a few at a time, because each waiting image takes memory
+        try:
+            for path in paths:
+                waiting.append(pool.submit(check, path))
+                if len(waiting) >= 16 * usable_cores():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
 def select_readable(

@@ -34,7 +34,7 @@ EXPORTED = FolderKind("d2svse export", GRAPHS[0])
 
 
 class ImageGraph(nn.Module):
-    """Image encoder: `pixel_values (batch, channels, height, width)` to embeddings and tokens.
+    """Image encoder: `pixel_values (batch, channels, height, width)` float32 to embeddings and tokens.
 
     Args:
         model: the model.
@@ -46,7 +46,7 @@ class ImageGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the vectors of `D2SVSE.image_vectors` and the tokens `(batch, length, embed_dim)`, in float32."""
-        return _outputs(self.model, "image", self.model.image_encoder(pixel_values))
+        return _outputs(self.model, "image", self.model.image_encoder(pixel_values.to(self.model.dtype)))
 
 
 class TextGraph(nn.Module):
@@ -171,7 +171,7 @@ def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = Fals
     ids = torch.ones(2, min(8, longest), dtype=torch.long, device=model.device)
     sizes = {"batch": Dim.DYNAMIC, "length": Dim.DYNAMIC(max=longest)}
     graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
-        IMAGE_ENCODER: (ImageGraph(model), (torch.cat([pixels, pixels]),)),
+        IMAGE_ENCODER: (ImageGraph(model), (torch.cat([pixels, pixels]).float(),)),
         TEXT_ENCODER: (TextGraph(model, dense), (ids, ids.clone())),
     }
     programs = {}
@@ -195,12 +195,14 @@ def export_onnx(model: D2SVSE, folder: str | os.PathLike[str], dense: bool = Fal
 
     Raises:
         ImportError: if a package of the extra `[onnx]` is missing.
-        ValueError: if the model has no processor.
+        ValueError: if the model has no processor, or is in bfloat16.
         FileExistsError: if the folder exists and no export wrote it.
     """
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"the export to ONNX needs {package}; install it with pip install 'd2svse[onnx]'")
+    if model.dtype == torch.bfloat16:
+        raise ValueError("runtimes of ONNX do not run bfloat16; export with float32 or float16 (--dtype)")
     with written_folder(folder, EXPORTED) as aside:
         for name, program in export_programs(model, dense, for_onnx=True).items():
             graph = torch.onnx.export(program, output_names=OUTPUTS, dynamic_shapes=AXES[name], verbose=False)

@@ -71,7 +71,10 @@ def infer_architecture(
         for field, value in sides[side].items():
             if not hasattr(config, field):
                 raise ValueError(f"{side}.{field}: a {type(config).__name__} has no such field")
-            setattr(config, field, value)
+            try:  # transformers checks the type of some fields here
+                setattr(config, field, value)
+            except Exception as error:
+                raise ValueError(f"{side}.{field}: {' '.join(str(error).split())}") from None
     image_size = values["img_res"] or vision.image_size
     try:  # transformers checks the fields' types here
         config = D2SVSEConfig(

@@ -19,6 +19,7 @@ from torch import Tensor
 from d2svse.hub.weights import check_archive
 from d2svse.published.unpickling import plain, stand_ins
 
+FLOATS, WHOLE = (torch.float32, torch.float16, torch.bfloat16), (torch.int64,)
 WHOLE_NUMBERS = re.compile(r"\.(num_batches_tracked|position_ids|token_type_ids|relative_position_index)$")
 
 
@@ -113,8 +114,9 @@ def _named_tensors(path: Path, model: Mapping[Any, Any]) -> dict[str, Tensor]:
             problem = f"is {getattr(tensor, 'layout', type(tensor).__name__)}, expected a tensor with values"
         elif _is_expanded(tensor):
             problem = f"repeats its stored numbers; expected {tensor.numel():,} stored numbers"
-        elif not tensor.is_floating_point() and not WHOLE_NUMBERS.search(name):
-            problem = f"holds {tensor.dtype}, expected floating-point numbers"
+        elif tensor.dtype not in (WHOLE if WHOLE_NUMBERS.search(name) else FLOATS):  # what comes back bit by bit
+            expected = "int64" if WHOLE_NUMBERS.search(name) else "float32, float16 or bfloat16"
+            problem = f"holds {tensor.dtype}, expected {expected}"
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             problem = "holds a NaN or an infinity"
         if problem:

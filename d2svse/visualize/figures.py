@@ -32,7 +32,7 @@ def check_figure_path(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if matplotlib has no format for the suffix.
     """
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    known = sorted(set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"})  # which needs TeX
     if Path(path).suffix.lower().removeprefix(".") not in known:
         raise ValueError(f"{os.fspath(path)}: give a name that ends in one of .{', .'.join(known)}")
 

@@ -50,6 +50,7 @@ def retrieval_gallery(
         ValueError: if the shapes do not fit, a score is NaN, or a query is none of the rows.
     """
     matrix, owner = torch.as_tensor(scores).detach().cpu(), torch.as_tensor(image_of_caption).cpu().numpy()
+    queries, matrix = [int(one) for one in queries], matrix.float() if matrix.dtype == torch.bfloat16 else matrix
     if matrix.shape != (len(images), len(captions)) or len(owner) != len(captions):
         raise ValueError(f"scores {tuple(matrix.shape)} do not fit {len(images)} images and {len(captions)} captions")
     if direction not in get_args(Direction):

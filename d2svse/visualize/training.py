@@ -79,11 +79,13 @@ def _named(folder: Any) -> dict[str, Any]:
 def _curves(
     axis: Axes, log: Log, names: Mapping[str, str], prefix: str, style: str, factor: float = 1, marker: str = ""
 ) -> None:
-    for number, (name, label) in enumerate(names.items()):
+    for number, (name, title) in enumerate(names.items()):
+        label = prefix + title
+        label = f"\N{ZERO WIDTH SPACE}{label}" if label.startswith("_") else label  # matplotlib leaves _… out
         points = [(row["epoch"], factor * row[name]) for row in log if row.get(name) is not None]
         if points:
             look: dict[str, Any] = {"color": f"C{number}", "linestyle": style, "marker": marker}
-            axis.plot(*zip(*points, strict=True), markersize=3, linewidth=1.2, label=prefix + label, **look)
+            axis.plot(*zip(*points, strict=True), markersize=3, linewidth=1.2, label=label, **look)
 
 
 def _label(axis: Axes, title: str) -> None:
@@ -92,7 +94,8 @@ def _label(axis: Axes, title: str) -> None:
     axis.tick_params(labelsize=SMALL)
     axis.grid(alpha=0.3)
     if axis.lines:
-        axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1))
+        for text in axis.legend(fontsize=SMALL, loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
+            text.set_parse_math(False)
     else:
         axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes, fontsize=SMALL)
 

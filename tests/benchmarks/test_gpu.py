@@ -95,6 +95,13 @@ def test_a_wrong_value_on_the_device_is_a_failed_check(
     assert len(found["failed"]) == 2  # one for each dtype
 
 
+def test_a_nan_of_the_device_is_a_difference(script: ModuleType) -> None:
+    one, broken = script.torch.ones(3), script.torch.tensor([1.0, script.torch.nan, 1.0])
+    assert script.difference([one, one], [one, one]) == 0
+    for other in ([one, broken], [broken, one], [broken, broken]):
+        assert not script.difference([one, one], other) <= 1e30
+
+
 def test_an_unknown_section_is_refused(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

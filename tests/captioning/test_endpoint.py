@@ -3,7 +3,9 @@ import base64
 import email.utils
 import gzip
 import json
+import struct
 import time
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -230,6 +232,21 @@ def decode(address):
     return kind, base64.b64decode(data)
 
 
+def deep_png(height, width) -> bytes:
+    """An RGB image of 16 bits a channel, which Pillow cannot write."""
+    rows = b"".join(b"\0" + bytes([row, 7] * 3 * width) for row in range(height))
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    packed = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 def test_images_go_as_they_are_where_endpoints_read_them_right(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8)
     for suffix, kind in ((".jpg", "data:image/jpeg"), (".png", "data:image/png"), (".webp", "data:image/webp")):
@@ -241,7 +258,10 @@ def test_images_go_as_they_are_where_endpoints_read_them_right(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
-    for name in ("turned.jpg", "grey.png", "a.bmp"):
+    Image.fromarray(pixels).save(tmp_path / "clear.png", transparency=tuple(map(int, pixels[0, 0])))
+    Image.fromarray(pixels).save(tmp_path / "moving.webp", save_all=True, append_images=[Image.fromarray(pixels[::-1])])
+    (tmp_path / "deep.png").write_bytes(deep_png(9, 7))
+    for name in ("turned.jpg", "grey.png", "a.bmp", "clear.png", "moving.webp", "deep.png"):
         address, content = data_url(tmp_path / name)
         kind, sent = decode(address)
         assert kind == "data:image/png"
@@ -277,6 +297,10 @@ def test_an_error_of_the_taker_comes_out_as_it_is(serve_captions, photos):
         ("ftp://localhost", {}, "an address such as http"),
         ("http://me:sk-secret@localhost/v1", {}, "give the key in the environment"),
         ("http://localhost/v1?key=sk-secret", {}, "give the key in the environment"),
+        ("http://localhost:abc/v1", {}, "must be an address of http"),
+        ("http://localhost:99999/v1", {}, "must be an address of http"),
+        ("http://ö..x/v1", {}, "must be an address of http"),
+        ("http://localhost", {"timeout": float("nan")}, "must be positive"),
         ("http://localhost", {"api_key": "sk-secret\n"}, "a character that no key has"),
         ("http://localhost", {"concurrency": 0}, "must be positive"),
         ("http://localhost", {"max_requests": 0}, "must be positive"),

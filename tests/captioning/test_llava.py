@@ -3,7 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BertConfig,
+    Blip2Config,
+    Florence2Config,
+    VisionEncoderDecoderConfig,
+    ViTConfig,
+)
 
 from d2svse.captioning.images import Sampling, images_to_caption, take_part
 from d2svse.captioning.llava import PLAIN_TEMPLATE, LlavaCaptioner, SeededSampling
@@ -11,6 +19,7 @@ from d2svse.images import load_image
 from support.images import write_images
 from support.llava import save_tiny_llava
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 DRAWN = Sampling(temperature=1.0, max_new_tokens=12)
 
 
@@ -213,6 +222,14 @@ def test_what_is_no_captioning_model_is_named(backbones, tmp_path):
         load(backbones / "text")
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         load(tmp_path / "none")
+    vision, text = ViTConfig(**SMALL, image_size=32, patch_size=8), BertConfig(**SMALL, vocab_size=100)
+    text.is_decoder = text.add_cross_attention = True
+    VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text).save_pretrained(tmp_path / "both")
+    Florence2Config().save_pretrained(tmp_path / "florence")
+    Blip2Config(text_config={"model_type": "t5"}).save_pretrained(tmp_path / "blip")
+    for name in ("both", "florence", "blip"):
+        with pytest.raises(ValueError, match=f"{name}: an encoder-decoder; expected a model that continues a prompt"):
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize(

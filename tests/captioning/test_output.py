@@ -148,6 +148,21 @@ def test_failures_are_listed_until_they_are_mended(tmp_path):
     assert not listed.exists()
 
 
+def test_a_failure_that_was_mended_before_a_kill_is_listed_no_more(tmp_path):
+    path = tmp_path / "dense.jsonl"
+    with CaptionFile(path, SETTINGS) as file:
+        for name in ("a.png", "b.png"):
+            file.take(outcome(name, text=None, reason="why"))
+    listed = tmp_path / "dense.failed.jsonl"
+    before = listed.read_text()
+    with CaptionFile(path, SETTINGS) as file:
+        file.take(outcome("a.png"))
+    listed.write_text(before)  # as after a kill between the caption and the list
+    with CaptionFile(path, SETTINGS):
+        pass
+    assert [json.loads(line)["image"] for line in listed.read_text().splitlines()] == ["b.png"]
+
+
 def test_an_image_is_never_taken_twice(tmp_path):
     with CaptionFile(tmp_path / "dense.jsonl", SETTINGS) as file:
         file.take(outcome("a.png"))

@@ -38,6 +38,12 @@ def test_sentences_end_where_a_reader_ends_them(sentences):
         assert first_sentences(f" {text} ", count) == joined(sentences[:count])
 
 
+def test_a_long_text_is_split_fast():
+    start = time.process_time()
+    assert len(split_sentences("Mr. " * 20_000)) == 1
+    assert time.process_time() - start < 2
+
+
 def test_no_text_has_no_sentences_and_none_cannot_be_asked_for():
     assert split_sentences(" \n ") == []
     assert first_sentences("", 2) == ""

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
 from d2svse import D2SVSE, evaluate
 from d2svse.cli.app import main
+from d2svse.cli.common import print_table
 
 FAST = (
     "--epochs",
@@ -326,6 +329,31 @@ def test_memory_that_runs_out_is_one_sentence(scenes, tmp_path, run, monkeypatch
     monkeypatch.setenv("D2SVSE_DEBUG", "1")
     with pytest.raises(type(error)):
         main(["average", "org/one", "org/two", "-o", "mean"])
+
+
+def test_names_in_tables_are_no_markup_and_control_no_terminal(capsys):
+    names = ("stages=[align]", "stages=[pretrain]", "x[/y]/model", "\x1b]0;owned\a")
+    print_table(["R@1 [/]"], {name: ["1.0"] for name in names}, "dev[test].jsonl\nsecond line\x1b[2J")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for shown in (*names[:3], r"\x1b]0;owned\x07", "R@1 [/]", "dev[test].jsonl", r"second line\x1b[2J"):
+        assert shown in out, shown
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8", errors="strict"))
+
+    def say() -> None:
+        typer.echo(os.fsdecode(b"caf\xe9.png"))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("d2svse.cli.app._command", lambda app: lambda **_: say())
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    assert ended.value.code == 0
+    sys.stdout.flush()
+    assert written.getvalue() == rb"caf\udce9.png" + b"\n"
 
 
 def test_another_error_of_the_program_keeps_its_traceback(monkeypatch):

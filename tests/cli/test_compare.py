@@ -69,6 +69,8 @@ def test_what_cannot_be_compared_is_named(sweep, run):
         (["runs/a", "runs/b", "--on", "val", "--data", "x.jsonl"], "--on val is a set of runs"),
         (["runs/a", "runs/b", "--split", "test", "--batch-size", "3"], "--split, --batch-size: for models"),
         (["runs/a", "runs/b", "--format", "coco"], "--format: for models"),
+        (["runs/a", "runs/b", "--batch-size", "0"], "--batch-size: for models"),
+        (["runs/a", "runs/b", "-o", "runs/.."], "a folder, expected a file to write"),
     ):
         code, _, errors = run("compare", *(sweep / word if word.startswith("runs") else word for word in words))
         assert code == 2

@@ -116,6 +116,7 @@ def test_faults_end_with_one_line_and_two(saved, scenes, tmp_path, run, make_mod
         ((saved["one"], *data, "--similarity", "cosin"), "unknown similarity 'cosin'"),
         ((saved["one"], *data, "--annotations", "typo.json"), "the protocol custom reads no annotations"),
         ((saved["one"], *data, "--wrong", -1), "--wrong -1"),
+        ((saved["one"], *data, "-o", tmp_path / "r.json", "--per-query", tmp_path / "." / "r.json"), "are one file"),
         ((saved["one"], *data, "--folds", 0), "16 images do not divide into 0 folds"),
         ((saved["one"], *data, "--wrong", 2), "--wrong 2: expected 0 or more, with --per-query"),
     ):

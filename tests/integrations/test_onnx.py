@@ -97,6 +97,20 @@ def test_onnx_of_the_command_gives_what_the_model_gives(exported, val_dataset):
     np.testing.assert_array_equal(again(text=TEXTS)["input_ids"], model.processor(text=TEXTS)["input_ids"])
 
 
+def test_half_precision_reads_what_the_processor_gives_and_bfloat16_is_refused(make, val_dataset, tmp_path):
+    model = make().half()
+    program = export_programs(model)["image_encoder"].module()
+    pixels = model.processor(images=val_dataset.images[:3])["pixel_values"]
+    assert pixels.dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(program(pixels)[0], model.eval().image_vectors(pixels.half()), atol=2e-3, rtol=0)
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="the extra [onnx]")
+    with pytest.raises(ValueError, match="do not run bfloat16; export with float32 or float16"):
+        export_onnx(model.bfloat16(), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "text", "dense", "options"),

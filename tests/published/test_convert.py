@@ -322,6 +322,9 @@ def test_settings_can_be_given_by_hand(golden_files):
         load(golden_files["vit_distill"], heads=3)
     with pytest.raises(ValueError, match=r"vision\.heads"):
         load(golden_files["vit_distill"], vision__heads=3)
+    for field, value in (("num_attention_heads", "abc"), ("num_attention_heads", 3.5), ("layer_norm_eps", "x")):
+        with pytest.raises(ValueError, match=rf"vision\.{field}: .*{field}"):
+            load(golden_files["vit_distill"], **{f"vision.{field}": value})
 
 
 def test_a_model_trained_here_is_written_as_published_and_read_back(processor, tmp_path, caplog):
@@ -423,7 +426,8 @@ def test_odd_contents_are_refused_by_name(tmp_path):
     state, opt = golden_state("vit_pretrain"), golden_description("vit_pretrain")["opt"]
     for changed, message in (
         ({"module.txt_enc.fc.bias": torch.ones(512)}, "txt_enc.fc.bias is there twice"),
-        ({"txt_enc.fc.bias": torch.zeros(512, dtype=torch.complex64)}, "expected floating-point numbers"),
+        ({"txt_enc.fc.bias": torch.zeros(512, dtype=torch.complex64)}, "expected float32, float16 or bfloat16"),
+        ({"txt_enc.fc.bias": torch.zeros(512, dtype=torch.float64)}, "holds torch.float64, expected float32"),
         ({"txt_enc.fc.bias": torch.zeros(512).to_sparse()}, "expected a tensor with values"),
         ({"txt_enc.fc.bias": 3}, "expected a tensor with values"),
     ):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from d2svse.images import load_image
 from d2svse.retrieval import compose_gallery
@@ -63,6 +64,12 @@ def test_sentences_of_a_picture_are_green_where_they_are_right(pictures):
 def test_a_tie_counts_against_the_right_answer():
     assert first_answers(np.array([0.5, 0.9, 0.5, 0.5]), np.array([True, False, False, False]), 3) == [1, 2, 3]
     assert first_answers(np.array([0.5, 0.9]), np.array([True, False]), 9) == [1, 0]
+
+
+def test_rows_and_scores_of_any_kind_are_drawn(pictures):
+    scores = torch.tensor(SCORES).bfloat16()
+    for queries in (np.array([0, 1]), torch.tensor([1]), range(2)):
+        retrieval_gallery(pictures, CAPTIONS, scores, OWNER, queries)
 
 
 def test_bad_requests_are_refused(pictures):

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from d2svse import D2SVSEProcessor
 from d2svse.similarity import CrossAttentionI2T
 from d2svse.visualize import MapSet, Panel, alignment_maps, draw_maps, explain, look_at
-from d2svse.visualize.figures import save_figure
+from d2svse.visualize.figures import check_figure_path, save_figure
 
 SENTENCE = "a red circle and a blue star"
 BROKEN = "$\\frac$"  # matplotlib would raise if it took it for a formula
@@ -109,6 +109,8 @@ def test_pyplot_is_not_touched(make_model, val_dataset):
 
 
 def test_unknown_formats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"map.pgf: give a name"):  # it needs TeX, which is missed after the work
+        check_figure_path(tmp_path / "map.pgf")
     with pytest.raises(ValueError, match=r"map.xyz: give a name that ends in one of .*\.png"):
         save_figure(draw_maps(Image.new("RGB", (4, 4)), [MapSet("m", "u", (Panel("w", np.ones((1, 1))),))]),
                     tmp_path / "map.xyz")  # fmt: skip

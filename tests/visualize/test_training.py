@@ -4,6 +4,7 @@ import pytest
 
 from d2svse import Trainer
 from d2svse.visualize import read_logs, training_curves
+from d2svse.visualize.figures import save_figure
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def test_values_that_were_not_finite_are_left_out(folder):
         log.write('{"loss": null, "align_loss": null, "epoch": 0.7}\n{"loss": 1.0, "align_loss": 1.0, "epoch": 0.9}\n')
     axis = training_curves(folder).axes[0]
     assert axis.lines[0].get_xydata().tolist() == [[0.5, 2.0], [0.9, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["_a", "$\\foo$", "__"])
+def test_any_name_of_a_run_is_in_the_legend(folder, name, tmp_path):
+    figure = training_curves({name: folder})
+    shown = [text.get_text() for axis in figure.axes for text in (axis.get_legend() and axis.get_legend().texts) or ()]
+    assert any(name in text for text in shown)
+    save_figure(figure, tmp_path / "a.png")
 
 
 def test_several_runs_share_the_axes_of_a_stage(folder, tmp_path_factory):
