@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded; the workers share the cores
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

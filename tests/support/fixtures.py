@@ -34,7 +34,6 @@ from support.shared import make_once
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # commands that run in this process keep to it
 
 IMAGE_SIZE = 32
 TOKEN = "hf_AnnsTokenThatNobodyMaySee"
