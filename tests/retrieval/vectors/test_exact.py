@@ -281,7 +281,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(filled, tmp_path, monkey
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("d2svse.retrieval.vectors.storage.write_bytes", full)
+        patch.setattr("d2svse.retrieval.vectors.storage.to_disk", full)
         with pytest.raises(OSError, match="disk full"):
             index.save(tmp_path / "i")
     assert {path.name: path.read_bytes() for path in (tmp_path / "i").iterdir()} == before
