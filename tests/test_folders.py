@@ -4,8 +4,8 @@ import json
 import os
 import resource
 import shutil
-import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,112 +23,15 @@ from d2svse.training.checkpoints import (
     rotate_checkpoints,
     seal_checkpoint,
 )
-
-OLD = {"config.json": b"old", "weights": b"old weights", "only-old": b"1", "sub/deep": b"old"}
-NEW = {"config.json": b"new", "weights": b"new weights", "only-new": b"2", "sub/other": b"new"}
-FOREIGN = {"notes.txt": b"mine", "sub/photo.jpg": b"\xff\xd8", ".hidden": b"x"}
-KIND = FolderKind("a command", "config.json")
+from support.kills import FOREIGN, KIND, LOOPS, NEW, OLD, contents, killed_at, put, write
 
 
-def put(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def contents(folder):
-    """The files of a folder, but for the list."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if name != LIST}
-
-
-def write(folder, files=NEW, kind=KIND):
-    with written_folder(folder, kind) as aside:
-        put(aside, files)
-
-
-def killed_at(step, work):
-    """Do work in a child that is killed before its change of files of that number; whether it came so far."""
-    child = os.fork()
-    if not child:
-        try:
-            left = step
-
-            def watch(event, _):
-                nonlocal left
-                if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
-                    left -= 1
-                    if left < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(watch)
-            work()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-@pytest.fixture
-def quick_disk(monkeypatch):
-    """Do not wait for the disk, which holds what a killed process has written anyway."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-@pytest.mark.usefixtures("quick_disk")
-def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path):
-    found, step = [], 0
-    while True:
-        folder = tmp_path / str(step)
-        write(folder, OLD)
-        put(folder, FOREIGN)
-        killed = killed_at(step, lambda folder=folder: write(folder))
-        recover_folder(folder)
-        left = contents(folder)
-        left = {name: data for name, data in left.items() if not name.startswith(".d2svse-new")}  # until the next write
-        assert left in ({**FOREIGN, **OLD}, {**FOREIGN, **NEW}), step
-        found.append(left["config.json"])
-        write(folder)
-        assert contents(folder) == {**FOREIGN, **NEW}, step
-        assert not list(tmp_path.glob(".*"))
-        if not killed:
-            break
-        step += 1
-    assert step > 10
-    assert found == sorted(found, reverse=True)  # old, then new
-    assert {*found} == {b"old", b"new"}
-
-
-@pytest.mark.usefixtures("quick_disk")
-def test_a_kill_while_a_folder_is_first_written_leaves_none_or_all(tmp_path):
-    step, killed = 0, True
-    while killed:
-        folder = tmp_path / str(step) / "out"
-        killed = killed_at(step, lambda folder=folder: write(folder))
-        assert not folder.exists() or contents(folder) == NEW
-        write(folder)
-        assert contents(folder) == NEW
-        assert [path.name for path in folder.parent.iterdir()] == ["out"]
-        step += 1
-    assert step > 3
-
-
-@pytest.mark.usefixtures("quick_disk")
-def test_a_kill_while_it_is_being_finished_is_finished_too(tmp_path):
-    write(tmp_path / "start", OLD)
-    for first in range(30):
-        if not killed_at(first, lambda: write(tmp_path / "start")):
-            break
-        if (tmp_path / "start" / READY).exists():
-            break
-    assert (tmp_path / "start" / READY).exists()
-    step, killed = 0, True
-    while killed:
-        folder = shutil.copytree(tmp_path / "start", tmp_path / str(step))
-        killed = killed_at(step, lambda folder=folder: recover_folder(folder))
-        recover_folder(folder)
-        assert contents(folder) == NEW
-        step += 1
-    assert step > 5
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_kill_at_any_step_leaves_the_old_or_the_new(loop, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    line = [sys.executable, "-m", "support.kills", loop, str(tmp_path)]
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_folder_that_the_command_did_not_write_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
@@ -241,7 +144,6 @@ def test_a_saved_model_follows_the_umask_and_keeps_what_lies_beside_it(tmp_path,
         model.save_pretrained(tmp_path / "file")
 
 
-@pytest.mark.usefixtures("quick_disk")
 def test_a_kill_while_a_model_is_saved_over_another_leaves_one_of_them(tmp_path, make_model):
     old, new = make_model(seed=1), make_model(seed=2)
     states = {
@@ -353,7 +255,6 @@ def seal(folder, step, content=b"weights"):
     (folder / f"unfinished-checkpoint-{step}").rmdir()
 
 
-@pytest.mark.usefixtures("quick_disk")
 def test_a_kill_while_a_checkpoint_takes_the_place_of_another_leaves_one(tmp_path):
     step, killed, seen = 0, True, set()
     while killed:

@@ -41,6 +41,14 @@ OTHER_TOKEN = "hf_BobsTokenThatNobodyMaySee"
 SMALL_DEMO = {"num_train": 64, "num_captioned": 16, "num_test": 12, "pretrain_epochs": 1, "distill_epochs": 1}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """Do not wait for the disk, which holds what a killed process has written anyway."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 training and 16 validation scenes of 32 × 32 pixels."""
