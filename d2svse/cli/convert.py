@@ -16,7 +16,7 @@ app = typer.Typer(help="Convert published D2S-VSE checkpoints (.pth) to model fo
 @app.command("published", epilog=examples("d2svse convert published f30k_vit.pth models/f30k-vit"))
 def published(
     checkpoint: Annotated[Path, typer.Argument(help="The published .pth file.")],
-    output: Annotated[Path, typer.Argument(help="The model folder to write; other files in it stay.")],
+    output: Annotated[Path, typer.Argument(help="The model folder to write: new, empty, or of an earlier conversion.")],
     tokenizer: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of the tokenizer.", show_default="bert-base-uncased from the Hub"),

@@ -13,7 +13,8 @@ from d2svse.text import visible
 
 NAMED_IMAGES = 10
 ImageFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the images.", show_default="the layout's usual folder")
+    Path | None,
+    typer.Option(help="Folder of the images, or for those of `datasets`.", show_default="the usual folder"),
 ]
 Format = Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data; datasets for a Hub id.")]
 
@@ -82,7 +83,8 @@ def dense(
     from_: Annotated[
         str,
         typer.Option(
-            "--from", help="concat, auto, or a JSONL file with rows {image, dense}, or one row {text} for each image."
+            "--from",
+            help="concat, field, auto, or a JSONL file with rows {image, dense}, or one row {text} for each image.",
         ),
     ],
     split: Annotated[str | None, typer.Option(help="Split, where the layout has several.")] = None,

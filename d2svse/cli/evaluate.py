@@ -38,7 +38,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="Manifest, published folder, Karpathy or COCO JSON, or a table of captions.", rich_help_panel=_DATA
+            help="Manifest, published folder, Karpathy or COCO JSON, a table of captions, shards or regions.",
+            rich_help_panel=_DATA,
         ),
     ],
     protocol: Annotated[

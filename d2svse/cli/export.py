@@ -16,7 +16,7 @@ EXAMPLES = examples("d2svse export MODEL -o onnx")
 
 def export(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; other files in it stay.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder: new, empty, or of an earlier export.")],
     dense: Annotated[
         bool, typer.Option("--dense", help="Export for dense captions, without the context decoder.")
     ] = False,

@@ -71,7 +71,8 @@ def build(
     exclude: Exclude = None,
     follow_links: FollowLinks = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also replace an index of another model or source.")
+        bool,
+        typer.Option("--overwrite", help="Also replace an index of another model, source or side."),
     ] = False,
     batch_size: BatchSize = 64,
     on_bad_image: OnBadImage = "error",
@@ -109,7 +110,7 @@ def add(
     source: Annotated[Path, typer.Argument(help="A folder of images, a manifest, or a text file, as for build.")],
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Also drop more than a tenth of the index, or all images below a folder."),
+        typer.Option("--prune", help="Also drop more than a tenth of the index, or all images of a folder."),
     ] = False,
     exclude: Exclude = None,
     follow_links: FollowLinks = False,

@@ -42,7 +42,8 @@ def search(
     rerank: Annotated[
         int | None,
         typer.Option(
-            help="Candidates to rank again, where the similarity compares tokens; 0: none.", show_default="100"
+            help="Candidates to rank again, where vectors do not give the similarity's scores; 0: none.",
+            show_default="100",
         ),
     ] = None,
     together: Annotated[

@@ -64,8 +64,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="KEY=VALUE of any option of docs/training.md; STAGE.KEY=VALUE for one stage; model_options.KEY=VALUE for "
-        "the model.",
+        help="KEY=VALUE of any training option; STAGE.KEY=VALUE for one stage; model_options.KEY=VALUE for the model.",
         rich_help_panel="Training",
     ),
 ]

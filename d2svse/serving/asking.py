@@ -78,7 +78,7 @@ class Reason:
 
 
 class Searcher:
-    """Searches an index with one query at a time, because encoding changes the model's training mode.
+    """Searches an index with one query at a time.
 
     Args:
         index: the index; the constructor loads its model.

@@ -249,7 +249,7 @@ class SearchPage:
                 with gr.Row(elem_id="d2-options"):
                     ranking = gr.Radio(
                         [RERANKED, VECTORS], value=RERANKED if searcher.can_rerank else VECTORS, show_label=False,
-                        info=f"{searcher.similarity} compares words with patches, for the best {DEFAULT_RERANK}",
+                        info=f"{searcher.similarity} ranks the best {DEFAULT_RERANK} again",
                         visible=searcher.can_rerank, min_width=200, elem_id="d2-ranking",
                     )  # fmt: skip
                     weight = gr.Slider(

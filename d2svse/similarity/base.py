@@ -143,8 +143,7 @@ class Similarity(nn.Module, ABC):
             side: which side the features are of.
             features: `n` of them, with tokens for "mean".
             candidates: None for vectors whose inner products are the scores; "pooled" for the pooled vectors;
-                "mean" for the mean of the L2-normalised tokens, whose inner product is the score of matching all
-                tokens alike. Both are L2-normalised.
+                "mean" for the mean of the L2-normalised tokens. Both are L2-normalised.
 
         Returns:
             `(n, dim)` float32.

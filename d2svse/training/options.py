@@ -70,8 +70,7 @@ class DataOptions:
     val: str = option(MISSING, "Manifest or other layout of the validation set.", flag=True)
     pretrain_on: str | None = option(
         None,
-        "Training set of stage pretrain, if it is not train: for instance many images with captions by d2svse caption, "
-        "of which people captioned a few.",
+        "Training set of stage pretrain, if it differs from train, such as images captioned by d2svse caption.",
         flag=True,
     )
     pretrain_split: str | None = option(None, "Split of pretrain_on, for a layout with several.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from d2svse.similarity import build_similarity
 from d2svse.training.sweep import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,8 @@ def test_the_tables_of_the_sweeps_are_those_of_the_records(page):
 def test_a_sweep_is_valid_and_its_records_are_of_its_rows(name, tmp_path):
     sweep = read_sweep(STUDY / f"{name}.yaml")
     for run in sweep.runs:
-        sweep.recipe(run, tmp_path)
+        options = sweep.recipe(run, tmp_path).model_options
+        build_similarity(options.get("similarity", "cosine"), options.get("embed_dim", 512))
     pytest.importorskip("matplotlib", reason="the script draws figures")
     for record in script("tables").records_of(name):
         assert record["row"] in sweep.rows

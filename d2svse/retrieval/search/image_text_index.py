@@ -503,7 +503,7 @@ class ImageTextIndex:
         """Find the k best hits of each query: a text, an image, or a text with an image.
 
         The model's similarity scores a query of the other side, such as texts for stored images. The inner product of
-        the stored vectors, the cosine for images, scores a query of the same side.
+        the stored vectors, mostly their cosine, scores a query of the same side.
 
         Args:
             texts: a text or a list of texts.
