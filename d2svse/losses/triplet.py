@@ -21,7 +21,7 @@ class TripletLoss(RankingLoss):
     can collapse there; the schedule, a larger batch or InfoNCE help.
 
     Args:
-        margin: α of D2S-VSE, 0.2 in the paper.
+        margin: α of D2S-VSE, 0.2 in the published code.
         mining: "sum", "hardest" or "schedule".
         warmup_epochs: epochs of "sum" before "hardest", for the schedule; `set_epoch` moves it.
 

@@ -353,7 +353,7 @@ def check_kind(model_type: str, name: str = "") -> None:
     kind, name = f"{called}a {model_type} model", name or "NAME"
     if model_type in CAPTIONERS:
         use = f"it writes captions: d2svse caption local {name}"
-    elif model_type in CONFIG_MAPPING and "vision_config" in getattr(CONFIG_MAPPING[model_type], "sub_configs", ()):
+    elif model_type in CONFIG_MAPPING and {*getattr(CONFIG_MAPPING[model_type], "sub_configs", ())} & {*TOWERS}:
         use = f"it is not a supported dual encoder; expected one of {', '.join(KINDS)}"
     elif model_type in IMAGE_MODELS:
         use = f"it encodes images only: join it with a text backbone, d2svse train --vision {name} --text TEXT"

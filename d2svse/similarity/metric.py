@@ -34,8 +34,8 @@ class Metric(nn.Module):
     it is dense.
 
     A random W has independent normal entries of deviation b^-½, so that it keeps the length of a vector on average
-    (b is the width of a block). The paper compares both starts (Tables I and IX). The text at hand gives no
-    distribution, so this one is a choice of this package.
+    (b is the width of a block). The paper compares both starts (Tables I and IX). The full text was not at
+    hand, so the distribution is a choice of this package.
 
     Args:
         structure: "cosine", "diagonal", "block-diagonal" or "dense".

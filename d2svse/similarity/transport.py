@@ -339,8 +339,8 @@ class OMIT(Transport):
     """Partial optimal transport with the global vectors as bins (OMIT).
 
     Args:
-        regularization: λ, 0.02 in the paper.
-        num_iterations: 3 in the paper's training.
+        regularization: λ, 0.02 in the authors' code (ConfuSAN).
+        num_iterations: 3 in the published training.
         marginals: see `Transport`.
         **options: see `FragmentSimilarity`.
     """

@@ -119,7 +119,7 @@ class StartOptions:
     teacher: str | None = option(
         None,
         "Stage-1 model to distil from, if --model is a stage-2 model; without it, the teacher beside that model. In "
-        "stage align, a retrieval model whose scores teach.",
+        "stage align, a retrieval model whose scores teach; it needs distill_loss=kl, which d2svse distill sets.",
         flag=True,
     )
 
@@ -307,7 +307,8 @@ class DecoderOptions:
     context_tokens: ContextTokens | None = option(
         None,
         "How the decoder reaches a similarity of tokens: join its tokens to the words, add its output to each word, or "
-        "none; without it, join, or add in a model from a dual encoder.",
+        "none. Without it: none with a similarity of pooled vectors; with one of tokens join, or add in a model from a "
+        "dual encoder.",
     )
 
     def decoder_arguments(self) -> dict[str, Any]:
@@ -426,8 +427,8 @@ class ComputeOptions:
     )
     negatives_share: float = option(
         1.0,
-        "Share of the negatives that a similarity of tokens scores: half of them the hardest by the cosine of pooled "
-        "vectors, half drawn at random; the others count for nothing. 1 scores all pairs.",
+        "Share of the negatives that a similarity of tokens scores. Half of them are the hardest by the cosine of "
+        "pooled vectors, half are random; the rest is ignored. 1 scores all pairs.",
         least=0.001,
         most=1,
     )
@@ -458,8 +459,8 @@ class RunOptions:
     )
     interpolation: list[float] = option(
         [0, 0.25, 0.5, 0.75, 1],
-        "After training from a dual encoder, shares of the trained weights to try; the others are those of the start, "
-        "and the best on the validation set is kept. 1 keeps the trained weights.",
+        "Shares of the trained weights to try after training from a dual encoder; the rest comes from the start. The "
+        "best share on the validation set is kept. 1 keeps the trained weights.",
         flag=True,
     )
     seed: int = option(42, "Seed of the run.", flag=True)

@@ -308,7 +308,7 @@ def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]
     Args:
         values: fields of a `Recipe`.
         name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
-            `training`. A further dot reaches into a loss or a similarity, as in `model_options.similarity.lam`.
+            `training`. A further dot reaches into a loss or a similarity: `model_options.similarity.regularization`.
         value: the value; a mapping for a section is merged into it.
 
     Raises:
