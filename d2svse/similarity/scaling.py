@@ -109,8 +109,10 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
     gradient = upstream.flatten()[:, None]
     inverse_a, inverse_b = (w.masked_fill(w <= 0, 1).reciprocal().masked_fill(w <= 0, 0) for w in (a, b))
     f, g = _scoring(fs[-1], scoring_rows) * gradient, _scoring(gs[-1], scoring_columns)
-    d_f = _scoring((scoring * g.unsqueeze(1)).sum(-1) * gradient, scoring_rows)
-    d_g = _scoring(_vectors_times(f, scoring), scoring_columns)
+    # The kernel has any value where it is masked, so that sums over it may leave the range there.
+    rows, columns = a <= 0, b <= 0
+    d_f = _scoring((scoring * g.unsqueeze(1)).sum(-1) * gradient, scoring_rows).masked_fill(rows, 0)
+    d_g = _scoring(_vectors_times(f, scoring), scoring_columns).masked_fill(columns, 0)
     d_a, d_b = torch.zeros_like(a), torch.zeros_like(b)
     left, right = [], []  # the gradient of the kernel is Σ left rightᵀ, beside that of the score
     for step in reversed(range(iterations)):
@@ -120,13 +122,13 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
         d_sums = -(d_g * g_step) * (g_step * inverse_b)
         left.append(f_step)
         right.append(d_sums)
-        d_f = d_f + _vectors_times(d_sums, turned)
+        d_f = (d_f + _vectors_times(d_sums, turned)).masked_fill_(rows, 0)
         d_a += d_f * f_step * inverse_a
         d_sums = -(d_f * f_step) * (f_step * inverse_a)
         left.append(d_sums)
         right.append(gs[step])
         if step:
-            d_f, d_g = torch.zeros_like(d_f), _vectors_times(d_sums, kernel)
+            d_f, d_g = torch.zeros_like(d_f), _vectors_times(d_sums, kernel).masked_fill_(columns, 0)
     outer = torch.bmm(torch.stack(left, -1), torch.stack(right, -1).mT)
     # d score / d product = plan · (1 + product / λ), by the product itself and by the kernel
     moved = torch.bmm(f.unsqueeze(-1), g.unsqueeze(1))
@@ -138,14 +140,17 @@ def _gradients(ctx: Any, upstream: Tensor) -> Any:
 def _in_range(kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return whether every entry is finite, and large enough for the scaling to be exact.
 
-    On the CPU only entries between real fragments count. On a device all do, because a look at the masked ones first
-    would wait for it; the caller then turns to the log domain more often.
+    On the CPU only entries between real fragments count; the others become 0 if they are out of range. On a device
+    all count, because a look at the masked ones first would wait for it; the caller then turns to the log domain more
+    often.
     """
     fits = _within(*kernel.aminmax())
     if fits.device.type != "cpu" or fits:
         return fits
     masked = (a <= 0).unsqueeze(2) | (b <= 0).unsqueeze(1)
-    return _within(*kernel.masked_fill(masked, 1).aminmax())
+    fits = _within(*kernel.masked_fill_(masked, 1).aminmax())
+    kernel.masked_fill_(masked, 0)
+    return fits
 
 
 def _within(smallest: Tensor, largest: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from d2svse import Features, build_similarity
 from d2svse.similarity import sinkhorn
@@ -296,6 +297,30 @@ def test_cosines_of_any_size_fit_into_the_scaling_at_the_papers_lambda(low, regu
         expected.sum().backward()
         scores.sum().backward()
         torch.testing.assert_close(single.grad.double(), double.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [0.75, 0.83, 0.99])
+@pytest.mark.parametrize("regularization", [0.01, 0.013, 0.02])
+def test_masked_fragments_of_any_cosine_change_no_gradient(masked, regularization):
+    generator, solved = torch.Generator().manual_seed(0), 0
+    rows, columns = torch.full((1, 1, 6), 1 / 6), torch.full((1, 1, 5), 1 / 5)
+    for _ in range(60):
+        products = (torch.rand(1, 8, 1, 6, generator=generator) * 1.5 - 0.75).requires_grad_()
+        with torch.no_grad():
+            products[:, 6:], products[..., 5:] = masked, masked
+        scores, exact = scale_kernel(products, F.pad(rows, (0, 2)), F.pad(columns, (0, 1)), regularization, 3)
+        alone = products.detach()[:, :6, :, :5].requires_grad_()
+        wanted, fits = scale_kernel(alone, rows, columns, regularization, 3)
+        assert exact == fits
+        if not fits:
+            continue
+        solved += 1
+        torch.testing.assert_close(scores, wanted)
+        (found,), (expected,) = torch.autograd.grad(scores.sum(), products), torch.autograd.grad(wanted.sum(), alone)
+        torch.testing.assert_close(found[:, :6, :, :5], expected, atol=1e-5, rtol=1e-4)
+        assert not found[:, 6:].any()
+        assert not found[..., 5:].any()
+    assert solved > 20
 
 
 def test_sinkhorn_says_what_it_cannot_solve():
