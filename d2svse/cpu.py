@@ -29,6 +29,11 @@ def usable_cores() -> int:
     return max(1, count // jobs())
 
 
+def own_cores() -> int:
+    """Return this process's share of the usable cores, among the processes of torchrun on this machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def choose_threads() -> None:
     """Share the usable cores among the processes of this machine, unless OMP_NUM_THREADS is set.
 
@@ -36,10 +41,9 @@ def choose_threads() -> None:
     """
     import torch
 
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = os.environ.get("OMP_NUM_THREADS")
-    if given is None or (given == "1" and processes > 1):
-        torch.set_num_threads(max(1, usable_cores() // processes))
+    if given is None or (given == "1" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"):
+        torch.set_num_threads(own_cores())
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -73,29 +73,39 @@ class Features:
         return Features(self.pooled.to(target), move(self.tokens), mask)
 
     @staticmethod
-    def cat(parts: Sequence[Features]) -> Features:
-        """Join batches in order. Shorter token sequences are padded with zeros and masked.
+    def cat(parts: Sequence[Features], rows: Sequence[int] | None = None) -> Features:
+        """Join batches. Shorter token sequences are padded with zeros and masked.
+
+        Args:
+            parts: the batches.
+            rows: row of each item in the result, such as `[2, 0, 1]`; None keeps the order.
 
         Raises:
             ValueError: if the list is empty, or only some parts have tokens.
         """
         if not parts:
             raise ValueError("cannot join an empty list of Features")
-        pooled = torch.cat([part.pooled for part in parts])
-        if any(part.tokens is None for part in parts):
-            if not all(part.tokens is None for part in parts):
-                raise ValueError("some parts have tokens and some have none; encode all with the same output option")
-            return Features(pooled)
         tokens = [part.tokens for part in parts if part.tokens is not None]
+        if tokens and len(tokens) < len(parts):
+            raise ValueError("some parts have tokens and some have none; encode all with the same output option")
+        pooled = torch.cat([part.pooled for part in parts])
+        index = None if rows is None else torch.tensor(rows, device=pooled.device)
+        if index is not None:
+            pooled = torch.empty_like(pooled).index_copy(0, index, pooled)
+        if not tokens:
+            return Features(pooled)
         longest = max(t.shape[1] for t in tokens)
-        if all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts):
-            return Features(pooled, torch.cat(tokens))
-        padded = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
-        masks = [
-            F.pad(part.real_tokens(), (0, longest - t.shape[1]), value=False)
-            for part, t in zip(parts, tokens, strict=True)
-        ]
-        return Features(pooled, padded, torch.cat(masks))
+        masks = [part.real_tokens() for part in parts]
+        whole = all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts)
+        if index is None:
+            joined = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
+            mask = torch.cat([F.pad(m, (0, longest - m.shape[1]), value=False) for m in masks])
+            return Features(pooled, joined, None if whole else mask)
+        joined = tokens[0].new_zeros(len(pooled), longest, tokens[0].shape[2])  # without a padded copy of each part
+        mask = masks[0].new_zeros(len(pooled), longest)
+        for own, part, real in zip(index.split([len(part) for part in parts]), tokens, masks, strict=True):
+            joined[own, : part.shape[1]], mask[own, : part.shape[1]] = part, real
+        return Features(pooled, joined, None if whole else mask)
 
     def real_tokens(self) -> Tensor:
         """Return the mask, `(batch, length)` bool; all True where the features have none.

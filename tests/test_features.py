@@ -27,6 +27,20 @@ def test_cat_pads_shorter_tokens_and_masks_them():
     assert torch.equal(joined[[2, 0]].pooled, torch.stack([b.pooled[1], a.pooled[0]]))
 
 
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 3), None])
+def test_cat_puts_items_into_their_rows(lengths):
+    parts = [
+        Features(torch.randn(n, 4), None if lengths is None else torch.randn(n, lengths[n - 2], 4)) for n in (2, 3)
+    ]
+    rows = [3, 0, 1, 4, 2]
+    found, wanted = Features.cat(parts, rows), Features.cat(parts)[torch.tensor(rows).argsort()]
+    for name in ("pooled", "tokens", "mask"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert (one is None and other is None) or torch.equal(one, other)
+    with pytest.raises(ValueError, match="some parts have tokens"):
+        Features.cat([Features(torch.ones(1, 4)), Features(torch.ones(1, 4), torch.ones(1, 2, 4))], [1, 0])
+
+
 def test_cat_refuses_a_mix_of_with_and_without_tokens():
     with pytest.raises(ValueError, match="some parts have tokens"):
         Features.cat([Features(torch.zeros(1, 4)), Features(torch.zeros(1, 4), torch.zeros(1, 2, 4))])

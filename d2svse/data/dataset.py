@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from d2svse.choices import Side
-from d2svse.data.manifest import DenseSource, Record, check_images
+from d2svse.data.manifest import Check, DenseSource, Record, check_images
 from d2svse.data.readers import read_records, require_images
 from d2svse.images import OnBadImage, StoredImage
+from d2svse.images import check_images as decode_images
 
 
 class ImageTextDataset:
@@ -66,6 +67,7 @@ class ImageTextDataset:
         dense: DenseSource | str | os.PathLike[str] | None = None,
         on_bad_image: OnBadImage | None = None,
         show_progress_bar: bool = False,
+        check: Check = decode_images,
     ) -> ImageTextDataset:
         """Read a manifest or any other layout that `read_records` reads.
 
@@ -80,6 +82,7 @@ class ImageTextDataset:
                 leaves bad images out and lists them in `skipped`. None only checks that the files exist.
                 Images behind http are not checked; reading a bad one raises later.
             show_progress_bar: show the progress of this check on the terminal.
+            check: decodes the images, see `d2svse.images.select_readable`; several processes may share the work.
 
         Raises:
             ManifestError: if the source cannot be used; the message names file and line.
@@ -91,7 +94,7 @@ class ImageTextDataset:
         remote = any(isinstance(record.image, StoredImage) and record.image.remote for record in records)
         if on_bad_image is None or remote:
             return cls(records, source)
-        records, skipped = check_images(records, source, on_bad_image, show_progress_bar)
+        records, skipped = check_images(records, source, on_bad_image, show_progress_bar, check)
         dataset = cls(records, source)
         dataset.skipped = skipped
         return dataset

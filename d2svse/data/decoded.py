@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from d2svse.cpu import usable_cores
+from d2svse.cpu import own_cores
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_faults, written_aside
 from d2svse.images import ImageSource, image_state, use_image
@@ -154,7 +154,7 @@ def _to_disk(file: BinaryIO) -> None:
 def _decode(images: Sequence[ImageSource], rows: Sequence[int], side: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield rows with their pixels; threads decode and reduce the images of a chunk."""
     reduce = partial(_reduced, side=side)
-    with ThreadPoolExecutor(usable_cores()) as readers:
+    with ThreadPoolExecutor(own_cores()) as readers:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             reading = [readers.submit(use_image, images[row], reduce, 2 * side) for row in chunk]

@@ -34,7 +34,7 @@ from PIL import (
 )
 
 from d2svse.choices import OnBadImage
-from d2svse.cpu import usable_cores
+from d2svse.cpu import own_cores
 from d2svse.images.arrays import array_image
 from d2svse.images.metadata import without_metadata
 from d2svse.progress import progress_bar
@@ -162,7 +162,7 @@ class PixelRoom:
         self.taken, self.freed = 0, threading.Condition()
 
 
-ROOM = PixelRoom(ROOM_PER_CORE * max(4, usable_cores()))
+ROOM = PixelRoom(ROOM_PER_CORE * max(4, own_cores()))
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=ROOM.forget)
 
@@ -576,12 +576,12 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
             return str(error)
         return None
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(own_cores()) as pool:
         waiting: deque[Future[str | None]] = deque()  # a few at a time, because each waiting image takes memory
         try:
             for path in paths:
                 waiting.append(pool.submit(check, path))
-                if len(waiting) >= 16 * usable_cores():
+                if len(waiting) >= 16 * own_cores():
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -596,6 +596,7 @@ def select_readable(
     sources: Sequence[str] | None = None,
     title: str = "Checking images",
     show_progress_bar: bool = False,
+    check: Callable[[Sequence[str | os.PathLike[str]]], Iterable[str | None]] = check_images,
 ) -> tuple[list[int], list[str]]:
     """Decode every image once, and return the good rows and the messages of the bad ones.
 
@@ -605,6 +606,7 @@ def select_readable(
         sources: file and line that name each image, for the messages.
         title: title of the progress bar.
         show_progress_bar: show a progress bar on the terminal.
+        check: gives None or the error of each image; several processes may share the work.
 
     Returns:
         The rows of the good images in `paths`, and a message for each skipped image. A warning lists
@@ -617,7 +619,7 @@ def select_readable(
     if on_bad_image not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
     good, bad = [], []
-    for row, error in enumerate(progress_bar(check_images(paths), title, len(paths), "images", show_progress_bar)):
+    for row, error in enumerate(progress_bar(check(paths), title, len(paths), "images", show_progress_bar)):
         if error is None:
             good.append(row)
             continue

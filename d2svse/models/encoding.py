@@ -66,11 +66,9 @@ def join_batches(
         output: "pooled" or "features".
         convert_to_tensor: return a tensor instead of a NumPy array.
     """
-    joined = Features.cat([features for _, features in parts])
-    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    joined = Features.cat([features for _, features in parts], [row for rows, _ in parts for row in rows])
     if repeated is not None:
-        order = order[torch.tensor(repeated)]
-    joined = joined[order.to(joined.pooled.device)]
+        joined = joined[repeated]
     if output == "features":
         return joined
     return joined.pooled if convert_to_tensor else joined.pooled.cpu().numpy()

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2svse.cpu import usable_cores
+from d2svse.cpu import own_cores
 from d2svse.images import ImageError, ImageSource
 from d2svse.models.image_processing import PREPARED, raw_image
 
@@ -136,7 +136,7 @@ def read_batches(
         except ImageError as error:
             return error
 
-    readers = ThreadPoolExecutor(usable_cores())
+    readers = ThreadPoolExecutor(own_cores())
     try:
         following: dict[int, Future[Tensor | ImageError]] = {}
         for start in [*range(0, len(images), batch_size), None]:

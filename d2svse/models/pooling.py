@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -144,15 +145,8 @@ class GeneralizedPooling(nn.Module):
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
         like, longest = next(self.gru.parameters()), lengths[-1]  # a quantized linear layer has no weight to read
-        device = like.device
-        # Sines differ between devices, and the coefficients are sensitive: all devices take those of the CPU.
-        positions = sent(sinusoidal_positions(longest, self.position_dim), device).to(like.dtype)
-        # A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
-        # torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
-        step, row = np.nonzero(np.arange(longest)[:, None] < np.array(lengths)[::-1])
-        target = (len(lengths) - 1 - row) * longest + step
-        source, target = sent(torch.from_numpy(np.stack([step, target])), device)
-        packed = PackedSequence(positions[source], torch.from_numpy(np.bincount(step)))
+        positions, source, target, sizes = _packing(tuple(lengths), self.position_dim, like.device)
+        packed = PackedSequence(positions.to(like.dtype)[source], sizes)
         if self.gru.training != torch.is_grad_enabled():
             # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.
             self.gru.train(torch.is_grad_enabled())
@@ -160,6 +154,26 @@ class GeneralizedPooling(nn.Module):
         scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1)) / self.softmax_temperature
         table = scores.new_full((len(lengths) * longest,), -torch.inf).scatter(0, target, scores)
         return table.view(len(lengths), longest).softmax(-1)
+
+
+@functools.lru_cache(16)
+def _packing(lengths: tuple[int, ...], dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the positions up to the longest length, and how they make a packed sequence.
+
+    A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
+    torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
+
+    Returns:
+        The positions, the position of each packed step, its place in the flat table of coefficients, and the number of
+        rows in each step. Sines differ between devices, and the coefficients are sensitive: all devices take those of
+        the CPU.
+    """
+    step, row = np.nonzero(np.arange(lengths[-1])[:, None] < np.array(lengths)[::-1])
+    target = (len(lengths) - 1 - row) * lengths[-1] + step
+    with torch.inference_mode(False), torch.no_grad():  # or else no later backward pass could read them
+        places = sent(torch.from_numpy(np.stack([step, target])), device)
+        positions = sent(sinusoidal_positions(lengths[-1], dim), device)
+        return positions, places[0], places[1], torch.from_numpy(np.bincount(step))
 
 
 class MeanPooling(nn.Module):

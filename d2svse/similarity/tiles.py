@@ -6,8 +6,10 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ CACHED_ELEMENTS = 2**19  # of a tile's tensor on the CPU: larger ones leave the 
 NUM_BLOCKS = 4  # of a block-diagonal metric of fragments, the paper's "ratio"
 HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # `torch.mm` into float32
 IMAGES_TOGETHER = 16  # stored images, whose tokens stay in the CPU's cache
+IMAGES_ON_DEVICE = 256  # fewer and larger kernels
 QUERIES_TOGETHER = 64
 LIKE_LENGTH = 0.75  # the shortest text of a tile has at least this share of the words of the longest
 
@@ -213,19 +216,17 @@ class FragmentSimilarity(Similarity):
                 for parts in self._score_blocks([(images, chosen)], stored(list(row_of)).to(device)):
                     scores += parts
             return scores
-        scores = [torch.empty(len(part)) for part in candidates]
-        asked: dict[str, list[tuple[int, int]]] = {}
-        for row, part in enumerate(candidates):
-            for rank, name in enumerate(part):
-                asked.setdefault(name, []).append((row, rank))
-        names = list(asked)
-        blocks = [names[start : start + IMAGES_TOGETHER] for start in range(0, len(names), IMAGES_TOGETHER)]
-        read = ((stored(block).to(device), [[row for row, _ in asked[name]] for name in block]) for block in blocks)
+        counts = [len(part) for part in candidates]
+        of_all, query = torch.empty(sum(counts)), np.repeat(np.arange(len(counts)), counts)
+        asked: dict[str, list[int]] = {}  # where the scores of an image belong
+        for place, name in enumerate(chain.from_iterable(candidates)):
+            asked.setdefault(name, []).append(place)
+        names, together = list(asked), IMAGES_TOGETHER if device.type == "cpu" else IMAGES_ON_DEVICE
+        blocks = [names[start : start + together] for start in range(0, len(names), together)]
+        read = ((stored(block).to(device), [query[asked[name]].tolist() for name in block]) for block in blocks)
         for block, found in zip(blocks, self._score_blocks(read, queries), strict=True):
-            for name, own in zip(block, found, strict=True):
-                for (row, rank), score in zip(asked[name], own.tolist(), strict=True):
-                    scores[row][rank] = score
-        return scores
+            of_all[[place for name in block for place in asked[name]]] = torch.cat(found).float().cpu()
+        return list(of_all.split(counts))
 
     @torch.no_grad()
     def _score_blocks(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal, Unpack, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from d2svse.features import Features, sent
 from d2svse.similarity.alignment import TransportPlan
@@ -221,9 +222,29 @@ class Transport(FragmentSimilarity):
     def score_pairs(
         self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """Score each image with some of the texts; pairs of like length are solved together, over all images."""
+        """Score each image with some of the texts; pairs of like length are solved together, over many images."""
         if self.marginals == "similarity":  # each pair has weights of its own
             return super().score_pairs(images, texts, lengths, chosen)
+        words = self.max_memory // (images.vectors.element_size() * self.copies * images.mask.shape[1])
+        ends, taken = list[int](), 0  # runs of images whose products fit into the memory
+        for row, rows in enumerate(chosen):
+            of_row = sum(lengths[text] for text in rows)
+            if taken and taken + of_row > words:
+                ends.append(row)
+                taken = 0
+            taken += of_row
+        scores: list[Tensor] = []
+        for first, end in pairwise([0, *ends, len(chosen)]):
+            given = images.cut(slice(first, end)), texts, lengths, chosen[first:end]
+            if ends and torch.is_grad_enabled():  # the backward pass computes each run again
+                scores += checkpoint(self._pair_scores, *given, use_reentrant=False)
+            else:
+                scores += self._pair_scores(*given)
+        return scores
+
+    def _pair_scores(
+        self, images: Fragments, texts: Fragments, lengths: Sequence[int], chosen: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
         device, (n_patches, n_words) = images.mask.device, (images.mask.shape[1], texts.mask.shape[1])
         counts, of_text = [len(rows) for rows in chosen], [text for rows in chosen for text in rows]
         of_pair = [lengths[text] for text in of_text]

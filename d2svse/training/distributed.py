@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from d2svse.features import Features, sent
+from d2svse.images import check_images
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,18 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+def check_images_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str | None]:
+    """Decode each image in one of the processes; yield None or its error, in order and in all of them."""
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    found = list(check_images(paths[rank::size]))
+    parts: list[Any] = [found]
+    if size > 1:
+        parts = [None] * size
+        dist.all_gather_object(parts, found)
+    for row in range(len(paths)):
+        yield parts[row % size][row // size]
 
 
 def speaks_first() -> bool:

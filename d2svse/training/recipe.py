@@ -36,7 +36,13 @@ from d2svse.training.arguments import TrainingArguments
 from d2svse.training.building import check_stage, check_stages, score_distillation_loss, set_attention
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.checks import check_types
-from d2svse.training.distributed import barrier, is_main_process, launched_processes, world_size
+from d2svse.training.distributed import (
+    barrier,
+    check_images_together,
+    is_main_process,
+    launched_processes,
+    world_size,
+)
 from d2svse.training.interpolation import keep_best_interpolation
 from d2svse.training.options import (
     MODEL_PRESETS,
@@ -393,6 +399,8 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         "show_progress_bar": recipe.show_progress_bar and main,
         "on_bad_image": recipe.on_bad_image,
     }
+    if world_size() > 1:
+        shown["check"] = check_images_together
     of_train, of_val, *of_more = image_folders(recipe)
     train_dataset = ImageTextDataset.from_source(
         recipe.train, split=recipe.train_split, image_folder=of_train, dense=recipe.dense, **shown

@@ -10,6 +10,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -61,8 +62,20 @@ def run_card(
     }
 
 
+_HASHES: WeakKeyDictionary[ImageTextDataset, str] = WeakKeyDictionary()
+
+
 def data_hash(dataset: ImageTextDataset) -> str:
-    """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read."""
+    """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read.
+
+    It is computed once for each dataset object, because the sizes of many files take time.
+    """
+    if dataset not in _HASHES:
+        _HASHES[dataset] = _hash_of(dataset)
+    return _HASHES[dataset]
+
+
+def _hash_of(dataset: ImageTextDataset) -> str:
     digest = hashlib.sha256()
     for record in dataset.records:
         row = [record.image.name, image_state(record.image)[0], record.captions, record.dense]

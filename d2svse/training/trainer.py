@@ -243,7 +243,8 @@ class Trainer(TransformersTrainer):
                 dense = Path(args.cache_text_tokens) / DENSE_TOKENS
                 tokens = kept_text_tokens(teacher, texts, dense, teacher.max_length)
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, *options, tokens)
-            warn_of_truncation(texts, teacher.processor, teacher.max_length)
+            if self.is_world_process_zero():
+                warn_of_truncation(texts, teacher.processor, teacher.max_length)
             self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
                 model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
@@ -259,7 +260,9 @@ class Trainer(TransformersTrainer):
             side = args.cached_image_side or max(SIDE, math.ceil(1.5 * max(model.processor.example().shape[-2:])))
             decoded = decoded_images(dataset.images, args.cache_images, side, shown)
         samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
-        if samples.dense_captions is not None:
+        if not self.is_world_process_zero():
+            pass  # one process reads all texts and tells
+        elif samples.dense_captions is not None:
             warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
         elif args.unimodal != "image":
             model.processor.report(dataset.captions, samples.max_length).warn()

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2svse.cpu import jobs, usable_cores
+from d2svse.cpu import jobs, own_cores
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def choose_workers(accelerator: torch.device | None, batch_size: int) -> int:
     if accelerator is None or accelerator.type == "mps":  # there new processes import the main script again
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = min(MOST_WORKERS, max(1, usable_cores() // processes - 1))
+    count = min(MOST_WORKERS, max(1, own_cores() - 1))
     if SHARED_MEMORY.is_dir():
         room = shutil.disk_usage(SHARED_MEMORY).free // (processes * jobs())
         count = min(count, room // (PREFETCHED * batch_size * SAMPLE_BYTES))

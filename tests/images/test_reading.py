@@ -473,7 +473,7 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 
     room.take = counted
     monkeypatch.setattr(images_module, "ROOM", room)
-    monkeypatch.setattr(pixels_module, "usable_cores", lambda: 8)
+    monkeypatch.setattr(pixels_module, "own_cores", lambda: 8)
     model.encode_image(paths, batch_size=12)
     assert len(turns) == 12  # each once
     assert most[0] <= 4000
@@ -485,11 +485,11 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
     assert room.taken == 0
 
 
-def test_readers_are_as_many_as_usable_cores(model, tmp_path, monkeypatch):
+def test_readers_are_as_many_as_the_cores_of_a_process(model, tmp_path, monkeypatch):
     asked = []
     pool = images_module.ThreadPoolExecutor
     for module in (images_module, pixels_module):
-        monkeypatch.setattr(module, "usable_cores", lambda: 3)
+        monkeypatch.setattr(module, "own_cores", lambda: 3)
         monkeypatch.setattr(module, "ThreadPoolExecutor", lambda count, **options: asked.append(count) or pool(count))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     path = save(tmp_path, Image.new("RGB", (8, 8)))

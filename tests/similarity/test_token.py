@@ -414,7 +414,16 @@ def test_a_tile_of_another_shape_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["omit", "movers", "max-mean", "scan-t2i", {"name": "omit", "marginals": "similarity"}]
+    "name",
+    [
+        "omit",
+        "movers",
+        "max-mean",
+        "scan-t2i",
+        {"name": "omit", "marginals": "similarity"},
+        {"name": "omit", "max_memory": 2000},  # a few images at a time
+        {"name": "movers", "max_memory": 1, "regularization": 0.005},
+    ],
 )
 def test_chosen_pairs_have_the_scores_and_gradients_of_all_pairs(name):
     generator = torch.Generator().manual_seed(0)

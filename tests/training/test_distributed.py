@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from d2svse import Features, Trainer
 from d2svse.cli.app import main
+from d2svse.images import check_images
 from d2svse.retrieval import evaluate, evaluate_unimodal
+from d2svse.training import distributed
 from d2svse.training.distributed import share_batch_norm
 from support import distributed_worker as worker
 from support.processes import COMMAND, fork_workers, torchrun
@@ -28,6 +30,27 @@ def ends_well(*running: subprocess.Popen[str]) -> None:
     for process in running:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_each_process_decodes_its_share_of_the_images_and_all_hear_of_all(count, photos, monkeypatch):
+    paths = sorted(photos.iterdir())[:count]
+    for bad in paths[1::3]:
+        bad.write_bytes(b"no image")
+    wanted, decoded = list(check_images(paths)), []
+
+    def gather(parts, own):
+        for rank in range(3):
+            parts[rank] = list(check_images(paths[rank::3]))
+        assert parts[int(os.environ["RANK"])] == own
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "check_images", lambda some: decoded.append(len(some)) or check_images(some))
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        assert list(distributed.check_images_together(paths)) == wanted
+    assert sum(decoded) == count
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import numpy as np
 Metadata = dict[str, Any]
 Filter = Mapping[str, Any]
 NOTHING: Metadata = {}  # shared by all items without metadata
+CHECKED_ROWS = 2**14  # vectors that are checked at a time, in little memory
 
 
 class VectorIndex(ABC):
@@ -85,7 +86,8 @@ class VectorIndex(ABC):
         rows = np.asarray(vectors, dtype=np.float32)
         if rows.shape != (len(names), self.dim):
             raise ValueError(f"expected {len(names)} vectors of width {self.dim}, got {rows.shape}")
-        finite = np.isfinite(rows).all(1)
+        blocks = (rows[first : first + CHECKED_ROWS] for first in range(0, max(1, len(rows)), CHECKED_ROWS))
+        finite = np.concatenate([np.isfinite(block).all(1) for block in blocks])
         if not finite.all():
             raise ValueError(f"the vector of {names[int(np.argmin(finite))]!r} is not finite")
         known = self.known(names).difference(leaving)

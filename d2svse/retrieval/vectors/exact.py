@@ -26,6 +26,7 @@ StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
 ROWS_AT_A_TIME = 16384
 ROWS_ON_DEVICE = 131_072
+MANY_ROWS = 3  # of so many rows one is searched: then all are read as they lie, instead of each by its number
 LARGEST_CODE = 127
 PIECE = 1 << 15  # numbers; torch uses several threads for more
 KEPT_MAPPED = 1 << 26
@@ -138,6 +139,7 @@ class ExactIndex(LocalIndex):
         block_size, last = max(1, min(self.block_size or ROWS_AT_A_TIME, len(part.codes))), 0
         block = np.empty((block_size, self.dim), dtype=np.float32)
         scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
+        rows, hidden = _whole(len(part.codes), rows)
         for numbers in _blocks(len(part.codes), rows, block_size):
             # A slice avoids a copy of adjacent rows.
             codes = part.codes[numbers[0] : numbers[-1] + 1] if rows is None else part.codes[numbers]
@@ -147,7 +149,10 @@ class ExactIndex(LocalIndex):
             elif vectors is not codes:
                 np.copyto(vectors, codes)
             for number, group in enumerate(groups):
-                yield number, numbers, _product(group, vectors, scores[: len(group), : len(numbers)])
+                found = _product(group, vectors, scores[: len(group), : len(numbers)])
+                if hidden is not None:
+                    found[:, hidden[numbers[0] : numbers[-1] + 1]] = -np.inf
+                yield number, numbers, found
             if (numbers[-1] + 1 - last) * self.dim * codes.itemsize > KEPT_MAPPED:
                 part.forget(last, numbers[-1] + 1)
                 last = numbers[-1] + 1
@@ -159,6 +164,8 @@ class ExactIndex(LocalIndex):
         """Yield the results of `_scores_numpy`, computed on a torch device; the host does not wait for it."""
         codes = self._device_codes(part)
         queries = [sent(torch.from_numpy(group), codes.device) for group in groups]
+        rows, hidden = _whole(len(part.codes), rows)
+        left_out = None if hidden is None else sent(torch.from_numpy(hidden), codes.device)
         for numbers in _blocks(len(part.codes), rows, self.block_size or ROWS_ON_DEVICE):
             first, last = int(numbers[0]), int(numbers[-1]) + 1
             if rows is None:
@@ -168,7 +175,10 @@ class ExactIndex(LocalIndex):
                 vectors = codes[chosen]
             vectors = vectors.float()
             for number, group in enumerate(queries):
-                yield number, chosen, group @ vectors.T
+                scores = group @ vectors.T
+                if left_out is not None:
+                    scores = scores.masked_fill_(left_out[first:last], -torch.inf)
+                yield number, chosen, scores
 
     def _device_codes(self, part: Part) -> torch.Tensor:
         """Return the codes of a part on the device; they stay there as long as the index has the part."""
@@ -252,6 +262,15 @@ class ExactIndex(LocalIndex):
             )
 
 
+def _whole(length: int, rows: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the rows to read, and which of them count for nothing; most rows are read as blocks, without copies."""
+    if rows is None or len(rows) < length / MANY_ROWS:
+        return rows, None
+    hidden = np.ones(length, dtype=bool)
+    hidden[rows] = False
+    return None, hidden
+
+
 def _blocks(length: int, rows: np.ndarray | None, size: int) -> Iterator[np.ndarray]:
     """Yield blocks of row numbers: all rows, or the given ones."""
     for first in range(0, length if rows is None else len(rows), size):
@@ -260,14 +279,19 @@ def _blocks(length: int, rows: np.ndarray | None, size: int) -> Iterator[np.ndar
 
 def _encode(vectors: np.ndarray, dtype: StoreDtype) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the codes of vectors, and the scales of int8 or None."""
+    scales, codes = None, np.empty(vectors.shape, dtype)
     if dtype == "int8":
-        scales = np.abs(vectors).max(axis=0) / np.float32(LARGEST_CODE)
-        return np.rint(vectors / np.where(scales == 0, 1, scales)).astype(np.int8), scales
-    with np.errstate(over="ignore"):
-        codes = vectors.astype(dtype)
-    if not np.isfinite(codes).all():
-        raise ValueError(f"a value of {np.abs(vectors).max():g} is too large for {dtype}; normalise the vectors")
-    return codes, None
+        scales = np.maximum(vectors.max(axis=0), -vectors.min(axis=0)) / np.float32(LARGEST_CODE)
+    for numbers in _blocks(len(vectors), None, ROWS_AT_A_TIME):  # so that no second copy of all vectors is made
+        rows = slice(numbers[0], numbers[-1] + 1)
+        if scales is not None:
+            codes[rows] = np.rint(vectors[rows] / np.where(scales == 0, 1, scales))
+            continue
+        with np.errstate(over="ignore"):
+            codes[rows] = vectors[rows]
+        if not np.isfinite(codes[rows]).all():
+            raise ValueError(f"a value of {np.abs(vectors).max():g} is too large for {dtype}; normalise the vectors")
+    return codes, scales
 
 
 def _product(queries: np.ndarray, vectors: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ class LocalIndex(VectorIndex):
         self._metadata: list[Metadata] = []
         self._dead: set[int] = set()
         self._numbers: dict[str, int] | None = None
+        self._living: np.ndarray | None = None  # rows that are not dead, once a search has asked for them
         self._codes: dict[str, tuple[dict[tuple[bool, Any], int], np.ndarray]] = {}  # see `_codes_of`
         self._home: tuple[Path, str] | None = None  # folder of the last save or load, and its revision
         self._items: list[tuple[str, int]] = []  # files of ids and metadata in that folder, with their numbers of rows
@@ -134,7 +135,7 @@ class LocalIndex(VectorIndex):
         self._row_of.update(zip(ids, range(len(self._ids), len(self._ids) + len(ids)), strict=True))
         self._ids += ids
         self._metadata += metadata
-        self._codes = {}
+        self._codes, self._living = {}, None
 
     def _alive(self) -> np.ndarray:
         alive = np.ones(len(self._ids), dtype=bool)
@@ -144,11 +145,13 @@ class LocalIndex(VectorIndex):
     def _search(
         self, queries: np.ndarray, k: int, filter: dict[str, list[Any]] | None
     ) -> tuple[np.ndarray, list[list[str]]]:
-        allowed = self._alive() if self._dead else None
+        rows = None
         if filter is not None:
-            passing = self._passing(filter)
-            allowed = passing if allowed is None else allowed & passing
-        rows = None if allowed is None else np.flatnonzero(allowed)
+            rows = np.flatnonzero(self._passing(filter) & self._alive())
+        elif self._dead:
+            if self._living is None:
+                self._living = np.flatnonzero(self._alive())
+            rows = self._living
         k = min(k, len(self) if rows is None else len(rows))
         if not k:
             return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]
@@ -212,7 +215,7 @@ class LocalIndex(VectorIndex):
         if keep is not None:
             self._ids = [self._ids[row] for row in keep]
             self._metadata = [self._metadata[row] for row in keep]
-            self._dead, self._numbers, self._codes = set(), None, {}
+            self._dead, self._numbers, self._codes, self._living = set(), None, {}, None
         self._home, self._items = (folder, revision), items
 
     def _write_items(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> list[tuple[str, int]]:

@@ -40,6 +40,26 @@ def test_finds_what_a_full_sort_finds(filled, k, device):
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("removed", [1, 20, 40, 49])
+def test_removed_rows_are_never_found_however_many_they_are(filled, removed, dtype, device):
+    _, vectors = filled
+    index = ExactIndex(6, dtype, block_size=7, device=device)
+    index.add([f"n{i}" for i in range(50)], vectors)
+    rest = list(range(removed, 50)) if removed % 2 else list(range(50 - removed))
+    index.delete([f"n{i}" for i in range(50) if i not in rest])
+    queries = np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
+    for k in (1, 99):
+        scores, ids = index.search(queries, k)
+        stored = index.vectors_of([f"n{i}" for i in rest])
+        order = np.argsort(-(queries @ stored.T), axis=1, kind="stable")[:, :k]
+        assert ids == [[f"n{rest[i]}" for i in row] for row in order]
+        assert np.isfinite(scores).all()
+    index.add(["n0" if 0 not in rest else "new"], -100 * vectors[:1])
+    assert len(index.search(queries, 99)[1][0]) == len(rest) + 1
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
 def test_equal_scores_come_in_the_order_they_were_added(device):
     index = ExactIndex(2, block_size=2, device=device)
     index.add(list("abcde"), np.ones((5, 2)))
