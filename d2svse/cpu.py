@@ -31,7 +31,7 @@ def usable_cores() -> int:
 
 def own_cores() -> int:
     """Return this process's share of the usable cores, among the processes of torchrun on this machine."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 def choose_threads() -> None:

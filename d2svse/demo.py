@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,10 +160,12 @@ def run_demo(
 
     Raises:
         FileExistsError: if the output has files of these names that no demo wrote.
-        ValueError: if the similarity is unknown or its arguments do not fit, or `num_captioned` does not.
+        ValueError: if the similarity is unknown or its arguments do not fit, or `num_captioned` or the epochs do not.
     """
     if not 2 <= num_captioned <= num_train:
         raise ValueError(f"num_captioned (--captioned) must be from 2 to {num_train}, got {num_captioned}")
+    if not min(pretrain_epochs, distill_epochs) > 0:
+        raise ValueError(f"epochs must be positive, got {pretrain_epochs} and {distill_epochs}")
     build_similarity(similarity or "cosine", EMBED_DIM)  # fail before anything is drawn
     output, chosen = Path(output), choose_device(device)
     if chosen.index:
@@ -173,7 +176,7 @@ def run_demo(
     check_index_folder(output / "index")
     own = ("results.json", "gallery.png", "index/image_text_index.json")
     for name in (*(f"scenes/{split}{end}" for split in SPLITS for end in ("", ".jsonl")), *own):
-        if (output / name).exists() and not _drew(scenes):
+        if (output / name).exists() and not _drew(scenes) and not _only_drawn(output / name):
             raise FileExistsError(f"{shown(output / name)}: no demo wrote it, so it is not replaced; give another name")
     say(f"Drawing {num_train} + {2 * num_test} scenes of coloured shapes into {scenes}")
     draw_scenes(scenes, num_train, num_test, seed)
@@ -187,11 +190,15 @@ def run_demo(
 
     options = {**TRAINING, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": chosen.type == "cpu"}
 
-    def train_stage(model: D2SVSE, stage: str, data: ImageTextDataset, num_epochs: float) -> dict[str, float]:
+    batches = math.ceil(len(train) / BATCH_SIZE)
+    steps = {"pretrain": max(1, round(pretrain_epochs * batches)), "distill": max(1, round(distill_epochs * batches))}
+    steps["align"] = sum(steps.values())
+
+    def train_stage(model: D2SVSE, stage: str, data: ImageTextDataset) -> dict[str, float]:
         args = TrainingArguments(
             output_dir=str(output / "checkpoints" / stage),
             stage=stage,  # type: ignore[arg-type]
-            max_steps=round(num_epochs * math.ceil(len(train) / BATCH_SIZE)),
+            max_steps=steps[stage],
             eval_strategy="steps",
             eval_steps=0.1,
             save_strategy="steps",
@@ -209,18 +216,17 @@ def run_demo(
 
     model = build_model(texts, seed, similarity=similarity)
     say(f"Stage 1: {pretrain_epochs:g} epochs on the dense captions of {num_train} scenes")
-    results = {"stage 1": train_stage(model, "pretrain", train, pretrain_epochs)}
+    results = {"stage 1": train_stage(model, "pretrain", train)}
     say(
         f"Stage 2: as many steps as {distill_epochs:g} epochs, on the sparse captions of {num_captioned} of them, "
         "distilling the dense embedding"
     )
-    results["stage 2"] = train_stage(model, "distill", captioned, distill_epochs)
-    both = pretrain_epochs + distill_epochs
+    results["stage 2"] = train_stage(model, "distill", captioned)
     epochs = {"pretrain": pretrain_epochs, "distill": distill_epochs}
     datasets = {"train": train, "val": val, "test": test}
     card = run_card({"seed": seed, "epochs": epochs, "training": options}, datasets, dict(results), ["d2svse", "demo"])
     say(f"Baseline: aligning the sparse captions of {num_captioned} scenes alone, as many steps as both stages")
-    results["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", captioned, both)
+    results["aligning alone"] = train_stage(build_model(texts, seed, similarity=similarity), "align", captioned)
     with written_folder(output / "model", DEMO) as aside:
         model.save_pretrained(aside)
         write_json(aside / RUN_CARD_FILE, card)
@@ -239,6 +245,11 @@ def run_demo(
     written = ["model", "index", "gallery.png"]
     say(f"\nDone in {time.monotonic() - start:.0f} s: {', '.join(f'{output}/{name}' for name in written)}")
     return results
+
+
+def _only_drawn(folder: Path) -> bool:
+    """Return whether a folder has nothing but numbered images, as a demo leaves it that was stopped while drawing."""
+    return folder.is_dir() and all(re.fullmatch(r"\d{6}\.png|\..*", path.name) for path in folder.iterdir())
 
 
 def _drew(scenes: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Features:
             rows: row of each item in the result, such as `[2, 0, 1]`; None keeps the order.
 
         Raises:
-            ValueError: if the list is empty, or only some parts have tokens.
+            ValueError: if the list is empty, only some parts have tokens, or the rows are not each number once.
         """
         if not parts:
             raise ValueError("cannot join an empty list of Features")
@@ -89,23 +90,29 @@ class Features:
         if tokens and len(tokens) < len(parts):
             raise ValueError("some parts have tokens and some have none; encode all with the same output option")
         pooled = torch.cat([part.pooled for part in parts])
-        index = None if rows is None else torch.tensor(rows, device=pooled.device)
-        if index is not None:
+        sizes, device = [len(part) for part in parts], pooled.device
+        index = torch.arange(len(pooled), device=device)
+        if rows is not None:
+            index = torch.as_tensor(rows, device=device).long()
+            if not torch.equal(index.sort().values, torch.arange(len(pooled), device=device)):
+                raise ValueError(f"rows must be each number from 0 to {len(pooled) - 1} once")
             pooled = torch.empty_like(pooled).index_copy(0, index, pooled)
         if not tokens:
             return Features(pooled)
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in tokens])
         longest = max(t.shape[1] for t in tokens)
-        masks = [part.real_tokens() for part in parts]
-        whole = all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts)
-        if index is None:
+        if rows is None and any(t.requires_grad for t in tokens):  # no write into what has a gradient
             joined = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
-            mask = torch.cat([F.pad(m, (0, longest - m.shape[1]), value=False) for m in masks])
-            return Features(pooled, joined, None if whole else mask)
-        joined = tokens[0].new_zeros(len(pooled), longest, tokens[0].shape[2])  # without a padded copy of each part
-        mask = masks[0].new_zeros(len(pooled), longest)
-        for own, part, real in zip(index.split([len(part) for part in parts]), tokens, masks, strict=True):
-            joined[own, : part.shape[1]], mask[own, : part.shape[1]] = part, real
-        return Features(pooled, joined, None if whole else mask)
+        else:  # without a padded copy of each part
+            joined = tokens[0].new_zeros(len(pooled), longest, tokens[0].shape[2], dtype=dtype)
+            for own, part in zip(index.split(sizes), tokens, strict=True):
+                joined[own, : part.shape[1]] = part.to(dtype)
+        if all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts):
+            return Features(pooled, joined)
+        mask = torch.zeros(joined.shape[:2], dtype=torch.bool, device=joined.device)
+        for own, real in zip(index.split(sizes), [part.real_tokens() for part in parts], strict=True):
+            mask[own, : real.shape[1]] = real
+        return Features(pooled, joined, mask)
 
     def real_tokens(self) -> Tensor:
         """Return the mask, `(batch, length)` bool; all True where the features have none.

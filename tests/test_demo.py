@@ -54,7 +54,7 @@ def test_the_demo_can_be_run_again_in_the_same_place(demo, tmp_path):
 
 def test_all_runs_of_a_demo_take_the_steps_that_it_tells(demo):
     states = [json.loads(path.read_text()) for path in (demo / "checkpoints").rglob("trainer_state.json")]
-    assert {state["max_steps"] for state in states} == {1, 2}  # an epoch of 64 scenes is one batch, for each stage
+    assert {state["global_step"] for state in states} == {1, 2}  # an epoch of 64 scenes is one batch, for each stage
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,24 @@ def test_files_that_no_demo_wrote_stay(name, told, tmp_path):
         run_demo(tmp_path, **SMALL_DEMO, say=lambda line: None, show_progress_bar=False)
     assert "mine" in (tmp_path / name).read_text()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_demo_that_was_stopped_while_drawing_can_be_run_again(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d2svse.demo.draw_scenes", stop)
+    for split in SPLITS[:2]:
+        (tmp_path / "scenes" / split).mkdir(parents=True)
+        (tmp_path / "scenes" / split / "000000.png").touch()
+    with pytest.raises(KeyboardInterrupt):  # it draws again
+        run_demo(tmp_path, **SMALL_DEMO, say=lambda line: None)
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("nan")])
+def test_epochs_of_the_demo_are_positive(epochs, tmp_path):
+    with pytest.raises(ValueError, match="epochs must be positive"):
+        run_demo(tmp_path, **{**SMALL_DEMO, "pretrain_epochs": epochs}, say=lambda line: None)
 
 
 def test_a_second_accelerator_is_refused(tmp_path, monkeypatch):

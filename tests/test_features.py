@@ -37,6 +37,12 @@ def test_cat_puts_items_into_their_rows(lengths):
     for name in ("pooled", "tokens", "mask"):
         one, other = getattr(found, name), getattr(wanted, name)
         assert (one is None and other is None) or torch.equal(one, other)
+    for wrong in ([0, 0, 1, 2, 3], [1, 2, 3, 4, 5], [0, 1]):
+        with pytest.raises(ValueError, match="rows must be each number from 0 to 4 once"):
+            Features.cat(parts, wrong)
+    half = [Features(part.pooled.half(), None if part.tokens is None else part.tokens.half()) for part in parts]
+    assert Features.cat([half[0], parts[1]], rows).pooled.dtype == torch.float32
+    assert Features.cat([part[:0] for part in parts], []).pooled.shape == (0, 4)
     with pytest.raises(ValueError, match="some parts have tokens"):
         Features.cat([Features(torch.ones(1, 4)), Features(torch.ones(1, 4), torch.ones(1, 2, 4))], [1, 0])
 

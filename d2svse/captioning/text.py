@@ -53,8 +53,10 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
         if match[0].isspace():
             end = match.start()
         elif (cased and after[:1].islower()) or _goes_on(
-            text[max(start, match.start() - 100) : match.start()], match[0], after
-        ):  # the last words say it
+            text[max(start, match.start() - 100) : match.start()],
+            match[0],
+            after,  # the whole would be quadratic
+        ):
             continue
         else:
             end = match.end()

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     The environment variable `D2SVSE_DEBUG` shows the traceback instead.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         code = _command(app)(args=arguments, prog_name="d2svse", standalone_mode=False)

@@ -149,9 +149,10 @@ def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title:
     from rich.text import Text
 
     def plain(text: str) -> Text:  # names are no markup, and have no control characters
-        return Text("\n".join(map(visible, text.split("\n"))))
+        return Text(visible(text))
 
-    table = Table(title=None if title is None else plain(title), box=SIMPLE, padding=(0, 1, 0, 0))
+    whole = None if title is None else Text("\n".join(map(visible, title.split("\n"))))
+    table = Table(title=whole, box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in titles:
         table.add_column(plain(heading), justify="right", no_wrap=True)

@@ -501,6 +501,8 @@ def _write_image(content: bytes | None, row: int, folder: str | os.PathLike[str]
 
 
 def _published_dense(folder: Path, split: str, count: int, dense: str | None) -> list[str | None]:
+    if dense not in (None, *DENSE_SUFFIXES):
+        raise ValueError(f"dense captions of the published layout must be {' or '.join(DENSE_SUFFIXES)}, got {dense!r}")
     suffix = DENSE_SUFFIXES[dense or "long"]
     files = sorted(folder.glob(f"*_{split}{suffix}.jsonl"))
     if len(files) > 1:

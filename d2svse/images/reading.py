@@ -576,12 +576,13 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
             return str(error)
         return None
 
-    with ThreadPoolExecutor(own_cores()) as pool:
+    cores = own_cores()
+    with ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future[str | None]] = deque()  # a few at a time, because each waiting image takes memory
         try:
             for path in paths:
                 waiting.append(pool.submit(check, path))
-                if len(waiting) >= 16 * own_cores():
+                if len(waiting) >= 16 * cores:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -213,11 +213,9 @@ class Tower:
 def towers_of(dual: Any) -> tuple[Tower, Tower]:
     """Return the vision and the text side of a dual encoder; they share its modules."""
     kind, config = KINDS[dual.config.model_type], dual.config.vision_config
-    pool = (
-        kind.pool_image
-        if kind.pool_image is not pool_by_pooler
-        else OTHER_POOLINGS.get(config.model_type, pool_by_pooler)
-    )
+    pool = kind.pool_image
+    if pool is pool_by_pooler:  # the towers may be of any kind
+        pool = OTHER_POOLINGS.get(config.model_type, pool)
     image, text = kind.projections
     return (
         Tower(dual.vision_model, dual.visual_projection if image else nn.Identity(), pool, False),

@@ -145,7 +145,8 @@ class GeneralizedPooling(nn.Module):
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
         like, longest = next(self.gru.parameters()), lengths[-1]  # a quantized linear layer has no weight to read
-        positions, source, target, sizes = _packing(tuple(lengths), self.position_dim, like.device)
+        make = _packing.__wrapped__ if torch.compiler.is_compiling() else _packing  # no tensors of a trace are kept
+        positions, source, target, sizes = make(tuple(lengths), self.position_dim, like.device)
         packed = PackedSequence(positions.to(like.dtype)[source], sizes)
         if self.gru.training != torch.is_grad_enabled():
             # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.

@@ -163,7 +163,7 @@ class SearchPage:
             cleaning.cancel()
 
         _, _, public = self.blocks.launch(
-            server_name=f"[{host}]" if ":" in host else host,
+            server_name=f"[{host.strip('[]')}]" if ":" in host else host,
             server_port=port,
             share=share,
             inline=False,

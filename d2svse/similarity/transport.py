@@ -225,7 +225,8 @@ class Transport(FragmentSimilarity):
         """Score each image with some of the texts; pairs of like length are solved together, over many images."""
         if self.marginals == "similarity":  # each pair has weights of its own
             return super().score_pairs(images, texts, lengths, chosen)
-        words = self.max_memory // (images.vectors.element_size() * self.copies * images.mask.shape[1])
+        copies = self.copies if fused_kernels(images.vectors) is None else FUSED_COPIES
+        words = self.max_memory // (images.vectors.element_size() * copies * images.mask.shape[1])
         ends, taken = list[int](), 0  # runs of images whose products fit into the memory
         for row, rows in enumerate(chosen):
             of_row = sum(lengths[text] for text in rows)
@@ -237,7 +238,7 @@ class Transport(FragmentSimilarity):
         for first, end in pairwise([0, *ends, len(chosen)]):
             given = images.cut(slice(first, end)), texts, lengths, chosen[first:end]
             if ends and torch.is_grad_enabled():  # the backward pass computes each run again
-                scores += checkpoint(self._pair_scores, *given, use_reentrant=False)
+                scores += checkpoint(self._pair_scores, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 scores += self._pair_scores(*given)
         return scores

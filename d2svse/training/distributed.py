@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BUCKET_BYTES = 64 * 2**20
+CHECKED_TOGETHER = 4096  # images that are decoded before all processes hear of bad ones
 
 
 def world_size() -> int:
@@ -54,15 +55,20 @@ def barrier() -> None:
 
 
 def check_images_together(paths: Sequence[str | os.PathLike[str]]) -> Iterator[str | None]:
-    """Decode each image in one of the processes; yield None or its error, in order and in all of them."""
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
-    found = list(check_images(paths[rank::size]))
-    parts: list[Any] = [found]
-    if size > 1:
-        parts = [None] * size
-        dist.all_gather_object(parts, found)
-    for row in range(len(paths)):
-        yield parts[row % size][row // size]
+    """Decode each image in one of the processes; yield None or its error, in order and in all of them.
+
+    Machines with disks of their own may hold other files, so that each machine checks all images among its processes.
+    """
+    rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    for first in range(0, len(paths), CHECKED_TOGETHER):
+        piece = paths[first : first + CHECKED_TOGETHER]
+        own = dict(zip(range(rank, len(piece), size), check_images(piece[rank::size]), strict=True))
+        parts: list[Any] = [own]
+        if world_size() > 1:
+            parts = [None] * world_size()
+            dist.all_gather_object(parts, own)
+        for row in range(len(piece)):
+            yield next((part[row] for part in parts if part.get(row) is not None), None)
 
 
 def speaks_first() -> bool:

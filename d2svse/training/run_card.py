@@ -68,7 +68,7 @@ _HASHES: WeakKeyDictionary[ImageTextDataset, str] = WeakKeyDictionary()
 def data_hash(dataset: ImageTextDataset) -> str:
     """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read.
 
-    It is computed once for each dataset object, because the sizes of many files take time.
+    It is computed once for each dataset object, because the sizes of many files take time; later changes are not seen.
     """
     if dataset not in _HASHES:
         _HASHES[dataset] = _hash_of(dataset)

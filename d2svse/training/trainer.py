@@ -260,12 +260,11 @@ class Trainer(TransformersTrainer):
             side = args.cached_image_side or max(SIDE, math.ceil(1.5 * max(model.processor.example().shape[-2:])))
             decoded = decoded_images(dataset.images, args.cache_images, side, shown)
         samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
-        if not self.is_world_process_zero():
-            pass  # one process reads all texts and tells
-        elif samples.dense_captions is not None:
-            warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
-        elif args.unimodal != "image":
-            model.processor.report(dataset.captions, samples.max_length).warn()
+        if self.is_world_process_zero():  # one process reads all texts and tells
+            if samples.dense_captions is not None:
+                warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
+            elif args.unimodal != "image":
+                model.processor.report(dataset.captions, samples.max_length).warn()
         self.samples = samples
         check_negatives(samples, self.batches())
 

@@ -448,6 +448,18 @@ def test_chosen_pairs_have_the_scores_and_gradients_of_all_pairs(name):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_chosen_pairs_keep_to_the_memory_in_training():
+    sides = [Features(torch.randn(n, 6), torch.randn(n, 40, 6, requires_grad=True)) for n in (16, 16)]
+    chosen, kept = torch.ones(16, 16, dtype=torch.bool), []
+    for most in (2**29, 60_000):
+        sizes = []
+        similarity = build_similarity({"name": "omit", "max_memory": most}, 6)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            similarity.score_some(*sides, chosen).sum().backward()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
+
+
 @pytest.mark.parametrize("name", ["omit", "max-mean"])
 def test_products_in_bfloat16_are_those_of_rounded_fragments_with_sums_in_float32(name):
     plain, rounded = build_similarity(name, 6), build_similarity({"name": name, "product_dtype": "bfloat16"}, 6)

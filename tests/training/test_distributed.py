@@ -34,23 +34,35 @@ def ends_well(*running: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
 def test_each_process_decodes_its_share_of_the_images_and_all_hear_of_all(count, photos, monkeypatch):
+    """Three processes on one machine, and one on another, where the last image is bad."""
     paths = sorted(photos.iterdir())[:count]
     for bad in paths[1::3]:
         bad.write_bytes(b"no image")
-    wanted, decoded = list(check_images(paths)), []
+    here, decoded = list(check_images(paths)), []
+    wanted = [error if row < count - 1 else error or "bad there" for row, error in enumerate(here)]
 
     def gather(parts, own):
-        for rank in range(3):
-            parts[rank] = list(check_images(paths[rank::3]))
-        assert parts[int(os.environ["RANK"])] == own
+        parts[:3] = [{row: here[row] for row in range(rank, count, 3)} for rank in range(3)]
+        parts[3] = dict(enumerate(wanted))
+        assert own in parts[:3]
 
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     monkeypatch.setattr(distributed.dist, "all_gather_object", gather)
     monkeypatch.setattr(distributed, "check_images", lambda some: decoded.append(len(some)) or check_images(some))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert list(distributed.check_images_together(paths)) == wanted
     assert sum(decoded) == count
+
+
+def test_a_bad_image_is_told_before_all_are_decoded(photos, monkeypatch):
+    paths = [next(photos.iterdir())] * 10
+    decoded = []
+    monkeypatch.setattr(distributed, "CHECKED_TOGETHER", 2)
+    monkeypatch.setattr(distributed, "check_images", lambda some: decoded.append(len(some)) or ["bad"] * len(some))
+    assert next(distributed.check_images_together(paths)) == "bad"
+    assert decoded == [2]
 
 
 @pytest.fixture(scope="module")

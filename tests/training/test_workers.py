@@ -85,7 +85,7 @@ def test_other_ends_have_other_reasons_and_other_errors_stay():
 @pytest.fixture
 def cores(monkeypatch):
     def have(count, shared_memory=2**40, processes=1):
-        monkeypatch.setattr("d2svse.training.workers.usable_cores", lambda: count)
+        monkeypatch.setattr("d2svse.cpu.usable_cores", lambda: count)
         usage = SimpleNamespace(free=shared_memory)
         monkeypatch.setattr("d2svse.training.workers.shutil", SimpleNamespace(disk_usage=lambda path: usage))
         monkeypatch.setattr("d2svse.training.workers.SHARED_MEMORY", Path(__file__).parent)

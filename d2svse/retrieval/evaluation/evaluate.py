@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -49,7 +50,7 @@ def evaluate(
     dataset: ImageTextDataset,
     *,
     protocol: str = "custom",
-    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    similarity: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank: int | None = None,
@@ -138,9 +139,12 @@ def evaluate(
         options: dict[str, Any] = {"candidates": candidates, "wrong": wrong, "show_progress_bar": show_progress_bar}
         return Ranked(rows, columns, *rank_in_two_stages(chosen[0], images, texts, *answers, rerank, **options))
 
-    scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
-    whole = rank(slice(0, len(dataset))) if plan.ranks_whole else None
-    parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
+    with torch.no_grad(), ExitStack() as stack:
+        for one in chosen:  # a similarity of a user need not see to it itself
+            stack.enter_context(evaluating(one))
+        scorer = Scorer.mean([_scorer(*one, processes) for one in zip(chosen, sides, strict=True)])
+        whole = rank(slice(0, len(dataset))) if plan.ranks_whole else None
+        parts = [rank(rows) for rows in fold_rows] if len(fold_rows) > 1 else []
     of_folds = [ranking_metrics(*part.rankings) for part in parts]
     return Evaluation(
         metrics=ranking_metrics(*whole.rankings) if whole else mean_metrics(of_folds),
@@ -201,7 +205,7 @@ def check_evaluation(
     dataset: ImageTextDataset,
     *,
     protocol: str = "custom",
-    similarity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    similarity: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
     captions: Captions = "sparse",
     folds: int | None = None,
     rerank: int | None = None,
@@ -485,12 +489,10 @@ def _check_rerank(rerank: int | None, candidates: str, chosen: Sequence[Similari
         )
 
 
-@torch.no_grad()
 def _scorer(similarity: Similarity, sides: tuple[Features, Features], processes: Processes | None) -> Scorer:
     if processes is None:
         return Scorer.of(similarity, *sides)
-    with evaluating(similarity):
-        return Scorer.of_matrix(processes.gather_rows(similarity(*sides)))
+    return Scorer.of_matrix(processes.gather_rows(similarity(*sides)))
 
 
 def _describe(model: D2SVSE, configuration: Mapping[str, Any] | None, similarity: Similarity) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from d2svse.choices import Side
 from d2svse.retrieval.evaluation.evaluate import Processes, encode_side
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, ScoreTile, tile_slices
+from d2svse.similarity.use import evaluating
 
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
@@ -147,7 +149,8 @@ def evaluate_unimodal(
     features = similarity.compared(encode_side(model, side, items, **options, **of_text))
     if processes is not None:
         features = processes.gather_features(features)
-    return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
+    with torch.no_grad(), evaluating(similarity):
+        return unimodal_metrics(similarity.scorer(features, features), identities, cameras=cameras)
 
 
 def _codes(*sides: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, ...]:

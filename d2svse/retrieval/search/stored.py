@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from d2svse.features import Features
 from d2svse.files.data import read_json
@@ -119,8 +118,7 @@ class StoredItems:
         parts = [stores[folder].features(rows[folder]) for folder in rows]
         if len(parts) == 1:
             return parts[0]
-        positions = torch.tensor([position for folder in rows for position in order[folder]])
-        return Features.cat(parts)[positions.argsort()]
+        return Features.cat(parts, [position for folder in rows for position in order[folder]])
 
     def join(self, every: bool = False) -> bool:
         """Join small stores, or all stores, into one without unused rows; call it under the lock.

@@ -26,7 +26,7 @@ StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
 ROWS_AT_A_TIME = 16384
 ROWS_ON_DEVICE = 131_072
-MANY_ROWS = 3  # of so many rows one is searched: then all are read as they lie, instead of each by its number
+MANY_ROWS, NEARLY_ALL = 1 / 3, 0.9  # shares of the rows from which whole blocks are read, for few queries and for many
 LARGEST_CODE = 127
 PIECE = 1 << 15  # numbers; torch uses several threads for more
 KEPT_MAPPED = 1 << 26
@@ -139,7 +139,7 @@ class ExactIndex(LocalIndex):
         block_size, last = max(1, min(self.block_size or ROWS_AT_A_TIME, len(part.codes))), 0
         block = np.empty((block_size, self.dim), dtype=np.float32)
         scores = np.empty((max(len(group) for group in groups), block_size), dtype=np.float32)
-        rows, hidden = _whole(len(part.codes), rows)
+        rows, hidden = _whole(len(part.codes), rows, sum(map(len, groups)))
         for numbers in _blocks(len(part.codes), rows, block_size):
             # A slice avoids a copy of adjacent rows.
             codes = part.codes[numbers[0] : numbers[-1] + 1] if rows is None else part.codes[numbers]
@@ -151,7 +151,7 @@ class ExactIndex(LocalIndex):
             for number, group in enumerate(groups):
                 found = _product(group, vectors, scores[: len(group), : len(numbers)])
                 if hidden is not None:
-                    found[:, hidden[numbers[0] : numbers[-1] + 1]] = -np.inf
+                    np.copyto(found, -np.inf, where=hidden[numbers[0] : numbers[-1] + 1])
                 yield number, numbers, found
             if (numbers[-1] + 1 - last) * self.dim * codes.itemsize > KEPT_MAPPED:
                 part.forget(last, numbers[-1] + 1)
@@ -164,7 +164,7 @@ class ExactIndex(LocalIndex):
         """Yield the results of `_scores_numpy`, computed on a torch device; the host does not wait for it."""
         codes = self._device_codes(part)
         queries = [sent(torch.from_numpy(group), codes.device) for group in groups]
-        rows, hidden = _whole(len(part.codes), rows)
+        rows, hidden = _whole(len(part.codes), rows, sum(map(len, groups)))
         left_out = None if hidden is None else sent(torch.from_numpy(hidden), codes.device)
         for numbers in _blocks(len(part.codes), rows, self.block_size or ROWS_ON_DEVICE):
             first, last = int(numbers[0]), int(numbers[-1]) + 1
@@ -262,9 +262,12 @@ class ExactIndex(LocalIndex):
             )
 
 
-def _whole(length: int, rows: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the rows to read, and which of them count for nothing; most rows are read as blocks, without copies."""
-    if rows is None or len(rows) < length / MANY_ROWS:
+def _whole(length: int, rows: np.ndarray | None, queries: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the rows to read, and which of them are hidden.
+
+    If most rows are searched, all are read in blocks: that saves copies, and costs products with the hidden rows.
+    """
+    if rows is None or len(rows) < length * (MANY_ROWS if queries <= FEW_QUERIES else NEARLY_ALL):
         return rows, None
     hidden = np.ones(length, dtype=bool)
     hidden[rows] = False

@@ -149,9 +149,9 @@ class LocalIndex(VectorIndex):
         if filter is not None:
             rows = np.flatnonzero(self._passing(filter) & self._alive())
         elif self._dead:
-            if self._living is None:
-                self._living = np.flatnonzero(self._alive())
             rows = self._living
+            if rows is None:
+                rows = self._living = np.flatnonzero(self._alive())
         k = min(k, len(self) if rows is None else len(rows))
         if not k:
             return np.empty((len(queries), 0), dtype=np.float32), [[] for _ in queries]

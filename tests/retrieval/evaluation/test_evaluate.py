@@ -7,12 +7,14 @@ import torch
 from d2svse import Features, build_similarity, evaluate
 from d2svse.data.dataset import ImageTextDataset
 from d2svse.models import model_fingerprint
+from d2svse.retrieval import evaluate_unimodal
 from d2svse.retrieval.evaluation import evaluate as evaluate_module
 from d2svse.retrieval.evaluation.evaluate import choose_similarity
 from d2svse.retrieval.evaluation.metrics import NEVER, RightAnswers, caption_answers
 from d2svse.retrieval.evaluation.protocols import find_protocol, split_hash
 from d2svse.retrieval.evaluation.ranking import ranking_metrics, rankings
 from d2svse.retrieval.evaluation.scorer import rank_in_two_stages
+from d2svse.similarity import Cosine
 from support import oracle
 
 
@@ -268,3 +270,23 @@ def test_stored_embeddings_are_not_computed_again(make_model, val_dataset, tmp_p
     assert again == pytest.approx(expected, abs=0.02)
     evaluate([("m", make_model(seed=1, **options))], dataset, **stored)
     assert len(list((tmp_path / "e").iterdir())) == 4  # another model has stores of its own
+
+
+modes = []
+
+
+class Own(Cosine):
+    """A similarity of a user, which does not see to eval mode itself."""
+
+    def scorer(self, images, texts):
+        modes.append((self.training, torch.is_grad_enabled()))
+        return super().scorer(images, texts)
+
+
+def test_a_similarity_of_a_user_ranks_in_eval_mode_without_gradient(make_model, val_dataset):
+    model = make_model().train()
+    model.similarity_fn = Own().train()
+    evaluate(model, val_dataset)
+    evaluate_unimodal(model, val_dataset, "text")
+    assert modes == [(False, False)] * 2
+    assert model.similarity_fn.training

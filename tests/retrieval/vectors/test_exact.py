@@ -57,6 +57,22 @@ def test_removed_rows_are_never_found_however_many_they_are(filled, removed, dty
         assert np.isfinite(scores).all()
     index.add(["n0" if 0 not in rest else "new"], -100 * vectors[:1])
     assert len(index.search(queries, 99)[1][0]) == len(rest) + 1
+    index.delete([f"n{rest[0]}"])
+    assert f"n{rest[0]}" not in index.search(queries, 99)[1][0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_vectors_are_encoded_and_checked_in_blocks(dtype, monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    whole, blocks = ExactIndex(6, dtype), ExactIndex(6, dtype)
+    whole.add([str(i) for i in range(50)], vectors)
+    monkeypatch.setattr("d2svse.retrieval.vectors.exact.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr("d2svse.retrieval.vectors.base.CHECKED_ROWS", 7)
+    blocks.add([str(i) for i in range(50)], vectors)
+    np.testing.assert_array_equal(blocks.vectors_of(blocks.ids), whole.vectors_of(whole.ids))
+    vectors[33, 2] = np.nan
+    with pytest.raises(ValueError, match="the vector of 'n33' is not finite"):
+        blocks.add([f"n{i}" for i in range(50)], vectors)
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
