@@ -1016,11 +1016,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return encoder.backbone
 
     def train(self, mode: bool = True) -> D2SVSE:
-        """Set the training mode; frozen backbones stay in eval mode."""
+        """Set the training mode; frozen backbones and the similarity of a teacher stay in eval mode."""
         super().train(mode)
-        for backbone in (self.image_encoder.backbone, self.text_encoder.backbone):
-            if not any(parameter.requires_grad for parameter in backbone.parameters()):
-                backbone.eval()
+        for part in (self.image_encoder.backbone, self.text_encoder.backbone, self.teacher_similarity):
+            if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
         return self
 
     @torch.no_grad()

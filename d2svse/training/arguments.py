@@ -108,6 +108,8 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         check_inherited(values)
         if self.num_train_epochs == 0 and self.max_steps <= 0:
             raise ValueError("num_train_epochs is 0, which trains nothing; give a positive number")
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0, which trains nothing; leave it out")
         if self.unimodal is not None and self.stage != "align":
             raise ValueError(f"unimodal is for stage align, got stage {self.stage}; set stages to align")
         left_out = {"text": ("cache_image_tokens", "cache_images"), "image": ("cache_text_tokens",)}
@@ -153,6 +155,14 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         self._choose_workers()
         check_sharding(values)
         super().__post_init__()
+        saves, evaluates = (str(getattr(one, "value", one)) for one in (self.save_strategy, self.eval_strategy))
+        if saves == "best" and evaluates == "no":
+            raise ValueError("save_strategy best saves after an evaluation, and eval_strategy is no; set one of them")
+        if self.load_best_model_at_end and saves == evaluates == "steps" and self.save_steps != self.eval_steps:
+            raise ValueError(
+                f"save_steps {self.save_steps} and eval_steps {self.eval_steps}: the best model may lie between two "
+                "checkpoints; give equal steps, or save_strategy=best"
+            )
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if schedule in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:  # whose mode is min
             given: Any = self.lr_scheduler_kwargs
@@ -180,7 +190,8 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
             ValueError: if it does not; the message lists the metrics that it computes.
         """
         best_only = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
-        if always or self.load_best_model_at_end or best_only:
+        evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        if always or evaluates or self.load_best_model_at_end or best_only:
             of_sides = [f"recall_at_{k}" for k in RECALL_AT] + ["map"]
             known = sorted(of_sides if self.unimodal else rank_metrics(np.zeros(1), np.zeros(1)))
             name = str(self.metric_for_best_model).removeprefix("eval_")

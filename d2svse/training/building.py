@@ -57,6 +57,8 @@ def check_stage(
         raise ValueError("unimodal: a teacher scores images with texts; leave one of them out")
     if isinstance(teacher, Teacher) and args.stage != "distill":
         raise ValueError(f"a dense text encoder as the teacher is for stage distill, got stage {args.stage}")
+    if args.teacher_metric and args.stage == "align" and not getattr(teacher, "has_metric", False):
+        raise ValueError("teacher_metric is for a retrieval model that teaches: RetrievalTeacher(model, metric)")
     _check_precision(model, args)
     if args.cache_text_tokens:
         for one in (model, teacher) if isinstance(teacher, Teacher) else (model,):
@@ -481,10 +483,10 @@ def warn_of_truncation(dense: Sequence[str], processor: D2SVSEProcessor, max_len
     replace(report, limit=int(lengths.max())).warn()  # of unknown words only; the warning below counts cut captions
     if cut:
         logger.warning(
-            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are truncated; raise dense_max_length "
-            "to keep them whole",
+            "%d of %d dense captions (%.1f %%) are longer than %d tokens and are truncated; %s",
             cut,
             len(lengths),
             100 * cut / len(lengths),
             limit,
+            "raise dense_max_length to keep them whole" if limit < processor.max_length else "the model reads no more",
         )

@@ -48,7 +48,8 @@ class FindBestCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
         if state.best_global_step:
             best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
 
 
 class StopOnSignalCallback(TrainerCallback):
@@ -65,6 +66,7 @@ class StopOnSignalCallback(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.received = 0  # a call after a stop continues
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -118,12 +118,14 @@ def last_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:
-    state = read_json(checkpoint / TRAINER_STATE_NAME)
-    best = state.get("best_global_step")
-    if not isinstance(best, int | None):
-        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best step; expected a whole number"
-    fault = checkpoint_fault(checkpoint.with_name(f"checkpoint-{best}")) if best else None
-    return fault and f"its best checkpoint, checkpoint-{best}, is broken: {fault}"
+    best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")  # None if the best was not saved
+    if not isinstance(best, str | None):
+        return f"{TRAINER_STATE_NAME} names {best!r:.40} as the best checkpoint; expected a path"
+    if not best:
+        return None
+    beside = checkpoint.with_name(Path(best).name)  # the folder of the run may have moved
+    fault = checkpoint_fault(beside if beside.is_dir() else Path(best))
+    return fault and f"its best checkpoint, {Path(best).name}, is broken: {fault}"
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:

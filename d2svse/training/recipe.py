@@ -100,6 +100,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
             if getattr(self, section) is None:
                 setattr(self, section, {})
         check_types(vars(self), get_type_hints(Recipe))
+        self.output = os.path.expanduser(self.output)  # as transformers does with the folder of checkpoints
         for section in SECTIONS:
             setattr(self, section, dict(getattr(self, section)))
             for name in getattr(self, section):

@@ -79,6 +79,8 @@ def _hash_of(dataset: ImageTextDataset) -> str:
     digest = hashlib.sha256()
     for record in dataset.records:
         row = [record.image.name, image_state(record.image)[0], record.captions, record.dense]
+        if (record.identity, record.camera) != (None, None):
+            row += [record.identity, record.camera]
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 

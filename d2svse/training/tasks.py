@@ -15,6 +15,7 @@ from d2svse.data import Batch
 from d2svse.features import Features, sent
 from d2svse.losses import DistillationLoss, RankingLoss, ScoreDistillationLoss
 from d2svse.similarity import Similarity
+from d2svse.similarity.use import evaluating
 from d2svse.training.distributed import Gather
 from d2svse.training.statistics import batch_statistics
 from d2svse.training.teacher import RetrievalTeacher
@@ -193,9 +194,9 @@ class DistillTask(AlignTask):
         assert joined.batch.teacher_embeds is not None
         teacher, pooled = joined.gather.rows(joined.batch.teacher_embeds), joined.texts.pooled
         if isinstance(self.distillation_loss, ScoreDistillationLoss):
-            scores, target = (
-                joined.gather.rows(joined.similarity(joined.images, Features(side))) for side in (pooled, teacher)
-            )
+            scores = joined.gather.rows(joined.similarity(joined.images, Features(pooled)))
+            with evaluating(joined.similarity):  # no dropout of its metric in the target
+                target = joined.gather.rows(joined.similarity(joined.images, Features(teacher)))
             distill_loss = self.distillation_loss(scores, target, joined.image_ids)
         else:
             distill_loss = self.distillation_loss(pooled, teacher)

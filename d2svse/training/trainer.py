@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -147,6 +148,7 @@ class Trainer(TransformersTrainer):
         self.teacher = teacher
         self.samples: TrainingSamples | None = None
         self._stop = StopOnSignalCallback()
+        AcceleratorState._reset_state()  # an earlier stage may have had another precision
         super().__init__(
             model=model,
             args=args,
@@ -245,7 +247,6 @@ class Trainer(TransformersTrainer):
             teacher_embeddings = cached_teacher_embeddings(teacher, texts, file, *options, tokens)
             if self.is_world_process_zero():
                 warn_of_truncation(texts, teacher.processor, teacher.max_length)
-            self.teacher = None  # only its embeddings are needed from here on
             if model.decoder is None:
                 model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
 
@@ -265,6 +266,8 @@ class Trainer(TransformersTrainer):
                 warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
             elif args.unimodal != "image":
                 model.processor.report(dataset.captions, samples.max_length).warn()
+        if args.stage == "distill":
+            self.teacher = None  # only its embeddings are needed from here on
         self.samples = samples
         check_negatives(samples, self.batches())
 

@@ -61,12 +61,22 @@ def test_a_checkpoint_whose_best_is_broken_is_left_out(tmp_path, caplog):
     best, _, newest = (make_checkpoint(tmp_path, step) for step in (1, 2, 3))
     aside = tmp_path / "aside"
     shutil.copytree(newest, aside)
-    (aside / "trainer_state.json").write_text('{"best_global_step": 1}')
+    state = {"best_global_step": 1, "best_model_checkpoint": "/moved/since/checkpoint-1"}
+    (aside / "trainer_state.json").write_text(json.dumps(state))
     seal_checkpoint(aside, newest)
     assert last_whole_checkpoint(tmp_path) == str(newest)
     (best / "model.safetensors").write_bytes(b"")
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "its best checkpoint, checkpoint-1, is broken" in caplog.text
+
+
+def test_a_best_evaluation_that_was_not_saved_leaves_the_checkpoints_as_they_are(tmp_path):
+    newest = make_checkpoint(tmp_path, 4)
+    aside = tmp_path / "aside"
+    shutil.copytree(newest, aside)
+    (aside / "trainer_state.json").write_text('{"best_global_step": 3, "best_model_checkpoint": null}')
+    seal_checkpoint(aside, newest)
+    assert last_whole_checkpoint(tmp_path) == str(newest)
 
 
 def test_without_a_whole_checkpoint_there_is_none(tmp_path):
