@@ -1019,8 +1019,9 @@ class D2SVSE(Shimmed, PreTrainedModel):
         """Set the training mode; frozen backbones and the similarity of a teacher stay in eval mode."""
         super().train(mode)
         for part in (self.image_encoder.backbone, self.text_encoder.backbone, self.teacher_similarity):
-            if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
-                part.eval()
+            if part is not None:
+                learns = [parameter.requires_grad for parameter in part.parameters()]
+                part.train(part.training and (any(learns) or not learns))
         return self
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ class GeneralizedPooling(nn.Module):
         Args:
             lengths: numbers of tokens in ascending order.
         """
-        if self._learns() or self.training:  # kept ones round otherwise, so that a resumed run would differ
+        if self._learns():
             return self._compute(lengths)
         state, weights, kept, table = self._checked()
         missing = [n for n in lengths if n not in kept]
@@ -108,7 +108,7 @@ class GeneralizedPooling(nn.Module):
 
     def all_coefficients(self, longest: int) -> Tensor:
         """Return `coefficients` of the lengths 1 to `longest`, `(longest, longest)`."""
-        if self._learns() or self.training:
+        if self._learns():
             return self._compute(range(1, longest + 1))
         state, weights, kept, table = self._checked()
         if table is None or len(table) < longest:
