@@ -199,6 +199,7 @@ def run_demo(
             output_dir=str(output / "checkpoints" / stage),
             stage=stage,  # type: ignore[arg-type]
             max_steps=steps[stage],
+            num_train_epochs=steps[stage] / math.ceil(len(data) / BATCH_SIZE),  # what progress counts to
             eval_strategy="steps",
             eval_steps=0.1,
             save_strategy="steps",

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -101,12 +100,9 @@ class Features:
             return Features(pooled)
         dtype = functools.reduce(torch.promote_types, [t.dtype for t in tokens])
         longest = max(t.shape[1] for t in tokens)
-        if rows is None and any(t.requires_grad for t in tokens):  # no write into what has a gradient
-            joined = torch.cat([F.pad(t, (0, 0, 0, longest - t.shape[1])) for t in tokens])
-        else:  # without a padded copy of each part
-            joined = tokens[0].new_zeros(len(pooled), longest, tokens[0].shape[2], dtype=dtype)
-            for own, part in zip(index.split(sizes), tokens, strict=True):
-                joined[own, : part.shape[1]] = part.to(dtype)
+        joined = tokens[0].new_zeros(len(pooled), longest, tokens[0].shape[2], dtype=dtype)  # no padded copies
+        for own, part in zip(index.split(sizes), tokens, strict=True):
+            joined[own, : part.shape[1]] = part.to(dtype)
         if all(t.shape[1] == longest for t in tokens) and all(part.mask is None for part in parts):
             return Features(pooled, joined)
         mask = torch.zeros(joined.shape[:2], dtype=torch.bool, device=joined.device)

@@ -95,6 +95,11 @@ def test_epochs_of_the_demo_are_positive(epochs, tmp_path):
         run_demo(tmp_path, **{**SMALL_DEMO, "pretrain_epochs": epochs}, say=lambda line: None)
 
 
+def test_progress_counts_to_the_epochs_of_each_stage(demo):
+    states = [json.loads(path.read_text()) for path in (demo / "checkpoints").rglob("trainer_state.json")]
+    assert all(state["epoch"] <= state["num_train_epochs"] for state in states)
+
+
 def test_a_second_accelerator_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("d2svse.demo.choose_device", lambda device: torch.device(device))
     with pytest.raises(ValueError, match="cuda:1: the demo trains on the first accelerator"):

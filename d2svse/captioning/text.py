@@ -50,13 +50,10 @@ def _spans(text: str) -> Iterator[tuple[int, int]]:
     start, cased = 0, text != text.lower()
     for match in _END.finditer(text):
         after = text[match.end() : match.end() + 40].lstrip(" \t")
+        before = text[max(start, match.start() - 100) : match.start()]  # its last words suffice
         if match[0].isspace():
             end = match.start()
-        elif (cased and after[:1].islower()) or _goes_on(
-            text[max(start, match.start() - 100) : match.start()],
-            match[0],
-            after,  # the whole would be quadratic
-        ):
+        elif (cased and after[:1].islower()) or _goes_on(before, match[0], after):
             continue
         else:
             end = match.end()

@@ -156,8 +156,8 @@ def print_table(titles: Sequence[str], rows: Mapping[str, Sequence[str]], title:
     table.add_column("", no_wrap=True)
     for heading in titles:
         table.add_column(plain(heading), justify="right", no_wrap=True)
-    for row in rows.items():
-        table.add_row(*map(plain, (row[0], *row[1])))
+    for name, cells in rows.items():
+        table.add_row(*map(plain, (name, *cells)))
     whole_lines().print(table)
 
 

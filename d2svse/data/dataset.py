@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from d2svse.choices import Side
-from d2svse.data.manifest import Check, DenseSource, Record, check_images
+from d2svse.data.manifest import DenseSource, Record, check_images
 from d2svse.data.readers import read_records, require_images
-from d2svse.images import OnBadImage, StoredImage
+from d2svse.images import CheckImages, OnBadImage, StoredImage
 from d2svse.images import check_images as decode_images
 
 
@@ -67,7 +67,7 @@ class ImageTextDataset:
         dense: DenseSource | str | os.PathLike[str] | None = None,
         on_bad_image: OnBadImage | None = None,
         show_progress_bar: bool = False,
-        check: Check = decode_images,
+        check: CheckImages = decode_images,
     ) -> ImageTextDataset:
         """Read a manifest or any other layout that `read_records` reads.
 

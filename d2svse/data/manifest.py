@@ -6,7 +6,7 @@ A line with "dense" and without "captions", as `d2svse caption` writes it, has t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 from d2svse.files.data import read_json_lines as read_rows
 from d2svse.files.replace import write_json_lines
-from d2svse.images import ImageError, OnBadImage, StoredImage, select_readable
+from d2svse.images import CheckImages, ImageError, OnBadImage, StoredImage, select_readable
 from d2svse.images import check_images as decode_images
 from d2svse.text import check_text, visible
 
 CAPTION_COLUMNS = ("caption", "captions", "comment", "sentence", "raw", "text")  # of layouts that are tables
 DenseSource = Literal["auto", "field", "concat"]
-Check = Callable[[Sequence[str | os.PathLike[str]]], Iterable[str | None]]
 
 
 class ManifestError(ValueError):
@@ -209,7 +208,7 @@ def check_images(
     manifest: str | os.PathLike[str],
     on_bad_image: OnBadImage = "error",
     show_progress_bar: bool = False,
-    check: Check = decode_images,
+    check: CheckImages = decode_images,
 ) -> tuple[list[Record], list[str]]:
     """Check that every image can be decoded, before any computation starts.
 

@@ -3,6 +3,7 @@
 from d2svse.images.folders import find_images
 from d2svse.images.reading import (
     IMAGE_SUFFIXES,
+    CheckImages,
     ImageError,
     ImageSource,
     OnBadImage,
@@ -22,6 +23,7 @@ from d2svse.images.regions import image_state
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "CheckImages",
     "ImageError",
     "ImageSource",
     "OnBadImage",

@@ -563,6 +563,10 @@ def has_image_suffix(name: str) -> bool:
     return kind in (*FORMATS, *PLUGIN_FORMATS) and kind in Image.OPEN
 
 
+# Gives None for each good image, in order, or its error.
+CheckImages: TypeAlias = Callable[[Sequence[str | os.PathLike[str]]], Iterable[str | None]]
+
+
 def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None]:
     """Decode every image in threads, and yield in order None for a good image or the error of a bad one."""
 
@@ -597,7 +601,7 @@ def select_readable(
     sources: Sequence[str] | None = None,
     title: str = "Checking images",
     show_progress_bar: bool = False,
-    check: Callable[[Sequence[str | os.PathLike[str]]], Iterable[str | None]] = check_images,
+    check: CheckImages = check_images,
 ) -> tuple[list[int], list[str]]:
     """Decode every image once, and return the good rows and the messages of the bad ones.
 

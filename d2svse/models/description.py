@@ -16,7 +16,7 @@ from d2svse.hub.card import results_of_card, results_of_run
 from d2svse.hub.folder import check_contents, holds_another_model, loading
 from d2svse.hub.weights import build_on_meta
 from d2svse.models.configuration import D2SVSEConfig
-from d2svse.models.dual_encoders import check_kind, taken_over
+from d2svse.models.dual_encoders import check_kind, options_of_dual_encoder
 from d2svse.models.encoders import image_size
 from d2svse.models.fingerprint import model_fingerprint
 from d2svse.models.modeling import D2SVSE, read_configuration
@@ -101,7 +101,9 @@ def _read_config(folder: Path, name: str) -> D2SVSEConfig:
     check_kind(str(read_json(folder / "config.json")["model_type"]), name)
     with loading(name):
         dual: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return D2SVSEConfig(**taken_over(dual), logit_bias_init_value=0.0 if dual.model_type == "siglip" else None)
+    return D2SVSEConfig(
+        **options_of_dual_encoder(dual), logit_bias_init_value=0.0 if dual.model_type == "siglip" else None
+    )
 
 
 def _history(folder: Path) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **{name: value for name, value in values.items() if name not in left_out}}
 
 
-def taken_over(config: Any) -> dict[str, Any]:
+def options_of_dual_encoder(config: Any) -> dict[str, Any]:
     """Return the options of `D2SVSEConfig` for a model that takes over a dual encoder of a configuration."""
     return {
         "vision_config": config.vision_config.to_dict(),

@@ -45,9 +45,9 @@ from d2svse.models.dual_encoders import (
     load_dual_processor,
     logit_scale_of,
     make_dual_encoder,
+    options_of_dual_encoder,
     set_logit_scale,
     stretch_positions,
-    taken_over,
     towers_of,
 )
 from d2svse.models.encoders import ImageEncoder, TextEncoder, check_text_backbone, load_backbone
@@ -289,7 +289,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if max_positions is not None:
             stretch_positions(dual_encoder, max_positions)
         scale, bias = logit_scale_of(dual_encoder)
-        own = taken_over(dual_encoder.config) | {"logit_scale_init_value": scale, "logit_bias_init_value": bias}
+        own = options_of_dual_encoder(dual_encoder.config) | {
+            "logit_scale_init_value": scale,
+            "logit_bias_init_value": bias,
+        }
         config = D2SVSEConfig(**{**own, **options})
         for parameter in dual_encoder.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]

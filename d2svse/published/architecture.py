@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
 
@@ -73,7 +74,7 @@ def infer_architecture(
                 raise ValueError(f"{side}.{field}: a {type(config).__name__} has no such field")
             try:  # transformers checks the type of some fields here
                 setattr(config, field, value)
-            except Exception as error:
+            except StrictDataclassError as error:
                 raise ValueError(f"{side}.{field}: {' '.join(str(error).split())}") from None
     image_size = values["img_res"] or vision.image_size
     try:  # transformers checks the fields' types here

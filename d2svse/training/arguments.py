@@ -155,10 +155,10 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         self._choose_workers()
         check_sharding(values)
         super().__post_init__()
-        saves, evaluates = (str(getattr(one, "value", one)) for one in (self.save_strategy, self.eval_strategy))
-        if saves == "best" and evaluates == "no":
+        if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy best saves after an evaluation, and eval_strategy is no; set one of them")
-        if self.load_best_model_at_end and saves == evaluates == "steps" and self.save_steps != self.eval_steps:
+        both_by_steps = self.save_strategy == self.eval_strategy == "steps"
+        if self.load_best_model_at_end and both_by_steps and self.save_steps != self.eval_steps:
             raise ValueError(
                 f"save_steps {self.save_steps} and eval_steps {self.eval_steps}: the best model may lie between two "
                 "checkpoints; give equal steps, or save_strategy=best"
@@ -184,14 +184,12 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         """Check that evaluation computes the metric that chooses the best model.
 
         Args:
-            always: check it also if training keeps the last model.
+            always: check it also if training evaluates nothing.
 
         Raises:
             ValueError: if it does not; the message lists the metrics that it computes.
         """
-        best_only = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
-        evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
-        if always or evaluates or self.load_best_model_at_end or best_only:
+        if always or self.eval_strategy != "no":
             of_sides = [f"recall_at_{k}" for k in RECALL_AT] + ["map"]
             known = sorted(of_sides if self.unimodal else rank_metrics(np.zeros(1), np.zeros(1)))
             name = str(self.metric_for_best_model).removeprefix("eval_")

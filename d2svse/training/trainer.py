@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
-from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from d2svse.files.folder import LIST, READY, FolderKind, recover_folder, written_folder
@@ -65,7 +66,7 @@ def while_written_over(place: Path) -> None:
         folder = place / str(step)
         write(folder, OLD)
         put(folder, FOREIGN)
-        killed = killed_at(step, lambda folder=folder: write(folder))  # type: ignore[misc]
+        killed = killed_at(step, partial(write, folder))
         recover_folder(folder)
         left = contents(folder)
         left = {name: data for name, data in left.items() if not name.startswith(".d2svse-new")}  # until the next write
@@ -87,7 +88,7 @@ def while_first_written(place: Path) -> None:
     step, killed = 0, True
     while killed:
         folder = place / str(step) / "out"
-        killed = killed_at(step, lambda folder=folder: write(folder))  # type: ignore[misc]
+        killed = killed_at(step, partial(write, folder))
         assert not folder.exists() or contents(folder) == NEW
         write(folder)
         assert contents(folder) == NEW
@@ -97,7 +98,7 @@ def while_first_written(place: Path) -> None:
 
 
 def while_finished(place: Path) -> None:
-    """What a kill left is finished after a second one."""
+    """A second kill, while the write is finished, is made up for as the first one is."""
     write(place / "start", OLD)
     for first in range(30):
         if not killed_at(first, lambda: write(place / "start")) or (place / "start" / READY).exists():
@@ -106,7 +107,7 @@ def while_finished(place: Path) -> None:
     step, killed = 0, True
     while killed:
         folder = shutil.copytree(place / "start", place / str(step))
-        killed = killed_at(step, lambda folder=folder: recover_folder(folder))  # type: ignore[misc]
+        killed = killed_at(step, partial(recover_folder, folder))
         recover_folder(folder)
         assert contents(folder) == NEW
         step += 1

@@ -244,8 +244,8 @@ def check_evaluation(
         is_coco = len(dataset) == COCO_TEST and all(COCO_NAME.fullmatch(path.name) for path in dataset.images)
         folds = COCO_FOLDS if is_coco else 1
     fold_rows = fold_slices(len(dataset), folds)
-    each = isinstance(similarity, Sequence) and not isinstance(similarity, str)
-    wanted: list[Any] = list(similarity) if each else [similarity] * len(models)  # type: ignore[arg-type]
+    for_all = similarity is None or isinstance(similarity, str | Mapping)
+    wanted: list[Any] = [similarity] * len(models) if for_all else [*(similarity or ())]
     if len(wanted) != len(models):
         raise ValueError(f"{len(wanted)} similarities for {len(models)} models; expected one, or one for each")
     chosen = [_choose(name, one, own, len(models)) for (name, one), own in zip(models, wanted, strict=True)]
