@@ -163,7 +163,7 @@ def check_command(block: Block, words: list[str]) -> None:
         assert not _check_script(words), f"{block.place}: {shlex.join(words)}"
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), f"{block.place}: {words[1]}"
-    elif words[0].endswith("pip"):
+    elif "pip" in (Path(words[0]).name, *words[1:2]):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         for name, extras in re.findall(r"(\S+)\[(.+)\]", " ".join(words)):
             assert name.rpartition(" ")[2] in (known["name"], "."), f"{block.place}: {name}"
