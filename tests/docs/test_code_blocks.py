@@ -132,7 +132,7 @@ def environment(tmp_path):
     (folder / "bin/pip").write_text(STUB.format(python=folder / "bin/python"))
     (folder / "bin/pip").chmod(0o755)
     path = os.pathsep.join([str(folder / "bin"), os.path.dirname(sys.executable), os.environ["PATH"]])
-    pip = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "UV_OFFLINE": "1"}  # uv keeps what it installed
+    pip = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     pip["PIP_NO_BUILD_ISOLATION"] = "0"  # of this option pip reads "no" as yes: builds see the packages too
     return {"PATH": path, "PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", **pip}
 
