@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded; the workers share the cores
+_ENDED = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,5 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of garbage collections, of which every training and loading has some."""
+    """Leave what is imported out of garbage collections, and start the server of forks if a test has use for it."""
     gc.freeze()
+    if processes := sys.modules.get("support.processes"):
+        processes.start_server()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Leave what tests have loaded out of garbage collections as well; every training and loading has some."""
+    if not next(_ENDED) % 50:
+        gc.collect()
+        gc.freeze()

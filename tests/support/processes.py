@@ -1,24 +1,31 @@
 """Processes that begin with torch and d2svse imported: forks of the standard library's forkserver.
 
-They are for tests that need another process (a kill, a signal, a lock, fresh modules) but no fresh interpreter. What an
-interpreter or a library reads from the environment as it starts is that of the server: use subprocess for that.
+They are for tests that need another process (a kill, a signal, a lock) but no fresh interpreter. The server is itself a
+fork of the process that runs the tests, as it was before the first of them. What an interpreter or a library reads from
+the environment as it starts is therefore that of the tests: use subprocess for that.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
+
+import d2svse.cli.app
+import d2svse.retrieval
+import d2svse.training.recipe  # noqa: F401 - a fork has what this process has imported
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["d2svse.cli.app", "d2svse.retrieval", "d2svse.training.recipe"])
-
 
 COMMAND = "import sys; from d2svse.cli.app import main; main(sys.argv[1:])"
 # A sweep whose runs are forks of its own process, which has imported torch: they begin at once.
@@ -47,6 +54,29 @@ class Forked(subprocess.Popen):
 subprocess.Popen = Forked
 main(sys.argv[1:])
 """
+
+
+def start_server() -> None:
+    """Start the server of forks, before the first test changes anything in this process."""
+
+    def fork(interpreter: object, arguments: Sequence[str], kept: Sequence[int]) -> int:
+        return os.fork() or _serve(arguments[-1], kept)
+
+    with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork):  # in place of a new interpreter
+        multiprocessing.forkserver.ensure_running()
+
+
+def _serve(code: str, kept: Sequence[int]) -> NoReturn:
+    try:
+        first = 3
+        for one in sorted(kept):
+            os.closerange(first, one)
+            first = one + 1
+        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        sys.stdout, sys.stderr = (open(one, "w", encoding="utf-8", closefd=False) for one in (1, 2))
+        exec(code)
+    finally:
+        os._exit(0)
 
 
 class Fork:
