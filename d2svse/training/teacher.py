@@ -133,7 +133,8 @@ class Teacher:
 class RetrievalTeacher:
     """A trained retrieval model whose scores a student learns from.
 
-    The teacher reads clean images and captions. Each is encoded once, into stores beside the checkpoints.
+    The teacher reads clean images and captions. Each is encoded once, into stores beside the checkpoints. After that
+    the model is freed, so that a teacher serves one training.
 
     Args:
         model: the teacher, with any similarity.
@@ -158,8 +159,13 @@ class RetrievalTeacher:
         self._stores: list[tuple[EmbeddingStore, list[int]]] = []
 
     def attach(self, student: D2SVSE) -> None:
-        """Give the student the teacher's similarity, for the time of training; only a new metric is trained."""
-        assert self.model is not None
+        """Give the student the teacher's similarity, for the time of training; only a new metric is trained.
+
+        Raises:
+            ValueError: if the teacher has taught before.
+        """
+        if self.model is None:
+            raise ValueError("this teacher has taught a training and has freed its model; make another RetrievalTeacher")
         student.set_teacher_similarity(**self.configuration)
         similarity = student.teacher_similarity
         assert similarity is not None
@@ -185,6 +191,7 @@ class RetrievalTeacher:
             "output": output,
             "dtype": "float32" if output == "pooled" else "float16",
             "batch_size": batch_size,
+            "replace": True,
             "show_progress_bar": shown,
         }
         with write_lock(folder, wait=True):

@@ -112,7 +112,8 @@ class Trainer(TransformersTrainer):
         samples: training samples; None before `prepare`.
 
     Raises:
-        ValueError: if the model has no processor, or the model, the loss and the arguments do not fit the stage.
+        ValueError: if the model has no processor, or the model, the loss and the arguments do not fit the stage; also
+            if a subclass with a `compute_loss` of its own is given `chunk_size`.
     """
 
     args: TrainingArguments
@@ -138,6 +139,8 @@ class Trainer(TransformersTrainer):
         self._scale_of_model = args.temperature is None and not given
         loss = loss or args.build_loss()
         check_stage(model, args, loss, teacher)
+        if args.chunk_size and type(self).compute_loss is not Trainer.compute_loss:
+            raise ValueError("chunk_size takes the losses of the task, not those of compute_loss; set chunk_size to 0")
         if eval_dataset is None:
             args = copy.copy(args)
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
@@ -180,6 +183,7 @@ class Trainer(TransformersTrainer):
         self._guard = NonFiniteGuard(args.on_nonfinite, Path(str(args.output_dir)), train_dataset.images)
         self._still: list[nn.Module] = []  # layers that stay in eval mode
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._counted = False  # the losses of the batch, for the log
         self._pairs, self._since = 0, time.perf_counter()
         self._micro_step = (-1, 0)  # the optimizer step and the batch within it
         self._run_dir: str | None = None
@@ -433,7 +437,11 @@ class Trainer(TransformersTrainer):
         torch.manual_seed(int(np.random.SeedSequence(stream).generate_state(1, np.uint64)[0] >> 1))
         inputs = inputs.to(self.args.device, non_blocking=True)
         if not self.args.chunk_size:
-            return self._filtered(super().training_step(model, inputs, *args, **kwargs))  # type: ignore[arg-type]
+            self._counted = False
+            loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
+            if not self._counted:  # a subclass computes a loss of its own
+                self._count({"own_loss": loss}, inputs)
+            return self._filtered(loss)
         model.train()
         share = 1 / self.current_gradient_accumulation_steps
 
@@ -465,6 +473,7 @@ class Trainer(TransformersTrainer):
         return torch.where(loss.isfinite(), loss, self._tr_loss / steps)
 
     def _count(self, parts: dict[str, Tensor], batch: Batch) -> Tensor:
+        self._counted = True
         self._guard.see(parts, batch)
         for name, value in parts.items():
             value = value.detach().float()
@@ -536,6 +545,10 @@ class Trainer(TransformersTrainer):
         self.log(named)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise a NotImplementedError; there are no labels to predict."""
+        raise NotImplementedError("Trainer.predict: use evaluate, or encode_image and encode_text of the model")
 
     def _averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the model has its averaged weights, if they are averaged."""

@@ -88,3 +88,27 @@ def test_identities_are_part_of_the_data(train_dataset):
         for more in ({}, {"identity": "1"}, {"identity": "2"}, {"identity": "1", "camera": "1"})
     }
     assert len(hashes) == 4
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return 2 * self.task(model, inputs)["align_loss"]
+
+
+class TwiceTheLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return 2 * super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_subclass_with_its_own_loss(make_model, make_args, train_dataset):
+    first = {}
+    for kind in (Trainer, TwiceTheLoss, OwnLoss):
+        trainer = kind(make_model(), make_args("align", num_train_epochs=1, save_strategy="no"), train_dataset)
+        trainer.train()
+        first[kind] = trainer.state.log_history[0]
+    assert first[TwiceTheLoss]["loss"] == pytest.approx(2 * first[Trainer]["loss"])
+    assert first[OwnLoss]["own_loss"] == first[OwnLoss]["loss"] == first[TwiceTheLoss]["loss"]
+    with pytest.raises(ValueError, match="not those of compute_loss"):
+        OwnLoss(make_model(), make_args("align", chunk_size=4), train_dataset)
+    with pytest.raises(NotImplementedError, match="use evaluate"):
+        trainer.predict(train_dataset)

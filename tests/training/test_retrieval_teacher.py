@@ -130,6 +130,27 @@ def test_a_process_waits_while_another_one_encodes(make_model, train_dataset, tm
     assert (tmp_path / "captions").exists()
 
 
+def test_a_teacher_serves_one_training(make_model, make_args, train_dataset):
+    teacher = RetrievalTeacher(make_model(seed=5))
+    first, again = (
+        Trainer(make_model(seed=1), make_args("align", distill_loss="kl"), train_dataset, teacher=teacher)
+        for _ in range(2)
+    )
+    first.prepare()
+    with pytest.raises(ValueError, match="make another RetrievalTeacher"):
+        again.prepare()
+
+
+def test_another_teacher_in_the_same_folder_encodes_anew(make_model, train_dataset, tmp_path):
+    found = []
+    for seed in (1, 1, 2):
+        teacher = RetrievalTeacher(make_model(seed=seed))
+        teacher.encode(train_dataset, tmp_path, 16, torch.device("cpu"))
+        found.append(teacher.features([0], [0])[1].pooled)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 def test_what_does_not_fit_is_named(make_model, make_args, train_dataset):
     with pytest.raises(ValueError, match=r"compares embeddings; .* set distill_loss=kl"):
         make_trainer(make_model, make_args, train_dataset, distill_loss="cosine")

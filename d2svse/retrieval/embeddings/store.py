@@ -209,6 +209,7 @@ def encode_images(
     batch_size: int = 64,
     on_bad_image: OnBadImage = "error",
     draft: bool = False,
+    replace: bool = False,
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
     """Encode images into a store, chunk by chunk; after a kill, the next call continues at the next chunk.
@@ -226,11 +227,13 @@ def encode_images(
         batch_size: images encoded at a time.
         on_bad_image: "error" to stop at an unreadable image, "skip" to list it and continue.
         draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`.
+        replace: replace a store of another model, list or kind.
         show_progress_bar: show a progress bar on the terminal.
 
     Raises:
         ImageError: if an image cannot be read, with "error"; finished chunks stay.
-        ValueError: if the folder has a store of another model, list or kind; the message names the difference.
+        ValueError: if the folder has a store of another model, list or kind and `replace` is false; the message names
+            the difference.
         BlockingIOError: if another process is writing to the store.
     """
     check_model(model)
@@ -258,6 +261,7 @@ def encode_images(
         lambda name: state_of(by_name[name]),
         batch_size,
         show_progress_bar,
+        replace,
         may_lack=lambda name: on_bad_image == "skip" and not is_readable(by_name[name]),
     )
 
@@ -273,6 +277,7 @@ def encode_texts(
     batch_size: int = 128,
     dense: bool = False,
     max_length: int | None = None,
+    replace: bool = False,
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
     """Encode texts into a store; `encode_images` for texts.
@@ -291,11 +296,12 @@ def encode_texts(
         batch_size: texts encoded at a time.
         dense: the texts are dense captions, see `D2SVSE.encode_text`.
         max_length: longest text in tokens, see `D2SVSE.encode_text`.
+        replace: replace a store of another model, list or kind.
         show_progress_bar: show a progress bar on the terminal.
 
     Raises:
         ValueError: if a text is empty, not a string or holds half a character, or the folder has a store of another
-            model, list or kind; the message names the difference.
+            model, list or kind and `replace` is false; the message names the difference.
         BlockingIOError: if another process is writing to the store.
     """
     check_model(model)
@@ -317,7 +323,7 @@ def encode_texts(
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
         return model.text_batches(part, max_length=max_length, on_report=reports.append, **options)
 
-    store = write_store(names, folder, description, encode, lambda _: None, batch_size, show_progress_bar)
+    store = write_store(names, folder, description, encode, lambda _: None, batch_size, show_progress_bar, replace)
     if reports:
         TextReport.join(reports).warn()
     return store
