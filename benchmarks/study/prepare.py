@@ -6,7 +6,8 @@
     python REPOSITORY/benchmarks/study/tables.py --collect stages
 
 The folder gets links to the data and the backbones. Of the validation images of Flickr8k, the first 500 choose epochs
-and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`).
+and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`). `llava.jsonl` has the training
+images with a caption by LLaVA, and `llava-test.jsonl` these captions of the validation images that have one.
 
 `scenes/` gets drawn scenes whose dense captions tell everything. Their sparse captions tell a part, at three levels:
 two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the
@@ -16,6 +17,7 @@ first 400 scenes of the training set. The backbones for scenes have random weigh
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from d2svse.data.manifest import Record, write_manifest
 from d2svse.data.scenes import Scene, make_scene
 from d2svse.demo import IMAGE_SIZE, build_model, draw_scenes
 from d2svse.files.data import read_lines
-from d2svse.files.replace import write_text
+from d2svse.files.replace import write_json_lines, write_text
 
 NUM_TRAIN, NUM_FEW, NUM_TEST, SEED = 4000, 400, 500, 42
 
@@ -40,6 +42,12 @@ def prepare_flickr8k(folder: Path, data: Path, vision: Path, text: Path) -> None
     lines = read_lines(folder / "flickr8k" / "dev.jsonl")
     for name, rows in (("val", lines[:500]), ("test", lines[500:])):
         write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
+    train, dev = (
+        [row for row in map(json.loads, read_lines(folder / "flickr8k" / f"{name}.jsonl")) if "dense" in row]
+        for name in ("train", "dev")
+    )
+    write_json_lines(folder / "llava.jsonl", train)
+    write_json_lines(folder / "llava-test.jsonl", [row | {"captions": [row["dense"]]} for row in dev])
 
 
 def sparse_captions(scene: Scene, level: str) -> list[str]:
