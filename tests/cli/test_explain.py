@@ -66,7 +66,14 @@ def test_a_model_of_region_features_is_refused_by_the_name_of_the_file(folder, b
 
 
 def test_without_matplotlib_the_extra_is_named(folder, val_dataset):
-    code = "import sys; sys.modules['matplotlib'] = None; from d2svse.cli.app import main; main(sys.argv[1:])"
+    code = (
+        "import sys\n"
+        "for name in [name for name in sys.modules if name.startswith(('matplotlib', 'd2svse.visualize'))]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['matplotlib'] = None\n"
+        "from d2svse.cli.app import main\n"
+        "main(sys.argv[1:])"
+    )
     command = ["explain", val_dataset.images[0], SENTENCE, "--model", folder / "model", "--out", folder / "map.png"]
     without = Fork(code, *command)
     assert without.wait() == 2
