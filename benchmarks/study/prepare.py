@@ -6,8 +6,8 @@
     python REPOSITORY/benchmarks/study/tables.py --collect stages
 
 The folder gets links to the data and the backbones. Of the validation images of Flickr8k, the first 500 choose epochs
-and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`). `llava.jsonl` has the training
-images with a caption by LLaVA, and `llava-test.jsonl` these captions of the validation images that have one.
+and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`). `llava.jsonl` has
+the training images with a caption by LLaVA, and `llava-test.jsonl` these captions of the validation images.
 
 `scenes/` gets drawn scenes whose dense captions tell everything. Their sparse captions tell a part, at three levels:
 two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the

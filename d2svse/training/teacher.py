@@ -165,7 +165,7 @@ class RetrievalTeacher:
             ValueError: if the teacher has taught before.
         """
         if self.model is None:
-            raise ValueError("this teacher has taught a training and has freed its model; make another RetrievalTeacher")
+            raise ValueError("this teacher has taught and has freed its model; make another RetrievalTeacher")
         student.set_teacher_similarity(**self.configuration)
         similarity = student.teacher_similarity
         assert similarity is not None
