@@ -117,7 +117,8 @@ def _write_benchmarks(folder: Path, records: Sequence[Record]) -> None:
             (data / f"{split}_ids.txt").write_text("".join(f"{row}\n" for row, _ in rows))
             (data / f"{split}_caps.txt").write_text("".join(f"{caption}\n" for _, caption in rows))
             lines = [json.dumps({"text": record.dense}) for record in records[first:]]
-            (data / f"{name}_{split}.jsonl").write_text("\n".join(lines))
+            for form in ("", "_short200"):
+                (data / f"{name}_{split}{form}.jsonl").write_text("\n".join(lines))
     captions = [
         (row, 10 * row + k, text) for row, record in enumerate(records) for k, text in enumerate(record.captions)
     ]
