@@ -7,7 +7,8 @@
 
 The folder gets links to the data and the backbones. Of the validation images of Flickr8k, the first 500 choose epochs
 and settings (`val.jsonl`), and the last 500 are the test set, which chooses nothing (`test.jsonl`). `llava.jsonl` has
-the training images with a caption by LLaVA, and `llava-test.jsonl` these captions of the validation images.
+the training images with a caption by LLaVA, and `llava-test.jsonl` these captions of the test images,
+if the data have such captions (`dense`).
 
 `scenes/` gets drawn scenes whose dense captions tell everything. Their sparse captions tell a part, at three levels:
 two shapes with their places ("two"), one shape ("one"), or the colour of one shape ("colour"). `few-two.jsonl` has the
@@ -42,12 +43,13 @@ def prepare_flickr8k(folder: Path, data: Path, vision: Path, text: Path) -> None
     lines = read_lines(folder / "flickr8k" / "dev.jsonl")
     for name, rows in (("val", lines[:500]), ("test", lines[500:])):
         write_text(folder / f"{name}.jsonl", "\n".join(rows) + "\n")
-    train, dev = (
-        [row for row in map(json.loads, read_lines(folder / "flickr8k" / f"{name}.jsonl")) if "dense" in row]
-        for name in ("train", "dev")
+    train, test = (
+        [row for row in map(json.loads, rows) if "dense" in row]
+        for rows in (read_lines(folder / "flickr8k" / "train.jsonl"), lines[500:])
     )
-    write_json_lines(folder / "llava.jsonl", train)
-    write_json_lines(folder / "llava-test.jsonl", [row | {"captions": [row["dense"]]} for row in dev])
+    if train and test:
+        write_json_lines(folder / "llava.jsonl", train)
+        write_json_lines(folder / "llava-test.jsonl", [row | {"captions": [row["dense"]]} for row in test])
 
 
 def sparse_captions(scene: Scene, level: str) -> list[str]:

@@ -162,10 +162,10 @@ class RetrievalTeacher:
         """Give the student the teacher's similarity, for the time of training; only a new metric is trained.
 
         Raises:
-            ValueError: if the teacher has taught before.
+            ValueError: if the teacher has encoded its data before.
         """
         if self.model is None:
-            raise ValueError("this teacher has taught and has freed its model; make another RetrievalTeacher")
+            raise ValueError("this teacher has encoded its data and freed its model; make another RetrievalTeacher")
         student.set_teacher_similarity(**self.configuration)
         similarity = student.teacher_similarity
         assert similarity is not None

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -440,7 +440,7 @@ class Trainer(TransformersTrainer):
             self._counted = False
             loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[arg-type]
             if not self._counted:  # a subclass computes a loss of its own
-                self._count({"own_loss": loss}, inputs)
+                self._count({"own_loss": loss * self.current_gradient_accumulation_steps}, inputs)
             return self._filtered(loss)
         model.train()
         share = 1 / self.current_gradient_accumulation_steps
@@ -460,9 +460,13 @@ class Trainer(TransformersTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the sum of the task's losses, and keep all its scalars for the log."""
+        return self._count(self.task(model, inputs), inputs)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Return the context of `compute_loss`; before it, layers that several processes keep still leave training."""
         for layer in self._still:
             layer.eval()
-        return self._count(self.task(model, inputs), inputs)
+        return super().compute_loss_context_manager()
 
     def _filtered(self, loss: Tensor) -> Tensor:
         """Return the loss for the log: one that is not finite is replaced by the mean since the last entry.

@@ -1,12 +1,14 @@
 """Processes that begin with torch and d2svse imported: forks of the standard library's forkserver.
 
 They are for tests that need another process (a kill, a signal, a lock) but no fresh interpreter. The server is itself a
-fork of the process that runs the tests, as it was before the first of them. What an interpreter or a library reads from
-the environment as it starts is therefore that of the tests: use subprocess for that.
+fork of the process that runs the tests, after all of their modules were imported and before the first test ran. What an
+interpreter or a library decides as it starts (hashes of texts, the environment) is that of the tests: take subprocess
+for that.
 """
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.util
@@ -16,16 +18,22 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 from unittest import mock
+
+from transformers.utils import logging as hf_logging
 
 import d2svse.cli.app
 import d2svse.retrieval
 import d2svse.training.recipe  # noqa: F401 - a fork has what this process has imported
 
 _FORKS = multiprocessing.get_context("forkserver")
+_SPAWN = multiprocessing.util.spawnv_passfds
 
 COMMAND = "import sys; from d2svse.cli.app import main; main(sys.argv[1:])"
 # A sweep whose runs are forks of its own process, which has imported torch: they begin at once.
@@ -68,15 +76,20 @@ def start_server() -> None:
 
 def _serve(code: str, kept: Sequence[int]) -> NoReturn:
     try:
-        first = 3
-        for one in sorted(kept):
-            os.closerange(first, one)
-            first = one + 1
-        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        for one in map(int, os.listdir("/dev/fd")):
+            if one > 2 and one not in kept:
+                with suppress(OSError):  # that of the list itself
+                    os.close(one)
         sys.stdout, sys.stderr = (open(one, "w", encoding="utf-8", closefd=False) for one in (1, 2))
+        logging.getLogger().handlers.clear()  # those of pytest write to what is closed now
+        hf_logging._reset_library_root_logger()
+        multiprocessing.util.spawnv_passfds = _SPAWN
+        multiprocessing.forkserver._forkserver._lock = threading.Lock()  # which the thread that forked holds
         exec(code)
+    except Exception:
+        traceback.print_exc()
     finally:
-        os._exit(0)
+        os._exit(1)
 
 
 class Fork:

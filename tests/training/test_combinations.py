@@ -108,6 +108,10 @@ def test_a_subclass_with_its_own_loss(make_model, make_args, train_dataset):
         first[kind] = trainer.state.log_history[0]
     assert first[TwiceTheLoss]["loss"] == pytest.approx(2 * first[Trainer]["loss"])
     assert first[OwnLoss]["own_loss"] == first[OwnLoss]["loss"] == first[TwiceTheLoss]["loss"]
+    args = make_args("align", num_train_epochs=1, save_strategy="no", gradient_accumulation_steps=2)
+    trainer = OwnLoss(make_model(), args, train_dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["own_loss"] == pytest.approx(trainer.state.log_history[0]["loss"])
     with pytest.raises(ValueError, match="not those of compute_loss"):
         OwnLoss(make_model(), make_args("align", chunk_size=4), train_dataset)
     with pytest.raises(NotImplementedError, match="use evaluate"):
