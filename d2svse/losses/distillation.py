@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2svse.features import unit
 from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss, register_distillation_loss
 
 
@@ -14,7 +15,7 @@ class CosineDistillation(DistillationLoss):
     """Mean of 1 − cosine, which teaches only the direction. The best in the paper's Table 4."""
 
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:  # noqa: D102
-        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+        return (1 - (unit(student) * unit(teacher)).sum(-1)).mean()
 
 
 @register_distillation_loss("l1")

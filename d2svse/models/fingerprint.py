@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -154,6 +155,15 @@ def tokenizer_settings(tokenizer: Any) -> Any:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # the tokenizer runs in Python
-        return [type(tokenizer).__name__, tokenizer.get_vocab(), _related(dict(tokenizer.init_kwargs))]
+        of_location = {*tokenizer.vocab_files_names, "tokenizer_file", "is_local", "local_files_only"}
+        given = {name: value for name, value in tokenizer.init_kwargs.items() if name not in of_location}
+        return [type(tokenizer).__name__, tokenizer.get_vocab(), _vocabulary(tokenizer), _related(given)]
     settings = {name: value for name, value in json.loads(backend.to_str()).items() if name not in TOKENIZER_STATE}
     return [settings, tokenizer.padding_side, tokenizer.truncation_side]
+
+
+def _vocabulary(tokenizer: Any) -> list[str]:
+    """Return the hashes of the files of a tokenizer in Python, which has more than `get_vocab` tells."""
+    with tempfile.TemporaryDirectory() as folder, suppress(NotImplementedError):
+        return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in tokenizer.save_vocabulary(folder)]
+    return []

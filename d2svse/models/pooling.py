@@ -70,6 +70,8 @@ class GeneralizedPooling(nn.Module):
                 weights = self.all_coefficients(length).to(values.dtype)[counts - 1]
                 weights = weights.masked_fill(counts[:, None] == 0, torch.nan)
                 return (values @ weights.unsqueeze(-1)).squeeze(-1)
+            if not len(counts):
+                return values.sum(-1)
             distinct, row = torch.unique(counts, return_inverse=True)
             lengths = distinct.tolist()
             if lengths[0] == 0:

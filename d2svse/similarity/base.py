@@ -157,7 +157,7 @@ class Similarity(nn.Module, ABC):
             return unit(features.pooled.float())
         if features.tokens is None:
             raise ValueError("candidates by the mean of tokens need tokens; encode with output='features'")
-        tokens = unit(features.tokens.float()) * features.real_tokens()[..., None]
+        tokens = unit(features.tokens.float()).masked_fill(~features.real_tokens()[..., None], 0)
         return unit(tokens.sum(1))
 
     def pooled_vectors(self, side: Side, pooled: Tensor) -> Tensor:
@@ -194,7 +194,12 @@ class Similarity(nn.Module, ABC):
         if not self.foldable:
             return lambda rows, columns: self._used(images[rows], texts[columns])
         left, right = self.fold("image", images.pooled), self.fold("text", texts.pooled)
-        return lambda rows, columns: left[rows] @ right[columns].T
+
+        def score(rows: slice, columns: slice) -> Tensor:
+            with torch.autocast(left.device.type, enabled=False):
+                return left[rows] @ right[columns].T
+
+        return score
 
     @in_use
     def score_candidates(

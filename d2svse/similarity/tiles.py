@@ -321,8 +321,11 @@ def _fragments(features: Features) -> Fragments:
     if not features.tokens.shape[1]:  # one masked fragment stands for none
         mask = torch.zeros(len(features), 1, dtype=torch.bool, device=features.pooled.device)
         features = Features(features.pooled, F.pad(features.tokens, (0, 0, 0, 1)), mask)
-    assert features.tokens is not None
-    vectors, norms = _Normalized.apply(features.tokens)
+    tokens = features.tokens
+    assert tokens is not None
+    if features.mask is not None:  # padding may hold NaN
+        tokens = tokens.masked_fill(~features.mask[..., None], 0)
+    vectors, norms = _Normalized.apply(tokens)
     return Fragments(vectors, norms, unit(features.pooled), vectors, features.real_tokens())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, Unpack, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2svse.features import Features
@@ -141,8 +142,8 @@ class MaxSoftmax(MaxAlignment):
 
     def _logits(self, tokens: Tensor, side: str) -> Tensor:
         if self.layers == 2:
-            network = self.image_network if side == "image" else self.text_network
-            return network(tokens)[..., 0]
+            first, activation, last = self.image_network if side == "image" else self.text_network
+            return _linear(last, activation(_linear(first, tokens)))[..., 0]
         return tokens @ (self.image_weight if side == "image" else self.text_weight).to(tokens.dtype)
 
     def reset_parameters(self) -> None:  # noqa: D102
@@ -188,3 +189,9 @@ class MaxLogSumExp(MaxAlignment):
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102
         scaled = (best / self.temperature).masked_fill(~real, torch.finfo(best.dtype).min)
         return scaled.logsumexp(-1) * self.temperature
+
+
+def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the output of a linear layer in the dtype of its input."""
+    assert isinstance(layer, nn.Linear)
+    return F.linear(tokens, layer.weight.to(tokens.dtype), layer.bias.to(tokens.dtype))

@@ -275,17 +275,18 @@ class Transport(FragmentSimilarity):
             tile = product[positions.minimum(end[pairs, None] - 1)].mT.contiguous()
             return tile[:, :, None], a[image[pairs]][:, None], b[text[pairs], :width][:, None]
 
-        tried: list[tuple[Tensor, int, Tensor]] = []
+        # Scores are written when they are known to be exact: a kernel out of range has no backward pass.
+        tried: list[tuple[Tensor, int, Tensor, Tensor]] = []
         for group in like_lengths(of_pair, self._elements(images) // max(1, n_patches)):
             pairs, width = sent(torch.tensor(group), device), of_pair[group[0]]
             found, exact = self._try_products(*tile_of(pairs, width))
-            scores[pairs] = found[:, 0]
-            if exact is not None:
-                tried.append((pairs, width, exact))
+            if exact is None:
+                scores[pairs] = found[:, 0]
+            else:
+                tried.append((pairs, width, found, exact))
         outcomes = torch.stack([exact for *_, exact in tried]).tolist() if tried else []
-        for (pairs, width, _), exact in zip(tried, outcomes, strict=True):
-            if not exact:
-                scores[pairs] = self._solve(*tile_of(pairs, width)).scores[:, 0]
+        for (pairs, width, found, _), exact in zip(tried, outcomes, strict=True):
+            scores[pairs] = (found if exact else self._solve(*tile_of(pairs, width)).scores)[:, 0]
         return list(scores.split(counts))
 
     def _elements(self, images: Fragments) -> int:

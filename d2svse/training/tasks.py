@@ -241,11 +241,14 @@ class ScoreDistillTask(AlignTask):
         captions, image_ids = joined.gather.rows(joined.batch.caption_ids), joined.image_ids
         images, texts = torch.stack([image_ids, captions]).tolist()
         sides = self.teacher.features(images, texts)
-        target = self.similarity(*(side.to(joined.scores.device) for side in sides))
+        sides = [side.to(joined.scores.device) for side in sides]
+        with torch.no_grad(), evaluating(self.similarity):  # no dropout of its metric in the target
+            target = self.similarity(*sides)
         losses = {"distill_loss": self.weight * self.distillation_loss(joined.scores, target, image_ids)}
-        if target.requires_grad:
+        if any(parameter.requires_grad for parameter in self.similarity.parameters()):
+            learned = self.similarity(*sides)
             fixed = {name: parameter.detach() for name, parameter in self.loss.named_parameters()}
-            losses["teacher_loss"] = functional_call(self.loss, fixed, (target, image_ids))
+            losses["teacher_loss"] = functional_call(self.loss, fixed, (learned, image_ids))
             penalty = self.similarity.penalty()
             if penalty is not None:
                 losses["teacher_penalty_loss"] = penalty

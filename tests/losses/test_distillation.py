@@ -75,3 +75,13 @@ def test_kl_equals_the_naive_loop_and_leaves_the_teacher_alone(ids):
     assert torch.autograd.gradcheck(lambda s: loss(s, teacher, ids), (student,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert loss(student.bfloat16(), teacher.bfloat16(), ids).dtype == torch.float32
+
+
+def test_a_zero_student_has_no_gradient_in_the_cosine():
+    student = torch.zeros(2, 8)
+    student[1] = torch.randn(8)
+    student.requires_grad_()
+    loss = build_distillation_loss("cosine")(student, torch.randn(2, 8))
+    loss.backward()
+    assert not student.grad[0].any()
+    assert student.grad[1].norm() < 1

@@ -1,12 +1,16 @@
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import CTRLTokenizer
 
 from d2svse import D2SVSE
 from d2svse.models import model_fingerprint
+from d2svse.models.fingerprint import tokenizer_settings
 from d2svse.retrieval import ImageTextIndex
 
 FRESH = """
@@ -114,3 +118,19 @@ def test_a_given_model_of_a_command_is_hashed_once(make_model, photos, tmp_path,
     code, _, err = run(*command)
     assert code == 2
     assert "this model is" in err
+
+
+def test_a_tokenizer_in_python_may_lie_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a</w>": 0, "b</w>": 1, "<unk>": 2, "a@@": 3}))
+    (tmp_path / "merges.txt").write_text("#version\na b</w>\n")
+    CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    tokenizers = [CTRLTokenizer.from_pretrained(name) for name in ("one", tmp_path / "one", "two")]
+    for tokenizer in tokenizers:  # as the tokenizer of SigLIP notes it
+        tokenizer.init_kwargs["vocab_file"] = f"{tokenizer.name_or_path}/vocab.json"
+    settings = [json.dumps(tokenizer_settings(tokenizer), default=str) for tokenizer in tokenizers]
+    assert settings[0] == settings[1] == settings[2]
+    (tmp_path / "two/merges.txt").write_text("#version\na a</w>\n")
+    other = tokenizer_settings(CTRLTokenizer.from_pretrained("two"))
+    assert json.dumps(other, default=str) != settings[0]

@@ -229,3 +229,10 @@ def test_sort_descending_equals_torch():
 def test_positions_have_sine_in_even_and_cosine_in_odd_columns():
     positions = sinusoidal_positions(3, 4)
     torch.testing.assert_close(positions[2], torch.tensor([np.sin(2), np.cos(2), np.sin(0.02), np.cos(0.02)]).float())
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_no_rows_give_no_rows(name, masked):
+    mask = torch.zeros(0, 3, dtype=torch.bool) if masked else None
+    assert build_pooling(name, 6)(torch.zeros(0, 3, 6), mask).shape == (0, 6)

@@ -479,3 +479,28 @@ def test_products_in_bfloat16_are_those_of_rounded_fragments_with_sums_in_float3
     assert 0 < (plain(images, texts) - rounded(images, texts)).abs().max() < 0.05
     with pytest.raises(ValueError, match="unknown product_dtype"):
         build_similarity({"name": name, "product_dtype": "float16"}, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_in_another_type_score(dtype):
+    features = Features(torch.randn(2, DIM), torch.randn(2, 3, DIM))
+    for layers in (1, 2):
+        similarity = build_similarity({"name": "max-softmax", "layers": layers}, DIM).to(dtype)
+        assert similarity(features, features).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", names_of(FragmentSimilarity))
+@pytest.mark.parametrize("padding", [float("nan"), float("inf"), 1e38])
+def test_padding_of_any_value_changes_nothing(name, padding):
+    torch.manual_seed(3)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    similarity, images = build_similarity(name, DIM), Features(torch.randn(2, DIM), torch.randn(2, 4, DIM))
+    tokens, pooled, found = torch.randn(2, 3, DIM), torch.randn(2, DIM), []
+    for value in (0.0, padding):
+        words = tokens.masked_fill(~mask[..., None], value).requires_grad_()
+        scores = similarity(images, Features(pooled, words, mask))
+        scores.sum().backward()
+        mean = similarity.vectors("text", Features(pooled, words.detach(), mask), "mean")
+        found.append((scores.detach(), words.grad, mean))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -342,3 +342,22 @@ def test_solutions_are_in_float32_and_checked():
     torch.testing.assert_close(solved.scores, omit(images, texts), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="compares tokens"):
         omit.solve(Features(images.pooled), texts)
+
+
+@pytest.mark.parametrize("max_memory", [512 * 2**20, 300])
+@pytest.mark.parametrize("name", ["omit", "movers"])
+@pytest.mark.parametrize("regularization", [0.02, 0.0125, 0.01])
+def test_some_pairs_have_the_gradient_of_all_where_the_scaling_fails(name, regularization, max_memory):
+    v, w = torch.eye(4)[:2]
+    vectors = torch.stack([torch.stack([v, v]), torch.stack([v, w])])
+    words = torch.stack([torch.stack([v, -v]), torch.stack([w, -v])])
+    similarity = build_similarity({"name": name, "regularization": regularization, "max_memory": max_memory})
+    every, found = torch.ones(2, 2, dtype=torch.bool), []
+    for score in (similarity, lambda *sides: similarity.score_some(*sides, every)):
+        sides = [side.clone().requires_grad_() for side in (vectors, words)]
+        scores = score(*(Features(side[:, 0].detach(), side) for side in sides))
+        scores.sum().backward()
+        found.append([scores.detach(), *(side.grad for side in sides)])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

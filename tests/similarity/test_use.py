@@ -63,3 +63,12 @@ def test_each_part_gets_its_own_mode_back():
         with evaluating(module):
             assert not any(part.training for part in module.modules())
         assert [part.training for part in module.modules()] == [root, False, True]
+
+
+@pytest.mark.parametrize("name", ["cosine", "gssf-diagonal"])
+def test_tiles_of_an_evaluation_are_in_float32_inside_autocast(name):
+    torch.manual_seed(0)
+    similarity, (images, texts) = build_similarity(name, DIM), (Features(torch.randn(3, DIM)) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarity.scorer(images, texts)(slice(0, 3), slice(0, 3))
+    torch.testing.assert_close(found, similarity(images, texts))

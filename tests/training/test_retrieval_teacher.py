@@ -130,6 +130,18 @@ def test_a_process_waits_while_another_one_encodes(make_model, train_dataset, tm
     assert (tmp_path / "captions").exists()
 
 
+def test_the_target_has_no_dropout(make_model, make_args, train_dataset):
+    source = make_model(seed=5, similarity={"name": "gssf-diagonal", "dropout": 0.5})
+    teacher = RetrievalTeacher(source)
+    trainer = Trainer(make_model(seed=1), make_args("align", distill_loss="kl"), train_dataset, teacher=teacher)
+    samples = trainer.prepare()
+    batch = trainer.data_collator([samples[row] for row in range(6)])
+    trainer.model.eval()
+    trainer.task.similarity.train()
+    found = {float(trainer.task(trainer.model, batch)["distill_loss"]) for _ in range(3)}
+    assert len(found) == 1
+
+
 def test_a_teacher_serves_one_training(make_model, make_args, train_dataset):
     teacher = RetrievalTeacher(make_model(seed=5))
     first, again = (

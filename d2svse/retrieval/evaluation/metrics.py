@@ -423,6 +423,8 @@ def tile_array(scores: Tensor) -> Array:
     scores = scores.detach()
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
+    elif not scores.is_floating_point():  # with a NaN for no limit
+        scores = scores.double()
     return scores.numpy() if scores.device.type == "cpu" else scores
 
 

@@ -270,7 +270,8 @@ def _rank_side(
     kept = _no_answers(len(right), wrong)
     blocks = list(tile_slices(len(queries), QUERIES_AT_A_TIME))
     for block in progress_bar(blocks, f"Ranking by {names[0]}", len(blocks), "blocks", show):
-        cosines = queries[block] @ others.T
+        with torch.autocast(others.device.type, enabled=False):
+            cosines = queries[block] @ others.T
         everything = slice(0, len(others))
         refuse_nan(*((cosines, block, everything) if names[0] == "image" else (cosines.T, everything, block)))
         asked = [query for query in range(block.start, block.stop) if right.offsets[query] < right.offsets[query + 1]]

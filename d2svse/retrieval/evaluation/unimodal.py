@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from d2svse.choices import Side
+from d2svse.features import at_least_float32
 from d2svse.retrieval.evaluation.evaluate import Processes, encode_side
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, ScoreTile, tile_slices
 from d2svse.similarity.use import evaluating
@@ -77,7 +78,7 @@ def unimodal_metrics(
         raise ValueError("gallery_cameras need cameras")
     best, precision = [], []
     for rows in tile_slices(len(asked), max(1, BLOCK // len(stored))):
-        scores = score_tile(rows, slice(0, len(stored))).detach().float().cpu().numpy()
+        scores = at_least_float32(score_tile(rows, slice(0, len(stored))).detach()).cpu().numpy()
         if scores.shape != (rows.stop - rows.start, len(stored)):
             raise ValueError(f"expected scores of {rows.stop - rows.start} × {len(stored)}, got {scores.shape}")
         for query, line in zip(range(rows.start, rows.stop), scores, strict=True):

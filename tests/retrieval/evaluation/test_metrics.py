@@ -310,3 +310,13 @@ def test_a_mapping_of_another_length_is_told():
 )
 def test_layouts_that_are_right_are_measured(scores, owner):
     assert 0 <= retrieval_metrics(scores, owner)["i2t_recall_at_1"] <= 1
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_whole_numbers_rank_as_floats_do(dtype):
+    rng = np.random.default_rng(0)
+    scores, image_of_caption = rng.integers(0, 9, (4, 7)).astype(dtype), np.array([0, 0, 1, 2, 2, 2, 3])
+    assert retrieval_metrics(scores, image_of_caption) == retrieval_metrics(scores.astype(np.float64), image_of_caption)
+    huge = np.array([[2**53, 2**53 + 1], [0, 2**53 + 3]])
+    assert min(retrieval_metrics(huge, np.array([0, 1]), (1,))[f"{side}_mean_rank"] for side in ("i2t", "t2i")) >= 1

@@ -96,3 +96,9 @@ def test_a_model_is_evaluated_on_one_side(make_model, val_dataset, name):
     changed[2] = dataclasses.replace(changed[2], camera=None)
     with pytest.raises(ValueError, match='expected "camera", which is missing'):
         evaluate_unimodal(model, ImageTextDataset(changed, "here"), "image")
+
+
+def test_scores_in_float64_keep_their_order():
+    scores = torch.tensor([[1 + 1e-9, 1.0]], dtype=torch.float64)
+    found = unimodal_metrics(lambda rows, columns: scores[rows, columns], ["a"], ["a", "b"], recall_at=(1,))
+    assert found["recall_at_1"] == 1.0
