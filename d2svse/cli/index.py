@@ -84,6 +84,8 @@ def build(
     from d2svse.retrieval.search.contents import check_index_folder
 
     check_index_folder(output)
+    if not source.exists():  # the model may have to be downloaded
+        raise FileNotFoundError(f"{source}: no such file or folder")
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
     own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
     if refused := sorted(own & options.keys()):

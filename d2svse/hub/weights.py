@@ -96,6 +96,8 @@ def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str)
     Raises:
         ValueError: if the model is larger, has far more layers, or cannot be built.
     """
+    if not files:
+        raise ValueError(f"{name}: no file of weights, such as model.safetensors or pytorch_model.bin")
     shapes = [shape for file in files for shape in tensor_shapes(file, name)]
     held, limit = sum(map(math.prod, shapes)), MODULES_PER_TENSOR * len(shapes) + FURTHER_MODULES
     model = build_on_meta(build, limit, name)

@@ -59,6 +59,7 @@ JPEG_QUALITY = 85  # quality of the small copies in pages
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 PLUGIN_FORMATS = ("HEIF", "JXL")  # used if a program has registered them; HEIF by itself, with pillow-heif
 HEIF_SUFFIXES = frozenset({".heic", ".heif"})
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
 HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 MAX_PIXELS = 120_000_000
 MAX_PIXELS_VARIABLE = "D2SVSE_MAX_IMAGE_PIXELS"
@@ -363,17 +364,23 @@ def register_heif() -> bool:
     return True
 
 
-def _is_heif(prefix: bytes) -> bool:
-    return prefix[4:8] == b"ftyp" and prefix[8:12] in HEIF_BRANDS
+def _is_heif(file: BinaryIO) -> bool:
+    """Return whether a file is HEIF by its brands; AVIF has some of them too, beside its own."""
+    file.seek(0)
+    prefix = file.read(64)
+    file.seek(0)
+    if prefix[4:8] != b"ftyp" or prefix[8:12] not in HEIF_BRANDS:
+        return False
+    end = min(int.from_bytes(prefix[:4], "big"), len(prefix))
+    return AVIF_BRANDS.isdisjoint(prefix[first : first + 4] for first in range(16, end, 4))
 
 
 def image_format(file: BinaryIO) -> str | None:
     """Return the format of an encoded image by its first bytes; None for an unsupported format."""
-    file.seek(0)
+    if _is_heif(file):  # Pillow's plugin for AVIF would accept some of these
+        return "HEIF" if register_heif() else None
     prefix = file.read(16)
     file.seek(0)
-    if _is_heif(prefix):
-        register_heif()
     for name in (*FORMATS, *PLUGIN_FORMATS):
         accept = Image.OPEN[name][1] if name in Image.OPEN else None
         try:
@@ -387,7 +394,7 @@ def image_format(file: BinaryIO) -> str | None:
 def _from_file(file: BinaryIO, room: ExitStack, at_least: int | None, limit: int, finish: Finish[Result]) -> Result:
     kind = image_format(file)
     if kind is None:
-        if _is_heif(file.read(16)):
+        if _is_heif(file):
             raise _Refused("HEIC images need the package pillow-heif; pip install 'd2svse[heif]'")
         raise _Refused(f"not an image in a supported format ({', '.join(FORMATS)}); convert it, for example to JPEG")
     try:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -349,12 +350,19 @@ def check_kind(model_type: str, name: str = "") -> None:
         return
     called = f"{name}: " if name else ""
     kind, name = f"{called}a {model_type} model", name or "NAME"
+    expected = f"expected one of {', '.join(KINDS)}"
     if model_type in CAPTIONERS:
         use = f"it writes captions: d2svse caption local {name}"
-    elif model_type in CONFIG_MAPPING and {*getattr(CONFIG_MAPPING[model_type], "sub_configs", ())} & {*TOWERS}:
-        use = f"it is not a supported dual encoder; expected one of {', '.join(KINDS)}"
-    elif model_type in IMAGE_MODELS:
+    elif model_type not in CONFIG_MAPPING:
+        use = f"transformers does not know this kind; {expected}"
+    elif model_type == "siglip2":
+        use = f"it takes images of any shape (SigLIP 2 of a fixed size has the type siglip); {expected}"
+    elif {*getattr(CONFIG_MAPPING[model_type], "sub_configs", ())} & {*TOWERS}:
+        use = f"it is not a supported dual encoder; {expected}"
+    elif model_type in IMAGE_MODELS or model_type.endswith("_vision_model"):
         use = f"it encodes images only: join it with a text backbone, d2svse train --vision {name} --text TEXT"
+    elif model_type in IMAGE_PROCESSOR_MAPPING_NAMES:
+        use = f"it is not a supported dual encoder; {expected}"
     else:
         use = f"it encodes texts only: join it with a vision backbone, d2svse train --vision VISION --text {name}"
     raise ValueError(f"{kind} cannot be used for search as it is; {use}")

@@ -240,8 +240,7 @@ class ScoreDistillTask(AlignTask):
         assert joined.batch.caption_ids is not None
         captions, image_ids = joined.gather.rows(joined.batch.caption_ids), joined.image_ids
         images, texts = torch.stack([image_ids, captions]).tolist()
-        sides = self.teacher.features(images, texts)
-        sides = [side.to(joined.scores.device) for side in sides]
+        sides = [side.to(joined.scores.device) for side in self.teacher.features(images, texts)]
         with torch.no_grad(), evaluating(self.similarity):  # no dropout of its metric in the target
             target = self.similarity(*sides)
         losses = {"distill_loss": self.weight * self.distillation_loss(joined.scores, target, image_ids)}

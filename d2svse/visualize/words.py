@@ -51,16 +51,24 @@ def split_words(processor: D2SVSEProcessor, text: str) -> Words:
 
     The tokens of the processor's prompt count as special ones.
 
+    A tokenizer in Python does not report words; each of its tokens counts as one.
+
     Raises:
-        ValueError: if the text is empty, or the tokenizer does not report words.
+        ValueError: if the text is empty.
     """
     processor.tokenize([text])  # which checks the text
     tokenizer = processor.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not report the tokens of each word; use the fast form of the tokenizer"
-        )
     encoded, owners = processor.encoded_words(text, processor.max_length)
+    if not getattr(tokenizer, "is_fast", False):
+        pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        real = [position for position, owner in enumerate(owners) if owner is not None]
+        special = [(pieces[position], position) for position, owner in enumerate(owners) if owner is None]
+        return Words(
+            tuple(pieces[position].strip("▁") or pieces[position] for position in real),
+            tuple((position,) for position in real),
+            tuple(special),
+            bool(processor.report(text).cut[0]),
+        )
     first, names = processor.text_start(), encoded.tokens()
     encodings: Any = encoded.encodings
     spans = [(max(0, start - first), max(0, stop - first)) for start, stop in encoded["offset_mapping"]]

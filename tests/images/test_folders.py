@@ -82,6 +82,14 @@ def test_a_link_to_itself_can_be_excluded(name, target, tmp_path):
     assert [path.name for path in found.paths] == ["a.jpg"]
 
 
+def test_many_paths_that_cannot_be_read_are_told_at_once(tmp_path, caplog):
+    for row in range(5):
+        (tmp_path / f"{row}.jpg").symlink_to(tmp_path / "away" / f"{row}.jpg")
+    walk_images(tmp_path).tell(tmp_path)
+    assert len(caplog.messages) == 1
+    assert "5 paths cannot be read (No such file or directory), such as 0.jpg" in caplog.text
+
+
 def test_what_cannot_be_read_is_told(tmp_path, monkeypatch, caplog):
     touch(tmp_path, "a.jpg", "locked/b.jpg", "c/d.jpg")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")

@@ -514,3 +514,22 @@ def test_damaged_images_take_no_more_than_the_memory_that_is_allowed():
     done = subprocess.run([sys.executable, FUZZ, "--files", "450"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2 + 8
+
+
+@pytest.mark.parametrize(
+    ("major", "compatible", "heif"),
+    [
+        (b"mif1", (b"mif1", b"heic", b"miaf"), True),
+        (b"msf1", (b"hevc", b"msf1"), True),
+        (b"mif1", (b"mif1", b"avif", b"miaf"), False),
+        (b"heic", (), True),
+    ],
+)
+def test_heif_and_avif_are_told_apart_by_their_brands(monkeypatch, major, compatible, heif):
+    brands = b"".join(compatible)
+    head = (16 + len(brands)).to_bytes(4, "big") + b"ftyp" + major + bytes(4) + brands
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(ImageError) as told:
+        load_image(head + b"avif" + bytes(40))
+    assert ("pillow-heif" in str(told.value)) == heif

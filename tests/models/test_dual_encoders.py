@@ -207,7 +207,10 @@ def test_options_of_loading_that_do_not_fit_are_refused(save_dual, backbones, tm
         ({"model_type": "bert"}, "--vision VISION --text {}"),
         ({"model_type": "llava"}, "d2svse caption local {}"),
         ({"model_type": "groupvit"}, "not a supported dual encoder"),
-        ({"model_type": "siglip2"}, "not a supported dual encoder"),
+        ({"model_type": "siglip2"}, "SigLIP 2 of a fixed size has the type siglip"),
+        ({"model_type": "clip_vision_model"}, "--vision {} --text TEXT"),
+        ({"model_type": "vilt"}, "not a supported dual encoder"),
+        ({"model_type": "mobileclip"}, "transformers does not know this kind"),
         ({"model_type": "aimv2"}, "not a supported dual encoder"),
     ],
 )
@@ -216,6 +219,13 @@ def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, 
     with pytest.raises(ValueError, match="cannot be used for search") as told:
         D2SVSE.from_pretrained(tmp_path)
     assert advice.format(tmp_path) in str(told.value)
+
+
+def test_a_folder_without_weights_is_told(save_dual):
+    folder = save_dual("clip")[1]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no file of weights, such as model.safetensors"):
+        D2SVSE.from_pretrained(folder)
 
 
 def join_towers(vision, processor):

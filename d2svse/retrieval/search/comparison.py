@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,26 @@ from d2svse.text import visible
 
 # Largest share of an index that is dropped without --prune. A larger share often means an unmounted disk.
 PRUNED_UNASKED = 0.1
+CheckLost = Callable[[Collection[str]], None]
 
 
-def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, overwrite: bool) -> list[str]:
-    """Return the folders of the index that a build replaces; refuse an index of another model or source.
+def replaced_folders(
+    folder: Path, settings: IndexSettings, items: SourceItems, overwrite: bool
+) -> tuple[list[str], CheckLost]:
+    """Return the folders of the index that a build replaces, and a check of the items that the build skips.
 
     Raises:
-        FileExistsError: if the index is of another model or source and `overwrite` is false.
+        FileExistsError: if the index is of another model or source and `overwrite` is false; also by the check, if the
+            index would lose more than a tenth of its items.
     """
     if not (folder / MANIFEST).is_file():
-        return []
+        return [], lambda skipped: None
     hint = "; --overwrite (overwrite=True) replaces it"
     try:
         before = IndexSettings.read(folder)
     except ValueError as error:
         if overwrite:
-            return []
+            return [], lambda skipped: None
         raise FileExistsError(f"{error}{hint}") from None
     if not overwrite:
         if before.fingerprint != settings.fingerprint:
@@ -42,20 +46,26 @@ def replaced_folders(folder: Path, settings: IndexSettings, items: SourceItems, 
     try:
         vectors = load_index(own_folder(folder, before.vectors))
     except (FileNotFoundError, ValueError):  # the index is incomplete, and a new build repairs it
-        return [before.vectors]
+        return [before.vectors], lambda skipped: None
     try:
         known = dict(zip(vectors.ids, vectors.metadata_of(vectors.ids), strict=True)) if len(vectors) else {}
     finally:
         vectors.close()
-    if not overwrite:
-        there = set(same_items(items, known).values()) if settings.side == "image" else set(items.names)
+    same = same_items(items, known) if settings.side == "image" else {name: name for name in items.names}
+
+    def check_lost(skipped: Collection[str] = ()) -> None:
+        there = {id for name, id in same.items() if name not in skipped}
         lost = [id for id in known if id not in there]
-        if len(lost) > PRUNED_UNASKED * len(known):
+        if not overwrite and len(lost) > PRUNED_UNASKED * len(known):
+            what = "that cannot be read now" if skipped else "that this source lacks"
             raise FileExistsError(
-                f"{folder}: holds an index with {len(lost)} items that this source lacks, such as {lost[0]:.200}{hint}"
+                f"{folder}: holds an index with {len(lost)} items {what}, such as {lost[0]:.200}{hint}"
             )
+
+    check_lost()
     stores = {str(one["store"]) for one in known.values() if "store" in one} if before.candidates else set()
-    return [before.vectors, *(name for name in stores if OWN_NAME.fullmatch(name) and (folder / name).is_dir())]
+    own = [name for name in stores if OWN_NAME.fullmatch(name) and (folder / name).is_dir()]
+    return [before.vectors, *own], check_lost
 
 
 def _paths_of(known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -181,7 +181,8 @@ class ImageTextIndex:
             ImageError: if an image cannot be read with "error", or no image can be read.
             TypeError: if `model` is a name.
             ValueError: if an option is unknown or the source is not valid; see also `encode_images`.
-            FileExistsError: if the folder holds other files, or another index and `overwrite` is false.
+            FileExistsError: if the folder holds other files; or with `overwrite` false another index, or one that would
+                lose more than a tenth of its items.
             BlockingIOError: if another process is writing to the index.
         """
         check_model(model)
@@ -205,7 +206,7 @@ class ImageTextIndex:
             dtype=str(model.dtype).removeprefix("torch."),
             **origin_of(model),
         )
-        before = replaced_folders(folder, settings, items, overwrite)
+        before, check_lost = replaced_folders(folder, settings, items, overwrite)
         vectors = make_index(engine, model.vector_dim, fingerprint=fingerprint, **engine_options)
         try:
             _check_replaceable(vectors, folder, settings, before, overwrite)
@@ -220,6 +221,7 @@ class ImageTextIndex:
                 if not len(store):
                     first = store.skipped[0][1]
                     raise ImageError(f"none of the {len(items.names)} images can be read; the first: {first}")
+                check_lost({name for name, _ in store.skipped})
                 gone = list(vectors.ids)
                 add_store(vectors, model, store, settings, items.paths, gone, batch_size=batch_size, known={})
                 note_folders(folder, [settings.vectors])

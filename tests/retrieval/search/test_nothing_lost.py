@@ -216,6 +216,17 @@ def test_another_index_is_replaced_only_if_that_is_asked_for(model, make_model, 
     assert len(list((tmp_path / "i").glob("vectors-*"))) == 1
 
 
+def test_a_build_that_skips_images_does_not_replace_an_index_of_them(model, photos, tmp_path):
+    """As where a disk is gone after its folders were listed."""
+    ImageTextIndex.build(model, photos, tmp_path / "i")
+    for path in sorted(photos.iterdir())[:-1]:
+        path.write_bytes(b"")
+    with pytest.raises(FileExistsError, match=r"15 items that cannot be read now.*--overwrite"):
+        ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip")
+    assert len(ImageTextIndex.load(tmp_path / "i", model)) == 16
+    assert len(ImageTextIndex.build(model, photos, tmp_path / "i", on_bad_image="skip", overwrite=True)) == 1
+
+
 def test_a_build_removes_what_an_index_wrote_and_no_more(make_model, photos, tmp_path):
     model = make_model(similarity={"name": "omit"})
     home = tmp_path / "home"
