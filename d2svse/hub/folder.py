@@ -190,18 +190,23 @@ def check_vocabulary(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Turn transformers' errors about a model with its own code into one sentence.
+    """Turn transformers' errors about a model's code and packages into one sentence.
 
     Args:
         name: the folder or Hub id.
 
     Raises:
+        ImportError: if the tokenizer needs a package that is missing; the message names the extra.
         ValueError: if the model needs its own code, or has JSON that is nested too deep.
     """
     try:
         yield
     except RecursionError:
         raise ValueError(f"{name}: a JSON file is nested too deep") from None
+    except ImportError as error:
+        if "sentencepiece" not in str(error).lower():
+            raise
+        raise ImportError(f"{name}: its tokenizer needs sentencepiece; pip install 'd2svse[siglip]'") from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -381,8 +381,8 @@ class D2SVSE(Shimmed, PreTrainedModel):
             D2SVSEConfig.check_names(option for option in kwargs if option != "max_positions")
             files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
             states = [file_state(file) for file in files]  # before they are read
-            dual = load_dual_encoder(inner, attention)
-            adopted = cls.from_dual_encoder(dual, processor=own_processor or load_dual_processor(inner), **kwargs)
+            processor = own_processor or load_dual_processor(inner)  # which may need a package: before the weights
+            adopted = cls.from_dual_encoder(load_dual_encoder(inner, attention), processor=processor, **kwargs)
             adopted.weight_files = states
             adopted.name_or_path = adopted.config.name_or_path = name
             adopted.subfolder = subfolder

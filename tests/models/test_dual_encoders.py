@@ -1,11 +1,14 @@
 """Dual encoders of transformers: equal to the original, saved without it; other models are refused."""
 
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     BeitConfig,
     BertConfig,
     BertModel,
@@ -13,6 +16,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     PreTrainedModel,
+    SiglipTokenizer,
     SiglipVisionConfig,
     SwinConfig,
     VisionTextDualEncoderConfig,
@@ -24,6 +28,7 @@ from d2svse.losses import SigmoidLoss
 from d2svse.models import model_fingerprint
 from d2svse.models.dual_encoders import KINDS, stretch_positions
 from d2svse.training.building import tie_temperature
+from d2svse.visualize.words import split_words
 from support.dual_encoders import NAMES, TOWER, VISION, make_dual
 
 
@@ -224,8 +229,44 @@ def test_another_kind_of_model_is_refused_with_the_command_that_uses_it(config, 
 def test_a_folder_without_weights_is_told(save_dual):
     folder = save_dual("clip")[1]
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no file of weights, such as model.safetensors"):
+    with pytest.raises(ValueError, match="no file of weights, such as model"):
         D2SVSE.from_pretrained(folder)
+
+
+@pytest.fixture
+def siglip(save_dual):
+    """A SigLIP with a tokenizer of its own kind, which runs in Python."""
+    pieces = pytest.importorskip("sentencepiece", reason="the extra [siglip]")
+    folder, model = save_dual("siglip")[1], io.BytesIO()
+    options = {"vocab_size": 40, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "hard_vocab_limit": False}
+    words = ["a", "red", "circle", "blue", "star", "green", "square", "at", "the", "top", "left"]
+    lines = iter([" ".join(words)] * 50 + words * 20)
+    pieces.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, minloglevel=5, **options)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    SiglipTokenizer(str(folder / "spiece.model"), model_max_length=16).save_pretrained(folder)
+    return folder
+
+
+def test_siglip_with_its_own_tokenizer_is_searched_from_anywhere(siglip, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(siglip.parent)
+    index = ImageTextIndex.build(D2SVSE.from_pretrained(siglip.name), scenes / "val", tmp_path / "index")
+    assert index.search("a red circle", k=1)
+    shutil.copytree(siglip, tmp_path / "copy")
+    for place in (siglip, tmp_path / "copy"):
+        model = D2SVSE.from_pretrained(place)
+        assert ImageTextIndex.load(tmp_path / "index", model).search("a red circle", k=1)
+    assert "circle" in "".join(split_words(model.processor, "a red circle").texts)
+
+
+def test_the_package_of_siglips_tokenizer_is_named(siglip, monkeypatch):
+    def missing(*given, **options):
+        raise ImportError("SiglipTokenizer requires the SentencePiece library but it was not found")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(ImportError, match=r"its tokenizer needs sentencepiece; pip install 'd2svse\[siglip\]'"):
+        D2SVSE.from_pretrained(siglip)
 
 
 def join_towers(vision, processor):
