@@ -128,8 +128,8 @@ def add(
         batch_size=batch_size,
         on_bad_image=on_bad_image,
         prune=prune,
-        exclude=exclude or (),
-        follow_links=follow_links,
+        exclude=exclude or None,
+        follow_links=follow_links or None,
         show_progress_bar=True,
     )
     done = f"{len(changes.added)} added, {len(changes.changed)} encoded again, {len(changes.dropped)} dropped"

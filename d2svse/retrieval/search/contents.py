@@ -67,6 +67,8 @@ class IndexSettings:
         dtype: dtype of the model's weights, None in an index of an earlier version.
         revision: commit of a model of the Hub, None in an index of an earlier version.
         subfolder: subfolder of the model in its folder or repository, or None.
+        exclude: patterns of what is left out of the folder `source`.
+        follow_links: whether links to folders are followed there.
     """
 
     side: Side
@@ -79,6 +81,19 @@ class IndexSettings:
     dtype: str | None = None
     revision: str | None = None
     subfolder: str | None = None
+    exclude: list[str] = field(default_factory=list)
+    follow_links: bool = False
+
+    def of_walk(
+        self, source: Items, exclude: Sequence[str] | None, follow_links: bool | None
+    ) -> tuple[Sequence[str], bool]:
+        """Return the given options of `walk_images`; those that are None are the build's where the folder is too."""
+        own = isinstance(source, str | os.PathLike) and str(Path(source).resolve()) == self.source
+        if exclude is None:
+            exclude = self.exclude if own else ()
+        if follow_links is None:
+            follow_links = self.follow_links and own
+        return exclude, follow_links
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -110,9 +125,11 @@ def _check(settings: IndexSettings) -> None:
     optional = {"candidates", "model", "source", "dtype", "revision", "subfolder"}
     for name in (one.name for one in fields(settings)):
         value = getattr(settings, name)
-        kind: Any = bool if name == "draft" else str
+        kind: Any = {"draft": bool, "follow_links": bool, "exclude": list}.get(name, str)
         if not isinstance(value, kind) and not (value is None and name in optional):
             raise ValueError(f"{name} is {value!r:.80}")
+    if not all(isinstance(pattern, str) for pattern in settings.exclude):
+        raise ValueError(f"exclude is {settings.exclude!r:.80}")
     if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
         raise ValueError(f"side {settings.side!r:.80}, candidates {settings.candidates!r:.80}")
     if settings.revision is not None and not _COMMIT.fullmatch(settings.revision):

@@ -204,6 +204,8 @@ class ImageTextIndex:
             vectors=VECTORS + uuid.uuid4().hex[:12],
             source=items.path,
             dtype=str(model.dtype).removeprefix("torch."),
+            exclude=[exclude] if isinstance(exclude, str) else list(exclude),
+            follow_links=follow_links,
             **origin_of(model),
         )
         before, check_lost = replaced_folders(folder, settings, items, overwrite)
@@ -340,8 +342,8 @@ class ImageTextIndex:
         batch_size: int = 64,
         on_bad_image: OnBadImage = "error",
         prune: bool = False,
-        exclude: Sequence[str] = (),
-        follow_links: bool = False,
+        exclude: Sequence[str] | None = None,
+        follow_links: bool | None = None,
         show_progress_bar: bool = False,
     ) -> Changes:
         """Add new items, encode changed ones again, and drop images that are missing from a folder.
@@ -356,8 +358,9 @@ class ImageTextIndex:
             on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
             prune: allow to drop more than a tenth of the index, or all images below a folder. Without it this is an
                 error, because an unmounted disk is the usual cause.
-            exclude: patterns of names or paths in a folder that are left out, see `build`.
-            follow_links: follow links to folders in a folder.
+            exclude: patterns of names or paths in a folder that are left out, see `build`; None for those of the build
+                if the folder is the same.
+            follow_links: follow links to folders in a folder; None as for `exclude`.
             show_progress_bar: show a progress bar on the terminal.
 
         Raises:
@@ -366,6 +369,7 @@ class ImageTextIndex:
                 process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
+        exclude, follow_links = self._opened.settings.of_walk(source, exclude, follow_links)
         items = read_items(
             source,
             self.side,

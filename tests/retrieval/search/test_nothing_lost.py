@@ -189,6 +189,17 @@ def test_a_changed_image_keeps_its_id_under_every_spelling(make_model, photos, s
     assert not index.add([first, third]).changed
 
 
+def test_an_add_leaves_out_what_the_build_of_the_same_folder_left_out(model, deep, scenes, tmp_path):
+    shutil.copytree(scenes / "val", deep / "thumbs")
+    (deep / "more").symlink_to(scenes / "train", target_is_directory=True)
+    index = ImageTextIndex.build(model, deep, tmp_path / "i", exclude=["thumbs", "000001*"], follow_links=True)
+    count = len(index)
+    assert not index.add(deep).added
+    assert len(ImageTextIndex.load(tmp_path / "i", model)) == count
+    assert len(index.add(deep / "thumbs").added) == 16
+    assert index.add(deep, exclude=["thumbs"]).added
+
+
 def test_links_to_folders_are_followed_where_that_is_asked_for(model, deep, scenes, tmp_path):
     (deep / "link").symlink_to(scenes / "val")
     index = ImageTextIndex.build(model, deep, tmp_path / "i")
