@@ -85,7 +85,7 @@ def build(
 
     check_index_folder(output)
     if not source.exists():  # the model may have to be downloaded
-        raise FileNotFoundError(f"{source}: no such file or folder")
+        raise FileNotFoundError(f"{source}: no such folder or file")
     options: dict[str, Any] = parse_assignments(engine_option or [], "--engine-option")
     own = {"dim", "fingerprint", "engine_options", *inspect.signature(ImageTextIndex.build).parameters}
     if refused := sorted(own & options.keys()):

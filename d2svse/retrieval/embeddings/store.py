@@ -15,6 +15,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -210,6 +211,7 @@ def encode_images(
     on_bad_image: OnBadImage = "error",
     draft: bool = False,
     replace: bool = False,
+    earlier: Sequence[str | os.PathLike[str]] = (),
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
     """Encode images into a store, chunk by chunk; after a kill, the next call continues at the next chunk.
@@ -228,6 +230,8 @@ def encode_images(
         on_bad_image: "error" to stop at an unreadable image, "skip" to list it and continue.
         draft: decode large JPEG files at a reduced size, see `D2SVSE.encode_image`.
         replace: replace a store of another model, list or kind.
+        earlier: folders of other stores, finished or not; what they hold of unchanged items is taken from there, if
+            they are of the same model and kind.
         show_progress_bar: show a progress bar on the terminal.
 
     Raises:
@@ -262,6 +266,7 @@ def encode_images(
         batch_size,
         show_progress_bar,
         replace,
+        earlier,
         may_lack=lambda name: on_bad_image == "skip" and not is_readable(by_name[name]),
     )
 
@@ -278,6 +283,7 @@ def encode_texts(
     dense: bool = False,
     max_length: int | None = None,
     replace: bool = False,
+    earlier: Sequence[str | os.PathLike[str]] = (),
     show_progress_bar: bool = False,
 ) -> EmbeddingStore:
     """Encode texts into a store; `encode_images` for texts.
@@ -297,6 +303,8 @@ def encode_texts(
         dense: the texts are dense captions, see `D2SVSE.encode_text`.
         max_length: longest text in tokens, see `D2SVSE.encode_text`.
         replace: replace a store of another model, list or kind.
+        earlier: folders of other stores, finished or not; what they hold of unchanged items is taken from there, if
+            they are of the same model and kind.
         show_progress_bar: show a progress bar on the terminal.
 
     Raises:
@@ -323,7 +331,8 @@ def encode_texts(
         options: dict[str, Any] = {"batch_size": batch_size, "output": output, "dense": dense}
         return model.text_batches(part, max_length=max_length, on_report=reports.append, **options)
 
-    store = write_store(names, folder, description, encode, lambda _: None, batch_size, show_progress_bar, replace)
+    options: Any = batch_size, show_progress_bar, replace, () if in_batches else earlier
+    store = write_store(names, folder, description, encode, lambda _: None, *options)
     if reports:
         TextReport.join(reports).warn()
     return store
@@ -355,6 +364,7 @@ def write_store(
     batch_size: int,
     show_progress_bar: bool = False,
     replace: bool = False,
+    earlier: Sequence[str | os.PathLike[str]] = (),
     may_lack: Callable[[str], bool] = lambda name: True,
 ) -> EmbeddingStore:
     """Write a store chunk by chunk; after a kill, the next call continues at the next chunk.
@@ -370,6 +380,7 @@ def write_store(
         batch_size: items that `encode` processes at a time.
         show_progress_bar: show a progress bar on the terminal.
         replace: replace a store of another kind or list.
+        earlier: folders of other stores, from which the embeddings of unchanged items are taken; see `encode_images`.
         may_lack: tells whether a finished chunk may lack an item; if not, the chunk is encoded again.
 
     Raises:
@@ -392,20 +403,26 @@ def write_store(
         write_json(folder / DESCRIPTION, description)
         chunks = _chunks(folder, description)
         size = kind["shard_size"]
+        taken = _held([one for one in map(Path, earlier) if one != folder], kind)
         open_ones = []
         for number, chunk in enumerate(chunks):
             states = [state(name) for name in names[number * size : (number + 1) * size]]
             if not _holds(chunk, states, description, may_lack):
-                open_ones.append((chunk, names[number * size : (number + 1) * size], states))
-        total = sum(-(-len(part) // batch_size) for _, part, _ in open_ones)
+                part = names[number * size : (number + 1) * size]
+                held = {row: taken[name] for row, name in enumerate(part) if name in taken}
+                held = {row: one for row, one in held.items() if one.state == states[row]}
+                open_ones.append((chunk, part, states, held))
+        total = sum(-(-(len(part) - len(held)) // batch_size) for _, part, _, held in open_ones)
 
         def batches() -> Iterator[None]:
-            for chunk, part, states in open_ones:
-                skipped: dict[int, str] = {}
-                encoded = []
-                for rows, features in encode(part, skipped):
-                    encoded.append((rows, _compact(features, kind["dtype"])))
+            for chunk, part, states, held in open_ones:
+                left = [row for row in range(len(part)) if row not in held]
+                reasons: dict[int, str] = {}
+                encoded = [([row], one.compact()) for row, one in held.items()]
+                for rows, features in encode([part[row] for row in left], reasons) if left else ():
+                    encoded.append(([left[row] for row in rows], _compact(features, kind["dtype"])))
                     yield
+                skipped = {left[row]: reason for row, reason in reasons.items()}
                 _write_chunk(chunk, part, states, skipped, encoded, description)
 
         for _ in progress_bar(batches(), f"Encoding {kind['side']}s", total, "batches", show_progress_bar):
@@ -563,6 +580,36 @@ def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     if offsets[0] or (np.diff(offsets) < 0).any():
         raise ValueError(f"{chunk}: the token offsets must not decrease; encode again")
     return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
+
+
+class _Held(NamedTuple):
+    """An item of another store."""
+
+    chunk: _Chunk
+    row: int
+    state: Any
+
+    def compact(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return what `_compact` gives for this item."""
+        pooled, offsets = self.chunk.pooled[self.row : self.row + 1], self.chunk.offsets
+        if self.chunk.tokens is None or offsets is None:
+            return pooled, []
+        return pooled, [self.chunk.tokens[offsets[self.row] : offsets[self.row + 1]]]
+
+
+def _held(stores: Sequence[Path], kind: Mapping[str, Any]) -> dict[str, _Held]:
+    """Return the items of stores of one kind, whose chunks need not all be there."""
+    found: dict[str, _Held] = {}
+    for folder in stores:
+        with suppress(ValueError, FileNotFoundError):  # a broken store gives nothing
+            description = _read_description(folder)
+            if description is None or any(description.get(name) != value for name, value in kind.items()):
+                continue
+            for chunk in filter(Path.is_dir, _chunks(folder, description)):
+                opened = _open_chunk(chunk, description)
+                for row, (name, position) in enumerate(zip(opened.items["ids"], opened.items["places"], strict=True)):
+                    found[name] = _Held(opened, row, opened.items["states"][position])
+    return found
 
 
 def is_readable(image: str | os.PathLike[str]) -> bool:

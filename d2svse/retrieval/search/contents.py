@@ -255,6 +255,7 @@ def read_items(
     exclude: Sequence[str] = (),
     follow_links: bool = False,
     allow_missing: bool = False,
+    may_be_gone: bool = False,
 ) -> SourceItems:
     """Return the items of a source, without duplicates.
 
@@ -266,6 +267,7 @@ def read_items(
         exclude: patterns of names or paths in a folder that are left out; see `walk_images`.
         follow_links: follow links to folders in a folder.
         allow_missing: accept images of a manifest whose file is missing.
+        may_be_gone: accept a missing folder of images as an empty one.
 
     Raises:
         FileNotFoundError: if the file or folder is missing, or holds no image.
@@ -290,7 +292,10 @@ def read_items(
         _check_manifest(Path(path))
         names = [_path(record.image) for record in read_manifest(source, allow_missing=allow_missing)]  # type: ignore[arg-type]
     else:
-        found = walk_images(path, exclude=exclude, follow_links=follow_links)
+        if may_be_gone and not os.path.lexists(path):
+            found = FoundImages(roots=[Path(path)])
+        else:
+            found = walk_images(path, exclude=exclude, follow_links=follow_links)
         found.tell(Path(path))
         if not found.paths and not may_be_empty:
             raise FileNotFoundError(f"{path}: no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -408,6 +413,9 @@ def encode_items(
 ) -> EmbeddingStore:
     """Encode items into a store; its name is a hash of the items, so that a later call continues a stopped one.
 
+    What another store of the index holds of these items is taken from there, such as that of a stopped call with other
+    items.
+
     A store of the index is never written to.
 
     Args:
@@ -440,8 +448,10 @@ def encode_items(
     chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])
     store = folder / chosen
+    stores = (folder / one for one in sorted(noted_folders(folder)) if one.startswith(STORE))
     options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}
     options |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+    options["earlier"] = [one for one in stores if one.is_dir()]
     if settings.side == "text":
         return encode_texts(model, names, store, **options)
     return encode_images(model, names, store, on_bad_image=on_bad_image, draft=settings.draft, **options)

@@ -356,8 +356,8 @@ class ImageTextIndex:
                 whose files are missing are dropped.
             batch_size: items encoded at a time.
             on_bad_image: "error" to stop at an unreadable image, "skip" to leave it out and list it.
-            prune: allow to drop more than a tenth of the index, or all images below a folder. Without it this is an
-                error, because an unmounted disk is the usual cause.
+            prune: allow to drop more than a tenth of the index, or all images below a folder, also of a folder that is
+                gone. Without it this is an error, because an unmounted disk is the usual cause.
             exclude: patterns of names or paths in a folder that are left out, see `build`; None for those of the build
                 if the folder is the same.
             follow_links: follow links to folders in a folder; None as for `exclude`.
@@ -377,6 +377,7 @@ class ImageTextIndex:
             exclude=exclude,
             follow_links=follow_links,
             allow_missing=on_bad_image == "skip",
+            may_be_gone=prune,
         )
         with write_lock(self.folder):
             opened = self._read_again()
@@ -416,6 +417,8 @@ class ImageTextIndex:
             if known[id]["state"] != items.states[name] and items.states[name] is not None
         ]
         gone = gone_items(items, known, set(same.values()))
+        if items.path is not None and not gone and not os.path.lexists(items.path):
+            raise FileNotFoundError(f"{items.path}: no such folder, and the index has no image of it")
         if absent and on_bad_image == "error":
             raise ImageError(
                 f"{absent[0]}: no such image; restore it, or leave such images out with --on-bad-image skip"

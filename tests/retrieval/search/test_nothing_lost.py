@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from d2svse import ImageTextIndex
+from d2svse import D2SVSE, ImageTextIndex
 from d2svse.images import ImageError
 from d2svse.models import model_fingerprint
 from d2svse.retrieval import encode_images, load_index, make_index
 from d2svse.retrieval.embeddings.store import EmbeddingStore
-from d2svse.retrieval.search import stored
+from d2svse.retrieval.search import contents, stored
 from d2svse.retrieval.search.comparison import gone_items
 from d2svse.retrieval.search.contents import IndexSettings, read_items
 from d2svse.retrieval.vectors.exact import ExactIndex
@@ -63,6 +63,18 @@ def test_a_folder_that_is_empty_or_mostly_gone_drops_nothing_unasked(model, deep
     assert len(changes.dropped) == 2
     assert not changes.changed
     assert len(index) == 14
+
+
+def test_the_images_of_a_folder_that_is_gone_are_dropped_if_that_is_asked_for(model, deep, scenes, tmp_path):
+    index = ImageTextIndex.build(model, deep, tmp_path / "i")
+    deep.rename(tmp_path / "moved")
+    assert len(index.add(tmp_path / "moved").added) == 16
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        index.add(deep)
+    with pytest.raises(FileNotFoundError, match="and the index has no image of it"):
+        index.add(tmp_path / "other", prune=True)
+    assert len(index.add(deep, prune=True).dropped) == 16
+    assert {str(Path(hit.id).parent) for hit in index.search("a red circle", k=16)} <= {str(tmp_path / "moved")}
 
 
 def test_all_that_was_below_a_folder_is_not_dropped_unasked_be_it_little(model, deep, scenes, tmp_path):
@@ -271,6 +283,36 @@ def test_a_killed_build_goes_on_and_its_leftovers_go(make_model, photos, tmp_pat
     ImageTextIndex.build(model, photos, tmp_path / "i")
     assert not seen
     assert not list((tmp_path / "i").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["cosine", "max-mean"])
+def test_a_build_that_stops_at_an_image_keeps_the_others(make_model, photos, tmp_path, monkeypatch, name):
+    model, encoded = make_model(similarity=name), []
+    monkeypatch.setattr(contents, "encode_images", partial(encode_images, chunk_size=4))
+    batches = D2SVSE.image_batches
+
+    def counted(self, sources, **options):
+        encoded.extend(map(os.fspath, sources))
+        return batches(self, sources, **options)
+
+    monkeypatch.setattr(D2SVSE, "image_batches", counted)
+    paths = sorted(photos.iterdir())
+    whole = paths[9].read_bytes()
+    paths[9].write_bytes(b"")
+    with pytest.raises(ImageError):
+        ImageTextIndex.build(model, photos, tmp_path / "i", batch_size=4)
+    assert len(encoded) == 12
+    encoded.clear()
+    paths[9].unlink()
+    index = ImageTextIndex.build(model, photos, tmp_path / "i", batch_size=4)
+    assert len(encoded) == 7  # those before the one that is gone, in two chunks, are there
+    fresh = ImageTextIndex.build(model, photos, tmp_path / "fresh", batch_size=4)
+    for query in ("a red circle", "a blue star"):
+        assert index.search(query, k=5) == fresh.search(query, k=5)
+    paths[9].write_bytes(whole)
+    encoded.clear()
+    assert index.add(photos, batch_size=4).added == [str(paths[9])]
+    assert encoded == [str(paths[9])]
 
 
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
