@@ -74,7 +74,7 @@ def test_the_images_of_a_folder_that_is_gone_are_dropped_if_that_is_asked_for(mo
     with pytest.raises(FileNotFoundError, match="and the index has no image of it"):
         index.add(tmp_path / "other", prune=True)
     assert len(index.add(deep, prune=True).dropped) == 16
-    assert {str(Path(hit.id).parent) for hit in index.search("a red circle", k=16)} <= {str(tmp_path / "moved")}
+    assert all(id.startswith(str(tmp_path / "moved")) for id in index.vectors.ids)
 
 
 def test_all_that_was_below_a_folder_is_not_dropped_unasked_be_it_little(model, deep, scenes, tmp_path):
