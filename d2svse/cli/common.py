@@ -31,7 +31,10 @@ Device = Annotated[
         help="Where the model runs: cpu, cuda, cuda:1, mps, ….", show_default="the accelerator if there is one"
     ),
 ]
-Dtype = Annotated[choices.Dtype | None, typer.Option(help="Type of the weights.", show_default="as saved; float32 for a dual encoder")]
+Dtype = Annotated[
+    choices.Dtype | None,
+    typer.Option(help="Type of the weights.", show_default="as saved; float32 for a dual encoder"),
+]
 
 
 def examples(*commands: str) -> str:
