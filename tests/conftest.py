@@ -8,7 +8,7 @@ import sys
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is loaded; the workers share the cores
-_ENDED = itertools.count(1)
+_TESTS_ENDED = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +47,6 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Leave what tests have loaded out of garbage collections as well; every training and loading has some."""
-    if not next(_ENDED) % 50:
+    if not next(_TESTS_ENDED) % 50:
         gc.collect()
         gc.freeze()

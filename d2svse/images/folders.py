@@ -85,10 +85,10 @@ class FoundImages:
                 f"{shown(folder)}: did not follow {len(self.links)} links to folders, such as "
                 f"{_below(self.links[0], folder)}; --follow-links (follow_links=True) does"
             )
-        of_reason: dict[str, list[Path]] = {}
+        by_reason: dict[str, list[Path]] = {}
         for path, reason in self.unread.items():
-            of_reason.setdefault(reason, []).append(path)
-        for reason, paths in of_reason.items():
+            by_reason.setdefault(reason, []).append(path)
+        for reason, paths in by_reason.items():
             what, such = f"{shown(paths[0])}:", ""
             if len(paths) > 1:
                 what, such = f"{shown(folder)}: {len(paths)} paths", f", such as {_below(paths[0], folder)}"

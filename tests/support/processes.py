@@ -70,7 +70,7 @@ def start_server() -> None:
     def fork(interpreter: object, arguments: Sequence[str], kept: Sequence[int]) -> int:
         return os.fork() or _serve(arguments[-1], kept)
 
-    with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork):  # in place of a new interpreter
+    with mock.patch.object(multiprocessing.util, "spawnv_passfds", fork):  # the server needs no new interpreter
         multiprocessing.forkserver.ensure_running()
 
 

@@ -84,7 +84,7 @@ class IndexSettings:
     exclude: list[str] = field(default_factory=list)
     follow_links: bool = False
 
-    def of_walk(
+    def walk_options(
         self, source: Items, exclude: Sequence[str] | None, follow_links: bool | None
     ) -> tuple[Sequence[str], bool]:
         """Return the given options of `walk_images`; those that are None are the build's where the folder is too."""
@@ -448,7 +448,8 @@ def encode_items(
     chosen = next(one for one in numbered if one not in in_use and one not in live)
     note_folders(folder, [chosen])
     store = folder / chosen
-    stores = (folder / one for one in sorted(noted_folders(folder)) if one.startswith(STORE))
+    unused = noted_folders(folder).difference(in_use)  # those in use may be many, and an add has none of their items
+    stores = (folder / one for one in sorted(unused) if one.startswith(STORE))
     options: dict[str, Any] = {"output": output, "dtype": "float16" if output == "features" else "float32"}
     options |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
     options["earlier"] = [one for one in stores if one.is_dir()]

@@ -369,7 +369,7 @@ class ImageTextIndex:
                 process built the index again with another model; the index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
-        exclude, follow_links = self._opened.settings.of_walk(source, exclude, follow_links)
+        exclude, follow_links = self._opened.settings.walk_options(source, exclude, follow_links)
         items = read_items(
             source,
             self.side,
