@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from d2svse.features import at_least_float32, sent
 
@@ -146,37 +145,39 @@ class GeneralizedPooling(nn.Module):
         return state, now, kept, table
 
     def _compute(self, lengths: Sequence[int]) -> Tensor:
-        like, longest = next(self.gru.parameters()), lengths[-1]  # a quantized linear layer has no weight to read
-        make = _packing.__wrapped__ if torch.compiler.is_compiling() else _packing  # no tensors of a trace are kept
-        positions, source, target, sizes = make(tuple(lengths), self.position_dim, like.device)
-        packed = PackedSequence(positions.to(like.dtype)[source], sizes)
+        """Return the coefficients of lengths in ascending order, all by one pass of the GRU.
+
+        The GRU sees each row with its padding first. So its backward half never meets the padding, and its forward half
+        is that of the longest row, whose first steps are those of every row. A batch without packing has fast kernels
+        in cuDNN, which start once and not at each step.
+        """
+        like = next(self.gru.parameters())  # a quantized linear layer has no weight to read
+        make = _padded.__wrapped__ if torch.compiler.is_compiling() else _padded  # no tensors of a trace are kept
+        positions, source, target, real = make(tuple(lengths), self.position_dim, like.device)
         if self.gru.training != torch.is_grad_enabled():
             # cuDNN has a backward pass in train mode only. A GRU of one layer computes the same in both modes.
             self.gru.train(torch.is_grad_enabled())
-        forwards, backwards = self.gru(packed)[0].data.split(self.hidden_dim, dim=-1)
-        scores = at_least_float32(self.linear((forwards + backwards) / 2).squeeze(-1)) / self.softmax_temperature
-        table = scores.new_full((len(lengths) * longest,), -torch.inf).scatter(0, target, scores)
-        return table.view(len(lengths), longest).softmax(-1)
+        forwards, backwards = self.gru(positions.to(like.dtype)[source])[0].split(self.hidden_dim, dim=-1)
+        backwards = backwards.gather(1, target.unsqueeze(-1).expand_as(backwards))
+        scores = at_least_float32(self.linear((forwards[-1] + backwards) / 2).squeeze(-1)) / self.softmax_temperature
+        return scores.masked_fill(~real, -torch.inf).softmax(-1)
 
 
 @functools.lru_cache(16)
-def _packing(lengths: tuple[int, ...], dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the positions up to the longest length, and how they make a packed sequence.
-
-    A packed sequence holds the first step of every row, then the second, and so on; the longest row comes first.
-    torch's functions for it run a kernel for each length, and send the order of the rows to the device and back.
+def _padded(lengths: tuple[int, ...], dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the positions up to the longest length, and how they make a batch with the padding first.
 
     Returns:
-        The positions, the position of each packed step, its place in the flat table of coefficients, and the number of
-        rows in each step. Sines differ between devices, and the coefficients are sensitive: all devices take those of
-        the CPU.
+        The positions `(longest, dim)`; and for each row and step, `(len(lengths), longest)`, the position in the padded
+        batch, the padded step of this position, and whether the row has this position. Sines differ between devices,
+        and the coefficients are sensitive: all devices take those of the CPU.
     """
-    step, row = np.nonzero(np.arange(lengths[-1])[:, None] < np.array(lengths)[::-1])
-    target = (len(lengths) - 1 - row) * lengths[-1] + step
+    step, padding = np.arange(lengths[-1]), lengths[-1] - np.array(lengths)[:, None]
+    indices = np.stack([np.maximum(step - padding, 0), np.minimum(step + padding, lengths[-1] - 1)])
     with torch.inference_mode(False), torch.no_grad():  # or else no later backward pass could read them
-        places = sent(torch.from_numpy(np.stack([step, target])), device)
+        source, target = sent(torch.from_numpy(indices), device)
         positions = sent(sinusoidal_positions(lengths[-1], dim), device)
-        return positions, places[0], places[1], torch.from_numpy(np.bincount(step))
+        return positions, source, target, sent(torch.from_numpy(step + padding < lengths[-1]), device)
 
 
 class MeanPooling(nn.Module):

@@ -182,7 +182,8 @@ def test_the_backward_pass_in_eval_mode_suits_cudnn(gpo, batch, monkeypatch):
     modes, compute = [], torch._VF.gru
 
     def gru(*given):
-        modes.append(given[-2])
+        *_, training, _, _ = given  # bidirectional and batch_first come last
+        modes.append(training)
         return compute(*given)
 
     monkeypatch.setattr(torch._VF, "gru", gru)
@@ -197,15 +198,14 @@ def test_the_backward_pass_in_eval_mode_suits_cudnn(gpo, batch, monkeypatch):
 
 def test_coefficients_are_made_once_for_a_length_in_inference(gpo, batch):
     asked = []
-    gpo.gru.register_forward_pre_hook(lambda _, given: asked.append(given[0].batch_sizes.tolist()))
+    gpo.gru.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[:2]))
     tokens, mask = batch
     with torch.no_grad():
         gpo(tokens, mask)
         gpo(tokens, mask)
         gpo(tokens)
         gpo(tokens[:, :2])
-    assert [len(sizes) for sizes in asked] == [7, 2]  # the longest of a call
-    assert [sizes[0] for sizes in asked] == [3, 1]  # lengths 1, 3 and 7, then 2
+    assert asked == [(3, 7), (1, 2)]  # lengths 1, 3 and 7, then 2; the longest of a call
 
 
 @pytest.mark.parametrize("name", [name for name in POOLINGS if name != "cls"])
