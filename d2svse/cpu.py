@@ -1,13 +1,19 @@
-"""Choose the device, and on a CPU the number of threads from the usable cores."""
+"""Choose the device, and on a CPU the number of threads from the usable cores; work in such threads."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 JOBS = "D2SVSE_JOBS"  # set by a sweep, for its runs
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -32,6 +38,33 @@ def usable_cores() -> int:
 def own_cores() -> int:
     """Return this process's share of the usable cores, among the processes of torchrun on this machine."""
     return max(1, usable_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Generator[Result, None, None]:
+    """Yield the result of a function for each item, in order; as many threads as `own_cores` call it.
+
+    An error of a call is raised in its turn. An error, or the end of the generator by `close`, cancels the calls that
+    have not started, and waits for the others.
+
+    Args:
+        function: a function of one item.
+        items: the items.
+        ahead: the most items that are read before the result of the first of them is yielded, at least 1.
+    """
+    with ThreadPoolExecutor(own_cores()) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
 def choose_threads() -> None:

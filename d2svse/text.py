@@ -1,8 +1,9 @@
-"""Check texts; show any name safely on a terminal."""
+"""Check and parse texts; show any name safely on a terminal."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -43,3 +44,21 @@ def check_text(text: Any, where: str) -> str:
             "correct or remove it"
         )
     return text
+
+
+def parse_numbers(text: str, what: str, kind: Callable[[str], Any] = float) -> list[Any]:
+    """Return the numbers of a text that separates them by commas.
+
+    Args:
+        text: the text, such as "0,0.5".
+        what: name of the option, for the message.
+        kind: type of the numbers, `float` or `int`.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{what} takes {numbers} separated by commas, got {text!r}") from None

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -49,3 +52,41 @@ def test_the_accelerator_is_taken_where_there_is_one_and_threads_are_chosen_for_
     assert chosen == ["threads"]
     with pytest.raises(ValueError, match="device 'cuda:2' is not here"):
         cpu.choose_device("cuda:2")
+
+
+def test_results_of_threads_keep_the_order_of_the_items_and_few_are_read_ahead(monkeypatch):
+    monkeypatch.setattr(cpu, "own_cores", lambda: 3)
+    read = []
+    items = (read.append(number) or number for number in range(20))
+    for place, result in enumerate(cpu.map_in_threads(lambda number: number**2, items, 5)):
+        assert result == place**2
+        assert len(read) == min(place + 5, 20)
+    assert place == 19
+    assert list(cpu.map_in_threads(str, [], 5)) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_error_and_a_close_cancel_the_calls_that_wait(monkeypatch, fails):
+    started, ended = [], threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            ended.set()
+            super().shutdown(**options)
+
+    def call(number):
+        started.append(number)
+        if number == 1 and fails:
+            raise ValueError("one")
+        return number != 2 or ended.wait(60)
+
+    monkeypatch.setattr(cpu, "own_cores", lambda: 1)
+    monkeypatch.setattr(cpu, "ThreadPoolExecutor", Pool)
+    results = cpu.map_in_threads(call, range(100), 10)
+    assert next(results)
+    if fails:
+        with pytest.raises(ValueError, match="one"):
+            next(results)
+    else:
+        results.close()
+    assert started == [0, 1, 2][: len(started)]

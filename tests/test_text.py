@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2svse.files.data import parse_json, read_json, read_lines, split_lines, to_json
-from d2svse.text import check_text, visible
+from d2svse.text import check_text, parse_numbers, visible
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path):
@@ -60,3 +60,12 @@ def test_what_controls_a_terminal_is_shown():
 def test_what_is_no_text_is_named(text):
     with pytest.raises(ValueError, match=r"^a\.jsonl:3: "):
         check_text(text, "a.jsonl:3")
+
+
+def test_numbers_are_separated_by_commas():
+    assert parse_numbers("0, 0.5", "x") == [0, 0.5]
+    assert parse_numbers("1,2", "x", int) == [1, 2]
+    with pytest.raises(ValueError, match=r"--seeds takes whole numbers separated by commas, got '1,2\.5'"):
+        parse_numbers("1,2.5", "--seeds", int)
+    with pytest.raises(ValueError, match="--weights takes numbers separated by commas, got '1,,2'"):
+        parse_numbers("1,,2", "--weights")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from transformers import (
 
 from d2svse.captioning.images import ImageToCaption, Outcome, Sampling
 from d2svse.captioning.text import find_fault
-from d2svse.choices import Dtype
+from d2svse.choices import Dtype, check_positive, check_type
 from d2svse.cpu import choose_device
 from d2svse.hub.folder import check_contents, loading
 from d2svse.hub.weights import check_finite, weight_files
@@ -89,8 +89,7 @@ class LlavaCaptioner:
     """
 
     def __init__(self, model: Any, processor: Any, sampling: Sampling, batch_size: int = 8, tries: int = 3) -> None:
-        if batch_size < 1 or tries < 1:
-            raise ValueError(f"batch_size and tries must be positive, got {batch_size} and {tries}")
+        check_positive(batch_size=batch_size, tries=tries)
         self.model, self.processor, self.sampling = model, processor, sampling
         self.batch_size, self.tries = batch_size, tries if sampling.temperature > 0 else 1
         processor.tokenizer.padding_side = "left"
@@ -128,8 +127,7 @@ class LlavaCaptioner:
             OSError: if the model does not exist or lacks a file.
             ValueError: if the model does not generate text from images, or the dtype or the device is unknown.
         """
-        if dtype not in get_args(Dtype):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+        check_type("dtype", dtype, Dtype)
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise FileNotFoundError(f"{name}: no such model folder")
         target = choose_device(device)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from d2svse.cli.common import examples, prepare_process
+from d2svse.text import parse_numbers
 
 EXAMPLES = examples(
     "d2svse average runs/a/model runs/b/model runs/c/model -o soup",
@@ -26,15 +27,8 @@ def average(
 
     The result has the configuration and the processor of the first model. LoRA is merged into the weights before.
     """
-    shares = None if weights is None else [_number(part) for part in weights.split(",")]
+    shares = None if weights is None else parse_numbers(weights, "--weights")
     prepare_process("cpu")
     from d2svse.models.averaging import average_models
 
     average_models(models, shares).save_pretrained(output)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--weights takes numbers separated by commas, got {text!r}") from None

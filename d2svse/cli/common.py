@@ -117,6 +117,12 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
     return result
 
 
+def given_flags(context: typer.Context, *names: str) -> list[str]:
+    """Return the flags that the command line has, of parameters of a command."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name != "DEFAULT"]
+
+
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None, signed: bool = False) -> None:
     """Print a table of recalls in percent with a row for each name; a dash stands for a missing metric.
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from d2svse.choices import DataFormat
-from d2svse.cli.common import Device, Dtype, OnBadImage, check_model_name, examples, load_model, print_table
+from d2svse.cli.common import (
+    Device,
+    Dtype,
+    OnBadImage,
+    check_model_name,
+    examples,
+    given_flags,
+    load_model,
+    print_table,
+)
 from d2svse.text import visible
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ EXAMPLES = examples(
 
 
 def compare(
+    context: typer.Context,
     first: Annotated[str, typer.Argument(help="Run of d2svse sweep (its folder or record); with --data, a model.")],
     others: Annotated[list[str], typer.Argument(help="Runs or models to compare with the first.")],
     data: Annotated[str | None, typer.Option(help="Rank these data with models: see d2svse eval --data.")] = None,
@@ -28,14 +38,10 @@ def compare(
     format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     on_bad_image: OnBadImage = "error",
-    on: Annotated[
-        str | None, typer.Option(help="Set of the runs: val, or a test set of the sweep.", show_default="val")
-    ] = None,
+    on: Annotated[str, typer.Option(help="Set of the runs: val, or a test set of the sweep.")] = "val",
     draws: Annotated[int, typer.Option(help="Draws of the bootstrap.", min=100)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images and texts encoded at a time.", show_default="128")
-    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.")] = 128,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result to this JSON file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -44,20 +50,11 @@ def compare(
 
     Each draw takes images with all their captions. An interval without 0 is a difference that other images would show.
     """
-    if data is not None and on is not None:
+    if data is not None and given_flags(context, "on"):
         raise ValueError(f"--on {on} is a set of runs; with --data, models rank these data")
-    of_models = {
-        "--split": split,
-        "--format": format != "auto",
-        "--image-folder": image_folder,
-        "--on-bad-image": on_bad_image != "error",
-        "--batch-size": batch_size is not None,
-        "--device": device,
-        "--dtype": dtype,
-    }
-    if data is None and (given := [name for name, value in of_models.items() if value]):
+    of_models = ("split", "format", "image_folder", "on_bad_image", "batch_size", "device", "dtype")
+    if data is None and (given := given_flags(context, *of_models)):
         raise ValueError(f"{', '.join(given)}: for models, which rank --data; runs are compared by their records")
-    on = on or "val"
     from d2svse.files.replace import check_output, write_json
     from d2svse.retrieval.evaluation.bootstrap import QueryRanks, paired_bootstrap, recalls
     from d2svse.training.sweep import read_record, record_of
@@ -83,7 +80,7 @@ def compare(
         for name, folder in folders.items():
             model = load_model(folder, device, dtype)
             options: dict[str, Any] = {
-                "batch_size": 128 if batch_size is None else batch_size,
+                "batch_size": batch_size,
                 "folds": 1,
                 "fingerprint": False,
                 "show_progress_bar": True,

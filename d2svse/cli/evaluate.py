@@ -13,6 +13,7 @@ from d2svse.cli.common import (
     Device,
     Dtype,
     examples,
+    given_flags,
     load_model,
     parse_assignments,
     print_recalls,
@@ -34,6 +35,7 @@ EXAMPLES = examples(
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[list[str], typer.Argument(help="Hub id or folder of a model; several with --ensemble.")],
     data: Annotated[
         str,
@@ -141,11 +143,8 @@ def evaluate(
         ),
     ] = None,
     wrong: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of wrong answers to write with --per-query.", show_default="5", rich_help_panel=_RESULT
-        ),
-    ] = None,
+        int, typer.Option(help="Number of wrong answers to write with --per-query.", rich_help_panel=_RESULT)
+    ] = 5,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -156,24 +155,13 @@ def evaluate(
     if len(names) > 1 and not ensemble:
         raise ValueError(f"several models, {', '.join(names)}: give --ensemble to rank by the mean of their scores")
     if unimodal:
-        across = {
-            "--protocol": protocol != "custom",
-            "--captions": captions != "sparse",
-            "--embeddings": embeddings,
-            "--folds": folds is not None,
-            "--similarity": similarity,
-            "--similarity-arg": similarity_arg,
-            "--ensemble": ensemble,
-            "--rerank-k": rerank_k is not None,
-            "--candidates": candidates != "mean",
-            "--annotations": annotations,
-            "--also-on": also_on,
-            "--against": against,
-            "--per-query": per_query,
-        }
-        if refused := [name for name, given in across.items() if given]:
+        across = [
+            "protocol", "captions", "embeddings", "folds", "similarity", "similarity_arg", "ensemble", "rerank_k",
+            "candidates", "annotations", "also_on", "against", "per_query",
+        ]  # fmt: skip
+        if refused := given_flags(context, *across):
             raise ValueError(f"--unimodal {unimodal} works without {', '.join(refused)}")
-    if wrong is not None and (wrong < 0 or per_query is None):
+    if wrong < 0 or (per_query is None and given_flags(context, "wrong")):
         raise ValueError(f"--wrong {wrong}: expected 0 or more, with --per-query")
     from d2svse.data import ImageTextDataset
     from d2svse.data.readers import detect_format, shared_folders
@@ -235,9 +223,7 @@ def evaluate(
     for models in (loaded, earlier) if earlier else (loaded,):
         for one, options in sets:
             check_evaluation(models, one, **options_of(models), **options)
-    evaluation = measure(
-        loaded, dataset, wrong=0 if per_query is None else 5 if wrong is None else wrong, **by_protocol
-    )
+    evaluation = measure(loaded, dataset, wrong=0 if per_query is None else wrong, **by_protocol)
     result = evaluation.report() | {"split": split}
     _print(result)
     if output is not None:

@@ -25,9 +25,9 @@ def export(
 ) -> None:
     """Write both encoders as ONNX, with the processor beside them."""
     loaded = load_model(model, device, dtype)
-    from d2svse.files.folder import written_files
+    from d2svse.files.folder import check_folder
     from d2svse.files.replace import shown
-    from d2svse.integrations.onnx import export_onnx
+    from d2svse.integrations.onnx import EXPORTED, export_onnx
 
     logging.disable(logging.WARNING)  # the exporter warns of torchvision, folded constants and axes
     try:
@@ -36,5 +36,5 @@ def export(
             export_onnx(loaded, output, dense)
     finally:
         logging.disable(logging.NOTSET)
-    size = sum(file.stat().st_size for file in written_files(output)) / 1e6
+    size = sum((output / name).stat().st_size for name in check_folder(output, EXPORTED)) / 1e6
     typer.echo(f"{shown(output)}: image_encoder.onnx and text_encoder.onnx, {size:.1f} MB with the processor")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from d2svse.cli.common import examples, prepare_process, print_table
+from d2svse.text import parse_numbers
 
 EXAMPLES = examples(
     "d2svse sweep recipe.yaml --grid distill.margin=0.1,0.2 --seeds 0,1 -o sweeps",
@@ -42,7 +43,7 @@ def sweep(
     from d2svse.training.sweep import VALIDATION, parse_grid, read_sweep, records_of, run_sweep
     from d2svse.training.sweep_table import TITLES, write_tables
 
-    numbers = [_seed(part) for part in seeds.split(",")] if seeds else None
+    numbers = parse_numbers(seeds, "--seeds", int) if seeds else None
     chosen = read_sweep(config, parse_grid(grid or []), numbers)
     if dry_run:
         for run in chosen.runs:
@@ -67,9 +68,3 @@ def sweep(
         typer.echo(f"d2svse: {run.row}, seed {run.seed} failed: {message}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _seed(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError(f"--seeds takes whole numbers separated by commas, got {text!r}")
-    return int(text)

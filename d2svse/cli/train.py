@@ -107,21 +107,21 @@ def run_training(
     """
     prepare_process()
     from d2svse.training.distributed import is_main_process
-    from d2svse.training.recipe import Recipe, merge, override, read_recipe, run_recipe
+    from d2svse.training.recipe import Recipe, override, read_recipe, run_recipe
 
     with _one_sentence():
-        sections: dict[str, dict[str, Any]] = {}
-        for group, section in GROUPS.items():
-            names = [field.name for field in dataclasses.fields(group) if given.get(field.name) is not None]
-            sections.setdefault(section, {}).update({name: given[name] for name in names})
-        source = config or "options"
-        similarity_arguments = parse_assignments(similarity_arg or [], "--similarity-arg")
+        chosen = {
+            f"{section}.{field.name}".removeprefix("."): given[field.name]
+            for group, section in GROUPS.items()
+            for field in dataclasses.fields(group)
+            if given.get(field.name) is not None
+        }
+        for name, value in parse_assignments(similarity_arg or [], "--similarity-arg").items():
+            chosen[f"model_options.similarity.{name}"] = value
+        chosen |= parse_assignments(set_ or [], "--set")
         file = read_recipe(config) if config else {}
         of_preset = PRESETS.get(str(file.get("preset", RunOptions.preset)), {})
-        values = merge(file, sections, similarity_arguments, source)
-        chosen = parse_assignments(set_ or [], "--set")
-        for key, value in chosen.items():
-            values = override(values, key, value)
+        values = override(file, chosen)
         named = {name for section in STAGES for name in values.get(section) or {}}
         named |= {part for key in chosen for part in key.split(".")}
         named |= {
@@ -130,7 +130,7 @@ def run_training(
         for name, value in (defaults or {}).items():
             if name not in named:
                 values["training"] = {**(values.get("training") or {}), name: value}
-        recipe = Recipe.from_mapping(values, source)
+        recipe = Recipe.from_mapping(values, config or "options")
         results = run_recipe(recipe)
     if not is_main_process():
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from d2svse.choices import Side
-from d2svse.data.manifest import DenseSource, Record, check_images
+from d2svse.data.manifest import DenseSource, Record, manifest_errors
 from d2svse.data.readers import read_records, require_images
-from d2svse.images import CheckImages, OnBadImage, StoredImage
+from d2svse.images import CheckImages, OnBadImage, StoredImage, image_state, select_readable
 from d2svse.images import check_images as decode_images
 
 
@@ -94,8 +97,11 @@ class ImageTextDataset:
         remote = any(isinstance(record.image, StoredImage) and record.image.remote for record in records)
         if on_bad_image is None or remote:
             return cls(records, source)
-        records, skipped = check_images(records, source, on_bad_image, show_progress_bar, check)
-        dataset = cls(records, source)
+        lines, title = [record.where(source) for record in records], f"Checking {Path(source).name}"
+        paths = [record.image for record in records]
+        with manifest_errors():
+            good, skipped = select_readable(paths, on_bad_image, lines, title, show_progress_bar, check)
+        dataset = cls([records[row] for row in good], source)
         dataset.skipped = skipped
         return dataset
 
@@ -117,6 +123,20 @@ class ImageTextDataset:
         """The row of each caption's image, `(n_captions,)` int64."""
         counts = [len(record.captions) for record in self.records]
         return np.repeat(np.arange(len(self.records)), counts)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the file names, sizes and texts of all images in order; image files are not read.
+
+        It is computed once, because the sizes of many files take time; later changes are not seen.
+        """
+        digest = hashlib.sha256()
+        for record in self.records:
+            row = [record.image.name, image_state(record.image)[0], record.captions, record.dense]
+            if (record.identity, record.camera) != (None, None):
+                row += [record.identity, record.camera]
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
 
     def identities(self, side: Side) -> np.ndarray:
         """Return the identity of each image or caption as a number: `(n_images,)` or `(n_captions,)` int64.

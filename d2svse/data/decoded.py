@@ -11,8 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,10 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from d2svse.cpu import own_cores
+from d2svse.cpu import map_in_threads
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_faults, written_aside
-from d2svse.images import ImageSource, image_state, use_image
+from d2svse.images import image_state, use_image
 from d2svse.images.regions import RegionImage
 from d2svse.progress import progress_bar
 
@@ -131,9 +130,15 @@ def _fill(file: BinaryIO, images: Sequence[Any], path: Path, side: int, show_pro
     table[ends > path.stat().st_size] = 0
     end = max(HEAD_SIZE + table.nbytes, int(ends[table["offset"] > 0].max(initial=0)))
     missing = np.flatnonzero(table["offset"] == 0).tolist()
-    shown = progress_bar(_decode(images, missing, side), "Decode", len(missing), "images", show_progress_bar)
+    reduce = partial(_reduced, side=side)
+
+    def decode(row: int) -> tuple[int, np.ndarray]:
+        return row, use_image(images[row], reduce, 2 * side)
+
     written: list[int] = []
-    for row, pixels in shown:
+    for row, pixels in progress_bar(
+        map_in_threads(decode, missing, CHUNK), "Decode", len(missing), "images", show_progress_bar
+    ):
         file.seek(end)
         file.write(pixels.data)
         table[row], end = (end, *pixels.shape[:2]), end + pixels.nbytes
@@ -149,21 +154,6 @@ def _fill(file: BinaryIO, images: Sequence[Any], path: Path, side: int, show_pro
 def _to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _decode(images: Sequence[ImageSource], rows: Sequence[int], side: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield rows with their pixels; threads decode and reduce the images of a chunk."""
-    reduce = partial(_reduced, side=side)
-    with ThreadPoolExecutor(own_cores()) as readers:
-        for first in range(0, len(rows), CHUNK):
-            chunk = rows[first : first + CHUNK]
-            reading = [readers.submit(use_image, images[row], reduce, 2 * side) for row in chunk]
-            try:
-                for row, one in zip(chunk, reading, strict=True):
-                    yield row, one.result()
-            finally:
-                for one in reading:
-                    one.cancel()
 
 
 def _reduced(image: Image.Image, side: int) -> np.ndarray:

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2svse.data.manifest import ManifestError, Record, as_caption, manifest_errors
+from d2svse.data.manifest import as_caption, manifest_errors
 from d2svse.files import data
 
 IMAGE_FOLDERS = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
-
-
-@dataclass(frozen=True, slots=True)
-class FiledRecord(Record):
-    """A record whose line is one of a file in the source's folder.
-
-    Attributes:
-        file: path of the file.
-    """
-
-    file: str = ""
-
-    def where(self, source: str | os.PathLike[str]) -> str:
-        """Return the file and the line, for messages."""
-        return f"{self.file}:{self.line}" if self.line else self.file
 
 
 # Those of d2svse.files.data, which raise ManifestError here.
@@ -51,8 +35,6 @@ def as_one_line(value: Any, where: str) -> str:
     Raises:
         ManifestError: if the value is not a text, is empty, or holds half a character.
     """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise ManifestError(f"{where}: an empty caption; expected a text")
     return " ".join(as_caption(value, where).split())
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from d2svse.files.data import read_json_lines as read_rows
 from d2svse.files.replace import write_json_lines
-from d2svse.images import CheckImages, ImageError, OnBadImage, StoredImage, select_readable
-from d2svse.images import check_images as decode_images
+from d2svse.images import StoredImage
 from d2svse.text import check_text, visible
 
 CAPTION_COLUMNS = ("caption", "captions", "comment", "sentence", "raw", "text")  # of layouts that are tables
@@ -38,6 +37,10 @@ def manifest_errors() -> Iterator[None]:
         raise ManifestError(error) from None
 
 
+# The check of d2svse.text, which raises ManifestError here.
+as_caption = manifest_errors()(check_text)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """An image and its captions.
@@ -49,6 +52,7 @@ class Record:
         line: line of the manifest, from 1; 0 for a source without lines.
         identity: what the image shows, such as a person or a product, equal for images of the same one; or None.
         camera: the camera of the image, whose other images of the identity are not ranked; or None.
+        file: path of the file that `line` counts in, for messages; empty for the source itself.
 
     Raises:
         ValueError: if a caption is not a text, is empty, or holds half a character.
@@ -60,6 +64,7 @@ class Record:
     line: int = 0
     identity: str | None = None
     camera: str | None = None
+    file: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         captions = (self.captions,) if isinstance(self.captions, str) else tuple(self.captions)
@@ -70,8 +75,9 @@ class Record:
             object.__setattr__(self, "image", Path(self.image))
 
     def where(self, source: str | os.PathLike[str]) -> str:
-        """Return the source and the line, if there is one, for messages."""
-        return f"{os.fspath(source)}:{self.line}" if self.line else os.fspath(source)
+        """Return the file or else the source, and the line if there is one, for messages."""
+        file = self.file or os.fspath(source)
+        return f"{file}:{self.line}" if self.line else file
 
 
 def read_manifest(
@@ -113,7 +119,7 @@ def read_manifest(
         if real in lines:
             raise ManifestError(f"{where}: {image} is already in line {lines[real]}; join its captions in one line")
         lines[real] = line
-        identity, camera = (_label(row, name, where) for name in ("identity", "camera"))
+        identity, camera = (as_label(row, name, where) for name in ("identity", "camera"))
         records.append(Record(file, captions, dense, line, identity, camera))
     if not records:
         raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
@@ -129,15 +135,19 @@ def record_texts(
         ManifestError: if there is no caption, or one is not a text.
     """
     dense = row.get("dense")
-    if dense is not None and (not isinstance(dense, str) or not dense.strip()):
-        raise ManifestError(f'{where}: expected "dense" to be a text, got {dense!r:.80}')
+    if dense is not None:
+        dense = as_caption(dense, f'{where}: "dense"')
     alone = caption_column == "captions" and not any(name in row for name in CAPTION_COLUMNS)
     captions = as_captions(dense if alone else row.get(caption_column), where, caption_column)
-    return captions, None if dense is None else as_caption(dense, where)
+    return captions, dense
 
 
-def _label(row: dict[str, Any], name: str, where: str) -> str | None:
-    """Return the identity or the camera of a row as a text, or None."""
+def as_label(row: dict[str, Any], name: str, where: str) -> str | None:
+    """Return the identity or the camera of a row as a text, or None.
+
+    Raises:
+        ManifestError: if it is neither a text nor a whole number.
+    """
     value = row.get(name)
     if value is None:
         return None
@@ -156,16 +166,6 @@ def as_captions(value: Any, where: str, column: str = "captions") -> tuple[str, 
     if not isinstance(captions, list | tuple) or not captions:
         raise ManifestError(f'{where}: expected "{column}" with at least one text, got {value!r:.80}')
     return tuple(as_caption(caption, where) for caption in captions)
-
-
-def as_caption(value: Any, where: str) -> str:
-    """Return a value that is checked to be a text for a tokenizer.
-
-    Raises:
-        ManifestError: if the value is not a text, is empty, or holds half a character.
-    """
-    with manifest_errors():
-        return check_text(value, where)
 
 
 def write_manifest(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
@@ -201,39 +201,6 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[st
     """
     with manifest_errors():
         yield from read_rows(path)
-
-
-def check_images(
-    records: Sequence[Record],
-    manifest: str | os.PathLike[str],
-    on_bad_image: OnBadImage = "error",
-    show_progress_bar: bool = False,
-    check: CheckImages = decode_images,
-) -> tuple[list[Record], list[str]]:
-    """Check that every image can be decoded, before any computation starts.
-
-    Args:
-        records: the records of a manifest.
-        manifest: the file of the records, for messages.
-        on_bad_image: "error" to stop at the first bad image, "skip" to leave bad ones out.
-        show_progress_bar: show a progress bar on the terminal.
-        check: see `select_readable`.
-
-    Returns:
-        The records with good images, and a message for each record that was left out.
-
-    Raises:
-        ManifestError: at the first bad image with "error", or if none is good.
-    """
-    lines = [record.where(manifest) for record in records]
-    paths = [record.image for record in records]
-    try:
-        good, skipped = select_readable(
-            paths, on_bad_image, lines, f"Checking {Path(manifest).name}", show_progress_bar, check
-        )
-    except ImageError as error:
-        raise ManifestError(str(error)) from None
-    return [records[row] for row in good], skipped
 
 
 def join_dense(
@@ -337,7 +304,4 @@ def _real_path(path: str | os.PathLike[str]) -> str:
 
 def dense_text(path: Path, line: int, row: dict[str, Any]) -> str:
     """Return the dense caption of a row."""
-    text = row.get("dense", row.get("text"))
-    if not isinstance(text, str) or not text.strip():
-        raise ManifestError(f'{path}:{line}: expected "dense" (or "text") with a text, got {text!r:.80}')
-    return as_caption(text, f"{path}:{line}")
+    return as_caption(row.get("dense", row.get("text")), f'{path}:{line}: "dense" (or "text")')

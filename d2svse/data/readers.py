@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from d2svse.choices import DataFormat
-from d2svse.data.layout import FiledRecord, as_id, as_one_line, find_image_folder, read_json, read_lines
+from d2svse.data.layout import as_id, as_one_line, find_image_folder, read_json, read_lines
 from d2svse.data.manifest import (
     ManifestError,
     RealNames,
@@ -217,7 +217,7 @@ def read_published(
     texts = _published_dense(folder, split, len(grouped), dense)
     root = find_image_folder(folder, image_folder)
     return [
-        FiledRecord(root / names[image], tuple(own), text, lines[image], file=str(folder / f"{split}_caps.txt"))
+        Record(root / names[image], tuple(own), text, lines[image], file=str(folder / f"{split}_caps.txt"))
         for (image, own), text in zip(grouped.items(), texts, strict=True)
     ]
 
@@ -396,8 +396,6 @@ def read_datasets(
     for row, item in enumerate(source):
         held = item[caption_column]
         at = f"{where}: row {row}"
-        if held is None or held == "" or held == []:
-            raise ManifestError(f"{at}: an empty caption; expected a text")
         captions = [as_one_line(caption, at) for caption in as_captions(held, at, caption_column)]
         image = item[image_column] or {"bytes": None, "path": None}
         if image["bytes"] is None and image["path"]:

@@ -26,22 +26,6 @@ class SupportsRows(Protocol):
     def __getitem__(self, row: int) -> Tensor: ...
 
 
-class SampleProcessor(Protocol):
-    """An object that prepares images and texts: a `D2SVSEProcessor`, or any object with these methods."""
-
-    tokenizer: Any
-    max_length: int
-
-    def raw_pixels(self, source: Any, at_least: int | None = None, change: Any = None) -> Tensor:
-        """Return the pixels of an image, changed by a function: `(channels, height, width)`, see `D2SVSEProcessor`."""
-
-    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """Return the token ids of each text, truncated."""
-
-    def token_words(self, text: str, max_length: int | None = None) -> tuple[list[int], list[int | None]]:
-        """Return the token ids of one text, and for each the number of its word; None where it is not of the text."""
-
-
 @dataclass(frozen=True, slots=True)
 class Draw:
     """The request for a sample.
@@ -141,7 +125,8 @@ class TrainingSamples(Dataset[Sample]):
 
     Args:
         dataset: images and captions.
-        processor: processor of images and texts.
+        processor: a `D2SVSEProcessor`, or any object with its `tokenizer`, `max_length`, `raw_pixels`, `tokenize` and
+            `encoded_words`.
         text: "sparse" or "dense" captions.
         captions_per_epoch: "one" draws one sparse caption of each image in an epoch, "all" takes all of them. An image
             has one dense caption in both cases.
@@ -172,7 +157,7 @@ class TrainingSamples(Dataset[Sample]):
     def __init__(
         self,
         dataset: ImageTextDataset,
-        processor: SampleProcessor,
+        processor: Any,
         *,
         text: Literal["sparse", "dense"] = "sparse",
         captions_per_epoch: Literal["one", "all"] = "one",
@@ -297,6 +282,6 @@ class TrainingSamples(Dataset[Sample]):
     def _token_ids(self, text: str, draw: Draw, view: int) -> list[int]:
         if not self.augment_words:
             return self.processor.tokenize([text], self.max_length)[0]
-        ids, words = self.processor.token_words(text, self.max_length)
+        encoded, words = self.processor.encoded_words(text, self.max_length)
         rng = self._generator(draw, augment.WORDS + view)
-        return augment.augment_words(ids, words, rng, self.mask_token_id, self.replacements)
+        return augment.augment_words(encoded["input_ids"], words, rng, self.mask_token_id, self.replacements)

@@ -16,7 +16,6 @@ import os
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -27,13 +26,13 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from d2svse.cpu import usable_cores
-from d2svse.data.layout import FiledRecord
+from d2svse.cpu import map_in_threads
 from d2svse.data.manifest import (
     ManifestError,
     Record,
     as_caption,
     as_captions,
+    as_label,
     manifest_errors,
     record_texts,
 )
@@ -103,7 +102,7 @@ class ShardImage(StoredImage):
             OSError: if the shard cannot be read, or is shorter than the index says.
         """
         if is_url(self.shard):
-            content = _request(self.shard, self.size, self.offset) if self.size else b""
+            content = fetch(self.shard, self.size, self.offset) if self.size else b""
         else:
             with open(self.shard, "rb") as file:
                 end = os.fstat(file.fileno()).st_size
@@ -296,7 +295,7 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
     if is_url(source):
         path = str(source)
         path = path if urlsplit(path).path.endswith(".jsonl") else f"{path.rstrip('/')}/{INDEX_FILE}"
-        lines = split_lines(decode_text(fetch(path), path))
+        lines = split_lines(decode_text(fetch(path, MAX_INDEX_BYTES), path))
     else:
         path = os.fspath(Path(source) / INDEX_FILE if Path(source).is_dir() else source)
         try:
@@ -320,12 +319,9 @@ def read_shards(source: str | os.PathLike[str]) -> list[Record]:
         if shard not in paths:
             paths[shard] = _locate_shard(path, shard, where)
         captions, dense = record_texts(row, where)
-        labels = _labels(row, where)
-        if wrong := [name for name in LABELS if row.get(name) is not None and name not in labels]:
-            value = row[wrong[0]]
-            raise ManifestError(f'{where}: expected "{wrong[0]}" to be a text or a whole number, got {value!r:.80}')
+        identity, camera = (as_label(row, name, where) for name in LABELS)
         held = ShardImage(paths[shard], image, offset, size)
-        records.append(FiledRecord(held, captions, dense, line, **labels, file=path))
+        records.append(Record(held, captions, dense, line, identity, camera, path))
     if not records:
         raise ManifestError(f"{path}: no rows; expected one JSON object on each line")
     hosts = sorted({urlsplit(shard_path).netloc for shard_path in paths.values() if is_url(shard_path)})
@@ -402,17 +398,12 @@ class _Redirects(HTTPRedirectHandler):
 _OPENER = build_opener(_Redirects)
 
 
-def fetch(url: str) -> bytes:
-    """Return the whole content of a URL.
+def fetch(url: str, most: int, offset: int | None = None) -> bytes:
+    """Return the content of a URL, or `most` bytes of it from an offset.
 
     Raises:
-        OSError: if it cannot be fetched, or is larger than `MAX_INDEX_BYTES`.
+        OSError: if it cannot be fetched, or the answer has more than `most` bytes.
     """
-    return _request(url, MAX_INDEX_BYTES)
-
-
-def _request(url: str, most: int, offset: int | None = None) -> bytes:
-    """Return the content of a URL, or `most` bytes of it from an offset."""
     headers = {} if offset is None else {"Range": f"bytes={offset}-{offset + most - 1}"}
 
     def ask() -> bytes:
@@ -456,14 +447,12 @@ def _read_response(response: Any, most: int) -> bytes:
 
 
 def _write_shard(path: Path, records: dict[str, Record]) -> None:
-    items = list(records.items())
-    with tarfile.open(path, "w") as tar, ThreadPoolExecutor(usable_cores()) as pool:
-        for first in range(0, len(items), PACKED_AT_ONCE):
-            for members in pool.map(_checked_members, items[first : first + PACKED_AT_ONCE]):
-                for name, content in members:
-                    member = tarfile.TarInfo(name)  # without owner and time, so that equal records give equal bytes
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+    with tarfile.open(path, "w") as tar:
+        for members in map_in_threads(_checked_members, records.items(), PACKED_AT_ONCE):
+            for name, content in members:
+                member = tarfile.TarInfo(name)  # without owner and time, so that equal records give equal bytes
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def _checked_members(item: tuple[str, Record]) -> list[tuple[str, bytes]]:

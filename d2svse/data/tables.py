@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from d2svse.data.layout import FiledRecord, as_one_line, find_image_folder, read_json, read_lines, read_text
+from d2svse.data.layout import as_one_line, find_image_folder, read_json, read_lines, read_text
 from d2svse.data.manifest import CAPTION_COLUMNS, ManifestError, Record, as_captions
 from d2svse.images import has_image_suffix
 
@@ -57,8 +57,7 @@ def read_table(
     if not grouped:
         raise ManifestError(f"{path}: no rows; expected an image and a caption on each line")
     return [
-        FiledRecord(root / name, tuple(captions), None, lines[name], file=str(path))
-        for name, captions in grouped.items()
+        Record(root / name, tuple(captions), None, lines[name], file=str(path)) for name, captions in grouped.items()
     ]
 
 

@@ -192,12 +192,6 @@ def recover_folder(path: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def written_files(path: str | os.PathLike[str]) -> list[Path]:
-    """Return the files that the list of a folder names."""
-    folder = followed(path)
-    return [folder / name for name in _read_list(folder / LIST)["files"]]
-
-
 def remove_written(path: str | os.PathLike[str], kind: FolderKind) -> None:
     """Remove the files that a command wrote to a folder, and the folder if it is then empty.
 

@@ -1,4 +1,7 @@
-"""Check weight files: their size before a model is built, and that all numbers are finite."""
+"""Check weight files: their size before a model is built, and that all numbers are finite.
+
+A `name` is the folder or Hub id, for the messages.
+"""
 
 from __future__ import annotations
 
@@ -88,11 +91,6 @@ def check_archive(path: Path) -> None:
 def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str) -> None:
     """Check that the model of a configuration is not larger than its weight files, before memory is allocated.
 
-    Args:
-        build: function that builds the model; it is called on the meta device.
-        files: the weight files.
-        name: the folder or Hub id, for the messages.
-
     Raises:
         ValueError: if the model is larger, has far more layers, or cannot be built.
     """
@@ -112,13 +110,8 @@ def check_size(build: Callable[[], nn.Module], files: Sequence[Path], name: str)
 def build_on_meta(build: Callable[[], nn.Module], max_modules: int, name: str) -> nn.Module:
     """Build a model on the meta device, without memory for its weights.
 
-    Args:
-        build: function that builds the model.
-        max_modules: largest number of modules.
-        name: the folder or Hub id, for the messages.
-
     Raises:
-        ValueError: if the model has more modules, or cannot be built.
+        ValueError: if the model has more than `max_modules` modules, or cannot be built.
         ImportError: if the model needs a package that is missing.
     """
     count = 0
@@ -159,15 +152,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_finite(model: nn.Module, files: Sequence[Path], name: str) -> None:
-    """Check that all weights of a loaded model are finite.
-
-    Args:
-        model: the model.
-        files: the files that the model was loaded from.
-        name: the folder or Hub id, for the messages.
+    """Check that all weights of a model are finite.
 
     Raises:
-        ValueError: if a weight is not finite; the message names the tensor and its file.
+        ValueError: if a weight is not finite; the message names the tensor, and which of the loaded files holds it.
     """
     state = model.state_dict()
     broken = next((key for key, tensor in state.items() if not is_finite(tensor)), None)
@@ -191,10 +179,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 def tensor_shapes(file: Path, name: str) -> list[list[int]]:
     """Return the shapes in the header of a weight file; of a file without one, its size in bytes.
-
-    Args:
-        file: the file.
-        name: the folder or Hub id, for the messages.
 
     Raises:
         ValueError: if the header of a safetensors file is broken.

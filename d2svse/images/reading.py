@@ -11,12 +11,10 @@ import struct
 import sys
 import threading
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import (
@@ -33,8 +31,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from d2svse.choices import OnBadImage
-from d2svse.cpu import own_cores
+from d2svse.choices import OnBadImage, check_type
+from d2svse.cpu import map_in_threads, own_cores
 from d2svse.images.arrays import array_image
 from d2svse.images.metadata import without_metadata
 from d2svse.progress import progress_bar
@@ -587,19 +585,7 @@ def check_images(paths: Iterable[str | os.PathLike[str]]) -> Iterator[str | None
             return str(error)
         return None
 
-    cores = own_cores()
-    with ThreadPoolExecutor(cores) as pool:
-        waiting: deque[Future[str | None]] = deque()  # a few at a time, because each waiting image takes memory
-        try:
-            for path in paths:
-                waiting.append(pool.submit(check, path))
-                if len(waiting) >= 16 * cores:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for one in waiting:
-                one.cancel()
+    return map_in_threads(check, paths, 16 * own_cores())  # a few at a time, because each waiting image takes memory
 
 
 def select_readable(
@@ -628,8 +614,7 @@ def select_readable(
         ImageError: at the first bad image with "error", or if no image is good.
         ValueError: if `on_bad_image` is neither "error" nor "skip".
     """
-    if on_bad_image not in get_args(OnBadImage):
-        raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
+    check_type("on_bad_image", on_bad_image, OnBadImage)
     good, bad = [], []
     for row, error in enumerate(progress_bar(check(paths), title, len(paths), "images", show_progress_bar)):
         if error is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,7 +167,9 @@ def export_programs(model: D2SVSE, dense: bool = False, *, for_onnx: bool = Fals
     if model.processor is None:
         raise ValueError("the model has no processor, which decides the size of images; set model.processor")
     pixels = model.processor.example().to(model.device, model.dtype)
-    longest = _longest_text(model)
+    longest, decoder = model.processor.max_length, model.decoder
+    if isinstance(decoder, ContextDecoder) and decoder.position_embeddings is not None:
+        longest = min(longest, decoder.position_embeddings.num_embeddings - len(decoder.tokens))
     ids = torch.ones(2, min(8, longest), dtype=torch.long, device=model.device)
     sizes = {"batch": Dim.DYNAMIC, "length": Dim.DYNAMIC(max=longest)}
     graphs: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
@@ -216,18 +218,9 @@ def _outputs(model: D2SVSE, side: Any, features: Any) -> tuple[Tensor, Tensor]:
     return model.similarity_fn.pooled_vectors(side, features.pooled), features.tokens.float()
 
 
-def _longest_text(model: D2SVSE) -> int:
-    assert model.processor is not None
-    longest, decoder = model.processor.max_length, model.decoder
-    if not isinstance(decoder, ContextDecoder) or decoder.position_embeddings is None:
-        return longest
-    return min(longest, decoder.position_embeddings.num_embeddings - len(decoder.tokens))
-
-
 @contextmanager
 def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[None]:
     """Prepare a model in eval mode for tracing inside the block: tables for poolings, and plain attention."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     image_tokens = model.image_encoder.backbone_tokens(pixels).shape[1]
     lengths: dict[Any, range] = {
         # Regions may be padding, so that an image has any number of them.
@@ -240,28 +233,21 @@ def _ready_for_export(model: D2SVSE, pixels: Tensor, longest: int) -> Iterator[N
         count = len(model.decoder.tokens)
         lengths[model.decoder] = range(count, count + 1) if count else range(1, longest + 1)
     backbones: list[Any] = [model.image_encoder.backbone, model.text_encoder.backbone]
-    attentions = [backbone.config._attn_implementation for backbone in backbones]
-    pooled = [
-        part for part in lengths if isinstance(getattr(part, "pooling", None), GeneralizedPooling)
-    ]  # native ones have none
-    kept = [part.pooling for part in pooled]
-    gru = model.text_encoder.backbone if isinstance(model.text_encoder.backbone, GRUModel) else None
-    directions = {} if gru is None else {"forward_gru": gru.forward_gru, "backward_gru": gru.backward_gru}
-    try:
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         for backbone in backbones:
-            if backbone.config._attn_implementation != METRIC_ATTENTION:
+            attention = backbone.config._attn_implementation
+            stack.callback(backbone.set_attn_implementation, attention)
+            if attention != METRIC_ATTENTION:
                 backbone.set_attn_implementation("eager")
-        for part in pooled:
-            part.pooling = TabledPooling(part.pooling, lengths[part])
-        for name, direction in directions.items():
-            setattr(gru, name, OnnxGRU(direction))
+        for part, counts in lengths.items():
+            pooling = getattr(part, "pooling", None)  # native ones have none
+            if isinstance(pooling, GeneralizedPooling):
+                stack.callback(setattr, part, "pooling", pooling)
+                part.pooling = TabledPooling(pooling, counts)
+        gru = model.text_encoder.backbone
+        for name in ("forward_gru", "backward_gru") if isinstance(gru, GRUModel) else ():
+            stack.callback(setattr, gru, name, getattr(gru, name))
+            setattr(gru, name, OnnxGRU(getattr(gru, name)))
         yield
-    finally:
-        for name, direction in directions.items():
-            setattr(gru, name, direction)
-        for part, pooling in zip(pooled, kept, strict=True):
-            part.pooling = pooling
-        for backbone, attention in zip(backbones, attentions, strict=True):
-            backbone.set_attn_implementation(attention)
-        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -33,8 +33,6 @@ class InfoNCE(ScaledLoss):
     """
 
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
         if temperature < 1 / MAX_LOGIT_SCALE:
             raise ValueError(f"temperature must be at least {1 / MAX_LOGIT_SCALE}, got {temperature}")
         super().__init__(-math.log(temperature), learn_temperature)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2svse.choices import check_positive
 from d2svse.features import unit
 from d2svse.losses.base import DistillationLoss, ScoreDistillationLoss, register_distillation_loss
 
@@ -51,8 +52,7 @@ class KLDistillation(ScoreDistillationLoss):
 
     def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive(temperature=temperature)
         self.temperature = temperature
 
     def compute(self, student: Tensor, teacher: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from d2svse.choices import check_positive
 from d2svse.losses.base import RankingLoss, register_loss
 
 
@@ -29,8 +30,7 @@ class CMPM(RankingLoss):
 
     def __init__(self, temperature: float = 0.05, epsilon: float = 1e-8) -> None:
         super().__init__()
-        if temperature <= 0 or epsilon <= 0:
-            raise ValueError(f"temperature and epsilon must be positive, got {temperature} and {epsilon}")
+        check_positive(temperature=temperature, epsilon=epsilon)
         self.temperature, self.epsilon = temperature, epsilon
 
     def compute(self, scores: Tensor, negatives: Tensor) -> Tensor:  # noqa: D102

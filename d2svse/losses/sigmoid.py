@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2svse.choices import check_positive
 from d2svse.losses.base import ScaledLoss, register_loss
 
 
@@ -34,8 +35,7 @@ class SigmoidLoss(ScaledLoss):
     bias: Tensor
 
     def __init__(self, temperature: float = 0.1, bias: float = -10.0, learn_temperature: bool = False) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive(temperature=temperature)
         super().__init__(-math.log(temperature), learn_temperature)
         self.add_scalar("bias", bias)
 

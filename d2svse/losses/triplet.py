@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from torch import Tensor
 
-from d2svse.choices import Mining
+from d2svse.choices import Mining, check_type
 from d2svse.losses.base import RankingLoss, register_loss
 
 
@@ -31,8 +29,7 @@ class TripletLoss(RankingLoss):
 
     def __init__(self, margin: float = 0.2, mining: Mining = "schedule", warmup_epochs: int = 1) -> None:
         super().__init__()
-        if mining not in get_args(Mining):
-            raise ValueError(f"mining must be one of {', '.join(get_args(Mining))}, got {mining!r}")
+        check_type("mining", mining, Mining)
         if margin < 0:
             raise ValueError(f"margin must not be negative, got {margin}")
         self.margin, self.mining, self.warmup_epochs = margin, mining, warmup_epochs

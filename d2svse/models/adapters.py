@@ -183,18 +183,12 @@ def parameter_table(model: nn.Module) -> str:
         for position, size in enumerate((count, trained, count * parameter.element_size() + trained * ADAM_BYTES)):
             sizes[position] += size
     groups["all"] = [sum(sizes) for sizes in zip(*groups.values(), strict=True)]
-    rows = [("part", "parameters", "trained", "share", "memory")]
+    width = max(map(len, groups))
+    lines = [f"{'part':{width}}  {'parameters':>14}  {'trained':>14}  {'share':>8}  {'memory':>13}"]
     for part, (count, trained, memory) in groups.items():
-        share = f"{100 * trained / max(1, count):.2f} %"
-        rows.append((part, f"{count:,}", f"{trained:,}", share, f"{memory / 2**20:.1f} MiB"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+        share, mebibytes = 100 * trained / max(1, count), memory / 2**20
+        lines.append(f"{part:{width}}  {count:14,}  {trained:14,}  {share:6.2f} %  {mebibytes:9.1f} MiB")
+    return "\n".join(lines)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

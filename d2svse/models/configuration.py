@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from d2svse.choices import ContextTokens, Fusion, Initialization, Projection, unknown
+from d2svse.choices import ContextTokens, Fusion, Initialization, Projection, check_positive, unknown
 from d2svse.hub.limits import check_limits
 from d2svse.models import gru, regions  # noqa: F401 - AutoConfig and AutoModel know them then
 from d2svse.models.neighbours import MODEL_MAP, Shimmed, write_shim
@@ -136,8 +136,8 @@ class D2SVSEConfig(Shimmed, PreTrainedConfig):
             raise ValueError("native pooling belongs to a dual encoder, on both sides; see D2SVSE.from_dual_encoder")
         own = ("vision_config", "text_config", "embed_dim", "context_decoder", "similarity", "dual_encoder")
         check_limits({name: getattr(self, name) for name in (*own, "attention_metric", "teacher_similarity", "lora")})
-        if self.max_logit_scale is not None and not self.max_logit_scale > 0:
-            raise ValueError(f"max_logit_scale must be positive, got {self.max_logit_scale}")
+        if self.max_logit_scale is not None:
+            check_positive(max_logit_scale=self.max_logit_scale)
         if not 0 <= self.text_dropout < 1:
             raise ValueError(f"text_dropout must be at least 0 and less than 1, got {self.text_dropout}")
         if self.image_token_merging < 1 or (self.image_token_merging > 1 and "native" in native):

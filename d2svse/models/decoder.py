@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.choices import Placement, unknown
+from d2svse.choices import Placement, check_type, unknown
 from d2svse.features import at_least_float32
 from d2svse.models.metric_attention import MetricAttention, MetricConfiguration
 from d2svse.models.pooling import POOLINGS, build_pooling
@@ -60,8 +60,7 @@ class ContextDecoder(nn.Module):
     ) -> None:
         super().__init__()
         before = {"prefix": num_tokens, "postfix": 0, "surround": num_tokens // 2}
-        if placement not in before:
-            raise ValueError(f"placement must be one of {', '.join(before)}, got {placement!r}")
+        check_type("placement", placement, Placement)
         if pooling not in POOLINGS:
             raise ValueError(unknown("pooling", pooling, POOLINGS))
         if num_tokens < 0 or min(num_layers, num_heads) < 1:

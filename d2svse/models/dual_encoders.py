@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,69 +32,50 @@ from d2svse.similarity.use import evaluating
 
 logger = logging.getLogger(__name__)
 
-Pool = Callable[[Any, Tensor, Tensor | None, Tensor | None], Tensor]
+Pooling = Literal["class_token", "head", "pooler", "mean", "first", "last", "end_of_text", "largest_id", "real_tokens"]
 TOWERS = ("vision_config", "text_config")
 CAPTIONERS = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 IMAGE_MODELS = frozenset(MODEL_FOR_IMAGE_MAPPING_NAMES)
 
 
-def pool_class_token(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the class token after the tower's last norm (CLIP's vision side)."""
-    return tower.post_layernorm(hidden[:, 0])
+def pool_tower(
+    how: Pooling, tower: Any, hidden: Tensor, ids: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Pool the last hidden states of a tower, before its projection.
 
+    Args:
+        how: the pooling.
+        tower: the tower.
+        hidden: `(batch, length, hidden_size)`.
+        ids: `(batch, length)` token ids; without them the poolings that read ids return the first token.
+        mask: True where a token is real, `(batch, length)` bool; None if all are real.
 
-def pool_by_head(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the output of the tower's attention head for all tokens (SigLIP's vision side)."""
-    return tower.head(hidden)
-
-
-def pool_by_pooler(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the output of the tower's pooler for the first token (BERT, ViT)."""
-    return tower.pooler(hidden)
-
-
-def pool_mean(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the mean over all positions (ALIGN's vision side)."""
-    return hidden.mean(1)
-
-
-def pool_first(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the first token."""
-    return hidden[:, 0]
-
-
-def pool_last(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the last position, padding or not, through the tower's linear head (SigLIP's text side)."""
-    return tower.head(hidden[:, -1])
-
-
-def _token_at(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Return the token of each row at its position; a gather, so that an exported graph takes any batch."""
-    return hidden.gather(1, positions[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-
-
-def pool_end_of_text(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the first end-of-text token, or the token of the largest id if the configuration names a wrong id."""
-    if ids is None:
-        return hidden[:, 0]
-    end = tower.config.eos_token_id
-    if end == 2 and tower.config.model_type != "metaclip_2_text_model":
-        return pool_largest_id(tower, hidden, ids, mask)
-    return _token_at(hidden, (ids == end).int().argmax(1))
-
-
-def pool_largest_id(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the first token of the largest id, which is the end-of-text token in CLIP's vocabulary."""
-    if ids is None:
-        return hidden[:, 0]
-    return _token_at(hidden, ids.int().argmax(1))
-
-
-def pool_real_tokens(tower: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return the mean over the real tokens (TIPSv2's text side)."""
-    if mask is None:
-        return hidden.mean(1)
-    return (hidden * mask[..., None]).sum(1) / (mask.sum(1, keepdim=True) + tower.config.pooling_epsilon)
+    Returns:
+        `(batch, width)`.
+    """
+    match how:
+        case "class_token":  # after the last norm; CLIP's vision side
+            return tower.post_layernorm(hidden[:, 0])
+        case "head":  # attention over all tokens; SigLIP's vision side
+            return tower.head(hidden)
+        case "pooler":  # which takes the first token; BERT, ViT
+            return tower.pooler(hidden)
+        case "last":  # padding or not; SigLIP's text side
+            return tower.head(hidden[:, -1])
+        case "real_tokens" if mask is not None:  # TIPSv2's text side
+            return (hidden * mask[..., None]).sum(1) / (mask.sum(1, keepdim=True) + tower.config.pooling_epsilon)
+        case "mean" | "real_tokens":  # ALIGN's vision side
+            return hidden.mean(1)
+        case "end_of_text" | "largest_id" if ids is not None:
+            marks = ids  # the largest id is the end-of-text token in CLIP's vocabulary
+            if how == "end_of_text":
+                end = tower.config.eos_token_id
+                if end != 2 or tower.config.model_type == "metaclip_2_text_model":  # 2 is a wrong id of old CLIPs
+                    marks = ids == end
+            positions = marks.int().argmax(1)[:, None, None]  # of the first one
+            # A gather, so that an exported graph takes any batch.
+            return hidden.gather(1, positions.expand(-1, 1, hidden.shape[2]))[:, 0]
+    return hidden[:, 0]  # "first", or without ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,63 +89,49 @@ class DualEncoderKind:
         fixed_length: texts are padded to the tower's full length, and padding is attended to.
     """
 
-    pool_image: Pool
-    pool_text: Pool
+    pool_image: Pooling
+    pool_text: Pooling
     projections: tuple[bool, bool] = (True, True)
     fixed_length: bool = False
 
 
 KINDS: dict[str, DualEncoderKind] = {
-    "align": DualEncoderKind(pool_mean, pool_first, projections=(False, True)),
-    "altclip": DualEncoderKind(pool_class_token, pool_first),
-    "chinese_clip": DualEncoderKind(pool_class_token, pool_first),
-    "clip": DualEncoderKind(pool_class_token, pool_end_of_text),
-    "clipseg": DualEncoderKind(pool_class_token, pool_end_of_text),
-    "metaclip_2": DualEncoderKind(pool_class_token, pool_end_of_text),
-    "owlv2": DualEncoderKind(pool_class_token, pool_largest_id),
-    "owlvit": DualEncoderKind(pool_class_token, pool_largest_id),
-    "siglip": DualEncoderKind(pool_by_head, pool_last, projections=(False, False), fixed_length=True),
-    "tipsv2": DualEncoderKind(pool_first, pool_real_tokens, projections=(False, False)),
-    "vision-text-dual-encoder": DualEncoderKind(pool_by_pooler, pool_by_pooler),
+    "align": DualEncoderKind("mean", "first", projections=(False, True)),
+    "altclip": DualEncoderKind("class_token", "first"),
+    "chinese_clip": DualEncoderKind("class_token", "first"),
+    "clip": DualEncoderKind("class_token", "end_of_text"),
+    "clipseg": DualEncoderKind("class_token", "end_of_text"),
+    "metaclip_2": DualEncoderKind("class_token", "end_of_text"),
+    "owlv2": DualEncoderKind("class_token", "largest_id"),
+    "owlvit": DualEncoderKind("class_token", "largest_id"),
+    "siglip": DualEncoderKind("head", "last", projections=(False, False), fixed_length=True),
+    "tipsv2": DualEncoderKind("first", "real_tokens", projections=(False, False)),
+    "vision-text-dual-encoder": DualEncoderKind("pooler", "pooler"),
 }
 
 
 # Vision towers of a vision-text-dual-encoder that pool otherwise than ViT.
-OTHER_POOLINGS: dict[str, Pool] = {
-    "clip_vision_model": pool_class_token,
-    "siglip_vision_model": pool_by_head,
-    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), pool_first),
+OTHER_POOLINGS: dict[str, Pooling] = {
+    "clip_vision_model": "class_token",
+    "siglip_vision_model": "head",
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), "first"),
 }
 
 
-def pool_each(pool: Pool, tower: Any, hidden: Tensor) -> Tensor:
-    """Pool each token on its own, through the norm and head of the pooled token.
-
-    Args:
-        pool: the tower's pooling.
-        tower: the tower.
-        hidden: `(batch, length, hidden_size)`.
-
-    Returns:
-        `(batch, length, width)`.
-    """
-    return pool(tower, hidden.flatten(0, 1).unsqueeze(1), None, None).unflatten(0, hidden.shape[:2])
-
-
-def describe(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the configuration of a dual encoder without its towers, for `D2SVSEConfig.dual_encoder`."""
-    values = config.to_diff_dict()
-    left_out = (*TOWERS, "transformers_version", "architectures", "dtype", "_name_or_path")
-    return {"model_type": config.model_type, **{name: value for name, value in values.items() if name not in left_out}}
+def pool_each(how: Pooling, tower: Any, hidden: Tensor) -> Tensor:
+    """Pool each token of `(batch, length, hidden_size)` on its own, see `pool_tower`: `(batch, length, width)`."""
+    return pool_tower(how, tower, hidden.flatten(0, 1).unsqueeze(1)).unflatten(0, hidden.shape[:2])
 
 
 def options_of_dual_encoder(config: Any) -> dict[str, Any]:
     """Return the options of `D2SVSEConfig` for a model that takes over a dual encoder of a configuration."""
+    left_out = (*TOWERS, "transformers_version", "architectures", "dtype", "_name_or_path")
+    own = {name: value for name, value in config.to_diff_dict().items() if name not in left_out}
     return {
         "vision_config": config.vision_config.to_dict(),
         "text_config": config.text_config.to_dict(),
-        "dual_encoder": describe(config),
-        "embed_dim": embed_dim_of(config),
+        "dual_encoder": {"model_type": config.model_type, **own},
+        "embed_dim": int(getattr(config, "projection_dim", None) or config.vision_config.hidden_size),
         "image_pooling": "native",
         "text_pooling": "native",
         "max_logit_scale": None,
@@ -176,13 +142,7 @@ def options_of_dual_encoder(config: Any) -> dict[str, Any]:
 def make_dual_encoder(
     dual_encoder: dict[str, Any], vision: PreTrainedConfig, text: PreTrainedConfig
 ) -> PreTrainedModel:
-    """Return a dual encoder with random weights.
-
-    Args:
-        dual_encoder: see `D2SVSEConfig`.
-        vision: configuration of its vision tower.
-        text: configuration of its text tower.
-    """
+    """Return a dual encoder with random weights, from `D2SVSEConfig.dual_encoder` and the towers' configurations."""
     options = dict(dual_encoder)
     config_class: Any = CONFIG_MAPPING[options.pop("model_type")]
     attention = {"vision_config": vision._attn_implementation, "text_config": text._attn_implementation}
@@ -207,7 +167,7 @@ class Tower:
 
     backbone: PreTrainedModel
     projection: nn.Module
-    pool: Pool
+    pool: Pooling
     fixed_length: bool
 
 
@@ -215,7 +175,7 @@ def towers_of(dual: Any) -> tuple[Tower, Tower]:
     """Return the vision and the text side of a dual encoder; they share its modules."""
     kind, config = KINDS[dual.config.model_type], dual.config.vision_config
     pool = kind.pool_image
-    if pool is pool_by_pooler:  # the towers may be of any kind
+    if pool == "pooler":  # the towers may be of any kind
         pool = OTHER_POOLINGS.get(config.model_type, pool)
     image, text = kind.projections
     return (
@@ -232,7 +192,7 @@ def check_poolings(dual: PreTrainedModel) -> None:
         ValueError: if one does not; the message names its tower.
     """
     for tower in towers_of(dual):
-        if tower.pool is not pool_by_pooler:
+        if tower.pool != "pooler":
             continue
         config: Any = tower.backbone.config
         like = next(tower.backbone.parameters())
@@ -240,7 +200,7 @@ def check_poolings(dual: PreTrainedModel) -> None:
         with evaluating(tower.backbone):
             try:
                 works = bool(pool_each(tower.pool, tower.backbone, tokens).isfinite().all())
-                works = works and tower.pool(tower.backbone, tokens, None, None).ndim == 2
+                works = works and pool_tower(tower.pool, tower.backbone, tokens).ndim == 2
             except (AttributeError, TypeError, RuntimeError, ValueError):
                 works = False
         if not works:
@@ -248,11 +208,6 @@ def check_poolings(dual: PreTrainedModel) -> None:
                 f"a {dual.config.model_type} with a {config.model_type} tower cannot be used: it has no pooler that "
                 "takes one token, as ViT and BERT have"
             )
-
-
-def embed_dim_of(config: Any) -> int:
-    """Return the width of a dual encoder's embeddings."""
-    return int(getattr(config, "projection_dim", None) or config.vision_config.hidden_size)
 
 
 @torch.no_grad()
@@ -313,15 +268,9 @@ def logit_scale_of(dual: Any) -> tuple[float, float | None]:
 
 
 def set_logit_scale(dual: Any, scale: Tensor, bias: Tensor | None) -> Any:
-    """Set the logit scale of a dual encoder. A bias that it has no place for is left out, and a warning says so.
+    """Set the log of the logit scale and the logit bias of a dual encoder, both scalars, and return it.
 
-    Args:
-        dual: the dual encoder; it is changed.
-        scale: log of the logit scale, a scalar.
-        bias: logit bias, a scalar, or None.
-
-    Returns:
-        The dual encoder.
+    A bias that it has no place for is left out, and a warning says so.
     """
     if bias is not None and not hasattr(dual, "logit_bias"):
         logger.warning(

@@ -18,7 +18,7 @@ from d2svse.features import Features
 from d2svse.hub.folder import loading
 from d2svse.hub.weights import check_finite, check_size, local_files, weight_files
 from d2svse.images.regions import region_shape
-from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each
+from d2svse.models.dual_encoders import KINDS, Tower, load_dual_encoder, pool_each, pool_tower
 from d2svse.models.pooling import ClsPooling, build_pooling
 from d2svse.models.regions import RegionsConfig, RegionsModel
 from d2svse.similarity.use import evaluating
@@ -103,17 +103,11 @@ class ImageEncoder(nn.Module):
         return self.from_backbone_tokens(self.backbone_tokens(pixel_values), token_mask)
 
     def from_backbone_tokens(self, hidden: Tensor, token_mask: Tensor | None = None) -> Features:
-        """Project and pool the tokens of the backbone.
+        """Project and pool the tokens of the backbone; see `forward` for the result and the error.
 
         Args:
             hidden: output of `backbone_tokens`, `(batch, length, hidden_size)`.
             token_mask: see `forward`.
-
-        Returns:
-            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the mask.
-
-        Raises:
-            ValueError: if the shape of the mask differs from that of the tokens.
         """
         if self.native_pool is None:
             weight = self.projection.weight  # a method in a quantized layer, which takes what the backbone gives
@@ -129,7 +123,7 @@ class ImageEncoder(nn.Module):
         if self.native_pool is None:
             pooled = self.pooling(tokens, token_mask)
         else:
-            pooled = self.projection(self.native_pool(self.backbone, hidden, None, None))
+            pooled = self.projection(pool_tower(self.native_pool, self.backbone, hidden))
         return Features(pooled, tokens, token_mask)
 
     def backbone_tokens(self, pixel_values: Tensor) -> Tensor:
@@ -270,20 +264,17 @@ class TextEncoder(nn.Module):
     def from_backbone_tokens(
         self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None = None
     ) -> Features:
-        """Project and pool the tokens of the backbone.
+        """Project and pool the tokens of the backbone; see `forward` for the result.
 
         Args:
             hidden: output of `backbone_tokens`, `(batch, length, hidden_size)`.
             input_ids: see `forward`; only read for the pooling of a dual encoder.
             attention_mask: see `forward`.
-
-        Returns:
-            `pooled (batch, embed_dim)`, `tokens (batch, length, embed_dim)` and the bool mask.
         """
         mask = None if attention_mask is None else attention_mask.bool()
         if self.native_pool is None:
             return self.pool(self.words(hidden), mask)
-        pooled = self.projection(self.native_pool(self.backbone, hidden, input_ids, mask))
+        pooled = self.projection(pool_tower(self.native_pool, self.backbone, hidden, input_ids, mask))
         return Features(pooled, self.projection(pool_each(self.native_pool, self.backbone, hidden)), mask)
 
     def from_stored_tokens(self, tokens: Sequence[Tensor]) -> Features:

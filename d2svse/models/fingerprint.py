@@ -81,8 +81,7 @@ def model_fingerprint(model: D2SVSE, bare_name: bool = False, as_loaded: bool = 
     # Included only where they are set, so that models without them keep their fingerprints.
     parts |= {name: value for name in ("fixed_length", "prompt") if (value := getattr(model.processor, name))}
     about = json.dumps(parts, sort_keys=True, default=str)
-    # torch.compile adds its own prefix to the names of the weights.
-    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+    weights = model.state_dict()
     note = _note_of(model, weights, about) if as_loaded else None
     if note is not None:
         with suppress(OSError, ValueError, TypeError):

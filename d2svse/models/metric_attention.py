@@ -149,10 +149,7 @@ def check_attention(backbone: PreTrainedModel, name: str) -> None:
     """
     own = backbone.config._attn_implementation
     if own != name and METRIC_ATTENTION in (own, name):
-        raise ValueError(
-            f"attn_implementation {name!r}: a backbone with a metric in its attention has an attention of its own; "
-            "leave the option out"
-        )
+        raise ValueError("a backbone with a metric in its attention has an attention of its own; leave the option out")
 
 
 def _head_dim(layer: nn.Module) -> int:

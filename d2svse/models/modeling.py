@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from d2svse.choices import ContextTokens, Resizing
+from d2svse.choices import ContextTokens, Resizing, check_positive
 from d2svse.features import Features
 from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
@@ -368,9 +368,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         if not folder.is_dir():
             folder = fetch_model(name, subfolder=subfolder, check=check, **hub_options)
         inner = check_subfolder(folder, subfolder, name)
+        with_info = kwargs.pop("output_loading_info", False)
         if holds_another_model(inner):
             check(read_json(inner / "config.json"))
-            with_info, device = kwargs.pop("output_loading_info", False), one_device(kwargs.pop("device_map", None))
+            device = one_device(kwargs.pop("device_map", None))
             dtypes = [kwargs.pop(option, None) for option in ("dtype", "torch_dtype")]
             dtype = next((one for one in dtypes if one not in (None, "auto")), None)
             attention, own_processor = kwargs.pop("attn_implementation", None), kwargs.pop("processor", None)
@@ -382,45 +383,39 @@ class D2SVSE(Shimmed, PreTrainedModel):
             files = [file for file in weight_files(inner, name) if file.suffix == ".safetensors"]
             states = [file_state(file) for file in files]  # before they are read
             processor = own_processor or load_dual_processor(inner)  # which may need a package: before the weights
-            adopted = cls.from_dual_encoder(load_dual_encoder(inner, attention), processor=processor, **kwargs)
-            adopted.weight_files = states
-            adopted.name_or_path = adopted.config.name_or_path = name
-            adopted.subfolder = subfolder
-            if not Path(name).is_dir():
-                adopted.config._commit_hash = folder.name
-            adopted = adopted.to(device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-            # Loading refuses missing weights and weights of another shape.
-            return (adopted, {"missing_keys": set(), "mismatched_keys": set()}) if with_info else adopted
-        if kwargs.get("max_positions") is not None:
-            raise ValueError(f"{name}: max_positions is for a dual encoder of transformers; this is a model of d2svse")
-        check_model_folder(inner, name=name)
-        files = weight_files(inner, name)
-        kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
-        with_info = kwargs.pop("output_loading_info", False)
-        loaded: Any
-        try:
-            config = kwargs.get("config") or read_configuration(inner, name)
-            check_size(lambda: cls(config), files, name)
-            states = [file_state(path) for path in files]  # before they are read
-            with loading(name):
-                loaded = super().from_pretrained(folder, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
-        model, info = loaded
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
-        check_finite(model, files, name)
-        model.weight_files = states
+            model = cls.from_dual_encoder(load_dual_encoder(inner, attention), processor=processor, **kwargs)
+            model = model.to(device, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            info: Any = {"missing_keys": set(), "mismatched_keys": set()}  # loading refuses such weights
+        else:
+            if kwargs.get("max_positions") is not None:
+                raise ValueError(f"{name}: max_positions is for a dual encoder of transformers, not a model of d2svse")
+            check_model_folder(inner, name=name)
+            files = weight_files(inner, name)
+            kwargs |= {"trust_remote_code": False, "use_safetensors": True, "weights_only": True}
+            load: Any = super().from_pretrained
+            try:
+                config = kwargs.get("config") or read_configuration(inner, name)
+                check_size(lambda: cls(config), files, name)
+                states = [file_state(path) for path in files]  # before they are read
+                with loading(name):
+                    model, info = load(folder, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
+            except SafetensorError as error:
+                raise ValueError(f"{name}: model.safetensors is broken ({error})") from None
+            if info["missing_keys"]:
+                missing = sorted(info["missing_keys"])
+                raise ValueError(f"{name}: the weights lack {missing[0]} (and {len(missing) - 1} more)")
+            check_finite(model, files, name)
+            if (inner / PROCESSOR_FILES[0]).is_file():
+                with loading(name):
+                    model.processor = D2SVSEProcessor.from_pretrained(
+                        folder, subfolder=subfolder, trust_remote_code=False
+                    )
+            else:
+                logger.warning("%s has no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
+        model.weight_files, model.subfolder = states, subfolder
         model.name_or_path = model.config.name_or_path = name
-        model.subfolder = subfolder
         if not Path(name).is_dir():
             model.config._commit_hash = folder.name
-        if (folder / subfolder / PROCESSOR_FILES[0]).is_file():
-            with loading(name):
-                model.processor = D2SVSEProcessor.from_pretrained(folder, subfolder=subfolder, trust_remote_code=False)
-        else:
-            logger.warning("%s has no %s: set model.processor before encoding", name, PROCESSOR_FILES[0])
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -729,21 +724,11 @@ class D2SVSE(Shimmed, PreTrainedModel):
     ) -> Iterator[tuple[list[int], Features]]:
         """Encode images and yield each batch when it is done: its rows in `images`, and their features.
 
-        Args:
-            images: a list of images, see `encode_image`.
-            batch_size: images encoded at a time.
-            device: device that the model is moved to first; None leaves it where it is.
-            output: "pooled" for the vectors only, "features" for the tokens too.
-            draft: decode large JPEG files at reduced size, see `encode_image`.
-            on_bad_image: called with the row and the error of an image that cannot be read, which
-                is then skipped; None raises the error.
+        With `on_bad_image`, an image that cannot be read is skipped. The function is called with its row and the error.
+        See `encode_image` for the other arguments and errors.
 
         Yields:
             Row numbers and `Features` on the model's device, pooled vectors L2-normalised, float32.
-
-        Raises:
-            ImageError: if an image cannot be read.
-            ValueError: if the list is empty or the model has no processor.
         """
         processor = self._require_processor(images, batch_size, output)
         model: Any = self
@@ -917,8 +902,7 @@ class D2SVSE(Shimmed, PreTrainedModel):
             raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
         if not inputs:
             raise ValueError("nothing to encode: an empty list")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        check_positive(batch_size=batch_size)
         if self.processor is None:
             raise ValueError(
                 "the model has no processor to prepare images and texts; load it from a folder with "

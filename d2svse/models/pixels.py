@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from d2svse.cpu import own_cores
+from d2svse.cpu import map_in_threads, own_cores
 from d2svse.images import ImageError, ImageSource
 from d2svse.models.image_processing import PREPARED, raw_image
 
@@ -136,16 +136,11 @@ def read_batches(
         except ImageError as error:
             return error
 
-    readers = ThreadPoolExecutor(own_cores())
-    try:
-        following: dict[int, Future[Tensor | ImageError]] = {}
-        for start in [*range(0, len(images), batch_size), None]:
-            batch = following
-            rows = () if start is None else range(start, min(start + batch_size, len(images)))
-            following = {row: readers.submit(read, row) for row in rows}
+    rows = range(len(images))
+    with closing(map_in_threads(read, rows, batch_size + own_cores())) as prepared:
+        for start in rows[::batch_size]:
             good: dict[int, Tensor] = {}
-            for row, reading in batch.items():
-                pixels = reading.result()
+            for row, pixels in zip(rows[start : start + batch_size], prepared, strict=False):
                 if not isinstance(pixels, ImageError):
                     good[row] = pixels
                 elif on_bad_image is None:
@@ -154,8 +149,6 @@ def read_batches(
                     on_bad_image(row, pixels)
             if good:
                 yield list(good), join_pixels([pixels[None] for pixels in good.values()])
-    finally:
-        readers.shutdown(cancel_futures=True)
 
 
 def join_pixels(prepared: Sequence[Any]) -> Any:

@@ -26,6 +26,7 @@ from transformers import (
 
 from d2svse.hub.folder import PROCESSOR_FILE, WITHOUT_TOKENIZER, check_vocabulary
 from d2svse.images import ImageSource, image_list, use_image
+from d2svse.images.regions import region_shape
 from d2svse.models.configuration import D2SVSEConfig
 from d2svse.models.dual_encoders import KINDS
 from d2svse.models.image_processing import PREPARED, D2SVSEImageProcessorPil, prepare_image, raw_image
@@ -197,7 +198,7 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
         if max_length is None:
             max_length = min(tokenizer.model_max_length, longest_text(AutoConfig.from_pretrained(text, **safe)))
         if vision.endswith(".npy"):
-            return cls(RegionsImageProcessor.from_file(vision), tokenizer, max_length=max_length)
+            return cls(RegionsImageProcessor(*region_shape(vision)), tokenizer, max_length=max_length)
         return cls(AutoImageProcessor.from_pretrained(vision, backend="pil", **safe), tokenizer, max_length=max_length)
 
     @classmethod
@@ -488,31 +489,18 @@ class D2SVSEProcessor(Shimmed, ProcessorMixin):
             )
         return limit
 
-    def token_words(self, text: str, max_length: int | None = None) -> tuple[list[int], list[int | None]]:
-        """Return the token ids of one text, as `tokenize` does, and the number of the word of each token.
+    def encoded_words(self, text: str, max_length: int | None = None) -> tuple[BatchEncoding, list[int | None]]:
+        """Return the tokenizer's output for one text in the prompt, and the number of the word of each token.
 
-        Tokenizers that run in Python do not tell words: each of their tokens counts as one, those of the prompt too.
+        The number is None for special tokens and for those of the prompt alone. Tokenizers that run in Python do not
+        tell words: each of their tokens counts as one, those of the prompt too. The output of a fast tokenizer has an
+        `offset_mapping` into the text in the prompt.
 
         Args:
             text: the text.
             max_length: longest text in tokens; the limit of the processor by default.
-
-        Returns:
-            The ids, and for each the number of its word; None for special tokens and for those of the prompt alone.
         """
         limit = self._limit(max_length)
-        encoded, owners = self.encoded_words(text, limit)
-        return list(encoded["input_ids"]), owners
-
-    def encoded_words(self, text: str, limit: int) -> tuple[BatchEncoding, list[int | None]]:
-        """Return the tokenizer's output for one text in the prompt, and what `token_words` tells of its tokens.
-
-        The output of a fast tokenizer has an `offset_mapping` into the text in the prompt.
-
-        Args:
-            text: the text.
-            limit: longest text in tokens.
-        """
         whole, fast = self._prompted([text])[0], bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(whole, truncation=True, max_length=limit, return_offsets_mapping=fast)
         if not fast:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from d2svse.images import ImageError
-from d2svse.images.regions import as_region_image, check_regions, region_shape
+from d2svse.images.regions import as_region_image, check_regions
 
 
 @strict
@@ -75,9 +75,6 @@ class RegionsModel(PreTrainedModel):
         """Return which regions are real, `(batch, num_regions)` bool: those with a number other than zero."""
         return (pixel_values != 0).any(-1)
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Do nothing: there are no weights."""
-
 
 class RegionsImageProcessor(BaseImageProcessor):
     """Read the features of an image's regions, and pad them with zeros to one number of regions.
@@ -93,11 +90,6 @@ class RegionsImageProcessor(BaseImageProcessor):
     def __init__(self, num_regions: int = 36, width: int = 2048, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_regions, self.width = num_regions, width
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> RegionsImageProcessor:
-        """Return the processor for a region file."""
-        return cls(*region_shape(path))
 
     def read_source(self, source: Any, return_tensors: str | None = "pt", **_: Any) -> Any:
         """Read the regions of one image.

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import BertConfig, PreTrainedConfig, SwinConfig, ViTConfig
 
-from d2svse.choices import unknown
+from d2svse.choices import check_type, unknown
 from d2svse.hub.folder import MAX_IMAGE_SIZE
 from d2svse.models import D2SVSEConfig
 from d2svse.models.decoder import Placement
@@ -23,22 +22,9 @@ DECODER_HEADS, ATTENTION_HEADS = 4, 8
 SETTINGS = ("img_res", "no_res_embed", "decoder_heads", "fusion", "token_placement", "mask_padding")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """An inferred architecture.
-
-    Attributes:
-        config: the configuration.
-        image_size: side of the square that images are resized to, in pixels.
-    """
-
-    config: D2SVSEConfig
-    image_size: int
-
-
 def infer_architecture(
     weights: Mapping[str, Tensor], opt: Mapping[str, Any], source: Path, given: Mapping[str, Any] | None = None
-) -> Architecture:
+) -> tuple[D2SVSEConfig, int]:
     """Infer the architecture from tensor shapes, and from options for what shapes do not contain.
 
     Args:
@@ -48,6 +34,9 @@ def infer_architecture(
         given: values that override shapes and options: any of `SETTINGS`, and `vision.FIELD` or
             `text.FIELD` for any field of the backbones' configurations. `vision__FIELD` and
             `text__FIELD` are the same as Python names.
+
+    Returns:
+        The configuration, and the side of the square that images are resized to, in pixels.
 
     Raises:
         ValueError: if a needed tensor is missing or has another number of dimensions, a given name is unknown, or
@@ -89,7 +78,7 @@ def infer_architecture(
         )
     except Exception as error:
         raise ValueError(f"{source}: settings {dict(given or {})} do not fit: {' '.join(str(error).split())}") from None
-    return Architecture(config, int(image_size))
+    return config, int(image_size)
 
 
 def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
@@ -110,9 +99,7 @@ def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
     for name in ("no_res_embed", "mask_padding"):
         if not isinstance(values[name], bool | None):
             raise ValueError(f"{name} must be true or false, got {values[name]!r}")
-    if values["token_placement"] not in get_args(Placement):
-        known = ", ".join(get_args(Placement))
-        raise ValueError(f"token_placement must be one of {known}, got {values['token_placement']!r}")
+    check_type("token_placement", values["token_placement"], Placement)
 
 
 class _Shapes:

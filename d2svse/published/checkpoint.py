@@ -97,7 +97,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     options = vars(opt) if isinstance(opt, argparse.Namespace) else opt
     rest = {name: value for name, value in content.items() if name not in ("model", "opt")}
     try:
-        return Checkpoint(path, weights, plain(options), {**rest, **_plain_numbers(rest)})
+        # Dictionaries and tensors, such as optimizer states, stay as they are.
+        rest |= {name: plain(value) for name, value in rest.items() if not isinstance(value, dict | Tensor)}
+        return Checkpoint(path, weights, plain(options), rest)
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: the options are nested too deep, or there are too many") from None
 
@@ -112,7 +114,7 @@ def _named_tensors(path: Path, model: Mapping[Any, Any]) -> dict[str, Tensor]:
             problem = "is there twice, with and without module. or _orig_mod."
         elif not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             problem = f"is {getattr(tensor, 'layout', type(tensor).__name__)}, expected a tensor with values"
-        elif _is_expanded(tensor):
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded
             problem = f"repeats its stored numbers; expected {tensor.numel():,} stored numbers"
         elif tensor.dtype not in (WHOLE if WHOLE_NUMBERS.search(name) else FLOATS):  # what comes back bit by bit
             expected = "int64" if WHOLE_NUMBERS.search(name) else "float32, float16 or bfloat16"
@@ -162,13 +164,3 @@ def _is_allowed(name: str) -> bool:
     """Return whether a checkpoint may use this class: parts of tensors, and harmless classes."""
     known = {*FURTHER_CLASSES, *(known for _, known in stand_ins())}
     return name in known or name.startswith("torch.")
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Return whether a tensor has more numbers than its storage."""
-    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
-
-
-def _plain_numbers(rest: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the further entries as plain values, without dictionaries and tensors such as optimizer states."""
-    return {name: plain(value) for name, value in rest.items() if not isinstance(value, dict | Tensor)}

@@ -25,14 +25,8 @@ from d2svse.files.replace import write_json, written_aside
 from d2svse.hub.folder import check_contents, check_vocabulary, loading
 from d2svse.hub.saving import CONFIG_FILE, PUBLISHED_FILE, TEACHER_FILE, UNUSED_FILE
 from d2svse.hub.weights import read_tensors
-from d2svse.models import D2SVSE, D2SVSEImageProcessorPil, D2SVSEProcessor
-from d2svse.published.architecture import (
-    ATTENTION_HEADS,
-    DECODER_HEADS,
-    HEAD_WIDTH,
-    Architecture,
-    infer_architecture,
-)
+from d2svse.models import D2SVSE, D2SVSEConfig, D2SVSEImageProcessorPil, D2SVSEProcessor
+from d2svse.published.architecture import ATTENTION_HEADS, DECODER_HEADS, HEAD_WIDTH, infer_architecture
 from d2svse.published.checkpoint import Checkpoint, read_checkpoint
 from d2svse.published.names import (
     OPTIONAL,
@@ -93,18 +87,16 @@ def load_published(
 
 
 def _load(checkpoint: Checkpoint, tokenizer: Any, antialias: bool, given: Mapping[str, Any]) -> D2SVSE:
-    architecture = infer_architecture(checkpoint.weights, checkpoint.opt, checkpoint.path, given)
-    _check_fit(checkpoint, architecture)
+    config, side = infer_architecture(checkpoint.weights, checkpoint.opt, checkpoint.path, given)
+    _check_fit(checkpoint, config)
     # Cloned, because the tensors map the file, and in some files several names share one tensor.
     state = {to_ours(name): tensor.clone() for name, tensor in checkpoint.weights.items() if is_used(name)}
-    config = architecture.config
     state["logit_scale"] = torch.tensor(float(config.logit_scale_init_value))
     load: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     model, info = load(D2SVSE, None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise ValueError(f"{checkpoint.path}: transformers could not load all tensors: {info}")
-    size = {"height": architecture.image_size, "width": architecture.image_size}
-    image_processor = D2SVSEImageProcessorPil(antialias=antialias, size=size)
+    image_processor = D2SVSEImageProcessorPil(antialias=antialias, size={"height": side, "width": side})
     found = _find_tokenizer(tokenizer)
     text: Any = config.text_config
     if found is not None and len(found) > text.vocab_size:
@@ -218,13 +210,13 @@ def write_published(folder: str | os.PathLike[str], output: str | os.PathLike[st
     changed = {name: own[name] for name in ("img_res", "no_res_embed") if name in own}
     opt = {**own, **record.get("opt", {}), **changed}
     written = Checkpoint(folder, state, opt)
-    _check_fit(written, infer_architecture(state, opt, folder))  # what cannot be read back is not written
+    _check_fit(written, infer_architecture(state, opt, folder)[0])  # what cannot be read back is not written
     content = {"model": state, "opt": argparse.Namespace(**opt), **record.get("rest", {})}
     with written_aside(output) as aside:
         torch.save(content, aside)
 
 
-def _check_fit(checkpoint: Checkpoint, architecture: Architecture) -> None:
+def _check_fit(checkpoint: Checkpoint, config: D2SVSEConfig) -> None:
     """Check that names and shapes of the checkpoint are those of the model.
 
     Raises:
@@ -232,7 +224,7 @@ def _check_fit(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """
     try:
         with torch.device("meta"):
-            model = D2SVSE(architecture.config)
+            model = D2SVSE(config)
     except Exception as error:  # transformers raises many kinds of error for values that do not fit
         raise ValueError(f"{checkpoint.path}: the model of these settings cannot be built ({error})") from None
     expected = published_shapes(model, teacher=any(name.startswith(TEACHER_PREFIX) for name in checkpoint.weights))
@@ -258,38 +250,31 @@ def _check_expressible(model: D2SVSE, folder: Path) -> None:
     sides = [text, vision] if known and vision.model_type == "vit" else [text]
     attends = decoder.get("kind", "decoder") == "attention"
     placed = attends or (decoder.get("placement") == "postfix" and not decoder.get("positions", True))
-    heads = decoder.get("num_heads", ATTENTION_HEADS if attends else DECODER_HEADS)
-    problem = None
-    if not known:
-        problem = f"it has ViT or Swin with BERT, not {vision.model_type} with {text.model_type}"
-    elif any(side.num_attention_heads != max(1, side.hidden_size // HEAD_WIDTH) for side in sides):
-        problem = f"its attention heads are {HEAD_WIDTH} wide"
-    elif (config.image_pooling, config.text_pooling) != ("gpo", "gpo"):
-        problem = f"it pools by gpo, not by {config.image_pooling} and {config.text_pooling}"
-    elif config.lora:
-        problem = "it has no LoRA matrices; add them to the weights first (merge_lora), and save the model"
-    elif config.attention_metric:
-        problem = f"its attention has no metric, such as {config.attention_metric}"
-    elif config.image_token_merging > 1:
-        problem = f"it averages no tokens of patches, as image_token_merging {config.image_token_merging} does"
-    elif config.image_projection != "linear":
-        problem = f"its image projection is linear, not {config.image_projection}"
-    elif config.text_projection == "mlp":
-        problem = "its text projection is linear or residual_mlp, not mlp"
-    elif decoder and config.context_gate:
-        problem = "no gate multiplies its decoder's output (context_gate)"
-    elif (config.similarity or {}).get("name") != "cosine":
-        problem = f"it compares by cosine, not by {config.similarity}"
-    elif decoder and not placed:
-        problem = "its decoder has postfix tokens without positions (--preset published trains one)"
-    elif decoder.get("num_tokens") == 0:
-        problem = "its decoder has learnable tokens"
-    elif decoder and heads != (ATTENTION_HEADS if attends else DECODER_HEADS):
-        problem = f"its decoder has {DECODER_HEADS} heads, or {ATTENTION_HEADS} in cross-attention, not {heads}"
-    elif decoder.get("pooling", "mean") not in ("mean", "gpo"):
-        problem = f"its decoder pools by mean or gpo, not by {decoder['pooling']}"
-    if problem:
-        raise ValueError(f"{folder}: the published code has no such model: {problem}")
+    usual = ATTENTION_HEADS if attends else DECODER_HEADS
+    heads, pooling = decoder.get("num_heads", usual), decoder.get("pooling", "mean")
+    poolings, merged = (config.image_pooling, config.text_pooling), config.image_token_merging
+    other_width = known and any(side.num_attention_heads != max(1, side.hidden_size // HEAD_WIDTH) for side in sides)
+    problems = {
+        f"it has ViT or Swin with BERT, not {vision.model_type} with {text.model_type}": not known,
+        f"its attention heads are {HEAD_WIDTH} wide": other_width,
+        f"it pools by gpo, not by {' and '.join(poolings)}": poolings != ("gpo", "gpo"),
+        "it has no LoRA matrices; add them to the weights first (merge_lora), and save the model": config.lora,
+        f"its attention has no metric, such as {config.attention_metric}": config.attention_metric,
+        f"it averages no tokens of patches, as image_token_merging {merged} does": merged > 1,
+        f"its image projection is linear, not {config.image_projection}": config.image_projection != "linear",
+        "its text projection is linear or residual_mlp, not mlp": config.text_projection == "mlp",
+        "no gate multiplies its decoder's output (context_gate)": decoder and config.context_gate,
+        f"it compares by cosine, not by {config.similarity}": (config.similarity or {}).get("name") != "cosine",
+        "its decoder has postfix tokens without positions (--preset published trains one)": decoder and not placed,
+        "its decoder has learnable tokens": decoder.get("num_tokens") == 0,
+        f"its decoder has {DECODER_HEADS} heads, or {ATTENTION_HEADS} in cross-attention, not {heads}": (
+            decoder and heads != usual
+        ),
+        f"its decoder pools by mean or gpo, not by {pooling}": pooling not in ("mean", "gpo"),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ValueError(f"{folder}: the published code has no such model: {problem}")
     if model.processor is not None and getattr(model.processor.image_processor, "antialias", True):
         logger.warning("%s was trained on images that were not prepared as in the published code", folder)
     if decoder and model.decoder is not None and model.decoder.mask_padding:

@@ -49,10 +49,6 @@ class _Array:
         self.values = numbers.reshape(shape).tolist()
 
 
-def _array(*_: Any) -> _Array:
-    return _Array()
-
-
 def _scalar(dtype: Any, data: Any) -> Any:
     if re.fullmatch(r"U\d{1,4}", dtype.name):
         return data.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
@@ -97,7 +93,7 @@ def stand_ins() -> list[Any]:
         named += [(_POSIX, f"{module}.{name}") for name in ("PosixPath", "PurePosixPath", "Path", "PurePath")]
         named += [(_WINDOWS, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        named += [(_scalar, f"{module}.scalar"), (_array, f"{module}._reconstruct")]
+        named += [(_scalar, f"{module}.scalar"), (_Array, f"{module}._reconstruct")]
     named += [(_Array, "numpy.ndarray"), (_DType, "numpy.dtype"), (_dictionary, "collections.defaultdict")]
     dictionaries = ("easydict.EasyDict", "addict.addict.Dict", "munch.Munch", "yacs.config.CfgNode")
     return [*named, *((OrderedDict, name) for name in dictionaries)]

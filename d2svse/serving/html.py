@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d2svse.images import ImageError, jpeg_uri
 from d2svse.images.regions import as_region_image
 from d2svse.retrieval.search.gallery import escape
 from d2svse.serving.asking import Answer, Reason, Searcher
 from d2svse.serving.images import FOLDER, LARGE, SMALL, ShownImages, is_there, small_copy
-from d2svse.serving.maps import DrawnPanel, DrawnSet
+from d2svse.serving.maps import DrawnSet
+
+if TYPE_CHECKING:
+    from d2svse.visualize import Panel
 
 PAGE = 12
 
@@ -105,18 +108,18 @@ def _large_images(answer: Answer, name: str, searcher: Searcher, images: ShownIm
 def _maps(one: DrawnSet) -> str:
     bar = f"linear-gradient(to right,{','.join(one.colours)})"
     ends = f'<span>{escape(one.low)}</span><i style="background:{bar}"></i><span>{escape(one.high)}</span>'
-    panels = "".join(_panel(panel) for panel in one.panels)
-    remarks = "".join(f'<p class="d2-remark">{escape(remark)}</p>' for remark in one.remarks)
+    panels = "".join(map(_panel, one.maps.panels, one.jpegs))
+    remarks = "".join(f'<p class="d2-remark">{escape(remark)}</p>' for remark in one.maps.remarks)
     return (
-        f'<section class="d2-maps"><h3>{escape(one.title)}</h3>'
-        f'<p class="d2-scale">{ends}<em>{escape(one.unit)}</em></p>'
+        f'<section class="d2-maps"><h3>{escape(one.maps.title)}</h3>'
+        f'<p class="d2-scale">{ends}<em>{escape(one.maps.unit)}</em></p>'
         f'<div class="d2-panels">{panels}</div>{remarks}</section>'
     )
 
 
-def _panel(panel: DrawnPanel) -> str:
+def _panel(panel: Panel, jpeg: bytes) -> str:
     title, note = escape(panel.title), escape(panel.note)
-    image = f'<img src="{jpeg_uri(panel.jpeg)}" alt="map of {title}">'
+    image = f'<img src="{jpeg_uri(jpeg)}" alt="map of {title}">'
     return f"<figure>{image}<figcaption><b>{title}</b><small>{note}</small></figcaption></figure>"
 
 

@@ -24,35 +24,22 @@ FRAME = "#00e5ff"
 
 
 @dataclass(frozen=True, slots=True)
-class DrawnPanel:
-    """A map: its word, a note, and the image with the heat over it as JPEG."""
-
-    title: str
-    note: str
-    jpeg: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class DrawnSet:
-    """Maps that share a scale.
+    """Maps that share a scale, with their images.
 
     Attributes:
-        title: the title of the set.
-        unit: the meaning of a value, such as "share of the word's mass".
+        maps: the maps.
         low: the value of the coldest colour, as text.
         high: the value of the hottest colour, as text.
         colours: colours from the coldest to the hottest, as `#rrggbb`.
-        panels: the maps.
-        remarks: notes about the whole set.
+        jpegs: the image with the heat over it as JPEG, for each of the first panels of the maps.
     """
 
-    title: str
-    unit: str
+    maps: MapSet
     low: str
     high: str
     colours: tuple[str, ...]
-    panels: tuple[DrawnPanel, ...]
-    remarks: tuple[str, ...]
+    jpegs: tuple[bytes, ...]
 
 
 def draw_sets(model: D2SVSE, image: ImageSource, text: str) -> tuple[tuple[DrawnSet, ...], float, list[str]]:
@@ -95,12 +82,10 @@ def _draw_set(pair: Pair, one: MapSet) -> DrawnSet:
     faded = Image.blend(ImageOps.grayscale(small).convert("RGB"), Image.new("RGB", small.size, "white"), 0.25)
     ratio = small.width / pair.image.width, small.height / pair.image.height
     left, top, right, bottom = (round(edge * ratio[side % 2]) for side, edge in enumerate(pair.box))
-    panels = [
-        DrawnPanel(panel.title, panel.note, jpeg_bytes(_lay_over(faded, panel, scale, (left, top, right, bottom))))
-        for panel in one.panels[:MOST_PANELS]
-    ]
+    box = left, top, right, bottom
+    jpegs = tuple(jpeg_bytes(_lay_over(faded, panel, scale, box)) for panel in one.panels[:MOST_PANELS])
     stops = tuple(to_hex(colour) for colour in colormaps[COLOURS](np.linspace(0, 1, 9)))
-    return DrawnSet(one.title, one.unit, ends[0], ends[1], stops, tuple(panels), one.remarks)
+    return DrawnSet(one, ends[0], ends[1], stops, jpegs)
 
 
 def _lay_over(image: Image.Image, panel: Panel, scale: Normalize, box: tuple[int, int, int, int]) -> Image.Image:

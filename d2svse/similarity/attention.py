@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2svse.choices import check_positive, check_type
 from d2svse.features import Features
 from d2svse.similarity.alignment import Attention
 from d2svse.similarity.base import register_similarity
@@ -50,12 +51,9 @@ class CrossAttention(FragmentSimilarity):
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(**options)
-        if metric_in not in get_args(MetricIn):
-            raise ValueError(f"metric_in must be one of {', '.join(get_args(MetricIn))}, got {metric_in!r}")
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-        if smoothing <= 0 or lse_scale <= 0:
-            raise ValueError(f"smoothing and lse_scale must be positive, got {smoothing} and {lse_scale}")
+        check_type("metric_in", metric_in, MetricIn)
+        check_type("pooling", pooling, Pooling)
+        check_positive(smoothing=smoothing, lse_scale=lse_scale)
         self.smoothing, self.pooling, self.lse_scale, self.metric_in = smoothing, pooling, lse_scale, metric_in
 
     def both_products(self, images: Fragments, texts: Fragments, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,8 +227,7 @@ class FocalAttention(CrossAttention):
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(smoothing, metric_in=metric_in, **options)
-        if focal not in get_args(Focal):
-            raise ValueError(f"focal must be one of {', '.join(get_args(Focal))}, got {focal!r}")
+        check_type("focal", focal, Focal)
         self.focal = focal
 
     def attention(self, products: Tensor, query_mask: Tensor, context_mask: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
@@ -20,7 +19,7 @@ from d2svse.similarity.use import in_use
 UNSCORED = -1e4  # below every score, and finite, so that a loss that weighs it by 0 stays finite
 
 
-class Similarity(nn.Module, ABC):
+class Similarity(nn.Module):
     """A score for every pair of an image and a text.
 
     A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. Methods tell
@@ -32,9 +31,9 @@ class Similarity(nn.Module, ABC):
 
     requires: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
-    @abstractmethod
     def score(self, images: Features, texts: Features) -> Tensor:
-        """Score all pairs: `(n_images, n_texts)`, higher is closer."""
+        """Score all pairs: `(n_images, n_texts)`, higher is closer; by default the products of the folded vectors."""
+        return self.fold("image", images.pooled) @ self.fold("text", texts.pooled).T
 
     @classmethod
     def from_config(cls, arguments: dict[str, Any], dim: int | None) -> Self:

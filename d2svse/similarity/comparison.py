@@ -36,9 +36,6 @@ class LowRank(Similarity):
         self.text_map = nn.Parameter(torch.empty(self.rank, dim))
         self.reset_parameters()
 
-    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return self.fold("image", images.pooled) @ self.fold("text", texts.pooled).T
-
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """Normalise and map: the inner product of both sides is the score."""
         with torch.autocast(vectors.device.type, enabled=False):

@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2svse.features import Features, at_least_float32, unit
+from d2svse.features import at_least_float32, unit
 from d2svse.similarity.base import Side, Similarity, register_similarity
 
 
 @register_similarity("cosine")
 class Cosine(Similarity):
     """Cosine of the two pooled vectors: xᵀy with x and y L2-normalised. Range [-1, 1]."""
-
-    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return unit(images.pooled) @ unit(texts.pooled).T
 
     vector_score = "cosine"  # the inner product of normalised vectors
 

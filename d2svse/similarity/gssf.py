@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from d2svse.features import Features, at_least_float32
+from d2svse.features import at_least_float32, unit
 from d2svse.similarity.base import Side, Similarity, register_similarity
 from d2svse.similarity.metric import Metric, MetricOptions, Structure
 
@@ -38,14 +38,11 @@ class GSSF(Similarity):
         super().__init__()
         self.metric = Metric(structure, dim, num_blocks, **options)
 
-    def score(self, images: Features, texts: Features) -> Tensor:  # noqa: D102
-        return self.metric.left(images.pooled) @ self.metric.right(texts.pooled).T
-
     def fold(self, side: Side, vectors: Tensor) -> Tensor:
         """Normalise images and take texts through W: their inner product is the score."""
         with torch.autocast(vectors.device.type, enabled=False):
-            vectors = at_least_float32(vectors)
-            return self.metric.left(vectors) if side == "image" else self.metric.right(vectors)
+            vectors = unit(at_least_float32(vectors))
+            return vectors if side == "image" else self.metric.apply_weight(vectors)
 
     def reset_parameters(self) -> None:  # noqa: D102
         self.metric.reset_parameters()

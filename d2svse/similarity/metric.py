@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.choices import unknown
-from d2svse.features import unit
+from d2svse.choices import check_positive, unknown
 
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
 Start = Literal["identity", "random"]
@@ -97,8 +96,8 @@ class Metric(nn.Module):
             return
         if dim is None:
             raise ValueError(f"a {structure} metric needs the width of the vectors, dim")
-        if num_blocks is not None and num_blocks < 1:
-            raise ValueError(f"num_blocks must be positive, got {num_blocks}")
+        if num_blocks is not None:
+            check_positive(num_blocks=num_blocks)
         if structure == "diagonal":
             self.weight = nn.Parameter(torch.ones(dim))
         else:
@@ -143,20 +142,12 @@ class Metric(nn.Module):
             with torch.no_grad():
                 self.weight.copy_(torch.eye(self.weight.shape[-1]).expand_as(self.weight))
 
-    def left(self, x: Tensor) -> Tensor:
-        """L2-normalise the image side: `(..., dim)`."""
-        return unit(x)
-
-    def right(self, y: Tensor) -> Tensor:
-        """L2-normalise the text side and take it through W: `(..., dim)` to (W ⊙ U)ŷ, `(..., dim)`.
-
-        The inner product of `left` with the result is the score. W is on this side, so that
-        stored image vectors serve a search by image as well.
-        """
-        return self.apply_weight(unit(y))
-
     def apply_weight(self, y: Tensor) -> Tensor:
-        """Take normalised vectors of the text side through W: `(..., dim)`; cosine returns them unchanged."""
+        """Take L2-normalised texts through W: `(..., dim)` to (W ⊙ U)ŷ, `(..., dim)`; cosine returns them unchanged.
+
+        The inner product of a normalised image with the result is the score. W is on this side, so that stored image
+        vectors serve a search by image as well.
+        """
         if self.weight is None:
             return y
         weight = F.dropout(self.weight, self.dropout, self.training).to(y.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from d2svse.choices import unknown
+from d2svse.choices import check_positive, unknown
 from d2svse.features import SMALLEST_NORM, Features, sent, unit
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import UNSCORED, Side, Similarity
@@ -111,8 +111,7 @@ class FragmentSimilarity(Similarity):
         super().__init__()
         if product_dtype not in get_args(ProductDtype):
             raise ValueError(unknown("product_dtype", product_dtype, get_args(ProductDtype)))
-        if max_memory < 1:
-            raise ValueError(f"max_memory must be positive, got {max_memory}")
+        check_positive(max_memory=max_memory)
         self.metric = metric or Metric()
         self.max_memory, self.product_dtype = int(max_memory), product_dtype
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2svse.choices import check_positive, check_type
 from d2svse.features import Features
 from d2svse.similarity.alignment import BestPartners
 from d2svse.similarity.base import register_similarity
@@ -39,8 +40,7 @@ class MaxAlignment(FragmentSimilarity):
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(**options)
-        if direction not in get_args(Direction):
-            raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
+        check_type("direction", direction, Direction)
         self.direction = direction
 
     def score_tile(self, images: Fragments, texts: Fragments, products: Tensor) -> Tensor:  # noqa: D102
@@ -182,8 +182,7 @@ class MaxLogSumExp(MaxAlignment):
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(direction, **options)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_positive(temperature=temperature)
         self.temperature = temperature
 
     def aggregate(self, best: Tensor, real: Tensor, tokens: Tensor, side: str) -> Tensor:  # noqa: D102

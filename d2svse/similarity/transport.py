@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from d2svse.choices import check_positive, check_type
 from d2svse.features import Features, sent
 from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
@@ -94,8 +95,7 @@ def sinkhorn(
         ValueError: if λ or the number of iterations is not positive, a weight is negative, or the
             shapes do not fit.
     """
-    if regularization <= 0 or num_iterations < 1:
-        raise ValueError(f"regularization and num_iterations must be positive, got {regularization}, {num_iterations}")
+    check_positive(regularization=regularization, num_iterations=num_iterations)
     if row_weights.shape[-1] != cost.shape[-2] or column_weights.shape[-1] != cost.shape[-1]:
         shapes = f"{tuple(row_weights.shape)} and {tuple(column_weights.shape)}"
         raise ValueError(f"weights {shapes} do not fit a cost of {tuple(cost.shape)}")
@@ -176,10 +176,10 @@ class Transport(FragmentSimilarity):
         **options: Unpack[FragmentOptions],
     ) -> None:
         super().__init__(**options)
-        if marginals not in get_args(Marginals):
-            raise ValueError(f"marginals must be one of {', '.join(get_args(Marginals))}, got {marginals!r}")
-        if regularization <= 0 or num_iterations < 1 or epsilon < 0:
-            raise ValueError("regularization and num_iterations must be positive, epsilon not negative")
+        check_type("marginals", marginals, Marginals)
+        check_positive(regularization=regularization, num_iterations=num_iterations)
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon must not be negative, got {epsilon}")
         self.partial, self.regularization, self.num_iterations = partial, regularization, num_iterations
         self.marginals, self.epsilon = marginals, epsilon
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import TrainingArguments as TransformersTrainingArguments
 
-from d2svse.choices import unknown
+from d2svse.choices import check_types, unknown
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
 from d2svse.retrieval.evaluation.metrics import RECALL_AT, rank_metrics
 from d2svse.training.checks import (
@@ -22,7 +22,6 @@ from d2svse.training.checks import (
     check_inherited,
     check_ranges,
     check_sharding,
-    check_types,
 )
 from d2svse.training.distributed import launched_processes
 from d2svse.training.options import (

@@ -21,9 +21,8 @@ from d2svse.losses import RankingLoss, ScaledLoss, ScoreDistillationLoss, build_
 from d2svse.models import D2SVSE
 from d2svse.models.adapters import is_added
 from d2svse.models.configuration import JOINS_A_GATE
-from d2svse.models.decoder import build_context_decoder, with_positions
+from d2svse.models.decoder import build_context_decoder
 from d2svse.models.encoders import embedding_count
-from d2svse.models.metric_attention import check_attention
 from d2svse.models.processing import D2SVSEProcessor
 from d2svse.training.arguments import NO_WEIGHT, TrainingArguments
 from d2svse.training.caches import CachedTokens, check_text_tokens
@@ -216,7 +215,7 @@ def _walk(model: D2SVSE, args: TrainingArguments, teacher: Teacher | RetrievalTe
     if isinstance(teacher, RetrievalTeacher) and args.stage == "align":
         model.set_teacher_similarity(**teacher.configuration)
     if args.stage == "distill" and model.decoder is None:
-        model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
+        model.add_decoder(args.context_tokens, **args.decoder_arguments())
     model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
     adapt(model, args)
     if getattr(args.build_loss(), "bias", None) is not None and model.logit_bias is None:
@@ -235,19 +234,17 @@ def _walk(model: D2SVSE, args: TrainingArguments, teacher: Teacher | RetrievalTe
         model.config.lora = None
 
 
-def decoder_arguments(model: D2SVSE, args: TrainingArguments) -> dict[str, Any]:
-    """Return the arguments of the context decoder, with positions for the tokens and the longest text."""
-    return with_positions(args.decoder_arguments(), 0 if model.processor is None else model.processor.max_length)
-
-
 def adapt(model: D2SVSE, args: TrainingArguments) -> None:
     """Give the model the attention and the LoRA matrices of the arguments; equal LoRA matrices are kept.
 
     Raises:
         ValueError: if the model has LoRA matrices of other options, or lacks the attention implementation.
     """
-    if args.attn_implementation:
-        set_attention(model, args.attn_implementation, args.attn_implementation)
+    if name := args.attn_implementation:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"attn_implementation {name!r}: {error}") from None
     present = model.config.lora or {}
     for side, arguments in args.lora_arguments().items():
         if side not in present:
@@ -256,29 +253,6 @@ def adapt(model: D2SVSE, args: TrainingArguments) -> None:
             raise ValueError(
                 f"the {side} backbone has LoRA with {present[side]}, got {arguments}; give the same options"
             )
-
-
-def set_attention(model: D2SVSE, vision: str, text: str) -> tuple[str, str]:
-    """Set the attention implementations of the backbones; return the earlier ones.
-
-    Args:
-        model: the model.
-        vision: transformers' name of the vision backbone's implementation, such as "sdpa".
-        text: the name for the text backbone.
-
-    Raises:
-        ValueError: if an implementation is unknown, or cannot run here.
-    """
-    before = []
-    for encoder, name in ((model.image_encoder, vision), (model.text_encoder, text)):
-        backbone: Any = encoder.backbone
-        check_attention(backbone, name)
-        before.append(backbone.config._attn_implementation)
-        try:
-            backbone.set_attn_implementation(name)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"attn_implementation {name!r}: {error}") from None
-    return before[0], before[1]
 
 
 def check_tokens(model: D2SVSE, args: TrainingArguments, *datasets: ImageTextDataset) -> None:
@@ -416,7 +390,7 @@ def _names_of_decoder(model: Any, args: TrainingArguments) -> set[str]:
     if model.decoder is not None:
         return set()
     with torch.device("meta"):
-        decoder = build_context_decoder(model.config.embed_dim, **decoder_arguments(model, args))
+        decoder = build_context_decoder(model.config.embed_dim, **args.decoder_arguments())
     names = {name for name, one in decoder.named_parameters() if one.ndim > 1 or args.weight_decay_all}
     return {f"decoder.{name}" for name in names} | ({"context_gate"} if args.weight_decay_all else set())
 

@@ -7,7 +7,6 @@ others wait.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from d2svse.models.encoding import inference
 from d2svse.models.fingerprint import tokenizer_settings, weights_fingerprint
 from d2svse.models.pixels import read_batches
 from d2svse.models.regions import RegionsModel
-from d2svse.retrieval.embeddings.store import DESCRIPTION, Batches, EmbeddingStore, remove_store, write_store
+from d2svse.retrieval.embeddings.store import DESCRIPTION, Batches, EmbeddingStore, list_hash, remove_store, write_store
 from d2svse.training.arguments import TrainingArguments
 from d2svse.training.teacher import Teacher
 
@@ -40,6 +39,7 @@ SAMPLE = 4  # rows that are computed again to check a cache
 TEXTS_PER_SHARD, IMAGES_PER_SHARD = 4096, 256
 TOKENS = "image_tokens"
 VALIDATION_SET = "validation"
+DENSE_TOKENS = "dense"  # store of the dense captions' tokens, of stage 1 and of the teacher
 
 
 def cached_teacher_embeddings(
@@ -205,7 +205,7 @@ def kept_text_tokens(
     """Return the tokens that `cached_text_tokens` keeps for these texts, or None if it has not kept all of them."""
     once = list(dict.fromkeys(texts))
     folder = _folder_of(folder, once)
-    if _description(folder) != {**_text_kind(model, max_length), "count": len(once), "list": _list_hash(once)}:
+    if _description(folder) != {**_text_kind(model, max_length), "count": len(once), "list": list_hash(once)}:
         return None
     try:
         store = EmbeddingStore(folder)
@@ -250,28 +250,32 @@ def _text_batches(
         yield rows, Features(tokens[:, 0], tokens, real)
 
 
-def held_out_tokens(
-    model: D2SVSE, args: TrainingArguments, dataset: ImageTextDataset, name: str, show_progress_bar: bool = False
+def frozen_tokens(
+    model: D2SVSE, args: TrainingArguments, dataset: ImageTextDataset, name: str = "", show_progress_bar: bool = False
 ) -> dict[str, Any]:
-    """Return the tokens of frozen backbones for a set that is not trained on, if those of training are kept.
+    """Return the tokens of frozen backbones for a data set, if they are kept.
 
     Args:
         model: the model, with its processor.
         args: arguments with `cache_image_tokens`, `cache_text_tokens`, or neither.
         dataset: images and captions.
-        name: name of the folder of the set, `VALIDATION_SET` for that of a `Trainer`.
+        name: name of the folder of the set, `VALIDATION_SET` for that of a `Trainer`; "" for the training set. Stage 1
+            trains on its dense captions.
         show_progress_bar: show a progress bar on the terminal.
 
     Returns:
-        `image_tokens` and `text_tokens` of `evaluate`, for the sides that are kept.
+        `image_tokens` and `text_tokens` of `TrainingSamples` and `evaluate`, for the sides that are kept.
     """
     options, found = (args.per_device_eval_batch_size, show_progress_bar), dict[str, Any]()
     if args.cache_image_tokens:
         folder = Path(args.cache_image_tokens) / name
         found["image_tokens"] = cached_image_tokens(model, dataset, folder, *options)
     if args.cache_text_tokens:
-        folder = Path(args.cache_text_tokens) / f"{name}_texts"  # both sides may have one folder
-        found["text_tokens"] = cached_text_tokens(model, dataset.captions, folder, *options, args.max_length)
+        texts, length, own = dataset.captions, args.max_length, f"{name}_texts" if name else "sparse"
+        if not name and args.stage == "pretrain":
+            texts, length, own = dataset.dense_captions, args.dense_max_length, DENSE_TOKENS
+        folder = Path(args.cache_text_tokens) / own  # both sides may have one folder
+        found["text_tokens"] = cached_text_tokens(model, texts, folder, *options, length)
     return found
 
 
@@ -289,7 +293,7 @@ def _text_settings(processor: Any, max_length: int | None) -> str:
 
 def _folder_of(folder: Path, names: Sequence[str]) -> Path:
     """Return the folder of the tokens of some items: one beside `folder`, if it holds those of other items."""
-    own = _list_hash(names)
+    own = list_hash(dict.fromkeys(names))
     return folder if _description(folder).get("list", own) == own else folder.with_name(f"{folder.name}-{own[:12]}")
 
 
@@ -300,11 +304,6 @@ def _description(folder: Path) -> dict[str, Any]:
     except (ValueError, FileNotFoundError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _list_hash(names: Sequence[str]) -> str:
-    """Return the hash of a list of items as a store notes it."""
-    return hashlib.sha256(json.dumps(list(dict.fromkeys(names))).encode()).hexdigest()
 
 
 def _kept_beside(folder: Path, names: Sequence[str], *options: Any) -> tuple[EmbeddingStore, list[int]]:

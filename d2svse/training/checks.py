@@ -7,9 +7,7 @@ import enum
 import math
 import os
 from collections.abc import Mapping
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from transformers import TrainingArguments as TransformersTrainingArguments
 
@@ -76,23 +74,6 @@ LOOSE = (
     "include_num_input_tokens_seen",
     "report_to",
 )
-
-
-def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
-    """Check that every option has a value of its type.
-
-    Args:
-        values: value of each option, by name.
-        hints: type of each option, by name; an option without a type is not checked.
-        where: text before the name in the message, such as a file.
-
-    Raises:
-        ValueError: if an option has another type; the message names it and the expected type.
-    """
-    for name, value in values.items():
-        if name in hints and not _fits(value, hints[name]):
-            got = "null" if value is None else f"{value!r:.80}"
-            raise ValueError(f"{where}{name} must be {_words(hints[name])}, got {got}")
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -172,41 +153,3 @@ def check_sharding(values: Mapping[str, Any]) -> None:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, enum.Enum) else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in get_args(hint))
-    if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str | os.PathLike)
-    if origin is list or hint is list:
-        inner = get_args(hint)
-        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value if inner)
-    if origin is dict or hint is dict:
-        return isinstance(value, Mapping)
-    return isinstance(value, hint) if isinstance(hint, type) else True
-
-
-def _words(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        parts = [part for part in get_args(hint) if not (isinstance(part, type) and issubclass(part, enum.Enum))]
-        return " or ".join(dict.fromkeys(map(_words, [part for part in parts if part is not NoneType])))
-    if origin is list or hint is list:
-        inner = (*get_args(hint), None)[0]
-        if get_origin(inner) is Literal:
-            return f"a list of {', '.join(map(str, get_args(inner)))}"
-        return f"a list{' of whole numbers' if inner is int else ' of texts' if inner is str else ''}"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    return words.get(hint, "a mapping" if origin is dict or hint is dict else getattr(hint, "__name__", str(hint)))

@@ -19,7 +19,7 @@ import torch
 import yaml
 from transformers import set_seed
 
-from d2svse.choices import unknown
+from d2svse.choices import check_types, unknown
 from d2svse.data import ImageTextDataset
 from d2svse.data.readers import detect_format, read_records, shared_folders
 from d2svse.files.data import read_json, read_text, to_json
@@ -32,10 +32,10 @@ from d2svse.hub.folder import check_start_folder
 from d2svse.hub.saving import CONFIG_FILE
 from d2svse.models import D2SVSE, D2SVSEConfig
 from d2svse.similarity.base import similarity_options
+from d2svse.text import parse_numbers
 from d2svse.training.arguments import TrainingArguments
-from d2svse.training.building import check_stage, check_stages, score_distillation_loss, set_attention
+from d2svse.training.building import check_stage, check_stages, score_distillation_loss
 from d2svse.training.callbacks import StoppedByUser
-from d2svse.training.checks import check_types
 from d2svse.training.distributed import (
     barrier,
     check_images_together,
@@ -57,7 +57,7 @@ from d2svse.training.options import (
     preset_options,
     preset_stages,
 )
-from d2svse.training.run_card import RUN_CARD_FILE, data_hash, run_card
+from d2svse.training.run_card import RUN_CARD_FILE, run_card
 from d2svse.training.teacher import RetrievalTeacher, Teacher
 from d2svse.training.trainer import Trainer
 from d2svse.training.validation import validate
@@ -95,7 +95,7 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         if isinstance(self.stages, str):
             self.stages = [stage.strip() for stage in self.stages.split(",")]
         if isinstance(self.interpolation, str):
-            self.interpolation = [_share(part) for part in self.interpolation.split(",")]
+            self.interpolation = parse_numbers(self.interpolation, "interpolation")
         for section in SECTIONS:
             if getattr(self, section) is None:
                 setattr(self, section, {})
@@ -247,19 +247,12 @@ class Recipe(DataOptions, StartOptions, RunOptions):
         return Path(self.output) / stage / "model"
 
 
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"interpolation takes numbers separated by commas, got {text!r}") from None
-
-
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML file with fields of `Recipe`.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not a YAML mapping.
+        ValueError: if the file or one of its sections is not a YAML mapping.
     """
     text = read_text(path)
     try:
@@ -269,70 +262,40 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         got = "nothing" if values is None else f"a {type(values).__name__}"
         raise ValueError(f"{os.fspath(path)}: expected names and values, got {got}")
+    for section in SECTIONS:
+        if values.get(section) and not isinstance(values[section], dict):
+            raise ValueError(f"{os.fspath(path)}: {section} must be a mapping, got {values[section]!r:.80}")
     return values
 
 
-def merge(
-    values: Mapping[str, Any],
-    given: Mapping[str, Mapping[str, Any]],
-    similarity_arguments: Mapping[str, Any],
-    source: str | os.PathLike[str],
-) -> dict[str, Any]:
-    """Return the values of a recipe; values of the command line override those of a file.
+def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe with some of them replaced.
 
-    With another preset on the command line, the file's values that come from its own preset are left out.
-
-    Args:
-        values: values of the file, by name.
-        given: values of the command line, by section and name; section "" is the recipe itself.
-        similarity_arguments: further arguments of the similarity, by name.
-        source: path of the file, for messages.
-
-    Raises:
-        ValueError: if a section of the file is not a mapping.
-    """
-    if "preset" in given.get("", {}):
-        values = change_preset(values, given[""]["preset"], launched_processes())
-    result = {**values, **given.get("", {})}
-    for section in given:
-        own = result.get(section) or {}
-        if section and not isinstance(own, dict):
-            raise ValueError(f"{os.fspath(source)}: {section} must be a mapping, got {own!r:.80}")
-        if section:
-            result[section] = {**own, **given[section]}
-    if similarity_arguments:
-        options = result.setdefault("model_options", {})
-        own = options.get("similarity")  # without one the recipe takes that of the preset
-        options["similarity"] = {**(similarity_options(own) if own else {}), **similarity_arguments}
-    return result
-
-
-def override(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """Return the values of a recipe with one of them replaced.
-
-    Another preset also takes out the values that come from the file's own one.
+    Another preset comes first, and takes out the values that come from the recipe's own one.
 
     Args:
         values: fields of a `Recipe`.
-        name: a field of the recipe, such as `stages`; SECTION.OPTION, such as `distill.margin`; or an option of
-            `training`. A further dot reaches into a loss or a similarity: `model_options.similarity.regularization`.
-        value: the value; a mapping for a section is merged into it.
+        given: the new values. A name is a field of the recipe, such as `stages`; SECTION.OPTION, such as
+            `distill.margin`; or an option of `training`. A further dot reaches into a loss or a similarity:
+            `model_options.similarity.regularization`. A mapping for a section is merged into it.
 
     Raises:
-        ValueError: if the path begins with no section, or leads into a value that has no options.
+        ValueError: if a name begins with no section, or leads into a value that has no options.
     """
-    path, known = name.split("."), {item.name for item in dataclasses.fields(Recipe)}
-    if len(path) > 1 and path[0] not in known:
-        raise ValueError(f"{name}: {unknown('section', path[0], SECTIONS)}")
-    if path[0] not in known:
-        path = ["training", *path]
-    if path == ["preset"]:
-        return change_preset(values, value, launched_processes())
-    if len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
-        for inner, one in value.items():
-            values = override(values, f"{name}.{inner}", one)
-        return dict(values)
-    return _put(values, path, value, name)
+    known = {item.name for item in dataclasses.fields(Recipe)}
+    for name, value in sorted(given.items(), key=lambda one: one[0] != "preset"):
+        path = name.split(".")
+        if len(path) > 1 and path[0] not in known:
+            raise ValueError(f"{name}: {unknown('section', path[0], SECTIONS)}")
+        if path[0] not in known:
+            path = ["training", *path]
+        if path == ["preset"]:
+            values = change_preset(values, value, launched_processes())
+        elif len(path) == 1 and path[0] in SECTIONS and isinstance(value, Mapping):
+            values = override(values, {f"{name}.{inner}": one for inner, one in value.items()})
+        else:
+            values = _put(values, path, value, name)
+    return dict(values)
 
 
 def _put(values: Mapping[str, Any], path: Sequence[str], value: Any, name: str) -> dict[str, Any]:
@@ -390,8 +353,6 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         stage_arguments[recipe.stages[-1]].check_metric(always=True)
     teacher = _given_teacher(recipe, model, stage_arguments)
     for arguments in stage_arguments.values():  # fail now and not after stage 1
-        if name := arguments.attn_implementation:
-            set_attention(model, *set_attention(model, name, name))
         own = teacher if arguments.stage == _taught(teacher) else None
         check_stage(model, arguments, arguments.build_loss(), own)
     check_stages(model, stage_arguments, teacher)
@@ -424,11 +385,11 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         results.pop(INTERPOLATED, None)
         if "distill" in recipe.stages:
             datasets["distill"] = _with_dense(recipe, train_dataset)
-        now = {"data": data_hash(train_dataset), "processes": world_size(), "validation": data_hash(eval_dataset)}
+        now = {"data": train_dataset.sha256, "processes": world_size(), "validation": eval_dataset.sha256}
         if recipe.pretrain_on is not None:
-            now["pretrain_on"] = data_hash(datasets["pretrain"])
+            now["pretrain_on"] = datasets["pretrain"].sha256
         if datasets["distill"] is not train_dataset:
-            now["teacher_dense"] = data_hash(datasets["distill"])
+            now["teacher_dense"] = datasets["distill"].sha256
         _check_start(output / START_FILE, now, recipe.resume)
         barrier()  # before the first process changes the files that the others check
         if main:

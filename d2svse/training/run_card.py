@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from d2svse.data import ImageTextDataset
-from d2svse.images import image_state
 from d2svse.training.distributed import world_size
 from d2svse.version import __version__
 
@@ -52,7 +48,7 @@ def run_card(
                 "source": dataset.source,
                 "images": len(dataset),
                 "captions": len(dataset.captions),
-                "sha256": data_hash(dataset),
+                "sha256": dataset.sha256,
             }
             for name, dataset in datasets.items()
         },
@@ -60,29 +56,6 @@ def run_card(
         "protocol": PROTOCOL,
         "metrics": metrics,
     }
-
-
-_HASHES: WeakKeyDictionary[ImageTextDataset, str] = WeakKeyDictionary()
-
-
-def data_hash(dataset: ImageTextDataset) -> str:
-    """Return the SHA-256 of the file names, sizes and texts of all images in order; image files are not read.
-
-    It is computed once for each dataset object, because the sizes of many files take time; later changes are not seen.
-    """
-    if dataset not in _HASHES:
-        _HASHES[dataset] = _hash_of(dataset)
-    return _HASHES[dataset]
-
-
-def _hash_of(dataset: ImageTextDataset) -> str:
-    digest = hashlib.sha256()
-    for record in dataset.records:
-        row = [record.image.name, image_state(record.image)[0], record.captions, record.dense]
-        if (record.identity, record.camera) != (None, None):
-            row += [record.identity, record.camera]
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def git_revision() -> str | None:

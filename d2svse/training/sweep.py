@@ -32,7 +32,7 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.signals import exit_on_signals
-from d2svse.training.caches import VALIDATION_SET, held_out_tokens
+from d2svse.training.caches import VALIDATION_SET, frozen_tokens
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.recipe import (
     START_FILE,
@@ -46,7 +46,7 @@ from d2svse.training.recipe import (
     read_recipe,
     run_recipe,
 )
-from d2svse.training.run_card import RUN_CARD_FILE, data_hash
+from d2svse.training.run_card import RUN_CARD_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +128,8 @@ class Sweep:
         Raises:
             ValueError: if an option is unknown or does not fit; the message names the row.
         """
-        values = self.values
         try:
-            # A preset comes first, because it takes values out of the file.
-            for name, value in sorted(run.overrides.items(), key=lambda one: one[0] != "preset"):
-                values = override(values, name, value)
+            values = override(self.values, run.overrides)
             output = str(folder / "runs" / run.name)
             given = {"output": output, "seed": run.seed, "resume": True, "show_progress_bar": False}
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
@@ -203,7 +200,7 @@ class Sweep:
             options: dict[str, Any] = {"split": split, "image_folder": images, "dense": dense}
             try:
                 dataset = ImageTextDataset.from_source(source, **options, on_bad_image="skip" if skips else None)
-                self._hashes[key] = data_hash(dataset)
+                self._hashes[key] = dataset.sha256
             except (OSError, ValueError, ImportError):
                 self._hashes[key] = None
         return self._hashes[key]
@@ -459,13 +456,13 @@ def make_record(
             max_length=arguments.max_length,
             folds=1,
             fingerprint=False,
-            **held_out_tokens(model, arguments, dataset, stored),
+            **frozen_tokens(model, arguments, dataset, stored),
         )
         sets[name] = {
             "data": evaluated[name].data,
             "source": dataset.source,
             "split": evaluated[name].split,
-            "sha256": data_hash(dataset),
+            "sha256": dataset.sha256,
             "metrics": evaluation.metrics,
             "ranks": QueryRanks.from_evaluation(evaluation).to_json(),
         }

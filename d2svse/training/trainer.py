@@ -45,7 +45,6 @@ from d2svse.training.building import (
     check_stage,
     check_tokens,
     data_seed,
-    decoder_arguments,
     freeze_other_side,
     make_samples,
     make_task,
@@ -54,12 +53,11 @@ from d2svse.training.building import (
     warn_of_truncation,
 )
 from d2svse.training.caches import (
+    DENSE_TOKENS,
     VALIDATION_SET,
     CachedTokens,
-    cached_image_tokens,
     cached_teacher_embeddings,
-    cached_text_tokens,
-    held_out_tokens,
+    frozen_tokens,
     kept_text_tokens,
 )
 from d2svse.training.callbacks import FindBestCallback, ScheduleCallback, StopOnSignalCallback
@@ -86,7 +84,6 @@ from d2svse.training.workers import PREFETCHED, worker_error
 logger = logging.getLogger(__name__)
 
 TEACHER_CACHE, TEACHER_FEATURES = "teacher_embeddings", "teacher_features"
-DENSE_TOKENS = "dense"  # store of the dense captions' tokens, of stage 1 and of the teacher
 
 
 class Trainer(TransformersTrainer):
@@ -252,7 +249,7 @@ class Trainer(TransformersTrainer):
             if self.is_world_process_zero():
                 warn_of_truncation(texts, teacher.processor, teacher.max_length)
             if model.decoder is None:
-                model.add_decoder(args.context_tokens, **decoder_arguments(model, args))
+                model.add_decoder(args.context_tokens, **args.decoder_arguments())
 
         model.freeze(vision=args.freeze_vision or None, text=args.freeze_text or None)
         adapt(model, args)
@@ -264,7 +261,12 @@ class Trainer(TransformersTrainer):
         if args.cache_images:
             side = args.cached_image_side or max(SIDE, math.ceil(1.5 * max(model.processor.example().shape[-2:])))
             decoded = decoded_images(dataset.images, args.cache_images, side, shown)
-        samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **self._cache_tokens(model))
+        if args.cache_image_tokens or args.cache_text_tokens:
+            model.to(args.device)
+        frozen = frozen_tokens(model, args, dataset, show_progress_bar=shown)
+        if self.eval_dataset is not None:
+            self._eval_tokens = frozen_tokens(model, args, self.eval_dataset, VALIDATION_SET, shown)
+        samples = make_samples(model, args, dataset, teacher_embeddings, decoded=decoded, **frozen)
         if self.is_world_process_zero():  # one process reads all texts and tells
             if samples.dense_captions is not None:
                 warn_of_truncation(samples.dense_captions, model.processor, samples.max_length)
@@ -281,25 +283,6 @@ class Trainer(TransformersTrainer):
             batch = self.data_collator([samples[row] for row in range(min(2, len(samples)))])
             freeze_unused(model, self.task, batch.to(model.device))
         return samples
-
-    def _cache_tokens(self, model: D2SVSE) -> dict[str, CachedTokens]:
-        """Return the cached tokens of frozen backbones for the training samples; keep those for validation."""
-        args, options = self.args, (self.args.per_device_eval_batch_size, not self.args.disable_tqdm)
-        train, found = self.train_dataset, dict[str, CachedTokens]()
-        if args.cache_image_tokens or args.cache_text_tokens:
-            model.to(args.device)  # type: ignore[arg-type]
-        if args.cache_image_tokens:
-            found["image_tokens"] = cached_image_tokens(model, train, Path(args.cache_image_tokens), *options)
-        if args.cache_text_tokens:
-            if args.stage == "pretrain":
-                texts, name, length = train.dense_captions, DENSE_TOKENS, args.dense_max_length
-            else:
-                texts, name, length = train.captions, "sparse", args.max_length
-            folder = Path(args.cache_text_tokens) / name
-            found["text_tokens"] = cached_text_tokens(model, texts, folder, *options, length)
-        if self.eval_dataset is not None:
-            self._eval_tokens = held_out_tokens(model, args, self.eval_dataset, VALIDATION_SET, options[1])
-        return found
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train the stage.

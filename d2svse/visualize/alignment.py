@@ -7,7 +7,7 @@ The similarity itself computes the values, without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,7 @@ def _transport(found: TransportPlan, grid: PatchGrid, words: Words) -> list[MapS
         share = _share(mass, mass.sum())
         special, patches = grid.split(share[first:])
         notes = [f"bin {_percent(share[0])}"] if first else []
-        panels.append(Panel(text, patches, _joined(notes + _nowhere(special))))
+        panels.append(Panel(text, patches, ", ".join(notes + _nowhere(special))))
     remarks = _special_words(plan[first:, first:].sum(0), words, "the image's matched mass")
     unit = "share of the word's mass"
     if not first:
@@ -135,7 +135,7 @@ def _transport(found: TransportPlan, grid: PatchGrid, words: Words) -> list[MapS
     )
     special, patches = grid.split(_share(plan[1:, 0], plan[1:].sum(1)))
     notes = [f"class token {_percent(special[0])}"] if len(special) else []
-    unmatched = Panel("the text's bin", patches, _joined(notes))
+    unmatched = Panel("the text's bin", patches, ", ".join(notes))
     return [
         MapSet("Transport plan: the patches that each word is matched with", unit, tuple(panels), remarks),
         MapSet("What the text leaves out", "share of the patch's mass", (unmatched,)),
@@ -154,7 +154,7 @@ def _attention(found: Attention, grid: PatchGrid, words: Words) -> list[MapSet]:
         else:
             special, patches = grid.split(columns.sum(1))
             notes = [f"class token {_percent(special[0])}"] if len(special) else []
-        panels.append(Panel(text, patches, _joined(notes)))
+        panels.append(Panel(text, patches, ", ".join(notes)))
     if found.direction == "t2i":
         title, unit = "SCAN: the patches that each word attends to", "share of the word's attention"
         remarks: tuple[str, ...] = ()
@@ -178,7 +178,7 @@ def _best_partners(found: BestPartners, grid: PatchGrid, words: Words) -> list[M
             )
             notes = [f"{scores[taken[piece], piece]:.2f}" for piece in pieces]
             notes = [", ".join(notes)] + (["takes the class token"] if len(framed) < len(best_patches) else [])
-            panels.append(Panel(text, np.where(np.isneginf(patches), np.nan, patches), _joined(notes), framed))
+            panels.append(Panel(text, np.where(np.isneginf(patches), np.nan, patches), ", ".join(notes), framed))
         title = "Max alignment: the patch that each word takes is framed"
         sets.append(MapSet(title, "score of patch and word", tuple(panels), shares=False))
     if found.direction != "t2i":
@@ -190,7 +190,7 @@ def _best_partners(found: BestPartners, grid: PatchGrid, words: Words) -> list[M
             special, patches = grid.split(np.where(mine, best, np.nan))
             count = f"{np.count_nonzero(~np.isnan(patches))} of {patches.size} patches"
             own = ["and the class token"] if len(special) and not np.isnan(special[0]) else []
-            panels.append(Panel(text, patches, _joined([count, *own])))
+            panels.append(Panel(text, patches, ", ".join([count, *own])))
         counts = np.bincount(taken[real], minlength=scores.shape[1])
         remarks = _special_words(counts, words, "the patches")
         title = "Max alignment: the patches that take each word"
@@ -201,20 +201,21 @@ def _best_partners(found: BestPartners, grid: PatchGrid, words: Words) -> list[M
 def _token_scores(found: TokenScores, kind: str, grid: PatchGrid, words: Words) -> list[MapSet]:
     scores = _array(found.scores)
     scores = np.where(np.isneginf(scores), np.nan, scores)
-    panels = []
-    for text, pieces in zip(words.texts, words.pieces, strict=True):
-        special, patches = grid.split(scores[:, list(pieces)].max(1))
-        panels.append(Panel(text, patches, _joined([f"class token {special[0]:.2f}"] if len(special) else [])))
-    title = f"{kind} of each projected patch alone with each word alone"
-    return [MapSet(title, "score of patch and word", tuple(panels), shares=False)]
+    columns = ((text, scores[:, list(pieces)].max(1)) for text, pieces in zip(words.texts, words.pieces, strict=True))
+    return _scored(columns, f"{kind} of each projected patch alone with each word alone", "word", grid)
 
 
 def _patch_scores(found: PatchScores, kind: str, grid: PatchGrid) -> list[MapSet]:
-    special, patches = grid.split(_array(found.scores))
-    notes = [f"class token {special[0]:.2f}"] if len(special) else []
     title = f"{kind} of each projected patch alone with the whole text (pooled vectors have no alignment)"
-    panel = Panel("the whole text", patches, _joined(notes))
-    return [MapSet(title, "score of patch and text", (panel,), shares=False)]
+    return _scored([("the whole text", _array(found.scores))], title, "text", grid)
+
+
+def _scored(columns: Iterable[tuple[str, np.ndarray]], title: str, other: str, grid: PatchGrid) -> list[MapSet]:
+    panels = []
+    for text, scores in columns:
+        special, patches = grid.split(scores)
+        panels.append(Panel(text, patches, f"class token {special[0]:.2f}" if len(special) else ""))
+    return [MapSet(title, f"score of patch and {other}", tuple(panels), shares=False)]
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -246,7 +247,3 @@ def _special_words(mass: np.ndarray, words: Words, of_what: str) -> tuple[str, .
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _joined(notes: Sequence[str]) -> str:
-    return ", ".join(notes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from d2svse.choices import check_type
 from d2svse.images import load_image
 from d2svse.retrieval.evaluation.metrics import ranks
 from d2svse.retrieval.search.gallery import compose_gallery
@@ -53,8 +54,7 @@ def retrieval_gallery(
     queries, matrix = [int(one) for one in queries], matrix.float() if matrix.dtype == torch.bfloat16 else matrix
     if matrix.shape != (len(images), len(captions)) or len(owner) != len(captions):
         raise ValueError(f"scores {tuple(matrix.shape)} do not fit {len(images)} images and {len(captions)} captions")
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}, got {direction!r}")
+    check_type("direction", direction, Direction)
     asked = len(captions) if direction == "t2i" else len(images)
     if not queries or min(queries) < 0 or max(queries) >= asked or k < 1:
         raise ValueError(f"queries must be rows from 0 to {asked - 1} and k positive, got {list(queries)} and {k}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from d2svse.models.processing import D2SVSEProcessor
 
@@ -56,33 +55,25 @@ def split_words(processor: D2SVSEProcessor, text: str) -> Words:
     Raises:
         ValueError: if the text is empty.
     """
-    processor.tokenize([text])  # which checks the text
-    tokenizer = processor.tokenizer
-    encoded, owners = processor.encoded_words(text, processor.max_length)
-    if not getattr(tokenizer, "is_fast", False):
-        pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-        real = [position for position, owner in enumerate(owners) if owner is not None]
-        special = [(pieces[position], position) for position, owner in enumerate(owners) if owner is None]
-        return Words(
-            tuple(pieces[position].strip("▁") or pieces[position] for position in real),
-            tuple((position,) for position in real),
-            tuple(special),
-            bool(processor.report(text).cut[0]),
-        )
-    first, names = processor.text_start(), encoded.tokens()
-    encodings: Any = encoded.encodings
-    spans = [(max(0, start - first), max(0, stop - first)) for start, stop in encoded["offset_mapping"]]
+    cut = bool(processor.report(text).cut[0])  # which checks the text
+    encoded, owners = processor.encoded_words(text)
+    names = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"])
     words: dict[int, list[int]] = {}
     special = []
-    for position, word in enumerate(owners):
-        if word is None:
+    for position, owner in enumerate(owners):
+        if owner is None:
             special.append((names[position], position))
         else:
-            words.setdefault(word, []).append(position)
-    texts = [text[spans[pieces[0]][0] : spans[pieces[-1]][1]].strip() for pieces in words.values()]
+            words.setdefault(owner, []).append(position)
+    if getattr(processor.tokenizer, "is_fast", False):
+        first = processor.text_start()
+        spans = [(max(0, start - first), max(0, stop - first)) for start, stop in encoded["offset_mapping"]]
+        texts = [text[spans[pieces[0]][0] : spans[pieces[-1]][1]].strip() for pieces in words.values()]
+    else:
+        texts = [names[pieces[0]].strip("▁") for pieces in words.values()]
     return Words(
         tuple(word or names[pieces[0]] for word, pieces in zip(texts, words.values(), strict=True)),
-        tuple(tuple(pieces) for pieces in words.values()),
+        tuple(map(tuple, words.values())),
         tuple(special),
-        bool(encodings[0].overflowing),
+        cut,
     )

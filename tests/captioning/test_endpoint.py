@@ -306,7 +306,7 @@ def test_an_error_of_the_taker_comes_out_as_it_is(serve_captions, photos):
         ("http://localhost", {"max_requests": 0}, "must be positive"),
         ("http://localhost", {"timeout": 0}, "must be positive"),
         ("http://localhost", {"tries": 0}, "must be positive"),
-        ("http://localhost", {"backoff": -1}, "backoff at least 0"),
+        ("http://localhost", {"backoff": -1}, "backoff must be at least 0"),
     ],
 )
 def test_wrong_arguments_are_refused_and_show_no_key(url, options, message):

@@ -226,6 +226,8 @@ def test_user_errors_are_one_line_and_exit_two(trained, scenes, backbones, tmp_p
     one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: unknown option 'trian'; did you mean train?")
     (tmp_path / "c.yaml").write_text("a: [")
     one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: not YAML")
+    (tmp_path / "c.yaml").write_text("distill: fast")
+    one_line_error(run("train", "--config", tmp_path / "c.yaml"), "c.yaml: distill must be a mapping, got 'fast'")
     one_line_error(run("eval", tmp_path / "none", "--data", scenes / "val.jsonl"), "none: no such model folder")
     one_line_error(run("eval", trained / "model", "--data", tmp_path / "no.jsonl"), "no.jsonl: no such file")
     one_line_error(run("search", tmp_path / "no-index", "x"), "image_text_index.json is missing")

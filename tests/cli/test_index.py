@@ -155,7 +155,10 @@ def test_user_errors_of_indexes_are_one_line(saved, photos, tmp_path, run):
         "'ignore' is not one of 'error', 'skip'",
     )
     one_line_error(run(*build, "--batch-size", 0), "batch_size must be positive, got 0")
-    one_line_error(run(*build, "--engine-option", "dtype=16"), "the option dtype of exact must be a text, got 16")
+    one_line_error(
+        run(*build, "--engine-option", "dtype=16"),
+        "dtype of exact must be one of float32, float16, int8, got 16",
+    )
     for name in ("fingerprint=x", "dim=3", "side=text", "batch_size=3", "show_progress_bar=1"):
         message = f"--engine-option {name.partition('=')[0]}: not an option of the backend"
         one_line_error(run(*build, "--engine-option", name), message)

@@ -38,7 +38,7 @@ FINE = {"image": "a.png", "captions": ["a dog \U0001f600"]}
 )
 def test_half_an_emoji_in_a_manifest_is_found_with_its_line(folder, half, texts):
     row = json.loads(json.dumps({"image": "b.png", **texts}).replace("{}", json.dumps(half)[1:-1]))
-    with pytest.raises(ManifestError, match=r"m\.jsonl:2: half a character"):
+    with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*half a character"):
         ImageTextDataset.from_manifest(lines(folder / "m.jsonl", FINE, row))
 
 

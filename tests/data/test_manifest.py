@@ -6,7 +6,6 @@ from PIL import Image
 
 from d2svse import ImageTextDataset
 from d2svse.data import ManifestError, Record, join_dense, read_manifest, read_records, write_manifest
-from d2svse.data.manifest import check_images
 
 
 @pytest.fixture
@@ -49,9 +48,9 @@ def test_reads_rows_with_paths_relative_to_the_manifest(folder):
         ({"image": "a.jpg"}, 'expected "captions"'),
         ({"image": "a.jpg", "captions": []}, "at least one text"),
         ({"image": "a.jpg", "captions": ["x", " "]}, "empty, expected a text"),
-        ({"image": "a.jpg", "captions": ["x"], "dense": ""}, 'expected "dense" to be a text'),
+        ({"image": "a.jpg", "captions": ["x"], "dense": ""}, '"dense": empty, expected a text, got'),
         ({"image": "a.jpg", "captions": [], "dense": "all of it"}, "at least one text"),
-        ({"image": "a.jpg", "dense": ["all", "of it"]}, 'expected "dense" to be a text'),
+        ({"image": "a.jpg", "dense": ["all", "of it"]}, r'"dense": expected a text, got \['),
         ({"image": "a.jpg", "caption": "x", "dense": "all of it"}, 'expected "captions"'),
         ({"image": "no.jpg", "captions": ["x"]}, r"no\.jpg does not exist"),
         ({"image": "a.jpg", "captions": ["x"]}, r"a\.jpg is already in line 1"),
@@ -82,16 +81,14 @@ def test_a_missing_or_empty_file_is_named(folder):
 def test_bad_pictures_stop_or_are_listed(folder):
     (folder / "b.jpg").write_bytes(b"no picture")
     path = write(folder, GOOD, {**GOOD, "image": "b.jpg"}, {**GOOD, "image": "c.jpg"})
-    records = read_manifest(path)
     with pytest.raises(ManifestError, match=r"m\.jsonl:2: .*b\.jpg: not an image.*--on-bad-image skip"):
-        check_images(records, path)
-    good, bad = check_images(records, path, "skip")
-    assert [record.line for record in good] == [1, 3]
-    assert len(bad) == 1
-    assert "m.jsonl:2" in bad[0]
-    with pytest.raises(ManifestError, match=r"none of the 1 images can be read; the first: .*m\.jsonl:2"):
-        check_images(records[1:2], path, "skip")
-    assert check_images([], path, "skip") == ([], [])
+        ImageTextDataset.from_manifest(path, on_bad_image="error")
+    dataset = ImageTextDataset.from_manifest(path, on_bad_image="skip")
+    assert [record.line for record in dataset.records] == [1, 3]
+    assert len(dataset.skipped) == 1
+    assert "m.jsonl:2" in dataset.skipped[0]
+    with pytest.raises(ManifestError, match=r"none of the 1 images can be read; the first: .*m\.jsonl:1"):
+        ImageTextDataset.from_manifest(write(folder, {**GOOD, "image": "b.jpg"}), on_bad_image="skip")
 
 
 def test_dense_text_from_field_concat_auto_and_files(folder):
@@ -113,7 +110,7 @@ def test_dense_text_from_field_concat_auto_and_files(folder):
     with pytest.raises(ManifestError, match="1 dense captions for 2 images"):
         dense(in_order)
     by_image.write_text('{"image": "b.jpg"}\n')
-    with pytest.raises(ManifestError, match=r"by_image\.jsonl:1: expected \"dense\""):
+    with pytest.raises(ManifestError, match=r"by_image\.jsonl:1: \"dense\" \(or \"text\"\): expected a text, got None"):
         dense(by_image)
 
 

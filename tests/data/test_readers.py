@@ -191,7 +191,7 @@ def test_captions_that_are_no_text_and_images_that_stand_twice_are_refused(tmp_p
     content = karpathy(pictures)
     content["images"][0]["sentences"][1]["raw"] = None
     (tmp_path / "k.json").write_text(json.dumps(content))
-    with pytest.raises(ManifestError, match=r"image 1 .*an empty caption"):
+    with pytest.raises(ManifestError, match=r"k\.json: image 1 .*: expected a text, got None"):
         read_records(tmp_path / "k.json", split="train")
     content = karpathy(pictures)
     content["images"][1] = {**content["images"][0]}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import BmpImagePlugin, Image, ImageOps, PngImagePlugin, TiffImagePlugin, TiffTags, features
 
+from d2svse import cpu
 from d2svse.images import ImageError, check_images, find_images, load_image, use_image
 from d2svse.images import reading as images_module
 from d2svse.images.reading import FORMATS
-from d2svse.models import pixels as pixels_module
 
 FUZZ = Path(__file__).parents[2] / "benchmarks" / "image_fuzz.py"
 GRADIENT = np.linspace(0, 1, 48).reshape(6, 8)
@@ -473,7 +473,7 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 
     room.take = counted
     monkeypatch.setattr(images_module, "ROOM", room)
-    monkeypatch.setattr(pixels_module, "own_cores", lambda: 8)
+    monkeypatch.setattr(cpu, "own_cores", lambda: 8)
     model.encode_image(paths, batch_size=12)
     assert len(turns) == 12  # each once
     assert most[0] <= 4000
@@ -487,10 +487,9 @@ def test_images_are_prepared_one_by_one_and_never_a_batch_at_full_size(model, tm
 
 def test_readers_are_as_many_as_the_cores_of_a_process(model, tmp_path, monkeypatch):
     asked = []
-    pool = images_module.ThreadPoolExecutor
-    for module in (images_module, pixels_module):
-        monkeypatch.setattr(module, "own_cores", lambda: 3)
-        monkeypatch.setattr(module, "ThreadPoolExecutor", lambda count, **options: asked.append(count) or pool(count))
+    pool = cpu.ThreadPoolExecutor
+    monkeypatch.setattr(cpu, "own_cores", lambda: 3)
+    monkeypatch.setattr(cpu, "ThreadPoolExecutor", lambda count: asked.append(count) or pool(count))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     path = save(tmp_path, Image.new("RGB", (8, 8)))
     model.encode_image(path)

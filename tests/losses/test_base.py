@@ -130,8 +130,8 @@ def test_bad_input_is_named(scores):
         TripletLoss()(scores[:3])
     with pytest.raises(ValueError, match="image_ids must be"):
         InfoNCE()(scores, IDS[:3])
-    for temperature, message in ((0, "must be positive"), (0.005, "must be at least 0.01")):
-        with pytest.raises(ValueError, match=f"temperature {message}"):
+    for temperature in (0, 0.005):
+        with pytest.raises(ValueError, match=r"temperature must be at least 0\.01"):
             InfoNCE(temperature)
     with pytest.raises(ValueError, match="mining must be one of"):
         TripletLoss(mining="hard")

@@ -102,18 +102,18 @@ def test_tokens_go_through_the_norm_and_the_projection_of_the_pooled_one(name, p
     assert images.tokens.shape[2] == texts.tokens.shape[2] == model.config.embed_dim
     assert texts.mask.sum() < texts.mask.numel()  # padding is no token, though SigLIP attends to it
     unit = torch.nn.functional.normalize
-    if KINDS[name.partition(" ")[0]].pool_image.__name__ in ("pool_class_token", "pool_by_pooler"):
+    if KINDS[name.partition(" ")[0]].pool_image in ("class_token", "pooler"):
         torch.testing.assert_close(unit(images.tokens[:, 0], dim=-1), images.pooled)
-    pool_text = KINDS[name.partition(" ")[0]].pool_text.__name__
-    if pool_text == "pool_real_tokens":
+    pool_text = KINDS[name.partition(" ")[0]].pool_text
+    if pool_text == "real_tokens":
         mean = torch.stack([row[mask].mean(0) for row, mask in zip(texts.tokens, texts.mask, strict=True)])
         torch.testing.assert_close(unit(mean, dim=-1), texts.pooled)
         return
     ids = model.processor(text=val_dataset.captions[:3])["input_ids"]
     at = {
-        "pool_end_of_text": texts.mask.sum(1) - 1,
-        "pool_largest_id": torch.tensor([row.index(max(row)) for row in ids.tolist()]),
-        "pool_last": torch.full((3,), texts.tokens.shape[1] - 1),
+        "end_of_text": texts.mask.sum(1) - 1,
+        "largest_id": torch.tensor([row.index(max(row)) for row in ids.tolist()]),
+        "last": torch.full((3,), texts.tokens.shape[1] - 1),
     }
     rows = at.get(pool_text, torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(unit(texts.tokens[torch.arange(3), rows], dim=-1), texts.pooled)

@@ -248,7 +248,7 @@ def test_a_redirect_to_no_web_address_is_not_followed(serve, location):
 def test_redirects_are_bounded(serve):
     url, asked = serve({f"/{n}": (302, {"Location": f"/{n + 1}"}, b"") for n in range(50)})
     with pytest.raises(OSError, match="more than 5 redirects"):
-        fetch(f"{url}/0")
+        fetch(f"{url}/0", 10)
     assert len(asked) <= 12
 
 

@@ -60,7 +60,7 @@ def test_a_similarity_that_folds_is_never_ranked_again(make_index, maps):
     answer = searcher.ask(SENTENCE, rerank=True)
     assert (answer.reranked, answer.all_scores, answer.notes) == (0, "cosine", ())
     reason = searcher.explain(answer, 3)
-    assert [len(one.panels) for one in reason.sets] == [1]
+    assert [len(one.jpegs) for one in reason.sets] == [1]
 
 
 def test_a_long_sentence_is_said_to_be_truncated(make_index, maps):
@@ -74,7 +74,7 @@ def test_a_long_sentence_is_said_to_be_truncated(make_index, maps):
     with pytest.raises(ValueError, match="no answer 31"):
         searcher.explain(searcher.ask(words), 30)
     reason = searcher.explain(searcher.ask(words), 0)
-    assert len(reason.sets[0].panels) == 48
+    assert len(reason.sets[0].jpegs) == 48
     assert f"The first 48 of {limit - 2} words are drawn." in reason.notes
     assert any("longer than the model reads" in note for note in reason.notes)
 
@@ -106,10 +106,11 @@ def test_the_maps_are_those_of_the_library(make_index, folder, maps):
     reason = searcher.explain(answer, 2)
     pair = visualize.look_at(searcher.model, answer.hits[2].id, SENTENCE)
     sets = visualize.alignment_maps(searcher.model.similarity_fn, pair.images, pair.texts, pair.grid, pair.words)
-    assert [one.title for one in reason.sets] == [one.title for one in sets]
+    assert [one.maps.title for one in reason.sets] == [one.title for one in sets]
     for drawn, one in zip(reason.sets, sets, strict=True):
-        assert [(panel.title, panel.note) for panel in drawn.panels] == [(p.title, p.note) for p in one.panels]
-        assert (drawn.unit, drawn.remarks) == (one.unit, one.remarks)
+        assert [(p.title, p.note) for p in drawn.maps.panels] == [(p.title, p.note) for p in one.panels]
+        assert len(drawn.jpegs) == len(one.panels)
+        assert (drawn.maps.unit, drawn.maps.remarks) == (one.unit, one.remarks)
     assert (reason.hit, reason.position, reason.score, reason.notes) == (answer.hits[2], 2, "omit", ())
     both = searcher.explain(searcher.ask(SENTENCE, str(folder / "03.jpg"), 0.4), 0)
     assert both.notes[0].startswith("omit of this image and text: ")
@@ -139,7 +140,7 @@ def test_sentences_are_found_by_a_picture_and_explained(make_index, folder, maps
     picture = str(folder / "03.jpg")
     answer = searcher.ask(image=picture)
     assert pairs(answer.hits) == [(hit.id, hit.score) for hit in index.search(images=picture, k=3)[0]]
-    words = [panel.title for panel in searcher.explain(answer, 0).sets[0].panels]
+    words = [panel.title for panel in searcher.explain(answer, 0).sets[0].maps.panels]
     assert " ".join(words) == answer.hits[0].id
     alike = searcher.ask("a blue star")
     assert alike.hits[0].id == "a blue star"

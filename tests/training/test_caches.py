@@ -16,7 +16,7 @@ from d2svse.training.caches import (
     cached_image_tokens,
     cached_teacher_embeddings,
     cached_text_tokens,
-    held_out_tokens,
+    frozen_tokens,
     kept_text_tokens,
 )
 from support.dual_encoders import make_dual
@@ -353,7 +353,7 @@ def test_text_tokens_are_not_kept_where_padding_counts(
         Trainer(masked, args, train_dataset, teacher=Teacher(dual))
     for one in (seeing, dual):
         with pytest.raises(ValueError, match="cache_text_tokens"):
-            held_out_tokens(one, args, train_dataset, "validation")
+            frozen_tokens(one, args, train_dataset, "validation")
     Trainer(masked, args, train_dataset, teacher=Teacher(seeing)).prepare()  # a teacher leaves the decoder out
     assert not caplog.text
     Trainer(make_model(text_projection="residual_mlp"), args, train_dataset).prepare()

@@ -187,7 +187,7 @@ def test_a_run_keeps_the_best_of_its_weights_and_says_so(processor, scenes, tmp_
 
 def test_shares_are_numbers_from_0_to_1(scenes, tmp_path, run):
     command = ["train", "--model", "m", "--train", "t", "--val", "v", "-o", tmp_path / "run"]
-    for given, message in (("0,half", "numbers separated by commas, got 'half'"), ("0,1.5", "shares from 0 to 1")):
+    for given, message in (("0,half", "numbers separated by commas, got '0,half'"), ("0,1.5", "shares from 0 to 1")):
         code, _, err = run(*command, "--interpolation", given)
         assert code == 2
         assert message in err

@@ -16,7 +16,7 @@ from d2svse.models import D2SVSEImageProcessorPil
 from d2svse.training.building import parameter_groups
 from d2svse.training.callbacks import ScheduleCallback
 from d2svse.training.options import MODEL_PRESETS, PRESETS, preset_options, preset_stages
-from d2svse.training.recipe import Recipe, merge, run_recipe
+from d2svse.training.recipe import Recipe, override, run_recipe
 from d2svse.training.tasks import AlignTask
 
 
@@ -42,7 +42,7 @@ def test_another_preset_than_that_of_the_file_gives_its_own_values(old, new, tmp
     options = {"training": {"margin": 0.7, "num_train_epochs": 99}, "distill": {"learning_rate": 1e-5}}
     options["model_options"] = {"embed_dim": 24, "text_projection": "residual_mlp"}
     file = parse_yaml(recipe(tmp_path, **start, preset=old, **options).effective_configuration())
-    again = Recipe.from_mapping(merge(file, {"": {"preset": new}, "training": {}}, {}, "recipe.yaml"))
+    again = Recipe.from_mapping(override(file, {"preset": new}))
     if old == "published":  # what equals its preset cannot be told from it
         options["model_options"].pop("text_projection")
     expected = recipe(tmp_path, **start, preset=new, **options)
@@ -54,27 +54,27 @@ def test_another_preset_than_that_of_the_file_gives_its_own_values(old, new, tmp
 def test_the_files_own_preset_and_a_file_without_one_change_nothing(tmp_path):
     first = recipe(tmp_path, vision="v", text="t", preset="paper")
     file = parse_yaml(first.effective_configuration())
-    same = Recipe.from_mapping(merge(file, {"": {"preset": "paper"}}, {}, "recipe.yaml"))
+    same = Recipe.from_mapping(override(file, {"preset": "paper"}))
     assert same.effective_configuration() == first.effective_configuration()
     own = {"training": {"learning_rate": PRESETS["recommended"]["learning_rate"]}}
-    assert merge(own, {"": {"preset": "paper"}}, {}, "recipe.yaml") == {**own, "preset": "paper"}
+    assert override(own, {"preset": "paper"}) == {**own, "preset": "paper"}
 
 
 def test_another_preset_keeps_the_metric_and_chooses_its_dense_captions(tmp_path):
     first = recipe(tmp_path, vision="v", text="t", preset="chan", gssf="diagonal")
     assert first.model_options["similarity"]["metric"] == "diagonal"
     file = parse_yaml(first.effective_configuration())
-    again = Recipe.from_mapping(merge(file, {"": {"preset": "omit"}}, {}, "recipe.yaml"))
+    again = Recipe.from_mapping(override(file, {"preset": "omit"}))
     assert again.model_options["similarity"] == {"name": "omit", "metric": "diagonal"}
     file = {"preset": "paper", "dense": "short200", "teacher_dense": "long"}
-    assert merge(file, {"": {"preset": "omit"}}, {}, "recipe.yaml") == {"preset": "omit"}
+    assert override(file, {"preset": "omit"}) == {"preset": "omit"}
 
 
 def test_a_batch_that_was_divided_over_processes_is_that_of_the_preset(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     file = parse_yaml(recipe(tmp_path, vision="v", text="t").effective_configuration())
     assert file["training"]["per_device_train_batch_size"] == 32
-    assert merge(file, {"": {"preset": "omit"}}, {}, "recipe.yaml")["training"] == {}
+    assert override(file, {"preset": "omit"})["training"] == {}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

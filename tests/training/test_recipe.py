@@ -13,7 +13,7 @@ from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.files.yaml import parse_yaml
 from d2svse.similarity import build_similarity
 from d2svse.training.building import check_stages
-from d2svse.training.recipe import HUB_ARGUMENTS, OF_RECIPE, Recipe, merge, run_recipe
+from d2svse.training.recipe import HUB_ARGUMENTS, OF_RECIPE, Recipe, override, run_recipe
 from d2svse.visualize import read_logs
 
 GIVEN = {"train": "t.jsonl", "val": "v.jsonl", "output": "o", "vision": "a", "text": "b"}
@@ -28,10 +28,10 @@ def test_a_similarity_is_one_thing_by_its_name_and_by_a_mapping():
 @pytest.mark.parametrize("before", ["omit", {"name": "omit", "iterations": 5}])
 def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
     values = {"model_options": {"similarity": before, "embed_dim": 8}}
-    options = merge(values, {"model_options": {}}, {"lam": 0.1}, "c.yaml")["model_options"]
+    options = override(values, {"model_options.similarity.lam": 0.1})["model_options"]
     expected = {"name": "omit", "lam": 0.1} | ({"iterations": 5} if isinstance(before, dict) else {})
     assert options == {"similarity": expected, "embed_dim": 8}
-    named = merge(values, {"model_options": {"similarity": "cosine"}}, {}, "c.yaml")["model_options"]
+    named = override(values, {"model_options.similarity": "cosine"})["model_options"]
     assert named == {"similarity": "cosine", "embed_dim": 8}
     assert values == {"model_options": {"similarity": before, "embed_dim": 8}}
 
@@ -51,9 +51,9 @@ def test_arguments_of_a_similarity_are_added_to_those_of_the_file(before):
     ],
 )
 def test_arguments_without_a_similarity_are_for_that_of_the_preset(options, arguments, expected):
-    own = {"similarity": options["similarity"]} if "similarity" in options else {}
-    given = {"": {name: value for name, value in options.items() if name != "similarity"}, "model_options": own}
-    recipe = Recipe.from_mapping(merge(GIVEN, given, arguments, "options"))
+    given = {"model_options.similarity" if name == "similarity" else name: value for name, value in options.items()}
+    given |= {f"model_options.similarity.{name}": value for name, value in arguments.items()}
+    recipe = Recipe.from_mapping(override(GIVEN, given))
     assert recipe.model_options["similarity"] == expected
     build_similarity(recipe.model_options["similarity"], 8)
 

@@ -127,13 +127,13 @@ def test_a_row_with_a_preset_has_its_values_beside_those_of_the_row(small, write
 )
 def test_an_override_reaches_its_section_and_changes_nothing_else(name, value, expected):
     values = {"training": {"a": 1}, "model_options": {"similarity": "omit"}}
-    assert override(values, name, value) == values | expected
+    assert override(values, {name: value}) == values | expected
     assert values == {"training": {"a": 1}, "model_options": {"similarity": "omit"}}
 
 
 def test_an_override_below_a_number_is_refused():
     with pytest.raises(ValueError, match=r"training\.margin\.x: margin is 0\.2 and has no options"):
-        override({"training": {"margin": 0.2}}, "training.margin.x", 1)
+        override({"training": {"margin": 0.2}}, {"training.margin.x": 1})
 
 
 def test_values_of_a_grid_are_yaml():

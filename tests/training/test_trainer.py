@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from d2svse import D2SVSE, Trainer, TrainingArguments
 from d2svse.losses import InfoNCE, TripletLoss
 from d2svse.training import Teacher
-from d2svse.training.building import decoder_arguments, layers_below_the_top, parameter_groups
+from d2svse.training.building import layers_below_the_top, parameter_groups
 from d2svse.training.checkpoints import last_whole_checkpoint
 from support.dual_encoders import make_dual
 from support.fixtures import teacher_embeddings
@@ -120,14 +120,13 @@ def test_the_teacher_is_a_copy_in_eval_mode_and_keeps_the_order(model, train_dat
 def test_the_decoder_has_positions_for_its_tokens_and_the_longest_text(tokens, positions, make_model, make_args):
     model = make_model()
     assert model.processor.max_length == 96
-    arguments = decoder_arguments(model, make_args("distill", num_context_tokens=tokens))
-    assert ("max_positions" in arguments) == (positions > 640)
-    decoder = model.add_decoder(**arguments)
+    decoder = model.add_decoder(**make_args("distill", num_context_tokens=tokens).decoder_arguments())
+    assert ("max_positions" in model.config.context_decoder) == (positions > 640)
     assert decoder.position_embeddings.num_embeddings == positions
     decoder.outputs(torch.zeros(1, 96, 24))
-    assert "max_positions" not in decoder_arguments(
-        model, make_args("distill", num_context_tokens=tokens, decoder_positions=False)
-    )
+    without = make_model()
+    without.add_decoder(**make_args("distill", num_context_tokens=tokens, decoder_positions=False).decoder_arguments())
+    assert "max_positions" not in without.config.context_decoder
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])

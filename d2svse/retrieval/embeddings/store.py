@@ -8,13 +8,11 @@ offsets of each item.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
+from d2svse.choices import check_positive, check_type
 from d2svse.features import Features
 from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
@@ -134,7 +133,7 @@ class EmbeddingStore:
             )
         self.side, self.output = description["side"], description["output"]
         self.fingerprint, self.dim = description["fingerprint"], description["dim"]
-        self.dtype = description["dtype"]
+        self.dtype, self._description = description["dtype"], description
         count = -(-description["count"] // description["shard_size"])
         there = sum(_CHUNK.fullmatch(path.name) is not None for path in self.folder.iterdir())
         if there < count:
@@ -145,8 +144,7 @@ class EmbeddingStore:
         self.states: list[Any] = [one["states"][position] for one in items for position in one["places"]]
         self.skipped: list[tuple[str, str]] = [(name, reason) for one in items for name, reason in one["skipped"]]
         self.pooled = Rows([chunk.pooled for chunk in chunks])
-        self._tokens = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
-        self._offsets = [chunk.offsets for chunk in chunks if chunk.offsets is not None]
+        self._chunks = [chunk._replace(items={}) for chunk in chunks]  # they are listed above
 
     def __reduce__(self) -> Any:
         """Pickle only the name of the folder; unpickling maps its files again."""
@@ -154,11 +152,7 @@ class EmbeddingStore:
 
     def tokens_of(self, rows: np.ndarray) -> list[np.ndarray]:
         """Return the stored tokens of some rows, `(length, dim)` each; an empty list if the store has no tokens."""
-        if not self._tokens:
-            return []
-        return [
-            self._tokens[chunk][slice(*self._offsets[chunk][row : row + 2])] for chunk, row in self.pooled.locate(rows)
-        ]
+        return [item for chunk, row in self.pooled.locate(rows) for item in self._chunks[chunk].tokens_of(row)]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -178,13 +172,13 @@ class EmbeddingStore:
         """
         rows = self.pooled.numbers(rows)
         pooled = torch.from_numpy(self.pooled[rows].astype(np.float32))
-        if not (tokens and self._tokens):
+        if not (tokens and self.output == "features"):
             return Features(pooled)
         parts = self.tokens_of(rows)
         lengths = torch.tensor([len(part) for part in parts])
         longest = int(lengths.max()) if parts else 0
         # one conversion for all items, because many small ones wait for each other's threads
-        stored = np.zeros((len(parts), longest, self.dim), self._tokens[0].dtype)
+        stored = np.zeros((len(parts), longest, self.dim), self.dtype)
         for item, part in zip(stored, parts, strict=True):
             item[: len(part)] = part
         mask = torch.arange(longest) < lengths[:, None]
@@ -241,8 +235,7 @@ def encode_images(
         BlockingIOError: if another process is writing to the store.
     """
     check_model(model)
-    if on_bad_image not in get_args(OnBadImage):
-        raise ValueError(f"on_bad_image must be one of {', '.join(get_args(OnBadImage))}, got {on_bad_image!r}")
+    check_type("on_bad_image", on_bad_image, OnBadImage)
     by_name = {os.fspath(image): image for image in images}
 
     def encode(names: Sequence[str], skipped: dict[int, str]) -> Batches:
@@ -313,7 +306,7 @@ def encode_texts(
         BlockingIOError: if another process is writing to the store.
     """
     check_model(model)
-    check_batch_size(batch_size)
+    check_positive(batch_size=batch_size)
     texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
     if chunk_size is None:
         chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
@@ -343,12 +336,6 @@ def check_model(model: object) -> None:
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         raise TypeError(f"expected a model, got {name!r}; load it with D2SVSE.from_pretrained({name!r})")
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise a ValueError unless a batch size is positive."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
 
 
 def _made_by(model: D2SVSE) -> dict[str, Any]:
@@ -390,12 +377,9 @@ def write_store(
         BlockingIOError: if another process is writing to the store.
     """
     folder = Path(folder)
-    if kind["dtype"] not in get_args(StoreType):
-        raise ValueError(f"dtype must be one of {', '.join(get_args(StoreType))}, got {kind['dtype']!r}")
-    check_batch_size(batch_size)
-    if kind["shard_size"] < 1:
-        raise ValueError(f"chunk_size must be positive, got {kind['shard_size']}")
-    description = {**kind, "count": len(names), "list": _digest(names)}
+    check_type("dtype", kind["dtype"], StoreType)
+    check_positive(batch_size=batch_size, chunk_size=kind["shard_size"])
+    description = {**kind, "count": len(names), "list": list_hash(names)}
     if not names:
         raise ValueError("nothing to encode: an empty list")
     with write_lock(folder):
@@ -410,7 +394,7 @@ def write_store(
             if not _holds(chunk, states, description, may_lack):
                 part = names[number * size : (number + 1) * size]
                 held = {row: taken[name] for row, name in enumerate(part) if name in taken}
-                held = {row: one for row, one in held.items() if one.state == states[row]}
+                held = {row: one for row, one in held.items() if one[2] == states[row]}
                 open_ones.append((chunk, part, states, held))
         total = sum(-(-(len(part) - len(held)) // batch_size) for _, part, _, held in open_ones)
 
@@ -418,12 +402,13 @@ def write_store(
             for chunk, part, states, held in open_ones:
                 left = [row for row in range(len(part)) if row not in held]
                 reasons: dict[int, str] = {}
-                encoded = [([row], one.compact()) for row, one in held.items()]
+                encoded = [([row], source.item(place)) for row, (source, place, _) in held.items()]
                 for rows, features in encode([part[row] for row in left], reasons) if left else ():
                     encoded.append(([left[row] for row in rows], _compact(features, kind["dtype"])))
                     yield
                 skipped = {left[row]: reason for row, reason in reasons.items()}
-                _write_chunk(chunk, part, states, skipped, encoded, description)
+                with written_folder(chunk, marked_kind(ITEMS)) as aside:
+                    _write_chunk(aside, part, states, skipped, encoded, description)
 
         for _ in progress_bar(batches(), f"Encoding {kind['side']}s", total, "batches", show_progress_bar):
             pass
@@ -442,7 +427,7 @@ def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], may_la
         may_lack: tells whether a chunk may lack an item, see `write_store`.
     """
     description = _read_description(folder)
-    if description is None or description.get("list") != _digest(names):
+    if description is None or description.get("list") != list_hash(names):
         return False
     size = description["shard_size"]
     parts = [list(states[start : start + size]) for start in range(0, len(names), size)]
@@ -452,7 +437,8 @@ def is_current(folder: Path, names: Sequence[str], states: Sequence[Any], may_la
     )
 
 
-def _digest(names: Sequence[str]) -> str:
+def list_hash(names: Iterable[str]) -> str:
+    """Return the hash of a list of items that the description of a store notes."""
     return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
@@ -558,6 +544,16 @@ class _Chunk(NamedTuple):
     tokens: np.ndarray | None = None
     offsets: np.ndarray | None = None
 
+    def tokens_of(self, row: int) -> list[np.ndarray]:
+        """Return the tokens of an item, `(length, dim)`, in a list; an empty list without tokens."""
+        if self.tokens is None or self.offsets is None:
+            return []
+        return [self.tokens[slice(*self.offsets[row : row + 2])]]
+
+    def item(self, row: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return what `_compact` gives for an item."""
+        return self.pooled[row : row + 1], self.tokens_of(row)
+
 
 def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     """Map the files of a chunk.
@@ -582,24 +578,9 @@ def _open_chunk(chunk: Path, description: Mapping[str, Any]) -> _Chunk:
     return _Chunk(items, pooled, array("tokens", (int(offsets[-1]), dim)), offsets)
 
 
-class _Held(NamedTuple):
-    """An item of another store."""
-
-    chunk: _Chunk
-    row: int
-    state: Any
-
-    def compact(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return what `_compact` gives for this item."""
-        pooled, offsets = self.chunk.pooled[self.row : self.row + 1], self.chunk.offsets
-        if self.chunk.tokens is None or offsets is None:
-            return pooled, []
-        return pooled, [self.chunk.tokens[offsets[self.row] : offsets[self.row + 1]]]
-
-
-def _held(stores: Sequence[Path], kind: Mapping[str, Any]) -> dict[str, _Held]:
-    """Return the items of stores of one kind, whose chunks need not all be there."""
-    found: dict[str, _Held] = {}
+def _held(stores: Sequence[Path], kind: Mapping[str, Any]) -> dict[str, tuple[_Chunk, int, Any]]:
+    """Return chunk, row and state of the items of stores of one kind, whose chunks need not all be there."""
+    found: dict[str, tuple[_Chunk, int, Any]] = {}
     for folder in stores:
         with suppress(ValueError, FileNotFoundError):  # a broken store gives nothing
             description = _read_description(folder)
@@ -608,7 +589,7 @@ def _held(stores: Sequence[Path], kind: Mapping[str, Any]) -> dict[str, _Held]:
             for chunk in filter(Path.is_dir, _chunks(folder, description)):
                 opened = _open_chunk(chunk, description)
                 for row, (name, position) in enumerate(zip(opened.items["ids"], opened.items["places"], strict=True)):
-                    found[name] = _Held(opened, row, opened.items["states"][position])
+                    found[name] = opened, row, opened.items["states"][position]
     return found
 
 
@@ -646,73 +627,53 @@ def _compact(features: Features, dtype: str) -> tuple[np.ndarray, list[np.ndarra
 
 
 def _write_chunk(
-    chunk: Path,
+    folder: Path,
     names: Sequence[str],
     states: Sequence[Any],
     skipped: Mapping[int, str],
     encoded: list[tuple[list[int], tuple[np.ndarray, list[np.ndarray]]]],
     description: Mapping[str, Any],
 ) -> None:
+    dim, dtype = description["dim"], description["dtype"]
     rows = np.array([row for part, _ in encoded for row in part], dtype=np.int64)
     order = np.argsort(rows)
     kept = rows[order].tolist()
-    empty = np.empty((0, description["dim"]), description["dtype"])
-    pooled = np.concatenate([empty, *(pooled for _, (pooled, _) in encoded)])[order]
-    tokens = [item for _, (_, items) in encoded for item in items]
-    if description["output"] == "features" and len(tokens) != len(kept):
-        raise ValueError("the model gives no tokens; use output='pooled'")
+    pooled = np.concatenate([np.empty((0, dim), dtype), *(pooled for _, (pooled, _) in encoded)])[order]
+    write_array(folder / "pooled.npy", pooled.shape, dtype, [pooled])
+    if description["output"] == "features":
+        tokens = [item for _, (_, items) in encoded for item in items]
+        if len(tokens) != len(kept):
+            raise ValueError("the model gives no tokens; use output='pooled'")
+        tokens = [tokens[position] for position in order]
+        offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+        write_array(folder / "tokens.npy", (int(offsets[-1]), dim), dtype, tokens)
+        write_array(folder / "offsets.npy", offsets.shape, offsets.dtype, [offsets])
     items = {
         "ids": [names[row] for row in kept],
         "places": kept,  # positions of the encoded items in the names of the chunk
         "states": list(states),
         "skipped": [[names[row], skipped[row]] for row in sorted(skipped)],
     }
-    with written_folder(chunk, marked_kind(ITEMS)) as aside:
-        _fill_chunk(aside, items, pooled, [tokens[position] for position in order] if tokens else [], description)
-
-
-def _fill_chunk(
-    folder: Path,
-    items: Mapping[str, Any],
-    pooled: np.ndarray,
-    tokens: Sequence[np.ndarray],
-    description: Mapping[str, Any],
-) -> None:
-    dim, dtype = description["dim"], description["dtype"]
-    write_array(folder / "pooled.npy", pooled.shape, dtype, [pooled])
-    if description["output"] == "features":
-        offsets = np.cumsum([0, *(len(item) for item in tokens)], dtype=np.int64)
-        write_array(folder / "tokens.npy", (int(offsets[-1]), dim), dtype, tokens)
-        write_array(folder / "offsets.npy", offsets.shape, offsets.dtype, [offsets])
     (folder / ITEMS).write_text(json.dumps(items), encoding="utf-8")
 
 
 def join_stores(parts: Sequence[tuple[EmbeddingStore, np.ndarray]], folder: Path, chunk_size: int = CHUNK_SIZE) -> None:
-    """Write some rows of several stores of one model and kind as one store.
+    """Write some rows of several stores of one model and kind as one store, described by what all of them share.
 
     Args:
         parts: the stores, with the rows of each.
         folder: an empty folder for the new store.
         chunk_size: items in a chunk.
     """
-    first = parts[0][0]
-    rows_of = [(store, int(row)) for store, rows in parts for row in rows]
-    listed = _digest([store.ids[row] for store, row in rows_of])
-    description = {"side": first.side, "output": first.output, "dtype": first.dtype, "shard_size": chunk_size}
-    description |= {"dim": first.dim, "count": len(rows_of), "list": listed, "fingerprint": first.fingerprint}
+    held = [(store._chunks[chunk], row) for store, rows in parts for chunk, row in store.pooled.locate(rows)]
+    names = [store.ids[row] for store, rows in parts for row in rows]
+    states = [store.states[row] for store, rows in parts for row in rows]
+    first, *others = (store._description for store, _ in parts)
+    shared = {name: value for name, value in first.items() if all(one.get(name) == value for one in others)}
+    description = {**shared, "shard_size": chunk_size, "count": len(names), "list": list_hash(names)}
     write_json(folder / DESCRIPTION, description)
-    for number, start in enumerate(range(0, len(rows_of), chunk_size)):
-        part = rows_of[start : start + chunk_size]
-        items = {
-            "ids": [store.ids[row] for store, row in part],
-            "places": list(range(len(part))),
-            "states": [store.states[row] for store, row in part],
-            "skipped": [],
-        }
-        pooled, tokens = [], []
-        for store, run in itertools.groupby(part, key=operator.itemgetter(0)):
-            rows = np.array([row for _, row in run])
-            pooled.append(store.pooled[rows])
-            tokens += store.tokens_of(rows)
-        (folder / f"{number:05}").mkdir()
-        _fill_chunk(folder / f"{number:05}", items, np.concatenate(pooled), tokens, description)
+    for number, start in enumerate(range(0, len(names), chunk_size)):
+        part, target = slice(start, start + chunk_size), folder / f"{number:05}"
+        encoded = [([place], chunk.item(row)) for place, (chunk, row) in enumerate(held[part])]
+        target.mkdir()
+        _write_chunk(target, names[part], states[part], {}, encoded, description)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2svse.choices import Side
+from d2svse.choices import Captions, Side
 from d2svse.features import Features
 from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
@@ -31,7 +31,7 @@ from d2svse.retrieval.evaluation.protocols import (
     take_split,
 )
 from d2svse.retrieval.evaluation.ranking import ranking_metrics
-from d2svse.retrieval.evaluation.report import Captions, EvaluatedModel, Evaluation, Ranked
+from d2svse.retrieval.evaluation.report import EvaluatedModel, Evaluation, Ranked
 from d2svse.retrieval.evaluation.scorer import Scorer, best_wrong, check_depth, rank_in_two_stages, stream_rankings
 from d2svse.similarity.base import Candidates, Similarity, build_similarity, similarity_options
 from d2svse.similarity.use import evaluating
@@ -85,11 +85,14 @@ def evaluate(
         candidates: vectors that find the candidates, "mean" of the tokens or "pooled", see `Similarity.vectors`.
         annotations: file with MS-COCO's caption ids, see `right_answers`.
         wrong: number of best wrong answers to keep for each query, for `Evaluation.queries`.
-        batch_size: images and texts encoded at a time, see `encode_dataset`.
-        max_length: longest text in tokens, see `encode_dataset`.
-        embeddings: folder of stored embeddings, see `encode_dataset`.
-        image_tokens: stored tokens of a single model's vision backbone, see `encode_dataset`.
-        text_tokens: stored tokens of a single model's text backbone.
+        batch_size: images and texts encoded at a time (at most 32 images on a CPU). The published evaluation uses 128.
+            The result depends on it if the context decoder does not mask padding.
+        max_length: longest text in tokens; longer ones are truncated. The processor's limit by default.
+        embeddings: folder of stored float32 embeddings, one store for each side, model and list. Stored embeddings are
+            read instead of encoded again. Not with `processes`.
+        image_tokens: output of a single model's vision backbone by row of the image, `(n_image_tokens, hidden_size)`
+            each. The images are not read then.
+        text_tokens: output of a single model's text backbone by row of the caption, `(length, hidden_size)` each.
         processes: processes that share the work; each calls this function and gets the whole result.
         fingerprint: add the fingerprint of each model to the report; this reads all weights.
         show_progress_bar: show a progress bar on the terminal.
@@ -273,30 +276,12 @@ def encode_dataset(
     image_tokens: SupportsRows | None = None,
     text_tokens: SupportsRows | None = None,
 ) -> tuple[Features, Features]:
-    """Encode each image and each caption once.
+    """Encode each image and each caption once, with their tokens if `tokens` is true.
 
-    Args:
-        model: the model, with its processor.
-        dataset: images and captions.
-        tokens: return the tokens too.
-        captions: "sparse" captions, or the one "dense" caption of each image.
-        batch_size: images and texts encoded at a time (at most 32 images on a CPU). The published evaluation uses 128.
-            The result depends on it if the context decoder does not mask padding.
-        max_length: longest text in tokens; longer ones are truncated. The processor's limit by default.
-        show_progress_bar: show a progress bar on the terminal.
-        processes: processes that share the work; each calls this function.
-        embeddings: folder of stored float32 embeddings, one store for each side, model and list. Stored embeddings are
-            read instead of encoded again. Not with `processes`.
-        image_tokens: output of the vision backbone by row of the image, `(n_image_tokens, hidden_size)` each. The
-            images are not read then.
-        text_tokens: output of the text backbone by row of the caption, `(length, hidden_size)` each.
+    See `evaluate` for the other arguments and the errors.
 
     Returns:
         The images (of several processes only those of this one), and all captions, in order.
-
-    Raises:
-        ImageError: if an image cannot be read.
-        ValueError: if `embeddings` and `processes` are given together.
     """
     dense = captions == "dense"
     texts, images = dataset.dense_captions if dense else dataset.captions, dataset.images
@@ -391,19 +376,11 @@ def stored_features(
 ) -> Features:
     """Read the features of images or texts from their store in a folder, and encode those that it lacks.
 
-    Args:
-        model: the model, with its processor.
-        side: "image" or "text".
-        items: `n` images or texts.
-        folder: folder of all stores. The name of a store depends on the model, the list and the options.
-        **options: options of `encode_images` or `encode_texts`.
+    The folder holds all stores. The name of a store depends on the model, the items and the options, which are those
+    of `encode_images` or `encode_texts`.
 
     Returns:
-        `n` features in float32, in the order of the items, on the model's device.
-
-    Raises:
-        ImageError: if an image cannot be read.
-        BlockingIOError: if another process is writing to the store.
+        The features in float32, in the order of the items, on the model's device.
     """
     names = [os.fspath(item) for item in items]
     decisive = {name: value for name, value in options.items() if name not in ("show_progress_bar", "batch_size")}

@@ -7,10 +7,11 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from d2svse.choices import Captions
 from d2svse.retrieval.evaluation.metrics import NEVER, mean_metrics, rank_metrics
 from d2svse.retrieval.evaluation.protocols import split_hash
 from d2svse.retrieval.evaluation.ranking import Ranking, bootstrap_intervals
@@ -21,7 +22,6 @@ from d2svse.version import __version__
 if TYPE_CHECKING:
     from d2svse.data.dataset import ImageTextDataset
 
-Captions = Literal["sparse", "dense"]
 LEVEL, DRAWS, SEED = 0.95, 1000, 0
 CANDIDATES: dict[Candidates, str] = {"mean": "means of tokens", "pooled": "pooled vectors"}
 DIRECTIONS = ("i2t", "t2i")

@@ -26,6 +26,7 @@ from d2svse.similarity.base import Candidates, Side, Similarity
 
 QUERIES_AT_A_TIME = 256
 ITEMS_AT_A_TIME = 256
+Score = Callable[[list[int], Sequence[np.ndarray]], list[Tensor]]  # of some queries and their candidates
 
 
 class Scorer:
@@ -191,18 +192,15 @@ def rank_in_two_stages(
     check_depth(depth, len(images), len(texts))
     left, right = _vectors(similarity, "image", images, candidates), _vectors(similarity, "text", texts, candidates)
 
-    def score(side: Side, queries: Features, stored: Features, chosen: Sequence[np.ndarray]) -> list[Tensor]:
+    def scores(side: Side, queries: Features, stored: Features) -> Score:
         def read(rows: Sequence[str]) -> Features:
             return stored[sent(torch.tensor([int(row) for row in rows]), stored.pooled.device)]
 
-        return similarity.score_candidates(side, read, queries, [[str(row) for row in rows] for rows in chosen])
+        return lambda some, chosen: similarity.score_candidates(
+            side, read, queries[some], [[str(row) for row in rows] for rows in chosen]
+        )
 
-    def score_captions(some: list[int], chosen: Sequence[np.ndarray]) -> list[Tensor]:
-        return score("text", images[some], texts, chosen)
-
-    def score_images(some: list[int], chosen: Sequence[np.ndarray]) -> list[Tensor]:
-        return score("image", texts[some], images, chosen)
-
+    score_captions, score_images = scores("text", images, texts), scores("image", texts, images)
     options = (depth, wrong, show_progress_bar)
     i2t, of_images = _rank_side(score_captions, left, right, captions, ("image", "caption"), *options)
     t2i, of_captions = _rank_side(score_images, right, left, image_answers, ("caption", "image"), *options)
@@ -255,7 +253,7 @@ def _vectors(similarity: Similarity, side: Side, features: Features, candidates:
 
 
 def _rank_side(
-    score: Callable[[list[int], Sequence[np.ndarray]], list[Tensor]],
+    score: Score,
     queries: Tensor,
     others: Tensor,
     right: RightAnswers,

@@ -60,22 +60,18 @@ def unimodal_metrics(
         1.0
     """
     alone = gallery_identities is None
-    if alone and gallery_cameras is not None:
-        raise ValueError("gallery_cameras need gallery_identities")
+    if (gallery_cameras is None) != (cameras is None or alone):
+        raise ValueError("give gallery_cameras with both cameras and gallery_identities, and only then")
     sides = identities, identities if gallery_identities is None else gallery_identities
     asked, stored = _codes(*sides)
     if not len(asked) or not len(stored):
         raise ValueError(f"expected queries and items of a gallery, got {len(asked)} and {len(stored)}")
     seen_by = None
     if cameras is not None:
-        if not alone and gallery_cameras is None:
-            raise ValueError("cameras need gallery_cameras")
         seen_by = _codes(cameras, cameras if gallery_cameras is None else gallery_cameras)
         for name, codes, ids in zip(("cameras", "gallery_cameras"), seen_by, (asked, stored), strict=True):
             if len(codes) != len(ids):
                 raise ValueError(f"{name} are {len(codes)} for {len(ids)} items")
-    elif gallery_cameras is not None:
-        raise ValueError("gallery_cameras need cameras")
     best, precision = [], []
     for rows in tile_slices(len(asked), max(1, BLOCK // len(stored))):
         scores = at_least_float32(score_tile(rows, slice(0, len(stored))).detach()).cpu().numpy()

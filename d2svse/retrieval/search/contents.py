@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 import numpy as np
 
+from d2svse.choices import Candidates, Side, check_positive, check_types
 from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
@@ -24,7 +25,6 @@ from d2svse.images.regions import region_images
 from d2svse.retrieval.embeddings.store import (
     SKIPPED,
     EmbeddingStore,
-    check_batch_size,
     encode_images,
     encode_texts,
     is_current,
@@ -32,7 +32,6 @@ from d2svse.retrieval.embeddings.store import (
     state_of,
 )
 from d2svse.retrieval.vectors.base import VectorIndex
-from d2svse.similarity.base import Candidates, Side
 from d2svse.text import check_text
 
 if TYPE_CHECKING:
@@ -122,16 +121,7 @@ class IndexSettings:
 
 
 def _check(settings: IndexSettings) -> None:
-    optional = {"candidates", "model", "source", "dtype", "revision", "subfolder"}
-    for name in (one.name for one in fields(settings)):
-        value = getattr(settings, name)
-        kind: Any = {"draft": bool, "follow_links": bool, "exclude": list}.get(name, str)
-        if not isinstance(value, kind) and not (value is None and name in optional):
-            raise ValueError(f"{name} is {value!r:.80}")
-    if not all(isinstance(pattern, str) for pattern in settings.exclude):
-        raise ValueError(f"exclude is {settings.exclude!r:.80}")
-    if settings.side not in get_args(Side) or settings.candidates not in (None, *get_args(Candidates)):
-        raise ValueError(f"side {settings.side!r:.80}, candidates {settings.candidates!r:.80}")
+    check_types(asdict(settings), get_type_hints(IndexSettings))
     if settings.revision is not None and not _COMMIT.fullmatch(settings.revision):
         raise ValueError(f"revision {settings.revision!r:.80}, expected a commit of the Hub")
     inner = PurePath(settings.subfolder or "")
@@ -429,7 +419,7 @@ def encode_items(
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
-    check_batch_size(batch_size)
+    check_positive(batch_size=batch_size)
     output: Any = model.similarity_fn.output
     state = state_of if settings.side == "image" else lambda _: None
     about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]

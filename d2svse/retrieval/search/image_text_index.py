@@ -16,7 +16,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 
-from d2svse.choices import Together, unknown
+from d2svse.choices import Together, check_positive, check_type, unknown
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
@@ -73,6 +73,11 @@ class _Opened:
     users: int = 0
     replaced: bool = False
 
+    @property
+    def folders(self) -> set[str]:
+        """The names of the folders that hold the state."""
+        return {self.settings.vectors} | (self.stored.folders if self.stored else set())
+
 
 class ImageTextIndex:
     """An index of images, searched by texts, images or both; or an index of texts, searched by images or texts.
@@ -110,7 +115,9 @@ class ImageTextIndex:
         self._loading = threading.Lock()
         try:
             if vectors_device is not None:
-                _place(self.vectors, vectors_device)
+                if not isinstance(self.vectors, ExactIndex):
+                    raise ValueError(f"vectors_device is for the backend exact; leave it out for {self.vectors.engine}")
+                self.vectors.device = vectors_device
             if model is not None:
                 self._check_model(model, as_loaded)
         except BaseException:
@@ -187,8 +194,7 @@ class ImageTextIndex:
         """
         check_model(model)
         for name, value, known in (("side", side, Side), ("candidates", candidates, Candidates)):
-            if value not in get_args(known):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
+            check_type(name, value, known)
         folder, similarity = Path(folder), model.similarity_fn
         model.warn_if_untrained()
         fingerprint = model_fingerprint(model)
@@ -232,7 +238,7 @@ class ImageTextIndex:
                 index = cls(folder, model)
                 index.vectors.take_search_options(vectors.search_options)
                 write_skipped(folder, store.skipped)
-                index._sweep(index._opened)
+                sweep_folders(folder, index._opened.folders)
         finally:
             vectors.close()
         return index
@@ -379,27 +385,15 @@ class ImageTextIndex:
             allow_missing=on_bad_image == "skip",
             may_be_gone=prune,
         )
-        with write_lock(self.folder):
-            opened = self._read_again()
-            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
-            try:
-                changes, written = self._add(
-                    opened,
-                    items,
-                    prune,
-                    on_bad_image,
-                    {"batch_size": batch_size, "show_progress_bar": show_progress_bar},
-                )
-                if written or changes.skipped:
-                    write_skipped(self.folder, changes.skipped)
-                if written:
-                    opened = self._settled(opened, join=True)
-                else:
-                    self._sweep(opened)  # remove the leftovers of a killed call
-            except BaseException:
-                opened.vectors.close()
-                raise
-            self._publish(opened)
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        with self._writing() as opened:
+            changes, written = self._add(opened, items, prune, on_bad_image, options)
+            if written or changes.skipped:
+                write_skipped(self.folder, changes.skipped)
+            if written:
+                self._settle(opened, join=True)
+            else:
+                sweep_folders(self.folder, opened.folders)  # remove the leftovers of a killed call
         return changes
 
     def _add(
@@ -469,7 +463,10 @@ class ImageTextIndex:
                 index stays unchanged.
             BlockingIOError: if another process is writing to the index.
         """
-        self._rewrite(lambda vectors: vectors.delete(ids if self.side == "text" else stored_names(ids, vectors)))
+        with self._writing() as opened:
+            opened.vectors.delete(ids if self.side == "text" else stored_names(ids, opened.vectors))
+            opened.vectors.save(own_folder(self.folder, opened.settings.vectors))
+            self._settle(opened)
 
     def compact(self) -> int:
         """Rewrite vectors and tokens in few files, without removed and replaced items.
@@ -482,18 +479,19 @@ class ImageTextIndex:
             BlockingIOError: if another process is writing to the index.
         """
         before = _bytes(self.folder)
-        self._rewrite(None)
+        with self._writing() as opened:
+            opened.vectors.save(own_folder(self.folder, opened.settings.vectors), compact=True)
+            self._settle(opened, join=True, every=True)
         return before - _bytes(self.folder)
 
-    def _rewrite(self, change: Callable[[VectorIndex], None] | None) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[_Opened]:
+        """Yield the folder's state under the lock, and publish it after the block. An error closes its vectors."""
         with write_lock(self.folder):
             opened = self._read_again()
-            note_folders(self.folder, _folders(opened))  # an index of an earlier version has no list
             try:
-                if change is not None:
-                    change(opened.vectors)
-                opened.vectors.save(own_folder(self.folder, opened.settings.vectors), compact=change is None)
-                opened = self._settled(opened, join=change is None, every=change is None)
+                note_folders(self.folder, opened.folders)  # an index of an earlier version has no list
+                yield opened
             except BaseException:
                 opened.vectors.close()
                 raise
@@ -570,8 +568,7 @@ class ImageTextIndex:
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {weight}")
-        if k < 1:
-            raise ValueError(f"k must be positive, got {k}")
+        check_positive(k=k)
         both = len(queries) == 2
         if together not in (None, *get_args(Together)):
             raise ValueError(unknown("together", together, get_args(Together)))
@@ -582,47 +579,34 @@ class ImageTextIndex:
             raise ValueError(f"expected as many texts as images, got {counts}")
         shares: dict[Side, float] = {"text": weight, "image": 1 - weight} if both else dict.fromkeys(queries, 1.0)
         with self._in_use() as opened:
-            return self._search(opened, queries, k, shares, rerank, together)
+            vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
+            combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
+            across: Side = "text" if self.side == "image" else "image"
+            length = candidates_to_rerank(rerank, k, self.candidates, across in queries)
+            if together is None:
+                scores, ids = opened.vectors.search(combined, max(k, length))
+            else:
+                best, names = search_together(opened.vectors, combined, max(k, length), together)
+                scores, ids = best[None], [names]
+            if not length:
+                return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
 
-    def _search(
-        self,
-        opened: _Opened,
-        queries: Mapping[Side, Features],
-        k: int,
-        shares: Mapping[Side, float],
-        rerank: int | None,
-        together: Together | None,
-    ) -> list[list[Hit]]:
-        """Search one state; `shares` are the weights of the sides."""
-        both = len(queries) == 2
-        vectors = {side: self.query_vectors(side, part) for side, part in queries.items()}
-        combined = np.sum([shares[side] * vectors[side] for side in queries], axis=0)
-        across: Side = "text" if self.side == "image" else "image"
-        length = candidates_to_rerank(rerank, k, self.candidates, across in queries)
-        if together is None:
-            scores, ids = opened.vectors.search(combined, max(k, length))
-        else:
-            best, names = search_together(opened.vectors, combined, max(k, length), together)
-            scores, ids = best[None], [names]
-        if not length:
-            return [ranked(*found, k) for found in zip(ids, scores, strict=True)]
+            def stored(names: Sequence[str]) -> Features:
+                assert opened.stored is not None
+                return opened.stored.features(opened.vectors.metadata_of(names))
 
-        def stored(names: Sequence[str]) -> Features:
-            assert opened.stored is not None
-            return opened.stored.features(opened.vectors.metadata_of(names))
-
-        score = self.model.similarity_fn.score_candidates
-        if together is not None:
-            exact = score(self.side, stored, queries[across], ids * len(queries[across]))
-            return [ranked(ids[0], joined(np.stack([one.cpu().numpy() for one in exact]), together), k)]
-        exact = score(self.side, stored, queries[across], ids)
-        answers = []
-        for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
-            if both:
-                alike = opened.vectors.vectors_of(found) @ vectors[self.side][row]
-                line = shares[across] * line + shares[self.side] * alike
-            answers.append(ranked(found, line, k))
-        return answers
+            score = self.model.similarity_fn.score_candidates
+            if together is not None:
+                exact = score(self.side, stored, queries[across], ids * len(queries[across]))
+                return [ranked(ids[0], joined(np.stack([one.cpu().numpy() for one in exact]), together), k)]
+            exact = score(self.side, stored, queries[across], ids)
+            answers = []
+            for row, (found, line) in enumerate(zip(ids, (one.cpu().numpy() for one in exact), strict=True)):
+                if both:
+                    alike = opened.vectors.vectors_of(found) @ vectors[self.side][row]
+                    line = shares[across] * line + shares[self.side] * alike
+                answers.append(ranked(found, line, k))
+            return answers
 
     def tune(self, data: str | os.PathLike[str], *, k: int = 10, max_queries: int = 1000) -> Iterator[TuningRow]:
         """Compare every setting of `vectors.tuning.tune` on the vectors; settings of faiss need faiss.
@@ -723,13 +707,9 @@ class ImageTextIndex:
     def _read_again(self) -> _Opened:
         """Read the folder for a write; refuse an index that another process built again with other settings."""
         opened, before = self._read(), self._settings
-        for name, what in (
-            ("fingerprint", "model"),
-            ("side", "side"),
-            ("candidates", "candidates"),
-            ("draft", "draft"),
-        ):
+        for name in ("fingerprint", "side", "candidates", "draft"):
             if getattr(opened.settings, name) != getattr(before, name):
+                what = "model" if name == "fingerprint" else name
                 opened.vectors.close()
                 raise ValueError(f"{self.folder}: the index was built again with another {what}; load it again")
         return opened
@@ -739,14 +719,12 @@ class ImageTextIndex:
             return None
         return StoredItems(self.folder, vectors.metadata_of(vectors.ids) if len(vectors) else [])
 
-    def _settled(self, opened: _Opened, join: bool, every: bool = False) -> _Opened:
+    def _settle(self, opened: _Opened, join: bool = False, every: bool = False) -> None:
         """Join small stores after a write, and remove unused folders; call it under the lock."""
-        stored = self._stored(opened.settings, opened.vectors)
-        if join and stored is not None and stored.join(every):
-            stored = self._stored(opened.settings, opened.vectors)
-        opened = _Opened(opened.settings, opened.vectors, stored)
-        self._sweep(opened)
-        return opened
+        opened.stored = self._stored(opened.settings, opened.vectors)
+        if join and opened.stored is not None and opened.stored.join(every):
+            opened.stored = self._stored(opened.settings, opened.vectors)
+        sweep_folders(self.folder, opened.folders)
 
     def _publish(self, opened: _Opened) -> None:
         """Make new searches use this state, and close the one before when its last search is done."""
@@ -771,13 +749,6 @@ class ImageTextIndex:
                 unused = opened.replaced and not opened.users
             if unused:
                 opened.vectors.close()
-
-    def _sweep(self, opened: _Opened) -> None:
-        sweep_folders(self.folder, _folders(opened))
-
-
-def _folders(opened: _Opened) -> set[str]:
-    return {opened.settings.vectors} | (opened.stored.folders if opened.stored else set())
 
 
 def _check_replaceable(
@@ -805,12 +776,6 @@ def _check_replaceable(
     differs = [name for name in ("side", "candidates", "draft") if getattr(now, name) != getattr(settings, name)]
     if differs and vectors.is_saved_in(folder / now.vectors):
         raise ValueError(f"{folder}: its {vectors.engine} index has another {differs[0]}; name another collection")
-
-
-def _place(vectors: VectorIndex, device: str | torch.device) -> None:
-    if not isinstance(vectors, ExactIndex):
-        raise ValueError(f"vectors_device is for the backend exact, and this index has {vectors.engine}; leave it out")
-    vectors.device = device
 
 
 def _remembered(settings: IndexSettings, folder: Path) -> D2SVSE:

@@ -106,19 +106,16 @@ class StoredItems:
 
     def features(self, metadata: Sequence[Mapping[str, Any]]) -> Features:
         """Read the features of some items, in their order."""
-        rows: dict[Path, list[int]] = {}
-        order: dict[Path, list[int]] = {}
-        stores: dict[Path, EmbeddingStore] = {}
+        wanted: dict[EmbeddingStore, tuple[list[int], list[int]]] = {}
         for position, one in enumerate(metadata):
             location = self.locations[one["store"]]
-            folder = location.store.folder
-            stores[folder] = location.store
-            rows.setdefault(folder, []).append(int(location.rows([one["row"]])[0]))
-            order.setdefault(folder, []).append(position)
-        parts = [stores[folder].features(rows[folder]) for folder in rows]
+            rows, order = wanted.setdefault(location.store, ([], []))
+            rows.append(int(location.rows([one["row"]])[0]))
+            order.append(position)
+        parts = [store.features(rows) for store, (rows, _) in wanted.items()]
         if len(parts) == 1:
             return parts[0]
-        return Features.cat(parts, [position for folder in rows for position in order[folder]])
+        return Features.cat(parts, [position for _, order in wanted.values() for position in order])
 
     def join(self, every: bool = False) -> bool:
         """Join small stores, or all stores, into one without unused rows; call it under the lock.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
-from numbers import Integral, Real
-from types import ModuleType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, get_type_hints
 
-from d2svse.choices import unknown
+from d2svse.choices import check_type, unknown
 from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.storage import read_manifest
 
@@ -19,7 +17,6 @@ BACKENDS = {
     "faiss": ("d2svse.retrieval.vectors.faiss", "FaissIndex"),
     "milvus": ("d2svse.retrieval.vectors.milvus.index", "MilvusIndex"),
 }
-_WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "a text", Mapping: "KEY: VALUE pairs"}
 
 
 def make_index(engine: str, dim: int, **options: Any) -> VectorIndex:
@@ -40,21 +37,8 @@ def make_index(engine: str, dim: int, **options: Any) -> VectorIndex:
     for name, value in options.items():
         if name not in known:
             raise ValueError(unknown(f"option of {engine}", name, known))
-        kinds = _kinds(hints[name])
-        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
-            words = " or ".join(_WORDS.get(kind, f"a {kind.__name__}") for kind in kinds if kind is not NoneType)
-            raise ValueError(f"the option {name} of {engine} must be {words}, got {value!r:.80}")
+        check_type(f"the option {name} of {engine}", value, hints[name])
     return cls(dim, **options)
-
-
-def _kinds(hint: Any) -> list[type]:
-    """Return the classes that the values of a type hint have."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return [kind for part in get_args(hint) for kind in _kinds(part)]
-    if origin is Literal:
-        return list(dict.fromkeys(map(type, get_args(hint))))
-    return [{int: Integral, float: Real}.get(hint, origin or hint)]
 
 
 def load_index(folder: str | os.PathLike[str], fingerprint: str | None = None) -> VectorIndex:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from d2svse.choices import check_positive
+
 Metadata = dict[str, Any]
 Filter = Mapping[str, Any]
 NOTHING: Metadata = {}  # shared by all items without metadata
@@ -38,8 +40,7 @@ class VectorIndex(ABC):
     _search_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be positive, got {dim}")
+        check_positive(dim=dim)
         self.dim, self.fingerprint = dim, fingerprint
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -119,8 +120,7 @@ class VectorIndex(ABC):
             raise ValueError(f"queries are {rows.shape[-1]} wide, the index {self.dim}")
         if not len(self):
             raise ValueError("the index is empty")
-        if k < 1:
-            raise ValueError(f"k must be positive, got {k}")
+        check_positive(k=k)
         finite = np.isfinite(rows).all(1)
         if not finite.all():
             raise ValueError(f"query {int(np.argmin(finite))} is not finite")

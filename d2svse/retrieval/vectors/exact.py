@@ -8,19 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from d2svse.choices import unknown
+from d2svse.choices import check_positive, check_type
 from d2svse.features import sent
 from d2svse.retrieval.vectors import storage
-from d2svse.retrieval.vectors.base import VectorIndex
 from d2svse.retrieval.vectors.local import LocalIndex
 from d2svse.retrieval.vectors.topk import DeviceTopK, RunningTopK
-
-__all__ = ["ExactIndex", "VectorIndex"]
 
 StoreDtype = Literal["float32", "float16", "int8"]
 QUERIES_AT_A_TIME = 256
@@ -92,10 +89,9 @@ class ExactIndex(LocalIndex):
         block_size: int | None = None,
     ) -> None:
         super().__init__(dim, fingerprint)
-        if dtype not in get_args(StoreDtype):
-            raise ValueError(unknown("dtype", dtype, get_args(StoreDtype)))
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"block_size must be positive, got {block_size}")
+        check_type("dtype", dtype, StoreDtype)
+        if block_size is not None:
+            check_positive(block_size=block_size)
         self.dtype, self.device, self.block_size = dtype, device, block_size
         self._parts: list[Part] = []
         self._on_device: list[tuple[str, Part, torch.Tensor]] = []
@@ -237,10 +233,7 @@ class ExactIndex(LocalIndex):
             }
             for part in parts
         ]
-        return {"vectors": described}, [str(part.file) for part in parts], parts
-
-    def _adopt(self, written: Any) -> None:
-        self._parts = written
+        return {"vectors": described}, [str(part.file) for part in parts], {"_parts": parts}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return a state with the vectors in memory; a pickle may be opened where the folder is missing."""

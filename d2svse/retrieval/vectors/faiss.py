@@ -222,14 +222,11 @@ class FaissIndex(LocalIndex):
     def _write(self, folder: Path, at_home: bool, keep: np.ndarray | None) -> tuple[dict[str, Any], list[str], Any]:
         index = self._index if keep is None else self._kept(keep)
         if index is None:
-            return {"vectors": None}, [], index
+            return {"vectors": None}, [], {}
         path = storage.new_file(folder, "faiss", "faiss")
         faiss.write_index(index, str(path))
         to_disk(path)
-        return {"vectors": [path.name, path.stat().st_size]}, [path.name], index
-
-    def _adopt(self, written: Any) -> None:
-        self._index = written
+        return {"vectors": [path.name, path.stat().st_size]}, [path.name], {"_index": index}
 
     def _kept(self, keep: np.ndarray) -> Any:
         """Return a copy with only some rows, renumbered."""

@@ -103,12 +103,8 @@ class LocalIndex(VectorIndex):
             keep: rows to keep, ascending; all others are dropped. None keeps all.
 
         Returns:
-            Entries for `index.json`, names of the needed files, and the argument of `_adopt`.
+            Entries for `index.json`, names of the needed files, and the attributes that change with the write.
         """
-
-    @abstractmethod
-    def _adopt(self, written: Any) -> None:
-        """Continue with the written files."""
 
     @abstractmethod
     def _read(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -211,7 +207,7 @@ class LocalIndex(VectorIndex):
             **part,
         }
         revision = storage.publish(folder, manifest)
-        self._adopt(written)
+        vars(self).update(written)
         if keep is not None:
             self._ids = [self._ids[row] for row in keep]
             self._metadata = [self._metadata[row] for row in keep]

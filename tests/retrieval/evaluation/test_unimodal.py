@@ -72,8 +72,14 @@ def test_wrong_input_is_refused():
         unimodal_metrics(tile_of(np.array([[1, np.nan], [1, 1]])), ["a", "a"])
     with pytest.raises(ValueError, match="cameras are 1 for 2 items"):
         unimodal_metrics(tile_of(scores), ["a", "a"], cameras=[1])
-    with pytest.raises(ValueError, match="cameras need gallery_cameras"):
-        unimodal_metrics(tile_of(scores), ["a", "a"], ["a", "b"], cameras=[1, 2])
+    two = [1, 2]
+    for gallery, given in (
+        (["a", "b"], {"cameras": two}),
+        (["a", "b"], {"gallery_cameras": two}),
+        (None, {"cameras": two, "gallery_cameras": two}),
+    ):
+        with pytest.raises(ValueError, match="gallery_cameras with both cameras and gallery_identities"):
+            unimodal_metrics(tile_of(scores), ["a", "a"], gallery, **given)
     unimodal_metrics(tile_of(np.array([[np.nan, 1], [1, np.nan]])), ["a", "a"])  # a score with itself is not read
 
 

@@ -602,6 +602,29 @@ def test_compact_leaves_nothing_of_what_was_removed(make_model, photos, tmp_path
     assert len(index.search("a red circle", k=99)[0]) == 15
 
 
+@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_rebuild_after_adds_encodes_nothing_again(make_model, photos, val_dataset, tmp_path, side, compact):
+    """The stores of single adds are joined, and what the joined ones hold is taken from there."""
+    model = make_model(similarity={"name": "omit"})
+    items = sorted(map(str, photos.iterdir())) if side == "image" else list(dict.fromkeys(val_dataset.captions))[:16]
+    index = ImageTextIndex.build(model, items[:6], tmp_path / "i", side=side)
+    for item in items[6:]:
+        index.add([item])
+    if compact:
+        index.compact()
+    assert list((tmp_path / "i").glob("store-*/joined.json"))
+    query = {"texts": "a red circle"} if side == "image" else {"images": val_dataset.images[0]}
+    before = {hit.id: hit.score for hit in index.search(**query, k=16)[0]}
+    seen = []
+    batches = getattr(model, f"{side}_batches")
+    setattr(model, f"{side}_batches", lambda part, **options: seen.extend(part) or batches(part, **options))
+    index = ImageTextIndex.build(model, items, tmp_path / "i", side=side)
+    assert not seen
+    assert index.ids == items
+    assert {hit.id: hit.score for hit in index.search(**query, k=16)[0]} == pytest.approx(before)
+
+
 def test_an_index_opens_while_another_process_removes_the_stores_that_it_has_replaced(
     make_model, photos, tmp_path, monkeypatch
 ):
