@@ -49,24 +49,27 @@ def unknown(what: str, name: object, known: Iterable[str], listed: str | None = 
     return f"unknown {what} {name!r}; {meant}{listed or 'expected one of ' + ', '.join(known)}"
 
 
-def check_type(name: str, value: Any, hint: Any) -> None:
+def check_type(name: str, value: Any, hint: Any, none: str = "None") -> None:
     """Check that an option has a value of its type.
 
     Args:
         name: name of the option.
         value: its value.
         hint: its type, such as `int` or `Literal["sum", "hardest"]`.
+        none: word for None in the message.
 
     Raises:
         ValueError: if the value has another type; the message names the option and the expected type.
     """
     if not _fits(value, hint):
-        got = "null" if value is None else f"{value!r:.80}"
-        raise ValueError(f"{name} must be {_words(hint)}, got {got}")
+        close = difflib.get_close_matches(value, map(str, get_args(hint)), 1) if isinstance(value, str) else []
+        meant = f"; did you mean {close[0]}?" if close else ""
+        got = none if value is None else f"{value!r:.80}"
+        raise ValueError(f"{name} must be {_words(hint)}, got {got}{meant}")
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "") -> None:
-    """Check that every option has a value of its type.
+    """Check that every option has a value of its type; a message says null for None, as files do.
 
     Args:
         values: value of each option, by name.
@@ -78,7 +81,18 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], where: str 
     """
     for name, value in values.items():
         if name in hints:
-            check_type(f"{where}{name}", value, hints[name])
+            check_type(f"{where}{name}", value, hints[name], "null")
+
+
+def check_counts(**values: int) -> None:
+    """Check that numbers are whole and positive.
+
+    Raises:
+        ValueError: if one is not; the message names it.
+    """
+    for name, value in values.items():
+        check_type(name, value, int)
+    check_positive(**values)
 
 
 def check_positive(**values: float) -> None:
@@ -99,7 +113,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in get_args(hint))
+        return any(_fits(value, type(part)) and value == part for part in get_args(hint))
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     if hint is int:

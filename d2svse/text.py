@@ -58,6 +58,8 @@ def parse_numbers(text: str, what: str, kind: Callable[[str], Any] = float) -> l
         ValueError: if the text is something else.
     """
     try:
+        if kind is int and not all(part.strip().isdecimal() for part in text.split(",")):
+            raise ValueError
         return [kind(part) for part in text.split(",")]
     except ValueError:
         numbers = "whole numbers" if kind is int else "numbers"

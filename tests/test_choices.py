@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from d2svse.choices import check_positive, check_type, check_types, unknown
+from d2svse.choices import check_counts, check_positive, check_type, check_types, unknown
 
 Mode = Literal["sum", "hardest"]
 
@@ -40,7 +40,7 @@ def test_a_value_of_its_type_passes(value, hint):
         (1, bool, "true or false, got 1"),
         (1, str, "a text, got 1"),
         ("some", Mode, "one of sum, hardest, got 'some'"),
-        (None, Mode, "one of sum, hardest, got null"),
+        (None, Mode, "one of sum, hardest, got None"),
         (1.5, int | str | None, "a whole number or a text, got 1.5"),
         ([1, "2"], list[int], "a list of whole numbers, got [1, '2']"),
         ([1], Mapping[str, int], "a mapping, got [1]"),
@@ -57,6 +57,8 @@ def test_a_value_of_another_type_is_named(value, hint, wanted):
 def test_several_options_are_checked_and_unknown_ones_left():
     hints = {"width": int, "mode": Mode}
     check_types({"width": 3, "mode": "sum", "other": object()}, hints)
+    with pytest.raises(ValueError, match="mode must be one of sum, hardest, got null"):
+        check_types({"mode": None}, hints)
     with pytest.raises(ValueError, match=r"^c\.yaml: mode must be one of sum, hardest, got 3$"):
         check_types({"width": 3, "mode": 3}, hints, "c.yaml: ")
 
@@ -71,3 +73,24 @@ def test_a_number_that_is_not_positive_is_named(number):
 def test_an_unknown_name_has_its_nearest_one():
     assert unknown("loss", "hing", ["infonce", "hinge"]).endswith("did you mean hinge? expected one of infonce, hinge")
     assert unknown("loss", "x", ["infonce"], "see the docs") == "unknown loss 'x'; see the docs"
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_count_that_is_not_positive_is_named(number):
+    check_counts(k=1, batch_size=np.int64(3))
+    with pytest.raises(ValueError, match=f"k must be positive, got {number}"):
+        check_counts(batch_size=1, k=number)
+
+
+@pytest.mark.parametrize("number", [0.5, 2.0, True, None, "2"])
+def test_a_count_that_is_not_whole_is_named(number):
+    with pytest.raises(ValueError, match=f"k must be a whole number, got {number!r}"):
+        check_counts(batch_size=1, k=number)
+
+
+def test_a_wrong_choice_has_its_nearest_one():
+    with pytest.raises(ValueError, match="option must be one of sum, hardest, got 'hardst'; did you mean hardest"):
+        check_type("option", "hardst", Mode)
+    check_type("option", np.array(["hardest"])[0], Mode)
+    with pytest.raises(ValueError, match="option must be one of 0, 2, got True"):
+        check_type("option", True, Literal[0, 2])

@@ -25,7 +25,7 @@ from PIL import Image
 
 from d2svse.captioning.images import ImageToCaption, Outcome, Sampling
 from d2svse.captioning.text import find_fault
-from d2svse.choices import check_positive
+from d2svse.choices import check_counts, check_positive
 from d2svse.files.data import decode_text, parse_json
 from d2svse.images import ImageError, load_image, orientation
 from d2svse.text import visible
@@ -109,9 +109,10 @@ class EndpointCaptioner:
             _ = parts.port, httpx2.URL(url)  # a port that is no number from 0 to 65535 is an error
         except (ValueError, httpx2.InvalidURL) as error:
             raise ValueError(f"the endpoint must be an address of http, got {url!r} ({error})") from None
-        check_positive(concurrency=concurrency, tries=tries, timeout=timeout)
+        check_positive(timeout=timeout)
+        check_counts(concurrency=concurrency, tries=tries)
         if max_requests is not None:
-            check_positive(max_requests=max_requests)
+            check_counts(max_requests=max_requests)
         if not backoff >= 0:  # NaN too
             raise ValueError(f"backoff must be at least 0, got {backoff}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from d2svse.choices import check_positive
+from d2svse.choices import check_counts
 from d2svse.data.manifest import ManifestError
 from d2svse.data.readers import dense_folder, read_records, require_images
 from d2svse.images import StoredImage, find_images
@@ -45,7 +45,7 @@ class Sampling:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        check_positive(max_new_tokens=self.max_new_tokens)
+        check_counts(max_new_tokens=self.max_new_tokens)
 
     def image_seed(self, content: bytes, draw: int) -> int:
         """Return the seed of an image (31 bits), made of `seed`, the file content and the number of discarded texts."""

@@ -26,7 +26,7 @@ from transformers import (
 
 from d2svse.captioning.images import ImageToCaption, Outcome, Sampling
 from d2svse.captioning.text import find_fault
-from d2svse.choices import Dtype, check_positive, check_type
+from d2svse.choices import Dtype, check_counts, check_type
 from d2svse.cpu import choose_device
 from d2svse.hub.folder import check_contents, loading
 from d2svse.hub.weights import check_finite, weight_files
@@ -89,7 +89,7 @@ class LlavaCaptioner:
     """
 
     def __init__(self, model: Any, processor: Any, sampling: Sampling, batch_size: int = 8, tries: int = 3) -> None:
-        check_positive(batch_size=batch_size, tries=tries)
+        check_counts(batch_size=batch_size, tries=tries)
         self.model, self.processor, self.sampling = model, processor, sampling
         self.batch_size, self.tries = batch_size, tries if sampling.temperature > 0 else 1
         processor.tokenizer.padding_side = "left"

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from d2svse.choices import check_counts
+
 COPIES = 3
 LOOP_WORDS = 6
 LONGEST_PHRASE = 40
@@ -40,8 +42,7 @@ def first_sentences(text: str, count: int) -> str:
     Raises:
         ValueError: if `count` is not positive.
     """
-    if count < 1:
-        raise ValueError(f"the number of sentences must be positive, got {count}")
+    check_counts(count=count)
     spans = [span for _, span in zip(range(count), _spans(text), strict=False)]
     return text[spans[0][0] : spans[-1][1]] if spans else ""
 

@@ -118,9 +118,10 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
 
 
 def given_flags(context: typer.Context, *names: str) -> list[str]:
-    """Return the flags that the command line has, of parameters of a command."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name != "DEFAULT"]
+    """Return the flags of a command's parameters that do not have their default."""
+    defaults = {parameter.name: parameter.get_default(context) for parameter in context.command.params}
+    given = [name for name in names if context.params[name] not in (None, [], defaults[name])]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def print_recalls(rows: Mapping[str, Mapping[str, float]], title: str | None = None, signed: bool = False) -> None:

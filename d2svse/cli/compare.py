@@ -38,7 +38,9 @@ def compare(
     format: Annotated[Literal["auto", DataFormat], typer.Option(help="Layout of the data.")] = "auto",
     image_folder: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
     on_bad_image: OnBadImage = "error",
-    on: Annotated[str, typer.Option(help="Set of the runs: val, or a test set of the sweep.")] = "val",
+    on: Annotated[
+        str | None, typer.Option(help="Set of the runs: val, or a test set of the sweep.", show_default="val")
+    ] = None,
     draws: Annotated[int, typer.Option(help="Draws of the bootstrap.", min=100)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images and texts encoded at a time.")] = 128,
@@ -50,8 +52,9 @@ def compare(
 
     Each draw takes images with all their captions. An interval without 0 is a difference that other images would show.
     """
-    if data is not None and given_flags(context, "on"):
+    if data is not None and on is not None:
         raise ValueError(f"--on {on} is a set of runs; with --data, models rank these data")
+    on = on or "val"
     of_models = ("split", "format", "image_folder", "on_bad_image", "batch_size", "device", "dtype")
     if data is None and (given := given_flags(context, *of_models)):
         raise ValueError(f"{', '.join(given)}: for models, which rank --data; runs are compared by their records")

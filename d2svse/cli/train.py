@@ -118,12 +118,12 @@ def run_training(
         }
         for name, value in parse_assignments(similarity_arg or [], "--similarity-arg").items():
             chosen[f"model_options.similarity.{name}"] = value
-        chosen |= parse_assignments(set_ or [], "--set")
+        assigned = parse_assignments(set_ or [], "--set")
         file = read_recipe(config) if config else {}
         of_preset = PRESETS.get(str(file.get("preset", RunOptions.preset)), {})
-        values = override(file, chosen)
+        values = override(override(file, chosen), assigned)
         named = {name for section in STAGES for name in values.get(section) or {}}
-        named |= {part for key in chosen for part in key.split(".")}
+        named |= {part for key in (*chosen, *assigned) for part in key.split(".")}
         named |= {
             name for name, value in (values.get("training") or {}).items() if value != of_preset.get(name, MISSING)
         }

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from d2svse.choices import Side
-from d2svse.data.manifest import DenseSource, Record, manifest_errors
+from d2svse.data.manifest import DenseSource, ManifestError, Record
 from d2svse.data.readers import read_records, require_images
-from d2svse.images import CheckImages, OnBadImage, StoredImage, image_state, select_readable
+from d2svse.images import CheckImages, ImageError, OnBadImage, StoredImage, image_state, select_readable
 from d2svse.images import check_images as decode_images
 
 
@@ -99,8 +99,10 @@ class ImageTextDataset:
             return cls(records, source)
         lines, title = [record.where(source) for record in records], f"Checking {Path(source).name}"
         paths = [record.image for record in records]
-        with manifest_errors():
+        try:
             good, skipped = select_readable(paths, on_bad_image, lines, title, show_progress_bar, check)
+        except ImageError as error:
+            raise ManifestError(error) from None
         dataset = cls([records[row] for row in good], source)
         dataset.skipped = skipped
         return dataset

@@ -30,14 +30,14 @@ class ManifestError(ValueError):
 
 @contextmanager
 def manifest_errors() -> Iterator[None]:
-    """Raise the errors of reading a text file as `ManifestError`."""
+    """Raise errors of values and of missing files as `ManifestError`."""
     try:
         yield
     except (ValueError, FileNotFoundError, IsADirectoryError) as error:
         raise ManifestError(error) from None
 
 
-# The check of d2svse.text, which raises ManifestError here.
+# `check_text` of d2svse.text, whose error is a ManifestError here.
 as_caption = manifest_errors()(check_text)
 
 

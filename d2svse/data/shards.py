@@ -26,6 +26,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from d2svse.choices import check_counts
 from d2svse.cpu import map_in_threads
 from d2svse.data.manifest import (
     ManifestError,
@@ -149,8 +150,7 @@ def write_shards(
         ImageError: if an image cannot be decoded.
         OSError: if an image cannot be read.
     """
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard must be positive, got {images_per_shard}")
+    check_counts(images_per_shard=images_per_shard)
     folder = Path(folder)
     for record in records:
         image = record.image

@@ -149,7 +149,9 @@ def check_attention(backbone: PreTrainedModel, name: str) -> None:
     """
     own = backbone.config._attn_implementation
     if own != name and METRIC_ATTENTION in (own, name):
-        raise ValueError("a backbone with a metric in its attention has an attention of its own; leave the option out")
+        raise ValueError(
+            "a backbone with a metric in its attention has an attention of its own; leave attn_implementation out"
+        )
 
 
 def _head_dim(layer: nn.Module) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from d2svse.choices import ContextTokens, Resizing, check_positive
+from d2svse.choices import ContextTokens, Resizing, check_counts, check_type
 from d2svse.features import Features
 from d2svse.files.data import read_json
 from d2svse.files.folder import recover_folder, written_folder
@@ -898,11 +898,10 @@ class D2SVSE(Shimmed, PreTrainedModel):
         return pixel_values if self.processor is None else self.processor.normalize(pixel_values)
 
     def _require_processor(self, inputs: Sequence[Any], batch_size: int, output: Output) -> D2SVSEProcessor:
-        if output not in get_args(Output):
-            raise ValueError(f"output must be 'pooled' or 'features', got {output!r}")
+        check_type("output", output, Output)
         if not inputs:
             raise ValueError("nothing to encode: an empty list")
-        check_positive(batch_size=batch_size)
+        check_counts(batch_size=batch_size)
         if self.processor is None:
             raise ValueError(
                 "the model has no processor to prepare images and texts; load it from a folder with "

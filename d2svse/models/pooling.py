@@ -147,9 +147,9 @@ class GeneralizedPooling(nn.Module):
     def _compute(self, lengths: Sequence[int]) -> Tensor:
         """Return the coefficients of lengths in ascending order, all by one pass of the GRU.
 
-        The GRU sees each row with its padding first. So its backward half never meets the padding, and its forward half
-        is that of the longest row, whose first steps are those of every row. A batch without packing has fast kernels
-        in cuDNN, which start once and not at each step.
+        The GRU sees each row with its padding first. Its backward half reads the padding last, after all scores.
+        Its forward half is that of the longest row: the first steps of all rows are equal. cuDNN chooses kernels for a
+        whole sequence only where nothing is packed.
         """
         like = next(self.gru.parameters())  # a quantized linear layer has no weight to read
         make = _padded.__wrapped__ if torch.compiler.is_compiling() else _padded  # no tensors of a trace are kept

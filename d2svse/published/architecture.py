@@ -97,8 +97,7 @@ def _check_settings(values: Mapping[str, Any], shapes: _Shapes) -> None:
         if value is not None and value > MAX_IMAGE_SIZE:
             raise ValueError(f"{name} must be at most {MAX_IMAGE_SIZE}, got {value!r:.80}")
     for name in ("no_res_embed", "mask_padding"):
-        if not isinstance(values[name], bool | None):
-            raise ValueError(f"{name} must be true or false, got {values[name]!r}")
+        check_type(name, values[name], bool | None)
     check_type("token_placement", values["token_placement"], Placement)
 
 

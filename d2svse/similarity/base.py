@@ -22,8 +22,9 @@ UNSCORED = -1e4  # below every score, and finite, so that a loss that weighs it 
 class Similarity(nn.Module):
     """A score for every pair of an image and a text.
 
-    A subclass writes `score`, which is called outside autocast and with float32 (or float64) features. Methods tell
-    everything that follows from its kind: what an index stores, how candidates are scored, what a map shows.
+    A subclass writes `score`, or `fold` if it is bilinear. `score` is called outside autocast and with float32 (or
+    float64) features. Methods tell everything that follows from its kind: what an index stores, how candidates are
+    scored, what a map shows.
 
     Attributes:
         requires: "pooled" if the pooled vectors suffice, "tokens" if the tokens are needed.
@@ -32,7 +33,13 @@ class Similarity(nn.Module):
     requires: ClassVar[Literal["pooled", "tokens"]] = "pooled"
 
     def score(self, images: Features, texts: Features) -> Tensor:
-        """Score all pairs: `(n_images, n_texts)`, higher is closer; by default the products of the folded vectors."""
+        """Score all pairs: `(n_images, n_texts)`, higher is closer; by default the products of the folded vectors.
+
+        Raises:
+            TypeError: if the class writes neither `score` nor `fold`.
+        """
+        if not self.foldable:
+            raise TypeError(f"{type(self).__name__} has neither a method score nor a method fold; write one of them")
         return self.fold("image", images.pooled) @ self.fold("text", texts.pooled).T
 
     @classmethod

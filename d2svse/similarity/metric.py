@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2svse.choices import check_positive, unknown
+from d2svse.choices import check_counts, check_type
 
 Structure = Literal["cosine", "diagonal", "block-diagonal", "dense"]
 Start = Literal["identity", "random"]
@@ -69,10 +69,8 @@ class Metric(nn.Module):
         init: Start = "identity",
     ) -> None:
         super().__init__()
-        if structure not in get_args(Structure):
-            raise ValueError(unknown("metric", structure, get_args(Structure)))
-        if init not in get_args(Start):
-            raise ValueError(unknown("start of a metric", init, get_args(Start)))
+        check_type("the structure of a metric", structure, Structure)
+        check_type("init of a metric", init, Start)
         if num_blocks is not None and ratio is not None:
             raise ValueError(f"num_blocks {num_blocks} and ratio {ratio} are the same number; give one of them")
         if structure != "block-diagonal" and ratio is not None:
@@ -97,7 +95,7 @@ class Metric(nn.Module):
         if dim is None:
             raise ValueError(f"a {structure} metric needs the width of the vectors, dim")
         if num_blocks is not None:
-            check_positive(num_blocks=num_blocks)
+            check_counts(num_blocks=num_blocks)
         if structure == "diagonal":
             self.weight = nn.Parameter(torch.ones(dim))
         else:

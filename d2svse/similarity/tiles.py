@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypedDict
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from d2svse.choices import check_positive, unknown
+from d2svse.choices import check_counts, check_type
 from d2svse.features import SMALLEST_NORM, Features, sent, unit
 from d2svse.similarity.alignment import Alignment, TokenScores
 from d2svse.similarity.base import UNSCORED, Side, Similarity
@@ -72,7 +72,7 @@ class FragmentOptions(TypedDict, total=False):
     product_dtype: ProductDtype
 
 
-class FragmentSimilarity(Similarity):
+class FragmentSimilarity(Similarity, ABC):
     """A score from the fragments (patches, words) of both sides.
 
     A subclass writes `score_tile`. A tile is some images and some texts. Texts of like length are taken together and
@@ -109,9 +109,8 @@ class FragmentSimilarity(Similarity):
         product_dtype: ProductDtype = "float32",
     ) -> None:
         super().__init__()
-        if product_dtype not in get_args(ProductDtype):
-            raise ValueError(unknown("product_dtype", product_dtype, get_args(ProductDtype)))
-        check_positive(max_memory=max_memory)
+        check_type("product_dtype", product_dtype, ProductDtype)
+        check_counts(max_memory=int(max_memory))
         self.metric = metric or Metric()
         self.max_memory, self.product_dtype = int(max_memory), product_dtype
 

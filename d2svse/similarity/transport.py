@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from d2svse.choices import check_positive, check_type
+from d2svse.choices import check_counts, check_positive, check_type
 from d2svse.features import Features, sent
 from d2svse.similarity.alignment import TransportPlan
 from d2svse.similarity.base import register_similarity
@@ -95,7 +95,8 @@ def sinkhorn(
         ValueError: if λ or the number of iterations is not positive, a weight is negative, or the
             shapes do not fit.
     """
-    check_positive(regularization=regularization, num_iterations=num_iterations)
+    check_positive(regularization=regularization)
+    check_counts(num_iterations=num_iterations)
     if row_weights.shape[-1] != cost.shape[-2] or column_weights.shape[-1] != cost.shape[-1]:
         shapes = f"{tuple(row_weights.shape)} and {tuple(column_weights.shape)}"
         raise ValueError(f"weights {shapes} do not fit a cost of {tuple(cost.shape)}")
@@ -177,7 +178,8 @@ class Transport(FragmentSimilarity):
     ) -> None:
         super().__init__(**options)
         check_type("marginals", marginals, Marginals)
-        check_positive(regularization=regularization, num_iterations=num_iterations)
+        check_positive(regularization=regularization)
+        check_counts(num_iterations=num_iterations)
         if not epsilon >= 0:
             raise ValueError(f"epsilon must not be negative, got {epsilon}")
         self.partial, self.regularization, self.num_iterations = partial, regularization, num_iterations

@@ -168,7 +168,8 @@ def test_one_side_is_searched_in_itself(saved, scenes, tmp_path, run):
     assert found["metrics"]["num_queries"] == 16
     assert "image to image" in out
     assert f"{100 * found['metrics']['map']:.1f}" in out
-    found, _ = result(run, tmp_path, saved["tokens"], "--data", scenes / "val.jsonl", "--unimodal", "text")
+    defaults = ("--captions", "sparse", "--candidates", "mean", "--protocol", "custom")
+    found, _ = result(run, tmp_path, saved["tokens"], "--data", scenes / "val.jsonl", "--unimodal", "text", *defaults)
     assert found["metrics"]["num_queries"] == 80
     for arguments, message in (
         (["--data", scenes / "val.jsonl", "--unimodal", "image"], 'val.jsonl:1: expected "identity", which is missing'),

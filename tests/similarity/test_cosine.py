@@ -4,7 +4,7 @@ import torch
 
 from d2svse import Features, build_similarity, register_similarity
 from d2svse.features import unit
-from d2svse.similarity import Cosine, Similarity, similarity_names
+from d2svse.similarity import Cosine, FragmentSimilarity, Similarity, similarity_names
 
 
 def naive_cosine(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -119,3 +119,26 @@ def test_a_token_similarity_says_what_is_missing(sides):
 
     with pytest.raises(ValueError, match="output='features'"):
         NeedsTokens()(*sides)
+
+
+def test_a_similarity_that_folds_needs_no_score(sides):
+    class Swapped(Similarity):
+        def fold(self, side, vectors):
+            return vectors.flip(1) if side == "image" else vectors
+
+    images, texts = sides
+    torch.testing.assert_close(Swapped()(images, texts), images.pooled.flip(1) @ texts.pooled.T)
+    assert Swapped().foldable
+
+
+def test_a_similarity_without_its_method_is_named(sides):
+    class Nothing(Similarity):
+        pass
+
+    class NoTiles(FragmentSimilarity):
+        pass
+
+    with pytest.raises(TypeError, match="Nothing has neither a method score nor a method fold"):
+        Nothing()(*sides)
+    with pytest.raises(TypeError, match="score_tile"):
+        NoTiles()

@@ -477,7 +477,7 @@ def test_products_in_bfloat16_are_those_of_rounded_fragments_with_sums_in_float3
         torch.testing.assert_close(leaf.grad, other)
     images, texts = (Features(torch.randn(n, 6), torch.randn(n, 5, 6)) for n in (3, 4))
     assert 0 < (plain(images, texts) - rounded(images, texts)).abs().max() < 0.05
-    with pytest.raises(ValueError, match="unknown product_dtype"):
+    with pytest.raises(ValueError, match="product_dtype must be one of float32, bfloat16, got 'float16'"):
         build_similarity({"name": name, "product_dtype": "float16"}, 6)
 
 

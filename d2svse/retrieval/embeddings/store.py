@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from d2svse.choices import check_positive, check_type
+from d2svse.choices import check_counts, check_type
 from d2svse.features import Features
 from d2svse.files.data import read_json, read_json_lines
 from d2svse.files.folder import inside, marked_kind, recover_folder, written_folder
@@ -306,7 +306,7 @@ def encode_texts(
         BlockingIOError: if another process is writing to the store.
     """
     check_model(model)
-    check_positive(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     texts, in_batches = as_texts(texts), model.text_depends_on_batch(dense)
     if chunk_size is None:
         chunk_size = max(1, CHUNK_SIZE // batch_size) * batch_size if in_batches else CHUNK_SIZE
@@ -378,7 +378,7 @@ def write_store(
     """
     folder = Path(folder)
     check_type("dtype", kind["dtype"], StoreType)
-    check_positive(batch_size=batch_size, chunk_size=kind["shard_size"])
+    check_counts(batch_size=batch_size, chunk_size=kind["shard_size"])
     description = {**kind, "count": len(names), "list": list_hash(names)}
     if not names:
         raise ValueError("nothing to encode: an empty list")

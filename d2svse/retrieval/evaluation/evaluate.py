@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 from typing import Protocol as TypingProtocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2svse.choices import Captions, Side
+from d2svse.choices import Captions, Side, check_type
 from d2svse.features import Features
 from d2svse.models.encoding import Output, as_output, inference
 from d2svse.models.fingerprint import model_fingerprint
@@ -377,7 +377,7 @@ def stored_features(
     """Read the features of images or texts from their store in a folder, and encode those that it lacks.
 
     The folder holds all stores. The name of a store depends on the model, the items and the options, which are those
-    of `encode_images` or `encode_texts`.
+    of `encode_images` or `encode_texts`; they tell the errors too.
 
     Returns:
         The features in float32, in the order of the items, on the model's device.
@@ -451,13 +451,11 @@ class Processes(TypingProtocol):
 
 
 def _check_rerank(rerank: int | None, candidates: str, chosen: Sequence[Similarity]) -> None:
-    known = get_args(Candidates)
     if not chosen or (rerank is not None and len(chosen) > 1):
         raise ValueError(f"{len(chosen)} models: expected at least one, and exactly one with rerank")
-    if candidates not in known:
-        raise ValueError(f"candidates takes {' or '.join(known)}, got {candidates!r}")
+    check_type("candidates", candidates, Candidates)
     if rerank is None:
-        if candidates != known[0]:
+        if candidates != "mean":
             raise ValueError(f"candidates {candidates!r} needs rerank")
         return
     if chosen[0].candidates() is None:

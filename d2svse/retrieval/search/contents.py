@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 import numpy as np
 
-from d2svse.choices import Candidates, Side, check_positive, check_types
+from d2svse.choices import Candidates, Side, check_counts, check_types
 from d2svse.data.manifest import read_manifest
 from d2svse.files.data import read_json, read_lines, to_json
 from d2svse.files.folder import inside
@@ -419,7 +419,7 @@ def encode_items(
         batch_size: items encoded at a time.
         show_progress_bar: show a progress bar on the terminal.
     """
-    check_positive(batch_size=batch_size)
+    check_counts(batch_size=batch_size)
     output: Any = model.similarity_fn.output
     state = state_of if settings.side == "image" else lambda _: None
     about: list[Any] = [settings.fingerprint, output, settings.draft, list(names)]

@@ -16,7 +16,7 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 
-from d2svse.choices import Together, check_positive, check_type, unknown
+from d2svse.choices import Together, check_counts, check_type, unknown
 from d2svse.data.manifest import read_manifest
 from d2svse.features import Features
 from d2svse.files.lock import write_lock
@@ -568,7 +568,7 @@ class ImageTextIndex:
         """
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must be from 0 to 1, got {weight}")
-        check_positive(k=k)
+        check_counts(k=k)
         both = len(queries) == 2
         if together not in (None, *get_args(Together)):
             raise ValueError(unknown("together", together, get_args(Together)))
@@ -623,8 +623,7 @@ class ImageTextIndex:
             ImageError: if an image cannot be read.
             ValueError: if the manifest is not valid.
         """
-        if max_queries < 1:
-            raise ValueError(f"max_queries must be at least 1, got {max_queries}")
+        check_counts(max_queries=max_queries)
         records = read_manifest(data)
         row_of = {name: row for row, name in enumerate(self.ids)}
         pairs: list[tuple[str, list[str]]]

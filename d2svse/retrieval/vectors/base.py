@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from d2svse.choices import check_positive
+from d2svse.choices import check_counts
 
 Metadata = dict[str, Any]
 Filter = Mapping[str, Any]
@@ -40,7 +40,7 @@ class VectorIndex(ABC):
     _search_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, dim: int, fingerprint: str | None = None) -> None:
-        check_positive(dim=dim)
+        check_counts(dim=dim)
         self.dim, self.fingerprint = dim, fingerprint
 
     def add(self, ids: Sequence[str], vectors: np.ndarray, metadata: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -120,7 +120,7 @@ class VectorIndex(ABC):
             raise ValueError(f"queries are {rows.shape[-1]} wide, the index {self.dim}")
         if not len(self):
             raise ValueError("the index is empty")
-        check_positive(k=k)
+        check_counts(k=k)
         finite = np.isfinite(rows).all(1)
         if not finite.all():
             raise ValueError(f"query {int(np.argmin(finite))} is not finite")

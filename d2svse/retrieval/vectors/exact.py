@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from d2svse.choices import check_positive, check_type
+from d2svse.choices import check_counts, check_type
 from d2svse.features import sent
 from d2svse.retrieval.vectors import storage
 from d2svse.retrieval.vectors.local import LocalIndex
@@ -91,7 +91,7 @@ class ExactIndex(LocalIndex):
         super().__init__(dim, fingerprint)
         check_type("dtype", dtype, StoreDtype)
         if block_size is not None:
-            check_positive(block_size=block_size)
+            check_counts(block_size=block_size)
         self.dtype, self.device, self.block_size = dtype, device, block_size
         self._parts: list[Part] = []
         self._on_device: list[tuple[str, Part, torch.Tensor]] = []
