@@ -120,7 +120,7 @@ def parse_assignments(assignments: Iterable[str], option: str) -> dict[str, Any]
 def given_flags(context: typer.Context, *names: str) -> list[str]:
     """Return the flags of a command's parameters that do not have their default."""
     defaults = {parameter.name: parameter.get_default(context) for parameter in context.command.params}
-    given = [name for name in names if context.params[name] not in (None, [], defaults[name])]
+    given = [name for name in names if context.params[name] not in (None, (), [], defaults[name])]
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
