@@ -190,7 +190,7 @@ def test_options_that_do_not_go_together_are_named(make_model, model, val_datase
     models = [("m", model)]
     monkeypatch.setattr("d2svse.retrieval.evaluation.evaluate.encode_dataset", None)  # all is told before the encoding
     for options, message in (
-        ({"candidates": "max"}, "candidates takes mean or pooled, got 'max'"),
+        ({"candidates": "max"}, "candidates must be one of mean, pooled, got 'max'"),
         ({"candidates": "pooled"}, "candidates 'pooled' needs rerank"),
         ({"rerank": 5}, "rerank needs a similarity of tokens; inner products give the scores of Cosine"),
         ({"protocol": "coco-5k", "folds": 2}, "the protocol coco-5k sets captions and folds itself"),

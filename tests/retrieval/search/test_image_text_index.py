@@ -381,7 +381,7 @@ def test_building_again_replaces_the_index_and_nothing_else(model, photos, tmp_p
         with pytest.raises(ValueError, match=words):
             ImageTextIndex.build(model, photos, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="max_queries must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_queries must be positive, got 0"):
         list(ImageTextIndex.load(tmp_path / "i", model).tune(photos / "none.jsonl", max_queries=0))
     with pytest.raises(FileNotFoundError, match="is missing; expected a folder written by"):
         ImageTextIndex.load(photos)
