@@ -42,7 +42,6 @@ SHAPE_FOLLOWS_VALUES = {
     "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
-TAKES_CPU_LENGTHS = {"_pack_padded_sequence", "_pack_padded_sequence_backward"}
 JOINS = {"cat", "stack", "index_select", "gather", "bmm", "mm"}  # no scalar of the CPU goes into these
 NO_KERNEL = {
     "view", "_unsafe_view", "detach", "detach_", "alias", "expand", "transpose", "t", "permute", "unsqueeze", "squeeze",
@@ -195,9 +194,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     _check_dtype(*outputs)
-    if name == "_pack_padded_sequence":  # whose second output stays on the CPU
-        _count(name, tensors, outputs[:1])
-        return CudaTensor(result[0]), result[1]
     if name not in NO_KERNEL:
         _count(name, tensors, outputs)
     same = {id(tensor.inner): tensor for tensor in there} if name.endswith("_") else {}
@@ -239,7 +235,7 @@ def _check_dtype(*tensors: Tensor) -> None:
 def _check_devices(name: str, args: Any, tensors: list[Tensor]) -> None:
     """Raise for a tensor of the CPU beside those of the device, where CUDA does."""
     for tensor in tensors:
-        if isinstance(tensor, CudaTensor) or name in TAKES_CPU_LENGTHS:
+        if isinstance(tensor, CudaTensor):
             continue
         if tensor.ndim == 0 and name not in JOINS:  # a scalar
             continue
@@ -338,15 +334,12 @@ def _gru(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     class Whole(torch.autograd.Function):
         @staticmethod
-        def forward(
-            ctx: Any, data: CudaTensor, start: CudaTensor, sizes: Tensor | None, flags: Any, *weights: CudaTensor
-        ) -> Any:
+        def forward(ctx: Any, data: CudaTensor, start: CudaTensor, flags: Any, *weights: CudaTensor) -> Any:
             ctx.training = flags[3]  # after bias, number of layers and dropout
             with torch.enable_grad():
                 ctx.inputs = [tensor.inner.detach().requires_grad_() for tensor in (data, start, *weights)]
                 values, first, *own = ctx.inputs
-                packed = [values, first] if sizes is None else [values, sizes, first]
-                ctx.outputs = plain(*packed, own, *flags)
+                ctx.outputs = plain(values, first, own, *flags)
             _count("gru", [data, *weights], list(ctx.outputs))
             return tuple(CudaTensor(output.detach()) for output in ctx.outputs)
 
@@ -357,14 +350,13 @@ def _gru(plain: Callable[..., Any]) -> Callable[..., Any]:
             found = torch.autograd.grad(ctx.outputs, ctx.inputs, [_inner(one) for one in upstream], allow_unused=True)
             _count("gru_backward", list(upstream), [one for one in found if one is not None])
             data, start, *weights = (None if one is None else CudaTensor(one) for one in found)
-            return data, start, None, None, *weights
+            return data, start, None, *weights
 
-    def call(data: Tensor, *rest: Any) -> Any:
+    def call(data: Tensor, start: Tensor, weights: Any, *flags: Any) -> Any:
         if not isinstance(data, CudaTensor):
-            return plain(data, *rest)
-        sizes, start, weights, *flags = rest if isinstance(rest[1], Tensor) else (None, *rest)
-        assert not isinstance(sizes, CudaTensor), "the sizes of a packed sequence belong on the CPU"
+            return plain(data, start, weights, *flags)
+        assert isinstance(weights, list), "no code of the package packs sequences"
         assert all(isinstance(weight, CudaTensor) for weight in (start, *weights)), "the weights are on another device"
-        return Whole.apply(data, start, sizes, flags, *weights)
+        return Whole.apply(data, start, flags, *weights)
 
     return call
