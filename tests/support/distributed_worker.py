@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -170,7 +171,7 @@ def main(output: str, kind: str) -> None:
             found[f"{name}/{key}"] = tensor.clone()
     if dist.get_rank() == 0:
         save_file(found, output)
-    dist.destroy_process_group()
+    _leave()
 
 
 def train_in_chunks(start: str, manifest: str, output: str) -> None:
@@ -185,4 +186,10 @@ def train_in_chunks(start: str, manifest: str, output: str) -> None:
     trainer.train()
     state = {name: tensor.clone().contiguous() for name, tensor in trainer.model.state_dict().items()}
     save_file(state, f"{output}/{dist.get_rank()}.safetensors")
+    _leave()
+
+
+def _leave() -> None:
+    """End the process without the destructors of torch: that of gloo's process group can wait for a lock for ever."""
     dist.destroy_process_group()
+    os._exit(0)
