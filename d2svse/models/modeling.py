@@ -370,10 +370,13 @@ class D2SVSE(Shimmed, PreTrainedModel):
         inner = check_subfolder(folder, subfolder, name)
         with_info = kwargs.pop("output_loading_info", False)
         if holds_another_model(inner):
-            check(read_json(inner / "config.json"))
+            described = read_json(inner / "config.json")
+            check(described)
             device = one_device(kwargs.pop("device_map", None))
             dtypes = [kwargs.pop(option, None) for option in ("dtype", "torch_dtype")]
-            dtype = next((one for one in dtypes if one not in (None, "auto")), None)
+            dtype = next((one for one in dtypes if one is not None), None)
+            if dtype == "auto":
+                dtype = described.get("dtype") or described.get("torch_dtype")
             attention, own_processor = kwargs.pop("attn_implementation", None), kwargs.pop("processor", None)
             for option in WITHOUT_EFFECT:
                 kwargs.pop(option, None)

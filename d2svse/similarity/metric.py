@@ -73,12 +73,11 @@ class Metric(nn.Module):
         check_type("init of a metric", init, Start)
         if num_blocks is not None and ratio is not None:
             raise ValueError(f"num_blocks {num_blocks} and ratio {ratio} are the same number; give one of them")
-        if structure != "block-diagonal" and ratio is not None:
-            raise ValueError(f"ratio is the number of blocks of a block-diagonal metric; a {structure} one has none")
+        if structure != "block-diagonal" and (num_blocks is not None or ratio is not None):
+            named = "ratio" if num_blocks is None else "num_blocks"
+            raise ValueError(f"{named} is the number of blocks of a block-diagonal metric; a {structure} one has none")
         if structure == "cosine" and init == "random":
             raise ValueError("a cosine metric has no weights to start at random; name another structure")
-        if structure == "cosine" and num_blocks is not None:
-            raise ValueError("num_blocks belongs to a block-diagonal metric; a cosine one has none")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if not weight_penalty >= 0:

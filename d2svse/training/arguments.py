@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import torch
 from transformers import TrainingArguments as TransformersTrainingArguments
+from transformers import get_scheduler
 
 from d2svse.choices import check_types, unknown
 from d2svse.losses import RankingLoss, build_distillation_loss, build_loss
@@ -166,11 +167,22 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         if schedule in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better:  # whose mode is min
             given: Any = self.lr_scheduler_kwargs
             self.lr_scheduler_kwargs = {"mode": "max", **(given or {})}
+        if not self.lr_milestones:
+            self._check_schedule(schedule)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run trains on the CPU; set bf16, or leave fp16 out")
         if self.n_gpu > 1:
             logger.warning("using one of %d GPUs; start with torchrun --nproc-per-node to use all of them", self.n_gpu)
             self._n_gpu = 1
+
+    def _check_schedule(self, schedule: str) -> None:
+        """Check that the schedule takes `lr_scheduler_kwargs`: training makes it only after data are read."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        arguments: Any = self.lr_scheduler_kwargs
+        try:
+            get_scheduler(schedule, optimizer, 0, 2, arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lr_scheduler_kwargs {arguments or {}} of {schedule}: {error}") from None
 
     def _choose_workers(self) -> None:
         accelerator = None if self.use_cpu else torch.accelerator.current_accelerator()

@@ -187,6 +187,15 @@ def test_a_dual_encoder_takes_the_usual_options_of_loading_as_a_saved_model_does
         assert attention == ("eager" if "attn_implementation" in options else "sdpa")
 
 
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["clip", "vision-text-dual-encoder"])
+def test_the_dtype_auto_is_that_of_the_folder(kind, saved, save_dual):
+    model, folder = save_dual(kind)
+    model.to(saved).save_pretrained(folder)
+    assert D2SVSE.from_pretrained(folder, dtype="auto").dtype == saved
+    assert D2SVSE.from_pretrained(folder).dtype == torch.float32
+
+
 def test_options_of_loading_that_do_not_fit_are_refused(save_dual, backbones, tmp_path):
     folder = save_dual("clip")[1]
     with pytest.raises(ValueError, match="one device for the whole model"):

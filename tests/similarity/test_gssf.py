@@ -154,10 +154,12 @@ def test_what_does_not_fit_is_named():
         Metric("diagonal", DIM, init="zeros")
     with pytest.raises(ValueError, match="no weights to start at random"):
         Metric(init="random")
-    with pytest.raises(ValueError, match="a dense one has none"):
+    with pytest.raises(ValueError, match="ratio is the number of blocks of a block-diagonal metric; a dense one"):
         Metric("dense", DIM, ratio=2)
     for options, message in (
-        ({"num_blocks": 2}, "num_blocks belongs to a block-diagonal metric; a cosine one has none"),
+        ({"num_blocks": 2}, "num_blocks is the number of blocks of a block-diagonal metric; a cosine one has none"),
+        ({"metric": "diagonal", "num_blocks": 2}, "num_blocks is .* a diagonal one has none"),
+        ({"metric": "dense", "num_blocks": 2}, "num_blocks is .* a dense one has none"),
         ({"dropout": 0.1}, "a cosine metric has no weights for dropout"),
         ({"weight_penalty": 1e-4}, "a cosine metric has no weights for weight_penalty"),
         ({"metric": "diagonal", "weight_penalty": -1}, "weight_penalty must not be negative, got -1"),

@@ -124,6 +124,12 @@ def test_defaults_and_copies_of_arguments_are_taken(make_args):
         ({"freeze_vision": 1}, "freeze_vision must be true or false, got 1"),
         ({"chunk_size": {"a": 1}}, "chunk_size must be a whole number, got"),
         ({"lr_scheduler_type": 1}, "lr_scheduler_type must be a text, got 1"),
+        ({"lr_scheduler_kwargs": {"min": 1}}, r"lr_scheduler_kwargs {'min': 1} of linear: .* argument 'min'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs {} of cosine_with_min_lr: One of min_lr"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1}},
+            r"lr_scheduler_kwargs {'lr_end': 1} of polynomial: lr_end \(1\) must be smaller",
+        ),
         ({"warmup_steps": "10%"}, "warmup_steps must be a number, got '10%'"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0, got -1.0"),
