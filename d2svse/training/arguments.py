@@ -189,7 +189,7 @@ class TrainingArguments(  # type: ignore[misc]  # None for two options of transf
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = choose_workers(accelerator, self.per_device_train_batch_size)
         if self.dataloader_persistent_workers is None:
-            self.dataloader_persistent_workers = accelerator is not None and self.dataloader_num_workers > 0
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
 
     def check_metric(self, always: bool = False) -> None:
         """Check that evaluation computes the metric that chooses the best model.

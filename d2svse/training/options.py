@@ -420,7 +420,7 @@ class ComputeOptions:
         most=1024,
     )
     dataloader_persistent_workers: bool | None = option(
-        None, "Keep these processes from epoch to epoch. Without it, true with an accelerator."
+        None, "Keep these processes from epoch to epoch; without it, true."
     )
     attn_implementation: str | None = option(
         None, "Attention of both backbones in training, such as eager or sdpa; without it, that of the loaded models."

@@ -68,6 +68,11 @@ INTERPOLATED = "interpolated"
 SECTIONS = ("model_options", "training", *STAGES)
 HUB_ARGUMENTS = {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision"}
 
+FREE = {"output", "show_progress_bar"} | {  # options that change no result
+    f"dataloader_{name}" for name in (
+        "num_workers", "persistent_workers", "prefetch_factor", "pin_memory", "multiprocessing_context"
+    )
+}  # fmt: skip
 OF_RECIPE = {"stage": "give stages (--stages)", "output_dir": "the folder is output (--output)"}  # of TrainingArguments
 
 
@@ -559,21 +564,35 @@ def check_unchanged(recipe: Recipe) -> None:
     run = Recipe.from_mapping(read_recipe(path), path)
     choose_decoder(run, refuse=False)  # earlier versions wrote the options of the preset
     before = parse_yaml(run.effective_configuration())
-    now = parse_yaml(recipe.effective_configuration())
-    for name in differing(before, recipe):
-        if name == "stages" and now[name][: len(before[name])] == before[name]:
+    for name, (was, now) in differing(before, recipe).items():
+        if name == "stages" and now[: len(was)] == was:
             continue
         raise ValueError(
-            f"{path}: {name} was {before.get(name)!r} and is {now[name]!r} now; resume with the same options; further "
-            "stages may follow"
+            f"{path}: {name} was {was!r} and is {now!r} now; resume with the same options; further stages may follow"
         )
 
 
-def differing(before: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """Return the names of the options in which a recipe differs from an earlier effective configuration."""
-    now = parse_yaml(recipe.effective_configuration())
-    left_out = ("output", "show_progress_bar")
-    return [name for name, value in now.items() if name not in left_out and before.get(name) != value]
+def differing(before: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return the options in which a recipe differs from an earlier effective configuration.
+
+    The output, the progress bar and the processes that prepare samples change no result and do not count.
+
+    Returns:
+        Both values by dotted name; None where one has no value.
+    """
+    effective = parse_yaml(recipe.effective_configuration())
+    was, now = (_flat({name: given.get(name) for name in effective}) for given in (before, effective))
+    return {name: (was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)}
+
+
+def _flat(options: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{within}{name}.")
+        elif name not in FREE:
+            flat[within + name] = value
+    return flat
 
 
 def _save(model: D2SVSE, folder: Path, configuration: str, card: dict[str, Any]) -> None:

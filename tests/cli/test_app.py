@@ -129,7 +129,23 @@ def test_a_run_is_resumed_only_on_its_data_and_by_one_at_a_time(trained, tmp_pat
 def test_a_run_is_not_resumed_with_other_options(trained, tmp_path, run):
     recipe = copy_run(trained, tmp_path / "run")
     result = run("train", "--config", recipe, "--resume", "--set", "learning_rate=5e-4")
-    one_line_error(result, "recipe.yaml: training was", "resume with the same options")
+    one_line_error(result, "recipe.yaml: training.learning_rate was", "is 0.0005 now; resume with the same options")
+    result = run("train", "--config", recipe, "--resume", "--set", "model_options.similarity=omit")
+    one_line_error(result, "recipe.yaml: model_options.similarity.name was None and is 'omit' now")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--workers", "1"],
+        ["--set", "distill.dataloader_num_workers=1"],
+        ["--set", "dataloader_prefetch_factor=3", "--workers", "1"],
+    ],
+)
+def test_a_run_is_resumed_with_other_workers(words, trained, tmp_path, run):
+    recipe = copy_run(trained, tmp_path / "run")
+    code, _, err = run("train", "--config", recipe, "--resume", *words)
+    assert code == 0, err
 
 
 def test_eval_prints_a_table_and_writes_json(trained, scenes, tmp_path, run):

@@ -136,3 +136,4 @@ def test_workers_are_chosen_by_the_device_and_kept(cores, make_args, monkeypatch
     assert (given.dataloader_num_workers, given.dataloader_persistent_workers) == (2, False)
     assert make_args(use_cpu=False, dataloader_num_workers=0).dataloader_persistent_workers is False
     assert make_args(use_cpu=True).dataloader_num_workers == 0
+    assert make_args(use_cpu=True, dataloader_num_workers=2).dataloader_persistent_workers
