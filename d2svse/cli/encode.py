@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,8 @@ def encode(
 ) -> None:
     """Encode images or texts to L2-normalised float32 embeddings.
 
+    The embeddings so far lie in OUTPUT.parts; the same command goes on there after a stop, and removes it at the end.
+
     Writes OUTPUT, (n, embed_dim), and OUTPUT.rows.txt with the path or the text of each row, one on each line.
     A line is a JSON string if it would contain a control character, bytes outside of UTF-8, or a " at its start.
     """
@@ -42,29 +44,37 @@ def encode(
         raise ValueError("--on-bad-image is for --images")
     import numpy as np
 
-    from d2svse.files.replace import check_output, write_text, written_aside
-    from d2svse.images import find_images, select_readable
+    from d2svse.files.replace import check_output, remove, write_text, written_aside
+    from d2svse.images import ImageError, find_images
+    from d2svse.retrieval.embeddings.store import encode_images, encode_texts
     from d2svse.retrieval.search.contents import read_texts
 
-    rows = Path(f"{output}.rows.txt")
+    rows, parts = Path(f"{output}.rows.txt"), Path(f"{output}.parts")
     for path in (output, rows):
         check_output(path)
+    options: Any = {"dtype": "float32", "batch_size": batch_size, "replace": True, "show_progress_bar": True}
     if images is not None:
         if not images.is_dir():
             raise FileNotFoundError(f"--images {images}: no such folder")
         loaded = load_model(model, device, dtype)
-        found = find_images(images)
-        paths = [found[row] for row in select_readable(found, on_bad_image, show_progress_bar=True)[0]]
-        names = [str(path) for path in paths]
-        vectors = loaded.encode_image(paths, batch_size=batch_size, show_progress_bar=True)
+        store = encode_images(loaded, find_images(images), parts, on_bad_image=on_bad_image, **options)
+        names, vectors = store.ids, store.pooled[:]
+        for _, reason in store.skipped:
+            typer.echo(f"skipped: {visible(reason)}", err=True)
+        if not names:
+            raise ImageError(f"none of the {len(store.skipped)} images can be read")
     else:
         assert texts is not None
         names = read_texts(texts)
-        vectors = load_model(model, device, dtype).encode_text(names, batch_size=batch_size, show_progress_bar=True)
+        store = encode_texts(load_model(model, device, dtype), names, parts, **options)
+        row_of = {text: row for row, text in enumerate(store.ids)}
+        each = len(row_of) < len(store)  # the model encodes each repetition
+        vectors = store.pooled[:] if each else store.pooled[[row_of[text] for text in names]]
     with written_aside(output) as aside:
         with aside.open("wb") as file:
             np.save(file, vectors)
         write_text(rows, "".join(f"{_row(name)}\n" for name in names))  # both are whole before either is replaced
+    remove(parts)
     typer.echo(f"{visible(str(output))}: {len(vectors)} vectors of width {vectors.shape[1]}")
 
 
