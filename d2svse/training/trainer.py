@@ -337,6 +337,7 @@ class Trainer(TransformersTrainer):
         finally:
             self._progress.close()
             self._stop.restore()
+            self.callback_handler.train_dataloader = None  # its processes end
             for parameter in resting:
                 parameter.requires_grad_(True)
             if self._average:

@@ -1,5 +1,6 @@
 """Processes that prepare samples: their number, and what ends one is told in one sentence."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import get_worker_info
+from transformers import TrainerCallback
 
 from d2svse import ImageTextDataset, Trainer
 from d2svse.cpu import usable_cores
@@ -137,3 +139,20 @@ def test_workers_are_chosen_by_the_device_and_kept(cores, make_args, monkeypatch
     assert make_args(use_cpu=False, dataloader_num_workers=0).dataloader_persistent_workers is False
     assert make_args(use_cpu=True).dataloader_num_workers == 0
     assert make_args(use_cpu=True, dataloader_num_workers=2).dataloader_persistent_workers
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_persistent_workers": False}, {"max_steps": 1}])
+def test_workers_stay_from_epoch_to_epoch_and_end_with_the_training(options, make_model, make_args, train_dataset):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            seen.append({process.pid for process in multiprocessing.active_children()})
+
+    args = make_args(dataloader_num_workers=1, num_train_epochs=2, save_strategy="no", **options)
+    trainer = Trainer(make_model(), args, train_dataset, callbacks=[Look()])
+    trainer.train()
+    assert all(len(processes) == 1 for processes in seen)
+    kept = options.get("dataloader_persistent_workers", True)
+    assert (seen[0] == seen[-1]) is (kept or len(seen) == 1)
+    assert not multiprocessing.active_children()
