@@ -1,9 +1,9 @@
 """Which small backbone and which loss learn best from scratch in the demo's time.
 
-    python benchmarks/demo_choices.py
+    python benchmarks/demo_choices.py -o demo_choices.json
 
-Trains both stages on the same scenes for a few epochs with each choice, and prints the held-out
-results as a Markdown table.
+Trains both stages on the same scenes for a few epochs with each choice. Writes the held-out metrics and the seconds of
+each to a file, which `study/tables.py` shows if it lies in `study/results/`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import ViTConfig
 from d2svse import ImageTextDataset, Trainer, TrainingArguments
 from d2svse.data import write_scenes
 from d2svse.demo import IMAGE_SIZE, TRAINING, WIDTH, build_model
+from d2svse.files.replace import write_json
 
 VIT = ViTConfig(
     hidden_size=WIDTH,
@@ -37,11 +38,13 @@ CHOICES = {
 
 
 def main() -> None:
-    """Train with each choice and print a row."""
+    """Train with each choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-train", type=int, default=4000)
     parser.add_argument("--num-test", type=int, default=200)
+    parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
+    records = {}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +53,6 @@ def main() -> None:
         manifests = [write_scenes(folder, split, count, first=first, size=IMAGE_SIZE) for split, count, first in sets]
         train, test = map(ImageTextDataset.from_manifest, manifests)
         texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
-        print("| choice | t2i R@1 | t2i R@10 | rSum | seconds |\n| --- | --- | --- | --- | --- |", flush=True)
         for choice, (vision, options) in CHOICES.items():
             start, model = time.perf_counter(), build_model(texts, vision=vision)
             for stage, epochs in EPOCHS.items():
@@ -66,9 +68,11 @@ def main() -> None:
                 )
                 trainer = Trainer(model, args, train)
                 trainer.train()
-            found = trainer.evaluate(test)
-            recalls = [f"{100 * found[f'eval_{key}']:.1f}" for key in ("t2i_recall_at_1", "t2i_recall_at_10", "rsum")]
-            print(f"| {choice} | {' | '.join(recalls)} | {time.perf_counter() - start:.0f} |", flush=True)
+            metrics = trainer.evaluate(test, metric_key_prefix="test")
+            records[choice] = {name.removeprefix("test_"): value for name, value in metrics.items()}
+            records[choice]["seconds"] = time.perf_counter() - start
+            print(f"{choice}: rSum {100 * records[choice]['rsum']:.1f}", flush=True)
+    write_json(given.output, records)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ keeps the metrics on both sets, the ranks on the test sets, times, steps, versio
 that several tables have in common is trained in one of them.
 
 Without it, the script writes the tables between the markers of docs/results.md. Figures need matplotlib.
+
+`results/demo.json` is the `results.json` that `d2svse demo` writes, and `results/demo_choices.json` the file of
+`demo_choices.py`. `results/why.json` is that of `why.py`.
 """
 
 from __future__ import annotations
@@ -47,6 +50,16 @@ WHY = {  # title, factor and digits of each measure of why.py
     "length": ("output of the decoder", 1, 2),
     "cosine": ("cosine to dense", 1, 3),
     "cosine_without": ("without decoder", 1, 3),
+}
+DEMO = {  # title, factor and digits of each column
+    "i2t_recall_at_1": ("i2t R@1", 100, 1),
+    "i2t_recall_at_5": ("R@5", 100, 1),
+    "i2t_recall_at_10": ("R@10", 100, 1),
+    "t2i_recall_at_1": ("t2i R@1", 100, 1),
+    "t2i_recall_at_5": ("R@5", 100, 1),
+    "t2i_recall_at_10": ("R@10", 100, 1),
+    "rsum": ("rSum", 100, 1),
+    "seconds": ("seconds", 1, 0),
 }
 OF_CARD = ("d2svse", "git_revision", "versions", "hardware", "configuration")
 
@@ -147,15 +160,29 @@ def why_table() -> list[str]:
     return lines
 
 
+def demo_table(name: str) -> list[str]:
+    """Return results of the demo's scenes as lines of Markdown: one run for each row."""
+    records = read_json(RESULTS / f"{name}.json")
+    columns = [column for column in DEMO if all(column in one for one in records.values())]
+    lines = [f"| {' | '.join(['row', *(DEMO[column][0] for column in columns)])} |"]
+    lines.append(f"| --- | {' | '.join(['---:'] * len(columns))} |")
+    for row, one in records.items():
+        cells = (f"{DEMO[column][1] * one[column]:.{DEMO[column][2]}f}" for column in columns)
+        lines.append(f"| {' | '.join([row, *cells])} |")
+    return lines
+
+
 def filled(page: str) -> str:
     """Return the page with the tables between its markers."""
 
     def fill(match: re.Match[str]) -> str:
-        lines = (
-            why_table()
-            if match["sweep"] == "why"
-            else table(match["sweep"], match["on"] or "test", match["rows"] or "")
-        )
+        sweep = match["sweep"]
+        if sweep == "why":
+            lines = why_table()
+        elif sweep.startswith("demo"):
+            lines = demo_table(sweep)
+        else:
+            lines = table(sweep, match["on"] or "test", match["rows"] or "")
         return match[1] + "\n".join(lines) + "\n" + "<!-- end -->"
 
     return MARKED.sub(fill, page)

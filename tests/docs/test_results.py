@@ -1,6 +1,7 @@
 """Tables of docs/results.md come from the committed records."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,16 @@ def test_the_tables_of_the_sweeps_are_those_of_the_records(page):
     pytest.importorskip("matplotlib", reason="the script draws figures")
     tables = script("tables")
     assert tables.filled(page) == page
-    assert {match["sweep"] for match in tables.MARKED.finditer(page)} == {*SWEEPS, "why"}
+    assert {match["sweep"] for match in tables.MARKED.finditer(page)} == {*SWEEPS, "why", "demo", "demo_choices"}
+
+
+def test_results_in_the_prose_are_in_the_tables(page):
+    lines = re.sub(r"```.*?```|<!--.*?-->", "", page, flags=re.DOTALL).splitlines()
+    tables = [line for line in lines if line.startswith("|")]
+    prose = [line for line in lines if not line.startswith("|")]
+    told, measured = ({*re.findall(r"(?<![\d.])\d+\.\d(?![\d.])", "\n".join(part))} for part in (prose, tables))
+    assert told
+    assert told <= measured
 
 
 @pytest.mark.parametrize("name", SWEEPS)
