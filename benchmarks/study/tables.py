@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from d2svse.files.data import read_json
 from d2svse.files.replace import write_json, write_text
 from d2svse.files.yaml import parse_yaml
+from d2svse.retrieval.evaluation.metrics import RECALL_AT
 from d2svse.training.options import PRESETS, Stage
 from d2svse.training.recipe import Recipe
 from d2svse.training.sweep import read_record, read_sweep
@@ -51,13 +52,8 @@ WHY = {  # title, factor and digits of each measure of why.py
     "cosine": ("cosine to dense", 1, 3),
     "cosine_without": ("without decoder", 1, 3),
 }
-DEMO = {  # title, factor and digits of each column
-    "i2t_recall_at_1": ("i2t R@1", 100, 1),
-    "i2t_recall_at_5": ("R@5", 100, 1),
-    "i2t_recall_at_10": ("R@10", 100, 1),
-    "t2i_recall_at_1": ("t2i R@1", 100, 1),
-    "t2i_recall_at_5": ("R@5", 100, 1),
-    "t2i_recall_at_10": ("R@10", 100, 1),
+DEMO = {  # the same of each column of the demo's scenes
+    **{f"{to}_recall_at_{k}": (f"{to} R@{k}", 100, 1) for to in ("i2t", "t2i") for k in RECALL_AT},
     "rsum": ("rSum", 100, 1),
     "seconds": ("seconds", 1, 0),
 }
@@ -126,7 +122,7 @@ def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
     names = [row for row in every if any(one["row"] == row for one in records)]
     if not names:
         return [f"*Not run yet: `benchmarks/study/{sweep}.yaml` has the rows.*"]
-    lines = [f"| {' | '.join(TITLES)} |", f"| --- | {' | '.join(['---:'] * (len(TITLES) - 1))} |"]
+    rows = []
     for row in table_rows(records, names, on):
         runs = [one for one in records if one["row"] == row.name]
         cells = row.cells()
@@ -134,8 +130,14 @@ def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
         whole = [training_seconds(one) for one in runs if not one["resumed"]]
         seconds = round(statistics.mean(whole)) if whole else "–"
         name = row.name.removeprefix(prefix).replace("|", r"\|")
-        lines.append(f"| {' | '.join([name, *(cells[i] for i in SHOWN), str(steps), str(seconds)])} |")
-    return lines
+        rows.append([name, *(cells[i] for i in SHOWN), str(steps), str(seconds)])
+    return markdown(TITLES, rows)
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as lines; all columns but the first are numbers."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def training_seconds(record: Mapping[str, Any]) -> float:
@@ -148,28 +150,26 @@ def why_table() -> list[str]:
     titles = ["row", "seeds", *(title for title, _, _ in WHY.values())]
     if not records_of("why"):
         return ["*Not run yet.*"]
-    lines = [f"| {' | '.join(titles)} |", f"| --- | {' | '.join(['---:'] * (len(titles) - 1))} |"]
-    records = records_of("why")
+    records, rows = records_of("why"), []
     for row in dict.fromkeys(one["row"] for one in records):
         runs = [one for one in records if one["row"] == row]
         cells = [row, str(len(runs))]
         for name, (_, factor, digits) in WHY.items():
             values = [one[name] for one in runs if one[name] is not None]
             cells.append(f"{factor * statistics.mean(values):.{digits}f}" if values else "–")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return markdown(titles, rows)
 
 
 def demo_table(name: str) -> list[str]:
     """Return results of the demo's scenes as lines of Markdown: one run for each row."""
     records = read_json(RESULTS / f"{name}.json")
-    columns = [column for column in DEMO if all(column in one for one in records.values())]
-    lines = [f"| {' | '.join(['row', *(DEMO[column][0] for column in columns)])} |"]
-    lines.append(f"| --- | {' | '.join(['---:'] * len(columns))} |")
-    for row, one in records.items():
-        cells = (f"{DEMO[column][1] * one[column]:.{DEMO[column][2]}f}" for column in columns)
-        lines.append(f"| {' | '.join([row, *cells])} |")
-    return lines
+    columns = {name: how for name, how in DEMO.items() if all(name in one for one in records.values())}
+    rows = [
+        [row, *(f"{factor * one[name]:.{digits}f}" for name, (_, factor, digits) in columns.items())]
+        for row, one in records.items()
+    ]
+    return markdown(["row", *(title for title, _, _ in columns.values())], rows)
 
 
 def filled(page: str) -> str:
