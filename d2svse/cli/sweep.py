@@ -43,7 +43,8 @@ def sweep(
     from d2svse.training.sweep import VALIDATION, parse_grid, read_sweep, records_of, run_sweep
     from d2svse.training.sweep_table import TITLES, write_tables
 
-    numbers = parse_numbers(seeds, "--seeds", int) if seeds else None
+    output = output.expanduser()
+    numbers = None if seeds is None else parse_numbers(seeds, "--seeds", int)
     chosen = read_sweep(config, parse_grid(grid or []), numbers)
     if dry_run:
         for run in chosen.runs:

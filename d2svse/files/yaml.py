@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,17 @@ import yaml
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """A safe loader that reads `1e-3` as a number, as YAML 1.2 does; PyYAML reads it as text."""
+    """A safe loader that reads `1e-3` as a number and refuses equal keys, as YAML 1.2 does.
+
+    PyYAML reads the number as text, and keeps the last of equal keys.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1:
+                raise ValueError(f"the key {name!r} stands {count} times")
+        return super().construct_mapping(node, deep)
 
 
 _NUMBER = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")

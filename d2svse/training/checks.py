@@ -89,8 +89,9 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if not math.isfinite(value) and name != "max_grad_norm":  # infinity turns clipping off
-            raise ValueError(f"{name} must be a finite number, got {value}")
+        if not math.isfinite(value):
+            advice = "; 0 turns clipping off" if name == "max_grad_norm" else ""
+            raise ValueError(f"{name} must be a finite number, got {value}{advice}")
         least, most = ranges.get(name, (-math.inf, None))
         if value < least or (most is not None and value > most):
             bound = f"at least {least:g}" if most is None else f"from {least:g} to {most:.12g}"

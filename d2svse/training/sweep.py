@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 import transformers
 
+from d2svse.choices import unknown
 from d2svse.cpu import JOBS, choose_device, usable_cores
 from d2svse.data import ImageTextDataset
-from d2svse.files.data import parse_json, read_json, read_json_lines
+from d2svse.files.data import parse_json, read_json, read_json_lines, to_json
 from d2svse.files.lock import write_lock
 from d2svse.files.replace import write_json
 from d2svse.files.yaml import parse_yaml
@@ -32,6 +34,7 @@ from d2svse.models import D2SVSE
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.signals import exit_on_signals
+from d2svse.text import visible
 from d2svse.training.caches import VALIDATION_SET, frozen_tokens
 from d2svse.training.callbacks import StoppedByUser
 from d2svse.training.recipe import (
@@ -47,6 +50,7 @@ from d2svse.training.recipe import (
     run_recipe,
 )
 from d2svse.training.run_card import RUN_CARD_FILE
+from d2svse.training.sweep_table import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,7 @@ OF_EACH_RUN = {
 }
 LOG = "log.txt"
 POLL = 0.1  # seconds
+MOST_BYTES = 150  # of the name of a folder, which gets a seed and an ending
 CHILD = "from d2svse.training.sweep import run_one; run_one()"
 
 
@@ -136,9 +141,11 @@ class Sweep:
             choose_dense(recipe)  # as the run does, and the decoder too
             choose_decoder(recipe)
             for stage in recipe.stages:
-                if recipe.arguments(stage).unimodal:
+                arguments = recipe.arguments(stage)
+                arguments.check_metric()
+                if arguments.unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")
-                if recipe.arguments(stage).seed != run.seed:
+                if arguments.seed != run.seed:
                     raise ValueError(f"seed is not an option of {stage} in a sweep; give seeds")
         except ValueError as error:
             raise ValueError(f"row {run.row!r}: {error}") from None
@@ -147,16 +154,22 @@ class Sweep:
     def state(self, run: Run, folder: Path) -> str:
         """Return "done", "begun" or "to do".
 
-        A finished run is begun again if a set that it was evaluated on has changed. Data that cannot be read now count
-        as unchanged.
+        A finished run is begun again if a set that it was evaluated on has changed; without its model it is to do
+        again. Data that cannot be read now count as unchanged. A run that stopped before its first checkpoint may get
+        other options.
 
         Raises:
             ValueError: if the run was made with other options, or on other data.
         """
         recipe, record = self.recipe(run, folder), record_file(folder, run)
         if not record.exists():
-            check_unchanged(recipe)
-            return "begun" if (Path(recipe.output) / START_FILE).exists() else "to do"
+            if not _holds_work(recipe):
+                return "to do"
+            try:
+                check_unchanged(recipe)
+            except ValueError as error:
+                raise ValueError(f"{error}; or remove {recipe.output} to run it again") from None
+            return "begun"
         made = read_record(record)
         advice = f"give another folder, or remove this file and {recipe.output} to run it again"
         names = differing(made["card"]["configuration"], recipe)
@@ -170,40 +183,72 @@ class Sweep:
                 raise ValueError(f"{record}: {source} ({name}) has changed since the run was made; {advice}")
         sets = made["sets"]
         alike = all(
-            name in sets
-            and (sets[name].get("data", test.data), sets[name].get("split")) == (test.data, test.split)
-            and of_tests.get(name) in (None, sets[name]["sha256"])
+            name in sets and _is_of(sets[name], test) and of_tests.get(name) in (None, sets[name]["sha256"])
             for name, test in self.tests.items()
         )
-        return "done" if VALIDATION in sets and alike else "begun"
+        if VALIDATION in sets and alike:
+            return "done"
+        return "begun" if (Path(recipe.output) / "model").is_dir() else "to do"
 
-    def _data_now(self, recipe: Recipe) -> tuple[dict[str, str | None], dict[str, str | None]]:
-        """Return the hashes of the data of a run as they are now, by their names in its card, and of the tests."""
+    def check_data(self, run: Run, folder: Path) -> None:
+        """Read the data of a run and of the tests.
+
+        Raises:
+            OSError: if data cannot be read.
+            ValueError: if data are of the wrong kind.
+        """
+        self._data_now(self.recipe(run, folder), refuse=True)
+
+    def _data_now(self, recipe: Recipe, refuse: bool = False) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """Return the hashes of the data of a run as they are now, by their names in its card, and of the tests.
+
+        The hash of data that cannot be read is None, or with `refuse` an error.
+        """
         try:
             of_train, of_val, *more = image_folders(recipe, *(test.data for test in self.tests.values()))
         except (OSError, ValueError):
+            if refuse:
+                raise
             return {}, {}
         skips = recipe.on_bad_image == "skip"
         of_run = {
-            "train": self._hash(recipe.train, recipe.train_split, of_train, recipe.dense, skips),
-            VALIDATION: self._hash(recipe.val, recipe.val_split, of_val, None, skips),
+            "train": self._hash(recipe.train, recipe.train_split, of_train, recipe.dense, skips, refuse),
+            VALIDATION: self._hash(recipe.val, recipe.val_split, of_val, None, skips, refuse),
         }
         if recipe.pretrain_on is not None:
             source = (recipe.pretrain_on, recipe.pretrain_split, more.pop(0), recipe.pretrain_dense)
-            of_run["pretrain_on"] = self._hash(*source, skips)
+            of_run["pretrain_on"] = self._hash(*source, skips, refuse)
         tests = zip(self.tests.items(), more, strict=True)
-        return of_run, {name: self._hash(test.data, test.split, one, None, skips) for (name, test), one in tests}
+        return of_run, {
+            name: self._hash(test.data, test.split, one, None, skips, refuse) for (name, test), one in tests
+        }
 
-    def _hash(self, source: str, split: str | None, images: Any, dense: str | None, skips: bool) -> str | None:
+    def _hash(
+        self, source: str, split: str | None, images: Any, dense: str | None, skips: bool, refuse: bool
+    ) -> str | None:
         key = (source, split, images, dense, skips)
-        if key not in self._hashes:
+        if self._hashes.get(key) is None and (refuse or key not in self._hashes):
             options: dict[str, Any] = {"split": split, "image_folder": images, "dense": dense}
             try:
                 dataset = ImageTextDataset.from_source(source, **options, on_bad_image="skip" if skips else None)
                 self._hashes[key] = dataset.sha256
             except (OSError, ValueError, ImportError):
+                if refuse:
+                    raise
                 self._hashes[key] = None
         return self._hashes[key]
+
+
+def _is_of(evaluated: Mapping[str, Any], test: EvaluationSet) -> bool:
+    """Return whether a set of a record is that of a sweep now; its data may have changed."""
+    return (evaluated.get("data", test.data), evaluated.get("split")) == (test.data, test.split)
+
+
+def _holds_work(recipe: Recipe) -> bool:
+    """Return whether the folder of a run has a checkpoint, a finished stage or a model."""
+    output = Path(recipe.output)
+    made = (output / "results.json").exists() or (output / "model").exists()
+    return made or any(any(output.glob(f"{stage}/checkpoints/checkpoint-*")) for stage in recipe.stages)
 
 
 def read_sweep(
@@ -227,13 +272,17 @@ def read_sweep(
     values = read_recipe(path)
     own = {name: values.pop(name, None) for name in OF_A_SWEEP}
     source = os.fspath(path)
+    known = sorted(item.name for item in dataclasses.fields(Recipe))
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{source}: {unknown('option', str(name), [*known, *OF_A_SWEEP])}")
     rows = {"": {}} if own["rows"] is None else own["rows"]
     if not isinstance(rows, dict) or not rows or any(not isinstance(row, dict | None) for row in rows.values()):
         raise ValueError(f"{source}: rows must be options by the name of each row, got {rows!r:.80}")
     values_of = {**(own["grid"] or {}), **(grid or {})} if isinstance(own["grid"], dict | None) else own["grid"]
     if not isinstance(values_of, dict) or any(not isinstance(one, list) or not one for one in values_of.values()):
         raise ValueError(f"{source}: grid must be lists of values by the names of options, got {values_of!r:.80}")
-    given: Any = seeds or own["seeds"]
+    given: Any = own["seeds"] if seeds is None else seeds
     given = [values.get("seed", 42)] if given in (None, []) else given
     seeds = list(given) if isinstance(given, list | tuple) else [given]
     if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
@@ -246,20 +295,34 @@ def read_sweep(
     short = {name: name.rpartition(".")[2] for name in values_of}
     if len(set(short.values())) < len(short):
         short = {name: name for name in short}
-    combined = {}
+    combined: dict[str, dict[str, Any]] = {}
     for row, overrides in rows.items():
         for chosen in itertools.product(*values_of.values()):
             options = dict(zip(values_of, chosen, strict=True))
             label = [f"{short[name]}={_shown(value)}" for name, value in options.items()]
-            combined[", ".join([*([str(row)] if row != "" else []), *label]) or "recipe"] = {
-                **{str(name): value for name, value in (overrides or {}).items()},
-                **options,
-            }
+            title = ", ".join([*([str(row)] if row != "" else []), *label]) or "recipe"
+            _check_title("row", title, combined, source)
+            combined[title] = {**{str(name): value for name, value in (overrides or {}).items()}, **options}
     for overrides in combined.values():
         for name in overrides:
-            if name in OF_EACH_RUN:
-                raise ValueError(f"{source}: {name} is not an option of a row; {OF_EACH_RUN[name]}")
+            section = name.partition(".")[0]
+            if section in OF_EACH_RUN:
+                raise ValueError(f"{source}: {name} is not an option of a row; {OF_EACH_RUN[section]}")
+    for where, options in (("", values), *((f"row {title!r}: ", one) for title, one in combined.items())):
+        for name, value in options.items():
+            try:
+                to_json(value)
+            except (TypeError, ValueError) as error:  # such as a date
+                raise ValueError(f"{source}: {where}{name}: {error}") from None
     return Sweep(values, combined, list(dict.fromkeys(seeds)), _test_sets(own["test"], source))
+
+
+def _check_title(kind: str, title: str, others: Mapping[str, Any], source: str) -> None:
+    """Refuse the name of a row or of a set that is empty, cannot be printed or stands twice."""
+    if not title.strip() or visible(title) != title:
+        raise ValueError(f"{source}: the name of a {kind} must be one line of text, got {title!r:.80}")
+    if title in others:
+        raise ValueError(f"{source}: two {kind}s have the name {title!r}")
 
 
 def run_sweep(
@@ -288,20 +351,26 @@ def run_sweep(
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once each run has written a checkpoint; a second one stops at once.
+        OSError: before training, if data cannot be read.
         ValueError: before training, if an option does not fit or another sweep writes to the folder.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
-    folder = Path(folder)
-    states = {run: sweep.state(run, folder) for run in sweep.runs}
+    folder = Path(folder).expanduser()
+    for run in sweep.runs:
+        sweep.recipe(run, folder)  # refuses what does not fit before the folder is made
     environment = dict(os.environ)
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
         environment[JOBS] = str(jobs)
     gpus, slots = visible_gpus() if jobs > 1 else [], dict[Run, int]()
-    waiting = [run for run, state in states.items() if state != "done"]
-    done, running, failed = len(states) - len(waiting), dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
+    running, failed = dict[Run, subprocess.Popen[bytes]](), dict[Run, str]()
     with write_lock(folder, busy=ValueError), exit_on_signals("SIGTERM"):
+        states = {run: sweep.state(run, folder) for run in sweep.runs}
+        waiting = [run for run, state in states.items() if state != "done"]
+        done = len(states) - len(waiting)
+        for run in waiting:
+            sweep.check_data(run, folder)
         try:
             for run in states:
                 if states[run] == "done":  # the sweep may have been killed after its record
@@ -405,6 +474,9 @@ def run_task(task: Mapping[str, Any]) -> None:
     recipe, run = Recipe(**task["recipe"]), Run(**task["run"])
     tests = {name: EvaluationSet(**test) for name, test in task["tests"].items()}
     with write_lock(recipe.output, wait=True):  # a run of a killed sweep ends soon
+        if not _holds_work(recipe):  # it may have other options now than when it failed
+            for name in ("recipe.yaml", START_FILE):
+                (Path(recipe.output) / name).unlink(missing_ok=True)
         write_json(task["record"], make_record(recipe, run, tests, task["record"]))
         _clean(recipe, task["discard_models"])
 
@@ -424,7 +496,7 @@ def make_record(
         recipe: recipe of the run.
         run: the run.
         tests: further sets to evaluate on.
-        earlier: file of an earlier record, whose times a trained model keeps.
+        earlier: file of an earlier record. A trained model keeps its times, and its metrics on sets that are as then.
 
     Returns:
         For JSON: run, row, seed and overrides; for each set its source, hash, metrics and ranks; seconds and steps of
@@ -440,14 +512,18 @@ def make_record(
     }
     output, start = Path(recipe.output), time.monotonic()
     finished = (output / RUN_CARD_FILE).exists() and (output / "model").is_dir()
+    finished = finished and {*recipe.stages} <= read_json(output / RUN_CARD_FILE)["metrics"].keys()
+    kept = read_record(earlier) if finished and earlier is not None and Path(earlier).exists() else {}
     resumed = (output / START_FILE).exists()
     if not finished:
         run_recipe(recipe)
     card = read_json(output / RUN_CARD_FILE)
     arguments = recipe.arguments(recipe.stages[-1])
     model = D2SVSE.from_pretrained(output / "model").to(arguments.device)
-    sets = {}
+    sets = dict(kept.get("sets", {}))
     for name, dataset in datasets.items():
+        if name in sets and _is_of(sets[name], evaluated[name]) and sets[name]["sha256"] == dataset.sha256:
+            continue
         stored = VALIDATION_SET if name == VALIDATION else f"set-{_folder_name(name)}"
         evaluation = evaluate(
             model,
@@ -466,7 +542,6 @@ def make_record(
             "metrics": evaluation.metrics,
             "ranks": QueryRanks.from_evaluation(evaluation).to_json(),
         }
-    kept = read_record(earlier) if finished and earlier is not None and Path(earlier).exists() else {}
     logs = {stage: [row for _, row in read_json_lines(output / stage / "log.jsonl")] for stage in recipe.stages}
     return {
         "run": run.name,
@@ -479,7 +554,7 @@ def make_record(
             "whole": round(time.monotonic() - start, 1),
             **{stage: row["train_runtime"] for stage, log in logs.items() for row in log if "train_runtime" in row},
         },
-        "steps": {stage: max(row["step"] for row in log) for stage, log in logs.items()},
+        "steps": {stage: max((row["step"] for row in log), default=0) for stage, log in logs.items()},
         "resumed": kept.get("resumed", resumed),
         "card": card,
     }
@@ -499,7 +574,7 @@ def _clean(recipe: Recipe, discard_models: bool) -> None:
 
 def record_file(folder: str | os.PathLike[str], run: Run) -> Path:
     """Return the path of a run's record."""
-    return Path(folder) / "records" / f"{run.name}.json"
+    return Path(folder).expanduser() / "records" / f"{run.name}.json"
 
 
 def record_of(run: str | os.PathLike[str]) -> Path:
@@ -521,16 +596,46 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a record.
     """
-    record = read_json(path)
-    if not isinstance(record, dict) or not {"row", "seed", "sets", "card"} <= record.keys():
+    try:
+        record = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the file to run it again") from None
+    if not _is_record(record):
         raise ValueError(f"{os.fspath(path)}: expected the record of a run of d2svse sweep; remove the file")
     return record
 
 
+def _is_record(record: Any) -> bool:
+    kinds = {"run": str, "row": str, "seed": int, "sets": dict, "seconds": dict, "steps": dict, "card": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    card, numbers = record["card"], [*record["seconds"].values(), *record["steps"].values()]
+    data = card.get("data", {})
+    for one in record["sets"].values():
+        if not isinstance(one, dict) or not {"sha256", "metrics", "ranks"} <= one.keys():
+            return False
+        if not isinstance(one["metrics"], dict) or not {*METRICS} <= one["metrics"].keys():
+            return False
+        numbers += one["metrics"].values()
+    of_card = [card.get("configuration"), data, *(data.values() if isinstance(data, dict) else [])]
+    whole = "whole" in record["seconds"] and "resumed" in record and all(isinstance(one, dict) for one in of_card)
+    return whole and all(isinstance(number, int | float) for number in numbers)
+
+
 def records_of(sweep: Sweep, folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records of the runs that are done, in the order of `sweep.runs`."""
-    files = [record_file(folder, run) for run in sweep.runs]
-    return [read_record(file) for file in files if file.exists()]
+    """Return the records of the runs that are done, in the order of `sweep.runs`.
+
+    A row that was renamed has its name now. A set that has other data now is left out.
+    """
+    records = []
+    for run in sweep.runs:
+        file = record_file(folder, run)
+        if file.exists():
+            record = read_record(file)
+            tests = sweep.tests
+            sets = {name: one for name, one in record["sets"].items() if name not in tests or _is_of(one, tests[name])}
+            records.append({**record, "row": run.row, "seed": run.seed, "run": run.name, "sets": sets})
+    return records
 
 
 def _told(record: Mapping[str, Any]) -> str:
@@ -547,11 +652,16 @@ def _last_words(log: Path, code: int) -> str:
 
 
 def _folder_name(row: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", row).strip("._")[:150] or "row"
+    """Return the name of a row as a name of a folder; a long one ends with a hash."""
+    name = re.sub(r"[^\w.=+-]+", "_", row).strip("._") or "row"
+    coded = name.encode()
+    if len(coded) <= MOST_BYTES:
+        return name
+    return f"{coded[:MOST_BYTES].decode(errors='ignore')}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value).replace('"', "")
+    return value if isinstance(value, str) else json.dumps(value, default=str).replace('"', "")
 
 
 def parse_grid(assignments: Sequence[str]) -> dict[str, list[Any]]:
@@ -583,10 +693,13 @@ def _test_sets(given: Any, source: str) -> dict[str, EvaluationSet]:
     message = f"{source}: test must be a data set, or data sets by name other than {VALIDATION}, got {given!r:.80}"
     if not isinstance(sets, dict) or VALIDATION in sets:
         raise ValueError(message)
-    result = {}
+    result: dict[str, EvaluationSet] = {}
     for name, one in sets.items():
         one = {"data": one} if isinstance(one, str) else one
         if not isinstance(one, dict) or not {"data"} <= one.keys() <= {"data", "split"}:
             raise ValueError(message)
+        if not isinstance(one["data"], str) or not isinstance(one.get("split"), str | None):
+            raise ValueError(message)
+        _check_title("set", str(name), result, source)
         result[str(name)] = EvaluationSet(**one)
     return result

@@ -21,7 +21,8 @@ def sweep(tmp_path):
     for name, wrong in (("a", 5), ("b", 2), ("other", 3)):
         ranks = make_ranks(wrong)
         sets = {"val": {"sha256": str(name == "other"), "metrics": recalls(ranks), "ranks": ranks.to_json()}}
-        record = {"run": name, "row": name, "seed": 0, "sets": sets, "card": {}}
+        training = {"seconds": {"whole": 1.0}, "steps": {"align": 1}, "resumed": False, "card": {"configuration": {}}}
+        record = {"run": name, "row": name, "seed": 0, "sets": sets, **training}
         (tmp_path / f"records/{name}.json").write_text(json.dumps(record))
     return tmp_path
 

@@ -82,13 +82,18 @@ def test_fp16_on_a_cpu_is_refused_and_bf16_is_taken(make_args):
     assert make_args(bf16=True).bf16
 
 
+def test_infinity_does_not_turn_clipping_off(make_args):
+    with pytest.raises(ValueError, match=r"max_grad_norm must be a finite number, got inf; 0 turns clipping off"):
+        make_args(max_grad_norm=float("inf"))
+
+
 def test_evaluation_and_caches_have_a_batch_of_their_own(make_args):
     assert make_args().per_device_eval_batch_size == 128
     assert make_args(per_device_eval_batch_size=5).per_device_eval_batch_size == 5
 
 
 def test_defaults_and_copies_of_arguments_are_taken(make_args):
-    args = make_args(do_eval=True, gradient_checkpointing=False, label_names=None, max_grad_norm=float("inf"))
+    args = make_args(do_eval=True, gradient_checkpointing=False, label_names=None)
     again = dataclasses.replace(args, learning_rate=1)
     assert again.learning_rate == 1
     assert TrainingArguments(output_dir="x", accelerator_config={"gradient_accumulation_kwargs": None}, use_cpu=True)

@@ -1,5 +1,6 @@
 """Sweeps: what runs, how it is stopped, killed and continued, and what it leaves behind."""
 
+import datetime
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import yaml
 from d2svse import D2SVSE, ImageTextDataset
 from d2svse.data import write_scenes
 from d2svse.files.lock import write_lock
+from d2svse.files.replace import write_json
 from d2svse.retrieval.evaluation.bootstrap import QueryRanks, recalls
 from d2svse.retrieval.evaluation.evaluate import evaluate
 from d2svse.training import sweep as sweeps
@@ -171,6 +173,21 @@ def test_seed_zero_is_a_seed(small, write, given, expected):
         ({"seeds": [True]}, "seeds must be whole numbers"),
         ({"test": {"val": "x"}}, "test must be a data set, or data sets by name other than val"),
         ({"test": {"a": {"split": "x"}}}, "test must be a data set"),
+        ({"test": {"a": {"data": ["x"]}}}, "test must be a data set"),
+        ({"test": {"a": {"data": "x", "split": 3}}}, "test must be a data set"),
+        ({"test": {"a": {"data": "x", "split": datetime.date(2020, 1, 1)}}}, "test must be a data set"),
+        ({"test": {1: "x", "1": "y"}}, "the key '1' stands 2 times"),
+        ({"test": {"a\nb": "x"}}, r"the name of a set must be one line of text, got 'a\nb'"),
+        ({"tests": "x"}, "s.yaml: unknown option 'tests'; did you mean test"),
+        ({"row": {"a": {}}}, "s.yaml: unknown option 'row'; did you mean rows"),
+        ({"rows": {1: {}, "1": {"margin": 0.3}}}, "the key '1' stands 2 times"),
+        ({"rows": {"": {}, "recipe": {"margin": 0.3}}}, "two rows have the name 'recipe'"),
+        ({"grid": {"train_split": [None, "null"]}}, "two rows have the name 'train_split=null'"),
+        ({"rows": {"a|b\nc": {}}}, r"the name of a row must be one line of text, got 'a|b\nc'"),
+        ({"rows": {"a": {"output.x": 1}}}, "output.x is not an option of a row; the sweep chooses it"),
+        ({"rows": {"a": {"loss": {"name": "hinge", "margin": datetime.date(2020, 1, 1)}}}}, "row 'a': loss: Object of"),
+        ({"rows": {"a": {"metric_for_best_model": "foo"}}}, "row 'a': "),
+        ({"training": {"max_grad_norm": float("inf")}}, "Out of range float values"),
         ({"push_to_hub": "a/b"}, "push_to_hub: push a model of your choice"),
     ],
 )
@@ -180,6 +197,101 @@ def test_what_does_not_fit_is_refused_before_training(small, write, run, tmp_pat
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_keys_that_repeat_are_refused(small, write, run, tmp_path):
+    file = write(small)
+    for lines, name in (
+        ("rows:\n  a: {margin: 0.1}\n  a: {margin: 0.2}\n", "a"),
+        ("rows:\n  a: {margin: 0.1, margin: 0.2}\n", "margin"),
+        ("seeds: [0]\nseeds: [1]\n", "seeds"),
+    ):
+        file.write_text(yaml.safe_dump(small) + lines)
+        code, _, errors = run("sweep", file, "-o", tmp_path / "o")
+        assert code == 2
+        assert f"the key '{name}' stands 2 times" in errors
+    file.write_text(yaml.safe_dump(small) + "base: &b {margin: 0.1}\nrows:\n  a: {<<: *b, margin: 0.2}\n")
+    assert (
+        "unknown option 'base'" in run("sweep", file, "-o", tmp_path / "o")[2]
+    )  # the merge key itself is no repetition
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_data_that_cannot_be_read_are_told_before_training(small, write, run, tmp_path, quick, name):
+    code, _, errors = run("sweep", write(small | {name: "no.jsonl"}), "-o", tmp_path / "o")
+    assert code == 2
+    assert "no.jsonl" in errors
+    assert not (tmp_path / "o/runs").exists()
+
+
+def test_no_seeds_are_refused(small, write, run, tmp_path):
+    assert "--seeds takes whole numbers" in run("sweep", write(small), "--seeds", "", "-o", tmp_path / "o")[2]
+
+
+@pytest.mark.parametrize("row", ["对" * 150, "é" * 140, "x" * 300])
+def test_a_long_name_has_a_folder(small, write, tmp_path, quick, row):
+    sweep = read_sweep(write(small | {"rows": {row: {}, f"{row} too": {}}}), seeds=[0])
+    assert not run_sweep(sweep, tmp_path / "o", say=lambda line: None)
+    assert [record["row"] for record in sweeps.records_of(sweep, tmp_path / "o")] == [row, f"{row} too"]
+    assert len({run.name for run in sweep.runs}) == 2
+
+
+@pytest.mark.parametrize("name", ["a/b", "a_b", "a (b)"])
+def test_a_row_that_is_renamed_keeps_its_runs(small, write, tmp_path, quick, name):
+    for row in ("a b", name):
+        sweep = read_sweep(write(small | {"rows": {"base": {}, row: {"margin": 0.3}}}), seeds=[0])
+        assert not run_sweep(sweep, tmp_path / "o", say=lambda line: None)
+    assert (tmp_path / "o/records/a_b-seed0.jsons").read_text() == "."
+    assert [record["row"] for record in sweeps.records_of(sweep, tmp_path / "o")] == ["base", name]
+
+
+def test_a_home_folder_is_expanded(small, write, run, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("sweep", write(small), "-o", "~/o")[0] == 0
+    assert {"records", "runs", "table.md"} <= {path.name for path in (tmp_path / "o").iterdir()}
+    sweep = read_sweep(write(small))
+    assert len(sweeps.records_of(sweep, "~/o")) == 1
+
+
+def test_options_of_a_run_that_failed_at_once_may_change(small, write, tmp_path):
+    """In this process: what each process of a sweep does."""
+    folder, rate = tmp_path / "o", "training.learning_rate"
+    wrong, lower, other = (
+        read_sweep(write(small | {"rows": {"a": {rate: value}}}), seeds=[0]) for value in (0.002, 0.001, 0.0005)
+    )
+    output = folder / "runs/a-seed0"
+    output.mkdir(parents=True)
+    recipe = wrong.recipe(wrong.runs[0], folder)
+    (output / "recipe.yaml").write_text(recipe.effective_configuration())
+    (output / "start.json").write_text("{}")  # of other data
+    assert lower.state(lower.runs[0], folder) == "to do"
+    sweeps.run_task(sweeps.task_of(lower, lower.runs[0], folder, discard_models=False))
+    record = record_of(output)
+    assert read_record(record)["card"]["configuration"]["training"]["learning_rate"] == 0.001
+    record.unlink()
+    assert lower.state(lower.runs[0], folder) == "begun"
+    with pytest.raises(
+        ValueError, match=r"learning_rate was 0\.001 and is 0\.0005 now; .*; or remove .*a-seed0 to run"
+    ):
+        other.state(other.runs[0], folder)
+
+
+def test_results_on_a_set_are_kept_and_those_of_another_set_are_not_shown(small, write, tmp_path, monkeypatch):
+    """In this process: what each process of a sweep does."""
+    folder = tmp_path / "o"
+    easy, hard = (write_scenes(tmp_path, name, 8, first=first, size=32) for name, first in (("e", 64), ("h", 80)))
+    for test in ({"easy": str(easy)}, {"hard": str(hard)}, {"easy": str(easy)}):
+        sweep = read_sweep(write(small | {"test": test}), seeds=[0])
+        if test == {"easy": str(easy)} and folder.exists():
+            assert sweep.state(sweep.runs[0], folder) == "done"
+            break
+        sweeps.run_task(sweeps.task_of(sweep, sweep.runs[0], folder, discard_models=False))
+        monkeypatch.setattr(sweeps, "run_recipe", lambda recipe: pytest.fail("trained again"))
+    (record,) = sweeps.records_of(sweep, folder)
+    assert {*record["sets"]} == {"val", "easy", "hard"}
+    moved = read_sweep(write(small | {"test": {"hard": str(easy)}}), seeds=[0])
+    (record,) = sweeps.records_of(moved, folder)
+    assert {*record["sets"]} == {"val", "easy"}
 
 
 def test_a_failed_run_is_told_and_loses_no_other_one(small, write, run, tmp_path, quick):
@@ -222,7 +334,7 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(small, write, tmp_pa
     same = read_sweep(write(small | {"training": small["training"] | {"dataloader_num_workers": 1}}))
     assert [same.state(run, tmp_path / "o") for run in same.runs] == ["done"]
     more = read_sweep(write(small | {"test": "t.jsonl", "rows": {"new": {}, "recipe": {}}}))
-    assert [more.state(run, tmp_path / "o") for run in more.runs] == ["to do", "begun"]  # no result on the test set yet
+    assert [more.state(run, tmp_path / "o") for run in more.runs] == ["to do", "to do"]  # no result, no model
 
 
 def test_a_run_on_other_data_is_not_taken_for_this_one(small, write, tmp_path):
@@ -353,11 +465,11 @@ def test_a_run_leaves_a_record_and_its_model_and_takes_a_further_set(small, writ
     assert more.state(more.runs[0], folder) == "done"
     test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
     fewer = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(test)}), seeds=[3])
-    assert fewer.state(fewer.runs[0], folder) == "begun"
+    assert fewer.state(fewer.runs[0], folder) == "to do"  # its model is gone
     other = read_sweep(
         write(small | {"rows": {"a": {"margin": 0.1}}, "test": {"data": str(test), "split": "x"}}), seeds=[3]
     )
-    assert other.state(other.runs[0], folder) == "begun"  # another set of this name
+    assert other.state(other.runs[0], folder) == "to do"  # another set of this name
     moved = read_sweep(write(small | {"rows": {"a": {"margin": 0.1}}, "test": str(tmp_path / "no.jsonl")}), seeds=[3])
     with pytest.raises(ValueError, match=r"no\.jsonl"):  # before training
         sweeps.run_task(sweeps.task_of(moved, moved.runs[0], tmp_path / "p", discard_models=True))
@@ -403,8 +515,29 @@ def test_a_record_of_something_else_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match=r"x\.json: expected the record of a run"):
         read_record(tmp_path / "x.json")
+    for text in ("", '{"row": "a"'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json: .*; remove the file to run it again"):
+            read_record(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match="no finished run of d2svse sweep; to compare models, give --data"):
         record_of(tmp_path / "runs/a")
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("card", None), ("card", {}), ("card", {"configuration": None}), ("card", {"configuration": {}, "data": []}),
+        ("sets", None), ("sets", {"val": {"metrics": METRICS, "ranks": {}}}), ("seconds", {}), ("steps", None),
+        ("sets", {"val": {"sha256": "a", "metrics": METRICS | {"rsum": None}, "ranks": {}}}), ("run", None),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_not_whole_is_refused(small, write, tmp_path, quick, section, value):
+    sweep = read_sweep(write(small), seeds=[0])
+    run_sweep(sweep, tmp_path / "o", say=lambda line: None)
+    file = sweeps.record_file(tmp_path / "o", sweep.runs[0])
+    write_json(file, read_record(file) | {section: value})
+    with pytest.raises(ValueError, match=r"seed0\.json: expected the record of a run of d2svse sweep; remove the file"):
+        sweep.state(sweep.runs[0], tmp_path / "o")
 
 
 def begun(folder):
@@ -447,7 +580,7 @@ def test_a_sweep_of_the_published_layout_goes_on(small, write, tmp_path, preset)
     [run] = sweep.runs
     recipe = sweep.recipe(run, tmp_path / "out")
     assert (recipe.dense, recipe.teacher_dense) == ("short200", "long")
-    Path(recipe.output).mkdir(parents=True)
+    (Path(recipe.output) / recipe.stages[0] / "checkpoints/checkpoint-3").mkdir(parents=True)
     (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
     (Path(recipe.output) / "start.json").write_text("{}")
     assert sweep.state(run, tmp_path / "out") == "begun"
@@ -460,7 +593,7 @@ def test_a_sweep_from_a_model_with_a_decoder_goes_on_and_refuses_another_decoder
     run, other = sweep.runs
     recipe = sweep.recipe(run, tmp_path / "out")
     assert recipe.training["decoder_heads"] == 2
-    Path(recipe.output).mkdir(parents=True)
+    (Path(recipe.output) / recipe.stages[0] / "checkpoints/checkpoint-3").mkdir(parents=True)
     (Path(recipe.output) / "recipe.yaml").write_text(recipe.effective_configuration())
     (Path(recipe.output) / "start.json").write_text("{}")
     assert sweep.state(run, tmp_path / "out") == "begun"
