@@ -37,7 +37,7 @@ NUM_QUERIES = 3
 GALLERY_COLUMNS = 5
 NUM_TRAIN, NUM_CAPTIONED, NUM_TEST = 4000, 400, 200
 PRETRAIN_EPOCHS, DISTILL_EPOCHS, BATCH_SIZE = 6, 10, 100
-# Chosen by measurements of training from scratch in a few minutes: docs/results.md.
+# For training from scratch in a few minutes.
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-3,
     "backbone_lr_scale": 1.0,
@@ -87,7 +87,7 @@ def build_model(
         num_attention_heads=text_heads,
         intermediate_size=2 * WIDTH,
         max_position_embeddings=tokenizer.model_max_length,
-        hidden_dropout_prob=0.0,  # dropout does not improve the results: docs/results.md
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     set_seed(seed)
@@ -185,7 +185,7 @@ def run_demo(
     texts = [text for record in train.records for text in (*record.captions, record.dense or "")]
     say(
         f"A ResNet of 3 stages and a BERT of 1 layer, {WIDTH} wide, with random weights, and the loss InfoNCE: "
-        "the combination that learned fastest from scratch (docs/results.md)"
+        "the best of three combinations from scratch (docs/results.md)"
     )
 
     options = {**TRAINING, "per_device_train_batch_size": BATCH_SIZE, "use_cpu": chosen.type == "cpu"}

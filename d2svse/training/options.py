@@ -529,7 +529,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by measurements on real photos: docs/results.md.
     "recommended": {
         "learning_rate": 2e-3,
-        "backbone_lr_scale": 0.15,
+        "backbone_lr_scale": 0.05,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,

@@ -337,14 +337,7 @@ def run_recipe(recipe: Recipe) -> dict[str, dict[str, float]]:
         ValueError: if an option does not fit, or another run writes to this output.
     """
     choose_decoder(recipe, refuse=not recipe.resume)
-    stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
-    for arguments in stage_arguments.values():
-        arguments.check_metric()
-        if arguments.per_device_train_batch_size * world_size() < 2:
-            raise ValueError(
-                f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
-                "no negatives and trains nothing; give at least 2"
-            )
+    stage_arguments = checked_arguments(recipe)
     choose_dense(recipe)
     output = Path(recipe.output)
     if recipe.resume:
@@ -536,6 +529,23 @@ def _is_start(path: Path) -> bool:
         return {"data", "processes"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def checked_arguments(recipe: Recipe) -> dict[str, TrainingArguments]:
+    """Return the training arguments of each stage.
+
+    Raises:
+        ValueError: if an option does not fit, the metric that chooses the epoch is unknown, or a batch is one pair.
+    """
+    stage_arguments: dict[str, TrainingArguments] = {stage: recipe.arguments(stage) for stage in recipe.stages}
+    for arguments in stage_arguments.values():
+        arguments.check_metric()
+        if arguments.per_device_train_batch_size * world_size() < 2:
+            raise ValueError(
+                f"per_device_train_batch_size (--batch-size) of stage {arguments.stage} is 1: a batch of one pair has "
+                "no negatives and trains nothing; give at least 2"
+            )
+    return stage_arguments
 
 
 def _finished(recipe: Recipe) -> dict[str, dict[str, float]]:

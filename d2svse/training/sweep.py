@@ -41,6 +41,7 @@ from d2svse.training.recipe import (
     START_FILE,
     Recipe,
     check_unchanged,
+    checked_arguments,
     choose_decoder,
     choose_dense,
     differing,
@@ -140,9 +141,7 @@ class Sweep:
             recipe = Recipe.from_mapping({**values, **given}, "sweep")
             choose_dense(recipe)  # as the run does, and the decoder too
             choose_decoder(recipe)
-            for stage in recipe.stages:
-                arguments = recipe.arguments(stage)
-                arguments.check_metric()
+            for stage, arguments in checked_arguments(recipe).items():
                 if arguments.unimodal:
                     raise ValueError("a sweep measures images with texts; leave unimodal out")
                 if arguments.seed != run.seed:

@@ -187,6 +187,7 @@ def test_seed_zero_is_a_seed(small, write, given, expected):
         ({"rows": {"a": {"output.x": 1}}}, "output.x is not an option of a row; the sweep chooses it"),
         ({"rows": {"a": {"loss": {"name": "hinge", "margin": datetime.date(2020, 1, 1)}}}}, "row 'a': loss: Object of"),
         ({"rows": {"a": {"metric_for_best_model": "foo"}}}, "row 'a': "),
+        ({"rows": {"a": {"per_device_train_batch_size": 1}}}, "row 'a': per_device_train_batch_size (--batch-size) of"),
         ({"training": {"max_grad_norm": float("inf")}}, "Out of range float values"),
         ({"push_to_hub": "a/b"}, "push_to_hub: push a model of your choice"),
     ],
