@@ -152,8 +152,8 @@ print(f"stage 1, ranked by its dense text instead: T2I R@10 {100 * dense_ranked[
 #   it finds more than twice as much after 50 steps.
 # - **Stage 2 is well above chance** after 75 more steps.
 # - **Aligning alone is ahead.** All of its steps train exactly what is measured, and with so few steps that decides.
-#   On photos that people captioned all, with frozen backbones and as many steps, both stages show no gain; if
-#   people captioned few of the images, they do ([results](../docs/results.md)). The paper reports a gain on
+#   On photos that people captioned all, with frozen backbones and as many steps, both stages show no gain; on
+#   drawn scenes of which few have sparse captions, they do ([results](../docs/results.md)). The paper reports a gain on
 #   Flickr30K and MS-COCO, with pretrained backbones and captions by a large model. This was not repeated here.
 #   Compare both on your data before you choose.
 #

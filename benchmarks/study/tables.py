@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import huggingface_hub.constants
 from matplotlib.figure import Figure
 
 from d2svse.files.data import read_json
@@ -47,9 +48,8 @@ SHOWN = (0, 1, 4, 7, 8)  # of the cells of a row of `table_rows`
 WHY = {  # title, factor and digits of each measure of why.py
     "sparse": ("sparse captions", 100, 1),
     "dense": ("dense text", 100, 1),
-    "dev": ("sparse captions, all 1000", 100, 1),
-    "length": ("output of the decoder", 1, 2),
-    "cosine": ("cosine to dense", 1, 3),
+    "length": ("length of the decoder's output", 1, 2),
+    "cosine": ("cosine to the teacher", 1, 3),
     "cosine_without": ("without decoder", 1, 3),
 }
 DEMO = {  # the same of each column of the demo's scenes
@@ -106,7 +106,10 @@ def _options(of: Recipe | Mapping[str, Any]) -> str:
     """Return the options that a run follows, as one string."""
     values = parse_yaml(of.effective_configuration()) if isinstance(of, Recipe) else of
     unused = {"output", "show_progress_bar", *get_args(Stage)} - {*values["stages"]}
-    return json.dumps({name: value for name, value in values.items() if name not in unused}, sort_keys=True)
+    used = {name: value for name, value in values.items() if name not in unused}
+    if used["training"].get("freeze_vision") and used["training"].get("freeze_text"):
+        used["training"] = {name: value for name, value in used["training"].items() if name != "backbone_lr_scale"}
+    return json.dumps(used, sort_keys=True)
 
 
 def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
@@ -127,10 +130,10 @@ def table(sweep: str, on: str = "test", prefix: str = "") -> list[str]:
         runs = [one for one in records if one["row"] == row.name]
         cells = row.cells()
         steps = round(statistics.mean(sum(one["steps"].values()) for one in runs))
-        whole = [training_seconds(one) for one in runs if not one["resumed"]]
-        seconds = round(statistics.mean(whole)) if whole else "–"
-        name = row.name.removeprefix(prefix).replace("|", r"\|")
-        rows.append([name, *(cells[i] for i in SHOWN), str(steps), str(seconds)])
+        seconds = training_seconds(runs)
+        name = (row.name.removeprefix(prefix).removeprefix(", ") or row.name).replace("|", r"\|")
+        shown = "–" if seconds is None else str(round(seconds))
+        rows.append([name, *(cells[i] for i in SHOWN), str(steps), shown])
     return markdown(TITLES, rows)
 
 
@@ -140,9 +143,14 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def training_seconds(record: Mapping[str, Any]) -> float:
-    """Return the seconds of all stages of a run, with validation and without loading."""
-    return sum(value for name, value in record["seconds"].items() if name != "whole")
+def training_seconds(records: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the median over runs of the seconds of all stages, with validation and without loading.
+
+    Runs that were paused do not count; without another one, the result is None.
+    """
+    whole = [one["seconds"] for one in records if not one["resumed"]]
+    totals = [sum(value for name, value in seconds.items() if name != "whole") for seconds in whole]
+    return statistics.median(totals) if totals else None
 
 
 def why_table() -> list[str]:
@@ -238,10 +246,9 @@ def draw_times() -> Figure:
     records = records_of("similarities")
     for row in dict.fromkeys(one["row"] for one in records):
         runs = [one for one in records if one["row"] == row]
-        whole = [training_seconds(one) for one in runs if not one["resumed"]]
-        if not whole:
+        seconds = training_seconds(runs)
+        if seconds is None:
             continue
-        seconds = statistics.mean(whole)
         mean, deviation = mean_and_deviation(runs)
         axes.errorbar([seconds], [mean], [deviation], marker="o", capsize=3)
         axes.annotate(row, (seconds, mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
@@ -255,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", type=Path, nargs="+", metavar="FOLDER", help="folders of sweeps")
     given = parser.parse_args()
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a model that a sweep names lies in the folder of the study
     for folder in given.collect or []:
         print(collect(folder))
     if not given.collect:
