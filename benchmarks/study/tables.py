@@ -107,7 +107,7 @@ def _options(of: Recipe | Mapping[str, Any]) -> str:
     values = parse_yaml(of.effective_configuration()) if isinstance(of, Recipe) else of
     unused = {"output", "show_progress_bar", *get_args(Stage)} - {*values["stages"]}
     used = {name: value for name, value in values.items() if name not in unused}
-    if used["training"].get("freeze_vision") and used["training"].get("freeze_text"):
+    if used["training"].get("freeze_vision") and used["training"].get("freeze_text"):  # the rate has no effect
         used["training"] = {name: value for name, value in used["training"].items() if name != "backbone_lr_scale"}
     return json.dumps(used, sort_keys=True)
 
